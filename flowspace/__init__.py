@@ -1,0 +1,70 @@
+"""Cross-space flow maps: from a schedule and a statistic to one-step images, without a velocity target.
+
+Times everywhere: t = 0 is data, t = 1 is noise, s is the destination, 0 <= s <= t <= 1.
+"""
+
+from flowspace.criteria import CriteriaReport, check_criteria
+from flowspace.derivatives import FiniteDifference, ForwardMode
+from flowspace.errors import (
+    CriterionError,
+    ExpressionError,
+    FlowspaceError,
+    InputError,
+    RunError,
+    ScheduleError,
+    TimeError,
+)
+from flowspace.flow_map import FlowMap
+from flowspace.objectives import ConsistencyLoss, CrossFlowLoss, FlowMatchingLoss, LossOutput, MeanFlowLoss
+from flowspace.penalties import AbsoluteError, Adaptive, HuberError, SquaredError
+from flowspace.schedules import (
+    TIME_FLOOR,
+    CosineSchedule,
+    LinearSchedule,
+    PolynomialSchedule,
+    Schedule,
+    VariancePreservingSchedule,
+)
+from flowspace.statistics import ConsistencyStatistic, MatchedStatistic, MeanFlowStatistic, Statistic
+from flowspace.times import LogitNormalTimes, ShiftedTimes, TimePairs, ToDataTimes, UniformTimes
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "TIME_FLOOR",
+    "AbsoluteError",
+    "Adaptive",
+    "ConsistencyLoss",
+    "ConsistencyStatistic",
+    "CosineSchedule",
+    "CriteriaReport",
+    "CriterionError",
+    "CrossFlowLoss",
+    "ExpressionError",
+    "FiniteDifference",
+    "FlowMap",
+    "FlowMatchingLoss",
+    "FlowspaceError",
+    "ForwardMode",
+    "HuberError",
+    "InputError",
+    "LinearSchedule",
+    "LogitNormalTimes",
+    "LossOutput",
+    "MatchedStatistic",
+    "MeanFlowLoss",
+    "MeanFlowStatistic",
+    "PolynomialSchedule",
+    "RunError",
+    "Schedule",
+    "ScheduleError",
+    "ShiftedTimes",
+    "SquaredError",
+    "Statistic",
+    "TimeError",
+    "TimePairs",
+    "ToDataTimes",
+    "UniformTimes",
+    "VariancePreservingSchedule",
+    "check_criteria",
+]

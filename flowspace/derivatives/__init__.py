@@ -1,0 +1,7 @@
+"""How the total derivative D_t f, the directional derivative of f along (v, 1, 0), is computed."""
+
+from flowspace.derivatives.finite_difference import FiniteDifference
+from flowspace.derivatives.forward_mode import ForwardMode
+from flowspace.derivatives.route import Derivative
+
+__all__ = ["Derivative", "FiniteDifference", "ForwardMode"]

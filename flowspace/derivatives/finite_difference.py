@@ -1,0 +1,68 @@
+"""Finite differences: no forward-mode AD, so any kernel and any engine, at the price of a small error."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowspace.derivatives.route import Derivative
+from flowspace.errors import InputError
+from flowspace.schedules import over_rows
+
+__all__ = ["FiniteDifference"]
+
+
+@dataclass(frozen=True)
+class FiniteDifference(Derivative):
+    """Differences along the tangent: ``f(x + o v)`` for small offsets o.
+
+    Args:
+        step: the size h of an offset, in units of t.
+        order: 1: one-sided, one more evaluation, error O(h). 2: central, two more evaluations, error O(h^2). The side is
+            chosen for each row so that t never leaves [0, 1]; near the ends order 2 takes both offsets on one side.
+
+    Raises:
+        InputError: unless 0 < step <= 0.25 and order is 1 or 2.
+    """
+
+    step: float = 5e-3
+    order: int = 2
+
+    def __post_init__(self) -> None:
+        if not 0 < self.step <= 0.25:
+            raise InputError(f"step = {self.step} came; it is a difference of times, so write 0 < step <= 0.25")
+        if self.order not in (1, 2):
+            raise InputError(f"order = {self.order} came; write 1 (one-sided) or 2 (central)")
+
+    def derive(
+        self, fn: Callable[..., Tensor], primals: Sequence[Any], tangents: Sequence[Tensor | None], value: Tensor | None
+    ) -> Tensor:
+        """Return the difference quotient on the given rows."""
+        offsets, weights = self._stencil(primals)
+
+        def at(offset: Tensor) -> Tensor:
+            moved = (p if v is None else p + over_rows(offset.to(p.dtype), p) * v for p, v in zip(primals, tangents, strict=True))
+            return fn(*moved)
+
+        value = fn(*primals) if value is None else value
+        total = over_rows(weights[0], value) * value
+        for offset, weight in zip(offsets, weights[1:], strict=True):
+            total = total + over_rows(weight, value) * at(offset)
+        return total
+
+    def _stencil(self, primals: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return per-row offsets, and the weights of f itself and of f at each offset."""
+        state, h = primals[0], self.step
+        has_time = len(primals) > 1 and isinstance(primals[1], Tensor) and primals[1].is_floating_point()
+        t = primals[1] if has_time else torch.full((len(state),), 0.5, device=state.device)
+        inward = torch.where(t < 0.5, 1.0, -1.0).to(t.dtype)
+        if self.order == 1:
+            backward_fits = t - h >= 0
+            offset = torch.where(backward_fits, -h, h).to(t.dtype)
+            return [offset], [-1 / offset, 1 / offset]
+        central = (t - h >= 0) & (t + h <= 1)
+        near, far = inward * h, torch.where(central, -inward * h, 2 * inward * h)
+        here = torch.where(central, 0.0, -1.5 / near)
+        return [near, far], [here, torch.where(central, 0.5, 2.0) / near, -0.5 / near]

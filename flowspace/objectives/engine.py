@@ -1,0 +1,233 @@
+r"""The one engine: times -> state -> derivative -> residual -> target -> penalty.
+
+For coefficients a, b and a known part K (c x by identity (II), or (gamma/delta)' z_t + (1 + gamma/delta) v by identity (I))
+the residual :math:`R = a f + b D_t f - K` is zero at the exact f in the mean given z_t. Divided by its signed scale m and
+with everything but the prediction detached it becomes a target,
+
+.. math:: y^* = \mathrm{sg}(f - R/m), \qquad \text{loss} = d(w(t, s) (f - y^*)).
+
+In the literal form the penalty is taken of w R itself and the gradient flows through a f alone.
+"""
+
+import abc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flowspace.derivatives import Derivative, ForwardMode
+from flowspace.errors import InputError, TimeError
+from flowspace.penalties import Penalty, SquaredError
+from flowspace.schedules import LinearSchedule, Schedule, over_rows
+from flowspace.statistics import Coefficients, Statistic
+from flowspace.times import PairSampler, TimePairs
+
+__all__ = ["LossOutput", "Model", "Objective"]
+
+Model = Callable[..., Tensor]
+
+
+class LossOutput(NamedTuple):
+    """What an objective returns.
+
+    Attributes:
+        loss: the penalty of each row, of shape ``(B,)``, with gradient.
+        prediction: f(z_t, t, s), of the targets' shape, with gradient.
+        target: y*, detached; what perceptual and feature losses compare the prediction with.
+        residual: R, detached; zero in the mean at the exact f.
+        z_t: the noisy state, of the latents' shape.
+        t: the times, of shape ``(B,)``.
+        s: the destinations, of shape ``(B,)``.
+    """
+
+    loss: Tensor
+    prediction: Tensor
+    target: Tensor
+    residual: Tensor
+    z_t: Tensor
+    t: Tensor
+    s: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective(abc.ABC):
+    """An objective: a frozen object, called with a model and a batch.
+
+    Args:
+        schedule: alpha and beta; `LinearSchedule()` by default.
+        statistic: what the model outputs; each objective has its own default.
+        times: how (t, s) are drawn; `TimePairs()` by default: uniform, sorted, half of the rows on s = t.
+        penalty: from a difference to a number per row; `SquaredError()` by default.
+        weight: a function of (t, s), each of shape ``(B,)``, that multiplies the difference before the penalty.
+        derivative: the route to D_t f; `ForwardMode()` by default.
+        literal: the paper's stop-gradient: penalty(w R), with gradient through a f alone.
+        check: refuse a statistic that the objective cannot use; False trains it all the same.
+        velocity: a callable ``(z_t, t, **cond)`` that replaces the conditional velocity, for distillation and estimates.
+
+    Raises:
+        InputError: if an argument is of the wrong kind.
+        CriterionError: if check is on and the statistic fails.
+    """
+
+    schedule: Schedule = field(default_factory=LinearSchedule)
+    statistic: Statistic | None = None
+    times: PairSampler | None = None
+    penalty: Penalty | None = None
+    weight: Callable[[Tensor, Tensor], Tensor] | None = None
+    derivative: Derivative | None = None
+    literal: bool = False
+    check: bool = True
+    velocity: Callable[..., Tensor] | None = None
+    coefficients: Coefficients = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        defaults = {
+            "statistic": self.default_statistic, "times": self.default_times, "penalty": SquaredError,
+            "derivative": ForwardMode, "schedule": LinearSchedule,
+        }  # fmt: skip
+        for name, make in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, make())
+        self._check_kinds()
+        assert_statistic: Statistic = self.statistic  # type: ignore[assignment]
+        if self.check:
+            self.check_statistic()
+        object.__setattr__(self, "coefficients", assert_statistic.coefficients(self.schedule))
+
+    def _check_kinds(self) -> None:
+        kinds = {"schedule": Schedule, "statistic": Statistic, "times": PairSampler, "penalty": Penalty, "derivative": Derivative}
+        for name, kind in kinds.items():
+            if not isinstance(value := getattr(self, name), kind):
+                raise InputError(f"{name} = {value!r} came; {_EXAMPLES[name]}")
+
+    @abc.abstractmethod
+    def default_statistic(self) -> Statistic:
+        """Return the statistic of the objective."""
+
+    def default_times(self) -> PairSampler:
+        """Return how (t, s) are drawn where the caller does not say."""
+        return TimePairs()
+
+    def check_statistic(self) -> None:
+        """Refuse a statistic that the objective cannot use."""
+
+    @abc.abstractmethod
+    def known(self, x: Tensor, z_t: Tensor, v: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """Return the known part K of the residual, of the prediction's shape."""
+
+    def __call__(
+        self,
+        model: Model,
+        latents: Tensor,
+        targets: Tensor | None = None,
+        *,
+        cond: Mapping[str, Any] | None = None,
+        noise: Tensor | None = None,
+        t: Tensor | None = None,
+        s: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> LossOutput:
+        """Return the loss of each row and what it was made of.
+
+        Args:
+            model: any callable ``model(z_t, t, s, **cond)`` on ``(B, *)`` latents and ``(B,)`` times.
+            latents: clean latents z, of shape ``(B, *)``, a floating dtype.
+            targets: what the model outputs, x, of shape ``(B, *)``; by default the latents themselves.
+            cond: keyword arguments of the model; tensors whose first axis is B belong to the rows.
+            noise: standard normal noise of the latents' shape; by default drawn.
+            t: times in (0, 1], of shape ``()`` or ``(B,)``; by default drawn. Checked, which costs a device sync.
+            s: destinations in [0, t], likewise; given if and only if t is.
+            generator: the source of times and noise.
+
+        Raises:
+            InputError: if shapes do not fit.
+            TimeError: if given times are of the wrong type, shape or range.
+        """
+        cond = dict(cond or {})
+        x = latents if targets is None else targets
+        _check_batch(latents, x)
+        t, s = self._pair(latents, t, s, generator)
+        if noise is None:
+            noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+        z_t, v = self.schedule.perturb(latents, noise, t)
+        if self.velocity is not None:
+            v = self.velocity(z_t, t, **cond).detach()
+        f, df = self._derive(model, z_t, v, t, s, cond)
+        f, df, x, v = (tensor if tensor.dtype.itemsize >= 4 else tensor.float() for tensor in (f, df, x, v))
+        known = self.known(x, z_t.to(v.dtype), v, t, s)
+        if f.shape != known.shape:
+            raise InputError(f"the model returned shape {tuple(f.shape)}, but the targets have {tuple(known.shape)}")
+        return self._output(f, df, known, z_t, t, s)
+
+    def _output(self, f: Tensor, df: Tensor, known: Tensor, z_t: Tensor, t: Tensor, s: Tensor) -> LossOutput:
+        c = self.coefficients
+        a, b, m = (over_rows(value(t, s), f) for value in (c.prediction, c.derivative, c.scale))
+        rest = b * df - known
+        residual = (a * f.detach() + rest).detach()
+        target = f.detach() - residual / m
+        difference = a * f + rest if self.literal else f - target
+        if self.weight is not None:
+            difference = over_rows(self.weight(t, s), f) * difference
+        return LossOutput(self.penalty(difference), f, target, residual, z_t, t, s)  # type: ignore[misc]
+
+    def _derive(
+        self, model: Model, z_t: Tensor, v: Tensor, t: Tensor, s: Tensor, cond: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Return f with gradient and D_t f along (v, 1, 0), which rows on the diagonal have no need of."""
+
+        def fn(z_: Tensor, t_: Tensor, s_: Tensor, cond_: dict[str, Any]) -> Tensor:
+            return model(z_, t_, s_, **cond_)
+
+        tangents = (v.to(z_t.dtype), torch.ones_like(t), torch.zeros_like(s), None)
+        return self.derivative(fn, (z_t, t, s, cond), tangents, rows=s < t)  # type: ignore[misc]
+
+    def _pair(
+        self, latents: Tensor, t: Tensor | None, s: Tensor | None, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        dtype = torch.float64 if latents.dtype == torch.float64 else torch.float32
+        if t is None and s is None:
+            return self.times(len(latents), generator=generator, device=latents.device, dtype=dtype)  # type: ignore[misc]
+        if t is None or s is None:
+            raise TimeError("only one of t and s came; give both, or neither to have them drawn")
+        return check_times(t, s, len(latents), dtype)
+
+
+_EXAMPLES = {
+    "schedule": "write for example LinearSchedule() or Schedule(alpha='1 - t', beta='t')",
+    "statistic": "write for example MatchedStatistic() or Statistic(gamma='1', delta='-t/(t - s)')",
+    "times": "it draws pairs (t, s), so write for example TimePairs(UniformTimes(), equal=0.5)",
+    "penalty": "write for example SquaredError() or AbsoluteError()",
+    "derivative": "a route is an object, so write for example ForwardMode() or FiniteDifference()",
+}
+
+
+def _check_batch(latents: Tensor, targets: Tensor) -> None:
+    for name, tensor in (("latents", latents), ("targets", targets)):
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.ndim < 1:
+            came = f"{tensor.dtype} of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise InputError(f"{name}: {came} came; a tensor of real numbers of shape (B, *) is needed")
+    if len(latents) != len(targets):
+        raise InputError(f"{len(latents)} latents and {len(targets)} targets came; each row needs its pair")
+
+
+def check_times(t: Tensor, s: Tensor, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return given times as ``(B,)`` tensors, or raise TimeError unless 0 <= s <= t, 0 < t <= 1."""
+    pair = []
+    for name, time in (("t", t), ("s", s)):
+        time = torch.as_tensor(time)
+        if not time.is_floating_point():
+            raise TimeError(f"{name} of dtype {time.dtype} came; times are real numbers in [0, 1]: write {name}.float()")
+        if time.shape not in ((), (rows,)):
+            raise TimeError(f"{name} of shape {tuple(time.shape)} came; it must be () or ({rows},), one time per row")
+        pair.append(time.to(dtype).expand(rows))
+    t, s = pair
+    for name, bad in (("t", ~((t > 0) & (t <= 1))), ("s", ~((s >= 0) & (s <= t)))):
+        if bool(bad.any()):
+            row = int(bad.nonzero()[0])
+            raise TimeError(
+                f"t = {float(t[row]):.6g}, s = {float(s[row]):.6g} came in row {row}; {name} is out of range: times obey "
+                "0 <= s <= t <= 1 with t > 0, where t = 0 is data (lambda is infinite there) and t = 1 is noise"
+            )
+    return t, s

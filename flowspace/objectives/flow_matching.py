@@ -1,0 +1,22 @@
+"""Flow matching: MeanFlow on the diagonal, where the average velocity is the velocity (Lipman et al., arXiv 2210.02747)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flowspace.objectives.engine import Objective
+from flowspace.objectives.mean_flow import MeanFlowLoss
+
+__all__ = ["FlowMatchingLoss"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowMatchingLoss(MeanFlowLoss):
+    """R = f - v, with s = t in every row; a given s is accepted and ignored."""
+
+    def _pair(
+        self, latents: Tensor, t: Tensor | None, s: Tensor | None, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        t, _ = Objective._pair(self, latents, t, t, generator)
+        return t, t

@@ -1,0 +1,95 @@
+"""Penalties: a difference of shape ``(B, *)`` becomes a number per row, of shape ``(B,)``.
+
+Each is frozen and reduces over all axes but the first: to the mean, or to the sum with ``summed=True``. The choice matters
+for `Adaptive`, whose offset c is negligible beside a sum over 200,000 pixels and not beside their mean.
+"""
+
+import abc
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from flowspace.errors import InputError
+
+__all__ = ["AbsoluteError", "Adaptive", "HuberError", "Penalty", "SquaredError"]
+
+
+class Penalty(abc.ABC):
+    """A function from differences to a number per row."""
+
+    @abc.abstractmethod
+    def __call__(self, difference: Tensor) -> Tensor:
+        """Return the penalty of each row: ``(B, *)`` becomes ``(B,)``."""
+
+
+def _over_axes(values: Tensor, summed: bool) -> Tensor:
+    flat = values.flatten(1) if values.ndim > 1 else values.unsqueeze(1)
+    return flat.sum(1) if summed else flat.mean(1)
+
+
+@dataclass(frozen=True)
+class SquaredError(Penalty):
+    """``d^2``, averaged or summed over the axes of a row."""
+
+    summed: bool = False
+
+    def __call__(self, difference: Tensor) -> Tensor:
+        """Return the penalty of each row: ``(B, *)`` becomes ``(B,)``."""
+        return _over_axes(difference.square(), self.summed)
+
+
+@dataclass(frozen=True)
+class AbsoluteError(Penalty):
+    """``|d|``, averaged or summed over the axes of a row."""
+
+    summed: bool = False
+
+    def __call__(self, difference: Tensor) -> Tensor:
+        """Return the penalty of each row: ``(B, *)`` becomes ``(B,)``."""
+        return _over_axes(difference.abs(), self.summed)
+
+
+@dataclass(frozen=True)
+class HuberError(Penalty):
+    """``d^2/2`` up to the threshold h and ``h (|d| - h/2)`` beyond it (Huber, 1964).
+
+    Raises:
+        InputError: unless the threshold is positive.
+    """
+
+    threshold: float = 1.0
+    summed: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.threshold > 0:
+            raise InputError(f"threshold = {self.threshold} came; write a positive number, or AbsoluteError()")
+
+    def __call__(self, difference: Tensor) -> Tensor:
+        """Return the penalty of each row: ``(B, *)`` becomes ``(B,)``."""
+        size, h = difference.abs(), self.threshold
+        return _over_axes(torch.where(size <= h, size.square() / 2, h * (size - h / 2)), self.summed)
+
+
+@dataclass(frozen=True)
+class Adaptive(Penalty):
+    """``L / sg((L + c)^p)`` for the penalty L of each row (Geng et al., arXiv 2505.13447: squared and summed, p = 1).
+
+    With p = 1 every row's loss is near 1 whatever it has learned, so log the plain penalty beside it.
+
+    Raises:
+        InputError: unless c is positive and p at least 0.
+    """
+
+    penalty: Penalty = field(default_factory=lambda: SquaredError(summed=True))
+    p: float = 1.0
+    c: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not (self.c > 0 and self.p >= 0):
+            raise InputError(f"p = {self.p}, c = {self.c} came; write p >= 0 and c > 0")
+
+    def __call__(self, difference: Tensor) -> Tensor:
+        """Return the penalty of each row: ``(B, *)`` becomes ``(B,)``."""
+        value = self.penalty(difference)
+        return value / (value.detach() + self.c) ** self.p

@@ -1,0 +1,242 @@
+r"""Schedules: how much of the data and of the noise a state holds at each time.
+
+A schedule is a pair of functions with :math:`z_t = \alpha(t) z + \beta(t) \epsilon`, velocity
+:math:`v = \alpha'(t) z + \beta'(t) \epsilon`, and signal to noise :math:`\lambda(t) = \alpha(t) / \beta(t)`. Time 0 is data
+and time 1 is noise: :math:`\alpha(0) = 1, \beta(0) = 0, \alpha(1) = 0, \beta(1) = 1`; :math:`\beta > 0` and
+:math:`\lambda' < 0` on :math:`(0, 1)`, where :math:`\lambda'(1) = 0` is legal. Nothing else is assumed: alpha + beta = 1
+and alpha^2 + beta^2 = 1 are examples.
+"""
+
+import math
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+
+from flowspace import expressions
+from flowspace.errors import ExpressionError, InputError, ScheduleError, TimeError
+from flowspace.expressions import Source, TimeFunction, parse
+
+__all__ = [
+    "TIME_FLOOR",
+    "CosineSchedule",
+    "LinearSchedule",
+    "PolynomialSchedule",
+    "Schedule",
+    "VariancePreservingSchedule",
+    "over_rows",
+]
+
+TIME_FLOOR = 0.01
+"""The smallest t that is drawn: lambda is infinite at t = 0, the one singular end of every schedule."""
+
+END_TOLERANCE = 1e-6
+"""How far alpha and beta may miss 0 and 1 at the ends: float64 rounding of any formula, far below what training sees."""
+
+GRID_POINTS = 1025
+"""Where a schedule is checked at construction: evenly on [TIME_FLOOR, 1], both ends included."""
+
+
+def over_rows(values: Tensor, like: Tensor) -> Tensor:
+    """View values of shape ``()`` or ``(B,)`` so that they broadcast over the rows of ``like``, of shape ``(B, *)``."""
+    return values.reshape(values.shape + (1,) * (like.ndim - values.ndim)) if values.ndim else values
+
+
+class Schedule:
+    """A noise schedule (alpha, beta), checked at construction.
+
+    Args:
+        alpha: the weight of the data: text such as ``"cos(pi*t/2)"``, a sympy expression in t, or a callable on tensors.
+        beta: the weight of the noise, likewise.
+
+    Raises:
+        ScheduleError: if the ends are wrong, a value is not finite on [TIME_FLOOR, 1], or lambda does not fall; it names
+            the time and the values.
+        ExpressionError: if a text is no formula in t.
+    """
+
+    def __init__(self, alpha: Source, beta: Source) -> None:
+        self._alpha, self._beta = TimeFunction(alpha), TimeFunction(beta)
+        self._check_ends()
+        self._check_inside()
+
+    @property
+    def functions(self) -> tuple[TimeFunction, TimeFunction]:
+        """Alpha and beta as functions that know their formula and derivative."""
+        return self._alpha, self._beta
+
+    def alpha(self, t: Tensor | float) -> Tensor:
+        """The weight of the data at t, of shape ``()`` or ``(B,)``; the same shape comes out."""
+        return self._alpha(_as_times(t))
+
+    def beta(self, t: Tensor | float) -> Tensor:
+        """The weight of the noise at t, of shape ``()`` or ``(B,)``; the same shape comes out."""
+        return self._beta(_as_times(t))
+
+    def alpha_dot(self, t: Tensor | float) -> Tensor:
+        """The derivative of alpha at t; the same shape comes out."""
+        return self._alpha.dot(_as_times(t))
+
+    def beta_dot(self, t: Tensor | float) -> Tensor:
+        """The derivative of beta at t; the same shape comes out."""
+        return self._beta.dot(_as_times(t))
+
+    def signal_to_noise(self, t: Tensor | float) -> Tensor:
+        """Lambda = alpha / beta at t; infinite at t = 0, zero at t = 1."""
+        return self.alpha(t) / self.beta(t)
+
+    def signal_to_noise_dot(self, t: Tensor | float) -> Tensor:
+        """Lambda' = (alpha' beta - alpha beta') / beta^2 at t, negative on (0, 1)."""
+        beta = self.beta(t)
+        return (self.alpha_dot(t) * beta - self.alpha(t) * self.beta_dot(t)) / beta**2
+
+    def perturb(self, latents: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the noisy state and its conditional velocity.
+
+        Args:
+            latents: clean latents z of shape ``(B, *)``.
+            noise: standard normal noise of the same shape.
+            t: times of shape ``()`` or ``(B,)``.
+
+        Returns:
+            ``z_t = alpha z + beta noise`` and ``v = alpha' z + beta' noise``, each of shape ``(B, *)``.
+
+        Raises:
+            InputError: if the shapes of latents and noise differ.
+            TimeError: if t is of whole numbers or has another shape.
+        """
+        if noise.shape != latents.shape:
+            raise InputError(f"noise of shape {tuple(noise.shape)} came for latents of shape {tuple(latents.shape)}")
+        t = _as_times(t)
+        if t.ndim > 1 or (t.ndim == 1 and t.shape[0] != latents.shape[0]):
+            raise TimeError(f"t of shape {tuple(t.shape)} came for latents of shape {tuple(latents.shape)}; use (B,) or ()")
+
+        def mix(data: Tensor, grain: Tensor) -> Tensor:
+            return (over_rows(data, latents) * latents + over_rows(grain, latents) * noise).to(latents.dtype)
+
+        return mix(self.alpha(t), self.beta(t)), mix(self.alpha_dot(t), self.beta_dot(t))
+
+    def _check_ends(self) -> None:
+        for name, function, ends in (("alpha", self._alpha, (1.0, 0.0)), ("beta", self._beta, (0.0, 1.0))):
+            for time, wanted in zip((0.0, 1.0), ends, strict=True):
+                value = float(_evaluate(function, torch.tensor(time, dtype=torch.float64), name))
+                if not abs(value - wanted) <= END_TOLERANCE:
+                    advice = _TERMINAL_ADVICE if (name, time) == ("alpha", 1.0) and 0 < value < 1 else ""
+                    raise ScheduleError(
+                        f"{name}({time:g}) = {value:.6g}, but it must be {wanted:g}: t = 0 is data (alpha = 1, beta = 0) "
+                        f"and t = 1 is noise (alpha = 0, beta = 1); {name} is {function}.{advice}"
+                    )
+
+    def _check_inside(self) -> None:
+        times = torch.linspace(TIME_FLOOR, 1.0, GRID_POINTS, dtype=torch.float64)
+        named = {"alpha": self._alpha, "beta": self._beta, "alpha'": self._alpha.dot, "beta'": self._beta.dot}
+        values = {name: _evaluate(function, times, name) for name, function in named.items()}
+        for name, value in values.items():
+            _refuse(~value.isfinite(), times, value, f"{name} must be finite on [{TIME_FLOOR}, 1]", name)
+        _refuse(values["beta"] <= 0, times, values["beta"], "beta must be positive on (0, 1]", "beta")
+        ratio, slope = self.signal_to_noise(times), self.signal_to_noise_dot(times)
+        _refuse(slope[:-1] >= 0, times, slope, "lambda = alpha/beta must fall: lambda' < 0 on (0, 1)", "lambda'")
+        _refuse(ratio.diff() >= 0, times, ratio, "lambda = alpha/beta must fall strictly", "lambda")
+
+    def _repr_latex_(self) -> str:
+        parts = [
+            r"\text{callable}" if f.expression is None else sympy.latex(f.expression) for f in (self._alpha, self._beta)
+        ]
+        return rf"$\alpha(t) = {parts[0]}, \quad \beta(t) = {parts[1]}$"
+
+    def __str__(self) -> str:
+        return f"alpha(t) = {self._alpha}, beta(t) = {self._beta}"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Schedule) and self.functions == other.functions
+
+    def __hash__(self) -> int:
+        return hash(self.functions)
+
+
+class LinearSchedule(Schedule):
+    """``alpha = 1 - t, beta = t``: rectified flow, flow matching's optimal-transport path (Liu et al., arXiv 2209.03003)."""
+
+    def __init__(self) -> None:
+        super().__init__("1 - t", "t")
+
+
+class CosineSchedule(Schedule):
+    """``alpha = cos(pi t/2), beta = sin(pi t/2)``: variance preserving, constant speed on the circle (arXiv 2303.08797)."""
+
+    def __init__(self) -> None:
+        super().__init__("cos(pi*t/2)", "sin(pi*t/2)")
+
+
+class PolynomialSchedule(Schedule):
+    """``alpha = (1 - t)^n, beta = 1 - (1 - t)^n``: the convex polynomial path (Lipman et al., arXiv 2412.06264, in t -> 1 - t).
+
+    Args:
+        power: n, from 1 (the linear schedule) up; for n > 1 lambda'(1) = 0.
+
+    Raises:
+        ScheduleError: if n < 1, where alpha' is infinite at t = 1.
+    """
+
+    def __init__(self, power: float = 2) -> None:
+        if not power >= 1:
+            raise ScheduleError(f"power = {power} came; below 1 alpha' is infinite at t = 1, so write 1 or more")
+        alpha = parse(f"(1 - t)**{power}")
+        super().__init__(alpha, 1 - alpha)
+
+
+class VariancePreservingSchedule(Schedule):
+    r"""The variance-preserving diffusion of Ho et al. and Song et al. (arXiv 2011.13456), rescaled to zero terminal SNR.
+
+    With :math:`\bar\alpha(t) = \exp(-\tfrac12 \beta_{min} t - \tfrac14 (\beta_{max} - \beta_{min}) t^2)` the raw alpha(1)
+    is not zero, so a sampler that starts at pure noise starts where training never was. As Lin et al. (arXiv 2305.08891)
+    advise, :math:`\alpha = (\bar\alpha(t) - \bar\alpha(1)) / (1 - \bar\alpha(1))`, :math:`\beta = \sqrt{1 - \alpha^2}`.
+
+    Args:
+        beta_min: the diffusion rate at t = 0, positive.
+        beta_max: the diffusion rate at t = 1, at least beta_min.
+
+    Raises:
+        ScheduleError: if not 0 < beta_min <= beta_max.
+    """
+
+    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
+        if not 0 < beta_min <= beta_max < math.inf:
+            raise ScheduleError(f"beta_min = {beta_min}, beta_max = {beta_max} came; write 0 < beta_min <= beta_max")
+        raw = parse(f"exp(-{beta_min}*t/2 - ({beta_max} - {beta_min})*t**2/4)")
+        end = raw.subs(expressions.t, 1)
+        alpha = (raw - end) / (1 - end)
+        super().__init__(alpha, sympy.sqrt(1 - alpha**2))
+
+
+_TERMINAL_ADVICE = (
+    " A raw diffusion schedule leaves signal at t = 1, where sampling starts; rescale it to zero terminal SNR, "
+    "(alpha(t) - alpha(1))/(1 - alpha(1)) with beta = sqrt(1 - alpha**2), as VariancePreservingSchedule() does."
+)
+
+
+def _as_times(t: Tensor | float) -> Tensor:
+    t = torch.as_tensor(t)
+    if not t.is_floating_point():
+        raise TimeError(f"times of dtype {t.dtype} came; flowspace's times are real numbers in [0, 1]: write t.float()")
+    return t if t.dtype in (torch.float32, torch.float64) else t.float()
+
+
+def _evaluate(function: TimeFunction, times: Tensor, name: str) -> Tensor:
+    try:
+        return function(times)
+    except ExpressionError:
+        raise
+    except Exception as error:
+        raise ScheduleError(f"{name} fails on a float64 tensor of times of shape {tuple(times.shape)}: {error}") from error
+
+
+def _refuse(bad: Tensor, times: Tensor, values: Tensor, why: str, name: str) -> None:
+    if bool(bad.any()):
+        at = int(bad.nonzero()[0])
+        around: Any = ", ".join(f"{name}({float(times[i]):.4g}) = {float(values[i]):.6g}" for i in (at, at + 1) if i < len(times))
+        raise ScheduleError(f"{why}, but {around}")

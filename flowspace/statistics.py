@@ -1,0 +1,266 @@
+r"""Statistics of the path that a network is trained to output, and the coefficients of their residual.
+
+A statistic :math:`(\gamma, \delta)` names the function :math:`f(z_t, t, s) = \gamma z_t + \delta \int_s^t v\,d\tau` with v the
+marginal velocity of the probability-flow ODE. Differentiating :math:`f/\delta` along the path gives two identities:
+
+.. math::
+    D_t(f/\delta) &= (\gamma/\delta)' z_t + (1 + \gamma/\delta) v  & \text{(I), always} \\
+    D_t(f/\delta) &= \kappa(s) \lambda'(t) z  & \text{(II), exactly when } \kappa = (1 + \gamma/\delta) \beta(t)
+    \text{ does not depend on t}
+
+With b = 1/delta, a = b' (in t) and c = kappa lambda', (II) is the residual R = a f + b D_t f - c x. Assumed: delta is not
+zero inside ``0 < s < t < 1``. Not assumed: that gamma, delta are finite on the edges; only a, b, c are used there.
+"""
+
+import math
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch import Tensor
+
+from flowspace.errors import CriterionError
+from flowspace.expressions import NOT_ZERO, Source, TimeFunction, combine, on_edge, precise_values, random_points, s, t
+from flowspace.schedules import Schedule, over_rows
+
+__all__ = ["Coefficients", "ConsistencyStatistic", "MatchedStatistic", "MeanFlowStatistic", "Statistic"]
+
+POINTS = 12
+"""Random (t, s) at which a claim about formulas is tested: one wrong answer in 10^50 each."""
+
+NEVER = 1e-15
+"""A delta this small inside the triangle is float64 rounding of zero."""
+
+NUMERIC = 1e-6
+"""What counts as zero for callables, whose derivative is automatic, in float64."""
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """What multiplies what in the residual of one statistic under one schedule. Each is a function of (t, s).
+
+    Attributes:
+        prediction: a = b', in front of f.
+        derivative: b = 1/delta, in front of D_t f.
+        state: (gamma/delta)', in front of z_t in identity (I).
+        velocity: 1 + gamma/delta, in front of v in identity (I), and of z_t in the step.
+        scaled_kappa: kappa = velocity * beta(t), a function of s alone where Criterion 1 holds.
+        failure: why Criterion 1 fails, or an empty text.
+        data: c = kappa lambda', in front of x in identity (II).
+    """
+
+    prediction: TimeFunction
+    derivative: TimeFunction
+    state: TimeFunction
+    velocity: TimeFunction
+    scaled_kappa: TimeFunction
+    failure: str
+    _data: TimeFunction
+
+    @property
+    def data(self) -> TimeFunction:
+        """C = kappa lambda'; raises CriterionError where Criterion 1 fails, since (II) does not hold there."""
+        if self.failure:
+            raise CriterionError(f"the residual has no data term: {self.failure}")
+        return self._data
+
+    @property
+    def data_vanishes(self) -> bool:
+        """Whether kappa is zero everywhere: the consistency family, whose residual has no data term."""
+        times = torch.tensor(random_points(POINTS), dtype=torch.float64)
+        return bool((self.scaled_kappa(times[:, 0], times[:, 1]).abs() < NEVER).all())
+
+    def scale(self, t: Tensor, s: Tensor) -> Tensor:
+        """Return the signed scale m = sign(b) max(|a|, |b|/(t - s)) of the residual, of shape ``(B,)``.
+
+        Where b = 0, as on the diagonal of an anchored statistic, and on every diagonal, m = a. Where a = b = 0 nothing is
+        to be learned, R = 0, and m = 1. Dividing by m bounds what multiplies f and D_t f: DESIGN, section 1.
+        """
+        a, b = self.prediction(t, s), self.derivative(t, s)
+        off_diagonal = (s < t) & (b != 0)
+        gap = torch.where(off_diagonal, t - s, 1.0)
+        m = torch.where(off_diagonal, b.sign() * torch.maximum(a.abs(), b.abs() / gap), a)
+        return torch.where(m == 0, 1.0, m)
+
+    def step(self, prediction: Tensor, z_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """Return z_s = (1 + gamma/delta) z_t - f/delta, exact for the exact f: identity (I) integrated, in one space."""
+        kept, moved = self.velocity(t, s), self.derivative(t, s)
+        return over_rows(kept, z_t) * z_t - over_rows(moved, z_t) * prediction
+
+
+class Statistic:
+    """A pair (gamma, delta), each text, a number, a sympy expression in t and s, or a callable on tensors.
+
+    Args:
+        gamma: the weight of the state z_t.
+        delta: the weight of the integral of the velocity; not zero.
+
+    Raises:
+        CriterionError: if delta is zero.
+        ExpressionError: if a text is no formula in t and s.
+    """
+
+    def __init__(self, gamma: Source, delta: Source) -> None:
+        self.gamma, self.delta = TimeFunction(gamma, 2), TimeFunction(delta, 2)
+        times = torch.tensor(random_points(POINTS), dtype=torch.float64)
+        if bool((self.delta(times[:, 0], times[:, 1]).abs() < NEVER).any()):
+            raise CriterionError(
+                f"delta = {self.delta} is zero inside 0 < s < t < 1, so f would not see the path and 1/delta does not "
+                "exist; write for example '-t/(t - s)'"
+            )
+
+    @classmethod
+    def from_kappa(cls, schedule: Schedule, kappa: Source, delta: Source) -> "Statistic":
+        """Derive gamma = delta (kappa(s)/beta(t) - 1), so that Criterion 1 holds by construction.
+
+        Args:
+            schedule: the schedule under which kappa is meant.
+            kappa: a function of s, as text in ``s``, a number, a sympy expression or a callable of one tensor of times.
+            delta: as in the constructor.
+
+        Raises:
+            CriterionError: if kappa mentions t, or delta is zero.
+        """
+        wanted = _function_of_s(kappa)
+        statistic = cls(0, delta)
+        gamma = combine(
+            lambda d, k, b: d * (k / b - 1), (statistic.delta, None), (wanted, None), (schedule.functions[1], t)
+        )
+        return cls(gamma, delta)
+
+    def ratios(self, schedule: Schedule) -> tuple[TimeFunction, TimeFunction]:
+        """Return b = 1/delta and gamma/delta under a schedule."""
+        return (
+            combine(lambda d: 1 / d, (self.delta, None)),
+            combine(lambda g, d: g / d, (self.gamma, None), (self.delta, None)),
+        )
+
+    def coefficients(self, schedule: Schedule) -> Coefficients:
+        """Derive what multiplies f, D_t f, x, z_t and v in the residual under a schedule."""
+        b, ratio = self.ratios(schedule)
+        alpha, beta = schedule.functions
+        velocity = combine(lambda g: 1 + g, (ratio, None))
+        scaled = combine(lambda w, n: w * n, (velocity, None), (beta, t))
+        kappa = _at_noise(scaled)
+        data = combine(
+            lambda k, al, be, al_dot, be_dot: k * (al_dot * be - al * be_dot) / be**2,
+            (kappa, None), (alpha, t), (beta, t), (alpha.dot, t), (beta.dot, t),
+        )  # fmt: skip
+        return Coefficients(b.dot, b, ratio.dot, velocity, kappa, _left_of_t(scaled), data)
+
+    def kappa(self, schedule: Schedule) -> "sympy.Expr | TimeFunction":
+        """Return the derived kappa(s): a sympy expression in s, or a function of (t, s) that ignores t for callables.
+
+        Raises:
+            CriterionError: if (1 + gamma/delta) beta(t) depends on t; it says what is left of t.
+        """
+        c = self.coefficients(schedule)
+        if c.failure:
+            raise CriterionError(f"Criterion 1 fails for {self} under {schedule}: {c.failure}")
+        return c.scaled_kappa if c.scaled_kappa.expression is None else c.scaled_kappa.expression
+
+    def __str__(self) -> str:
+        return f"gamma(t, s) = {self.gamma}, delta(t, s) = {self.delta}"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Statistic) and (self.gamma, self.delta) == (other.gamma, other.delta)
+
+    def __hash__(self) -> int:
+        return hash((self.gamma, self.delta))
+
+
+class MatchedStatistic(Statistic):
+    """The universal default: kappa(s) = beta(s) and delta = beta_t / (beta_s alpha_t - alpha_s beta_t), for any schedule.
+
+    Then b = beta_s lambda_t - alpha_s, a = c = beta_s lambda'_t and gamma/delta = beta_s/beta_t - 1: both criteria hold,
+    it is anchored and matched, and f is the clean prediction that makes a DDIM jump from t to s exact.
+    """
+
+    def __init__(self) -> None:
+        """Nothing to choose; gamma and delta follow from the schedule, see `on`."""
+
+    def ratios(self, schedule: Schedule) -> tuple[TimeFunction, TimeFunction]:
+        """Return b = beta_s lambda_t - alpha_s and gamma/delta = beta_s/beta_t - 1."""
+        alpha, beta = schedule.functions
+        b = combine(
+            lambda a_t, b_t, a_s, b_s: b_s * a_t / b_t - a_s, (alpha, t), (beta, t), (alpha, s), (beta, s)
+        )
+        return b, combine(lambda b_t, b_s: b_s / b_t - 1, (beta, t), (beta, s))
+
+    def on(self, schedule: Schedule) -> Statistic:
+        """Return the same statistic with gamma and delta written out for one schedule."""
+        b, ratio = self.ratios(schedule)
+        return Statistic(
+            combine(lambda g, i: g / i, (ratio, None), (b, None)), combine(lambda i: 1 / i, (b, None))
+        )
+
+    def __str__(self) -> str:
+        return "matched: kappa(s) = beta(s), delta = beta_t/(beta_s alpha_t - alpha_s beta_t)"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, MatchedStatistic)
+
+    def __hash__(self) -> int:
+        return hash(MatchedStatistic)
+
+
+class MeanFlowStatistic(Statistic):
+    """``gamma = 0, delta = 1/(t - s)``: f is the average velocity (Geng et al., arXiv 2505.13447). Criterion 1 fails."""
+
+    def __init__(self) -> None:
+        super().__init__(0, "1/(t - s)")
+
+
+class ConsistencyStatistic(Statistic):
+    """``gamma = 1, delta = -1``: f = z_s (Song et al., arXiv 2303.01469; trajectory form 2310.02279). kappa = 0."""
+
+    def __init__(self) -> None:
+        super().__init__(1, -1)
+
+
+def _function_of_s(kappa: Source) -> TimeFunction:
+    if callable(kappa) and not isinstance(kappa, (sympy.Expr, TimeFunction)):
+        return TimeFunction(lambda _, s_: kappa(s_), 2)
+    function = TimeFunction(kappa, 2)
+    if function.expression is not None and t in function.expression.free_symbols:
+        raise CriterionError(f"kappa = {function} depends on t; Criterion 1 asks for a function of s alone")
+    return function
+
+
+def _at_noise(scaled: TimeFunction) -> TimeFunction:
+    """Return kappa as a function of s: the value of (1 + gamma/delta) beta(t) at t = 1, or its limit."""
+    if scaled.expression is None:
+        return TimeFunction(lambda t_, s_: scaled.raw(torch.ones_like(t_), s_), 2)
+    value = scaled.expression.subs(t, 1)
+    if value.has(sympy.nan, sympy.zoo, sympy.oo):
+        value = on_edge(scaled.expression, t, sympy.Integer(1)) or value
+    simpler = sympy.simplify(value) if value.count_ops() < SIMPLIFY_OPS else value
+    return TimeFunction(min(simpler, value, key=lambda e: e.count_ops()), 2)
+
+
+SIMPLIFY_OPS = 30
+"""Operations beyond which simplifying kappa for display may take seconds."""
+
+
+def _left_of_t(scaled: TimeFunction) -> str:
+    """Return an empty text if (1 + gamma/delta) beta(t) does not depend on t, else what is left of t."""
+    points = random_points(POINTS)
+    if scaled.expression is not None:
+        slopes = precise_values(scaled.expression.diff(t), points)
+        sizes = precise_values(scaled.expression, points)
+        tolerance, how = NOT_ZERO, f"(1 + gamma/delta) beta(t) = {scaled.expression}"
+    else:
+        times = torch.tensor(points, dtype=torch.float64)
+        slopes = scaled.dot(times[:, 0], times[:, 1]).tolist()
+        sizes = scaled(times[:, 0], times[:, 1]).tolist()
+        tolerance, how = NUMERIC, f"(1 + gamma/delta) beta(t), derived numerically to {NUMERIC:g},"
+    for (t_, s_), slope, size in zip(points, slopes, sizes, strict=True):
+        if not abs(slope) <= tolerance * max(1, abs(size)) or not math.isfinite(size):
+            return (
+                f"{how} must be a function of s alone, but at (t, s) = ({t_:.3f}, {s_:.3f}) it is {float(size):.5g} and "
+                f"changes with t at the rate {float(slope):.5g}"
+            )
+    return ""

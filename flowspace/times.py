@@ -1,0 +1,209 @@
+"""How times are drawn: a `TimeSampler` draws t for each row, a `TimePairs` draws (t, s) with s <= t.
+
+Samplers are frozen and hold no state; the randomness comes from the generator that is passed in. Every t is at least
+`TIME_FLOOR`, since lambda is infinite at t = 0.
+"""
+
+import abc
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from flowspace.errors import TimeError
+from flowspace.schedules import TIME_FLOOR
+
+__all__ = ["LogitNormalTimes", "PairSampler", "ShiftedTimes", "TimePairs", "TimeSampler", "ToDataTimes", "UniformTimes"]
+
+REFERENCE_DIM = 4096
+"""The latent size at which a shift is 1: 4 x 32 x 32, where the shift of Esser et al. (arXiv 2403.03206) was set."""
+
+
+class TimeSampler(abc.ABC):
+    """Draws one time per row, in [TIME_FLOOR, 1]."""
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        rows: int,
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Return times of shape ``(rows,)``."""
+
+
+@dataclass(frozen=True)
+class UniformTimes(TimeSampler):
+    """Uniform on [low, high].
+
+    Raises:
+        TimeError: unless TIME_FLOOR <= low < high <= 1.
+    """
+
+    low: float = TIME_FLOOR
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not TIME_FLOOR <= self.low < self.high <= 1:
+            raise TimeError(f"low = {self.low}, high = {self.high} came; write {TIME_FLOOR} <= low < high <= 1")
+
+    def __call__(
+        self,
+        rows: int,
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Return times of shape ``(rows,)``."""
+        unit = torch.rand(rows, generator=generator, device=device, dtype=dtype)
+        return (self.low + (self.high - self.low) * unit).clamp(self.low, self.high)
+
+
+@dataclass(frozen=True)
+class LogitNormalTimes(TimeSampler):
+    """``sigmoid(mean + spread n)`` with n standard normal (Esser et al., arXiv 2403.03206), raised to TIME_FLOOR.
+
+    MeanFlow draws with mean -0.4 and spread 1, pixel MeanFlow with 0.8 and 0.8.
+
+    Raises:
+        TimeError: unless spread is positive.
+    """
+
+    mean: float = -0.4
+    spread: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.spread < math.inf:
+            raise TimeError(f"spread = {self.spread} came; it is a standard deviation, so write a positive number")
+
+    def __call__(
+        self,
+        rows: int,
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Return times of shape ``(rows,)``."""
+        normal = torch.randn(rows, generator=generator, device=device, dtype=dtype)
+        return torch.sigmoid(self.mean + self.spread * normal).clamp(min=TIME_FLOOR)
+
+
+@dataclass(frozen=True)
+class ShiftedTimes(TimeSampler):
+    """``t' = k t / (1 + (k - 1) t)`` with ``k = sqrt(dim / 4096)``: more noise for larger latents (arXiv 2403.03206).
+
+    Args:
+        dim: the number of elements of a latent, such as 32 * 16 * 16; the shift k grows with its root.
+        times: what is shifted.
+
+    Raises:
+        TimeError: unless dim is positive.
+    """
+
+    dim: int
+    times: TimeSampler = field(default_factory=UniformTimes)
+
+    def __post_init__(self) -> None:
+        if not self.dim >= 1:
+            raise TimeError(f"dim = {self.dim} came; it is the number of elements of a latent, such as 32 * 16 * 16")
+
+    @property
+    def shift(self) -> float:
+        """K, above 1 where times move towards the noise."""
+        return math.sqrt(self.dim / REFERENCE_DIM)
+
+    def __call__(
+        self,
+        rows: int,
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Return times of shape ``(rows,)``."""
+        t = self.times(rows, generator=generator, device=device, dtype=dtype)
+        return (self.shift * t / (1 + (self.shift - 1) * t)).clamp(TIME_FLOOR, 1.0)
+
+
+class PairSampler(abc.ABC):
+    """Draws (t, s) for each row, with TIME_FLOOR <= t <= 1 and 0 <= s <= t."""
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        rows: int,
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> tuple[Tensor, Tensor]:
+        """Return t and s, each of shape ``(rows,)``."""
+
+
+@dataclass(frozen=True)
+class TimePairs(PairSampler):
+    """Two draws, sorted into s <= t, with a share of the rows on the diagonal s = t.
+
+    Args:
+        times: how each of the two is drawn.
+        equal: the share of rows with s = t, in [0, 1]; which rows is random, how many is not (but for rounding).
+        mask_first: False sorts first, so that t on the diagonal is the larger of two draws (MeanFlow); True puts rows on
+            the diagonal before sorting, so that t there is a plain draw (pixel MeanFlow).
+
+    Raises:
+        TimeError: if the share is outside [0, 1].
+    """
+
+    times: TimeSampler = field(default_factory=UniformTimes)
+    equal: float = 0.5
+    mask_first: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.equal <= 1:
+            raise TimeError(f"equal = {self.equal} came; it is the share of rows with s = t, between 0 and 1")
+
+    def __call__(
+        self,
+        rows: int,
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> tuple[Tensor, Tensor]:
+        """Return t and s, each of shape ``(rows,)``."""
+        first, second = (self.times(rows, generator=generator, device=device, dtype=dtype) for _ in range(2))
+        diagonal = self._diagonal(rows, generator, device)
+        if self.mask_first:
+            second = torch.where(diagonal, first, second)
+        t, s = torch.maximum(first, second), torch.minimum(first, second)
+        return t, torch.where(diagonal, t, s)
+
+    def _diagonal(
+        self, rows: int, generator: torch.Generator | None, device: torch.device | str | None
+    ) -> Tensor:
+        rank = torch.rand(rows, generator=generator, device=device).argsort().argsort()
+        return rank + torch.rand((), generator=generator, device=device) < self.equal * rows
+
+
+@dataclass(frozen=True)
+class ToDataTimes(PairSampler):
+    """t as drawn and s = 0 in every row: the pairs of consistency models."""
+
+    times: TimeSampler = field(default_factory=UniformTimes)
+
+    def __call__(
+        self,
+        rows: int,
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> tuple[Tensor, Tensor]:
+        """Return t and s, each of shape ``(rows,)``."""
+        t = self.times(rows, generator=generator, device=device, dtype=dtype)
+        return t, torch.zeros_like(t)
