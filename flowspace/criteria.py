@@ -1,6 +1,6 @@
 """Which properties a statistic has under a schedule, and why not."""
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,14 @@ from torch import Tensor
 from flowspace.errors import CriterionError
 from flowspace.expressions import NUDGE, TimeFunction, precise_values
 from flowspace.schedules import TIME_FLOOR, Schedule
-from flowspace.statistics import Coefficients, MatchedStatistic, Statistic
+from flowspace.statistics import (
+    DIAGONAL_POINTS,
+    DIAGONAL_TOLERANCE,
+    Coefficients,
+    MatchedStatistic,
+    Statistic,
+    worst_on_diagonal,
+)
 
 __all__ = ["CriteriaReport", "check_criteria"]
 
@@ -21,10 +28,6 @@ CORNER = 1e-12
 LIMIT_TOLERANCE = 1e-4
 """How far gamma and delta may be from 1 and -1 that near the corner."""
 
-DIAGONAL_TOLERANCE = 1e-4
-"""How far b, and a/c - 1, may be from zero on the diagonal: `NUDGE` over the smallest t, for callables that are 0/0 there."""
-
-DIAGONAL_POINTS = 64
 EXPLODES = 1e6
 """A coefficient beyond this at t = 1e-9 is reported as singular for t -> 0."""
 
@@ -100,19 +103,22 @@ def check_criteria(schedule: Schedule, statistic: Statistic) -> CriteriaReport:
     kappa = None if not first else c.scaled_kappa if c.scaled_kappa.expression is None else c.scaled_kappa.expression
     gamma, delta = _corner(c)
     second = abs(gamma - 1) < LIMIT_TOLERANCE and abs(delta + 1) < LIMIT_TOLERANCE
-    anchored, off = _vanishes_on_diagonal(c.derivative)
-    matched, gap = _vanishes_on_diagonal(lambda t, s: c.prediction(t, s) / c.data(t, s) - 1) if first else (False, "")
+    off, off_at = worst_on_diagonal(c.derivative)
+    gap, gap_at = worst_on_diagonal(lambda t, s: c.prediction(t, s) / c.data(t, s) - 1) if first else (math.inf, 0.0)
+    matched = gap <= DIAGONAL_TOLERANCE
     reasons = {
         "Criterion 1": _line(first, "kappa depends on s alone: the velocity drops out, identity (II)", c.failure),
         "Criterion 2": _line(second, f"gamma(1,0) = {gamma:.6g}, delta(1,0) = {delta:.6g}: f at (1, 0) is "
                              + ("a sample" if second else "no sample; they must be 1 and -1")),
-        "anchored": _line(anchored, "b(t,t) = 0: on s = t the residual is a reconstruction loss", f"b(t,t) is not 0: {off}"),
+        "anchored": _line(c.anchored, "b(t,t) = 0: on s = t the residual is a reconstruction loss",
+                          f"b(t,t) is not 0 but {off:.4g} in size at t = {off_at:.3g}"),
         "matched": _line(matched, "a(t,t) = c(t,t): it reconstructs x itself",
-                         f"a(t,t)/c(t,t) - 1 is not 0: {gap}" if first else "there is no c without Criterion 1"),
+                         f"a/c - 1 is not 0 but {gap:.4g} in size at s = t = {gap_at:.3g}" if first
+                         else "there is no c without Criterion 1"),
     }  # fmt: skip
     shown = statistic.on(schedule) if isinstance(statistic, MatchedStatistic) else statistic
     return CriteriaReport(
-        schedule, shown, c, first, second, anchored, matched, kappa, tuple(_singular_edges(c, first)), reasons
+        schedule, shown, c, first, second, c.anchored, matched, kappa, tuple(_singular_edges(c, first)), reasons
     )
 
 
@@ -124,18 +130,13 @@ def _corner(c: Coefficients) -> tuple[float, float]:
     """Return gamma = (gamma/delta)/b and delta = 1/b in the limit (t, s) -> (1, 0)."""
     if c.derivative.expression is not None and c.velocity.expression is not None:
         corner = [(1 - sympy.Float(CORNER, 50), sympy.Float(CORNER, 50))]
-        b, kept = (precise_values(f.expression, corner)[0] for f in (c.derivative, c.velocity) if f.expression is not None)
+        b, kept = (
+            precise_values(f.expression, corner)[0] for f in (c.derivative, c.velocity) if f.expression is not None
+        )
     else:
         t, s = (torch.tensor(time, dtype=torch.float64) for time in (1 - NUDGE, NUDGE))
         b, kept = float(c.derivative(t, s)), float(c.velocity(t, s))
     return (float((kept - 1) / b), float(1 / b)) if b else (float("nan"), float("inf"))
-
-
-def _vanishes_on_diagonal(function: Callable[[Tensor, Tensor], Tensor]) -> tuple[bool, str]:
-    times = torch.linspace(TIME_FLOOR, 1 - TIME_FLOOR, DIAGONAL_POINTS, dtype=torch.float64)
-    values = function(times, times)
-    worst = int(torch.where(values.isfinite(), values.abs(), torch.inf).argmax())
-    return bool(values[worst].abs() <= DIAGONAL_TOLERANCE), f"{float(values[worst]):.4g} at t = s = {float(times[worst]):.3g}"
 
 
 def _singular_edges(c: Coefficients, first: bool) -> list[str]:

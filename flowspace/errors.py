@@ -1,6 +1,14 @@
 """What flowspace raises. Each error says what came, why it is wrong and what to write instead."""
 
-__all__ = ["CriterionError", "ExpressionError", "FlowspaceError", "InputError", "RunError", "ScheduleError", "TimeError"]
+__all__ = [
+    "CriterionError",
+    "ExpressionError",
+    "FlowspaceError",
+    "InputError",
+    "RunError",
+    "ScheduleError",
+    "TimeError",
+]
 
 
 class FlowspaceError(ValueError):

@@ -110,7 +110,9 @@ class Schedule:
             raise InputError(f"noise of shape {tuple(noise.shape)} came for latents of shape {tuple(latents.shape)}")
         t = _as_times(t)
         if t.ndim > 1 or (t.ndim == 1 and t.shape[0] != latents.shape[0]):
-            raise TimeError(f"t of shape {tuple(t.shape)} came for latents of shape {tuple(latents.shape)}; use (B,) or ()")
+            raise TimeError(
+                f"t of shape {tuple(t.shape)} came for latents of shape {tuple(latents.shape)}; use (B,) or ()"
+            )
 
         def mix(data: Tensor, grain: Tensor) -> Tensor:
             return (over_rows(data, latents) * latents + over_rows(grain, latents) * noise).to(latents.dtype)
@@ -232,11 +234,15 @@ def _evaluate(function: TimeFunction, times: Tensor, name: str) -> Tensor:
     except ExpressionError:
         raise
     except Exception as error:
-        raise ScheduleError(f"{name} fails on a float64 tensor of times of shape {tuple(times.shape)}: {error}") from error
+        raise ScheduleError(
+            f"{name} fails on a float64 tensor of times of shape {tuple(times.shape)}: {error}"
+        ) from error
 
 
 def _refuse(bad: Tensor, times: Tensor, values: Tensor, why: str, name: str) -> None:
     if bool(bad.any()):
         at = int(bad.nonzero()[0])
-        around: Any = ", ".join(f"{name}({float(times[i]):.4g}) = {float(values[i]):.6g}" for i in (at, at + 1) if i < len(times))
+        around: Any = ", ".join(
+            f"{name}({float(times[i]):.4g}) = {float(values[i]):.6g}" for i in (at, at + 1) if i < len(times)
+        )
         raise ScheduleError(f"{why}, but {around}")

@@ -13,7 +13,9 @@ zero inside ``0 < s < t < 1``. Not assumed: that gamma, delta are finite on the 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import sympy
 import torch
@@ -21,12 +23,17 @@ from torch import Tensor
 
 from flowspace.errors import CriterionError
 from flowspace.expressions import NOT_ZERO, Source, TimeFunction, combine, on_edge, precise_values, random_points, s, t
-from flowspace.schedules import Schedule, over_rows
+from flowspace.schedules import TIME_FLOOR, Schedule, over_rows
 
 __all__ = ["Coefficients", "ConsistencyStatistic", "MatchedStatistic", "MeanFlowStatistic", "Statistic"]
 
 POINTS = 12
 """Random (t, s) at which a claim about formulas is tested: one wrong answer in 10^50 each."""
+
+DIAGONAL_TOLERANCE = 1e-4
+"""How far b, and a/c - 1, may be from zero on the diagonal: `NUDGE` over the smallest t, for callables that are 0/0 there."""
+
+DIAGONAL_POINTS = 64
 
 NEVER = 1e-15
 """A delta this small inside the triangle is float64 rounding of zero."""
@@ -64,6 +71,11 @@ class Coefficients:
             raise CriterionError(f"the residual has no data term: {self.failure}")
         return self._data
 
+    @cached_property
+    def anchored(self) -> bool:
+        """Whether b(t,t) = 0: then rows on the diagonal need no derivative."""
+        return worst_on_diagonal(self.derivative)[0] <= DIAGONAL_TOLERANCE
+
     @property
     def data_vanishes(self) -> bool:
         """Whether kappa is zero everywhere: the consistency family, whose residual has no data term."""
@@ -73,14 +85,14 @@ class Coefficients:
     def scale(self, t: Tensor, s: Tensor) -> Tensor:
         """Return the signed scale m = sign(b) max(|a|, |b|/(t - s)) of the residual, of shape ``(B,)``.
 
-        Where b = 0, as on the diagonal of an anchored statistic, and on every diagonal, m = a. Where a = b = 0 nothing is
-        to be learned, R = 0, and m = 1. Dividing by m bounds what multiplies f and D_t f: DESIGN, section 1.
+        On the diagonal, and where b = 0, m = a. Where that is zero too nothing is to be learned: R/m = 0 by its limit, and
+        m is infinite. Dividing by m bounds what multiplies f, x and (t - s) D_t f by one in size.
         """
         a, b = self.prediction(t, s), self.derivative(t, s)
         off_diagonal = (s < t) & (b != 0)
         gap = torch.where(off_diagonal, t - s, 1.0)
         m = torch.where(off_diagonal, b.sign() * torch.maximum(a.abs(), b.abs() / gap), a)
-        return torch.where(m == 0, 1.0, m)
+        return torch.where(m == 0, torch.inf, m)
 
     def step(self, prediction: Tensor, z_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """Return z_s = (1 + gamma/delta) z_t - f/delta, exact for the exact f: identity (I) integrated, in one space."""
@@ -185,17 +197,13 @@ class MatchedStatistic(Statistic):
     def ratios(self, schedule: Schedule) -> tuple[TimeFunction, TimeFunction]:
         """Return b = beta_s lambda_t - alpha_s and gamma/delta = beta_s/beta_t - 1."""
         alpha, beta = schedule.functions
-        b = combine(
-            lambda a_t, b_t, a_s, b_s: b_s * a_t / b_t - a_s, (alpha, t), (beta, t), (alpha, s), (beta, s)
-        )
+        b = combine(lambda a_t, b_t, a_s, b_s: b_s * a_t / b_t - a_s, (alpha, t), (beta, t), (alpha, s), (beta, s))
         return b, combine(lambda b_t, b_s: b_s / b_t - 1, (beta, t), (beta, s))
 
     def on(self, schedule: Schedule) -> Statistic:
         """Return the same statistic with gamma and delta written out for one schedule."""
         b, ratio = self.ratios(schedule)
-        return Statistic(
-            combine(lambda g, i: g / i, (ratio, None), (b, None)), combine(lambda i: 1 / i, (b, None))
-        )
+        return Statistic(combine(lambda g, i: g / i, (ratio, None), (b, None)), combine(lambda i: 1 / i, (b, None)))
 
     def __str__(self) -> str:
         return "matched: kappa(s) = beta(s), delta = beta_t/(beta_s alpha_t - alpha_s beta_t)"
@@ -219,6 +227,13 @@ class ConsistencyStatistic(Statistic):
 
     def __init__(self) -> None:
         super().__init__(1, -1)
+
+
+def worst_on_diagonal(function: Callable[[Tensor, Tensor], Tensor]) -> tuple[float, float]:
+    """Return the largest size of a function on the diagonal s = t, infinite where it is not finite, and where that is."""
+    times = torch.linspace(TIME_FLOOR, 1 - TIME_FLOOR, DIAGONAL_POINTS, dtype=torch.float64)
+    sizes = function(times, times).abs().nan_to_num(nan=torch.inf)
+    return float(sizes.max()), float(times[sizes.argmax()])
 
 
 def _function_of_s(kappa: Source) -> TimeFunction:

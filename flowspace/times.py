@@ -183,9 +183,7 @@ class TimePairs(PairSampler):
         t, s = torch.maximum(first, second), torch.minimum(first, second)
         return t, torch.where(diagonal, t, s)
 
-    def _diagonal(
-        self, rows: int, generator: torch.Generator | None, device: torch.device | str | None
-    ) -> Tensor:
+    def _diagonal(self, rows: int, generator: torch.Generator | None, device: torch.device | str | None) -> Tensor:
         rank = torch.rand(rows, generator=generator, device=device).argsort().argsort()
         return rank + torch.rand((), generator=generator, device=device) < self.equal * rows
 

@@ -43,7 +43,10 @@ class FiniteDifference(Derivative):
         offsets, weights = self._stencil(primals)
 
         def at(offset: Tensor) -> Tensor:
-            moved = (p if v is None else p + over_rows(offset.to(p.dtype), p) * v for p, v in zip(primals, tangents, strict=True))
+            moved = (
+                p if v is None else p + over_rows(offset.to(p.dtype), p) * v
+                for p, v in zip(primals, tangents, strict=True)
+            )
             return fn(*moved)
 
         value = fn(*primals) if value is None else value

@@ -97,7 +97,13 @@ class Objective(abc.ABC):
         object.__setattr__(self, "coefficients", assert_statistic.coefficients(self.schedule))
 
     def _check_kinds(self) -> None:
-        kinds = {"schedule": Schedule, "statistic": Statistic, "times": PairSampler, "penalty": Penalty, "derivative": Derivative}
+        kinds = {
+            "schedule": Schedule,
+            "statistic": Statistic,
+            "times": PairSampler,
+            "penalty": Penalty,
+            "derivative": Derivative,
+        }
         for name, kind in kinds.items():
             if not isinstance(value := getattr(self, name), kind):
                 raise InputError(f"{name} = {value!r} came; {_EXAMPLES[name]}")
@@ -175,13 +181,14 @@ class Objective(abc.ABC):
     def _derive(
         self, model: Model, z_t: Tensor, v: Tensor, t: Tensor, s: Tensor, cond: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        """Return f with gradient and D_t f along (v, 1, 0), which rows on the diagonal have no need of."""
+        """Return f with gradient and D_t f along (v, 1, 0), not computed on the diagonal where b = 0 there."""
 
         def fn(z_: Tensor, t_: Tensor, s_: Tensor, cond_: dict[str, Any]) -> Tensor:
             return model(z_, t_, s_, **cond_)
 
         tangents = (v.to(z_t.dtype), torch.ones_like(t), torch.zeros_like(s), None)
-        return self.derivative(fn, (z_t, t, s, cond), tangents, rows=s < t)  # type: ignore[misc]
+        rows = s < t if self.coefficients.anchored else None
+        return self.derivative(fn, (z_t, t, s, cond), tangents, rows=rows)  # type: ignore[misc]
 
     def _pair(
         self, latents: Tensor, t: Tensor | None, s: Tensor | None, generator: torch.Generator | None
@@ -206,7 +213,11 @@ _EXAMPLES = {
 def _check_batch(latents: Tensor, targets: Tensor) -> None:
     for name, tensor in (("latents", latents), ("targets", targets)):
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.ndim < 1:
-            came = f"{tensor.dtype} of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            came = (
+                f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+                if isinstance(tensor, Tensor)
+                else type(tensor).__name__
+            )
             raise InputError(f"{name}: {came} came; a tensor of real numbers of shape (B, *) is needed")
     if len(latents) != len(targets):
         raise InputError(f"{len(latents)} latents and {len(targets)} targets came; each row needs its pair")
@@ -218,7 +229,9 @@ def check_times(t: Tensor, s: Tensor, rows: int, dtype: torch.dtype) -> tuple[Te
     for name, time in (("t", t), ("s", s)):
         time = torch.as_tensor(time)
         if not time.is_floating_point():
-            raise TimeError(f"{name} of dtype {time.dtype} came; times are real numbers in [0, 1]: write {name}.float()")
+            raise TimeError(
+                f"{name} of dtype {time.dtype} came; times are real numbers in [0, 1]: write {name}.float()"
+            )
         if time.shape not in ((), (rows,)):
             raise TimeError(f"{name} of shape {tuple(time.shape)} came; it must be () or ({rows},), one time per row")
         pair.append(time.to(dtype).expand(rows))
