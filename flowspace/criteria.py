@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowspace.errors import CriterionError
-from flowspace.expressions import NUDGE, TimeFunction, precise_values
+from flowspace.expressions import NUDGE, TimeFunction, precise_values, readable
 from flowspace.schedules import TIME_FLOOR, Schedule
 from flowspace.statistics import (
     DIAGONAL_POINTS,
@@ -74,7 +74,7 @@ class CriteriaReport:
         rows = [("a", c.prediction), ("b", c.derivative)]
         rows += [("c", c.data)] if self.criterion1 else [("p", c.state), ("q", c.velocity)]
         form = "R = a f + b D_t f - c x" if self.criterion1 else "R = a f + b D_t f - p z_t - q v"
-        return "\n".join([form, *(f"{name} = {function}" for name, function in rows)])
+        return "\n".join([form, *(f"{name} = {_text(function)}" for name, function in rows)])
 
     def latex(self) -> str:
         """The residual as LaTeX, coefficients written out."""
@@ -84,9 +84,12 @@ class CriteriaReport:
         left = " + ".join(rf"\left({_latex(f)}\right) {symbol}" for f, symbol in terms)
         return "R = " + left + "".join(rf" - \left({_latex(f)}\right) {symbol}" for f, symbol in known)
 
+    def _statistic(self) -> str:
+        return f"gamma(t, s) = {_text(self.statistic.gamma)}, delta(t, s) = {_text(self.statistic.delta)}"
+
     def __str__(self) -> str:
         kappa = "none" if self.kappa is None else self.kappa
-        rows = [("schedule", str(self.schedule)), ("statistic", str(self.statistic)), ("kappa(s)", str(kappa))]
+        rows = [("schedule", str(self.schedule)), ("statistic", self._statistic()), ("kappa(s)", str(kappa))]
         rows += [(name, text) for name, text in self.reasons.items()]
         rows += [("singular", ", ".join(self.singular) or "nowhere"), ("residual", self.residual())]
         return "\n".join(f"{name:<12}{text}".replace("\n", "\n" + " " * 12) for name, text in rows)
@@ -157,4 +160,8 @@ def _singular_edges(c: Coefficients, first: bool) -> list[str]:
 
 
 def _latex(function: TimeFunction) -> str:
-    return r"\text{callable}" if function.expression is None else sympy.latex(function.expression)
+    return r"\text{callable}" if function.expression is None else sympy.latex(readable(function.expression))
+
+
+def _text(function: TimeFunction) -> str:
+    return str(function if function.expression is None else readable(function.expression))

@@ -264,7 +264,7 @@ class TimeFunction:
     def dot(self) -> "TimeFunction":
         """The partial derivative in t: symbolic where there is a formula, forward-mode AD where there is a callable."""
         if self.expression is not None:
-            return TimeFunction(self.expression.diff(t), self.arity)
+            return TimeFunction(tidy(self.expression.diff(t)), self.arity)
 
         def derivative(time: Tensor, *rest: Tensor) -> Tensor:
             return torch.func.jvp(lambda u: self._call(u, *rest), (time,), (torch.ones_like(time),))[1]
@@ -340,8 +340,18 @@ def combine(operation: Callable[..., Any], *functions: tuple[TimeFunction, sympy
 
 
 def tidy(expression: sympy.Expr) -> sympy.Expr:
-    """Cancel common factors, which also removes 0/0 on edges; large formulas are only brought over one denominator."""
-    return (sympy.cancel if expression.count_ops() <= MAX_CANCEL else sympy.together)(expression)
+    """Cancel common factors, which also removes most 0/0 on edges; large formulas are left as they are."""
+    return sympy.cancel(expression) if expression.count_ops() <= MAX_CANCEL else expression
+
+
+def readable(expression: sympy.Expr) -> sympy.Expr:
+    """Return the shortest form of a formula that a few quick rewritings find."""
+    if expression.count_ops() > MAX_CANCEL:
+        return expression
+    forms = [expression, sympy.factor(expression)]
+    if expression.has(sympy.sin, sympy.cos):
+        forms += [sympy.trigsimp(expression), sympy.factor(sympy.trigsimp(sympy.expand(expression)))]
+    return min(forms, key=lambda form: form.count_ops())
 
 
 def precise_values(expression: sympy.Expr, points: list[tuple[Any, Any]], digits: int = 50) -> list[Any]:

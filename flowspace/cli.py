@@ -1,0 +1,118 @@
+"""The command line: ``flowspace derive`` and ``flowspace demo``."""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from flowspace import __version__
+from flowspace.criteria import CriteriaReport, check_criteria
+from flowspace.errors import FlowspaceError
+from flowspace.schedules import Schedule
+from flowspace.statistics import MatchedStatistic, Statistic
+
+__all__ = ["main"]
+
+FORMULAS = ("--alpha", "--beta", "--gamma", "--delta", "--kappa")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns 0, 1 where a criterion or a run fails, 130 where it was interrupted."""
+    warnings.simplefilter("ignore", UserWarning)
+    options = _parser().parse_args(_joined(sys.argv[1:] if arguments is None else arguments))
+    try:
+        return options.command(options)
+    except FlowspaceError as error:
+        print(f"flowspace: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        print(f"flowspace: {error.name} is not installed; write: pip install 'flowspace[demo]'", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nflowspace: stopped; the same command continues from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """Join each formula to its option, so that ``--delta -t/(t-s)`` is not read as an option named -t."""
+    joined: list[str] = []
+    for argument in arguments:
+        if joined and joined[-1] in FORMULAS:
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("flowspace", description="Cross-space flow maps: derive, check, train, sample.")
+    parser.add_argument("--version", action="version", version=f"flowspace {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    derive = commands.add_parser(
+        "derive",
+        help="derive kappa and the residual of a schedule and a statistic, and check the criteria",
+        description="Prints kappa, the two criteria and the other properties, and the residual, also as LaTeX; exits 1 with "
+        "the reason when a criterion fails. Give --gamma or --kappa with --delta, or none of the three for the matched "
+        "statistic.",
+    )
+    derive.add_argument("--alpha", default="1 - t", help="weight of the data, a formula in t (default: %(default)s)")
+    derive.add_argument("--beta", default="t", help="weight of the noise, a formula in t (default: %(default)s)")
+    derive.add_argument("--gamma", help="weight of the state in the statistic, a formula in t and s")
+    derive.add_argument("--delta", help="weight of the velocity's integral, a formula in t and s")
+    derive.add_argument("--kappa", help="a formula in s, from which gamma is derived")
+    derive.set_defaults(command=_derive)
+    demo = commands.add_parser(
+        "demo",
+        help="train one-step digits from a noisy latent and report how good they are",
+        description="Real handwritten digits, two stages, one evaluation; leaves checkpoints, samples.png, metrics.json and "
+        "report.html. Run it again to continue a run that was stopped.",
+    )
+    demo.add_argument("--dataset", default="digits", choices=["digits", "mnist"], help="default: %(default)s")
+    demo.add_argument("--out", type=Path, help="where the run is kept (default: runs/DATASET)")
+    demo.add_argument("--seeds", type=int, default=1, help="how many seeds to average (default: %(default)s)")
+    demo.add_argument("--baselines", action="store_true", help="also a denoiser, latent MeanFlow + decoder, decoder on noise")
+    demo.set_defaults(command=_demo)
+    return parser
+
+
+def _derive(options: argparse.Namespace) -> int:
+    schedule = Schedule(options.alpha, options.beta)
+    report = check_criteria(schedule, _statistic(options, schedule))
+    print(report)
+    print(f"{'LaTeX':<12}{report.latex()}")
+    return 0 if report.ok else _explain(report)
+
+
+def _statistic(options: argparse.Namespace, schedule: Schedule) -> Statistic:
+    if options.gamma is None and options.kappa is None and options.delta is None:
+        return MatchedStatistic()
+    if options.delta is None or (options.gamma is None) == (options.kappa is None):
+        raise FlowspaceError("give --delta with either --gamma or --kappa, or none of the three for the matched statistic")
+    if options.kappa is not None:
+        return Statistic.from_kappa(schedule, options.kappa, options.delta)
+    return Statistic(options.gamma, options.delta)
+
+
+def _explain(report: CriteriaReport) -> int:
+    for name in ("Criterion 1", "Criterion 2"):
+        if report.reasons[name].startswith("FAILS"):
+            print(f"flowspace: {name}: {report.reasons[name].removeprefix('FAILS').strip()}", file=sys.stderr)
+    return 1
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from flowspace.recipes import digits
+    from flowspace.recipes.report import markdown_table
+
+    if options.seeds < 1:
+        raise FlowspaceError(f"--seeds {options.seeds} came; write 1 or more")
+    folder = options.out or Path("runs") / options.dataset
+    metrics = digits.run(digits.SETTINGS[options.dataset], folder, options.baselines, options.seeds)
+    print(markdown_table(digits.HEAD, digits.rows(metrics)))
+    print(f"\nmeans over {options.seeds} seed(s); pictures: {folder / 'samples.png'}, page: {folder / 'report.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

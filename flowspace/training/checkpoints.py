@@ -1,0 +1,108 @@
+"""Checkpoints in safetensors: written beside and renamed, checked on load, never unpickled."""
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from flowspace.errors import RunError
+
+__all__ = ["Checkpoints", "flatten_optimizer", "restore_optimizer"]
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one run in one folder, named by their step.
+
+    Args:
+        folder: where they are; made when the first one is saved.
+        settings: what the run was started with; a checkpoint of other settings is refused.
+        keep: how many of the latest are kept.
+    """
+
+    folder: Path
+    settings: Mapping[str, Any]
+    keep: int = 2
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the settings."""
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def save(self, step: int, tensors: Mapping[str, Tensor]) -> Path:
+        """Write one checkpoint beside and rename it, so that an interrupted write leaves the earlier ones."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step-{step:08d}.safetensors"
+        partial = path.with_suffix(".partial")
+        metadata = {"step": str(step), "fingerprint": self.fingerprint, "settings": json.dumps(self.settings, default=str)}
+        save_file({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, partial, metadata)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+        for old in self._paths()[: -self.keep]:
+            old.unlink()
+        return path
+
+    def latest(self) -> tuple[int, dict[str, Tensor]] | None:
+        """Return the step and tensors of the latest readable checkpoint, or None where there is none.
+
+        Raises:
+            RunError: if it belongs to other settings, or none of several can be read.
+        """
+        paths = self._paths()
+        for path in reversed(paths):
+            try:
+                with safe_open(path, "pt") as file:
+                    metadata = file.metadata() or {}
+                    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            except (SafetensorError, OSError) as error:
+                warnings.warn(f"{path} cannot be read ({error}); trying the one before", stacklevel=2)
+                continue
+            self._check_settings(path, metadata)
+            return int(metadata["step"]), tensors
+        if paths:
+            raise RunError(f"none of the {len(paths)} checkpoints in {self.folder} can be read; delete the folder to begin anew")
+        return None
+
+    def _check_settings(self, path: Path, metadata: Mapping[str, str]) -> None:
+        if metadata.get("fingerprint") != self.fingerprint:
+            theirs = json.loads(metadata.get("settings", "{}"))
+            ours = json.loads(json.dumps(self.settings, default=str))
+            names = sorted(k for k in {*theirs, *ours} if theirs.get(k) != ours.get(k))
+            changes = ", ".join(f"{k}: {theirs.get(k)!r} there, {ours.get(k)!r} now" for k in names)
+            raise RunError(
+                f"{path} belongs to a run with other settings ({changes or 'unknown'}); choose another folder, delete this "
+                "one to begin anew, or run with its settings to continue"
+            )
+
+    def _paths(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*.safetensors"))
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Tensor]:
+    """Return the optimizer's state as tensors named by parameter and slot."""
+    names = {parameter: name for name, parameter in network.named_parameters()}
+    return {
+        f"{names[parameter]}/{slot}": value
+        for parameter, slots in optimizer.state.items()
+        for slot, value in slots.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `flatten_optimizer` returned."""
+    parameters = dict(network.named_parameters())
+    for key, value in tensors.items():
+        name, slot = key.rsplit("/", 1)
+        parameter = parameters[name]
+        optimizer.state[parameter][slot] = value if slot == "step" else value.to(parameter.device)

@@ -1,0 +1,179 @@
+"""Which properties hold is reported as it is, and a refusal carries the report."""
+
+import math
+
+import pytest
+import sympy
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import ANCHORED_DELTAS, PRESETS, formula_schedules, mixed_callable, parameters, schedules
+
+from flowspace import (
+    ConsistencyLoss,
+    ConsistencyStatistic,
+    CriterionError,
+    CrossFlowLoss,
+    MatchedStatistic,
+    MeanFlowStatistic,
+    Statistic,
+    check_criteria,
+)
+from flowspace.expressions import TimeFunction, s
+
+LINEAR, COSINE = PRESETS["linear"], PRESETS["cosine"]
+COT = "(cot(pi*t/2) - cot(pi*s/2))"
+
+
+def answers(report):
+    return report.criterion1, report.criterion2, report.anchored, report.matched
+
+
+@settings(max_examples=30)
+@given(schedules)
+def test_the_matched_statistic_has_all_four_properties_under_every_schedule(schedule):
+    report = check_criteria(schedule, MatchedStatistic())
+    assert answers(report) == (True, True, True, True), str(report)
+    assert report.ok and set(report.singular) <= {"t -> 0"}
+    report.raise_if_failed()
+
+
+KNOWN = {
+    "paper": (LINEAR, Statistic("1", "-t/(t-s)"), (True, True, True, True), s),
+    "paper, cosine": (COSINE, Statistic("1", "-t/(t-s)"), (False, True, True, False), None),
+    "MeanFlow": (LINEAR, MeanFlowStatistic(), (False, False, True, False), None),
+    "consistency": (LINEAR, ConsistencyStatistic(), (True, True, False, False), sympy.Integer(0)),
+    "unmatched": (LINEAR, Statistic.from_kappa(LINEAR, "pi*s/2", f"2/(pi*s*{COT})"), (True, True, True, False), None),
+    "unmatched, cosine": (
+        COSINE,
+        Statistic.from_kappa(COSINE, "sin(pi*s/2)", "t/(sin(pi*s/2)*(1 - t/s))"),
+        (True, False, True, False),
+        sympy.sin(sympy.pi * s / 2),
+    ),
+    "zero shifted": (LINEAR, Statistic.from_kappa(LINEAR, "s + 0.1", "t/(s + 0.1 - t)"), (True, None, False, True), None),
+    "never zero": (LINEAR, Statistic.from_kappa(LINEAR, "s", "t/s"), (True, False, False, True), s),
+    "scaled": (LINEAR, Statistic("2", "-2*t/(t-s)"), (True, False, True, False), s),
+    "wrong sign": (LINEAR, Statistic("-1", "t/(t-s)"), (True, False, True, False), s),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_known_statistics_have_their_known_properties(name):
+    schedule, statistic, wanted, kappa = KNOWN[name]
+    report = check_criteria(schedule, statistic)
+    for found, asked in zip(answers(report), wanted, strict=True):
+        assert asked is None or found is asked, str(report)
+    if kappa is not None:
+        assert sympy.simplify(report.kappa - kappa) == 0
+    assert (report.kappa is None) == (not report.criterion1)
+
+
+@settings(max_examples=15)
+@given(parameters)
+def test_text_and_callable_get_the_same_answers(choice):
+    statistic = MatchedStatistic()
+    assert answers(check_criteria(mixed_callable(*choice), statistic)) == (True, True, True, True)
+
+
+def test_a_callable_statistic_gets_the_answers_of_its_text():
+    one = torch.ones_like
+    made = [
+        (Statistic("1", "-t/(t-s)"), Statistic(lambda t, s: one(t), lambda t, s: -t / (t - s))),
+        (MeanFlowStatistic(), Statistic(lambda t, s: 0 * t, lambda t, s: 1 / (t - s))),
+        (ConsistencyStatistic(), Statistic(lambda t, s: one(t), lambda t, s: -one(t))),
+    ]
+    for text, black_box in made:
+        for schedule in (LINEAR, COSINE):
+            assert answers(check_criteria(schedule, text)) == answers(check_criteria(schedule, black_box)), str(text)
+
+
+@settings(max_examples=20)
+@given(formula_schedules, st.sampled_from(ANCHORED_DELTAS), st.sampled_from(["s", "s**2", "sin(pi*s/2)"]))
+def test_criterion_1_holds_for_what_was_derived_from_kappa_and_anchored_is_seen(schedule, delta, kappa):
+    report = check_criteria(schedule, Statistic.from_kappa(schedule, kappa, delta))
+    assert report.criterion1 and report.anchored, str(report)
+
+
+@settings(max_examples=15)
+@given(formula_schedules, st.sampled_from([-2.0, 0.5, 2.0, 1.001]))
+def test_criterion_2_fails_for_a_multiple_of_a_sample(schedule, factor):
+    written = MatchedStatistic().on(schedule)
+    scaled = Statistic(factor * written.gamma.expression, factor * written.delta.expression)
+    report = check_criteria(schedule, scaled)
+    assert report.criterion1 and not report.criterion2 and report.anchored and not report.matched
+
+
+def test_the_report_names_the_values_of_what_fails():
+    text = str(check_criteria(LINEAR, MeanFlowStatistic()))
+    assert "FAILS" in text and "changes with t at the rate" in text and "gamma(1,0) = 0, delta(1,0) = 1" in text
+    text = str(check_criteria(LINEAR, ConsistencyStatistic()))
+    assert "b(t,t) is not 0 but 1 in size" in text
+    unmatched = KNOWN["unmatched"][:2]
+    assert "a/c - 1 is not 0 but" in str(check_criteria(*unmatched))
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_every_report_can_be_read_and_typeset(name):
+    report = check_criteria(*KNOWN[name][:2])
+    for line in ("schedule", "statistic", "kappa", "Criterion 1", "Criterion 2", "anchored", "matched", "R = a f + b D_t f"):
+        assert line in str(report)
+    assert report.latex().startswith("R = ") and "D_t f" in report.latex()
+
+
+def test_a_singular_edge_is_named():
+    pole = Statistic.from_kappa(LINEAR, "1/s", "-t/(t-s)")
+    assert "s = 0" in check_criteria(LINEAR, pole).singular
+    assert check_criteria(LINEAR, MatchedStatistic()).singular == ("t -> 0",)
+    assert check_criteria(LINEAR, MeanFlowStatistic()).singular == ()
+
+
+def test_raise_if_failed_carries_the_report_and_the_numbers_of_the_criteria():
+    report = check_criteria(LINEAR, MeanFlowStatistic())
+    with pytest.raises(CriterionError, match="Criterion 1 and 2 failed") as caught:
+        report.raise_if_failed()
+    assert str(report) in str(caught.value)
+    with pytest.raises(CriterionError, match="Criterion 2 failed"):
+        check_criteria(*KNOWN["scaled"][:2]).raise_if_failed()
+
+
+@pytest.mark.parametrize("name", ["paper, cosine", "MeanFlow", "scaled", "never zero", "unmatched, cosine"])
+def test_cross_flow_refuses_a_statistic_that_fails_with_the_report(name):
+    schedule, statistic = KNOWN[name][:2]
+    with pytest.raises(CriterionError, match="Criterion") as caught:
+        CrossFlowLoss(schedule=schedule, statistic=statistic)
+    assert str(check_criteria(schedule, statistic)) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["scaled", "unmatched", "zero shifted"])
+def test_check_false_trains_it_all_the_same(name):
+    schedule, statistic = KNOWN[name][:2]
+    CrossFlowLoss(schedule=schedule, statistic=statistic, check=False)
+
+
+@pytest.mark.parametrize("schedule", PRESETS.values(), ids=PRESETS)
+def test_kappa_zero_is_refused_with_the_advice_to_use_the_consistency_loss(schedule):
+    with pytest.raises(CriterionError, match=r"kappa = 0.*ConsistencyLoss\(\)"):
+        CrossFlowLoss(schedule=schedule, statistic=ConsistencyStatistic())
+
+
+@pytest.mark.parametrize("statistic", [MatchedStatistic(), MeanFlowStatistic()])
+def test_the_consistency_loss_refuses_a_kappa_that_is_not_zero(statistic):
+    with pytest.raises(CriterionError, match="kappa is not 0"):
+        ConsistencyLoss(statistic=statistic)
+
+
+def test_a_statistic_that_is_not_anchored_is_trained_with_a_warning():
+    """gamma/delta = (s + g)/t - 1 and 1/delta = (s - t)(1 - g)/t - g with g = s(1 - s) vanishing at s = 0."""
+    statistic = Statistic.from_kappa(LINEAR, "s", "1/((s - t)/t - s*(1 - s))")
+    report = check_criteria(LINEAR, statistic)
+    assert answers(report)[:3] == (True, True, False), str(report)
+    with pytest.warns(UserWarning, match="not anchored"):
+        CrossFlowLoss(statistic=statistic)
+
+
+def test_the_kappa_of_a_callable_is_a_function():
+    report = check_criteria(mixed_callable(1.0, 1, 1.0, 1), MatchedStatistic())
+    t_ = torch.linspace(0.2, 0.9, 5, dtype=torch.float64)
+    assert isinstance(report.kappa, TimeFunction)
+    torch.testing.assert_close(report.kappa(t_, t_ / 3), t_ / 3, rtol=1e-9, atol=1e-9)
+    assert math.isclose(float(report.coefficients.derivative(t_[:1], 0 * t_[:1])), -1, abs_tol=1e-9)

@@ -1,0 +1,282 @@
+"""Text is read over a whitelist; formulas, callables and their derivatives agree."""
+
+import math
+import pickle
+import time
+
+import mpmath
+import pytest
+import sympy
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import mixed_callables, mixed_texts, parameters
+
+from flowspace import ExpressionError, FlowspaceError, Schedule, Statistic
+from flowspace.expressions import TimeFunction, combine, parse, precise_values
+from flowspace.expressions import s as S
+from flowspace.expressions import t as T
+
+HOSTILE = {
+    "import": "__import__('os')",
+    "import inside": "t + __import__('os').system('true')",
+    "attribute": "t.real",
+    "attribute of number": "(1).__class__",
+    "dunder": "().__class__.__base__.__subclasses__()",
+    "lambda": "lambda: t",
+    "call of lambda": "(lambda t: t)(t)",
+    "eval": "eval('1')",
+    "open": "open('/etc/passwd')",
+    "walrus": "(u := t)",
+    "subscript": "t[0]",
+    "text": "'t'",
+    "bytes": "b'9'*9",
+    "list": "[t for t in (1, 2)]",
+    "comparison": "t < s",
+    "condition": "t if t else s",
+    "boolean": "True",
+    "complex": "1j*t",
+    "none": "None",
+    "ellipsis": "...",
+    "f-string": "f'{t}'",
+    "keyword": "exp(x=t)",
+    "star": "exp(*t)",
+    "two arguments": "log(t, 2)",
+    "unknown function": "gamma(t)",
+    "unknown name": "u",
+    "caret": "t^2",
+    "floor division": "t//s",
+    "modulo": "t % s",
+    "shift": "1 << 999999999",
+    "matrix product": "t @ s",
+    "statement": "t; s",
+    "assignment": "t = 1",
+    "tower": "9**9**9**9",
+    "left tower": "((9**60)**60)**60",
+    "power": "t**65",
+    "negative power": "t**-65",
+    "number power": "2**1000000000",
+    "hidden power": "2**(t-t+10**9)",
+    "hidden product": "2**(60*60*60*60 + t - t)",
+    "hidden exp": "exp(1000000000*log(2))",
+    "exp": "exp(1000000)",
+    "exp of exp": "exp(exp(exp(exp(9))))",
+    "log in exponent": "2**(log(2)*t)",
+    "power of exp": "exp(60)**(60*60)",
+    "length": "t" + "+t" * 500,
+    "deep": "(" * 400 + "t" + ")" * 400,
+    "deep call": "sin(" * 180 + "t" + ")" * 180 + "x",
+    "signs": "-" * 999 + "t)",
+    "zero": "1/0",
+    "zero over zero": "0/0",
+    "zero power": "0**-1",
+    "logarithm of zero": "log(0)",
+    "cotangent of zero": "cot(0)",
+    "root of a negative": "sqrt(-1)",
+    "infinite": "1e999",
+    "empty": "",
+    "blank": "   ",
+    "null byte": "t\0",
+    "unclosed": "(t",
+    "comment": "# t",
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
+def test_what_is_no_formula_is_refused_and_quickly(text):
+    start = time.perf_counter()
+    with pytest.raises(ExpressionError):
+        parse(text)
+    assert time.perf_counter() - start < 1
+
+
+def test_nothing_is_evaluated(tmp_path):
+    trace = tmp_path / "trace"
+    for text in (f"open({str(trace)!r}, 'w')", f"exp(open({str(trace)!r}, 'w'))", f"t + [open({str(trace)!r}, 'w')][0]"):
+        with pytest.raises(ExpressionError):
+            parse(text)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("name", ["alpha", "beta"])
+def test_hostile_text_is_refused_wherever_text_is_taken(name):
+    with pytest.raises(ExpressionError, match="__import__"):
+        Schedule(**({"alpha": "1 - t", "beta": "t"} | {name: "__import__('os')"}))
+    with pytest.raises(ExpressionError, match="__import__"):
+        Statistic(**({"gamma": "1", "delta": "-1"} | {{"alpha": "gamma", "beta": "delta"}[name]: "__import__('os')"}))
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("t^2", r"\*\*"),
+        ("u + t", "'u'"),
+        ("t**65", "limit is 64"),
+        ("exp(1000)", "limit is 700"),
+        ("t" + "+t" * 500, "1001 characters"),
+        ("t.real", "t.real"),
+        ("2**(2**t)", "power tower"),
+    ],
+)
+def test_a_refusal_names_what_came_and_what_is_allowed(text, named):
+    with pytest.raises(ExpressionError, match=named):
+        parse(text)
+
+
+def test_an_expression_error_is_a_value_error_of_flowspace():
+    assert issubclass(ExpressionError, FlowspaceError) and issubclass(FlowspaceError, ValueError)
+
+
+@pytest.mark.parametrize("power", [-64, -1, 0, 0.5, 1, 64])
+def test_a_constant_exponent_up_to_64_is_read(power):
+    assert parse(f"t**{power}") == T ** sympy.Rational(str(power))
+
+
+def test_a_text_of_1000_characters_is_read():
+    assert parse(" + ".join(["t"] * 100).ljust(1000)) == 100 * T
+
+
+@st.composite
+def formulas(draw, depth=3):
+    """A text and the plain Python function that it means."""
+    kind = draw(st.sampled_from(["t", "s", "number"] + ["+", "-", "*", "/", "**", "call", "sign"] * (depth > 0)))
+    if kind in ("t", "s"):
+        return kind, (lambda t, s: t) if kind == "t" else (lambda t, s: s)
+    if kind == "number":
+        number = draw(st.sampled_from([1, 2, 0.5, 0.1, 3e-2, math.pi]))
+        return "pi" if number == math.pi else repr(number), lambda t, s: number
+    text, value = draw(formulas(depth - 1))
+    if kind == "call":
+        name = draw(st.sampled_from(["exp", "log", "sqrt", "sin", "cos", "tan", "cot"]))
+        outer = {"cot": lambda x: 1 / math.tan(x)}.get(name) or getattr(math, name)
+        return f"{name}(1 + ({text})**2/9)", lambda t, s: outer(1 + value(t, s) ** 2 / 9)
+    if kind == "sign":
+        return f"-({text})", lambda t, s: -value(t, s)
+    if kind == "**":
+        return f"({text})**2", lambda t, s: value(t, s) ** 2
+    other_text, other = draw(formulas(depth - 1))
+    operations = {
+        "+": lambda t, s: value(t, s) + other(t, s),
+        "-": lambda t, s: value(t, s) - other(t, s),
+        "*": lambda t, s: value(t, s) * other(t, s),
+        "/": lambda t, s: value(t, s) / (2 + other(t, s) ** 2),
+    }
+    return (
+        f"({text})/(2 + ({other_text})**2)" if kind == "/" else f"({text}) {kind} ({other_text})",
+        operations[kind],
+    )
+
+
+@settings(max_examples=60)
+@given(formulas(), st.floats(0.1, 0.9), st.floats(0.1, 0.9))
+def test_a_text_means_what_python_means_by_it(formula, a, b):
+    text, meaning = formula
+    try:
+        function = TimeFunction(text, 2)
+    except ExpressionError as error:
+        assert "power tower" in str(error) or "limit" in str(error)  # exp of exp, exp of a large number
+        return
+    t_, s_ = (torch.tensor([time], dtype=torch.float64) for time in (max(a, b), min(a, b) / 2))
+    wanted = meaning(float(t_), float(s_))
+    assert float(function(t_, s_)) == pytest.approx(wanted, rel=1e-9, abs=1e-9)
+
+
+@settings(max_examples=30)
+@given(parameters, st.floats(0.02, 0.98))
+def test_symbolic_derivative_is_autodiff_is_finite_difference(choice, at):
+    time_ = torch.tensor(at, dtype=torch.float64)
+    h = 1e-5
+    for text, function in zip(mixed_texts(*choice), mixed_callables(*choice), strict=True):
+        formula, black_box = TimeFunction(text), TimeFunction(function)
+        assert formula.expression is not None and black_box.expression is None
+        symbolic, automatic = formula.dot(time_), black_box.dot(time_)
+        through_formula = torch.func.jvp(formula, (time_,), (torch.ones_like(time_),))[1]
+        difference = (function(time_ + h) - function(time_ - h)) / (2 * h)
+        torch.testing.assert_close(symbolic, automatic, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(symbolic, through_formula, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(symbolic, difference, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(), (1,), (5,)])
+@pytest.mark.parametrize("source", ["1 - t", "2", 2, sympy.Integer(3), lambda t: 1 - t, lambda t: 2.0])
+def test_shape_and_dtype_of_the_times_come_out(source, shape, dtype):
+    function = TimeFunction(source)
+    times = torch.full(shape, 0.3, dtype=dtype)
+    for value in (function(times), function.dot(times)):
+        assert value.shape == times.shape and value.dtype == dtype
+
+
+def test_symbols_of_the_caller_are_understood_whatever_their_assumptions():
+    plain, real = sympy.Symbol("t"), sympy.Symbol("s", real=True)
+    assert TimeFunction(plain + real, 2).expression == T + S
+
+
+@pytest.mark.parametrize("source", [sympy.Symbol("u"), None, [1], True, object()])
+def test_a_source_of_another_kind_is_refused(source):
+    with pytest.raises(ExpressionError):
+        TimeFunction(source)
+
+
+@pytest.mark.parametrize("source", ["t + s", S, "s"])
+def test_a_function_of_t_alone_may_not_mention_s(source):
+    with pytest.raises(ExpressionError, match="depends on s"):
+        TimeFunction(source)
+
+
+REMOVABLE = {
+    "sin(t - s)/(t - s)": ("s = t", lambda t, s: torch.ones_like(t)),
+    "(exp(t) - exp(s))/(t - s)": ("s = t", lambda t, s: torch.exp(t)),
+    "sin(pi*s/2)/s": ("s = 0", lambda t, s: torch.full_like(t, math.pi / 2)),
+    "s*cot(s)*t": ("s = 0", lambda t, s: t),
+    "log(t)/(1 - t)*s": ("t = 1", lambda t, s: -s),
+    "(1 - cos(t - s))/(t - s)**2": ("s = t", lambda t, s: torch.full_like(t, 0.5)),
+}
+
+
+@pytest.mark.parametrize("text", REMOVABLE)
+def test_a_removable_singularity_on_an_edge_is_filled_with_its_limit(text):
+    edge, limit = REMOVABLE[text]
+    t_ = torch.tensor([0.3, 0.8, 1.0 if edge == "t = 1" else 0.9], dtype=torch.float64)
+    s_ = {"s = t": t_, "s = 0": torch.zeros_like(t_), "t = 1": t_ / 3}[edge]
+    t_ = torch.ones_like(t_) if edge == "t = 1" else t_
+    torch.testing.assert_close(TimeFunction(text, 2)(t_, s_), limit(t_, s_), rtol=1e-12, atol=1e-12)
+
+
+def test_an_infinite_limit_is_not_filled():
+    t_ = torch.tensor([0.5])
+    assert not TimeFunction("1/(t - s)", 2)(t_, t_).isfinite().any()
+
+
+@settings(max_examples=20)
+@given(st.floats(0.1, 0.9), st.floats(0.1, 0.9))
+def test_combining_formulas_and_combining_callables_agree(a, b):
+    t_, s_ = (torch.tensor([time], dtype=torch.float64) for time in (max(a, b), min(a, b) / 2))
+
+    def operation(f, g, h):
+        return f * g / h - 1
+
+    formula = combine(operation, (TimeFunction("t*s", 2), None), (TimeFunction("1 - t"), S), (TimeFunction("t"), T))
+    black_box = combine(
+        operation,
+        (TimeFunction(lambda t, s: t * s, 2), None),
+        (TimeFunction("1 - t"), S),
+        (TimeFunction(lambda t: t), T),
+    )
+    assert formula.expression is not None and black_box.expression is None
+    torch.testing.assert_close(formula(t_, s_), black_box(t_, s_), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(formula(t_, s_), s_ * (1 - s_) - 1, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(formula.dot(t_, s_), black_box.dot(t_, s_), rtol=1e-12, atol=1e-12)
+
+
+def test_precise_values_have_fifty_digits_and_nan_where_there_is_no_value():
+    value, none = precise_values(sympy.sqrt(2) / (T - S), [(2, 1), (1, 1)])
+    assert mpmath.nstr(value, 45) == "1.41421356237309504880168872420969807856967188"
+    assert math.isnan(none)
+
+
+@pytest.mark.parametrize("source", ["1 - t", 2, T**2 + 1, math.cos])
+def test_a_function_survives_pickling(source):
+    function = TimeFunction(source)
+    again = pickle.loads(pickle.dumps(function))
+    assert again == function and hash(again) == hash(function) and str(again) == str(function)

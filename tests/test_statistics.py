@@ -1,0 +1,412 @@
+"""kappa and back, the two identities, and coefficients that are exact on every edge."""
+
+import math
+import pickle
+
+import pytest
+import sympy
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from strategies import (
+    ANCHORED_DELTAS,
+    DELTAS,
+    KAPPAS,
+    PRESETS,
+    any_statistics_for,
+    callable_schedules,
+    coefficients,
+    derived,
+    formula_schedules,
+    pairs,
+    schedules,
+    statistics_for,
+)
+
+from flowspace import (
+    TIME_FLOOR,
+    ConsistencyStatistic,
+    CosineSchedule,
+    CriterionError,
+    ExpressionError,
+    LinearSchedule,
+    MatchedStatistic,
+    MeanFlowStatistic,
+    Schedule,
+    Statistic,
+)
+from flowspace.expressions import TimeFunction, s, t
+
+LINEAR, COSINE = PRESETS["linear"], PRESETS["cosine"]
+TIMES = torch.linspace(TIME_FLOOR, 1, 25, dtype=torch.float64)
+ZERO, ONE = torch.zeros_like(TIMES), torch.ones_like(TIMES)
+POINTS = [(0.9, 0.05), (0.83, 0.8), (0.31, 0.07), (0.5, 0.25)]
+
+
+def vanishes(expression):
+    """Zero with 50 digits at several points inside the triangle."""
+    values = [expression.subs({t: sympy.Float(a, 60), s: sympy.Float(b, 60)}).evalf(50) for a, b in POINTS]
+    return all(abs(value) < 1e-40 for value in values)
+
+
+def close(actual, wanted, tolerance=1e-10):
+    torch.testing.assert_close(actual, wanted, rtol=tolerance, atol=tolerance)
+
+
+# --- kappa -----------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40)
+@given(st.data(), formula_schedules, st.sampled_from(KAPPAS), st.sampled_from(DELTAS))
+def test_kappa_from_gamma_and_delta_and_back(data, schedule, kappa, delta):
+    statistic = derived(schedule, kappa, delta)
+    again = statistic.kappa(schedule)
+    assert again.free_symbols <= {s}
+    assert vanishes(again - TimeFunction(kappa, 2).expression)
+    back = Statistic.from_kappa(schedule, again, delta)
+    t_, s_ = data.draw(pairs())
+    close(back.gamma(t_, s_), statistic.gamma(t_, s_), 1e-9)
+
+
+@settings(max_examples=15)
+@given(callable_schedules, st.sampled_from(DELTAS), pairs())
+def test_kappa_of_callables_is_derived_numerically(schedule, delta, times):
+    t_, s_ = times
+    statistic = Statistic.from_kappa(schedule, lambda s: s * (2 - s), delta)
+    close(statistic.kappa(schedule)(t_, s_), s_ * (2 - s_), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("statistic", "schedule", "kappa"),
+    [
+        (Statistic("1", "-t/(t-s)"), LINEAR, s),
+        (Statistic("1", "-1"), LINEAR, sympy.Integer(0)),
+        (MatchedStatistic(), LINEAR, s),
+        (MatchedStatistic(), COSINE, sympy.sin(sympy.pi * s / 2)),
+        (MatchedStatistic().on(COSINE), COSINE, sympy.sin(sympy.pi * s / 2)),
+        (ConsistencyStatistic(), COSINE, sympy.Integer(0)),
+    ],
+)
+def test_kappa_of_the_table(statistic, schedule, kappa):
+    assert vanishes(statistic.kappa(schedule) - kappa)
+
+
+@settings(max_examples=25)
+@given(schedules, st.floats(0.1, 0.9))
+def test_kappa_of_the_matched_statistic_is_beta_of_s(schedule, at):
+    kappa = MatchedStatistic().kappa(schedule)
+    kappa = kappa if isinstance(kappa, TimeFunction) else TimeFunction(kappa, 2)
+    s_ = torch.tensor([at], dtype=torch.float64)
+    close(kappa(s_ + 0.05, s_), schedule.beta(s_), 1e-9)
+
+
+@pytest.mark.parametrize("schedule", PRESETS.values(), ids=PRESETS)
+@pytest.mark.parametrize("statistic", [MeanFlowStatistic(), Statistic("t", "-1"), Statistic("1", "-1/(t-s)")])
+def test_a_kappa_that_depends_on_t_is_refused_with_what_is_left_of_t(schedule, statistic):
+    with pytest.raises(CriterionError, match=r"function of s alone, but at \(t, s\) = \(0\.\d+, 0\.\d+\) it is .* rate"):
+        statistic.kappa(schedule)
+
+
+def test_a_callable_kappa_that_depends_on_t_is_refused():
+    statistic = Statistic(lambda t, s: 0 * t, lambda t, s: 1 / (t - s))
+    with pytest.raises(CriterionError, match=r"numerically to 1e-06.* changes with t at the rate"):
+        statistic.kappa(LINEAR)
+
+
+def test_from_kappa_refuses_a_kappa_that_mentions_t():
+    with pytest.raises(CriterionError, match="depends on t"):
+        Statistic.from_kappa(LINEAR, "s*t", "-1")
+
+
+def test_there_is_no_data_term_without_criterion_1():
+    with pytest.raises(CriterionError, match="no data term"):
+        coefficients(LINEAR, MeanFlowStatistic()).data  # noqa: B018
+
+
+# --- the identities --------------------------------------------------------------------------------------------------
+
+SYMBOLIC = {
+    "matched": lambda schedule: MatchedStatistic(),
+    "MeanFlow": lambda schedule: MeanFlowStatistic(),
+    "consistency": lambda schedule: ConsistencyStatistic(),
+    "from kappa": lambda schedule: derived(schedule, "s*(2 - s)", "-t/(t - s)"),
+    "paper": lambda schedule: Statistic("1", "-t/(t-s)"),
+}
+
+
+@pytest.mark.parametrize("schedule", PRESETS.values(), ids=PRESETS)
+@pytest.mark.parametrize("name", SYMBOLIC)
+def test_identities_one_and_two_hold_symbolically(name, schedule):
+    statistic = SYMBOLIC[name](schedule)
+    written = statistic.on(schedule) if name == "matched" else statistic
+    gamma, delta = written.gamma.expression, written.delta.expression
+    alpha, beta = (function.expression for function in schedule.functions)
+    c = coefficients(schedule, statistic)
+    assert vanishes(c.derivative.expression - 1 / delta)
+    assert vanishes(c.prediction.expression - sympy.diff(1 / delta, t))
+    state, velocity = c.state.expression, c.velocity.expression
+    assert vanishes(state - sympy.diff(gamma / delta, t)) and vanishes(velocity - 1 - gamma / delta)  # (I)
+    noise_left = state * beta + velocity * beta.diff(t)
+    if name == "MeanFlow" or (name == "paper" and schedule != LINEAR):
+        assert c.failure and not vanishes(noise_left)
+    else:
+        assert not c.failure and vanishes(noise_left)
+        assert vanishes(state * alpha + velocity * alpha.diff(t) - c.data.expression)  # (II)
+        kappa = (velocity * beta).subs(t, sympy.Float(0.97, 60))
+        assert vanishes(c.data.expression - kappa * sympy.diff(alpha / beta, t))
+
+
+@settings(max_examples=40)
+@given(st.data(), schedules)
+def test_identity_one_holds_numerically(data, schedule):
+    """D_t(f/delta) for f/delta = (gamma/delta) z_t + I with D_t z_t = D_t I = v, by autodiff of the library's own ratios."""
+    statistic = data.draw(any_statistics_for(schedule))
+    t_, s_ = data.draw(pairs(inside=True))
+    c = coefficients(schedule, statistic)
+    inverse, ratio = statistic.ratios(schedule)
+    slope = torch.func.jvp(lambda u: ratio(u, s_), (t_,), (ONE[:4],))[1]
+    close(c.state(t_, s_), slope, 1e-7)
+    close(c.velocity(t_, s_), 1 + ratio(t_, s_))
+    close(c.derivative(t_, s_), inverse(t_, s_))
+    close(c.prediction(t_, s_), torch.func.jvp(lambda u: inverse(u, s_), (t_,), (ONE[:4],))[1], 1e-7)
+
+
+@settings(max_examples=40)
+@given(st.data(), schedules)
+def test_identity_two_holds_numerically(data, schedule):
+    """(gamma/delta)' z_t + (1 + gamma/delta) v = c z for every z and noise: compare what multiplies each."""
+    statistic = data.draw(statistics_for(schedule))
+    t_, s_ = data.draw(pairs(inside=True))
+    c = coefficients(schedule, statistic)
+    assert not c.failure
+    state, velocity = c.state(t_, s_), c.velocity(t_, s_)
+    size = (state * schedule.beta(t_)).abs().max() + 1
+    noise_left = state * schedule.beta(t_) + velocity * schedule.beta_dot(t_)
+    close(noise_left / size, ZERO[:4], 1e-8)
+    data_left = state * schedule.alpha(t_) + velocity * schedule.alpha_dot(t_)
+    close(c.data(t_, s_) / size, data_left / size, 1e-8)
+
+
+@settings(max_examples=30)
+@given(st.data(), formula_schedules)
+def test_symbolic_coefficients_are_autodiff_are_finite_differences(data, schedule):
+    statistic = data.draw(any_statistics_for(schedule))
+    t_, s_ = data.draw(pairs(inside=True, gap=0.05))
+    c, h = coefficients(schedule, statistic), 1e-5
+    for function, derivative in ((c.derivative, c.prediction), (c.velocity, c.state)):
+        difference = (function(t_ + h, s_) - function(t_ - h, s_)) / (2 * h)
+        scale = 1 + derivative(t_, s_).abs()
+        close(derivative(t_, s_) / scale, difference / scale, 1e-5)
+
+
+@settings(max_examples=15)
+@given(pairs(inside=True), st.sampled_from(ANCHORED_DELTAS))
+def test_callables_give_the_coefficients_of_their_formulas(times, delta):
+    t_, s_ = times
+    formula = derived(LINEAR, "s", delta)
+    black_box = Statistic(formula.gamma.__call__, formula.delta.__call__)
+    wanted, found = coefficients(LINEAR, formula), black_box.coefficients(LINEAR)
+    assert found.prediction.expression is None and not found.failure
+    for name in ("prediction", "derivative", "state", "velocity", "data"):
+        close(getattr(found, name)(t_, s_), getattr(wanted, name)(t_, s_), 1e-6)
+
+
+# --- the matched statistic, in closed form ---------------------------------------------------------------------------
+
+
+@settings(max_examples=30)
+@given(schedules, pairs())
+def test_the_matched_coefficients_are_their_closed_form(schedule, times):
+    t_, s_ = times
+    c = coefficients(schedule, MatchedStatistic())
+    tolerance = 1e-9
+    close(c.derivative(t_, s_), schedule.beta(s_) * schedule.signal_to_noise(t_) - schedule.alpha(s_), tolerance)
+    close(c.prediction(t_, s_), schedule.beta(s_) * schedule.signal_to_noise_dot(t_), tolerance)
+    close(c.data(t_, s_), c.prediction(t_, s_), tolerance)
+    close(c.velocity(t_, s_), schedule.beta(s_) / schedule.beta(t_), tolerance)
+
+
+@settings(max_examples=30)
+@given(st.data(), schedules)
+def test_the_matched_step_is_a_ddim_jump(data, schedule):
+    t_, s_ = data.draw(pairs())
+    c = coefficients(schedule, MatchedStatistic())
+    f, z_t = (torch.linspace(a, b, 4, dtype=torch.float64) for a, b in ((-1, 1), (2, -3)))
+    noise = (z_t - schedule.alpha(t_) * f) / schedule.beta(t_)
+    close(c.step(f, z_t, t_, s_), schedule.alpha(s_) * f + schedule.beta(s_) * noise, 1e-9)
+
+
+@settings(max_examples=20)
+@given(formula_schedules, pairs(gap=0.05))
+def test_the_matched_statistic_written_out_is_the_same(schedule, times):
+    t_, s_ = times
+    written, short = coefficients(schedule, MatchedStatistic().on(schedule)), coefficients(schedule, MatchedStatistic())
+    for name in ("prediction", "derivative", "data", "state", "velocity"):
+        close(getattr(written, name)(t_, s_), getattr(short, name)(t_, s_), 1e-8)
+
+
+def test_the_matched_statistic_of_the_linear_schedule_is_the_papers():
+    statistic = MatchedStatistic().on(LINEAR)
+    assert vanishes(statistic.gamma.expression - 1) and vanishes(statistic.delta.expression + t / (t - s))
+
+
+def test_the_matched_statistic_of_the_cosine_schedule_is_that_of_the_table():
+    delta = MatchedStatistic().on(COSINE).delta.expression
+    assert vanishes(delta - sympy.sin(sympy.pi * t / 2) / sympy.sin(sympy.pi * (s - t) / 2))
+
+
+# --- the edges -------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30)
+@given(formula_schedules)
+def test_matched_coefficients_are_exact_on_the_diagonal(schedule):
+    c = coefficients(schedule, MatchedStatistic())
+    inner = TIMES[:-1]
+    assert torch.allclose(c.derivative(inner, inner), ZERO[:-1], rtol=0, atol=1e-13)
+    close(c.prediction(TIMES, TIMES), schedule.beta(TIMES) * schedule.signal_to_noise_dot(TIMES), 1e-9)
+    close(c.data(TIMES, TIMES), c.prediction(TIMES, TIMES), 1e-12)
+
+
+@settings(max_examples=30)
+@given(formula_schedules)
+def test_matched_coefficients_are_exact_at_s_zero_and_at_t_one(schedule):
+    c = coefficients(schedule, MatchedStatistic())
+    close(c.derivative(TIMES, ZERO), -ONE, 1e-13)
+    close(c.prediction(TIMES, ZERO), ZERO, 1e-13)
+    close(c.data(TIMES, ZERO), ZERO, 1e-13)
+    close(c.velocity(TIMES, ZERO), ZERO, 1e-13)
+    starts = torch.linspace(0, 0.99, 25, dtype=torch.float64)
+    close(c.derivative(ONE, starts), -schedule.alpha(starts), 1e-12)
+    close(c.prediction(ONE, starts), schedule.beta(starts) * schedule.alpha_dot(1.0).double(), 1e-6)
+    close(c.velocity(ONE, starts), schedule.beta(starts), 1e-12)
+
+
+@settings(max_examples=30)
+@given(st.data(), schedules)
+def test_coefficients_are_finite_on_every_edge_for_anchored_statistics(data, schedule):
+    statistic = data.draw(statistics_for(schedule, ANCHORED_DELTAS))
+    assume(not (statistic != MatchedStatistic() and "t**2" in str(statistic.delta)))  # 1/delta is infinite at s = -t only
+    c = coefficients(schedule, statistic)
+    for t_, s_ in ((TIMES, TIMES), (TIMES, ZERO), (ONE, TIMES)):
+        for name in ("prediction", "derivative", "data", "state", "velocity"):
+            assert getattr(c, name)(t_, s_).isfinite().all(), name
+
+
+UNMATCHED = Statistic.from_kappa(LINEAR, "pi*s/2", "2/(pi*s*(cot(pi*t/2) - cot(pi*s/2)))")
+
+
+def test_an_unmatched_statistic_is_exact_at_s_zero():
+    """h = cot(pi t/2) - cot(pi s/2), kappa = pi s/2: kappa cot(pi s/2) -> 1 for s -> 0, so b(t, 0) = -1."""
+    c = coefficients(LINEAR, UNMATCHED)
+    close(c.derivative(TIMES, ZERO), -ONE, 1e-12)
+    close(c.prediction(TIMES, ZERO), ZERO, 1e-12)
+    close(c.data(TIMES, ZERO), ZERO, 1e-12)
+    close(c.velocity(TIMES, ZERO), ZERO, 1e-12)
+
+
+def test_an_unmatched_statistic_is_exact_on_the_diagonal_and_at_t_one():
+    c = coefficients(LINEAR, UNMATCHED)
+    inner = TIMES[:-1]
+    close(c.derivative(inner, inner), ZERO[:-1], 1e-12)
+    close(c.prediction(inner, inner), -(math.pi**2) / 4 * inner / torch.sin(math.pi * inner / 2) ** 2, 1e-9)
+    close(c.data(TIMES, TIMES), -math.pi / 2 / TIMES, 1e-9)
+    wanted = -(math.pi * inner / 2) / torch.tan(math.pi * inner / 2)
+    close(c.derivative(ONE[:-1], inner), wanted, 1e-9)
+    close(c.prediction(ONE, TIMES), -(math.pi**2) / 4 * TIMES, 1e-9)
+
+
+@settings(max_examples=10)
+@given(callable_schedules)
+def test_matched_coefficients_of_callables_are_right_on_the_edges(schedule):
+    c = coefficients(schedule, MatchedStatistic())
+    close(c.derivative(TIMES, TIMES), ZERO, 1e-6)
+    close(c.derivative(TIMES, ZERO), -ONE, 1e-6)
+    close(c.data(TIMES, TIMES), c.prediction(TIMES, TIMES), 1e-6)
+    close(c.prediction(TIMES, ZERO), ZERO, 1e-6)
+
+
+def test_a_delta_that_is_infinite_on_the_diagonal_as_a_callable_is_as_the_text():
+    black_box = Statistic(lambda t, s: torch.ones_like(t), lambda t, s: -t / (t - s)).coefficients(LINEAR)
+    text = Statistic("1", "-t/(t-s)").coefficients(LINEAR)
+    for t_, s_ in ((TIMES, TIMES), (TIMES, ZERO), (ONE, TIMES)):
+        for name in ("prediction", "derivative", "data"):
+            close(getattr(black_box, name)(t_, s_), getattr(text, name)(t_, s_), 2e-5)
+
+
+# --- the scale -------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60)
+@given(st.data(), schedules)
+def test_the_scale_bounds_what_multiplies_f_and_its_derivative(data, schedule):
+    statistic = data.draw(any_statistics_for(schedule))
+    t_, s_ = data.draw(pairs(rows=8, diagonal=True))
+    c = coefficients(schedule, statistic)
+    m = c.scale(t_, s_)
+    assert not m.isnan().any() and (m != 0).all()
+    assert ((c.prediction(t_, s_) / m).abs() <= 1 + 1e-12).all()
+    off = s_ < t_
+    assert ((c.derivative(t_, s_) / m).abs()[off] <= (t_ - s_)[off] * (1 + 1e-12)).all()
+    assert ((c.derivative(t_, s_) / m)[off] >= 0).all()
+
+
+@settings(max_examples=30)
+@given(schedules, pairs(rows=8, diagonal=True))
+def test_the_scale_also_bounds_the_data_for_the_matched_statistic(schedule, times):
+    c = coefficients(schedule, MatchedStatistic())
+    weight = c.data(*times) / c.scale(*times)
+    assert (weight.abs() <= 1 + 1e-6).all()
+    on = times[0] == times[1]
+    slope = c.prediction(*times)
+    close(weight[on & (slope != 0)], torch.ones_like(weight)[on & (slope != 0)], 1e-6)
+
+
+@settings(max_examples=20)
+@given(pairs(rows=8, diagonal=True))
+def test_the_scales_of_the_table(times):
+    t_, s_ = times
+    close(coefficients(LINEAR, MatchedStatistic()).scale(t_, s_), -1 / t_, 1e-9)
+    close(coefficients(LINEAR, MeanFlowStatistic()).scale(t_, s_), torch.ones_like(t_), 1e-9)
+
+
+# --- construction ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("delta", ["0", 0, "t - t", lambda t, s: torch.zeros_like(t), "sin(pi*t)*0"])
+def test_a_delta_of_zero_is_refused(delta):
+    with pytest.raises(CriterionError, match="zero inside"):
+        Statistic("1", delta)
+    with pytest.raises(CriterionError, match="zero inside"):
+        Statistic.from_kappa(LINEAR, "s", delta)
+
+
+def test_a_misspelt_keyword_is_a_type_error():
+    with pytest.raises(TypeError):
+        Statistic(gama="1", delta="-1")
+    with pytest.raises(TypeError):
+        Statistic.from_kappa(LINEAR, kapa="s", delta="-1")
+
+
+@pytest.mark.parametrize("source", [None, ["t"], False])
+def test_a_source_of_another_kind_is_refused(source):
+    with pytest.raises(ExpressionError):
+        Statistic("1", source)
+
+
+@settings(max_examples=15)
+@given(st.data(), formula_schedules)
+def test_a_statistic_survives_pickling_and_equals_itself(data, schedule):
+    statistic = data.draw(any_statistics_for(schedule))
+    again = pickle.loads(pickle.dumps(statistic))
+    assert again == statistic and hash(again) == hash(statistic) and type(again) is type(statistic)
+    assert str(again) == str(statistic)
+    t_, s_ = data.draw(pairs(inside=True))
+    wanted, found = coefficients(schedule, statistic), again.coefficients(schedule)
+    torch.testing.assert_close(found.prediction(t_, s_), wanted.prediction(t_, s_), rtol=0, atol=0)
+
+
+def test_statistics_differ_where_they_differ():
+    assert MatchedStatistic() == MatchedStatistic() and MatchedStatistic() != MeanFlowStatistic()
+    assert Statistic("1", "-1") != Statistic("1", "-t")
+    assert LinearSchedule() != CosineSchedule() and Schedule("1-t", "t**2") != LinearSchedule()
