@@ -341,12 +341,13 @@ def combine(operation: Callable[..., Any], *functions: tuple[TimeFunction, sympy
 
 def tidy(expression: sympy.Expr) -> sympy.Expr:
     """Cancel common factors, which also removes most 0/0 on edges; large formulas are left as they are."""
-    return sympy.cancel(expression) if expression.count_ops() <= MAX_CANCEL else expression
+    small = expression.count_ops() <= MAX_CANCEL and not expression.has(sympy.exp, sympy.log)
+    return sympy.cancel(expression) if small else expression
 
 
 def readable(expression: sympy.Expr) -> sympy.Expr:
     """Return the shortest form of a formula that a few quick rewritings find."""
-    if expression.count_ops() > MAX_CANCEL:
+    if expression.count_ops() > 2 * MAX_CANCEL or expression.has(sympy.exp, sympy.log):
         return expression
     forms = [expression, sympy.factor(expression)]
     if expression.has(sympy.sin, sympy.cos):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from flowspace.errors import CriterionError
-from flowspace.expressions import NOT_ZERO, Source, TimeFunction, combine, on_edge, precise_values, random_points, s, t
+from flowspace.expressions import NOT_ZERO, Source, TimeFunction, combine, on_edge, precise_values, random_points, readable, s, t
 from flowspace.schedules import TIME_FLOOR, Schedule, over_rows
 
 __all__ = ["Coefficients", "ConsistencyStatistic", "MatchedStatistic", "MeanFlowStatistic", "Statistic"]
@@ -252,12 +252,7 @@ def _at_noise(scaled: TimeFunction) -> TimeFunction:
     value = scaled.expression.subs(t, 1)
     if value.has(sympy.nan, sympy.zoo, sympy.oo):
         value = on_edge(scaled.expression, t, sympy.Integer(1)) or value
-    simpler = sympy.simplify(value) if value.count_ops() < SIMPLIFY_OPS else value
-    return TimeFunction(min(simpler, value, key=lambda e: e.count_ops()), 2)
-
-
-SIMPLIFY_OPS = 30
-"""Operations beyond which simplifying kappa for display may take seconds."""
+    return TimeFunction(readable(value), 2)
 
 
 def _left_of_t(scaled: TimeFunction) -> str:

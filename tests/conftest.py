@@ -1,12 +1,13 @@
-"""Hypothesis draws the same examples in every run, so that the suite answers the same on every machine."""
+"""One thread, one seed, one profile for every test."""
 
-from hypothesis import HealthCheck, settings
+import pytest
+import torch
+from hypothesis import settings
 
-settings.register_profile(
-    "flowspace",
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
-settings.load_profile("flowspace")
+settings.register_profile("suite", deadline=None, derandomize=True)
+settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

@@ -38,6 +38,7 @@ class Settings:
         channels: of the latent.
         width: of the ViT.
         depth: of the ViT.
+        heads: of the ViT's attention.
         perceptual: weight of the perceptual term.
         generator: how the ViT is trained; every baseline is trained the same.
         autoencoder: how stage 1 is trained.
@@ -49,6 +50,7 @@ class Settings:
     channels: int = 4
     width: int = 64
     depth: int = 3
+    heads: int = 4
     perceptual: float = 0.3
     generator: LoopSettings = field(default_factory=lambda: LoopSettings(steps=3000, learning_rate=2e-3))
     autoencoder: LoopSettings = field(default_factory=lambda: LoopSettings(steps=800))
@@ -186,7 +188,7 @@ class World:
         torch.manual_seed(settings.generator.seed)
         channels, side = self.latents.shape[1], self.latents.shape[-1]
         out = {"outputs": 1, "patch": settings.patch} if pixels else {"outputs": channels, "patch": 1}
-        return SmallViT(channels, side, classes=CLASSES, width=settings.width, depth=settings.depth, **out)
+        return SmallViT(channels, side, classes=CLASSES, width=settings.width, depth=settings.depth, heads=settings.heads, **out)
 
 
 @dataclass(frozen=True)

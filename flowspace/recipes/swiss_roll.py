@@ -4,28 +4,31 @@ A latent of two dimensions (the standardised, rotated roll) is mapped to "pixels
 orthonormal matrix) in one step. What a variant chooses is h = b / kappa, where b = 1/delta; everything else is equal.
 """
 
+import argparse
 import concurrent.futures
 import itertools
 import math
 import multiprocessing
+import os
 import statistics
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from flowspace.errors import InputError
-from flowspace.flow_map import FlowMap
 from flowspace.objectives import ConsistencyLoss, CrossFlowLoss, Objective
 from flowspace.penalties import AbsoluteError, SquaredError
+from flowspace.recipes.report import markdown_table, png, write_beside
 from flowspace.schedules import CosineSchedule, LinearSchedule, Schedule
 from flowspace.statistics import ConsistencyStatistic, Statistic
 from flowspace.times import TimePairs, ToDataTimes, UniformTimes
 
-__all__ = ["VARIANTS", "Result", "Variant", "figure", "run", "sliced_wasserstein", "table"]
+__all__ = ["VARIANTS", "Result", "Variant", "figure", "main", "rows", "run", "sliced_wasserstein"]
 
 EARLIEST = 0.02
 """The smallest t and s that are drawn, and where one-step samples are taken."""
@@ -178,6 +181,64 @@ def floor(seed: int, count: int = 5000) -> float:
     """Return the distance between two independent real samples: no model can be expected to do better."""
     generator, world = torch.Generator().manual_seed(seed), World.of(seed)
     return sliced_wasserstein(*(world.images(roll(count, generator)) for _ in range(2)))
+
+
+HEAD = ("schedule", "h = b/kappa", "", "target form", "literal form")
+
+
+def rows(results: Iterable[Result]) -> list[tuple[str, ...]]:
+    """Return the table: the mean distance over seeds and, after ±, half of its range."""
+    found: dict[tuple[Variant, bool], list[float]] = {}
+    for result in results:
+        found.setdefault((result.variant, result.literal), []).append(result.distance)
+    return [
+        (v.schedule, v.h, v.property, *(_spread(found[v, literal]) for literal in (False, True)))
+        for v in VARIANTS
+        if (v, False) in found
+    ]
+
+
+def _spread(distances: list[float]) -> str:
+    if not all(distance < NOT_LEARNED for distance in distances):
+        return f"> 1e3 in {sum(not d < NOT_LEARNED for d in distances)} of {len(distances)}"
+    return f"{statistics.mean(distances):.3f} ± {(max(distances) - min(distances)) / 2:.3f}"
+
+
+def figure(results: Iterable[Result]) -> Figure:
+    """Draw the first seed's samples of every variant, the target form above the literal form, beside a real roll."""
+    first = {(r.variant, r.literal): r for r in results if r.seed == 0}
+    shown = [v for v in VARIANTS if (v, False) in first]
+    fig, axes = plt.subplots(2, len(shown) + 1, figsize=(1.9 * (len(shown) + 1), 4.4), layout="constrained")
+    real = roll(5000, torch.Generator().manual_seed(0))
+    for row, literal in enumerate((False, True)):
+        clouds = [("real", real), *((f"{v.schedule}\n{v.property}", first[v, literal].samples) for v in shown)]
+        for axis, (title, points) in zip(axes[row], clouds, strict=True):
+            axis.scatter(*points.T, s=0.3, color="#1f4e79", rasterized=True)
+            axis.set(xlim=(-2.2, 2.2), ylim=(-2.2, 2.2), xticks=[], yticks=[], aspect="equal")
+            axis.set_title(title if row == 0 else "", fontsize=8)
+        axes[row][0].set_ylabel("literal form" if literal else "target form")
+    return fig
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train every variant with every seed, print the table and save the table and the figure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="one thread each")
+    parser.add_argument("--out", type=Path, default=Path("runs/swiss_roll"))
+    options = parser.parse_args(arguments)
+    total = 2 * len(VARIANTS) * options.seeds
+    results = list(tqdm(run(options.seeds, options.steps, options.processes), "swiss roll", total, unit="run"))
+    floors = [floor(seed) for seed in range(options.seeds)]
+    text = (
+        markdown_table(HEAD, rows(results)) + "\n\n"
+        f"One step from t = 1 to s = {EARLIEST}, {options.steps} training steps; sliced Wasserstein distance, mean over "
+        f"{options.seeds} seeds ± half of their range. Real against real: {statistics.mean(floors):.4f}.\n"
+    )
+    write_beside(options.out / "table.md", text)
+    write_beside(options.out / "rolls.png", png(figure(results)))
+    print(f"{text}\npictures: {options.out / 'rolls.png'}")
 
 
 def _one(job: tuple[Variant, bool, int, int]) -> Result:

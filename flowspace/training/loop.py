@@ -144,13 +144,13 @@ def _step(
     for group in optimizer.param_groups:
         group["lr"] = settings.learning_rate * cosine_decay(step, settings)
     value = loss(network, batch, torch.Generator().manual_seed(key))
-    if not bool(value.isfinite()):
-        raise RunError(f"the loss is {float(value)} at step {step}; lower learning_rate = {settings.learning_rate}")
+    if not bool(value.detach().isfinite()):
+        raise RunError(f"the loss is {float(value.detach())} at step {step}; lower learning_rate = {settings.learning_rate}")
     optimizer.zero_grad(set_to_none=True)
     value.backward()
     norm = nn.utils.clip_grad_norm_(network.parameters(), settings.clip)
     optimizer.step()
-    return float(value), float(norm)
+    return float(value.detach()), float(norm)
 
 
 @torch.no_grad()

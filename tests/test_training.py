@@ -1,0 +1,201 @@
+"""The training loop: what a killed run leaves continues to the same weights; checkpoints are whole or absent."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from flowspace import RunError
+from flowspace.training import Batches, Checkpoints, LoopSettings, TensorBatches, cosine_decay, seed_of, train
+
+SETTINGS = LoopSettings(steps=40, batch=16, warmup=5, checkpoint_every=7)
+
+
+def network():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 4))
+
+
+def loss(net, batch, generator):
+    (x,) = batch
+    return (net(x + torch.randn(x.shape, generator=generator)) - x).square().mean()
+
+
+def data():
+    return TensorBatches((torch.randn(50, 4, generator=torch.Generator().manual_seed(1)),))
+
+
+def equal(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", [0, 6, 7, 20, 39])
+def test_a_run_that_was_stopped_continues_to_the_same_weights(tmp_path, at):
+    whole = network()
+    average = train("a", whole, data(), loss, SETTINGS, None)
+    calls = 0
+
+    def failing(net, batch, generator):
+        nonlocal calls
+        calls += 1
+        if calls == at + 1:
+            raise Killed
+        return loss(net, batch, generator)
+
+    with pytest.raises(Killed):
+        train("a", network(), data(), failing, SETTINGS, tmp_path)
+    resumed = network()
+    continued = train("a", resumed, data(), loss, SETTINGS, tmp_path)
+    assert equal(whole, resumed)
+    assert equal(average, continued)
+
+
+@pytest.mark.slow
+def test_a_killed_process_continues_to_the_same_weights(tmp_path):
+    script = textwrap.dedent(
+        f"""
+        import sys, time, torch
+        sys.path.insert(0, {str(os.path.dirname(__file__))!r})
+        from pathlib import Path
+        from test_training import SETTINGS, data, loss, network
+        from flowspace.training import train
+        def slow(*arguments):
+            time.sleep(float(sys.argv[2]))
+            return loss(*arguments)
+        net = network()
+        train("a", net, data(), slow, SETTINGS, Path(sys.argv[1]))
+        """
+    )
+    run = [sys.executable, "-c", script, str(tmp_path)]
+    process = subprocess.Popen([*run, "0.05"], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("step-*.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    reached = max(int(path.stem.split("-")[1]) for path in tmp_path.glob("step-*.safetensors"))
+    assert 0 < reached < SETTINGS.steps
+    subprocess.run([*run, "0"], check=True, stderr=subprocess.DEVNULL)
+    whole, resumed = network(), network()
+    train("a", whole, data(), loss, SETTINGS, None)
+    train("a", resumed, data(), loss, SETTINGS, tmp_path)
+    assert equal(whole, resumed)
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path):
+    first = train("a", network(), data(), loss, SETTINGS, tmp_path)
+
+    def never(*_):
+        raise AssertionError("trained again")
+
+    assert equal(first, train("a", network(), data(), never, SETTINGS, tmp_path))
+
+
+def test_a_torn_checkpoint_is_passed_over_for_the_one_before(tmp_path):
+    whole = network()
+    train("a", whole, data(), loss, SETTINGS, None)
+    train("a", network(), data(), loss, SETTINGS, tmp_path)
+    last = sorted(tmp_path.glob("step-*.safetensors"))[-1]
+    last.write_bytes(last.read_bytes()[:100])
+    resumed = network()
+    with pytest.warns(UserWarning, match="cannot be read"):
+        train("a", resumed, data(), loss, SETTINGS, tmp_path)
+    assert equal(whole, resumed)
+
+
+def test_other_settings_are_refused_and_the_difference_is_named(tmp_path):
+    train("a", network(), data(), loss, SETTINGS, tmp_path)
+    with pytest.raises(RunError, match="batch: 16 there, 8 now"):
+        train("a", network(), data(), loss, LoopSettings(steps=40, batch=8, warmup=5, checkpoint_every=7), tmp_path)
+
+
+def test_only_unreadable_checkpoints_are_an_error(tmp_path):
+    (tmp_path / "step-00000007.safetensors").write_bytes(b"torn")
+    with pytest.warns(UserWarning), pytest.raises(RunError, match="none of the 1 checkpoints"):
+        Checkpoints(tmp_path, {}).latest()
+
+
+def test_an_interrupted_write_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, {})
+    checkpoints.save(1, {"a": torch.ones(3)})
+
+    def torn(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("flowspace.training.checkpoints.save_file", torn)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.save(2, {"a": torch.zeros(3)})
+    step, tensors = checkpoints.latest()
+    assert step == 1
+    assert torch.equal(tensors["a"], torch.ones(3))
+
+
+def test_only_the_latest_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path, {}, keep=2)
+    for step in range(5):
+        checkpoints.save(step, {"a": torch.full((2,), float(step))})
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [f"step-{step:08d}.safetensors" for step in (3, 4)]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_where():
+    with pytest.raises(RunError, match="nan at step 0"):
+        train("a", network(), data(), lambda net, batch, generator: net(batch[0]).sum() * torch.nan, SETTINGS, None)
+
+
+def test_the_log_has_one_json_object_a_line(tmp_path):
+    train("a", network(), data(), loss, SETTINGS, tmp_path)
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [0, 39]
+    assert all(record["loss"] > 0 and record["gradient_norm"] > 0 for record in records)
+
+
+@given(rows=st.integers(1, 40), size=st.integers(1, 60), seed=st.integers(0, 9))
+def test_every_pass_over_the_data_sees_every_row_once(rows, size, seed):
+    batches: Batches = TensorBatches((torch.arange(rows),))
+    stream = torch.cat([batches(step, size, seed)[0] for step in range(3 * rows // size + 1)])
+    for number in range(len(stream) // rows):
+        assert torch.equal(stream[number * rows : (number + 1) * rows].sort().values, torch.arange(rows))
+
+
+def test_seeds_of_neighbouring_steps_differ():
+    seeds = {seed_of(seed, step) for seed in range(50) for step in range(200)}
+    assert len(seeds) == 50 * 200
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_the_learning_rate_rises_then_falls_to_its_final_share():
+    plan = LoopSettings(steps=100, warmup=10, final_rate=0.1)
+    rates = [cosine_decay(step, plan) for step in range(101)]
+    assert rates[:10] == [(step + 1) / 10 for step in range(10)]
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert rates[100] == pytest.approx(0.1)
+
+
+def test_the_averaged_weights_follow_their_recursion():
+    plan = LoopSettings(steps=3, batch=4, ema=0.9, warmup=1)
+    net, seen = nn.Linear(4, 4), []
+
+    def recording(module, batch, generator):
+        seen.append(module.weight.detach().clone())
+        return loss(module, batch, generator)
+
+    average = train("a", net, data(), recording, plan, None)
+    expected = seen[0].clone()
+    for step, weight in enumerate([*seen[1:], net.weight.detach()]):
+        decay = min(0.9, (step + 1) / (step + 10))
+        expected = decay * expected + (1 - decay) * weight
+    torch.testing.assert_close(average.weight, expected)
