@@ -322,21 +322,24 @@ def _to_expression(source: Source) -> sympy.Expr | None:
     )
 
 
-def combine(operation: Callable[..., Any], *functions: tuple[TimeFunction, sympy.Symbol | None]) -> TimeFunction:
-    """Combine functions into one of (t, s): as one formula if each has one, else as a callable.
+def combine(
+    operation: Callable[..., Any], *functions: tuple[TimeFunction, sympy.Symbol | None], arity: int = 2
+) -> TimeFunction:
+    """Combine functions into one: as one formula if each has one, else as a callable.
 
     Args:
         operation: arithmetic that works on sympy expressions and on tensors alike.
         functions: pairs of a function and its argument: `t` or `s` for a function of one time, None for one of both.
+        arity: of the result.
     """
     if all(f.expression is not None for f, _ in functions):
         expressions = [f.expression if at is None else f.expression.subs(t, at) for f, at in functions]  # type: ignore[union-attr]
-        return TimeFunction(tidy(sympy.sympify(operation(*expressions))), 2)
+        return TimeFunction(tidy(sympy.sympify(operation(*expressions))), arity)
 
-    def call(t_: Tensor, s_: Tensor) -> Tensor:
-        return operation(*(f.raw(t_, s_) if at is None else f.raw(t_ if at == t else s_) for f, at in functions))
+    def call(*times: Tensor) -> Tensor:
+        return operation(*(f.raw(*times) if at is None else f.raw(times[0] if at == t else times[1]) for f, at in functions))
 
-    return TimeFunction(call, 2)
+    return TimeFunction(call, arity)
 
 
 def tidy(expression: sympy.Expr) -> sympy.Expr:

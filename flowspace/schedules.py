@@ -14,9 +14,8 @@ import sympy
 import torch
 from torch import Tensor
 
-from flowspace import expressions
 from flowspace.errors import ExpressionError, InputError, ScheduleError, TimeError
-from flowspace.expressions import Source, TimeFunction, parse
+from flowspace.expressions import Source, TimeFunction, combine, parse, t
 
 __all__ = [
     "TIME_FLOOR",
@@ -58,6 +57,10 @@ class Schedule:
 
     def __init__(self, alpha: Source, beta: Source) -> None:
         self._alpha, self._beta = TimeFunction(alpha), TimeFunction(beta)
+        parts = ((self._alpha, t), (self._beta, t))
+        slopes = ((self._alpha.dot, t), (self._beta.dot, t))
+        self._ratio = combine(lambda a, b: a / b, *parts, arity=1)
+        self._ratio_dot = combine(lambda a, b, da, db: (da * b - a * db) / b**2, *parts, *slopes, arity=1)
         self._check_ends()
         self._check_inside()
 
@@ -65,6 +68,11 @@ class Schedule:
     def functions(self) -> tuple[TimeFunction, TimeFunction]:
         """Alpha and beta as functions that know their formula and derivative."""
         return self._alpha, self._beta
+
+    @property
+    def signal_to_noise_slope(self) -> TimeFunction:
+        """Lambda' as a function that knows its formula."""
+        return self._ratio_dot
 
     def alpha(self, t: Tensor | float) -> Tensor:
         """The weight of the data at t, of shape ``()`` or ``(B,)``; the same shape comes out."""
@@ -84,12 +92,11 @@ class Schedule:
 
     def signal_to_noise(self, t: Tensor | float) -> Tensor:
         """Lambda = alpha / beta at t; infinite at t = 0, zero at t = 1."""
-        return self.alpha(t) / self.beta(t)
+        return self._ratio(_as_times(t))
 
     def signal_to_noise_dot(self, t: Tensor | float) -> Tensor:
         """Lambda' = (alpha' beta - alpha beta') / beta^2 at t, negative on (0, 1)."""
-        beta = self.beta(t)
-        return (self.alpha_dot(t) * beta - self.alpha(t) * self.beta_dot(t)) / beta**2
+        return self._ratio_dot(_as_times(t))
 
     def perturb(self, latents: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the noisy state and its conditional velocity.
@@ -210,7 +217,7 @@ class VariancePreservingSchedule(Schedule):
         if not 0 < beta_min <= beta_max < math.inf:
             raise ScheduleError(f"beta_min = {beta_min}, beta_max = {beta_max} came; write 0 < beta_min <= beta_max")
         raw = parse(f"exp(-{beta_min}*t/2 - ({beta_max} - {beta_min})*t**2/4)")
-        end = raw.subs(expressions.t, 1)
+        end = raw.subs(t, 1)
         alpha = (raw - end) / (1 - end)
         super().__init__(alpha, sympy.sqrt(1 - alpha**2))
 

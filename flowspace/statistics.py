@@ -154,10 +154,7 @@ class Statistic:
         velocity = combine(lambda g: 1 + g, (ratio, None))
         scaled = combine(lambda w, n: w * n, (velocity, None), (beta, t))
         kappa = _at_noise(scaled)
-        data = combine(
-            lambda k, al, be, al_dot, be_dot: k * (al_dot * be - al * be_dot) / be**2,
-            (kappa, None), (alpha, t), (beta, t), (alpha.dot, t), (beta.dot, t),
-        )  # fmt: skip
+        data = combine(lambda k, slope: k * slope, (kappa, None), (schedule.signal_to_noise_slope, t))
         return Coefficients(b.dot, b, ratio.dot, velocity, kappa, _left_of_t(scaled), data)
 
     def kappa(self, schedule: Schedule) -> "sympy.Expr | TimeFunction":

@@ -1,0 +1,80 @@
+"""What flowspace itself adds to a training step: ``python benchmarks/overhead.py``.
+
+Times, state, coefficients, residual, target and penalty, forward and backward, with the network and its derivative replaced by
+tensors computed beforehand, over a plain regression step and over a CrossFlow step of the same ViT (4 blocks of width 256, 64
+tokens, batch 64). Medians of interleaved runs in one process.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowspace import CrossFlowLoss
+from flowspace.derivatives import Derivative
+from flowspace.recipes.networks import SmallViT
+from flowspace.recipes.report import markdown_table
+
+ROUNDS = 15
+
+
+@dataclass(frozen=True)
+class Known(Derivative):
+    """A route that costs nothing: value and derivative were computed beforehand."""
+
+    value: Tensor
+    slope: Tensor
+
+    def __call__(
+        self, fn: Callable[..., Tensor], primals: Sequence[Any], tangents: Sequence[Any], rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return what is known."""
+        return self.value, self.slope
+
+    def derive(self, fn: Any, primals: Any, tangents: Any, value: Any) -> Tensor:
+        """Return what is known."""
+        return self.slope
+
+
+def medians(jobs: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Return the median seconds of each job, run in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for _ in range(ROUNDS + 2):
+        for name, job in jobs.items():
+            start = time.perf_counter()
+            job()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[2:]) for name, values in seconds.items()}
+
+
+def main() -> None:
+    """Print the table."""
+    torch.manual_seed(0)
+    network = SmallViT(16, 8, outputs=3, patch=2, width=256, depth=4, heads=4)
+    z, x, labels = torch.randn(64, 16, 8, 8), torch.randn(64, 3, 16, 16), torch.randint(10, (64,))
+    objective = CrossFlowLoss()
+    value, slope = torch.randn_like(x, requires_grad=True), torch.randn_like(x)
+    bare = CrossFlowLoss(derivative=Known(value, slope))
+
+    def plain() -> None:
+        t = torch.rand(64)
+        (network(z, t, t, labels=labels) - x).square().mean().backward()
+
+    def cross_flow() -> None:
+        objective(network, z, x, cond={"labels": labels}).loss.mean().backward()
+
+    def overhead() -> None:
+        bare(network, z, x, cond={"labels": labels}).loss.mean().backward()
+
+    found = medians({"plain regression step": plain, "CrossFlow step, ForwardMode": cross_flow, "flowspace itself": overhead})
+    base = found["plain regression step"]
+    rows = [(name, f"{seconds / base:.4f}", f"{1000 * seconds:.2f}") for name, seconds in found.items()]
+    print(markdown_table(("what", "over a plain step", "ms, this machine"), rows))
+
+
+if __name__ == "__main__":
+    main()

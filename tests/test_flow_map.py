@@ -1,0 +1,224 @@
+"""Sampling: for the exact f every grid leads to the same place."""
+
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from gaussian import Gaussian, column
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import PRESETS, normal, pairs, schedules, seeds
+
+from flowspace import (
+    ConsistencyStatistic,
+    CrossFlowLoss,
+    FlowMap,
+    InputError,
+    LinearSchedule,
+    MatchedStatistic,
+    MeanFlowStatistic,
+    Statistic,
+    TimeError,
+)
+
+LINEAR = PRESETS["linear"]
+
+
+def exact(name, schedule, seed):
+    """An exact f with its statistic."""
+    data = Gaussian.random(schedule, seed)
+    statistic, model = {
+        "matched": lambda: (MatchedStatistic(), data.matched()),
+        "MeanFlow": lambda: (MeanFlowStatistic(), data.average_velocity()),
+        "consistency": lambda: (ConsistencyStatistic(), data.transported),
+        "displacement": lambda: (Statistic(0, 1), data.integral),
+    }[name]()
+    return data, FlowMap(model, schedule, statistic)
+
+
+names = st.sampled_from(["matched", "MeanFlow", "consistency", "displacement"])
+grids = st.lists(st.floats(0.05, 0.95), max_size=5, unique_by=lambda time: round(time, 2)).map(
+    lambda inner: [1.0, *sorted(inner, reverse=True), 0.0]
+)
+
+
+def close(actual, wanted, tolerance=1e-8):
+    torch.testing.assert_close(actual, wanted, rtol=tolerance, atol=tolerance)
+
+
+@settings(max_examples=40)
+@given(names, schedules, seeds, st.integers(1, 6), grids)
+def test_any_number_of_steps_is_one_step_for_the_exact_statistic(name, schedule, seed, steps, grid):
+    data, flow_map = exact(name, schedule, seed)
+    noise = normal(seed, 5, 3)
+    one = torch.ones(5, dtype=torch.float64)
+    wanted = data.transported(noise, one, 0 * one)
+    tolerance = 1e-8 if schedule.functions[0].expression is not None else 1e-5
+    for options in ({}, {"steps": steps}, {"times": grid}, {"times": torch.tensor(grid)}):
+        close(flow_map.sample(noise, **options), wanted, 1e-5 if "times" in options else tolerance)
+
+
+@settings(max_examples=40)
+@given(names, schedules, seeds, pairs(rows=5, gap=0.05))
+def test_a_step_is_the_flow_map_and_its_inverse_times_compose(name, schedule, seed, times):
+    (t, s), (data, flow_map) = times, exact(name, schedule, seed)
+    z_t = data.sample_state(t, seed)
+    z_s = flow_map.step(z_t, t, s)
+    close(z_s, data.transported(z_t, t, s), 1e-5)
+    middle = (t + s) / 2
+    close(flow_map.step(flow_map.step(z_t, t, middle), middle, s), z_s, 1e-5)
+
+
+@settings(max_examples=20)
+@given(names, schedules, seeds)
+def test_a_step_of_no_length_stays(name, schedule, seed):
+    data, flow_map = exact(name, schedule, seed)
+    t = torch.linspace(0.1, 0.95, 5, dtype=torch.float64)
+    z_t = data.sample_state(t, seed)
+    close(flow_map.step(z_t, t, t), z_t, 1e-5)
+
+
+def test_samples_have_the_distribution_of_the_data():
+    data, flow_map = exact("matched", LINEAR, 3)
+    samples = flow_map.sample(normal(0, 40_000, 3), steps=2)
+    covariance = (data.rotation * data.spread**2) @ data.rotation.T
+    torch.testing.assert_close(samples.mean(0), data.mean, rtol=0, atol=0.03)
+    torch.testing.assert_close(torch.cov(samples.T), covariance, rtol=0, atol=0.05)
+
+
+@settings(max_examples=20)
+@given(schedules, seeds, grids)
+def test_across_spaces_the_step_is_exact_for_an_affine_encoder(schedule, seed, grid):
+    data = Gaussian.random(schedule, seed)
+    matrix, offset, within = normal(seed + 3, 5, 3), normal(seed + 4, 5), data.matched()
+
+    def encode(x):
+        return torch.linalg.lstsq(matrix, (x - offset).T).solution.T
+
+    flow_map = FlowMap(lambda *state: within(*state) @ matrix.T + offset, schedule, MatchedStatistic())
+    noise, one = normal(seed, 5, 3), torch.ones(5, dtype=torch.float64)
+    wanted = data.transported(noise, one, 0 * one) @ matrix.T + offset
+    close(flow_map.sample(noise), wanted, 1e-5)
+    close(flow_map.sample(noise, times=grid, encode=encode, renoise=False), wanted, 1e-4)
+
+
+def test_renoising_keeps_the_distribution_of_the_data():
+    data = Gaussian.random(LINEAR, 3)
+    matrix, offset, within = normal(3, 5, 3), normal(4, 5), data.matched()
+    inverse = torch.linalg.pinv(matrix)
+    flow_map = FlowMap(lambda *state: within(*state) @ matrix.T + offset, LINEAR, MatchedStatistic())
+    images = flow_map.sample(
+        normal(0, 40_000, 3),
+        times=[1.0, 0.6, 0.3, 0.0],
+        encode=lambda x: (x - offset) @ inverse.T,
+        generator=torch.Generator().manual_seed(1),
+    )
+    assert images.shape == (40_000, 5)
+    samples = (images - offset) @ inverse.T
+    covariance = (data.rotation * data.spread**2) @ data.rotation.T
+    torch.testing.assert_close(samples.mean(0), data.mean, rtol=0, atol=0.03)
+    torch.testing.assert_close(torch.cov(samples.T), covariance, rtol=0, atol=0.05)
+
+
+def watched(seen, out=5):
+    def model(z, t, s, **cond):
+        seen.append((float(t[0]), float(s[0]), t.shape, t.dtype, cond))
+        return torch.zeros(len(z), out, dtype=z.dtype)
+
+    return model
+
+
+def test_renoising_asks_for_samples_and_stepping_for_the_next_time():
+    for renoise, wanted in ((True, [0.0, 0.0]), (False, [0.5, 0.0])):
+        seen = []
+        flow_map = FlowMap(watched(seen), LINEAR, MatchedStatistic())
+        flow_map.sample(normal(0, 2, 3), steps=2, encode=lambda x: x[:, :3], renoise=renoise)
+        assert [call[0] for call in seen] == [1.0, 0.5] and [call[1] for call in seen] == wanted
+
+
+def test_the_model_gets_times_of_one_per_row_and_its_conditions():
+    for dtype in (torch.float32, torch.float64):
+        seen, labels = [], torch.tensor([1, 2])
+        flow_map = FlowMap(watched(seen, 3), LINEAR, MatchedStatistic())
+        out = flow_map.sample(normal(0, 2, 3).to(dtype), cond={"labels": labels}, steps=3)
+        assert out.dtype == dtype and len(seen) == 3
+        assert all(call[2:4] == ((2,), dtype) and call[4]["labels"] is labels for call in seen)
+        flow_map.step(normal(0, 2, 3).to(dtype), *torch.tensor([[0.5, 0.5], [0.1, 0.1]]).to(dtype), cond={"labels": labels})
+        assert seen[-1][4]["labels"] is labels
+
+
+def test_sampling_needs_no_gradient_and_no_global_randomness():
+    layer = torch.nn.Linear(3, 3)
+    flow_map = FlowMap(lambda z, t, s: layer(z) * column(t), LINEAR, MatchedStatistic())
+    before = torch.get_rng_state()
+    generator = partial(torch.Generator().manual_seed, 1)
+    noise = torch.randn(2, 3, generator=generator())
+    first, second = (
+        flow_map.sample(noise, steps=3, encode=torch.sin, generator=generator()) for _ in range(2)
+    )
+    assert not first.requires_grad and torch.equal(first, second) and torch.equal(torch.get_rng_state(), before)
+
+
+def test_bfloat16_noise_gives_bfloat16_samples_and_float32_times():
+    seen = []
+    flow_map = FlowMap(watched(seen, 3), LINEAR, MatchedStatistic())
+    out = flow_map.sample(torch.ones(2, 3, dtype=torch.bfloat16), steps=2)
+    assert out.isfinite().all() and all(call[3] == torch.float32 for call in seen)
+
+
+@pytest.mark.parametrize(
+    "times", [[1.0], [1.0, 0.5], [0.9, 0.0], [0.0, 1.0], [1.0, 0.5, 0.5, 0.0], [1.0, 0.4, 0.6, 0.0], [[1.0, 0.0]]]
+)
+def test_a_grid_that_does_not_fall_from_one_to_zero_is_refused(times):
+    with pytest.raises(TimeError, match="falls strictly from 1 to 0"):
+        FlowMap(watched([]), LINEAR, MatchedStatistic()).sample(normal(0, 2, 3), times=times)
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_no_steps_are_refused(steps):
+    with pytest.raises(TimeError, match=f"steps = {steps}"):
+        FlowMap(watched([]), LINEAR, MatchedStatistic()).sample(normal(0, 2, 3), steps=steps)
+
+
+def test_several_steps_across_spaces_need_an_encoder():
+    flow_map = FlowMap(watched([], 5), LINEAR, MatchedStatistic())
+    assert flow_map.sample(normal(0, 2, 3)).shape == (2, 5)
+    with pytest.raises(InputError, match=r"\(2, 5\).*\(2, 3\).*encode="):
+        flow_map.sample(normal(0, 2, 3), steps=2)
+    with pytest.raises(InputError, match="encode="):
+        flow_map.step(normal(0, 2, 3), torch.full((2,), 0.5), torch.full((2,), 0.2))
+
+
+def test_a_misspelt_keyword_is_a_type_error():
+    with pytest.raises(TypeError):
+        FlowMap(watched([]), LINEAR, MatchedStatistic()).sample(normal(0, 2, 3), step=2)
+
+
+def test_a_flow_map_survives_pickling():
+    flow_map = FlowMap(torch.nn.Identity(), LinearSchedule(), MatchedStatistic())
+    again = pickle.loads(pickle.dumps(flow_map))
+    assert again.schedule == flow_map.schedule and again.statistic == flow_map.statistic
+
+
+def test_training_on_gaussian_data_learns_the_flow_map():
+    """The whole way at once: an affine model, fitted with CrossFlowLoss at fixed times, becomes the exact f."""
+    torch.manual_seed(0)
+    data, rows = Gaussian.random(LINEAR, 0, dim=1), 4096
+    weights = torch.nn.Parameter(torch.zeros(10, dtype=torch.float64))
+
+    def model(z, t, s):
+        basis = torch.stack([torch.ones_like(t), t, s, t * s, t**2], 1)
+        return column(basis @ weights[:5]) + column(basis @ weights[5:]) * z
+
+    loss_fn, adam = CrossFlowLoss(), torch.optim.Adam([weights], 2e-2)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1000):
+        adam.param_groups[0]["lr"] = 2e-2 * (1 - step / 1000)
+        z = data.mean + data.spread * torch.randn(rows, 1, generator=generator, dtype=torch.float64)
+        adam.zero_grad()
+        loss_fn(model, z, generator=generator).loss.mean().backward()
+        adam.step()
+    samples = FlowMap(model, LINEAR, MatchedStatistic()).sample(normal(1, rows, 1))
+    assert abs(float(samples.mean() - data.mean)) < 0.05
+    assert abs(float(samples.std() / data.spread) - 1) < 0.1

@@ -1,0 +1,64 @@
+"""Importing flowspace is cheap, and every place agrees on the version."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import flowspace
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("timm", "diffusers", "lpips", "matplotlib", "jax", "sklearn", "tqdm", "safetensors", "transformers", "mlxtend")
+
+
+def python(code):
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, timeout=120
+    )
+    return done.stdout.strip()
+
+
+def test_importing_flowspace_pulls_in_nothing_heavy():
+    code = f"import sys, flowspace; print([name for name in {HEAVY!r} if name in sys.modules])"
+    assert python(code) == "[]"
+
+
+def test_importing_flowspace_takes_no_longer_than_torch_and_sympy_and_a_fifth_of_a_second():
+    code = "import torch, sympy, time; start = time.perf_counter(); import flowspace; print(time.perf_counter() - start)"
+    assert min(float(python(code)) for _ in range(3)) < 0.2
+
+
+def test_every_public_name_exists_and_none_is_missing():
+    assert sorted(flowspace.__all__) == list(flowspace.__all__) or set(flowspace.__all__) <= set(dir(flowspace))
+    for name in flowspace.__all__:
+        assert getattr(flowspace, name).__doc__ or name == "TIME_FLOOR"
+
+
+CONTRACT = """Schedule LinearSchedule CosineSchedule ScheduleError Statistic MatchedStatistic MeanFlowStatistic
+    ConsistencyStatistic check_criteria CriterionError UniformTimes LogitNormalTimes ShiftedTimes TimePairs AbsoluteError
+    SquaredError HuberError Adaptive ForwardMode FiniteDifference CrossFlowLoss FlowMatchingLoss MeanFlowLoss ConsistencyLoss
+    FlowMap""".split()
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_the_names_of_the_contract_are_there(name):
+    assert name in flowspace.__all__
+
+
+def test_every_error_is_one_of_flowspace():
+    for name in flowspace.__all__:
+        if name.endswith("Error") and name not in ("AbsoluteError", "SquaredError", "HuberError"):
+            assert issubclass(getattr(flowspace, name), flowspace.FlowspaceError)
+
+
+def test_the_version_is_that_of_the_changelog_and_of_the_citation():
+    changelog = re.search(r"^## \[?v?(\d+\.\d+\.\d+\S*?)\]?(\s|$)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    citation = re.search(r"^version: [\"']?([^\s\"']+)", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert changelog and citation
+    assert flowspace.__version__ == changelog[1] == citation[1]
+
+
+def test_the_package_is_typed():
+    assert (Path(flowspace.__file__).parent / "py.typed").exists()
