@@ -71,7 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--dataset", default="digits", choices=["digits", "mnist"], help="default: %(default)s")
     demo.add_argument("--out", type=Path, help="where the run is kept (default: runs/DATASET)")
     demo.add_argument("--seeds", type=int, default=1, help="how many seeds to average (default: %(default)s)")
-    demo.add_argument("--baselines", action="store_true", help="also a denoiser, latent MeanFlow + decoder, decoder on noise")
+    demo.add_argument(
+        "--baselines", action="store_true", help="also a denoiser, latent MeanFlow + decoder, decoder on noise"
+    )
     demo.set_defaults(command=_demo)
     return parser
 
@@ -88,10 +90,12 @@ def _statistic(options: argparse.Namespace, schedule: Schedule) -> Statistic:
     if options.gamma is None and options.kappa is None and options.delta is None:
         return MatchedStatistic()
     if options.delta is None or (options.gamma is None) == (options.kappa is None):
-        raise FlowspaceError("give --delta with either --gamma or --kappa, or none of the three for the matched statistic")
-    if options.kappa is not None:
-        return Statistic.from_kappa(schedule, options.kappa, options.delta)
-    return Statistic(options.gamma, options.delta)
+        raise FlowspaceError(
+            "give --delta with either --gamma or --kappa, or none of the three for the matched statistic"
+        )
+    if options.gamma is not None:
+        return Statistic(options.gamma, options.delta)
+    return Statistic.from_kappa(schedule, options.kappa, options.delta)
 
 
 def _explain(report: CriteriaReport) -> int:

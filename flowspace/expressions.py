@@ -11,7 +11,7 @@ Text comes from configuration files, so it is read over a whitelist and never ev
 import ast
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -167,7 +167,8 @@ def _on_tensors(name: str) -> Callable[[Any], Any]:
     return function
 
 
-TORCH = {n: _on_tensors(n) for n in "exp log sqrt sin cos tan sinh cosh tanh asin acos atan erf".split()}
+NAMES_IN_TORCH = ["exp", "log", "sqrt", "sin", "cos", "tan", "sinh", "cosh", "tanh", "asin", "acos", "atan", "erf"]
+TORCH: dict[str, Any] = {name: _on_tensors(name) for name in NAMES_IN_TORCH}
 TORCH |= {"cot": lambda x: 1 / TORCH["tan"](x), "pi": math.pi, "e": math.e, "E": math.e, "Abs": abs}
 
 
@@ -337,7 +338,9 @@ def combine(
         return TimeFunction(tidy(sympy.sympify(operation(*expressions))), arity)
 
     def call(*times: Tensor) -> Tensor:
-        return operation(*(f.raw(*times) if at is None else f.raw(times[0] if at == t else times[1]) for f, at in functions))
+        return operation(
+            *(f.raw(*times) if at is None else f.raw(times[0] if at == t else times[1]) for f, at in functions)
+        )
 
     return TimeFunction(call, arity)
 
@@ -358,7 +361,7 @@ def readable(expression: sympy.Expr) -> sympy.Expr:
     return min(forms, key=lambda form: form.count_ops())
 
 
-def precise_values(expression: sympy.Expr, points: list[tuple[Any, Any]], digits: int = 50) -> list[Any]:
+def precise_values(expression: sympy.Expr, points: Sequence[tuple[Any, ...]], digits: int = 50) -> list[Any]:
     """Evaluate a formula at (t, s) points with that many digits (mpmath); nan where it has no value."""
     import mpmath
 

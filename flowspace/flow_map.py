@@ -1,5 +1,6 @@
 """Sampling with a flow map: one evaluation, or several through the step that every statistic has."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +82,7 @@ class FlowMap:
         grid = self._grid(noise, steps, times)
         cond, z = dict(cond or {}), noise
         c = self.statistic.coefficients(self.schedule)
-        for t, s in zip(grid[:-1], grid[1:], strict=True):
+        for t, s in itertools.pairwise(grid):
             t, s = t.expand(len(z)), s.expand(len(z))
             last = bool(s[0] == 0)
             prediction = self.model(z, t, torch.zeros_like(s) if encode and renoise else s, **cond)

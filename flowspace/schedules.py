@@ -216,7 +216,7 @@ class VariancePreservingSchedule(Schedule):
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
         if not 0 < beta_min <= beta_max < math.inf:
             raise ScheduleError(f"beta_min = {beta_min}, beta_max = {beta_max} came; write 0 < beta_min <= beta_max")
-        raw = parse(f"exp(-{beta_min}*t/2 - ({beta_max} - {beta_min})*t**2/4)")
+        raw: Any = parse(f"exp(-{beta_min}*t/2 - ({beta_max} - {beta_min})*t**2/4)")
         end = raw.subs(t, 1)
         alpha = (raw - end) / (1 - end)
         super().__init__(alpha, sympy.sqrt(1 - alpha**2))

@@ -16,13 +16,25 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import sympy
 import torch
 from torch import Tensor
 
 from flowspace.errors import CriterionError
-from flowspace.expressions import NOT_ZERO, Source, TimeFunction, combine, on_edge, precise_values, random_points, readable, s, t
+from flowspace.expressions import (
+    NOT_ZERO,
+    Source,
+    TimeFunction,
+    combine,
+    on_edge,
+    precise_values,
+    random_points,
+    readable,
+    s,
+    t,
+)
 from flowspace.schedules import TIME_FLOOR, Schedule, over_rows
 
 __all__ = ["Coefficients", "ConsistencyStatistic", "MatchedStatistic", "MeanFlowStatistic", "Statistic"]
@@ -150,7 +162,7 @@ class Statistic:
     def coefficients(self, schedule: Schedule) -> Coefficients:
         """Derive what multiplies f, D_t f, x, z_t and v in the residual under a schedule."""
         b, ratio = self.ratios(schedule)
-        alpha, beta = schedule.functions
+        beta = schedule.functions[1]
         velocity = combine(lambda g: 1 + g, (ratio, None))
         scaled = combine(lambda w, n: w * n, (velocity, None), (beta, t))
         kappa = _at_noise(scaled)
@@ -158,7 +170,7 @@ class Statistic:
         return Coefficients(b.dot, b, ratio.dot, velocity, kappa, _left_of_t(scaled), data)
 
     def kappa(self, schedule: Schedule) -> "sympy.Expr | TimeFunction":
-        """Return the derived kappa(s): a sympy expression in s, or a function of (t, s) that ignores t for callables.
+        """Derive kappa(s): a sympy expression in s, or for callables a function of (t, s) that ignores t.
 
         Raises:
             CriterionError: if (1 + gamma/delta) beta(t) depends on t; it says what is left of t.
@@ -246,7 +258,7 @@ def _at_noise(scaled: TimeFunction) -> TimeFunction:
     """Return kappa as a function of s: the value of (1 + gamma/delta) beta(t) at t = 1, or its limit."""
     if scaled.expression is None:
         return TimeFunction(lambda t_, s_: scaled.raw(torch.ones_like(t_), s_), 2)
-    value = scaled.expression.subs(t, 1)
+    value: Any = scaled.expression.subs(t, 1)
     if value.has(sympy.nan, sympy.zoo, sympy.oo):
         value = on_edge(scaled.expression, t, sympy.Integer(1)) or value
     return TimeFunction(readable(value), 2)

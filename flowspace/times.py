@@ -7,6 +7,7 @@ Samplers are frozen and hold no state; the randomness comes from the generator t
 import abc
 import math
 from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from flowspace.schedules import TIME_FLOOR
 
 __all__ = ["LogitNormalTimes", "PairSampler", "ShiftedTimes", "TimePairs", "TimeSampler", "ToDataTimes", "UniformTimes"]
 
+How: TypeAlias = dict[str, Any]
+"""The generator, device and dtype of a draw, as torch's random functions take them."""
+
 REFERENCE_DIM = 4096
 """The latent size at which a shift is 1: 4 x 32 x 32, where the shift of Esser et al. (arXiv 2403.03206) was set."""
 
@@ -23,7 +27,6 @@ REFERENCE_DIM = 4096
 class TimeSampler(abc.ABC):
     """Draws one time per row, in [TIME_FLOOR, 1]."""
 
-    @abc.abstractmethod
     def __call__(
         self,
         rows: int,
@@ -33,6 +36,10 @@ class TimeSampler(abc.ABC):
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
         """Return times of shape ``(rows,)``."""
+        return self._draw(rows, {"generator": generator, "device": device, "dtype": dtype})
+
+    @abc.abstractmethod
+    def _draw(self, rows: int, how: How) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -50,16 +57,8 @@ class UniformTimes(TimeSampler):
         if not TIME_FLOOR <= self.low < self.high <= 1:
             raise TimeError(f"low = {self.low}, high = {self.high} came; write {TIME_FLOOR} <= low < high <= 1")
 
-    def __call__(
-        self,
-        rows: int,
-        *,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> Tensor:
-        """Return times of shape ``(rows,)``."""
-        unit = torch.rand(rows, generator=generator, device=device, dtype=dtype)
+    def _draw(self, rows: int, how: How) -> Tensor:
+        unit = torch.rand(rows, **how)
         return (self.low + (self.high - self.low) * unit).clamp(self.low, self.high)
 
 
@@ -80,16 +79,8 @@ class LogitNormalTimes(TimeSampler):
         if not 0 < self.spread < math.inf:
             raise TimeError(f"spread = {self.spread} came; it is a standard deviation, so write a positive number")
 
-    def __call__(
-        self,
-        rows: int,
-        *,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> Tensor:
-        """Return times of shape ``(rows,)``."""
-        normal = torch.randn(rows, generator=generator, device=device, dtype=dtype)
+    def _draw(self, rows: int, how: How) -> Tensor:
+        normal = torch.randn(rows, **how)
         return torch.sigmoid(self.mean + self.spread * normal).clamp(min=TIME_FLOOR)
 
 
@@ -117,23 +108,14 @@ class ShiftedTimes(TimeSampler):
         """K, above 1 where times move towards the noise."""
         return math.sqrt(self.dim / REFERENCE_DIM)
 
-    def __call__(
-        self,
-        rows: int,
-        *,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> Tensor:
-        """Return times of shape ``(rows,)``."""
-        t = self.times(rows, generator=generator, device=device, dtype=dtype)
+    def _draw(self, rows: int, how: How) -> Tensor:
+        t = self.times(rows, **how)
         return (self.shift * t / (1 + (self.shift - 1) * t)).clamp(TIME_FLOOR, 1.0)
 
 
 class PairSampler(abc.ABC):
     """Draws (t, s) for each row, with TIME_FLOOR <= t <= 1 and 0 <= s <= t."""
 
-    @abc.abstractmethod
     def __call__(
         self,
         rows: int,
@@ -143,6 +125,10 @@ class PairSampler(abc.ABC):
         dtype: torch.dtype = torch.float32,
     ) -> tuple[Tensor, Tensor]:
         """Return t and s, each of shape ``(rows,)``."""
+        return self._draw(rows, {"generator": generator, "device": device, "dtype": dtype})
+
+    @abc.abstractmethod
+    def _draw(self, rows: int, how: How) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -167,25 +153,17 @@ class TimePairs(PairSampler):
         if not 0 <= self.equal <= 1:
             raise TimeError(f"equal = {self.equal} came; it is the share of rows with s = t, between 0 and 1")
 
-    def __call__(
-        self,
-        rows: int,
-        *,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> tuple[Tensor, Tensor]:
-        """Return t and s, each of shape ``(rows,)``."""
-        first, second = (self.times(rows, generator=generator, device=device, dtype=dtype) for _ in range(2))
-        diagonal = self._diagonal(rows, generator, device)
+    def _draw(self, rows: int, how: How) -> tuple[Tensor, Tensor]:
+        first, second = (self.times(rows, **how) for _ in range(2))
+        diagonal = self._diagonal(rows, how)
         if self.mask_first:
             second = torch.where(diagonal, first, second)
         t, s = torch.maximum(first, second), torch.minimum(first, second)
         return t, torch.where(diagonal, t, s)
 
-    def _diagonal(self, rows: int, generator: torch.Generator | None, device: torch.device | str | None) -> Tensor:
-        rank = torch.rand(rows, generator=generator, device=device).argsort().argsort()
-        return rank + torch.rand((), generator=generator, device=device) < self.equal * rows
+    def _diagonal(self, rows: int, how: How) -> Tensor:
+        rank = torch.rand(rows, **how).argsort().argsort()
+        return rank + torch.rand((), **how) < self.equal * rows
 
 
 @dataclass(frozen=True)
@@ -194,14 +172,6 @@ class ToDataTimes(PairSampler):
 
     times: TimeSampler = field(default_factory=UniformTimes)
 
-    def __call__(
-        self,
-        rows: int,
-        *,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> tuple[Tensor, Tensor]:
-        """Return t and s, each of shape ``(rows,)``."""
-        t = self.times(rows, generator=generator, device=device, dtype=dtype)
+    def _draw(self, rows: int, how: How) -> tuple[Tensor, Tensor]:
+        t = self.times(rows, **how)
         return t, torch.zeros_like(t)

@@ -21,8 +21,22 @@ def python(code):
 
 
 def test_importing_flowspace_pulls_in_nothing_heavy():
-    code = f"import sys, flowspace; print([name for name in {HEAVY!r} if name in sys.modules])"
+    """Beyond what torch and sympy themselves import."""
+    code = f"""
+import sys, torch, sympy
+before = set(sys.modules)
+import flowspace
+print([name for name in {HEAVY!r} if name in set(sys.modules) - before])"""
     assert python(code) == "[]"
+
+
+def test_importing_flowspace_imports_no_package_but_torch_and_sympy():
+    code = """
+import sys, torch, sympy
+before = {name.split(".")[0] for name in sys.modules}
+import flowspace
+print(sorted({name.split(".")[0] for name in sys.modules} - before - set(sys.stdlib_module_names)))"""
+    assert python(code) == "['flowspace']"
 
 
 def test_importing_flowspace_takes_no_longer_than_torch_and_sympy_and_a_fifth_of_a_second():
@@ -36,10 +50,7 @@ def test_every_public_name_exists_and_none_is_missing():
         assert getattr(flowspace, name).__doc__ or name == "TIME_FLOOR"
 
 
-CONTRACT = """Schedule LinearSchedule CosineSchedule ScheduleError Statistic MatchedStatistic MeanFlowStatistic
-    ConsistencyStatistic check_criteria CriterionError UniformTimes LogitNormalTimes ShiftedTimes TimePairs AbsoluteError
-    SquaredError HuberError Adaptive ForwardMode FiniteDifference CrossFlowLoss FlowMatchingLoss MeanFlowLoss ConsistencyLoss
-    FlowMap""".split()
+CONTRACT = ["Schedule", "LinearSchedule", "CosineSchedule", "ScheduleError", "Statistic", "MatchedStatistic", "MeanFlowStatistic", "ConsistencyStatistic", "check_criteria", "CriterionError", "UniformTimes", "LogitNormalTimes", "ShiftedTimes", "TimePairs", "AbsoluteError", "SquaredError", "HuberError", "Adaptive", "ForwardMode", "FiniteDifference", "CrossFlowLoss", "FlowMatchingLoss", "MeanFlowLoss", "ConsistencyLoss", "FlowMap"]
 
 
 @pytest.mark.parametrize("name", CONTRACT)

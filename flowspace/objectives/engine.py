@@ -91,10 +91,9 @@ class Objective(abc.ABC):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, make())
         self._check_kinds()
-        assert_statistic: Statistic = self.statistic  # type: ignore[assignment]
         if self.check:
             self.check_statistic()
-        object.__setattr__(self, "coefficients", assert_statistic.coefficients(self.schedule))
+        object.__setattr__(self, "coefficients", self.statistic.coefficients(self.schedule))  # type: ignore[union-attr]
 
     def _check_kinds(self) -> None:
         kinds = {
@@ -116,7 +115,7 @@ class Objective(abc.ABC):
         """Return how (t, s) are drawn where the caller does not say."""
         return TimePairs()
 
-    def check_statistic(self) -> None:
+    def check_statistic(self) -> None:  # noqa: B027  # most objectives take any statistic
         """Refuse a statistic that the objective cannot use."""
 
     @abc.abstractmethod

@@ -122,8 +122,7 @@ def train_autoencoder(data: Data, settings: Settings, folder: Path | None) -> Au
 
     def loss(net: nn.Module, batch: tuple[Tensor, ...], generator: torch.Generator) -> Tensor:
         (images,) = batch
-        assert_net: Any = net
-        return F.mse_loss(assert_net.reconstruct(images, generator), images)
+        return F.mse_loss(net.reconstruct(images, generator), images)  # type: ignore[operator]
 
     trained: Any = train("autoencoder", network, TensorBatches((data.images,)), loss, settings.autoencoder, folder)
     trained.fit_latents(data.images)
@@ -133,7 +132,9 @@ def train_autoencoder(data: Data, settings: Settings, folder: Path | None) -> Au
 def jitter(images: Tensor, generator: torch.Generator) -> Tensor:
     """Shift by up to a pixel in eight, turn by up to 10 degrees, and add a little noise: augmentation for classifiers."""
     rows = len(images)
-    angle, dx, dy = ((torch.rand(3, rows, generator=generator) * 2 - 1) * torch.tensor([[0.17], [0.25], [0.25]])).unbind()
+    angle, dx, dy = (
+        (torch.rand(3, rows, generator=generator) * 2 - 1) * torch.tensor([[0.17], [0.25], [0.25]])
+    ).unbind()
     turn = torch.stack([angle.cos(), -angle.sin(), dx, angle.sin(), angle.cos(), dy], 1).reshape(rows, 2, 3)
     grid = F.affine_grid(turn, list(images.shape), align_corners=False)
     moved = F.grid_sample(images + 1, grid, align_corners=False) - 1
@@ -188,7 +189,9 @@ class World:
         torch.manual_seed(settings.generator.seed)
         channels, side = self.latents.shape[1], self.latents.shape[-1]
         out = {"outputs": 1, "patch": settings.patch} if pixels else {"outputs": channels, "patch": 1}
-        return SmallViT(channels, side, classes=CLASSES, width=settings.width, depth=settings.depth, heads=settings.heads, **out)
+        return SmallViT(
+            channels, side, classes=CLASSES, width=settings.width, depth=settings.depth, heads=settings.heads, **out
+        )
 
 
 @dataclass(frozen=True)
@@ -207,7 +210,13 @@ class Method:
             latents, images, labels = batch
             one = torch.ones(len(latents)) if self.only_noise else None
             out = self.objective(
-                net, latents, images if self.pixels else None, cond={"labels": labels}, t=one, s=one, generator=generator
+                net,
+                latents,
+                images if self.pixels else None,
+                cond={"labels": labels},
+                t=one,
+                s=one,
+                generator=generator,
             )
             if not self.pixels or not settings.perceptual:
                 return out.loss.mean()
@@ -319,7 +328,9 @@ def draw(method: Method | None, network: nn.Module | None, world: World, seed: i
     return images, labels, 1000 * (time.perf_counter() - start) / JUDGED
 
 
-def run_seed(settings: Settings, seed: int, chosen: tuple[str, ...], folder: Path) -> tuple[dict[str, Scores], dict[str, Tensor]]:
+def run_seed(
+    settings: Settings, seed: int, chosen: tuple[str, ...], folder: Path
+) -> tuple[dict[str, Scores], dict[str, Tensor]]:
     """Train and judge the chosen methods with one seed; return scores and samples by name, those of real images first."""
     settings, data = seeded(settings, seed), load(settings.dataset)
     world, judge = prepare(data, settings, folder)

@@ -163,7 +163,9 @@ class FeatureClassifier(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(1, width, 3, 1, 1)
         self.stages = nn.ModuleList(
-            nn.Sequential(nn.GroupNorm(4, w), nn.GELU(), nn.Conv2d(w, 2 * w, 3, 2, 1), nn.GELU(), nn.Conv2d(2 * w, 2 * w, 3, 1, 1))
+            nn.Sequential(
+                nn.GroupNorm(4, w), nn.GELU(), nn.Conv2d(w, 2 * w, 3, 2, 1), nn.GELU(), nn.Conv2d(2 * w, 2 * w, 3, 1, 1)
+            )
             for w in (width, 2 * width)
         )
         self.head = nn.Linear(4 * width * math.ceil(math.ceil(side / 2) / 2) ** 2, classes)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 matplotlib.use("Agg")
 
-from matplotlib import pyplot as plt  # noqa: E402  # the backend must be chosen first
-from matplotlib.figure import Figure  # noqa: E402
+from matplotlib import pyplot as plt  # the backend must be chosen first
+from matplotlib.figure import Figure
 
 __all__ = ["grid", "markdown_table", "page", "png", "write_beside"]
 
@@ -26,11 +26,11 @@ tbody td { border-bottom: 1px solid #ddd; } img { max-width: 100%; } .note { col
 """
 
 
-def grid(columns: Mapping[str, Sequence[Tensor]], classes: int) -> Figure:
+def grid(columns: Mapping[str, Tensor], classes: int) -> Figure:
     """Draw blocks of pictures side by side: one row a class, one block a title.
 
     Args:
-        columns: by title, for each class the pictures ``(K, 1, H, H)`` in [-1, 1].
+        columns: by title, the pictures ``(classes, K, 1, H, H)`` in [-1, 1].
         classes: how many rows.
     """
     figure, axes = plt.subplots(1, len(columns), figsize=(3.4 * len(columns), 5.4), squeeze=False, layout="constrained")

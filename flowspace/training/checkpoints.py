@@ -43,7 +43,11 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{step:08d}.safetensors"
         partial = path.with_suffix(".partial")
-        metadata = {"step": str(step), "fingerprint": self.fingerprint, "settings": json.dumps(self.settings, default=str)}
+        metadata = {
+            "step": str(step),
+            "fingerprint": self.fingerprint,
+            "settings": json.dumps(self.settings, default=str),
+        }
         save_file({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, partial, metadata)
         with partial.open("rb") as file:
             os.fsync(file.fileno())
@@ -70,7 +74,9 @@ class Checkpoints:
             self._check_settings(path, metadata)
             return int(metadata["step"]), tensors
         if paths:
-            raise RunError(f"none of the {len(paths)} checkpoints in {self.folder} can be read; delete the folder to begin anew")
+            raise RunError(
+                f"none of the {len(paths)} checkpoints in {self.folder} can be read; delete the folder to begin anew"
+            )
         return None
 
     def _check_settings(self, path: Path, metadata: Mapping[str, str]) -> None:
@@ -90,7 +96,7 @@ class Checkpoints:
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Tensor]:
     """Return the optimizer's state as tensors named by parameter and slot."""
-    names = {parameter: name for name, parameter in network.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in network.named_parameters()}
     return {
         f"{names[parameter]}/{slot}": value
         for parameter, slots in optimizer.state.items()

@@ -145,7 +145,9 @@ def _step(
         group["lr"] = settings.learning_rate * cosine_decay(step, settings)
     value = loss(network, batch, torch.Generator().manual_seed(key))
     if not bool(value.detach().isfinite()):
-        raise RunError(f"the loss is {float(value.detach())} at step {step}; lower learning_rate = {settings.learning_rate}")
+        raise RunError(
+            f"the loss is {float(value.detach())} at step {step}; lower learning_rate = {settings.learning_rate}"
+        )
     optimizer.zero_grad(set_to_none=True)
     value.backward()
     norm = nn.utils.clip_grad_norm_(network.parameters(), settings.clip)
@@ -155,20 +157,22 @@ def _step(
 
 @torch.no_grad()
 def _average(averaged: nn.Module, network: nn.Module, decay: float) -> None:
-    old, new = list(averaged.parameters()), list(network.parameters())
-    torch._foreach_lerp_(old, new, 1 - decay)
+    for mine, theirs in zip(averaged.parameters(), network.parameters(), strict=True):
+        mine.lerp_(theirs, 1 - decay)
     for mine, theirs in zip(averaged.buffers(), network.buffers(), strict=True):
         mine.copy_(theirs)
 
 
 def _pack(network: nn.Module, averaged: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    parts = {"network": network.state_dict(), "ema": averaged.state_dict(), "optimizer": flatten_optimizer(optimizer, network)}
+    parts = {
+        "network": network.state_dict(),
+        "ema": averaged.state_dict(),
+        "optimizer": flatten_optimizer(optimizer, network),
+    }
     return {f"{part}:{key}": value for part, tensors in parts.items() for key, value in tensors.items()}
 
 
-def _resume(
-    checkpoints: Checkpoints, network: nn.Module, averaged: nn.Module, optimizer: torch.optim.Optimizer
-) -> int:
+def _resume(checkpoints: Checkpoints, network: nn.Module, averaged: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     found = checkpoints.latest()
     if found is None:
         return 0
