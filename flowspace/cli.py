@@ -95,7 +95,7 @@ def _statistic(options: argparse.Namespace, schedule: Schedule) -> Statistic:
         )
     if options.gamma is not None:
         return Statistic(options.gamma, options.delta)
-    return Statistic.from_kappa(schedule, options.kappa, options.delta)
+    return Statistic.from_kappa(schedule, str(options.kappa), options.delta)
 
 
 def _explain(report: CriteriaReport) -> int:

@@ -15,7 +15,7 @@ zero inside ``0 < s < t < 1``. Not assumed: that gamma, delta are finite on the 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import sympy
@@ -160,17 +160,11 @@ class Statistic:
         )
 
     def coefficients(self, schedule: Schedule) -> Coefficients:
-        """Derive what multiplies f, D_t f, x, z_t and v in the residual under a schedule."""
-        b, ratio = self.ratios(schedule)
-        beta = schedule.functions[1]
-        velocity = combine(lambda g: 1 + g, (ratio, None))
-        scaled = combine(lambda w, n: w * n, (velocity, None), (beta, t))
-        kappa = _at_noise(scaled)
-        data = combine(lambda k, slope: k * slope, (kappa, None), (schedule.signal_to_noise_slope, t))
-        return Coefficients(b.dot, b, ratio.dot, velocity, kappa, _left_of_t(scaled), data)
+        """Derive what multiplies f, D_t f, x, z_t and v in the residual under a schedule; derived once, then remembered."""
+        return _derive(self, schedule)
 
     def kappa(self, schedule: Schedule) -> "sympy.Expr | TimeFunction":
-        """Derive kappa(s): a sympy expression in s, or for callables a function of (t, s) that ignores t.
+        """Return what Criterion 1 asks for: a sympy expression in s, or for callables a function of (t, s) that ignores t.
 
         Raises:
             CriterionError: if (1 + gamma/delta) beta(t) depends on t; it says what is left of t.
@@ -236,6 +230,17 @@ class ConsistencyStatistic(Statistic):
 
     def __init__(self) -> None:
         super().__init__(1, -1)
+
+
+@lru_cache(maxsize=128)
+def _derive(statistic: Statistic, schedule: Schedule) -> Coefficients:
+    b, ratio = statistic.ratios(schedule)
+    beta = schedule.functions[1]
+    velocity = combine(lambda g: 1 + g, (ratio, None))
+    scaled = combine(lambda w, n: w * n, (velocity, None), (beta, t))
+    kappa = _at_noise(scaled)
+    data = combine(lambda k, slope: k * slope, (kappa, None), (schedule.signal_to_noise_slope, t))
+    return Coefficients(b.dot, b, ratio.dot, velocity, kappa, _left_of_t(scaled), data)
 
 
 def worst_on_diagonal(function: Callable[[Tensor, Tensor], Tensor]) -> tuple[float, float]:
