@@ -6,8 +6,8 @@ For z ~ N(mean, Sigma) the state is z_t ~ N(alpha mean, C_t) with C_t = alpha^2 
 
 and, since all C_t commute, the probability-flow ODE transports z_t to z_s = alpha_s mean + (C_s/C_t)^(1/2) (z_t - alpha_t mean).
 Hence f = gamma z_t + delta (z_t - z_s) for every statistic. For images x = A z + c, identity (II) says that f/delta is
-the integral of kappa(s) lambda'(tau) E[x | z_tau] along the path (b(s,s) = 0: anchored), and E[x | z_tau] = A E[z | z_tau] + c, so
-f = A f_z + delta kappa(s) (lambda_t - lambda_s) c. Matched: delta kappa (lambda_t - lambda_s) = 1.
+the integral of kappa(s) lambda'(tau) E[x | z_tau] along the path (b(s,s) = 0: anchored), and E[x | z_tau] = A E[z | z_tau] + c,
+so f = A f_z + delta kappa(s) (lambda_t - lambda_s) c. Matched: delta kappa (lambda_t - lambda_s) = 1.
 """
 
 from dataclasses import dataclass
@@ -69,10 +69,13 @@ class Gaussian:
         return z_t - self.transported(z_t, t, s)
 
     def statistic(self, gamma, delta, diagonal=None):
-        """The exact f as a model; `diagonal` is what it is where s = t and delta is infinite."""
+        """The exact f as a model; `diagonal` is what it is where s = t and delta is infinite.
+
+        s is a constant of the derivative (beta(s) = sqrt(1 - alpha^2) has an infinite slope at s = 0).
+        """
 
         def model(z_t, t, s):
-            apart = torch.where(s < t, s, t / 2)
+            apart = torch.where(s < t, s, t / 2).detach()
             f = column(gamma(t, apart)) * z_t + column(delta(t, apart)) * self.integral(z_t, t, apart)
             return f if diagonal is None else torch.where(column(s < t), f, diagonal(z_t, t))
 
@@ -89,6 +92,7 @@ class Gaussian:
         within = self.statistic(gamma, delta)
 
         def model(z_t, t, s):
+            s = s.detach()
             kappa = (1 + gamma(t, s) / delta(t, s)) * self.schedule.beta(t)
             fall = self.schedule.signal_to_noise(t) - self.schedule.signal_to_noise(s)
             return within(z_t, t, s) @ matrix.T + column(delta(t, s) * kappa * fall) * offset

@@ -50,9 +50,26 @@ KNOWN = {
         (True, False, True, False),
         sympy.sin(sympy.pi * s / 2),
     ),
-    "zero shifted": (LINEAR, Statistic.from_kappa(LINEAR, "s + 0.1", "t/(s + 0.1 - t)"), (True, None, False, True), None),
+    "zero shifted": (
+        LINEAR,
+        Statistic.from_kappa(LINEAR, "s + 0.1", "t/(s + 0.1 - t)"),
+        (True, None, False, True),
+        None,
+    ),
     "never zero": (LINEAR, Statistic.from_kappa(LINEAR, "s", "t/s"), (True, False, False, True), s),
     "scaled": (LINEAR, Statistic("2", "-2*t/(t-s)"), (True, False, True, False), s),
+    "gamma no sample": (
+        LINEAR,
+        Statistic.from_kappa(LINEAR, "(1 + s)/2", "-1"),
+        (True, False, False, False),
+        (1 + s) / 2,
+    ),
+    "delta no sample": (
+        LINEAR,
+        Statistic.from_kappa(LINEAR, "(1 + s)/2", "-2"),
+        (True, False, False, False),
+        (1 + s) / 2,
+    ),
     "wrong sign": (LINEAR, Statistic("-1", "t/(t-s)"), (True, False, True, False), s),
 }
 
@@ -115,7 +132,16 @@ def test_the_report_names_the_values_of_what_fails():
 @pytest.mark.parametrize("name", KNOWN)
 def test_every_report_can_be_read_and_typeset(name):
     report = check_criteria(*KNOWN[name][:2])
-    for line in ("schedule", "statistic", "kappa", "Criterion 1", "Criterion 2", "anchored", "matched", "R = a f + b D_t f"):
+    for line in (
+        "schedule",
+        "statistic",
+        "kappa",
+        "Criterion 1",
+        "Criterion 2",
+        "anchored",
+        "matched",
+        "R = a f + b D_t f",
+    ):
         assert line in str(report)
     assert report.latex().startswith("R = ") and "D_t f" in report.latex()
 

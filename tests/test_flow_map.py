@@ -143,7 +143,9 @@ def test_the_model_gets_times_of_one_per_row_and_its_conditions():
         out = flow_map.sample(normal(0, 2, 3).to(dtype), cond={"labels": labels}, steps=3)
         assert out.dtype == dtype and len(seen) == 3
         assert all(call[2:4] == ((2,), dtype) and call[4]["labels"] is labels for call in seen)
-        flow_map.step(normal(0, 2, 3).to(dtype), *torch.tensor([[0.5, 0.5], [0.1, 0.1]]).to(dtype), cond={"labels": labels})
+        flow_map.step(
+            normal(0, 2, 3).to(dtype), *torch.tensor([[0.5, 0.5], [0.1, 0.1]]).to(dtype), cond={"labels": labels}
+        )
         assert seen[-1][4]["labels"] is labels
 
 
@@ -153,9 +155,7 @@ def test_sampling_needs_no_gradient_and_no_global_randomness():
     before = torch.get_rng_state()
     generator = partial(torch.Generator().manual_seed, 1)
     noise = torch.randn(2, 3, generator=generator())
-    first, second = (
-        flow_map.sample(noise, steps=3, encode=torch.sin, generator=generator()) for _ in range(2)
-    )
+    first, second = (flow_map.sample(noise, steps=3, encode=torch.sin, generator=generator()) for _ in range(2))
     assert not first.requires_grad and torch.equal(first, second) and torch.equal(torch.get_rng_state(), before)
 
 

@@ -76,7 +76,7 @@ def close(actual, wanted, tolerance=1e-9):
 
 
 def gradients(loss, net):
-    return torch.autograd.grad(loss.sum(), list(net.parameters()))
+    return torch.autograd.grad(loss.sum(), list(net.parameters()), retain_graph=True)
 
 
 def total_derivative(net, z_t, v, t, s):
@@ -144,7 +144,7 @@ def test_so_have_the_average_velocity_the_velocity_and_the_consistency_function(
     for loss_fn, model in (
         (MeanFlowLoss(schedule=schedule), average),
         (FlowMatchingLoss(schedule=schedule), lambda z, t, s: data.velocity(z, t)),
-        (ConsistencyLoss(schedule=schedule, boundary=0.0), data.transported),
+        (ConsistencyLoss(schedule=schedule, boundary=0.0), lambda z, t, s: data.transported(z, t, s.detach())),
     ):
         here = t if isinstance(loss_fn, FlowMatchingLoss) else s
         residual = mean_residual(loss_fn, data, model, t, here, seed)
@@ -170,7 +170,9 @@ def test_so_has_the_matched_statistic_of_images_in_a_space_of_other_dimension(dr
 
 
 @settings(max_examples=40)
-@given(st.data(), schedules, seeds, st.sampled_from(ANCHORED_DELTAS), st.sampled_from(["s", "sin(pi*s/2)", "(1 + s)/2"]))
+@given(
+    st.data(), schedules, seeds, st.sampled_from(ANCHORED_DELTAS), st.sampled_from(["s", "sin(pi*s/2)", "(1 + s)/2"])
+)
 def test_so_has_every_anchored_statistic_there(draws, schedule, seed, delta, kappa):
     statistic = derived(schedule, kappa, delta)
     t, s = draws.draw(pairs(inside=True, gap=0.05))
@@ -208,7 +210,9 @@ def test_a_batch_of_different_times_is_a_loop_over_single_times(loss_fn, times, 
         alone = loss_fn(
             net, z[row], x[row], noise=noise[row], t=times[0][row], s=times[1][row], cond={"shift": shift[row]}
         )
-        scalar = loss_fn(net, z[row], x[row], noise=noise[row], t=times[0][i], s=times[1][i], cond={"shift": shift[row]})
+        scalar = loss_fn(
+            net, z[row], x[row], noise=noise[row], t=times[0][i], s=times[1][i], cond={"shift": shift[row]}
+        )
         for name, whole in zip(out._fields, out, strict=True):
             close(whole[row], getattr(alone, name), 1e-11)
             close(whole[row], getattr(scalar, name), 1e-11)
@@ -249,6 +253,27 @@ def test_a_statistic_that_is_not_anchored_is_differentiated_on_the_diagonal():
     c = loss_fn.coefficients
     a, b, data = (column(f(t, t)) for f in (c.prediction, c.derivative, c.data))
     close(out.residual, a * net(z_t, t, t) + b * total_derivative(net, z_t, v, t, t) - data * x)
+
+
+@pytest.mark.parametrize("derivative", [ForwardMode(), FiniteDifference()], ids=repr)
+def test_the_destination_is_a_constant_of_the_derivative(derivative):
+    """The tangent is (v, 1, 0): a model with an infinite slope in s, such as sqrt(s) at s = 0, has a finite D_t f."""
+    t, s = tensor(0.5, 1.0), tensor(0.0, 0.0)
+    loss_fn, z = CrossFlowLoss(derivative=derivative), normal(0, 2, 3)
+    out = loss_fn(lambda z, t, s: z * column(1 + s.sqrt()), z, t=t, s=s)
+    assert out.target.isfinite().all()
+
+
+@pytest.mark.parametrize("derivative", [ForwardMode(), FiniteDifference()], ids=repr)
+@each_loss
+def test_one_time_for_all_rows_is_that_time_in_every_row(loss_fn, derivative):
+    loss_fn, net, (z, x, noise) = replace(loss_fn, derivative=derivative), Net(), batch(0, 4)
+    for schedule in (LINEAR, Schedule(lambda t: 1 - t, lambda t: t)):
+        made = replace(loss_fn, schedule=schedule)
+        one = made(net, z, x, noise=noise, t=tensor(0.5)[0], s=tensor(0.25)[0])
+        each = made(net, z, x, noise=noise, t=torch.full((4,), 0.5).double(), s=torch.full((4,), 0.25).double())
+        for a, b in zip(one, each, strict=True):
+            close(a, b, 1e-12)
 
 
 @settings(max_examples=15)
@@ -386,9 +411,7 @@ def test_consistency(schedule, times, seed):
 def test_the_boundary_of_consistency_ties_it_to_the_data():
     net, (z, x, noise) = Net(out=4), batch(0, 3, out=4)
     t, s = torch.tensor([0.3, 0.6, 1.0]).double(), torch.zeros(3).double()
-    plain, tied = (
-        ConsistencyLoss(boundary=weight)(net, z, x, noise=noise, t=t, s=s).loss for weight in (0.0, 0.5)
-    )
+    plain, tied = (ConsistencyLoss(boundary=weight)(net, z, x, noise=noise, t=t, s=s).loss for weight in (0.0, 0.5))
     floor = torch.full((3,), 0.01, dtype=torch.float64)
     edge = net(0.99 * z + 0.01 * noise, floor, 0 * floor) - x
     close(tied - plain, 0.5 * edge.square().mean(1))
@@ -489,10 +512,9 @@ class Half(torch.nn.Module):
 
 
 @each_loss
-@pytest.mark.parametrize("derivative", [ForwardMode(), FiniteDifference()], ids=repr)
-def test_bfloat16_latents_give_a_float32_residual_and_target(loss_fn, derivative):
+def test_bfloat16_latents_give_a_float32_residual_and_target(loss_fn):
     torch.manual_seed(0)
-    loss_fn, z = replace(loss_fn, derivative=derivative), normal(0, 8, 3).bfloat16()
+    z = normal(0, 8, 3).bfloat16()
     out = loss_fn(Half(torch.bfloat16), z, generator=torch.Generator().manual_seed(0))
     assert out.residual.dtype == out.target.dtype == out.loss.dtype == torch.float32
     assert all(tensor.isfinite().all() for tensor in out)
@@ -604,7 +626,9 @@ BAD_TIMES = {
 
 
 @pytest.mark.parametrize("case", BAD_TIMES)
-@pytest.mark.parametrize("loss_fn", [CrossFlowLoss(), MeanFlowLoss(), ConsistencyLoss()], ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize(
+    "loss_fn", [CrossFlowLoss(), MeanFlowLoss(), ConsistencyLoss()], ids=lambda x: type(x).__name__
+)
 def test_times_out_of_range_type_or_shape_are_refused_with_their_values(loss_fn, case):
     (t, s), named = BAD_TIMES[case]
     with pytest.raises(TimeError, match=named):

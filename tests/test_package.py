@@ -40,7 +40,9 @@ print(sorted({name.split(".")[0] for name in sys.modules} - before - set(sys.std
 
 
 def test_importing_flowspace_takes_no_longer_than_torch_and_sympy_and_a_fifth_of_a_second():
-    code = "import torch, sympy, time; start = time.perf_counter(); import flowspace; print(time.perf_counter() - start)"
+    code = (
+        "import torch, sympy, time; start = time.perf_counter(); import flowspace; print(time.perf_counter() - start)"
+    )
     assert min(float(python(code)) for _ in range(3)) < 0.2
 
 
@@ -50,7 +52,33 @@ def test_every_public_name_exists_and_none_is_missing():
         assert getattr(flowspace, name).__doc__ or name == "TIME_FLOOR"
 
 
-CONTRACT = ["Schedule", "LinearSchedule", "CosineSchedule", "ScheduleError", "Statistic", "MatchedStatistic", "MeanFlowStatistic", "ConsistencyStatistic", "check_criteria", "CriterionError", "UniformTimes", "LogitNormalTimes", "ShiftedTimes", "TimePairs", "AbsoluteError", "SquaredError", "HuberError", "Adaptive", "ForwardMode", "FiniteDifference", "CrossFlowLoss", "FlowMatchingLoss", "MeanFlowLoss", "ConsistencyLoss", "FlowMap"]
+CONTRACT = [
+    "Schedule",
+    "LinearSchedule",
+    "CosineSchedule",
+    "ScheduleError",
+    "Statistic",
+    "MatchedStatistic",
+    "MeanFlowStatistic",
+    "ConsistencyStatistic",
+    "check_criteria",
+    "CriterionError",
+    "UniformTimes",
+    "LogitNormalTimes",
+    "ShiftedTimes",
+    "TimePairs",
+    "AbsoluteError",
+    "SquaredError",
+    "HuberError",
+    "Adaptive",
+    "ForwardMode",
+    "FiniteDifference",
+    "CrossFlowLoss",
+    "FlowMatchingLoss",
+    "MeanFlowLoss",
+    "ConsistencyLoss",
+    "FlowMap",
+]
 
 
 @pytest.mark.parametrize("name", CONTRACT)

@@ -29,6 +29,7 @@ from flowspace import (
     CosineSchedule,
     CriterionError,
     ExpressionError,
+    FlowspaceError,
     LinearSchedule,
     MatchedStatistic,
     MeanFlowStatistic,
@@ -103,7 +104,9 @@ def test_kappa_of_the_matched_statistic_is_beta_of_s(schedule, at):
 @pytest.mark.parametrize("schedule", PRESETS.values(), ids=PRESETS)
 @pytest.mark.parametrize("statistic", [MeanFlowStatistic(), Statistic("t", "-1"), Statistic("1", "-1/(t-s)")])
 def test_a_kappa_that_depends_on_t_is_refused_with_what_is_left_of_t(schedule, statistic):
-    with pytest.raises(CriterionError, match=r"function of s alone, but at \(t, s\) = \(0\.\d+, 0\.\d+\) it is .* rate"):
+    with pytest.raises(
+        CriterionError, match=r"function of s alone, but at \(t, s\) = \(0\.\d+, 0\.\d+\) it is .* rate"
+    ):
         statistic.kappa(schedule)
 
 
@@ -286,7 +289,9 @@ def test_matched_coefficients_are_exact_at_s_zero_and_at_t_one(schedule):
 @given(st.data(), schedules)
 def test_coefficients_are_finite_on_every_edge_for_anchored_statistics(data, schedule):
     statistic = data.draw(statistics_for(schedule, ANCHORED_DELTAS))
-    assume(not (statistic != MatchedStatistic() and "t**2" in str(statistic.delta)))  # 1/delta is infinite at s = -t only
+    assume(
+        not (statistic != MatchedStatistic() and "t**2" in str(statistic.delta))
+    )  # 1/delta is infinite at s = -t only
     c = coefficients(schedule, statistic)
     for t_, s_ in ((TIMES, TIMES), (TIMES, ZERO), (ONE, TIMES)):
         for name in ("prediction", "derivative", "data", "state", "velocity"):
@@ -379,6 +384,12 @@ def test_a_delta_of_zero_is_refused(delta):
         Statistic("1", delta)
     with pytest.raises(CriterionError, match="zero inside"):
         Statistic.from_kappa(LINEAR, "s", delta)
+
+
+@pytest.mark.parametrize("gamma", ["sqrt(s - t)", "log(t - s - 5)", "(s - t)**0.5"])
+def test_a_formula_that_is_not_real_inside_the_triangle_is_refused_by_flowspace(gamma):
+    with pytest.raises(FlowspaceError):
+        Statistic(gamma, "-1").kappa(LINEAR)
 
 
 def test_a_misspelt_keyword_is_a_type_error():
