@@ -96,7 +96,10 @@ def _build(node: ast.AST) -> sympy.Expr:
         case ast.UnaryOp(op=ast.UAdd(), operand=operand):
             return _build(operand)
         case ast.BinOp(op=ast.Pow(), left=base, right=exponent):
-            return _build(base) ** _bounded(_build(exponent), MAX_EXPONENT, "an exponent")
+            power = _bounded(_build(exponent), MAX_EXPONENT, "an exponent")
+            for number in power.atoms(sympy.Number):
+                _bounded(number, MAX_EXPONENT, "a number in an exponent")
+            return _build(base) ** power
         case ast.BinOp(op=operator, left=left, right=right) if type(operator) in OPERATORS:
             return OPERATORS[type(operator)](_build(left), _build(right))
         case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in FUNCTIONS:
@@ -268,6 +271,7 @@ class TimeFunction:
             return TimeFunction(tidy(self.expression.diff(t)), self.arity)
 
         def derivative(time: Tensor, *rest: Tensor) -> Tensor:
+            time = time.contiguous()
             return torch.func.jvp(lambda u: self._call(u, *rest), (time,), (torch.ones_like(time),))[1]
 
         return TimeFunction(derivative, self.arity)
@@ -347,7 +351,8 @@ def combine(
 
 def tidy(expression: sympy.Expr) -> sympy.Expr:
     """Cancel common factors, which also removes most 0/0 on edges; large formulas are left as they are."""
-    small = expression.count_ops() <= MAX_CANCEL and not expression.has(sympy.exp, sympy.log)
+    whole = all(power.exp.is_integer for power in expression.atoms(sympy.Pow))
+    small = whole and expression.count_ops() <= MAX_CANCEL and not expression.has(sympy.exp, sympy.log)
     return sympy.cancel(expression) if small else expression
 
 
@@ -370,7 +375,8 @@ def precise_values(expression: sympy.Expr, points: Sequence[tuple[Any, ...]], di
     with mpmath.workdps(digits):
         for t_, s_ in points:
             try:
-                values.append(mpmath.mpmathify(function(mpmath.mpf(t_), mpmath.mpf(s_))))
+                value = mpmath.mpmathify(function(mpmath.mpf(t_), mpmath.mpf(s_)))
+                values.append(mpmath.nan if isinstance(value, mpmath.mpc) and value.imag else value.real)
             except (ZeroDivisionError, ValueError, OverflowError):
                 values.append(mpmath.nan)
     return values

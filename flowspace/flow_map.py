@@ -83,7 +83,7 @@ class FlowMap:
         cond, z = dict(cond or {}), noise
         c = self.statistic.coefficients(self.schedule)
         for t, s in itertools.pairwise(grid):
-            t, s = t.expand(len(z)), s.expand(len(z))
+            t, s = t.expand(len(z)).contiguous(), s.expand(len(z)).contiguous()
             last = bool(s[0] == 0)
             prediction = self.model(z, t, torch.zeros_like(s) if encode and renoise else s, **cond)
             if last and (encode or prediction.shape != z.shape):

@@ -107,7 +107,8 @@ class Schedule:
             t: times of shape ``()`` or ``(B,)``.
 
         Returns:
-            ``z_t = alpha z + beta noise`` and ``v = alpha' z + beta' noise``, each of shape ``(B, *)``.
+            ``z_t = alpha z + beta noise`` in the latents' dtype and ``v = alpha' z + beta' noise`` in at least float32, each
+            of shape ``(B, *)``.
 
         Raises:
             InputError: if the shapes of latents and noise differ.
@@ -122,9 +123,10 @@ class Schedule:
             )
 
         def mix(data: Tensor, grain: Tensor) -> Tensor:
-            return (over_rows(data, latents) * latents + over_rows(grain, latents) * noise).to(latents.dtype)
+            return over_rows(data, latents) * latents + over_rows(grain, latents) * noise
 
-        return mix(self.alpha(t), self.beta(t)), mix(self.alpha_dot(t), self.beta_dot(t))
+        z_t, v = mix(self.alpha(t), self.beta(t)), mix(self.alpha_dot(t), self.beta_dot(t))
+        return z_t.to(latents.dtype), v
 
     def _check_ends(self) -> None:
         for name, function, ends in (("alpha", self._alpha, (1.0, 0.0)), ("beta", self._beta, (0.0, 1.0))):

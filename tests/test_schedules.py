@@ -112,10 +112,11 @@ def test_half_precision_times_are_widened(dtype):
     assert LinearSchedule().alpha(torch.tensor([0.5], dtype=dtype)).dtype == torch.float32
 
 
-def test_perturb_keeps_the_dtype_of_the_latents():
+def test_perturb_keeps_the_dtype_of_half_latents_and_the_precision_of_their_velocity():
     latents = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
     z_t, velocity = LinearSchedule().perturb(latents, latents, torch.tensor([0.2, 0.7]))
-    assert z_t.dtype == velocity.dtype == torch.bfloat16
+    assert z_t.dtype == torch.bfloat16
+    assert velocity.dtype == torch.float32
 
 
 def test_the_presets_are_their_formulas():

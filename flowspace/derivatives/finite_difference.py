@@ -40,6 +40,11 @@ class FiniteDifference(Derivative):
         self, fn: Callable[..., Tensor], primals: Sequence[Any], tangents: Sequence[Tensor | None], value: Tensor | None
     ) -> Tensor:
         """Return the difference quotient on the given rows."""
+        if any(v is not None and p.dtype.itemsize < 4 for p, v in zip(primals, tangents, strict=True)):
+            raise InputError(
+                f"a state of dtype {primals[0].dtype} came, whose rounding drowns a step of {self.step}; keep latents in "
+                "float32 (with autocast for speed), or use ForwardMode()"
+            )
         offsets, weights = self._stencil(primals)
 
         def at(offset: Tensor) -> Tensor:
@@ -63,7 +68,7 @@ class FiniteDifference(Derivative):
         inward = torch.where(t < 0.5, 1.0, -1.0).to(t.dtype)
         if self.order == 1:
             backward_fits = t - h >= 0
-            offset = torch.where(backward_fits, -h, h).to(t.dtype)
+            offset = torch.where(backward_fits, -1.0, 1.0).to(t.dtype) * h
             return [offset], [-1 / offset, 1 / offset]
         central = (t - h >= 0) & (t + h <= 1)
         near, far = inward * h, torch.where(central, -inward * h, 2 * inward * h)

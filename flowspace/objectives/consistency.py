@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flowspace.errors import CriterionError, InputError
-from flowspace.objectives.engine import LossOutput, Model, Objective
+from flowspace.objectives.engine import LossOutput, Model, Objective, in_full
 from flowspace.schedules import TIME_FLOOR
 from flowspace.statistics import ConsistencyStatistic, Statistic
 from flowspace.times import PairSampler, ToDataTimes
@@ -61,5 +61,6 @@ class ConsistencyLoss(Objective):
                 latents.shape, generator=options.get("generator"), device=latents.device, dtype=latents.dtype
             )
         z_t, _ = self.schedule.perturb(latents, noise, t)
-        edge = model(z_t, t, s, **(options.get("cond") or {})) - (latents if targets is None else targets)
+        prediction, x = model(z_t, t, s, **(options.get("cond") or {})), latents if targets is None else targets
+        edge = in_full(prediction) - in_full(x)
         return out._replace(loss=out.loss + self.boundary * self.penalty(edge))  # type: ignore[misc]

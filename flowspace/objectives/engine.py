@@ -160,7 +160,7 @@ class Objective(abc.ABC):
         if self.velocity is not None:
             v = self.velocity(z_t, t, **cond).detach()
         f, df = self._derive(model, z_t, v, t, s, cond)
-        f, df, x, v = (tensor if tensor.dtype.itemsize >= 4 else tensor.float() for tensor in (f, df, x, v))
+        f, df, x, v = (in_full(tensor) for tensor in (f, df, x, v))
         known = self.known(x, z_t.to(v.dtype), v, t, s)
         if f.shape != known.shape:
             raise InputError(f"the model returned shape {tuple(f.shape)}, but the targets have {tuple(known.shape)}")
@@ -185,7 +185,7 @@ class Objective(abc.ABC):
         def fn(z_: Tensor, t_: Tensor, s_: Tensor, cond_: dict[str, Any]) -> Tensor:
             return model(z_, t_, s_, **cond_)
 
-        tangents = (v.to(z_t.dtype), torch.ones_like(t), torch.zeros_like(s), None)
+        tangents = (v.to(z_t.dtype), torch.ones_like(t), None, None)
         rows = s < t if self.coefficients.anchored else None
         return self.derivative(fn, (z_t, t, s, cond), tangents, rows=rows)  # type: ignore[misc]
 
@@ -207,6 +207,11 @@ _EXAMPLES = {
     "penalty": "write for example SquaredError() or AbsoluteError()",
     "derivative": "a route is an object, so write for example ForwardMode() or FiniteDifference()",
 }
+
+
+def in_full(tensor: Tensor) -> Tensor:
+    """Return a tensor in at least float32."""
+    return tensor if tensor.dtype.itemsize >= 4 else tensor.float()
 
 
 def _check_batch(latents: Tensor, targets: Tensor) -> None:
@@ -233,7 +238,7 @@ def check_times(t: Tensor, s: Tensor, rows: int, dtype: torch.dtype) -> tuple[Te
             )
         if time.shape not in ((), (rows,)):
             raise TimeError(f"{name} of shape {tuple(time.shape)} came; it must be () or ({rows},), one time per row")
-        pair.append(time.to(dtype).expand(rows))
+        pair.append(time.to(dtype).expand(rows).contiguous())
     t, s = pair
     for name, bad in (("t", ~((t > 0) & (t <= 1))), ("s", ~((s >= 0) & (s <= t)))):
         if bool(bad.any()):
