@@ -12,7 +12,14 @@ from flowspace.cli import main
 def test_derive_prints_the_report_and_the_residual(capsys):
     assert main(["derive", "--alpha", "1-t", "--beta", "t", "--gamma", "1", "--delta", "-t/(t-s)"]) == 0
     out = capsys.readouterr().out
-    for line in ("kappa(s)    s", "Criterion 1 holds", "Criterion 2 holds", "matched     holds", "a = -s/t**2", "c = -s/t**2"):
+    for line in (
+        "kappa(s)    s",
+        "Criterion 1 holds",
+        "Criterion 2 holds",
+        "matched     holds",
+        "a = -s/t**2",
+        "c = -s/t**2",
+    ):
         assert line in out
     assert r"\frac{s}{t^{2}}" in out
 
@@ -59,5 +66,7 @@ def test_the_demo_refuses_no_seeds(capsys, tmp_path):
 
 
 def test_the_module_runs_as_a_command():
-    run = subprocess.run([sys.executable, "-m", "flowspace.cli", "--version"], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-m", "flowspace.cli", "--version"], capture_output=True, text=True, check=True
+    )
     assert run.stdout.strip() == f"flowspace {__version__}"

@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowspace.derivatives import FiniteDifference
 from flowspace.errors import InputError
 from flowspace.flow_map import FlowMap
 from flowspace.objectives import CrossFlowLoss, MeanFlowLoss, Objective
+from flowspace.penalties import AbsoluteError
 from flowspace.recipes.metrics import accuracy, diversity, frechet_distance
 from flowspace.recipes.networks import Autoencoder, FeatureClassifier, JudgeClassifier, SmallViT
 from flowspace.recipes.report import grid, page, png, write_beside
@@ -46,20 +48,20 @@ class Settings:
     """
 
     dataset: str = "digits"
-    patch: int = 2
-    channels: int = 4
-    width: int = 64
+    patch: int = 4
+    channels: int = 8
+    width: int = 128
     depth: int = 3
     heads: int = 4
-    perceptual: float = 0.3
+    perceptual: float = 1.0
     generator: LoopSettings = field(default_factory=lambda: LoopSettings(steps=3000, learning_rate=2e-3))
-    autoencoder: LoopSettings = field(default_factory=lambda: LoopSettings(steps=800))
+    autoencoder: LoopSettings = field(default_factory=lambda: LoopSettings(steps=800, learning_rate=2e-3))
     classifier: LoopSettings = field(default_factory=lambda: LoopSettings(steps=600, batch=64))
 
 
 SETTINGS = {
     "digits": Settings(),
-    "mnist": Settings(dataset="mnist", patch=4),
+    "mnist": Settings(dataset="mnist", width=64, depth=4),
 }
 
 
@@ -153,9 +155,13 @@ def train_classifier(
     return train(name, network, TensorBatches(pairs), loss, settings, folder)
 
 
+SMOOTHING = 1e-4
+"""Added under the root of a perceptual distance, whose gradient is infinite at zero."""
+
+
 @dataclass(frozen=True)
 class Perceptual:
-    """Squared difference of a classifier's features, each stage in units of its spread on real images."""
+    """Distance of a classifier's features: the root mean square of each stage, in units of its spread on real images."""
 
     network: FeatureClassifier
     scales: tuple[float, ...]
@@ -169,7 +175,8 @@ class Perceptual:
     def __call__(self, first: Tensor, second: Tensor) -> Tensor:
         """Return the distance of each row, ``(B,)``."""
         pairs = zip(self.network.features(first), self.network.features(second), self.scales, strict=True)
-        return torch.stack([(f - g).square().flatten(1).mean(1) / scale for f, g, scale in pairs]).mean(0)
+        squares = [(f - g).square().flatten(1).mean(1) / scale for f, g, scale in pairs]
+        return (torch.stack(squares) + SMOOTHING).sqrt().mean(0)
 
 
 # --- stage 2: the generator and its baselines --------------------------------------------------------------------------
@@ -238,10 +245,11 @@ class Method:
 
 def methods() -> dict[str, Method]:
     """Return the main method and the baselines, at the same size and number of steps."""
+    quick = FiniteDifference(order=1)
     found = (
-        Method("crossflow", CrossFlowLoss()),
-        Method("denoiser", CrossFlowLoss(), only_noise=True),
-        Method("meanflow+decoder", MeanFlowLoss(), pixels=False),
+        Method("crossflow", CrossFlowLoss(penalty=AbsoluteError(), derivative=quick)),
+        Method("denoiser", CrossFlowLoss(penalty=AbsoluteError()), only_noise=True),
+        Method("meanflow+decoder", MeanFlowLoss(derivative=quick), pixels=False),
     )
     return {method.name: method for method in found}
 

@@ -19,7 +19,7 @@ class Autoencoder(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, channels: int, patch: int, width: int = 64, noise: float = 0.1) -> None:
+    def __init__(self, channels: int, patch: int, width: int = 32, noise: float = 0.1) -> None:
         super().__init__()
         halvings = int(math.log2(patch))
         self.noise = noise
