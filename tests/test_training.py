@@ -1,5 +1,6 @@
 """The training loop: what a killed run leaves continues to the same weights; checkpoints are whole or absent."""
 
+import itertools
 import json
 import os
 import signal
@@ -183,7 +184,7 @@ def test_the_learning_rate_rises_then_falls_to_its_final_share():
     plan = LoopSettings(steps=100, warmup=10, final_rate=0.1)
     rates = [cosine_decay(step, plan) for step in range(101)]
     assert rates[:10] == [(step + 1) / 10 for step in range(10)]
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
     assert rates[100] == pytest.approx(0.1)
 
 
