@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +18,6 @@ FORMULAS = ("--alpha", "--beta", "--gamma", "--delta", "--kappa")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns 0, 1 where a criterion or a run fails, 130 where it was interrupted."""
-    warnings.simplefilter("ignore", UserWarning)
     options = _parser().parse_args(_joined(sys.argv[1:] if arguments is None else arguments))
     try:
         return options.command(options)
@@ -28,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except ModuleNotFoundError as error:
         print(f"flowspace: {error.name} is not installed; write: pip install 'flowspace[demo]'", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"flowspace: {error}; what was saved before is whole, and the same command continues", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nflowspace: stopped; the same command continues from the last checkpoint", file=sys.stderr)

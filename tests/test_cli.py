@@ -65,6 +65,14 @@ def test_the_demo_refuses_no_seeds(capsys, tmp_path):
     assert "--seeds 0" in capsys.readouterr().err
 
 
+def test_a_place_that_cannot_be_written_is_one_line_on_stderr(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert main(["demo", "--out", str(tmp_path / "file")]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("flowspace: ")
+    assert "Not a directory" in last
+
+
 def test_the_module_runs_as_a_command():
     run = subprocess.run(
         [sys.executable, "-m", "flowspace.cli", "--version"], capture_output=True, text=True, check=True
