@@ -258,8 +258,11 @@ class TimeFunction:
         )
 
     def __call__(self, *times: Tensor) -> Tensor:
-        """Return the values at the times, all of shape ``()`` or ``(B,)``, with that shape and the times' dtype."""
-        value = self._evaluate(*times)
+        """Return the values at the times, all of shape ``()`` or ``(B,)``, with that shape and the times' dtype.
+
+        They are formed in float64: b is a small difference of large numbers near the diagonal, and there are only B of them.
+        """
+        value = self._evaluate(*(time.double() for time in times))
         if not isinstance(value, Tensor):
             return torch.full_like(times[0], float(value))
         return value.to(times[0].dtype).expand_as(times[0])
@@ -283,13 +286,12 @@ class TimeFunction:
         return value.expand_as(times[0])
 
     def _call_inside(self, *times: Tensor) -> Tensor:
-        """Call in float64; where the result is not finite and there are two times, take the value just inside."""
-        exact = tuple(time.double() for time in times)
-        value = self._call(*exact)
+        """Call, in float64 as `__call__` passes it; where that is not finite and there are two times, go just inside."""
+        value = self._call(*times)
         if self.arity == 1:
             return value
-        t_ = exact[0].clamp(max=1 - NUDGE)
-        s_ = torch.minimum(exact[1].clamp(min=NUDGE), t_ - NUDGE)
+        t_ = times[0].clamp(max=1 - NUDGE)
+        s_ = torch.minimum(times[1].clamp(min=NUDGE), t_ - NUDGE)
         return torch.where(value.isfinite(), value, self._call(t_, s_))
 
     def raw(self, *times: Tensor) -> Tensor:
@@ -353,7 +355,7 @@ def tidy(expression: sympy.Expr) -> sympy.Expr:
     """Cancel common factors, which also removes most 0/0 on edges; large formulas are left as they are."""
     whole = all(power.exp.is_integer for power in expression.atoms(sympy.Pow))
     small = whole and expression.count_ops() <= MAX_CANCEL and not expression.has(sympy.exp, sympy.log)
-    return sympy.cancel(expression) if small else expression
+    return sympy.factor(sympy.cancel(expression)) if small else expression
 
 
 def readable(expression: sympy.Expr) -> sympy.Expr:

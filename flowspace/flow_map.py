@@ -10,10 +10,13 @@ from torch import Tensor
 
 from flowspace.errors import InputError, TimeError
 from flowspace.objectives.engine import Model
-from flowspace.schedules import Schedule
+from flowspace.schedules import Schedule, over_rows
 from flowspace.statistics import Statistic
 
 __all__ = ["FlowMap"]
+
+NOTHING_LEFT = 1e-4
+"""What counts as zero for the weight of z_t in the step to s = 0; callables are 0/0 there and evaluated just inside."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,14 @@ class FlowMap:
     model: Model
     schedule: Schedule
     statistic: Statistic
+
+    def __post_init__(self) -> None:
+        for name, kind, example in (
+            ("schedule", Schedule, "LinearSchedule()"),
+            ("statistic", Statistic, "MatchedStatistic()"),
+        ):
+            if not isinstance(value := getattr(self, name), kind):
+                raise InputError(f"{name} = {value!r} came; write for example FlowMap(model, ..., {name}={example})")
 
     def step(self, z_t: Tensor, t: Tensor, s: Tensor, cond: Mapping[str, Any] | None = None) -> Tensor:
         """Return z_s = (1 + gamma/delta) z_t - f(z_t, t, s)/delta, in one space.
@@ -62,8 +73,8 @@ class FlowMap:
         """Return samples from noise.
 
         In one space each step is z_s = (1 + gamma/delta) z_t - f/delta. Across spaces (``encode`` given, or one step of a
-        model that returns another shape) the last evaluation's f at s = 0 is the sample. In between, by default, f at s = 0
-        is re-encoded and re-noised to the next time, which needs only that f is a sample; ``renoise=False`` takes the step
+        model that returns another shape) the last evaluation's -f/delta at s = 0 is the sample. In between, by default, the
+        same is re-encoded and re-noised to the next time, which needs only that f is a sample; ``renoise=False`` takes the step
         with the re-encoded f(z_t, t, s), which is exact only for an affine encoder, since f is an average of posterior means.
 
         Args:
@@ -86,20 +97,30 @@ class FlowMap:
             t, s = t.expand(len(z)).contiguous(), s.expand(len(z)).contiguous()
             last = bool(s[0] == 0)
             prediction = self.model(z, t, torch.zeros_like(s) if encode and renoise else s, **cond)
-            if last and (encode or prediction.shape != z.shape):
-                return prediction
+            across = encode is not None or prediction.shape != z.shape
+            if last and across:
+                return self._clean(prediction, t)
             if encode is None and prediction.shape != z.shape:
                 raise InputError(
                     f"the model returns shape {tuple(prediction.shape)} for states of {tuple(z.shape)}; several steps "
                     "across spaces need encode=, a function from images to latents"
                 )
-            clean = encode(prediction) if encode else prediction
             if encode and renoise:
                 fresh = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
-                z, _ = self.schedule.perturb(clean, fresh, s)
+                z, _ = self.schedule.perturb(encode(self._clean(prediction, t)).to(z.dtype), fresh, s)
             else:
-                z = c.step(clean, z, t, s)
+                z = c.step(encode(prediction) if encode else prediction, z, t, s)
         return z
+
+    def _clean(self, prediction: Tensor, t: Tensor) -> Tensor:
+        """Return the step to s = 0 across spaces, -f/delta(t, 0): nothing of z_t may be left in it."""
+        c, zero = self.statistic.coefficients(self.schedule), torch.zeros_like(t)
+        if bool(c.velocity(t, zero).abs().max() > NOTHING_LEFT):
+            raise InputError(
+                f"the step to s = 0 keeps some of z_t for {self.statistic}, so it cannot end in another space; use a statistic "
+                "with kappa(0) = 0, such as MatchedStatistic()"
+            )
+        return (-over_rows(c.derivative(t, zero), prediction) * prediction).to(prediction.dtype)
 
     def _grid(self, noise: Tensor, steps: int, times: Sequence[float] | Tensor | None) -> Tensor:
         dtype = torch.float64 if noise.dtype == torch.float64 else torch.float32

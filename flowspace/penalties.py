@@ -86,6 +86,8 @@ class Adaptive(Penalty):
     c: float = 0.01
 
     def __post_init__(self) -> None:
+        if not isinstance(self.penalty, Penalty):
+            raise InputError(f"penalty = {self.penalty!r} came; write for example Adaptive(SquaredError(summed=True))")
         if not (self.c > 0 and self.p >= 0):
             raise InputError(f"p = {self.p}, c = {self.c} came; write p >= 0 and c > 0")
 

@@ -22,7 +22,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from flowspace.errors import CriterionError
+from flowspace.errors import CriterionError, InputError
 from flowspace.expressions import (
     NOT_ZERO,
     Source,
@@ -109,7 +109,7 @@ class Coefficients:
     def step(self, prediction: Tensor, z_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """Return z_s = (1 + gamma/delta) z_t - f/delta, exact for the exact f: identity (I) integrated, in one space."""
         kept, moved = self.velocity(t, s), self.derivative(t, s)
-        return over_rows(kept, z_t) * z_t - over_rows(moved, z_t) * prediction
+        return (over_rows(kept, z_t) * z_t - over_rows(moved, z_t) * prediction).to(z_t.dtype)
 
 
 class Statistic:
@@ -127,6 +127,12 @@ class Statistic:
     def __init__(self, gamma: Source, delta: Source) -> None:
         self.gamma, self.delta = TimeFunction(gamma, 2), TimeFunction(delta, 2)
         times = torch.tensor(random_points(POINTS), dtype=torch.float64)
+        for name, function in (("gamma", self.gamma), ("delta", self.delta)):
+            if not bool(function(times[:, 0], times[:, 1]).isfinite().all()):
+                raise CriterionError(
+                    f"{name} = {function} is not a finite real number everywhere inside 0 < s < t < 1; write for example "
+                    "gamma='1', delta='-t/(t - s)'"
+                )
         if bool((self.delta(times[:, 0], times[:, 1]).abs() < NEVER).any()):
             raise CriterionError(
                 f"delta = {self.delta} is zero inside 0 < s < t < 1, so f would not see the path and 1/delta does not "
@@ -161,6 +167,8 @@ class Statistic:
 
     def coefficients(self, schedule: Schedule) -> Coefficients:
         """Derive what multiplies f, D_t f, x, z_t and v in the residual under a schedule; derived once, then remembered."""
+        if not isinstance(schedule, Schedule):
+            raise InputError(f"schedule = {schedule!r} came; write for example LinearSchedule()")
         return _derive(self, schedule)
 
     def kappa(self, schedule: Schedule) -> "sympy.Expr | TimeFunction":
@@ -181,7 +189,9 @@ class Statistic:
         return f"{type(self).__name__}({self})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Statistic) and (self.gamma, self.delta) == (other.gamma, other.delta)
+        if isinstance(other, MatchedStatistic) or not isinstance(other, Statistic):
+            return False
+        return (self.gamma, self.delta) == (other.gamma, other.delta)
 
     def __hash__(self) -> int:
         return hash((self.gamma, self.delta))
@@ -196,6 +206,12 @@ class MatchedStatistic(Statistic):
 
     def __init__(self) -> None:
         """Nothing to choose; gamma and delta follow from the schedule, see `on`."""
+
+    def __getattr__(self, name: str) -> TimeFunction:
+        """Say where gamma and delta are to be found."""
+        if name in ("gamma", "delta"):
+            raise CriterionError(f"{name} depends on the schedule here; write MatchedStatistic().on(schedule).{name}")
+        raise AttributeError(name)
 
     def ratios(self, schedule: Schedule) -> tuple[TimeFunction, TimeFunction]:
         """Return b = beta_s lambda_t - alpha_s and gamma/delta = beta_s/beta_t - 1."""

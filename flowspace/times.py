@@ -76,8 +76,8 @@ class LogitNormalTimes(TimeSampler):
     spread: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.spread < math.inf:
-            raise TimeError(f"spread = {self.spread} came; it is a standard deviation, so write a positive number")
+        if not (0 < self.spread < math.inf and math.isfinite(self.mean)):
+            raise TimeError(f"mean = {self.mean}, spread = {self.spread} came; write finite numbers, spread above 0")
 
     def _draw(self, rows: int, how: How) -> Tensor:
         normal = torch.randn(rows, **how)
@@ -150,6 +150,8 @@ class TimePairs(PairSampler):
     mask_first: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.times, TimeSampler):
+            raise TimeError(f"times = {self.times!r} came; write for example TimePairs(UniformTimes(), equal=0.5)")
         if not 0 <= self.equal <= 1:
             raise TimeError(f"equal = {self.equal} came; it is the share of rows with s = t, between 0 and 1")
 

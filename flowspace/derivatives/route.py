@@ -46,8 +46,9 @@ class Derivative(abc.ABC):
         device = primals[0].device
         draws = _Draws(device)
         value = fn(*primals)
-        if not isinstance(value, Tensor):
-            raise InputError(f"the model returned {type(value).__name__}; wrap it so that it returns one tensor")
+        if not isinstance(value, Tensor) or value.ndim < 1 or len(value) != len(primals[0]):
+            came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(f"the model returned {came}; wrap it so that it returns one tensor of shape (B, *)")
         if rows is not None and not bool(rows.any()):
             return value, torch.zeros_like(value)
         chosen = None if rows is None or bool(rows.all()) or draws.happened() else rows.nonzero().squeeze(1)

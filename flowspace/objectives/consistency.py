@@ -40,6 +40,8 @@ class ConsistencyLoss(Objective):
         """Refuse a statistic whose kappa is not zero, and a negative boundary weight."""
         if not self.boundary >= 0:
             raise InputError(f"boundary = {self.boundary} came; it weighs a loss, so write 0 or more")
+        if self.literal:
+            raise CriterionError("a = 0 for kappa = 0, so the literal form has no gradient; write literal=False")
         c = self.statistic.coefficients(self.schedule)  # type: ignore[union-attr]
         if c.failure or not c.data_vanishes:
             raise CriterionError(f"kappa is not 0 for {self.statistic}; use CrossFlowLoss(statistic=...) for it")

@@ -106,6 +106,9 @@ class Objective(abc.ABC):
         for name, kind in kinds.items():
             if not isinstance(value := getattr(self, name), kind):
                 raise InputError(f"{name} = {value!r} came; {_EXAMPLES[name]}")
+        for name in ("weight", "velocity"):
+            if (value := getattr(self, name)) is not None and not callable(value):
+                raise InputError(f"{name} = {value!r} came; {_EXAMPLES[name]}")
 
     @abc.abstractmethod
     def default_statistic(self) -> Statistic:
@@ -150,6 +153,10 @@ class Objective(abc.ABC):
             InputError: if shapes do not fit.
             TimeError: if given times are of the wrong type, shape or range.
         """
+        if cond is not None and not isinstance(cond, Mapping):
+            raise InputError(
+                f"cond is {type(cond).__name__}; write a dict of the model's arguments, as in {{'labels': y}}"
+            )
         cond = dict(cond or {})
         x = latents if targets is None else targets
         _check_batch(latents, x)
@@ -159,6 +166,8 @@ class Objective(abc.ABC):
         z_t, v = self.schedule.perturb(latents, noise, t)
         if self.velocity is not None:
             v = self.velocity(z_t, t, **cond).detach()
+            if v.shape != z_t.shape:
+                raise InputError(f"velocity returned shape {tuple(v.shape)} for states of shape {tuple(z_t.shape)}")
         f, df = self._derive(model, z_t, v, t, s, cond)
         f, df, x, v = (in_full(tensor) for tensor in (f, df, x, v))
         known = self.known(x, z_t.to(v.dtype), v, t, s)
@@ -174,7 +183,7 @@ class Objective(abc.ABC):
         target = f.detach() - residual / m
         difference = a * f + rest if self.literal else f - target
         if self.weight is not None:
-            difference = over_rows(self.weight(t, s), f) * difference
+            difference = over_rows(torch.as_tensor(self.weight(t, s), device=f.device), f) * difference
         return LossOutput(self.penalty(difference), f, target, residual, z_t, t, s)  # type: ignore[misc]
 
     def _derive(
@@ -205,6 +214,8 @@ _EXAMPLES = {
     "statistic": "write for example MatchedStatistic() or Statistic(gamma='1', delta='-t/(t - s)')",
     "times": "it draws pairs (t, s), so write for example TimePairs(UniformTimes(), equal=0.5)",
     "penalty": "write for example SquaredError() or AbsoluteError()",
+    "weight": "it is a function of (t, s), so write for example lambda t, s: 1 / t",
+    "velocity": "it is a function (z_t, t, **cond) that returns a tensor like z_t",
     "derivative": "a route is an object, so write for example ForwardMode() or FiniteDifference()",
 }
 
@@ -231,6 +242,8 @@ def check_times(t: Tensor, s: Tensor, rows: int, dtype: torch.dtype) -> tuple[Te
     """Return given times as ``(B,)`` tensors, or raise TimeError unless 0 <= s <= t, 0 < t <= 1."""
     pair = []
     for name, time in (("t", t), ("s", s)):
+        if not isinstance(time, (Tensor, float)):
+            raise TimeError(f"{name} = {time!r} came; times are tensors of real numbers of shape () or (B,)")
         time = torch.as_tensor(time)
         if not time.is_floating_point():
             raise TimeError(

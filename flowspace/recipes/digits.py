@@ -114,6 +114,11 @@ def load(dataset: str) -> Data:
     return Data(images[cut:], labels[cut:], images[:cut], labels[:cut])
 
 
+def depends_on(settings: Settings) -> dict[str, Any]:
+    """Return the settings that weights depend on, besides their own training plan."""
+    return {k: v for k, v in asdict(settings).items() if k not in ("generator", "autoencoder", "classifier")}
+
+
 # --- stage 1 and the two classifiers -----------------------------------------------------------------------------------
 
 
@@ -126,7 +131,9 @@ def train_autoencoder(data: Data, settings: Settings, folder: Path | None) -> Au
         (images,) = batch
         return F.mse_loss(net.reconstruct(images, generator), images)  # type: ignore[operator]
 
-    trained: Any = train("autoencoder", network, TensorBatches((data.images,)), loss, settings.autoencoder, folder)
+    trained: Any = train(
+        "autoencoder", network, TensorBatches((data.images,)), loss, settings.autoencoder, folder, depends_on(settings)
+    )
     trained.fit_latents(data.images)
     return trained
 
@@ -135,16 +142,17 @@ def jitter(images: Tensor, generator: torch.Generator) -> Tensor:
     """Shift by up to a pixel in eight, turn by up to 10 degrees, and add a little noise: augmentation for classifiers."""
     rows = len(images)
     angle, dx, dy = (
-        (torch.rand(3, rows, generator=generator) * 2 - 1) * torch.tensor([[0.17], [0.25], [0.25]])
+        (torch.rand(3, rows, generator=generator, device=images.device) * 2 - 1)
+        * images.new_tensor([[0.17], [0.25], [0.25]])
     ).unbind()
     turn = torch.stack([angle.cos(), -angle.sin(), dx, angle.sin(), angle.cos(), dy], 1).reshape(rows, 2, 3)
     grid = F.affine_grid(turn, list(images.shape), align_corners=False)
     moved = F.grid_sample(images + 1, grid, align_corners=False) - 1
-    return moved + 0.1 * torch.randn(images.shape, generator=generator)
+    return moved + 0.1 * torch.randn(images.shape, generator=generator, device=images.device)
 
 
 def train_classifier(
-    name: str, network: nn.Module, pairs: tuple[Tensor, Tensor], settings: LoopSettings, folder: Path | None
+    name: str, network: nn.Module, pairs: tuple[Tensor, Tensor], plan: LoopSettings, folder: Path | None, dataset: str
 ) -> nn.Module:
     """Cross-entropy on jittered images."""
 
@@ -152,7 +160,7 @@ def train_classifier(
         images, labels = batch
         return F.cross_entropy(net(jitter(images, generator)), labels)
 
-    return train(name, network, TensorBatches(pairs), loss, settings, folder)
+    return train(name, network, TensorBatches(pairs), loss, plan, folder, {"dataset": dataset})
 
 
 SMOOTHING = 1e-4
@@ -215,7 +223,7 @@ class Method:
 
         def loss(net: nn.Module, batch: tuple[Tensor, ...], generator: torch.Generator) -> Tensor:
             latents, images, labels = batch
-            one = torch.ones(len(latents)) if self.only_noise else None
+            one = latents.new_ones(len(latents)) if self.only_noise else None
             out = self.objective(
                 net,
                 latents,
@@ -230,13 +238,16 @@ class Method:
             return out.loss.mean() + settings.perceptual * world.perceptual(out.prediction, out.target).mean()
 
         batches = TensorBatches((world.latents, world.data.images, world.data.labels))
-        return train(self.name, world.network(settings, self.pixels), batches, loss, settings.generator, folder)
+        context = depends_on(settings) | {"objective": repr(self.objective)}
+        return train(
+            self.name, world.network(settings, self.pixels), batches, loss, settings.generator, folder, context
+        )
 
     @torch.no_grad()
     def sample(self, network: nn.Module, world: World, noise: Tensor, labels: Tensor) -> Tensor:
         """Return images in one evaluation (and one of the decoder, for a method that outputs latents)."""
         if self.only_noise:
-            one = torch.ones(len(noise))
+            one = noise.new_ones(len(noise))
             return network(noise, one, one, labels=labels)
         flow_map = FlowMap(network, self.objective.schedule, self.objective.statistic)  # type: ignore[arg-type]
         out = flow_map.sample(noise, cond={"labels": labels})
@@ -256,8 +267,8 @@ def methods() -> dict[str, Method]:
 
 # --- the whole run -------------------------------------------------------------------------------------------------------
 
-JUDGED = 2000
-"""Samples a method is judged by, equally many of each class."""
+DRAWS = 4
+"""How many sets of samples a method is judged by, each as large as the set of real images it is compared with."""
 
 SHOWN = 8
 DECODER_ON_NOISE = "decoder on noise"
@@ -284,16 +295,22 @@ class Judge:
     def score(self, images: Tensor, labels: Tensor, milliseconds: float = 0.0) -> Scores:
         """Return accuracy on the labels, diversity and Frechet distance to the real test images."""
         d = self.data
+        test = self.network.features(d.test_images)
+        sets = self.network.features(images).split(len(d.half(0)[0]))
         return Scores(
             accuracy(self.network, images, labels),
             diversity(images, labels, d.test_images, d.test_labels),
-            frechet_distance(self.network.features(images), self.network.features(d.test_images)),
+            sum(frechet_distance(features, test) for features in sets) / len(sets),
             milliseconds,
         )
 
     def real(self) -> Scores:
-        """Return the same for real images: accuracy on the test images, distance and diversity of the training images."""
-        floor = self.score(self.data.images, self.data.labels)
+        """Return the same for real images: accuracy on the test images, the rest of the half that the judge has not seen.
+
+        A Frechet distance falls with the number of samples and is larger for images that the judge was trained on, so every
+        set that is compared with the test images has the size of that half.
+        """
+        floor = self.score(*self.data.half(0))
         return replace(floor, accuracy=accuracy(self.network, self.data.test_images, self.data.test_labels))
 
 
@@ -313,10 +330,14 @@ def prepare(data: Data, settings: Settings, folder: Path) -> tuple[World, Judge]
     autoencoder.requires_grad_(False)
     plan = settings.classifier
     torch.manual_seed(plan.seed)
-    features: Any = train_classifier("features", FeatureClassifier(data.side), data.half(0), plan, folder / "features")
+    features: Any = train_classifier(
+        "features", FeatureClassifier(data.side), data.half(0), plan, folder / "features", settings.dataset
+    )
     judging = replace(plan, seed=plan.seed + 100)
     torch.manual_seed(judging.seed)
-    judge: Any = train_classifier("judge", JudgeClassifier(data.side), data.half(1), judging, folder / "judge")
+    judge: Any = train_classifier(
+        "judge", JudgeClassifier(data.side), data.half(1), judging, folder / "judge", settings.dataset
+    )
     with torch.no_grad():
         latents = autoencoder.encode(data.images)
     return World(data, autoencoder, latents, Perceptual.of(features, data.images)), Judge(judge, data)
@@ -324,16 +345,17 @@ def prepare(data: Data, settings: Settings, folder: Path) -> tuple[World, Judge]
 
 def draw(method: Method | None, network: nn.Module | None, world: World, seed: int) -> tuple[Tensor, Tensor, float]:
     """Return judged samples, their labels and the milliseconds an image took; no method is the decoder on pure noise."""
-    labels = torch.arange(JUDGED) % CLASSES
-    generator = torch.Generator().manual_seed(seed_of(seed, JUDGED))
-    noise = torch.randn(JUDGED, *world.latents.shape[1:], generator=generator)
+    count = DRAWS * len(world.data.half(0)[0])
+    labels = torch.arange(count) % CLASSES
+    generator = torch.Generator().manual_seed(seed_of(seed, count))
+    noise = torch.randn(count, *world.latents.shape[1:], generator=generator)
     start = time.perf_counter()
     with torch.no_grad():
         if method is None or network is None:
             images = world.autoencoder.decode(noise)
         else:
             images = method.sample(network, world, noise, labels)
-    return images, labels, 1000 * (time.perf_counter() - start) / JUDGED
+    return images, labels, 1000 * (time.perf_counter() - start) / count
 
 
 def run_seed(
@@ -417,9 +439,9 @@ def report(metrics: dict[str, Any], picture: bytes) -> str:
             f"Means over {metrics['seeds']} seed(s).",
             (HEAD, rows(metrics)),
             "Accuracy: how often an independent judge (it shares no weights, seed, architecture or training images with the "
-            "perceptual network) sees the class that was asked for; for real, on test images. Frechet distance: in the judge's "
-            "features, against real test images; for real, of the training images. Diversity: mean distance within a class over "
-            "that of real test images.",
+            "perceptual network) sees the class that was asked for; for real, on test images. Frechet distance: in the "
+            "judge's features, against real test images; for real, of images that the judge has not seen either. "
+            "Diversity: mean distance within a class over that of real test images.",
             picture,
             "One row a class. Real test images first; every other block is one-step samples of the first seed, not selected.",
         ],

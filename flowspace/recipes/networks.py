@@ -47,7 +47,9 @@ class Autoencoder(nn.Module):
     def reconstruct(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Encode, add noise, decode: what stage 1 trains."""
         latents = self.encoder(images)
-        return self.decoder(latents + self.noise * torch.randn(latents.shape, generator=generator))
+        return self.decoder(
+            latents + self.noise * torch.randn(latents.shape, generator=generator, device=latents.device)
+        )
 
     @torch.no_grad()
     def fit_latents(self, images: Tensor) -> None:

@@ -8,7 +8,7 @@ import abc
 import copy
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,13 @@ def cosine_decay(step: int, settings: LoopSettings) -> float:
 
 
 def train(
-    name: str, network: nn.Module, batches: Batches, loss: StepLoss, settings: LoopSettings, folder: Path | None = None
+    name: str,
+    network: nn.Module,
+    batches: Batches,
+    loss: StepLoss,
+    settings: LoopSettings,
+    folder: Path | None = None,
+    context: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Train a network in place and return its averaged copy, in eval mode.
 
@@ -109,13 +115,14 @@ def train(
         loss: a function of (network, batch, generator) that returns a scalar.
         settings: how long and how fast.
         folder: where checkpoints and ``log.jsonl`` go, and from where the run continues; None keeps nothing.
+        context: what else the weights depend on, such as the data set; a run of another context is not continued.
 
     Raises:
         RunError: if a loss is not finite, or the folder holds a run with other settings.
     """
     averaged = copy.deepcopy(network).requires_grad_(False).eval()
     optimizer = torch.optim.Adam(network.parameters(), lr=settings.learning_rate)
-    checkpoints = Checkpoints(folder, {"name": name, **asdict(settings)}) if folder else None
+    checkpoints = Checkpoints(folder, {"name": name, **asdict(settings), **(context or {})}) if folder else None
     start = _resume(checkpoints, network, averaged, optimizer) if checkpoints else 0
     network.train()
     with tqdm(range(start, settings.steps), name, settings.steps, initial=start, unit="step", mininterval=0.5) as bar:
@@ -140,10 +147,11 @@ def _step(
 ) -> tuple[float, float]:
     key = seed_of(settings.seed, step)
     torch.manual_seed(key)
-    batch = batches(step, settings.batch, settings.seed)
+    device = next(network.parameters()).device
+    batch = tuple(tensor.to(device, non_blocking=True) for tensor in batches(step, settings.batch, settings.seed))
     for group in optimizer.param_groups:
         group["lr"] = settings.learning_rate * cosine_decay(step, settings)
-    value = loss(network, batch, torch.Generator().manual_seed(key))
+    value = loss(network, batch, torch.Generator(device).manual_seed(key))
     if not bool(value.detach().isfinite()):
         raise RunError(
             f"the loss is {float(value.detach())} at step {step}; lower learning_rate = {settings.learning_rate}"
@@ -181,8 +189,13 @@ def _resume(checkpoints: Checkpoints, network: nn.Module, averaged: nn.Module, o
     for key, value in tensors.items():
         part, name = key.split(":", 1)
         parts[part][name] = value
-    network.load_state_dict(parts["network"])
-    averaged.load_state_dict(parts["ema"])
+    try:
+        network.load_state_dict(parts["network"])
+        averaged.load_state_dict(parts["ema"])
+    except RuntimeError as error:
+        raise RunError(
+            f"{checkpoints.folder} holds another network; choose another folder or delete it ({error})"
+        ) from None
     restore_optimizer(optimizer, network, parts["optimizer"])
     return step
 
