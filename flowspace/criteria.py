@@ -8,7 +8,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from flowspace.errors import CriterionError
+from flowspace.errors import CriterionError, InputError
 from flowspace.expressions import NUDGE, TimeFunction, precise_values, readable
 from flowspace.schedules import TIME_FLOOR, Schedule
 from flowspace.statistics import (
@@ -101,6 +101,8 @@ def check_criteria(schedule: Schedule, statistic: Statistic) -> CriteriaReport:
     Returns:
         A report that never raises by itself; see `CriteriaReport.raise_if_failed`.
     """
+    if not isinstance(statistic, Statistic):
+        raise InputError(f"statistic = {statistic!r} came; write check_criteria(LinearSchedule(), MatchedStatistic())")
     c = statistic.coefficients(schedule)
     first = not c.failure
     kappa = None if not first else c.scaled_kappa if c.scaled_kappa.expression is None else c.scaled_kappa.expression

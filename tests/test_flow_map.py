@@ -198,3 +198,25 @@ def test_a_flow_map_survives_pickling():
     flow_map = FlowMap(torch.nn.Identity(), LinearSchedule(), MatchedStatistic())
     again = pickle.loads(pickle.dumps(flow_map))
     assert again.schedule == flow_map.schedule and again.statistic == flow_map.statistic
+
+
+@pytest.mark.parametrize("renoise", [True, False])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_across_spaces_any_statistic_whose_step_forgets_the_state_ends_in_the_sample(renoise, steps):
+    schedule = LinearSchedule()
+    statistic = Statistic.from_kappa(schedule, "s", "-t**2/(t-s)")
+    c, point = statistic.coefficients(schedule), torch.tensor([3.0, -2.0], dtype=torch.float64)
+
+    def exact(z, t, s):  # data that is one point: z_s = (1 - s) point + s noise, and f solves the step for it
+        noise = (z - (1 - t)[:, None] * point) / t[:, None]
+        z_s = (1 - s)[:, None] * point + s[:, None] * noise
+        return (c.velocity(t, s)[:, None] * z - z_s) / c.derivative(t, s)[:, None]
+
+    noise = torch.randn(5, 2, dtype=torch.float64)
+    samples = FlowMap(exact, schedule, statistic).sample(noise, steps=steps, encode=lambda x: x, renoise=renoise)
+    torch.testing.assert_close(samples, point.expand(5, 2))
+
+
+def test_a_step_that_keeps_some_of_the_state_cannot_end_in_another_space():
+    with pytest.raises(InputError, match="cannot end in another space"):
+        FlowMap(lambda z, t, s: z, LinearSchedule(), MeanFlowStatistic()).sample(torch.randn(3, 2), encode=lambda x: x)

@@ -158,6 +158,13 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
         digits.run(dataclasses.replace(TINY, generator=LoopSettings(steps=4, batch=8)), tmp_path)
 
 
+@pytest.mark.parametrize("change", [{"perceptual": 0.0}, {"width": 32}, {"channels": 2}, {"patch": 2}])
+def test_weights_are_not_taken_from_a_run_with_other_settings(tmp_path, change):
+    digits.run(TINY, tmp_path)
+    with pytest.raises(RunError, match=f"{next(iter(change))}: .* there, .* now"):
+        digits.run(dataclasses.replace(TINY, **change), tmp_path)
+
+
 def test_a_table_has_a_column_for_each_heading():
     table = report.markdown_table(("a", "b"), [("x", "1"), ("y", "2")])
     assert table.splitlines() == ["| a | b |", "| --- | ---: |", "| x | 1 |", "| y | 2 |"]

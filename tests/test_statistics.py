@@ -33,8 +33,10 @@ from flowspace import (
     LinearSchedule,
     MatchedStatistic,
     MeanFlowStatistic,
+    PolynomialSchedule,
     Schedule,
     Statistic,
+    check_criteria,
 )
 from flowspace.expressions import TimeFunction, s, t
 
@@ -421,3 +423,21 @@ def test_statistics_differ_where_they_differ():
     assert MatchedStatistic() == MatchedStatistic() and MatchedStatistic() != MeanFlowStatistic()
     assert Statistic("1", "-1") != Statistic("1", "-t")
     assert LinearSchedule() != CosineSchedule() and Schedule("1-t", "t**2") != LinearSchedule()
+
+
+@pytest.mark.parametrize("power", [2, 3, 4, 6])
+def test_the_coefficients_are_precise_in_float32(power):
+    schedule = PolynomialSchedule(power)
+    c = MatchedStatistic().coefficients(schedule)
+    pair = torch.rand(2, 20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64).clamp(min=0.01)
+    t, s = pair.max(0).values.float(), pair.min(0).values.float()
+    u, r = 1 - t.double(), 1 - s.double()
+    alpha_t, beta_t, alpha_s, beta_s = u**power, 1 - u**power, r**power, 1 - r**power
+    b = beta_s * alpha_t / beta_t - alpha_s
+    a = -beta_s * power * u ** (power - 1) / beta_t**2
+    torch.testing.assert_close(c.derivative(t, s).double(), b, rtol=1e-5, atol=1e-12)
+    torch.testing.assert_close(c.prediction(t, s).double(), a, rtol=1e-5, atol=1e-12)
+
+
+def test_high_powers_are_valid_schedules():
+    assert check_criteria(PolynomialSchedule(8), MatchedStatistic()).ok
