@@ -1,6 +1,6 @@
 r"""Scalar functions of the times, from text, sympy expressions, numbers or callables.
 
-A `TimeFunction` is :math:`g(t)` or :math:`g(t, s)`, elementwise over tensors. With a formula behind it the derivative in t
+A `TimeFunction` is $g(t)$ or $g(t, s)$, elementwise over tensors. With a formula behind it the derivative in t
 is symbolic, the compiled code is made once, and removable singularities on the edges ``s = t``, ``s = 0`` and ``t = 1`` are
 filled in with their limits. With a callable behind it the derivative is forward-mode automatic differentiation, and a value
 that is not finite is replaced by the one `NUDGE` inside the triangle ``0 < s < t < 1``.

@@ -1,9 +1,9 @@
 r"""Schedules: how much of the data and of the noise a state holds at each time.
 
-A schedule is a pair of functions with :math:`z_t = \alpha(t) z + \beta(t) \epsilon`, velocity
-:math:`v = \alpha'(t) z + \beta'(t) \epsilon`, and signal to noise :math:`\lambda(t) = \alpha(t) / \beta(t)`. Time 0 is data
-and time 1 is noise: :math:`\alpha(0) = 1, \beta(0) = 0, \alpha(1) = 0, \beta(1) = 1`; :math:`\beta > 0` and
-:math:`\lambda' < 0` on :math:`(0, 1)`, where :math:`\lambda'(1) = 0` is legal. Nothing else is assumed: alpha + beta = 1
+A schedule is a pair of functions with $z_t = \alpha(t) z + \beta(t) \epsilon$, velocity
+$v = \alpha'(t) z + \beta'(t) \epsilon$, and signal to noise $\lambda(t) = \alpha(t) / \beta(t)$. Time 0 is data
+and time 1 is noise: $\alpha(0) = 1, \beta(0) = 0, \alpha(1) = 0, \beta(1) = 1$; $\beta > 0$ and
+$\lambda' < 0$ on $(0, 1)$, where $\lambda'(1) = 0$ is legal. Nothing else is assumed: alpha + beta = 1
 and alpha^2 + beta^2 = 1 are examples.
 """
 
@@ -203,9 +203,9 @@ class PolynomialSchedule(Schedule):
 class VariancePreservingSchedule(Schedule):
     r"""The variance-preserving diffusion of Ho et al. and Song et al. (arXiv 2011.13456), rescaled to zero terminal SNR.
 
-    With :math:`\bar\alpha(t) = \exp(-\tfrac12 \beta_{min} t - \tfrac14 (\beta_{max} - \beta_{min}) t^2)` the raw alpha(1)
+    With $\bar\alpha(t) = \exp(-\tfrac12 \beta_{min} t - \tfrac14 (\beta_{max} - \beta_{min}) t^2)$ the raw alpha(1)
     is not zero, so a sampler that starts at pure noise starts where training never was. As Lin et al. (arXiv 2305.08891)
-    advise, :math:`\alpha = (\bar\alpha(t) - \bar\alpha(1)) / (1 - \bar\alpha(1))`, :math:`\beta = \sqrt{1 - \alpha^2}`.
+    advise, $\alpha = (\bar\alpha(t) - \bar\alpha(1)) / (1 - \bar\alpha(1))$, $\beta = \sqrt{1 - \alpha^2}$.
 
     Args:
         beta_min: the diffusion rate at t = 0, positive.

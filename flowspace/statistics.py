@@ -1,12 +1,11 @@
 r"""Statistics of the path that a network is trained to output, and the coefficients of their residual.
 
-A statistic :math:`(\gamma, \delta)` names the function :math:`f(z_t, t, s) = \gamma z_t + \delta \int_s^t v\,d\tau` with v the
-marginal velocity of the probability-flow ODE. Differentiating :math:`f/\delta` along the path gives two identities:
+A statistic $(\gamma, \delta)$ names the function $f(z_t, t, s) = \gamma z_t + \delta \int_s^t v\,d\tau$ with v the
+marginal velocity of the probability-flow ODE. Differentiating $f/\delta$ along the path gives two identities:
 
-.. math::
-    D_t(f/\delta) &= (\gamma/\delta)' z_t + (1 + \gamma/\delta) v  & \text{(I), always} \\
-    D_t(f/\delta) &= \kappa(s) \lambda'(t) z  & \text{(II), exactly when } \kappa = (1 + \gamma/\delta) \beta(t)
-    \text{ does not depend on t}
+$$D_t(f/\delta) = (\gamma/\delta)' z_t + (1 + \gamma/\delta) v \qquad \text{(I), always}$$
+
+$$D_t(f/\delta) = \kappa(s) \lambda'(t) z \qquad \text{(II), if } \kappa = (1 + \gamma/\delta) \beta(t) \text{ has no t in it}$$
 
 With b = 1/delta, a = b' (in t) and c = kappa lambda', (II) is the residual R = a f + b D_t f - c x. Assumed: delta is not
 zero inside ``0 < s < t < 1``. Not assumed: that gamma, delta are finite on the edges; only a, b, c are used there.

@@ -1,10 +1,10 @@
 r"""The one engine: times -> state -> derivative -> residual -> target -> penalty.
 
 For coefficients a, b and a known part K (c x by identity (II), or (gamma/delta)' z_t + (1 + gamma/delta) v by identity (I))
-the residual :math:`R = a f + b D_t f - K` is zero at the exact f in the mean given z_t. Divided by its signed scale m and
+the residual $R = a f + b D_t f - K$ is zero at the exact f in the mean given z_t. Divided by its signed scale m and
 with everything but the prediction detached it becomes a target,
 
-.. math:: y^* = \mathrm{sg}(f - R/m), \qquad \text{loss} = d(w(t, s) (f - y^*)).
+$$y^* = \mathrm{sg}(f - R/m), \qquad \text{loss} = d(w(t, s) (f - y^*)).$$
 
 In the literal form the penalty is taken of w R itself and the gradient flows through a f alone.
 """
