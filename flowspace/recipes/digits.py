@@ -61,7 +61,7 @@ class Settings:
 
 SETTINGS = {
     "digits": Settings(),
-    "mnist": Settings(dataset="mnist", width=64, generator=LoopSettings(steps=1200, learning_rate=2e-3)),
+    "mnist": Settings(dataset="mnist", width=64, generator=LoopSettings(steps=4000, learning_rate=2e-3)),
 }
 
 
