@@ -4,9 +4,10 @@ Times everywhere: t = 0 is data, t = 1 is noise, s is the destination, 0 <= s <=
 """
 
 from flowspace.criteria import CriteriaReport, check_criteria
-from flowspace.derivatives import FiniteDifference, ForwardMode
+from flowspace.derivatives import FiniteDifference, ForwardMode, SharedPrimal
 from flowspace.errors import (
     CriterionError,
+    DerivativeError,
     ExpressionError,
     FlowspaceError,
     InputError,
@@ -40,6 +41,7 @@ __all__ = [
     "CriteriaReport",
     "CriterionError",
     "CrossFlowLoss",
+    "DerivativeError",
     "ExpressionError",
     "FiniteDifference",
     "FlowMap",
@@ -58,6 +60,7 @@ __all__ = [
     "RunError",
     "Schedule",
     "ScheduleError",
+    "SharedPrimal",
     "ShiftedTimes",
     "SquaredError",
     "Statistic",

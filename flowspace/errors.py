@@ -2,6 +2,7 @@
 
 __all__ = [
     "CriterionError",
+    "DerivativeError",
     "ExpressionError",
     "FlowspaceError",
     "InputError",
@@ -37,3 +38,7 @@ class InputError(FlowspaceError):
 
 class RunError(FlowspaceError):
     """A run folder or checkpoint that cannot be continued as asked."""
+
+
+class DerivativeError(FlowspaceError):
+    """A model that the chosen route cannot differentiate; the message names one that can."""

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 import sympy
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from flowspace.errors import ExpressionError
 
@@ -274,6 +275,8 @@ class TimeFunction:
             return TimeFunction(tidy(self.expression.diff(t)), self.arity)
 
         def derivative(time: Tensor, *rest: Tensor) -> Tensor:
+            if has_torch_function((time,)):  # a route may differentiate this in turn: as one function, it can
+                return handle_torch_function(derivative, (time,), time, *rest)
             time = time.contiguous()
             return torch.func.jvp(lambda u: self._call(u, *rest), (time,), (torch.ones_like(time),))[1]
 

@@ -1,27 +1,35 @@
 """What every route to a derivative has in common: one value with gradient, one derivative without, on the rows asked for.
 
-The value is ``fn(*primals)`` as it stands. The derivative is computed beside it, without gradient and outside autocast, from
-the same draws of the random generator, so that dropout masks agree. It is computed only on the rows that need it, unless fn
-drew random numbers: then the masks belong to the whole batch, and so does the evaluation.
+The value is ``fn(*primals)`` as it stands. A route that evaluates fn again does so without gradient and outside autocast, with
+the same draws of the random generator, so that dropout masks agree, and leaves the model's buffers as the first evaluation left
+them. The derivative is computed only on the rows that need it, unless fn drew random numbers or mixes rows (batch norm in train
+mode): then those belong to the whole batch, and so does the evaluation.
 """
 
 import abc
 import contextlib
+import inspect
+import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from flowspace.errors import InputError
 
-__all__ = ["Derivative"]
+__all__ = ["Derivative", "Draws", "scatter", "untouched"]
 
 
 class Derivative(abc.ABC):
     """A route to the directional derivative of a function of one batch."""
 
+    @_disable_dynamo
     def __call__(
         self,
         fn: Callable[..., Tensor],
@@ -36,28 +44,52 @@ class Derivative(abc.ABC):
             primals: its arguments; by convention the second, where there is one, is t. An argument may be any nesting of
                 dicts and lists of tensors; a tensor in it whose first axis is B belongs to the rows.
             tangents: one for each primal, of its shape, or None where it is constant.
-            rows: a mask of shape ``(B,)``: where the derivative is wanted; elsewhere it is zero. None: everywhere.
+            rows: a mask of shape ``(B,)``: where the derivative is wanted; elsewhere it is zero. None: everywhere. Under
+                torch.func.vmap, where a mask has no values yet, it is taken for None.
 
         Raises:
             InputError: if there are not as many tangents as primals, or fn returns no tensor.
+            DerivativeError: if the route cannot differentiate fn.
         """
         if len(primals) != len(tangents):
             raise InputError(f"{len(primals)} primals and {len(tangents)} tangents came; write None for a constant")
-        device = primals[0].device
-        draws = _Draws(device)
-        value = fn(*primals)
-        if not isinstance(value, Tensor) or value.ndim < 1 or len(value) != len(primals[0]):
-            came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise InputError(f"the model returned {came}; wrap it so that it returns one tensor of shape (B, *)")
+        for p, v in zip(primals, tangents, strict=True):
+            if v is not None and v.shape != p.shape:
+                raise InputError(f"a tangent of shape {tuple(v.shape)} came for a primal of shape {tuple(p.shape)}")
+        if rows is not None and torch._C._functorch.is_functorch_wrapped_tensor(rows):  # pyright: ignore
+            rows = None
         if rows is not None and not bool(rows.any()):
+            value = _checked(fn(*primals), primals)
             return value, torch.zeros_like(value)
-        chosen = None if rows is None or bool(rows.all()) or draws.happened() else rows.nonzero().squeeze(1)
-        with torch.no_grad(), _full_precision(device) as widened:
-            start = _take((primals, tangents), chosen, len(value), widened)
+        chosen = None if rows is None or bool(rows.all()) else rows.nonzero().squeeze(1)
+        value, derivative = self.evaluate(fn, primals, tangents, chosen)
+        _checked(value, primals)
+        if rows is not None:
+            derivative = torch.where(rows.reshape(-1, *[1] * (derivative.ndim - 1)), derivative, 0.0)
+        return value, derivative
+
+    def evaluate(
+        self, fn: Callable[..., Tensor], primals: Sequence[Any], tangents: Sequence[Tensor | None], rows: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the value with gradient and the derivative; ``rows`` are the indices where it is wanted, None all."""
+        device = primals[0].device
+        draws = Draws(device)
+        value = _checked(fn(*primals), primals)
+        if draws.happened():
+            rows = None
+        with torch.no_grad(), _full_precision(device) as widened, uncompiled():
             known = None if widened or value.dtype.itemsize < 4 else value.detach()
-            known = known if known is None or chosen is None else known[chosen]
-            found = self.derive(draws.replay(fn), start[0], start[1], known)
-        return value, _scatter(found, chosen, rows, value)
+
+            def on(some: Tensor | None) -> Tensor:
+                start = _take((primals, tangents), some, len(value), widened)
+                with untouched(whole=some is None):
+                    return self.derive(draws.replay(fn), *start, known if known is None or some is None else known[some])
+
+            try:
+                found = on(rows)
+            except RowsMixError:
+                rows, found = None, on(None)
+        return value, found if rows is None else scatter(found, rows, value)
 
     @abc.abstractmethod
     def derive(
@@ -66,7 +98,14 @@ class Derivative(abc.ABC):
         """Return the derivative on the given rows; ``value`` is fn(*primals), where it is known to full precision."""
 
 
-class _Draws:
+def _checked(value: Any, primals: Sequence[Any]) -> Tensor:
+    if not isinstance(value, Tensor) or value.ndim < 1 or len(value) != len(primals[0]):
+        came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise InputError(f"the model returned {came}; wrap it so that it returns one tensor of shape (B, *)")
+    return value
+
+
+class Draws:
     """The state of the random generators before fn was called, to see whether it drew and to let it draw the same again."""
 
     def __init__(self, device: torch.device) -> None:
@@ -78,6 +117,7 @@ class _Draws:
         return [torch.get_rng_state(), *cuda]
 
     def happened(self) -> bool:
+        """Return whether random numbers have been drawn since."""
         return any(not torch.equal(now, then) for now, then in zip(self._state(), self.before, strict=True))
 
     def replay(self, fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -91,6 +131,76 @@ class _Draws:
                 return fn(*primals)
 
         return again
+
+
+def _batch_statistics(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+    """Return the arguments, less the running statistics, of a norm that uses the batch's; None for any other function."""
+    if func in (F.batch_norm, F.instance_norm):
+        bound = inspect.signature(func).bind(*args, **kwargs)
+        bound.apply_defaults()
+        x, _, _, weight, bias, train, *rest = bound.args
+        return (x, None, None, weight, bias, train, *rest) if train else None
+    if func in (torch.batch_norm, torch.instance_norm) and args[5]:
+        return (*args[:3], None, None, *args[5:])
+    return None
+
+
+class RowsMixError(Exception):
+    """A function that mixes rows was called on some of them."""
+
+
+class _Untouched(TorchFunctionMode):
+    """Keeps what fn writes into: running statistics are not given, other tensors are remembered as long as they live."""
+
+    def __init__(self, whole: bool) -> None:
+        super().__init__()
+        self.whole = whole
+        self.written: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if norm := _batch_statistics(func, args, kwargs or {}):
+            if not self.whole and func in (F.batch_norm, torch.batch_norm):
+                raise RowsMixError
+            return func(*norm)
+        name = getattr(func, "__name__", "")
+        if name.endswith("_") and not name.endswith("__") and args and isinstance(args[0], Tensor):
+            self._remember(args[0])
+        return func(*args, **(kwargs or {}))
+
+    def _remember(self, target: Tensor) -> None:
+        key = id(target)
+        if key not in self.written and not torch._C._functorch.is_functorch_wrapped_tensor(target):  # pyright: ignore
+            gone = weakref.ref(target, lambda _: self.written.pop(key, None) and None)
+            self.written[key] = gone, target.detach().clone()
+
+    def restore(self) -> None:
+        """Write the remembered values back."""
+        with torch.no_grad():
+            for reference, before in list(self.written.values()):
+                if (target := reference()) is not None:
+                    target.copy_(before)
+
+
+@contextlib.contextmanager
+def untouched(whole: bool = True) -> Iterator[None]:
+    """Evaluate a function again without a second trace in the buffers of its modules.
+
+    Raises:
+        RowsMixError: if it mixes rows and this is not the whole batch.
+    """
+    mode = _Untouched(whole)
+    try:
+        with mode:
+            yield
+    finally:
+        mode.restore()
+
+
+def uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Run what torch.compile compiled as it was written: its kernels know nothing of tangents or of function modes."""
+    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 @contextlib.contextmanager
@@ -115,10 +225,7 @@ def _take(tree: Any, chosen: Tensor | None, batch: int, widen: bool) -> Any:
     return pytree.tree_map(one, tree)
 
 
-def _scatter(found: Tensor, chosen: Tensor | None, rows: Tensor | None, value: Tensor) -> Tensor:
-    if chosen is not None:
-        everywhere = torch.zeros(value.shape, dtype=found.dtype, device=found.device)
-        return everywhere.index_copy(0, chosen, found)
-    if rows is None:
-        return found
-    return torch.where(rows.reshape(-1, *[1] * (found.ndim - 1)), found, 0.0)
+def scatter(found: Tensor, rows: Tensor, value: Tensor) -> Tensor:
+    """Return a derivative on the rows with these indices as one of the whole batch, zero elsewhere."""
+    everywhere = torch.zeros(value.shape, dtype=found.dtype, device=found.device)
+    return everywhere.index_copy(0, rows, found)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flowspace.derivatives import Derivative, ForwardMode
+from flowspace.derivatives import Derivative, SharedPrimal
 from flowspace.errors import InputError, TimeError
 from flowspace.penalties import Penalty, SquaredError
 from flowspace.schedules import LinearSchedule, Schedule, over_rows
@@ -61,7 +61,7 @@ class Objective(abc.ABC):
         times: how (t, s) are drawn; `TimePairs()` by default: uniform, sorted, half of the rows on s = t.
         penalty: from a difference to a number per row; `SquaredError()` by default.
         weight: a function of (t, s), each of shape ``(B,)``, that multiplies the difference before the penalty.
-        derivative: the route to D_t f; `ForwardMode()` by default.
+        derivative: the route to D_t f; `SharedPrimal()` by default.
         literal: the paper's stop-gradient: penalty(w R), with gradient through a f alone.
         check: refuse a statistic that the objective cannot use; False trains it all the same.
         velocity: a callable ``(z_t, t, **cond)`` that replaces the conditional velocity, for distillation and estimates.
@@ -85,7 +85,7 @@ class Objective(abc.ABC):
     def __post_init__(self) -> None:
         defaults = {
             "statistic": self.default_statistic, "times": self.default_times, "penalty": SquaredError,
-            "derivative": ForwardMode, "schedule": LinearSchedule,
+            "derivative": SharedPrimal, "schedule": LinearSchedule,
         }  # fmt: skip
         for name, make in defaults.items():
             if getattr(self, name) is None:
@@ -216,7 +216,7 @@ _EXAMPLES = {
     "penalty": "write for example SquaredError() or AbsoluteError()",
     "weight": "it is a function of (t, s), so write for example lambda t, s: 1 / t",
     "velocity": "it is a function (z_t, t, **cond) that returns a tensor like z_t",
-    "derivative": "a route is an object, so write for example ForwardMode() or FiniteDifference()",
+    "derivative": "a route is an object, so write for example SharedPrimal() or FiniteDifference()",
 }
 
 

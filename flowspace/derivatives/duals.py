@@ -1,0 +1,115 @@
+"""Tensors that carry a tangent, and where a batch lies in them.
+
+A tangent is computed only for some rows of the batch. Shape functions move the batch axis about and merge it with others, so a
+dual remembers its layout: the axis, and how many blocks of the batch that axis holds (outer) of how many entries a row each
+(inner); entry ``(o * B + b) * inner + i`` belongs to row b. Without a layout the tangent has every row, and the primal's shape.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Dual", "Layout", "LostRowsError", "Rows", "restrict", "shared_rows"]
+
+
+class LostRowsError(Exception):
+    """A function mixes the rows of the batch, or nobody knows whether it does: the tangent needs every row."""
+
+
+class Rows(NamedTuple):
+    """The rows that have a tangent: ``index`` of shape ``(n,)``, out of ``batch``."""
+
+    index: Tensor
+    batch: int
+
+
+class Layout(NamedTuple):
+    """Where the batch lies: ``shape[axis] = outer * batch * inner``."""
+
+    axis: int
+    outer: int
+    inner: int
+    rows: Rows
+
+    @property
+    def size(self) -> int:
+        """Of the axis in a primal."""
+        return self.outer * self.rows.batch * self.inner
+
+    @property
+    def chosen(self) -> int:
+        """Size of the axis in a tangent."""
+        return self.outer * len(self.rows.index) * self.inner
+
+    def on(self, axis: int) -> "Layout":
+        """Return the layout of a batch that moved to another axis."""
+        return self._replace(axis=axis)
+
+    def shape(self, shape: Sequence[int]) -> list[int]:
+        """Return the shape of the tangent of a primal of this shape."""
+        return [*shape[: self.axis], self.chosen, *shape[self.axis + 1 :]]
+
+
+def restrict(tensor: Tensor, layout: Layout | None) -> Tensor:
+    """Return the rows of a full tensor that have a tangent."""
+    if layout is None:
+        return tensor
+    axis, outer, inner, rows = layout
+    if outer == inner == 1:
+        return tensor.index_select(axis, rows.index)
+    return tensor.unflatten(axis, (outer, rows.batch, inner)).index_select(axis + 1, rows.index).flatten(axis, axis + 2)
+
+
+class Dual:
+    """A primal of the plain program, its tangent, and the layout of the tangent's rows; None is every row."""
+
+    __slots__ = ("layout", "owner", "primal", "tangent")
+
+    def __init__(self, primal: Tensor, tangent: Tensor, layout: Layout | None, owner: object = None) -> None:
+        self.primal, self.tangent, self.layout, self.owner = primal, tangent, layout, owner
+
+    @property
+    def rows(self) -> Tensor:
+        """The primal where the tangent is, detached."""
+        return restrict(self.primal.detach(), self.layout)
+
+    @property
+    def ndim(self) -> int:
+        """Of primal and tangent."""
+        return self.primal.ndim
+
+    def untouched(self, *dims: int) -> None:
+        """Raise LostRowsError if the function works along the batch axis."""
+        if self.layout is not None and self.layout.axis in [d % self.ndim for d in dims]:
+            raise LostRowsError
+
+    def only_batch_first(self) -> None:
+        """Raise LostRowsError unless the batch is the first axis and no other: for functions of (B, C, *) pictures."""
+        if self.layout is not None and self.layout.axis != 0:
+            raise LostRowsError
+
+
+def shared_rows(duals: Sequence[Dual]) -> Callable[[Any], Any]:
+    """Return what restricts an argument of a broadcasting function to the duals' rows, constants with a batch axis included.
+
+    Raises:
+        LostRowsError: if the duals do not have the batch on the same axis, counted from the last.
+    """
+    first = duals[0]
+    layout = first.layout
+    if layout is None:
+        return lambda value: value.primal.detach() if isinstance(value, Dual) else value
+    right = first.ndim - layout.axis
+    if len({(d.ndim - d.layout.axis, d.layout.outer, d.layout.inner) for d in duals if d.layout}) > 1:
+        raise LostRowsError
+
+    def rows(value: Any) -> Any:
+        if isinstance(value, Dual):
+            return value.rows
+        if not isinstance(value, Tensor) or value.ndim < right or value.shape[-right] != layout.size:
+            return value
+        return restrict(value, layout.on(value.ndim - right))
+
+    return rows

@@ -1,0 +1,627 @@
+"""What each torch function does to a tangent.
+
+A rule is called like its function, with a `Call` before the arguments and a `Dual` in place of every tensor that has a
+tangent. It returns the tangent of the output, a list of them, or an `At` where the layout of the rows is not that of the
+input's. It raises LostRowsError where rows mix. A function without a rule is differentiated by torch.func.jvp, on all rows.
+
+To add one: decorate ``def f(call, x, ...)`` with ``@rule("name", ...)``, x.tangent in, tangent out; ``x.rows`` is the primal
+where the tangent is, ``x.untouched(dim)`` says that the function works along dim, `call.out` is what the function returned.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from flowspace.derivatives.duals import Dual, Layout, LostRowsError, restrict, shared_rows
+from flowspace.errors import DerivativeError
+
+__all__ = ["CONSTANT", "At", "Call", "decompositions", "forward", "is_pointwise", "rule_of"]
+
+Rule = Callable[..., Any]
+RULES: dict[str, Rule] = {}
+
+CONSTANT = frozenset(
+    "detach zeros_like ones_like full_like empty_like rand_like randn_like randint_like new_zeros new_ones new_full new_empty "
+    "new_tensor new_empty_strided bernoulli multinomial poisson normal zero_ fill_ normal_ uniform_ bernoulli_ exponential_".split()
+)
+"""Functions whose output does not move with their input."""
+
+
+class At(NamedTuple):
+    """A tangent whose rows lie elsewhere than in the input."""
+
+    tangent: Tensor
+    layout: Layout | None
+
+
+class Call:
+    """One call of a torch function with duals among its arguments."""
+
+    def __init__(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.func, self.args, self.kwargs = func, args, kwargs
+        self.duals = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Dual)]
+        self.grad = torch.is_grad_enabled()
+
+    @functools.cached_property
+    def out(self) -> Any:
+        """What the function returns for the primals, with gradient where the program has it."""
+        args, kwargs = pytree.tree_map(_primal, (self.args, self.kwargs))
+        with torch.set_grad_enabled(self.grad):
+            return self.func(*args, **kwargs)
+
+    def along_with(self, tangent: Tensor) -> At:
+        """Return the tangent of a broadcasting function, expanded to the output's shape."""
+        dual = self.duals[0]
+        layout = dual.layout and dual.layout.on(self.out.ndim - dual.ndim + dual.layout.axis)
+        return At(tangent.expand(layout.shape(self.out.shape) if layout else self.out.shape), layout)
+
+
+def _primal(leaf: Any) -> Any:
+    return leaf.primal if isinstance(leaf, Dual) else leaf
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for functions of these names."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+def rule_of(name: str) -> Rule | None:
+    """Return the rule for a torch function by its plain name, without underscores."""
+    return RULES.get(name) or (pointwise if is_pointwise(name) else None)
+
+
+@functools.lru_cache(None)
+def is_pointwise(name: str) -> bool:
+    """Return whether torch says that each element of the output depends on one of each input."""
+    packet = getattr(torch.ops.aten, name, None)
+    return packet is not None and any(
+        torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads()
+    )
+
+
+def differentiable(value: Any) -> bool:
+    """Return whether a value is a tensor of real or complex numbers."""
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def forward(call: Call, rows: Callable[[Any], Any] | None = None) -> list[Tensor]:
+    """Differentiate this one function by torch.func.jvp, on the rows that ``rows`` restricts its arguments to.
+
+    Raises:
+        LostRowsError: without ``rows``, if the tangents have not every row.
+        DerivativeError: if torch has no forward derivative of it.
+    """
+    if rows is None and any(d.layout for d in call.duals):
+        raise LostRowsError
+    rows = rows or shared_rows(call.duals)
+    leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
+    fixed = [rows(leaf) for leaf in leaves]
+    moving = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Dual)]
+
+    def outputs(*inputs: Tensor) -> tuple[Tensor, ...]:
+        filled = list(fixed)
+        for i, value in zip(moving, inputs, strict=True):
+            filled[i] = value
+        args, kwargs = pytree.tree_unflatten(filled, spec)
+        return tuple(leaf for leaf in pytree.tree_leaves(call.func(*args, **kwargs)) if differentiable(leaf))
+
+    try:
+        pairs = tuple(fixed[i] for i in moving), tuple(leaves[i].tangent.to(fixed[i].dtype) for i in moving)
+        return list(torch.func.jvp(outputs, *pairs)[1])
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        name = getattr(call.func, "__name__", str(call.func))
+        raise DerivativeError(
+            f"torch has no forward derivative of {name} ({str(error).splitlines()[0]}); write derivative=FiniteDifference(), "
+            "which needs none"
+        ) from error
+
+
+def pointwise(call: Call, *args: Any, **kwargs: Any) -> list[Tensor]:
+    """Differentiate an elementwise function; a comparison has no tangent."""
+    return forward(call, shared_rows(call.duals)) if differentiable(call.out) else []
+
+
+# --- arithmetic --------------------------------------------------------------------------------------------------------
+
+
+def _tangent(value: Any) -> Tensor | None:
+    return value.tangent if isinstance(value, Dual) else None
+
+
+def _sum(first: Tensor | None, second: Tensor | None) -> Tensor:
+    if first is None or second is None:
+        return second if first is None else first  # type: ignore[return-value]
+    return first + second
+
+
+@rule("add", "radd")
+def _(call: Call, x: Any, y: Any, *, alpha: float = 1) -> At:
+    shared_rows(call.duals)
+    ty = _tangent(y)
+    return call.along_with(_sum(_tangent(x), ty if ty is None or alpha == 1 else alpha * ty))
+
+
+@rule("sub", "subtract")
+def _(call: Call, x: Any, y: Any, *, alpha: float = 1) -> At:
+    shared_rows(call.duals)
+    tx, ty = _tangent(x), _tangent(y)
+    if tx is not None and ty is not None and alpha == 1:
+        return call.along_with(tx - ty)
+    return call.along_with(_sum(tx, None if ty is None else -alpha * ty))
+
+
+@rule("mul", "multiply", "rmul")
+def _(call: Call, x: Any, y: Any) -> At:
+    rows = shared_rows(call.duals)
+    tx, ty = _tangent(x), _tangent(y)
+    return call.along_with(_sum(None if tx is None else tx * rows(y), None if ty is None else rows(x) * ty))
+
+
+@rule("div", "truediv", "true_divide", "divide")
+def _(call: Call, x: Any, y: Any, *, rounding_mode: str | None = None) -> Any:
+    if rounding_mode or isinstance(y, Dual):
+        return pointwise(call)
+    return call.along_with(x.tangent / shared_rows(call.duals)(y))
+
+
+def _kernel(name: str, derivative: Callable[..., Tensor], of_output: bool = False) -> None:
+    @rule(name)
+    def _(call: Call, x: Dual, *args: Any, **kwargs: Any) -> Tensor:
+        return derivative(x.tangent, restrict(call.out, x.layout) if of_output else x.rows, *args, **kwargs)
+
+
+_kernel("neg", lambda t, x: -t)
+_kernel("exp", lambda t, y: t * y, of_output=True)
+_kernel("square", lambda t, x: 2 * t * x)
+_kernel("sin", lambda t, x: t * x.cos())
+_kernel("cos", lambda t, x: -t * x.sin())
+_kernel("silu", lambda t, x, *_, **__: torch.ops.aten.silu_backward(t, x))
+_kernel("gelu", lambda t, x, approximate="none": torch.ops.aten.gelu_backward(t, x, approximate=approximate))
+_kernel("relu", lambda t, x: torch.ops.aten.threshold_backward(t, x, 0))
+_kernel("tanh", lambda t, y: torch.ops.aten.tanh_backward(t, y), of_output=True)
+_kernel("sigmoid", lambda t, y: torch.ops.aten.sigmoid_backward(t, y), of_output=True)
+
+
+# --- linear in the first argument ------------------------------------------------------------------------------------------
+
+
+@rule("clone", "contiguous", "to", "type", "float", "double", "half", "bfloat16", "cpu", "cuda", "type_as", "real", "imag", "conj")
+@rule("transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "T", "mT", "view_as_real", "view_as_complex")
+def _moved(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
+    if not isinstance(x, Dual):
+        return []
+    args, kwargs = pytree.tree_map(_primal, (args, kwargs))
+    return call.func(x.tangent, *args, **kwargs)
+
+
+@rule("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as", "reshape_as", "ravel")
+def _(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
+    shape, layout = call.out.shape, x.layout
+    if call.out.dtype != x.primal.dtype:
+        raise DerivativeError("a view of the bits of a number has no derivative; write x.to(dtype) for x.view(dtype)")
+    if layout is None:
+        return x.tangent.reshape(shape)
+    before = math.prod(x.primal.shape[: layout.axis]) * layout.outer
+    axis, done = 0, 1
+    while axis < len(shape) and done * shape[axis] <= before:
+        done, axis = done * shape[axis], axis + 1
+    if axis == len(shape) or before % done or (done * shape[axis]) % (before * layout.rows.batch):
+        raise LostRowsError
+    outer = before // done
+    layout = Layout(axis, outer, shape[axis] // (outer * layout.rows.batch), layout.rows)
+    return At(x.tangent.reshape(layout.shape(shape)), layout)
+
+
+@rule("expand", "expand_as", "broadcast_to")
+def _(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
+    return call.along_with(x.tangent) if isinstance(x, Dual) else []
+
+
+def _dims(value: Any, ndim: int) -> Sequence[int]:
+    if value is None:
+        return range(ndim)
+    return [value] if isinstance(value, int) else list(value)
+
+
+def _along(names: str, position: int, default: Any, linear: bool) -> None:
+    """Register functions that work along the axes in an argument: at this position after the first, named dim or dims."""
+
+    @rule(*names.split())
+    def _(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
+        dims = kwargs.get("dim", kwargs.get("dims", args[position] if len(args) > position else default))
+        if not isinstance(x, Dual) or isinstance(dims, Tensor):
+            return forward(call)
+        if position == 0 and len(args) > 1 and all(isinstance(a, int) and not isinstance(a, bool) for a in args):
+            dims = args
+        x.untouched(*_dims(dims, x.ndim))
+        rows = shared_rows(call.duals)
+        if not linear or len(call.duals) > 1:
+            return forward(call, rows)
+        out = call.func(x.tangent, *(rows(a) for a in args), **{k: rows(v) for k, v in kwargs.items()})
+        return list(out) if isinstance(out, tuple) else out
+
+
+_along("sum mean nansum cumsum flip", 0, None, linear=True)
+_along("diff", 1, -1, linear=True)
+_along("unbind select narrow index_select gather unfold", 0, 0, linear=True)
+_along("chunk split tensor_split roll split_with_sizes", 1, 0, linear=True)
+_along("repeat_interleave", 1, None, linear=True)
+_along("fft_fft fft_ifft fft_rfft fft_irfft", 1, -1, linear=True)
+_along("fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2", 1, (-2, -1), linear=True)
+_along("amax amin var std prod cumprod var_mean std_mean", 0, None, linear=False)
+_along("logsumexp glu sort", 0, -1, linear=False)
+_along("linalg_vector_norm", 1, None, linear=False)
+_along("topk", 1, -1, linear=False)
+
+
+@rule("tril", "triu", "diag_embed")
+def _(call: Call, x: Dual, *args: Any, **kwargs: Any) -> Tensor:
+    x.untouched(-1, -2)
+    return call.func(x.tangent, *args, **kwargs)
+
+
+@rule("prelu")
+def _(call: Call, x: Any, weight: Any) -> list[Tensor]:
+    for dual in call.duals:
+        dual.only_batch_first()
+    return forward(call, (lambda v: v.rows if isinstance(v, Dual) else v))
+
+
+@rule("max", "min", "median")
+def _(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
+    if args and (isinstance(args[0], Tensor | Dual)):
+        return pointwise(call)
+    x.untouched(*_dims(kwargs.get("dim", args[0] if args else None), x.ndim))
+    return forward(call, shared_rows(call.duals))
+
+
+@rule("getitem")
+def _(call: Call, x: Any, index: Any) -> Any:
+    if not isinstance(x, Dual):
+        return forward(call)
+    if x.layout is not None:
+        entries = list(index) if isinstance(index, tuple) else [index]
+        taken = [0 if e is None else e.ndim if isinstance(e, Tensor) and e.dtype == torch.bool else 1 for e in entries]
+        if any(e is Ellipsis for e in entries):
+            hole = next(i for i, e in enumerate(entries) if e is Ellipsis)
+            taken[hole] = 0
+            entries[hole : hole + 1] = [slice(None)] * (x.ndim - sum(taken))
+        axis = -1
+        for entry in [*entries, *[slice(None)] * x.ndim]:
+            axis += 0 if entry is None else entry.ndim if isinstance(entry, Tensor) and entry.dtype == torch.bool else 1
+            if axis >= x.layout.axis:
+                if entry is None:
+                    continue
+                if not (isinstance(entry, slice) and entry == slice(None)):
+                    raise LostRowsError
+                break
+    return x.tangent[pytree.tree_map(_primal, index)]
+
+
+@rule("repeat", "tile")
+def _(call: Call, x: Dual, *sizes: Any) -> Tensor:
+    counts = sizes[0] if isinstance(sizes[0], (tuple, list, torch.Size)) else sizes
+    if x.layout is not None and dict(enumerate(reversed(counts))).get(x.ndim - 1 - x.layout.axis, 1) != 1:
+        raise LostRowsError
+    return x.tangent.repeat(counts) if len(counts) >= x.ndim else x.tangent.tile(counts)
+
+
+@rule("cat", "concat", "concatenate", "stack")
+def _(call: Call, tensors: Sequence[Any], dim: int = 0) -> At:
+    first, stacked = call.duals[0], call.func.__name__ == "stack"
+    layout = first.layout
+    if any((d.layout and d.layout[:3]) != (layout and layout[:3]) for d in call.duals):
+        raise LostRowsError
+    parts = [_tangent(x) for x in tensors]
+    for i, x in enumerate(tensors):
+        if parts[i] is None:
+            shape = x.shape if layout is None or x.ndim <= layout.axis else layout.shape(x.shape)
+            parts[i] = first.tangent.new_zeros(shape)
+    dim %= first.ndim + stacked
+    if layout is not None and stacked and dim <= layout.axis:
+        layout = layout.on(layout.axis + 1)
+    elif layout is not None and dim == layout.axis:
+        if len(call.duals) < len(tensors):
+            raise LostRowsError
+        layout = layout._replace(outer=layout.outer * len(tensors))
+    return At(call.func(parts, dim), layout)
+
+
+@rule("pad")
+def _(call: Call, x: Dual, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor:
+    x.untouched(*range(-(len(pad) // 2), 0))
+    return call.func(x.tangent, pad, mode)
+
+
+@rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "im2col", "col2im", "avg_pool1d", "avg_pool2d", "avg_pool3d")
+@rule("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "upsample_nearest1d", "upsample_nearest2d")
+@rule("upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_nearest_exact2d")
+def _(call: Call, x: Dual, *args: Any, **kwargs: Any) -> Tensor:
+    x.only_batch_first()
+    return call.func(x.tangent, *args, **kwargs)
+
+
+@rule("max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool2d", "grid_sampler")
+def _(call: Call, x: Any, *args: Any, **kwargs: Any) -> list[Tensor]:
+    for dual in call.duals:
+        dual.only_batch_first()
+    return forward(call, shared_rows(call.duals))
+
+
+# --- products ------------------------------------------------------------------------------------------------------------
+
+
+@rule("linear")
+def _(call: Call, x: Any, weight: Any, bias: Any = None) -> Any:
+    if len(call.duals) > 1 or not isinstance(x, Dual):
+        return forward(call)
+    x.untouched(-1)
+    return F.linear(x.tangent, weight)
+
+
+@rule("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution")
+def _(call: Call, x: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Any:
+    if len(call.duals) > 1 or not isinstance(x, Dual) or x.ndim != weight.ndim:
+        return forward(call)
+    x.only_batch_first()
+    return call.func(x.tangent, weight, None, *args, **kwargs)
+
+
+def _product(call: Call, x: Any, y: Any, product: Callable[..., Tensor] = torch.matmul) -> Tensor:
+    for dual, contracted, other in ((x, 1, y), (y, 2, x)):
+        if isinstance(dual, Dual) and dual.layout is not None:
+            right = dual.ndim - dual.layout.axis
+            if right == contracted or dual.ndim < 2 or (right < 3 and (isinstance(other, Dual) or other.ndim > 2)):
+                raise LostRowsError
+    rows = shared_rows(call.duals) if all(v.ndim > 2 for v in (x, y)) else lambda v: v.rows if isinstance(v, Dual) else v
+    if len({d.layout and d.ndim - d.layout.axis for d in call.duals}) > 1:
+        raise LostRowsError
+    tx, ty = _tangent(x), _tangent(y)
+    return _sum(None if tx is None else product(tx, rows(y)), None if ty is None else product(rows(x), ty))
+
+
+@rule("matmul", "bmm", "mm")
+def _(call: Call, x: Any, y: Any) -> Tensor:
+    return _product(call, x, y)
+
+
+@rule("baddbmm", "addmm")
+def _(call: Call, start: Any, x: Any, y: Any, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    if isinstance(start, Dual):
+        return forward(call)  # type: ignore[return-value]
+    return alpha * _product(call, x, y)
+
+
+@rule("einsum")
+def _(call: Call, equation: str, *operands: Any) -> Any:
+    flat: list[Any] = list(operands[0]) if isinstance(operands[0], (list, tuple)) else list(operands)
+    layouts = {id(d): d.layout for d in call.duals}
+    if "->" not in equation or "." in equation:
+        return forward(call)
+    inputs, output = equation.replace(" ", "").split("->")
+    terms = inputs.split(",")
+    labels = {terms[i][x.layout.axis] for i, x in enumerate(flat) if isinstance(x, Dual) and x.layout}
+    if len(labels) > 1 or not labels <= set(output) or len({v and v[1:3] for v in layouts.values()}) > 1:
+        raise LostRowsError
+    layout, label = call.duals[0].layout, next(iter(labels), "")
+
+    def rows(term: str, value: Any) -> Tensor:
+        value = value.primal.detach() if isinstance(value, Dual) else value
+        return restrict(value, layout.on(term.index(label))) if layout and label in term else value
+
+    fixed = [rows(term, value) for term, value in zip(terms, flat, strict=True)]
+    parts = [
+        torch.einsum(equation, *fixed[:i], x.tangent, *fixed[i + 1 :]) for i, x in enumerate(flat) if isinstance(x, Dual)
+    ]
+    return At(functools.reduce(torch.add, parts), layout and layout.on(output.index(label)))
+
+
+# --- normalisation: the Jacobian is symmetric, so the kernel of the backward pass gives the tangent -------------------------
+
+
+@rule("softmax", "_softmax")
+def _(call: Call, x: Dual, dim: int, dtype: Any = None, *_: Any, **__: Any) -> Tensor:
+    x.untouched(dim)
+    y = restrict(call.out.detach(), x.layout)
+    return torch._softmax_backward_data(x.tangent.to(y.dtype), y, dim, y.dtype)
+
+
+@rule("log_softmax")
+def _(call: Call, x: Dual, dim: int, dtype: Any = None, *_: Any, **__: Any) -> Tensor:
+    x.untouched(dim)
+    p, t = restrict(call.out.detach(), x.layout).exp(), x.tangent.to(call.out.dtype)
+    return t - (p * t).sum(dim, keepdim=True)
+
+
+def _scaled(tangent: Tensor, weight: Tensor | None, ndim: int | None = None) -> Tensor:
+    if weight is None:
+        return tangent
+    return tangent * (weight if ndim is None else weight.reshape(1, -1, *[1] * (ndim - 2)))
+
+
+@rule("layer_norm")
+def _(call: Call, x: Any, shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any) -> Any:
+    if len(call.duals) > 1 or not isinstance(x, Dual):
+        return forward(call)
+    x.untouched(*range(-len(shape), 0))
+    dtype = call.out.dtype
+    rows, tangent = x.rows.to(dtype), x.tangent.to(dtype).contiguous()
+    mean, scale = torch.native_layer_norm(rows, shape, None, None, eps)[1:]
+    keep = [True, False, False]
+    return _scaled(torch.ops.aten.native_layer_norm_backward(tangent, rows, shape, mean, scale, None, None, keep)[0], weight)
+
+
+@rule("rms_norm")
+def _(call: Call, x: Any, shape: Sequence[int], weight: Any = None, eps: float | None = None) -> Any:
+    if len(call.duals) > 1 or not isinstance(x, Dual):
+        return forward(call)
+    dims = list(range(-len(shape), 0))
+    x.untouched(*dims)
+    rows, tangent = x.rows, x.tangent
+    scale = torch.rsqrt(rows.square().mean(dims, keepdim=True) + (torch.finfo(rows.dtype).eps if eps is None else eps))
+    unit = rows * scale
+    return _scaled(scale * (tangent - unit * (unit * tangent).mean(dims, keepdim=True)), weight)
+
+
+@rule("group_norm")
+def _(call: Call, x: Any, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any) -> Any:
+    if len(call.duals) > 1 or not isinstance(x, Dual):
+        return forward(call)
+    x.only_batch_first()
+    rows, tangent = x.rows.contiguous(), x.tangent.to(x.primal.dtype).contiguous()
+    sizes = len(rows), rows.shape[1], math.prod(rows.shape[2:])
+    mean, scale = torch.native_group_norm(rows, None, None, *sizes, groups, eps)[1:]
+    keep = [True, False, False]
+    found = torch.ops.aten.native_group_norm_backward(tangent, rows, mean, scale, None, *sizes, groups, keep)[0]
+    return _scaled(found, weight, x.ndim)
+
+
+@rule("batch_norm")
+def _(call: Call, x: Dual, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: Any, eps: float, *_: Any) -> Any:
+    x.only_batch_first()
+    if not training:
+        return x.tangent * _scaled(torch.rsqrt(var + eps), weight).reshape(1, -1, *[1] * (x.ndim - 2))
+    if x.layout is not None:
+        raise LostRowsError
+    rows, tangent = x.rows, x.tangent
+    mean, scale = torch.native_batch_norm(rows, None, None, None, None, True, 0.0, eps)[1:]
+    keep = [True, False, False]
+    found = torch.ops.aten.native_batch_norm_backward(tangent, rows, None, None, None, mean, scale, True, eps, keep)[0]
+    return _scaled(found, weight, x.ndim)
+
+
+# --- attention -------------------------------------------------------------------------------------------------------------
+
+BLOCK_ELEMENTS = 1 << 20
+"""Scores that the tangent of attention holds at once: a few MB, whatever the number of tokens."""
+
+
+@rule("scaled_dot_product_attention")
+def _(
+    call: Call, q: Any, k: Any, v: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
+    scale: float | None = None, enable_gqa: bool = False,
+) -> At:  # fmt: skip
+    for dual in call.duals:
+        dual.untouched(-1, -2)
+    rows, out = shared_rows(call.duals), call.out
+    layout = call.duals[0].layout
+    layout = layout and layout.on(out.ndim - call.duals[0].ndim + layout.axis)
+    scale = 1 / math.sqrt(q.primal.shape[-1] if isinstance(q, Dual) else q.shape[-1]) if scale is None else scale
+    parts = [rows(x) for x in (q, k, v)] + [_tangent(x) for x in (q, k, v)]
+    if enable_gqa:
+        times = parts[0].shape[-3] // parts[1].shape[-3]
+        parts = [x if x is None or i in (0, 3) else x.repeat_interleave(times, -3) for i, x in enumerate(parts)]
+    lead = restrict(out, layout).shape[:-2]
+    parts = [None if x is None else _four_axes(x, lead) for x in parts]
+    masks = [None if x is None else _four_axes(x, lead) for x in (rows(attn_mask), _tangent(attn_mask))]
+    found = _attention_tangent(*parts, *masks, causal=is_causal, scale=scale)
+    return At(found.reshape(*lead, *found.shape[-2:]), layout)
+
+
+def _four_axes(x: Tensor, lead: Sequence[int]) -> Tensor:
+    """Return a tensor of shape (rows, heads, tokens, any), its size-1 axes kept where that is possible without a copy."""
+    if len(lead) <= 2:
+        return x.reshape(*[1] * (4 - x.ndim), *x.shape) if len(lead) != 1 or x.ndim < 3 else x.unsqueeze(1)
+    return x.expand(*lead, *x.shape[-2:]).reshape(-1, lead[-1], *x.shape[-2:])
+
+
+def _part(x: Tensor | None, rows: slice, queries: slice | None = None) -> Tensor | None:
+    """Return a block of a tensor with four axes; an axis of size 1 stays."""
+    if x is None:
+        return None
+    x = x if len(x) == 1 else x[rows]
+    return x if queries is None or x.shape[2] == 1 else x[:, :, queries]
+
+
+def _attention_tangent(
+    q: Tensor, k: Tensor, v: Tensor, tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, mask: Tensor | None,
+    tmask: Tensor | None, causal: bool, scale: float,
+) -> Tensor:  # fmt: skip
+    """Return the tangent of softmax(q k' scale + mask) v in blocks of queries.
+
+    With P the attention and A = P * dS: A v - rowsum(A) (P v) + P dv, where dS = (dq k' + q dk') scale + dmask.
+    """
+    batch, heads = (max(q.shape[i], k.shape[i]) for i in (0, 1))
+    count, keys = q.shape[2], k.shape[2]
+    queries = min(count, max(16, BLOCK_ELEMENTS // (heads * keys)))
+    step = max(1, BLOCK_ELEMENTS // (heads * queries * keys))
+    found = v.new_empty(batch, heads, count, v.shape[3])
+    for row in range(0, batch, step):
+        some = slice(row, row + step)
+        key, value, tkey, tvalue = (_part(x, some) for x in (k, v, tk, tv))
+        for first in range(0, count, queries):
+            block = slice(first, first + queries)
+            query, tquery, bias, tbias = (_part(x, some, block) for x in (q, tq, mask, tmask))
+            found[some, :, block] = _block(query, key, value, tquery, tkey, tvalue, bias, tbias, causal, scale, first)  # type: ignore[arg-type]
+    return found
+
+
+def _block(
+    q: Tensor, k: Tensor, v: Tensor, tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, mask: Tensor | None,
+    tmask: Tensor | None, causal: bool, scale: float, first: int,
+) -> Tensor:  # fmt: skip
+    scores = (q * scale) @ k.mT
+    if causal:
+        scores.masked_fill_(torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1 + first), -math.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    p = torch.softmax(scores, -1) if mask is None else torch._safe_softmax(scores, -1)
+    found = torch.zeros((), dtype=v.dtype, device=v.device) if tv is None else p @ tv
+    if tq is None and tk is None and tmask is None:
+        return found
+    if tq is not None and tk is not None:
+        moved = (torch.cat([tq, q], -1) * scale) @ torch.cat([k, tk], -1).mT
+    else:
+        moved = scores.new_zeros(()) if tq is None and tk is None else (q if tq is None else tq) * scale @ (k if tk is None else tk).mT
+    a = p * (moved if tmask is None else moved + tmask)
+    return found + a @ v - a.sum(-1, keepdim=True) * (p @ v)
+
+
+# --- functions that are written in others ------------------------------------------------------------------------------------
+
+
+def _attention_in_parts(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
+    scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """Attention with dropout, whose mask must be the same for primal and tangent."""
+    if enable_gqa:
+        k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
+    root = math.sqrt(1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    scores = (q * root) @ (k * root).mT
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+    return torch.dropout(torch.softmax(scores, -1), dropout_p, True) @ v
+
+
+def _dropout(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def dropout(input: Tensor, p: float = 0.5, train: bool = True) -> Tensor:
+        return input * function(torch.ones_like(input), p, True) if train and p > 0 else input
+
+    return dropout
+
+
+def _dropout_(input: Tensor, p: float = 0.5, train: bool = True) -> Tensor:
+    return input.mul_(torch.dropout(torch.ones_like(input), p, True)) if train and p > 0 else input
+
+
+def decompositions(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
+    """Return the function, written in others, that stands for a torch function which draws random numbers."""
+    if name == "scaled_dot_product_attention":
+        dropped = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0)
+        return _attention_in_parts if dropped else None
+    found = {"dropout": torch.dropout, "feature_dropout": torch.feature_dropout}.get(name)
+    return _dropout(found) if found else {"dropout_": _dropout_}.get(name)

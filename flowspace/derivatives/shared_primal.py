@@ -1,0 +1,413 @@
+"""Shared primal: the value with gradient and D_t f without, in one forward pass of the unmodified model.
+
+Every torch function that the model calls is intercepted. It runs as it is, so the value, its gradient, the kernels, the random
+numbers and the buffers are those of the plain program; beside it, under no_grad and from detached primals, the tangents of its
+inputs become the tangent of its output. What the model holds is an alias of each primal that carries the tangent: autograd
+saves primals and never aliases, so a tangent is freed when the model lets go of it.
+"""
+
+import contextlib
+import functools
+import threading
+import types
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from flowspace.derivatives import rules
+from flowspace.derivatives.duals import Dual, Layout, LostRowsError, Rows
+from flowspace.derivatives.route import Derivative, Draws, scatter, uncompiled, untouched
+from flowspace.errors import DerivativeError, InputError
+
+__all__ = ["SharedPrimal"]
+
+
+@dataclass(frozen=True)
+class SharedPrimal(Derivative):
+    """Exact, at the price of a forward pass on the rows that need it; any model of torch functions, attention kept fused.
+
+    Under autocast the tangents are cast as the primals are; elsewhere they have the primals' precision. Rows that mix, as in
+    batch norm in train mode, are found on the way: then the derivative is computed in a pass of its own, over all rows.
+
+    Raises:
+        DerivativeError: where a function of the model has no forward derivative; it names the function and another route.
+    """
+
+    def evaluate(
+        self, fn: Callable[..., Tensor], primals: Sequence[Any], tangents: Sequence[Tensor | None], rows: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the value with gradient and the derivative without."""
+        draws = Draws(primals[0].device)
+        chosen = None if rows is None else Rows(rows, len(primals[0]))
+        value, tangent, lost = run(fn, primals, tangents, chosen)
+        if lost:
+            tangent = self.derive(draws.replay(fn), primals, tangents, None)
+            chosen = None
+        if tangent is None:
+            return value, torch.zeros_like(value)
+        return value, tangent if chosen is None else scatter(tangent, chosen.index, value)
+
+    def derive(
+        self, fn: Callable[..., Tensor], primals: Sequence[Any], tangents: Sequence[Tensor | None], value: Tensor | None
+    ) -> Tensor:
+        """Return the derivative on every row, in a pass of its own that leaves no trace."""
+        with torch.no_grad(), untouched():
+            value, tangent, _ = run(fn, primals, tangents, None)
+        return torch.zeros_like(value) if tangent is None else tangent
+
+
+def run(
+    fn: Callable[..., Tensor], primals: Sequence[Any], tangents: Sequence[Tensor | None], rows: Rows | None
+) -> tuple[Tensor, Tensor | None, bool]:
+    """Run fn once; return its value, its tangent (None: it does not move), and whether the tangent was lost on the way."""
+    carrier = Carrier()
+    layout = rows and Layout(0, 1, 1, rows)
+    inputs = [
+        p if v is None else carrier.wrap(p, v.to(p.dtype) if rows is None else v[rows.index].to(p.dtype), layout)
+        for p, v in zip(primals, tangents, strict=True)
+    ]
+    with _watched(carrier), uncompiled(), carrier:
+        out = fn(*inputs)
+    if not isinstance(out, Tensor):
+        raise InputError(f"the model returned {type(out).__name__}; wrap it so that it returns one tensor of shape (B, *)")
+    dual = carrier.dual(out)
+    carrier.release()
+    if dual is None:
+        return out, None, carrier.lost
+    lost = carrier.lost or (dual.layout is not None and dual.layout[:3] != (0, 1, 1))
+    return dual.primal, None if lost else dual.tangent, lost
+
+
+_active = threading.local()
+_FIELD = "_flowspace_dual"
+_TRANSFORMED = "the model calls a transform of torch.func, where tangents cannot follow; write derivative=ForwardMode()"
+_SHAPES_IN_PLACE = {"transpose_", "t_", "squeeze_", "unsqueeze_", "swapaxes_", "swapdims_", "resize_", "set_", "resize_as_"}
+_OPERATORS = {"iadd": "add_", "isub": "sub_", "imul": "mul_", "itruediv": "div_", "idiv": "div_", "ipow": "pow_"}
+_BUILTIN = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType)
+
+
+class Carrier(TorchFunctionMode):
+    """Carries tangents through the torch functions that are called while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lost = False
+        self.live: dict[int, weakref.ref[Tensor]] = {}
+        self.written: dict[int, Tensor] = {}
+        self.inside: list[Any] = []
+
+    # --- tensors and their tangents
+
+    def wrap(self, primal: Tensor, tangent: Tensor, layout: Layout | None) -> Tensor:
+        """Return an alias of a primal that carries a tangent."""
+        alias = primal.view_as(primal)
+        setattr(alias, _FIELD, Dual(primal, tangent, layout, self))
+        self.live[id(alias)] = weakref.ref(alias)
+        return alias
+
+    def dual(self, tensor: Tensor) -> Dual | None:
+        """Return what a tensor carries."""
+        found = getattr(tensor, _FIELD, None)
+        found = found if found is not None and found.owner is self else None
+        if found is None and self.live and torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # pyright: ignore
+            self._refuse_transforms(tensor)
+        if self.written and rules.differentiable(tensor):
+            flat = self.written.get(_storage(tensor))
+            if flat is not None:
+                primal = tensor if found is None else found.primal
+                return Dual(primal, _place(flat, primal).clone(), None, self)
+        return found
+
+    def _refuse_transforms(self, tensor: Tensor) -> None:
+        """Raise DerivativeError for a tensor that carries a tangent inside torch.func.vmap, grad or jvp."""
+        while torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # pyright: ignore
+            tensor = torch._C._functorch.get_unwrapped(tensor)  # pyright: ignore
+            if getattr(tensor, _FIELD, None) is not None and getattr(tensor, _FIELD).owner is self:
+                raise DerivativeError(_TRANSFORMED)
+
+    def release(self) -> None:
+        """Let go of every tangent that the model still holds."""
+        for alias in self.aliases():
+            delattr(alias, _FIELD)
+        self.live, self.written = {}, {}
+
+    def aliases(self) -> Iterator[Tensor]:
+        """Iterate over the tensors that carry a tangent."""
+        for reference in list(self.live.values()):
+            alias = reference()
+            if alias is not None and getattr(alias, _FIELD, None) is not None:
+                yield alias
+
+    def duals(self, tree: Any) -> Any:
+        """Return a tree of arguments with a Dual in place of each tensor that carries a tangent."""
+        if isinstance(tree, Tensor):
+            return self.dual(tree) or tree
+        if type(tree) in (tuple, list, torch.Size):
+            return type(tree)(self.duals(x) for x in tree)
+        return {k: self.duals(v) for k, v in tree.items()} if type(tree) is dict else tree
+
+    # --- one function
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run a torch function, and its rule beside it."""
+        kwargs = kwargs or {}
+        call = rules.Call(func, *self.duals((args, kwargs)))
+        if self.lost or not call.duals:
+            return call.out if call.duals else func(*args, **kwargs)
+        try:
+            return self._call(call, args, kwargs)
+        except LostRowsError:
+            self.lost = True
+            return call.out
+
+    def _call(self, call: rules.Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = _name(call.func, self.inside)
+        parts = rules.decompositions(name, args, kwargs)
+        if parts is not None or (_written_in_python(call.func) and call.func not in self.inside):
+            return self._enter(call.func, parts or _unchecked(call.func), args, kwargs)
+        if name in ("_make_dual", "_unpack_dual"):
+            raise DerivativeError(_TRANSFORMED)
+        if name in _SHAPES_IN_PLACE:
+            raise DerivativeError(f"{name} changes a shape in place; write x = x.{name[:-1]}(...), or derivative=ForwardMode()")
+        if name == "setitem" or (name.endswith("_") and name[:-1] and name not in ("requires_grad_", "retain_grad_")):
+            return self._in_place(call, name, args[0])
+        if name in rules.CONSTANT or name == "data" or call.func.__name__ == "__set__":
+            return call.out
+        rule = rules.rule_of(name)
+        if rule is None and not any(rules.differentiable(leaf) for leaf in pytree.tree_leaves(call.out)):
+            return call.out
+        with torch.no_grad():
+            found = rule(call, *call.args, **call.kwargs) if rule else rules.forward(call)
+        return self._wrap_outputs(call, found)
+
+    def _enter(self, func: Any, body: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a function that is written in others, with the carrier inside it."""
+        self.inside.append(func)
+        try:
+            with self:
+                return body(*args, **kwargs)
+        finally:
+            self.inside.pop()
+
+    def _wrap_outputs(self, call: rules.Call, found: Any) -> Any:
+        leaves, spec = pytree.tree_flatten(call.out)
+        tangents = iter(found if isinstance(found, list) else [found])
+        wrapped = [self._wrap_output(call, x, next(tangents, None)) if rules.differentiable(x) else x for x in leaves]
+        return pytree.tree_unflatten(wrapped, spec)
+
+    def _wrap_output(self, call: rules.Call, out: Tensor, tangent: Any) -> Tensor:
+        if tangent is None:
+            return out
+        if isinstance(tangent, rules.At):
+            return self.wrap(out, *tangent)
+        layout = call.duals[0].layout
+        if layout is None:
+            return self.wrap(out, tangent, None)
+        if out.ndim != tangent.ndim:
+            raise LostRowsError
+        moved = [axis for axis, (full, few) in enumerate(zip(out.shape, tangent.shape, strict=True)) if full != few]
+        if len(moved) != 1 or (out.shape[moved[0]], tangent.shape[moved[0]]) != (layout.size, layout.chosen):
+            raise LostRowsError
+        return self.wrap(out, tangent, layout.on(moved[0]))
+
+    # --- functions that write
+
+    def _in_place(self, call: rules.Call, name: str, target: Tensor) -> Tensor | None:
+        """Run a function that writes into its first argument, and write the tangent beside it."""
+        with torch.no_grad():
+            tangent, layout = self._written_tangent(call, name)
+        if layout is not None and (not isinstance(call.args[0], Dual) or layout[:3] != call.args[0].layout[:3]):
+            raise LostRowsError
+        dual = self.dual(target)
+        shared = any(a is not target and _storage(a) == _storage(target) for a in self.aliases())
+        if layout is not None and shared:
+            raise LostRowsError
+        before = None if layout is not None or not (shared or dual is None or self.written) else self._mirror(target)
+        call.out  # noqa: B018  # runs the function
+        if before is not None:
+            with torch.no_grad():
+                _place(before, dual.primal if dual else target).copy_(tangent)
+        elif dual is not None:
+            dual.tangent, dual.layout = tangent, layout
+        return None if name == "setitem" else target
+
+    def _written_tangent(self, call: rules.Call, name: str) -> tuple[Tensor, Layout | None]:
+        """Return the tangent that the first argument has after the function."""
+        target = call.args[0]
+        primal = target.primal if isinstance(target, Dual) else target
+        layout = call.duals[0].layout
+        if name in rules.CONSTANT:
+            return torch.zeros_like(target.tangent), layout
+        if name in ("copy_", "setitem"):
+            if layout is not None:
+                raise LostRowsError
+            tangent = target.tangent.clone() if isinstance(target, Dual) else torch.zeros_like(primal)
+            source = call.args[-1]
+            moved = source.tangent if isinstance(source, Dual) else 0
+            tangent[... if name == "copy_" else call.args[1]] = moved
+            return tangent, None
+        plain = getattr(torch.Tensor, name[:-1], None) or getattr(torch, name[:-1], None)
+        rule = rules.rule_of(name[:-1])
+        if plain is None:
+            raise DerivativeError(f"{name} writes in place and has no other form; write derivative=FiniteDifference()")
+        other = rules.Call(plain, call.args, {k: v for k, v in call.kwargs.items() if k != "inplace"})
+        found = rule(other, *other.args, **other.kwargs) if rule else rules.forward(other)
+        dual = getattr(self._wrap_output(other, other.out, found[0] if isinstance(found, list) else found), _FIELD)
+        return dual.tangent.to(primal.dtype), dual.layout
+
+    def _mirror(self, target: Tensor) -> Tensor:
+        """Return the tangent of a whole storage, laid out as the storage is: every view of it reads its own from there."""
+        key = _storage(target)
+        if key not in self.written:
+            count = target.untyped_storage().nbytes() // target.element_size()
+            flat = torch.zeros(count, dtype=target.dtype, device=target.device)
+            for alias in self.aliases():
+                if _storage(alias) == key:
+                    dual = getattr(alias, _FIELD)
+                    if dual.primal.dtype != target.dtype:
+                        raise DerivativeError("a tensor is written through a view of another dtype; write derivative=ForwardMode()")
+                    shown, tangent = dual.primal, dual.tangent
+                    for axis, stride in enumerate(shown.stride()):
+                        if stride == 0 and shown.shape[axis] > 1:
+                            shown, tangent = shown.narrow(axis, 0, 1), tangent.narrow(axis, 0, 1)
+                    _place(flat, shown).copy_(tangent)
+            self.written[key] = flat
+        return self.written[key]
+
+    # --- what no function mode sees
+
+    def through_function(self, cls: type, args: tuple[Any, ...], outs: Any) -> Any:
+        """Return the outputs of a custom function with the tangents that its forward pass gave them."""
+        given = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor) and self.dual(leaf)]
+        if not given or self.lost:
+            return outs
+
+        def one(out: Any) -> Any:
+            if not rules.differentiable(out) or not out.numel() or (torch.is_grad_enabled() and not out.requires_grad):
+                return out
+            dual = self.dual(out)
+            if dual is None:
+                same = [x for x in given if x.shape == out.shape and x.data_ptr() == out.data_ptr()]
+                if not same:
+                    raise DerivativeError(
+                        f"{cls.__name__} is an autograd.Function whose forward pass is not made of torch functions; write "
+                        "derivative=FiniteDifference(), or ForwardMode() if it defines jvp"
+                    )
+                dual = self.dual(same[0])
+            elif hasattr(out, _FIELD):
+                delattr(out, _FIELD)
+            return self.wrap(out, dual.tangent, dual.layout)  # type: ignore[union-attr]
+
+        return pytree.tree_map(one, outs)
+
+
+    def through_script(self, original: Callable[..., Any], function: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Run a function of torch.jit and differentiate it as one."""
+
+        def script(*inputs: Any, **options: Any) -> Any:
+            return original(function, *inputs, **options)
+
+        script.__name__ = f"torch.jit function {getattr(function, 'name', '')}"
+        with torch._C.DisableTorchFunction():  # pyright: ignore
+            self.inside.append(script)
+            try:
+                return self.__torch_function__(script, (), args, kwargs)
+            finally:
+                self.inside.pop()
+
+
+def _apply(original: Any) -> Any:
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        outs = original.__get__(None, cls)(*args, **kwargs)
+        carrier = getattr(_active, "carrier", None)
+        if carrier is None:
+            return outs
+        with torch._C.DisableTorchFunction():  # pyright: ignore
+            return carrier.through_function(cls, args, outs)
+
+    return classmethod(apply)
+
+
+def _script(original: Any) -> Any:
+    def call(function: Any, *args: Any, **kwargs: Any) -> Any:
+        carrier = getattr(_active, "carrier", None)
+        return original(function, *args, **kwargs) if carrier is None else carrier.through_script(original, function, args, kwargs)
+
+    return call
+
+
+_UNSEEN = (
+    (torch.autograd.Function, "apply", _apply),
+    (torch._C.ScriptFunction, "__call__", _script),
+    (torch._C.ScriptMethod, "__call__", _script),
+)
+_lock, _users, _originals = threading.Lock(), [], []
+
+
+@contextlib.contextmanager
+def _watched(carrier: Carrier) -> Iterator[None]:
+    """Show a carrier the calls that no function mode sees, for as long as any carrier is at work in any thread."""
+    before, _active.carrier = getattr(_active, "carrier", None), carrier
+    with _lock:
+        if not _users:
+            _originals[:] = [cls.__dict__[name] for cls, name, _ in _UNSEEN]
+            for (cls, name, seen), original in zip(_UNSEEN, _originals, strict=True):
+                setattr(cls, name, seen(original))
+        _users.append(carrier)
+    try:
+        yield
+    finally:
+        _active.carrier = before
+        with _lock:
+            _users.remove(carrier)
+            if not _users:
+                for (cls, name, _), original in zip(_UNSEEN, _originals, strict=True):
+                    setattr(cls, name, original)
+
+
+def _name(func: Any, inside: Sequence[Any] = ()) -> str:
+    """Return the plain name of a torch function: add for torch.add, Tensor.add and Tensor.__add__; other callables have none.
+
+    A Python function that calls the builtin of its own name is seen twice, and stands for the builtin the second time.
+    """
+    if not isinstance(func, _BUILTIN) and func not in inside:
+        return ""
+    name = func.__name__
+    if name in ("__get__", "__set__"):
+        return func.__self__.__name__
+    if name.startswith("__") and name.endswith("__"):
+        name = name[2:-2]
+        return _OPERATORS.get(name, name)
+    return name
+
+
+def _written_in_python(func: Any) -> bool:
+    return isinstance(func, types.FunctionType) and func.__module__.partition(".")[0] == "torch"
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _place(flat: Tensor, primal: Tensor) -> Tensor:
+    return flat.as_strided(primal.shape, primal.stride(), primal.storage_offset())
+
+
+@functools.lru_cache(None)
+def _unchecked(func: types.FunctionType) -> Callable[..., Any]:
+    """Return a Python function of torch without its first question, whether somebody intercepts it."""
+    names = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+    return_false = dict.fromkeys(names, lambda *_: False)
+    copy = types.FunctionType(
+        func.__code__, {**func.__globals__, **return_false}, func.__name__, func.__defaults__, func.__closure__
+    )
+    copy.__kwdefaults__ = func.__kwdefaults__
+    return copy
