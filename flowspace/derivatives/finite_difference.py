@@ -37,15 +37,16 @@ class FiniteDifference(Derivative):
             raise InputError(f"order = {self.order} came; write 1 (one-sided) or 2 (central)")
 
     def derive(
-        self, fn: Callable[..., Tensor], primals: Sequence[Any], tangents: Sequence[Tensor | None], value: Tensor | None
-    ) -> Tensor:
+        self, fn: Callable[..., Tensor], primals: Sequence[Any], tangents: Sequence[Tensor | None], value: Tensor | None,
+        mixed: bool = False,
+    ) -> Tensor:  # fmt: skip
         """Return the difference quotient on the given rows."""
         if any(v is not None and p.dtype.itemsize < 4 for p, v in zip(primals, tangents, strict=True)):
             raise InputError(
                 f"a state of dtype {primals[0].dtype} came, whose rounding drowns a step of {self.step}; keep latents in "
                 "float32 (with autocast for speed), or use ForwardMode()"
             )
-        offsets, weights = self._stencil(primals)
+        offsets, weights = self._backward(primals) if mixed else self._stencil(primals)
 
         def at(offset: Tensor) -> Tensor:
             moved = (
@@ -60,11 +61,23 @@ class FiniteDifference(Derivative):
             total = total + over_rows(weight, value) * at(offset)
         return total
 
+    def _backward(self, primals: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the same offsets for every row, for a function that mixes them: towards the data, where t has room."""
+        t = self._times(primals)
+        h = torch.minimum(t.new_tensor(self.step), t.min() / self.order).expand(t.shape)
+        if self.order == 1:
+            return [-h], [1 / h, -1 / h]
+        return [-h, -2 * h], [1.5 / h, -2 / h, 0.5 / h]
+
+    def _times(self, primals: Sequence[Any]) -> Tensor:
+        """Return the times, which by convention are the second primal."""
+        if len(primals) > 1 and isinstance(primals[1], Tensor) and primals[1].is_floating_point():
+            return primals[1]
+        return torch.full((len(primals[0]),), 0.5, device=primals[0].device)
+
     def _stencil(self, primals: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
         """Return per-row offsets, and the weights of f itself and of f at each offset."""
-        state, h = primals[0], self.step
-        has_time = len(primals) > 1 and isinstance(primals[1], Tensor) and primals[1].is_floating_point()
-        t = primals[1] if has_time else torch.full((len(state),), 0.5, device=state.device)
+        t, h = self._times(primals), self.step
         inward = torch.where(t < 0.5, 1.0, -1.0).to(t.dtype)
         if self.order == 1:
             backward_fits = t - h >= 0

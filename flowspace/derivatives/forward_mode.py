@@ -22,8 +22,9 @@ class ForwardMode(Derivative):
     """
 
     def derive(
-        self, fn: Callable[..., Tensor], primals: Sequence[Any], tangents: Sequence[Tensor | None], value: Tensor | None
-    ) -> Tensor:
+        self, fn: Callable[..., Tensor], primals: Sequence[Any], tangents: Sequence[Tensor | None], value: Tensor | None,
+        mixed: bool = False,
+    ) -> Tensor:  # fmt: skip
         """Return the derivative on the given rows."""
         moving = [i for i, tangent in enumerate(tangents) if tangent is not None]
 

@@ -17,19 +17,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from flowspace.errors import InputError
 
-__all__ = ["Derivative", "Draws", "scatter", "untouched"]
+__all__ = ["Derivative", "Draws", "scatter", "uncompiled", "untouched", "wrapped"]
 
 
 class Derivative(abc.ABC):
     """A route to the directional derivative of a function of one batch."""
 
-    @_disable_dynamo
     def __call__(
         self,
         fn: Callable[..., Tensor],
@@ -56,7 +54,15 @@ class Derivative(abc.ABC):
         for p, v in zip(primals, tangents, strict=True):
             if v is not None and v.shape != p.shape:
                 raise InputError(f"a tangent of shape {tuple(v.shape)} came for a primal of shape {tuple(p.shape)}")
-        if rows is not None and torch._C._functorch.is_functorch_wrapped_tensor(rows):  # pyright: ignore
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(self._evaluate_rows)(fn, primals, tangents, rows)
+        return self._evaluate_rows(fn, primals, tangents, rows)
+
+    def _evaluate_rows(
+        self, fn: Callable[..., Tensor], primals: Sequence[Any], tangents: Sequence[Tensor | None], rows: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Choose the rows; not traced by torch.compile, since it depends on values."""
+        if rows is not None and wrapped(rows):
             rows = None
         if rows is not None and not bool(rows.any()):
             value = _checked(fn(*primals), primals)
@@ -80,22 +86,32 @@ class Derivative(abc.ABC):
         with torch.no_grad(), _full_precision(device) as widened, uncompiled():
             known = None if widened or value.dtype.itemsize < 4 else value.detach()
 
-            def on(some: Tensor | None) -> Tensor:
-                start = _take((primals, tangents), some, len(value), widened)
-                with untouched(whole=some is None):
-                    return self.derive(draws.replay(fn), *start, known if known is None or some is None else known[some])
+            def on(some: Tensor | None, mixed: bool) -> Tensor:
+                inputs, directions = _take((primals, tangents), some, len(value), widened)
+                here = known if known is None or some is None else known[some]
+                with untouched(mixed):
+                    return self.derive(draws.replay(fn), inputs, directions, here, mixed)
 
             try:
-                found = on(rows)
+                found = on(rows, False)
             except RowsMixError:
-                rows, found = None, on(None)
+                rows, found = None, on(None, True)
         return value, found if rows is None else scatter(found, rows, value)
 
     @abc.abstractmethod
     def derive(
-        self, fn: Callable[..., Tensor], primals: Sequence[Any], tangents: Sequence[Tensor | None], value: Tensor | None
-    ) -> Tensor:
-        """Return the derivative on the given rows; ``value`` is fn(*primals), where it is known to full precision."""
+        self, fn: Callable[..., Tensor], primals: Sequence[Any], tangents: Sequence[Tensor | None], value: Tensor | None,
+        mixed: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Return the derivative on the given rows.
+
+        ``value`` is fn(*primals), where it is known to full precision; ``mixed`` says that fn mixes the rows.
+        """
+
+
+def wrapped(tensor: Tensor) -> bool:
+    """Return whether a tensor belongs to a transform of torch.func, and so has no values to ask for."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # pyright: ignore
 
 
 def _checked(value: Any, primals: Sequence[Any]) -> Tensor:
@@ -146,30 +162,33 @@ def _batch_statistics(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 class RowsMixError(Exception):
-    """A function that mixes rows was called on some of them."""
+    """A function that mixes rows was called by a program of which nobody knew it."""
 
 
 class _Untouched(TorchFunctionMode):
     """Keeps what fn writes into: running statistics are not given, other tensors are remembered as long as they live."""
 
-    def __init__(self, whole: bool) -> None:
+    def __init__(self, mixed: bool) -> None:
         super().__init__()
-        self.whole = whole
+        self.mixed = mixed
         self.written: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if norm := _batch_statistics(func, args, kwargs or {}):
-            if not self.whole and func in (F.batch_norm, torch.batch_norm):
+            if not self.mixed and func in (F.batch_norm, torch.batch_norm):
                 raise RowsMixError
             return func(*norm)
         name = getattr(func, "__name__", "")
         if name.endswith("_") and not name.endswith("__") and args and isinstance(args[0], Tensor):
-            self._remember(args[0])
+            if not wrapped(args[0]) and torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore
+                args = (args[0].clone(), *args[1:])  # torch.func refuses to write into what a function captured
+            else:
+                self._remember(args[0])
         return func(*args, **(kwargs or {}))
 
     def _remember(self, target: Tensor) -> None:
         key = id(target)
-        if key not in self.written and not torch._C._functorch.is_functorch_wrapped_tensor(target):  # pyright: ignore
+        if key not in self.written and not wrapped(target):
             gone = weakref.ref(target, lambda _: self.written.pop(key, None) and None)
             self.written[key] = gone, target.detach().clone()
 
@@ -182,13 +201,13 @@ class _Untouched(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def untouched(whole: bool = True) -> Iterator[None]:
+def untouched(mixed: bool = True) -> Iterator[None]:
     """Evaluate a function again without a second trace in the buffers of its modules.
 
     Raises:
-        RowsMixError: if it mixes rows and this is not the whole batch.
+        RowsMixError: if it mixes rows and ``mixed`` does not say so.
     """
-    mode = _Untouched(whole)
+    mode = _Untouched(mixed)
     try:
         with mode:
             yield

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from flowspace.derivatives.duals import Dual, Layout, LostRowsError, restrict, shared_rows
 from flowspace.errors import DerivativeError
 
-__all__ = ["CONSTANT", "At", "Call", "decompositions", "forward", "is_pointwise", "rule_of"]
+__all__ = ["CONSTANT", "RANDOM", "At", "Call", "Rule", "decompositions", "differentiable", "forward", "rule_of"]
 
 Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}
@@ -41,25 +41,35 @@ class At(NamedTuple):
 
 
 class Call:
-    """One call of a torch function with duals among its arguments."""
+    """One call of a torch function with duals among its arguments: ``args`` holds duals, ``primals`` what they stand for."""
 
-    def __init__(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.func, self.args, self.kwargs = func, args, kwargs
-        self.duals = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Dual)]
+    def __init__(
+        self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], primals: Sequence[Any],
+        options: dict[str, Any], duals: list[Dual],
+    ) -> None:  # fmt: skip
+        self.func, self.args, self.kwargs, self.primals, self.options, self.duals = (
+            func, args, kwargs, primals, options, duals
+        )  # fmt: skip
         self.grad = torch.is_grad_enabled()
+
+    def run(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a function of primals, with gradient where the program has it."""
+        with torch.set_grad_enabled(self.grad):
+            return func(*args, **kwargs)
 
     @functools.cached_property
     def out(self) -> Any:
-        """What the function returns for the primals, with gradient where the program has it."""
-        args, kwargs = pytree.tree_map(_primal, (self.args, self.kwargs))
-        with torch.set_grad_enabled(self.grad):
-            return self.func(*args, **kwargs)
+        """What the function returns for the primals."""
+        if torch.is_grad_enabled() == self.grad:
+            return self.func(*self.primals, **self.options)
+        return self.run(self.func, *self.primals, **self.options)
 
     def along_with(self, tangent: Tensor) -> At:
         """Return the tangent of a broadcasting function, expanded to the output's shape."""
-        dual = self.duals[0]
-        layout = dual.layout and dual.layout.on(self.out.ndim - dual.ndim + dual.layout.axis)
-        return At(tangent.expand(layout.shape(self.out.shape) if layout else self.out.shape), layout)
+        dual, shape = self.duals[0], self.out.shape
+        layout = dual.layout and dual.layout.on(len(shape) - dual.ndim + dual.layout.axis)
+        shape = layout.shape(shape) if layout else shape
+        return At(tangent if tangent.shape == shape else tangent.expand(shape), layout)
 
 
 def _primal(leaf: Any) -> Any:
@@ -455,11 +465,16 @@ def _(call: Call, x: Any, shape: Sequence[int], weight: Any = None, bias: Any = 
     if len(call.duals) > 1 or not isinstance(x, Dual):
         return forward(call)
     x.untouched(*range(-len(shape), 0))
-    dtype = call.out.dtype
-    rows, tangent = x.rows.to(dtype), x.tangent.to(dtype).contiguous()
-    mean, scale = torch.native_layer_norm(rows, shape, None, None, eps)[1:]
+    tangent, rows = x.tangent, x.rows
+    if torch.is_autocast_enabled(rows.device.type):
+        rows, tangent = rows.to(call.out.dtype), tangent.to(call.out.dtype)
+        mean, scale = torch.native_layer_norm(rows, shape, None, None, eps)[1:]
+    else:
+        call.out, mean, scale = call.run(torch.native_layer_norm, x.primal, shape, weight, bias, eps)
+        mean, scale = (restrict(value.detach(), x.layout) for value in (mean, scale))
     keep = [True, False, False]
-    return _scaled(torch.ops.aten.native_layer_norm_backward(tangent, rows, shape, mean, scale, None, None, keep)[0], weight)
+    found = torch.ops.aten.native_layer_norm_backward(tangent.contiguous(), rows, shape, mean, scale, None, None, keep)[0]
+    return found if weight is None else found.mul_(weight)
 
 
 @rule("rms_norm")
@@ -522,10 +537,11 @@ def _(
     if enable_gqa:
         times = parts[0].shape[-3] // parts[1].shape[-3]
         parts = [x if x is None or i in (0, 3) else x.repeat_interleave(times, -3) for i, x in enumerate(parts)]
-    lead = restrict(out, layout).shape[:-2]
+    out = restrict(out.detach(), layout)
+    lead = out.shape[:-2]
     parts = [None if x is None else _four_axes(x, lead) for x in parts]
     masks = [None if x is None else _four_axes(x, lead) for x in (rows(attn_mask), _tangent(attn_mask))]
-    found = _attention_tangent(*parts, *masks, causal=is_causal, scale=scale)
+    found = _attention_tangent(*parts, *masks, _four_axes(out, lead), causal=is_causal, scale=scale)
     return At(found.reshape(*lead, *found.shape[-2:]), layout)
 
 
@@ -546,11 +562,11 @@ def _part(x: Tensor | None, rows: slice, queries: slice | None = None) -> Tensor
 
 def _attention_tangent(
     q: Tensor, k: Tensor, v: Tensor, tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, mask: Tensor | None,
-    tmask: Tensor | None, causal: bool, scale: float,
+    tmask: Tensor | None, out: Tensor, causal: bool, scale: float,
 ) -> Tensor:  # fmt: skip
-    """Return the tangent of softmax(q k' scale + mask) v in blocks of queries.
+    """Return the tangent of out = softmax(q k' scale + mask) v in blocks of queries.
 
-    With P the attention and A = P * dS: A v - rowsum(A) (P v) + P dv, where dS = (dq k' + q dk') scale + dmask.
+    With P the attention and A = P * dS: A v - rowsum(A) out + P dv, where dS = (dq k' + q dk') scale + dmask.
     """
     batch, heads = (max(q.shape[i], k.shape[i]) for i in (0, 1))
     count, keys = q.shape[2], k.shape[2]
@@ -562,30 +578,43 @@ def _attention_tangent(
         key, value, tkey, tvalue = (_part(x, some) for x in (k, v, tk, tv))
         for first in range(0, count, queries):
             block = slice(first, first + queries)
-            query, tquery, bias, tbias = (_part(x, some, block) for x in (q, tq, mask, tmask))
-            found[some, :, block] = _block(query, key, value, tquery, tkey, tvalue, bias, tbias, causal, scale, first)  # type: ignore[arg-type]
+            query, tquery, bias, tbias, o = (_part(x, some, block) for x in (q, tq, mask, tmask, out))
+            part = _block(query, key, value, tquery, tkey, tvalue, bias, tbias, o, causal, scale, first)  # type: ignore[arg-type]
+            if part.shape == found.shape:
+                return part
+            found[some, :, block] = part
     return found
 
 
 def _block(
     q: Tensor, k: Tensor, v: Tensor, tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, mask: Tensor | None,
-    tmask: Tensor | None, causal: bool, scale: float, first: int,
+    tmask: Tensor | None, out: Tensor, causal: bool, scale: float, first: int,
 ) -> Tensor:  # fmt: skip
-    scores = (q * scale) @ k.mT
+    q = q * scale
+    scores = q @ k.mT
     if causal:
         scores.masked_fill_(torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1 + first), -math.inf)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
     p = torch.softmax(scores, -1) if mask is None else torch._safe_softmax(scores, -1)
-    found = torch.zeros((), dtype=v.dtype, device=v.device) if tv is None else p @ tv
     if tq is None and tk is None and tmask is None:
-        return found
-    if tq is not None and tk is not None:
-        moved = (torch.cat([tq, q], -1) * scale) @ torch.cat([k, tk], -1).mT
-    else:
-        moved = scores.new_zeros(()) if tq is None and tk is None else (q if tq is None else tq) * scale @ (k if tk is None else tk).mT
-    a = p * (moved if tmask is None else moved + tmask)
-    return found + a @ v - a.sum(-1, keepdim=True) * (p @ v)
+        return p @ tv  # type: ignore[operator]
+    moved = None if tq is None else (tq * scale) @ k.mT
+    if tk is not None:
+        moved = q @ tk.mT if moved is None else _add_product(moved, q, tk.mT)
+    a = (tmask if moved is None else moved if tmask is None else moved.add_(tmask)) * p  # type: ignore[operator]
+    found = a @ v
+    if tv is not None:
+        found = _add_product(found, p, tv)
+    return found.addcmul_(a.sum(-1, keepdim=True), out, value=-1)
+
+
+def _add_product(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Add x y to a total of four axes, in place where the leading axes agree."""
+    if x.shape[:2] != y.shape[:2]:
+        return total.add_(x @ y)
+    total.flatten(0, 1).baddbmm_(x.flatten(0, 1), y.flatten(0, 1))
+    return total
 
 
 # --- functions that are written in others ------------------------------------------------------------------------------------
@@ -616,6 +645,10 @@ def _dropout(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _dropout_(input: Tensor, p: float = 0.5, train: bool = True) -> Tensor:
     return input.mul_(torch.dropout(torch.ones_like(input), p, True)) if train and p > 0 else input
+
+
+RANDOM = frozenset(("scaled_dot_product_attention", "dropout", "dropout_", "feature_dropout"))
+"""Functions that may have to be written in others, see `decompositions`."""
 
 
 def decompositions(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any] | None:

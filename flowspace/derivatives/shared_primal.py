@@ -13,16 +13,17 @@ import types
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from flowspace.derivatives import rules
 from flowspace.derivatives.duals import Dual, Layout, LostRowsError, Rows
-from flowspace.derivatives.route import Derivative, Draws, scatter, uncompiled, untouched
+from flowspace.derivatives.route import Derivative, Draws, scatter, uncompiled, untouched, wrapped
 from flowspace.errors import DerivativeError, InputError
 
 __all__ = ["SharedPrimal"]
@@ -54,8 +55,9 @@ class SharedPrimal(Derivative):
         return value, tangent if chosen is None else scatter(tangent, chosen.index, value)
 
     def derive(
-        self, fn: Callable[..., Tensor], primals: Sequence[Any], tangents: Sequence[Tensor | None], value: Tensor | None
-    ) -> Tensor:
+        self, fn: Callable[..., Tensor], primals: Sequence[Any], tangents: Sequence[Tensor | None], value: Tensor | None,
+        mixed: bool = False,
+    ) -> Tensor:  # fmt: skip
         """Return the derivative on every row, in a pass of its own that leaves no trace."""
         with torch.no_grad(), untouched():
             value, tangent, _ = run(fn, primals, tangents, None)
@@ -86,8 +88,16 @@ def run(
 
 _active = threading.local()
 _FIELD = "_flowspace_dual"
+_RESHAPED = "{} changes a shape in place, where the tangent cannot follow; write a new tensor for it, or derivative=ForwardMode()"
 _TRANSFORMED = "the model calls a transform of torch.func, where tangents cannot follow; write derivative=ForwardMode()"
-_SHAPES_IN_PLACE = {"transpose_", "t_", "squeeze_", "unsqueeze_", "swapaxes_", "swapdims_", "resize_", "set_", "resize_as_"}
+_REFUSED = {"_make_dual": _TRANSFORMED, "_unpack_dual": _TRANSFORMED}
+_METADATA = frozenset("size dim ndimension numel nelement stride storage_offset is_floating_point is_complex is_contiguous __len__ get_device element_size".split())
+_AUTOGRAD = frozenset(
+    "register_hook register_post_accumulate_grad_hook retain_grad backward requires_grad_ grad_fn grad _grad _backward_hooks "
+    "_post_accumulate_grad_hooks is_leaf output_nr _base _version _register_hook_dict __repr__ __format__ __reduce_ex__".split()
+)
+_TENSORS = frozenset("T mT H mH real imag data".split())
+_RESHAPING = {"transpose_", "t_", "squeeze_", "unsqueeze_", "swapaxes_", "swapdims_", "resize_", "set_", "resize_as_"}
 _OPERATORS = {"iadd": "add_", "isub": "sub_", "imul": "mul_", "itruediv": "div_", "idiv": "div_", "ipow": "pow_"}
 _BUILTIN = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType)
 
@@ -115,7 +125,7 @@ class Carrier(TorchFunctionMode):
         """Return what a tensor carries."""
         found = getattr(tensor, _FIELD, None)
         found = found if found is not None and found.owner is self else None
-        if found is None and self.live and torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # pyright: ignore
+        if found is None and self.live and wrapped(tensor):
             self._refuse_transforms(tensor)
         if self.written and rules.differentiable(tensor):
             flat = self.written.get(_storage(tensor))
@@ -126,7 +136,7 @@ class Carrier(TorchFunctionMode):
 
     def _refuse_transforms(self, tensor: Tensor) -> None:
         """Raise DerivativeError for a tensor that carries a tangent inside torch.func.vmap, grad or jvp."""
-        while torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # pyright: ignore
+        while wrapped(tensor):
             tensor = torch._C._functorch.get_unwrapped(tensor)  # pyright: ignore
             if getattr(tensor, _FIELD, None) is not None and getattr(tensor, _FIELD).owner is self:
                 raise DerivativeError(_TRANSFORMED)
@@ -144,13 +154,19 @@ class Carrier(TorchFunctionMode):
             if alias is not None and getattr(alias, _FIELD, None) is not None:
                 yield alias
 
-    def duals(self, tree: Any) -> Any:
-        """Return a tree of arguments with a Dual in place of each tensor that carries a tangent."""
-        if isinstance(tree, Tensor):
-            return self.dual(tree) or tree
-        if type(tree) in (tuple, list, torch.Size):
-            return type(tree)(self.duals(x) for x in tree)
-        return {k: self.duals(v) for k, v in tree.items()} if type(tree) is dict else tree
+    def unpack(self, value: Any, duals: list[Dual]) -> tuple[Any, Any]:
+        """Return an argument with duals in place of the tensors that carry a tangent, and with their primals."""
+        if isinstance(value, Tensor):
+            dual = self.dual(value)
+            if dual is None:
+                return value, value
+            duals.append(dual)
+            return dual, dual.primal
+        kind = type(value)
+        if kind is tuple or kind is list:
+            pairs = [self.unpack(x, duals) for x in value]
+            return kind([x for x, _ in pairs]), kind([x for _, x in pairs])
+        return value, value
 
     # --- one function
 
@@ -159,33 +175,49 @@ class Carrier(TorchFunctionMode):
     ) -> Any:
         """Run a torch function, and its rule beside it."""
         kwargs = kwargs or {}
-        call = rules.Call(func, *self.duals((args, kwargs)))
-        if self.lost or not call.duals:
-            return call.out if call.duals else func(*args, **kwargs)
+        plan = _plan(func)
+        if plan.kind == "metadata":
+            return func(*args, **kwargs)
+        duals: list[Dual] = []
+        given, primals, named, options = [], [], {}, {}
+        for value in args:
+            dual, primal = self.unpack(value, duals)
+            given.append(dual)
+            primals.append(primal)
+        for key, value in kwargs.items():
+            named[key], options[key] = self.unpack(value, duals)
+        if not duals:
+            return func(*args, **kwargs)
+        call = rules.Call(func, given, named, primals, options, duals)
+        if self.lost:
+            return call.out
         try:
-            return self._call(call, args, kwargs)
+            return self._call(call, plan, args, kwargs)
         except LostRowsError:
             self.lost = True
             return call.out
 
-    def _call(self, call: rules.Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        name = _name(call.func, self.inside)
-        parts = rules.decompositions(name, args, kwargs)
-        if parts is not None or (_written_in_python(call.func) and call.func not in self.inside):
-            return self._enter(call.func, parts or _unchecked(call.func), args, kwargs)
-        if name in ("_make_dual", "_unpack_dual"):
-            raise DerivativeError(_TRANSFORMED)
-        if name in _SHAPES_IN_PLACE:
-            raise DerivativeError(f"{name} changes a shape in place; write x = x.{name[:-1]}(...), or derivative=ForwardMode()")
-        if name == "setitem" or (name.endswith("_") and name[:-1] and name not in ("requires_grad_", "retain_grad_")):
+    def _call(self, call: rules.Call, plan: "_Plan", args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        func, kind, name, rule = call.func, plan.kind, plan.name, plan.rule
+        if kind == "python" and func not in self.inside:
+            return args[0] if func is F.dropout and not kwargs["training"] else self._enter(func, _unchecked(func), args, kwargs)
+        if kind == "random" and (parts := rules.decompositions(name, args, kwargs)):
+            return self._enter(func, parts, args, kwargs)
+        if kind == "refused":
+            raise DerivativeError(_REFUSED.get(name, _RESHAPED.format(name)))
+        if kind == "in place":
             return self._in_place(call, name, args[0])
-        if name in rules.CONSTANT or name == "data" or call.func.__name__ == "__set__":
+        if kind == "constant":
             return call.out
-        rule = rules.rule_of(name)
         if rule is None and not any(rules.differentiable(leaf) for leaf in pytree.tree_leaves(call.out)):
             return call.out
-        with torch.no_grad():
+        if name != "layer_norm":
+            call.out  # noqa: B018  # here, where the grad mode is the program's
+        torch._C._set_grad_enabled(False)
+        try:
             found = rule(call, *call.args, **call.kwargs) if rule else rules.forward(call)
+        finally:
+            torch._C._set_grad_enabled(call.grad)
         return self._wrap_outputs(call, found)
 
     def _enter(self, func: Any, body: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -198,10 +230,18 @@ class Carrier(TorchFunctionMode):
             self.inside.pop()
 
     def _wrap_outputs(self, call: rules.Call, found: Any) -> Any:
-        leaves, spec = pytree.tree_flatten(call.out)
-        tangents = iter(found if isinstance(found, list) else [found])
-        wrapped = [self._wrap_output(call, x, next(tangents, None)) if rules.differentiable(x) else x for x in leaves]
-        return pytree.tree_unflatten(wrapped, spec)
+        out = call.out
+        if isinstance(out, Tensor):
+            found = found[0] if isinstance(found, list) and found else found
+            return out if isinstance(found, list) else self._wrap_output(call, out, found)
+        tangents = iter(found)
+
+        def wrap(x: Any) -> Any:
+            return self._wrap_output(call, x, next(tangents, None)) if rules.differentiable(x) else x
+
+        if type(out) in (tuple, list):
+            return type(out)([wrap(x) for x in out])
+        return pytree.tree_map(wrap, out)
 
     def _wrap_output(self, call: rules.Call, out: Tensor, tangent: Any) -> Tensor:
         if tangent is None:
@@ -258,7 +298,7 @@ class Carrier(TorchFunctionMode):
         rule = rules.rule_of(name[:-1])
         if plain is None:
             raise DerivativeError(f"{name} writes in place and has no other form; write derivative=FiniteDifference()")
-        other = rules.Call(plain, call.args, {k: v for k, v in call.kwargs.items() if k != "inplace"})
+        other = rules.Call(plain, call.args, call.kwargs, call.primals, call.options, call.duals)
         found = rule(other, *other.args, **other.kwargs) if rule else rules.forward(other)
         dual = getattr(self._wrap_output(other, other.out, found[0] if isinstance(found, list) else found), _FIELD)
         return dual.tangent.to(primal.dtype), dual.layout
@@ -373,24 +413,47 @@ def _watched(carrier: Carrier) -> Iterator[None]:
                     setattr(cls, name, original)
 
 
-def _name(func: Any, inside: Sequence[Any] = ()) -> str:
-    """Return the plain name of a torch function: add for torch.add, Tensor.add and Tensor.__add__; other callables have none.
+class _Plan(NamedTuple):
+    """What is done about a torch function."""
 
-    A Python function that calls the builtin of its own name is seen twice, and stands for the builtin the second time.
+    kind: str
+    name: str
+    rule: rules.Rule | None
+
+
+@functools.lru_cache(None)
+def _plan(func: Any) -> _Plan:
+    """Return the plain name of a function (add for torch.add, Tensor.add, Tensor.__add__), its kind and its rule.
+
+    A Python function of torch is entered; when it then calls the builtin of its own name, it is seen again, and stands for that.
     """
-    if not isinstance(func, _BUILTIN) and func not in inside:
-        return ""
-    name = func.__name__
-    if name in ("__get__", "__set__"):
-        return func.__self__.__name__
-    if name.startswith("__") and name.endswith("__"):
-        name = name[2:-2]
-        return _OPERATORS.get(name, name)
-    return name
+    name = getattr(func, "__name__", "")
+    field = func.__self__.__name__ if name in ("__get__", "__set__") else ""  # type: ignore[union-attr]
+    if name in _AUTOGRAD or field in _AUTOGRAD:
+        return _Plan("constant", name, None)
+    if isinstance(func, types.FunctionType):
+        torchs = func.__module__.partition(".")[0] == "torch"
+        return _Plan("python" if torchs else "rule", name, rules.rule_of(name) if torchs else None)
+    if not isinstance(func, _BUILTIN):
+        return _Plan("rule", "", None)
+    if field:
+        kind = "constant" if name == "__set__" or field == "data" else "rule" if field in _TENSORS else "metadata"
+        return _Plan(kind, field, rules.rule_of(field))
+    if name.startswith("__") and name.endswith("__") and name != "__len__":
+        name = _OPERATORS.get(name[2:-2], name[2:-2])
+    return _Plan(_kind(name), name, rules.rule_of(name))
 
 
-def _written_in_python(func: Any) -> bool:
-    return isinstance(func, types.FunctionType) and func.__module__.partition(".")[0] == "torch"
+def _kind(name: str) -> str:
+    if name in _METADATA:
+        return "metadata"
+    if name in rules.RANDOM:
+        return "random"
+    if name in _RESHAPING or name in _REFUSED:
+        return "refused"
+    if name == "setitem" or (name.endswith("_") and name[:-1]):
+        return "in place"
+    return "constant" if name in rules.CONSTANT else "rule"
 
 
 def _storage(tensor: Tensor) -> int:

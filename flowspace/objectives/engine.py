@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from flowspace.derivatives import Derivative, SharedPrimal
+from flowspace.derivatives.route import wrapped
 from flowspace.errors import InputError, TimeError
 from flowspace.penalties import Penalty, SquaredError
 from flowspace.schedules import LinearSchedule, Schedule, over_rows
@@ -254,7 +255,7 @@ def check_times(t: Tensor, s: Tensor, rows: int, dtype: torch.dtype) -> tuple[Te
         pair.append(time.to(dtype).expand(rows).contiguous())
     t, s = pair
     for name, bad in (("t", ~((t > 0) & (t <= 1))), ("s", ~((s >= 0) & (s <= t)))):
-        if bool(bad.any()):
+        if not wrapped(bad) and bool(bad.any()):
             row = int(bad.nonzero()[0])
             raise TimeError(
                 f"t = {float(t[row]):.6g}, s = {float(s[row]):.6g} came in row {row}; {name} is out of range: times obey "
