@@ -19,10 +19,16 @@ class LostRowsError(Exception):
 
 
 class Rows(NamedTuple):
-    """The rows that have a tangent: ``index`` of shape ``(n,)``, out of ``batch``."""
+    """The rows that have a tangent: ``index`` of shape ``(count,)``, out of ``batch``."""
 
     index: Tensor
     batch: int
+    count: int
+
+    @classmethod
+    def of(cls, index: Tensor, batch: int) -> "Rows":
+        """Return the rows with these indices."""
+        return cls(index, batch, len(index))
 
 
 class Layout(NamedTuple):
@@ -41,7 +47,7 @@ class Layout(NamedTuple):
     @property
     def chosen(self) -> int:
         """Size of the axis in a tangent."""
-        return self.outer * len(self.rows.index) * self.inner
+        return self.outer * self.rows.count * self.inner
 
     def on(self, axis: int) -> "Layout":
         """Return the layout of a batch that moved to another axis."""

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from flowspace.derivatives.duals import Dual, Layout, LostRowsError, restrict, shared_rows
 from flowspace.errors import DerivativeError
 
-__all__ = ["CONSTANT", "RANDOM", "At", "Call", "Rule", "decompositions", "differentiable", "forward", "rule_of"]
+__all__ = ["CONSTANT", "RANDOM", "At", "Call", "Rule", "decompositions", "differentiable", "forward", "moves", "rule_of"]
 
 Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}
@@ -31,6 +31,9 @@ CONSTANT = frozenset(
     "new_tensor new_empty_strided bernoulli multinomial poisson normal zero_ fill_ normal_ uniform_ bernoulli_ exponential_".split()
 )
 """Functions whose output does not move with their input."""
+
+
+_UNKNOWN = object()
 
 
 class At(NamedTuple):
@@ -47,22 +50,21 @@ class Call:
         self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], primals: Sequence[Any],
         options: dict[str, Any], duals: list[Dual],
     ) -> None:  # fmt: skip
-        self.func, self.args, self.kwargs, self.primals, self.options, self.duals = (
-            func, args, kwargs, primals, options, duals
-        )  # fmt: skip
+        self.func, self.args, self.kwargs, self.duals = func, args, kwargs, duals
+        self.primals, self.options = primals, options
         self.grad = torch.is_grad_enabled()
+        self.out: Any = _UNKNOWN
 
     def run(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call a function of primals, with gradient where the program has it."""
         with torch.set_grad_enabled(self.grad):
             return func(*args, **kwargs)
 
-    @functools.cached_property
-    def out(self) -> Any:
-        """What the function returns for the primals."""
-        if torch.is_grad_enabled() == self.grad:
-            return self.func(*self.primals, **self.options)
-        return self.run(self.func, *self.primals, **self.options)
+    def evaluate(self) -> Any:
+        """Return what the function returns for the primals, which becomes `out`; it is run once."""
+        if self.out is _UNKNOWN:
+            self.out = self.func(*self.primals, **self.options)
+        return self.out
 
     def along_with(self, tangent: Tensor) -> At:
         """Return the tangent of a broadcasting function, expanded to the output's shape."""
@@ -70,10 +72,6 @@ class Call:
         layout = dual.layout and dual.layout.on(len(shape) - dual.ndim + dual.layout.axis)
         shape = layout.shape(shape) if layout else shape
         return At(tangent if tangent.shape == shape else tangent.expand(shape), layout)
-
-
-def _primal(leaf: Any) -> Any:
-    return leaf.primal if isinstance(leaf, Dual) else leaf
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -103,6 +101,13 @@ def is_pointwise(name: str) -> bool:
 def differentiable(value: Any) -> bool:
     """Return whether a value is a tensor of real or complex numbers."""
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def moves(out: Any) -> bool:
+    """Return whether an output has any part that can carry a tangent."""
+    if isinstance(out, (tuple, list)):
+        return any(moves(part) for part in out)
+    return differentiable(out) or isinstance(out, dict)
 
 
 def forward(call: Call, rows: Callable[[Any], Any] | None = None) -> list[Tensor]:
@@ -138,8 +143,8 @@ def forward(call: Call, rows: Callable[[Any], Any] | None = None) -> list[Tensor
 
 
 def pointwise(call: Call, *args: Any, **kwargs: Any) -> list[Tensor]:
-    """Differentiate an elementwise function; a comparison has no tangent."""
-    return forward(call, shared_rows(call.duals)) if differentiable(call.out) else []
+    """Differentiate an elementwise function."""
+    return forward(call, shared_rows(call.duals))
 
 
 # --- arithmetic --------------------------------------------------------------------------------------------------------
@@ -211,8 +216,7 @@ _kernel("sigmoid", lambda t, y: torch.ops.aten.sigmoid_backward(t, y), of_output
 def _moved(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(x, Dual):
         return []
-    args, kwargs = pytree.tree_map(_primal, (args, kwargs))
-    return call.func(x.tangent, *args, **kwargs)
+    return call.func(x.tangent, *call.primals[1:], **call.options)
 
 
 @rule("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as", "reshape_as", "ravel")
@@ -316,7 +320,7 @@ def _(call: Call, x: Any, index: Any) -> Any:
                 if not (isinstance(entry, slice) and entry == slice(None)):
                     raise LostRowsError
                 break
-    return x.tangent[pytree.tree_map(_primal, index)]
+    return x.tangent[call.primals[1]]
 
 
 @rule("repeat", "tile")
@@ -463,10 +467,12 @@ def _scaled(tangent: Tensor, weight: Tensor | None, ndim: int | None = None) -> 
 @rule("layer_norm")
 def _(call: Call, x: Any, shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any) -> Any:
     if len(call.duals) > 1 or not isinstance(x, Dual):
+        call.run(call.evaluate)
         return forward(call)
     x.untouched(*range(-len(shape), 0))
     tangent, rows = x.tangent, x.rows
     if torch.is_autocast_enabled(rows.device.type):
+        call.run(call.evaluate)
         rows, tangent = rows.to(call.out.dtype), tangent.to(call.out.dtype)
         mean, scale = torch.native_layer_norm(rows, shape, None, None, eps)[1:]
     else:

@@ -45,7 +45,7 @@ class SharedPrimal(Derivative):
     ) -> tuple[Tensor, Tensor]:
         """Return the value with gradient and the derivative without."""
         draws = Draws(primals[0].device)
-        chosen = None if rows is None else Rows(rows, len(primals[0]))
+        chosen = None if rows is None else Rows.of(rows, len(primals[0]))
         value, tangent, lost = run(fn, primals, tangents, chosen)
         if lost:
             tangent = self.derive(draws.replay(fn), primals, tangents, None)
@@ -96,6 +96,7 @@ _AUTOGRAD = frozenset(
     "register_hook register_post_accumulate_grad_hook retain_grad backward requires_grad_ grad_fn grad _grad _backward_hooks "
     "_post_accumulate_grad_hooks is_leaf output_nr _base _version _register_hook_dict __repr__ __format__ __reduce_ex__".split()
 )
+_AS_BUILTIN = frozenset((F.layer_norm, F.group_norm, F.rms_norm, F.softmax, F.log_softmax))
 _TENSORS = frozenset("T mT H mH real imag data".split())
 _RESHAPING = {"transpose_", "t_", "squeeze_", "unsqueeze_", "swapaxes_", "swapdims_", "resize_", "set_", "resize_as_"}
 _OPERATORS = {"iadd": "add_", "isub": "sub_", "imul": "mul_", "itruediv": "div_", "idiv": "div_", "ipow": "pow_"}
@@ -190,17 +191,19 @@ class Carrier(TorchFunctionMode):
             return func(*args, **kwargs)
         call = rules.Call(func, given, named, primals, options, duals)
         if self.lost:
-            return call.out
+            return call.evaluate()
         try:
             return self._call(call, plan, args, kwargs)
         except LostRowsError:
             self.lost = True
-            return call.out
+            return call.evaluate()
 
     def _call(self, call: rules.Call, plan: "_Plan", args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         func, kind, name, rule = call.func, plan.kind, plan.name, plan.rule
         if kind == "python" and func not in self.inside:
-            return args[0] if func is F.dropout and not kwargs["training"] else self._enter(func, _unchecked(func), args, kwargs)
+            if func is F.dropout and not (kwargs["training"] and kwargs["p"]) and not kwargs["inplace"]:
+                return args[0]
+            return self._enter(func, _unchecked(func), args, kwargs)
         if kind == "random" and (parts := rules.decompositions(name, args, kwargs)):
             return self._enter(func, parts, args, kwargs)
         if kind == "refused":
@@ -208,11 +211,9 @@ class Carrier(TorchFunctionMode):
         if kind == "in place":
             return self._in_place(call, name, args[0])
         if kind == "constant":
+            return call.evaluate()
+        if name != "layer_norm" and not rules.moves(call.evaluate()):
             return call.out
-        if rule is None and not any(rules.differentiable(leaf) for leaf in pytree.tree_leaves(call.out)):
-            return call.out
-        if name != "layer_norm":
-            call.out  # noqa: B018  # here, where the grad mode is the program's
         torch._C._set_grad_enabled(False)
         try:
             found = rule(call, *call.args, **call.kwargs) if rule else rules.forward(call)
@@ -251,6 +252,9 @@ class Carrier(TorchFunctionMode):
         layout = call.duals[0].layout
         if layout is None:
             return self.wrap(out, tangent, None)
+        axis, shape = layout.axis, tangent.shape
+        if len(shape) > axis and shape[axis] == layout.chosen and [*shape] == layout.shape(out.shape):
+            return self.wrap(out, tangent, layout)
         if out.ndim != tangent.ndim:
             raise LostRowsError
         moved = [axis for axis, (full, few) in enumerate(zip(out.shape, tangent.shape, strict=True)) if full != few]
@@ -271,7 +275,7 @@ class Carrier(TorchFunctionMode):
         if layout is not None and shared:
             raise LostRowsError
         before = None if layout is not None or not (shared or dual is None or self.written) else self._mirror(target)
-        call.out  # noqa: B018  # runs the function
+        call.evaluate()
         if before is not None:
             with torch.no_grad():
                 _place(before, dual.primal if dual else target).copy_(tangent)
@@ -299,6 +303,7 @@ class Carrier(TorchFunctionMode):
         if plain is None:
             raise DerivativeError(f"{name} writes in place and has no other form; write derivative=FiniteDifference()")
         other = rules.Call(plain, call.args, call.kwargs, call.primals, call.options, call.duals)
+        other.evaluate()
         found = rule(other, *other.args, **other.kwargs) if rule else rules.forward(other)
         dual = getattr(self._wrap_output(other, other.out, found[0] if isinstance(found, list) else found), _FIELD)
         return dual.tangent.to(primal.dtype), dual.layout
@@ -431,6 +436,8 @@ def _plan(func: Any) -> _Plan:
     field = func.__self__.__name__ if name in ("__get__", "__set__") else ""  # type: ignore[union-attr]
     if name in _AUTOGRAD or field in _AUTOGRAD:
         return _Plan("constant", name, None)
+    if func in _AS_BUILTIN:
+        return _Plan("rule", name, rules.rule_of(name))
     if isinstance(func, types.FunctionType):
         torchs = func.__module__.partition(".")[0] == "torch"
         return _Plan("python" if torchs else "rule", name, rules.rule_of(name) if torchs else None)

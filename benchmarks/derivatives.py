@@ -1,0 +1,329 @@
+"""What D_t f costs by each route: ``python benchmarks/derivatives.py`` prints the tables of the docs.
+
+Per route and setting: a whole training step and its peak memory over a plain regression step of the same network, the derivative
+over a forward pass, and the largest error against float64 forward mode. Times are medians of interleaved runs in one process;
+memory is the growth over what the process held before its first step, in a fresh process each. ``--plot FILE`` draws cost against
+tokens. On a machine with a GPU the same command runs there.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from flowspace import CrossFlowLoss, FiniteDifference, ForwardMode, SharedPrimal, TimePairs
+from flowspace.derivatives import Derivative
+from flowspace.recipes.networks import SmallViT
+from flowspace.recipes.report import markdown_table, png, write_beside
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CHANNELS = 16
+
+
+@dataclass(frozen=True)
+class WithGradients(Derivative):
+    """What public ports do: torch.func.jvp of the whole batch with gradients on, the tangent detached."""
+
+    fused: bool = False
+
+    def __call__(
+        self, fn: Callable[..., Tensor], primals: Sequence[Any], tangents: Sequence[Any], rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return value and derivative."""
+        rest = primals[2:]
+        with nullcontext() if self.fused else sdpa_kernel(SDPBackend.MATH):
+            value, slope = torch.func.jvp(lambda z, t: fn(z, t, *rest), tuple(primals[:2]), tuple(tangents[:2]))
+        return value, slope.detach()
+
+    def derive(self, fn: Any, primals: Any, tangents: Any, value: Any, mixed: bool = False) -> Tensor:
+        """Not used: the value comes with the derivative."""
+        raise NotImplementedError
+
+
+ROUTES: dict[str, Derivative] = {
+    "SharedPrimal": SharedPrimal(),
+    "ForwardMode": ForwardMode(),
+    "FiniteDifference(order=1)": FiniteDifference(order=1),
+    "FiniteDifference(order=2)": FiniteDifference(order=2),
+    "torch.func.jvp with gradients": WithGradients(),
+    "the same, attention fused": WithGradients(fused=True),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One network and batch.
+
+    Attributes:
+        network: ``adaLN ViT`` (of the digits demo), ``timm ViT`` (unmodified, times added to its input) or ``timm ViT-S``.
+        width: of the tokens.
+        depth: blocks.
+        tokens: a square number.
+        batch: rows.
+        equal: the share of rows with s = t, which need no derivative.
+        dtype: ``float32``, or ``bfloat16`` for autocast.
+    """
+
+    network: str = "adaLN ViT"
+    width: int = 192
+    depth: int = 6
+    tokens: int = 64
+    batch: int = 16
+    equal: float = 0.5
+    dtype: str = "float32"
+
+    def build(self) -> nn.Module:
+        """Return the network, from latents ``(B, 16, side, side)`` to latents."""
+        side = int(self.tokens**0.5)
+        torch.manual_seed(0)
+        if self.network == "adaLN ViT":
+            net: nn.Module = SmallViT(
+                CHANNELS, side, outputs=CHANNELS, width=self.width, depth=self.depth, heads=self.width // 64
+            )
+        else:
+            net = TimmViT(side, self.width, self.depth)
+        for parameter in net.parameters():
+            if not parameter.any():
+                nn.init.normal_(parameter, std=0.02)
+        return net.to(DEVICE)
+
+    def jobs(self, network: nn.Module, routes: dict[str, Derivative]) -> dict[str, Callable[[], Any]]:
+        """Return a training step by each route, after a plain regression step and a forward pass."""
+        side = int(self.tokens**0.5)
+        latents = torch.randn(self.batch, CHANNELS, side, side, device=DEVICE)
+        cond = {"labels": torch.zeros(self.batch, dtype=torch.long, device=DEVICE)}
+
+        def cast() -> Any:
+            return torch.autocast(DEVICE.type, torch.bfloat16) if self.dtype == "bfloat16" else nullcontext()
+
+        def forward() -> None:
+            with torch.no_grad(), cast():
+                network(latents, (t := torch.rand(self.batch, device=DEVICE)), t, **cond)
+
+        def plain() -> None:
+            t, noise = torch.rand(self.batch, device=DEVICE), torch.randn_like(latents)
+            with cast():
+                out = network(latents + noise, t, t, **cond)
+            (out - latents).square().mean().backward()
+
+        def step(route: Derivative) -> Callable[[], Any]:
+            objective = CrossFlowLoss(derivative=route, times=TimePairs(equal=self.equal))
+
+            def run() -> None:
+                with cast():
+                    out = objective(network, latents, cond=cond)
+                out.loss.mean().backward()
+
+            return run
+
+        return {"forward": forward, "plain": plain} | {name: step(route) for name, route in routes.items()}
+
+
+class TimmViT(nn.Module):
+    """An unmodified timm vision transformer, with fused attention; the times are added to its input."""
+
+    def __init__(self, side: int, width: int, depth: int) -> None:
+        super().__init__()
+        from timm.models.vision_transformer import VisionTransformer  # pyright: ignore[reportMissingImports]
+
+        self.side = side
+        self.vit = VisionTransformer(
+            img_size=side, patch_size=1, in_chans=CHANNELS, embed_dim=width, depth=depth, num_heads=width // 64,
+            num_classes=0, class_token=False, global_pool="",
+        )  # fmt: skip
+        self.times, self.head = nn.Linear(2, CHANNELS), nn.Linear(width, CHANNELS)
+
+    def forward(self, z: Tensor, t: Tensor, s: Tensor, labels: Tensor) -> Tensor:
+        """Map latents to latents."""
+        x = self.vit(z + self.times(torch.stack([t, s], 1))[:, :, None, None])
+        return self.head(x).transpose(1, 2).unflatten(2, (self.side, self.side))
+
+
+def finish() -> None:
+    """Wait for the device."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def times(setting: Setting, rounds: int) -> dict[str, float | str]:
+    """Return the median seconds of each job, run in turn; or what it raises."""
+    jobs = setting.jobs(setting.build(), ROUTES)
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    failed: dict[str, float | str] = {}
+    for _ in range(rounds + 2):
+        for name, job in jobs.items():
+            if name in failed:
+                continue
+            start = time.perf_counter()
+            try:
+                job()
+            except (RuntimeError, NotImplementedError) as error:
+                failed[name] = f"raises {type(error).__name__}"
+            finish()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: failed.get(name, statistics.median(values[2:] or values)) for name, values in seconds.items()}
+
+
+def peak(setting: Setting, name: str) -> float:
+    """Return the peak memory of one step, in bytes, over what was held before: run in a process of its own."""
+    job = setting.jobs(setting.build(), {name: ROUTES[name]} if name in ROUTES else {})[name]
+    if DEVICE.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        job()
+        return torch.cuda.max_memory_allocated() - before
+    small = Setting(**asdict(setting) | {"tokens": 4, "batch": 4})
+    small.jobs(small.build(), {name: ROUTES[name]} if name in ROUTES else {})[name]()
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before = resident("VmRSS")
+    job()
+    return resident("VmHWM") - before
+
+
+def resident(field: str) -> float:
+    """Return a memory field of this process in bytes, as Linux tells it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+
+
+def peaks(setting: Setting, names: Sequence[str]) -> dict[str, float]:
+    """Return the peak memory of each job over the plain step's, each measured in a fresh process."""
+    found = {}
+    for name in names:
+        command = [sys.executable, __file__, "--peak", name, "--setting", json.dumps(asdict(setting))]
+        done = subprocess.run(command, capture_output=True, text=True)
+        found[name] = float(done.stdout.split()[-1]) if done.returncode == 0 else float("nan")
+    return {name: value / found["plain"] for name, value in found.items()}
+
+
+def errors(setting: Setting) -> dict[str, float]:
+    """Return the largest error of each route over the largest entry of the derivative, against float64 forward mode."""
+    network = setting.build()
+    side = int(setting.tokens**0.5)
+    rows = min(setting.batch, 4)
+    z, v = (torch.randn(rows, CHANNELS, side, side, device=DEVICE) for _ in range(2))
+    t = torch.linspace(0.2, 0.9, rows, device=DEVICE)
+    labels = torch.zeros(rows, dtype=torch.long, device=DEVICE)
+
+    def derivative(route: Derivative, net: nn.Module, dtype: torch.dtype) -> Tensor:
+        primals, tangents = (z.to(dtype), t.to(dtype)), (v.to(dtype), torch.ones_like(t, dtype=dtype))
+        return route(lambda z, t: net(z, t, 0.5 * t, labels=labels), primals, tangents)[1]
+
+    exact = derivative(ForwardMode(), copy.deepcopy(network).double(), torch.float64)
+    found = {}
+    for name, route in ROUTES.items():
+        try:
+            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=setting.dtype == "bfloat16"):
+                slope = derivative(route, network, torch.float32)
+            found[name] = float((slope - exact).abs().max() / exact.abs().max())
+        except (RuntimeError, NotImplementedError):
+            found[name] = float("nan")
+    return found
+
+
+def number(value: float | str, form: str) -> str:
+    """Return a number, or why there is none."""
+    return value if isinstance(value, str) else "" if value != value else format(value, form)
+
+
+def table(setting: Setting, rounds: int, memory: bool) -> tuple[str, dict[str, float | str]]:
+    """Measure one setting; return its Markdown table and the steps over a plain step."""
+    seconds, wrong = times(setting, rounds), errors(setting)
+    more = peaks(setting, ["plain", *ROUTES]) if memory else {}
+    base, forward = seconds["plain"], seconds["forward"]
+    ratio = {n: s if isinstance(s, str) else s / base for n, s in seconds.items() if n in ROUTES}  # type: ignore[operator]
+    rows = [
+        (
+            name,
+            number(ratio[name], ".2f"),
+            number("" if isinstance(ratio[name], str) else (seconds[name] - base) / forward, ".2f"),  # type: ignore[operator]
+            number(more.get(name, float("nan")), ".2f"),
+            number(wrong[name], ".0e"),
+        )
+        for name in ROUTES
+    ]
+    head = ("route", "step / plain step", "derivative / forward pass", "peak memory / plain step", "largest error")
+    return markdown_table(head, rows), ratio
+
+
+def title(s: Setting) -> str:
+    """Return one line that says what was measured."""
+    return (
+        f"{s.network}, width {s.width}, {s.depth} blocks, {s.tokens} tokens, batch {s.batch}, "
+        f"{s.equal:.0%} of the rows on the diagonal, {s.dtype}"
+    )
+
+
+def settings(tokens: Sequence[int]) -> list[Setting]:
+    """Return what the docs show: shares of s = t, tokens, widths, dtypes, and timm's networks where timm is installed."""
+    found = [Setting(equal=equal) for equal in (0.0, 0.5, 0.75)]
+    found += [Setting(tokens=n, batch=max(2, 1024 // n)) for n in tokens if n != 64]
+    found += [Setting(width=384), Setting(dtype="bfloat16")]
+    try:
+        import timm  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return found
+    found += [Setting("timm ViT", equal=equal) for equal in (0.0, 0.5, 0.75)]
+    return found + [Setting("timm ViT-S", 384, 12, equal=equal) for equal in (0.0, 0.5, 0.75)]
+
+
+def plot(points: dict[int, dict[str, float | str]]) -> bytes:
+    """Draw the cost of a step against the number of tokens; return a PNG."""
+    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    for name in ROUTES:
+        line = [(n, found[name]) for n, found in sorted(points.items()) if not isinstance(found[name], str)]
+        if line:
+            axes.plot(*zip(*line, strict=True), marker="o", label=name)
+    axes.set(xscale="log", xlabel="tokens", ylabel="training step / plain step", ylim=(1, None))
+    axes.set_xticks(sorted(points), [str(n) for n in sorted(points)])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+    return png(figure)
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, nargs="*", default=[64, 256, 1024, 4096])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", default="", help="measure the settings whose title contains this")
+    parser.add_argument("--no-memory", action="store_true", help="skip the peak memory, which starts a process each")
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    parser.add_argument("--setting", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.peak:
+        print(peak(Setting(**json.loads(arguments.setting)), arguments.peak))
+        return
+    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {arguments.threads} thread(s)"
+    print(f"torch {torch.__version__}, {device}\n")
+    points = {}
+    for setting in settings(arguments.tokens):
+        if arguments.only not in title(setting):
+            continue
+        rounds = arguments.rounds if setting.tokens < 1024 else 3
+        text, ratio = table(setting, rounds, not arguments.no_memory)
+        print(f"{title(setting)}:\n\n{text}\n", flush=True)
+        if setting == Setting(tokens=setting.tokens, batch=setting.batch):
+            points[setting.tokens] = ratio
+    if arguments.plot:
+        write_beside(arguments.plot, plot(points))
+
+
+if __name__ == "__main__":
+    main()
