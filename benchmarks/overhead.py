@@ -70,9 +70,7 @@ def main() -> None:
     def overhead() -> None:
         bare(network, z, x, cond={"labels": labels}).loss.mean().backward()
 
-    found = medians(
-        {"plain regression step": plain, "CrossFlow step, ForwardMode": cross_flow, "flowspace itself": overhead}
-    )
+    found = medians({"plain regression step": plain, "CrossFlow step": cross_flow, "flowspace itself": overhead})
     base = found["plain regression step"]
     rows = [(name, f"{seconds / base:.4f}", f"{1000 * seconds:.2f}") for name, seconds in found.items()]
     print(markdown_table(("what", "over a plain step", "ms, this machine"), rows))

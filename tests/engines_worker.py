@@ -72,7 +72,9 @@ def main(how):
         CrossFlowLoss()(model, z[mine], noise=noise[mine], t=t[mine], s=s[mine]).loss.mean().backward()
         CrossFlowLoss(derivative=ForwardMode())(alone, z, noise=noise, t=t, s=s).loss.mean().backward()
         wanted = {name: p.grad for name, p in alone.named_parameters() if p.grad is not None}
-        found = {name.removeprefix("module."): full(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+        found = {
+            name.removeprefix("module."): full(p.grad) for name, p in model.named_parameters() if p.grad is not None
+        }
         assert wanted.keys() <= found.keys(), wanted.keys() - found.keys()
         for name, gradient in wanted.items():
             torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-6)

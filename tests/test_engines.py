@@ -145,7 +145,9 @@ def test_a_model_with_batch_norm_moves_in_all_rows_and_its_statistics_once(route
     for (name, buffer), wanted in zip(model.named_buffers(), plain.buffers(), strict=True):
         assert torch.equal(buffer, wanted), name
     whole = torch.func.jvp(
-        lambda z, t: nn.functional.batch_norm(plain.embed(z) + plain.times(torch.stack([t, out.s], 1)), None, None, training=True),
+        lambda z, t: nn.functional.batch_norm(
+            plain.embed(z) + plain.times(torch.stack([t, out.s], 1)), None, None, training=True
+        ),
         (out.z_t, out.t), (rest["noise"] - z, torch.ones_like(out.t)),
     )  # fmt: skip
     normed = plain.norm(plain.embed(out.z_t) + plain.times(torch.stack([out.t, out.s], 1)))

@@ -8,7 +8,6 @@ dual remembers its layout: the axis, and how many blocks of the batch that axis 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 __all__ = ["Dual", "Layout", "LostRowsError", "Rows", "restrict", "shared_rows"]
@@ -19,11 +18,11 @@ class LostRowsError(Exception):
 
 
 class Rows(NamedTuple):
-    """The rows that have a tangent: ``index`` of shape ``(count,)``, out of ``batch``."""
+    """The rows that have a tangent: ``chosen`` holds their ``few`` indices, out of ``batch``."""
 
-    index: Tensor
+    chosen: Tensor
     batch: int
-    count: int
+    few: int
 
     @classmethod
     def of(cls, index: Tensor, batch: int) -> "Rows":
@@ -47,7 +46,7 @@ class Layout(NamedTuple):
     @property
     def chosen(self) -> int:
         """Size of the axis in a tangent."""
-        return self.outer * self.rows.count * self.inner
+        return self.outer * self.rows.few * self.inner
 
     def on(self, axis: int) -> "Layout":
         """Return the layout of a batch that moved to another axis."""
@@ -64,8 +63,10 @@ def restrict(tensor: Tensor, layout: Layout | None) -> Tensor:
         return tensor
     axis, outer, inner, rows = layout
     if outer == inner == 1:
-        return tensor.index_select(axis, rows.index)
-    return tensor.unflatten(axis, (outer, rows.batch, inner)).index_select(axis + 1, rows.index).flatten(axis, axis + 2)
+        return tensor.index_select(axis, rows.chosen)
+    return (
+        tensor.unflatten(axis, (outer, rows.batch, inner)).index_select(axis + 1, rows.chosen).flatten(axis, axis + 2)
+    )
 
 
 class Dual:

@@ -55,7 +55,7 @@ class Derivative(abc.ABC):
             if v is not None and v.shape != p.shape:
                 raise InputError(f"a tangent of shape {tuple(v.shape)} came for a primal of shape {tuple(p.shape)}")
         if torch.compiler.is_compiling():
-            return torch.compiler.disable(self._evaluate_rows)(fn, primals, tangents, rows)
+            return torch.compiler.disable(self._evaluate_rows)(fn, primals, tangents, rows)  # pyright: ignore
         return self._evaluate_rows(fn, primals, tangents, rows)
 
     def _evaluate_rows(
@@ -111,7 +111,7 @@ class Derivative(abc.ABC):
 
 def wrapped(tensor: Tensor) -> bool:
     """Return whether a tensor belongs to a transform of torch.func, and so has no values to ask for."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # pyright: ignore
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # pyright: ignore
 
 
 def _checked(value: Any, primals: Sequence[Any]) -> Tensor:

@@ -21,14 +21,26 @@ from torch.utils import _pytree as pytree
 from flowspace.derivatives.duals import Dual, Layout, LostRowsError, restrict, shared_rows
 from flowspace.errors import DerivativeError
 
-__all__ = ["CONSTANT", "RANDOM", "At", "Call", "Rule", "decompositions", "differentiable", "forward", "moves", "rule_of"]
+__all__ = [
+    "CONSTANT",
+    "RANDOM",
+    "At",
+    "Call",
+    "Rule",
+    "decompositions",
+    "differentiable",
+    "forward",
+    "moves",
+    "rule_of",
+]
 
 Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}
 
 CONSTANT = frozenset(
     "detach zeros_like ones_like full_like empty_like rand_like randn_like randint_like new_zeros new_ones new_full new_empty "
-    "new_tensor new_empty_strided bernoulli multinomial poisson normal zero_ fill_ normal_ uniform_ bernoulli_ exponential_".split()
+    "new_tensor new_empty_strided bernoulli multinomial poisson normal zero_ fill_ normal_ uniform_ bernoulli_ "
+    "exponential_".split()
 )
 """Functions whose output does not move with their input."""
 
@@ -211,8 +223,35 @@ _kernel("sigmoid", lambda t, y: torch.ops.aten.sigmoid_backward(t, y), of_output
 # --- linear in the first argument ------------------------------------------------------------------------------------------
 
 
-@rule("clone", "contiguous", "to", "type", "float", "double", "half", "bfloat16", "cpu", "cuda", "type_as", "real", "imag", "conj")
-@rule("transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "T", "mT", "view_as_real", "view_as_complex")
+@rule(
+    "clone",
+    "contiguous",
+    "to",
+    "type",
+    "float",
+    "double",
+    "half",
+    "bfloat16",
+    "cpu",
+    "cuda",
+    "type_as",
+    "real",
+    "imag",
+    "conj",
+)
+@rule(
+    "transpose",
+    "permute",
+    "swapaxes",
+    "swapdims",
+    "movedim",
+    "moveaxis",
+    "t",
+    "T",
+    "mT",
+    "view_as_real",
+    "view_as_complex",
+)
 def _moved(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(x, Dual):
         return []
@@ -358,9 +397,13 @@ def _(call: Call, x: Dual, pad: Sequence[int], mode: str = "constant", value: fl
     return call.func(x.tangent, pad, mode)
 
 
-@rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "im2col", "col2im", "avg_pool1d", "avg_pool2d", "avg_pool3d")
+@rule(
+    "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "im2col", "col2im", "avg_pool1d", "avg_pool2d", "avg_pool3d"
+)
 @rule("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "upsample_nearest1d", "upsample_nearest2d")
-@rule("upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_nearest_exact2d")
+@rule(
+    "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_nearest_exact2d"
+)
 def _(call: Call, x: Dual, *args: Any, **kwargs: Any) -> Tensor:
     x.only_batch_first()
     return call.func(x.tangent, *args, **kwargs)
@@ -398,7 +441,9 @@ def _product(call: Call, x: Any, y: Any, product: Callable[..., Tensor] = torch.
             right = dual.ndim - dual.layout.axis
             if right == contracted or dual.ndim < 2 or (right < 3 and (isinstance(other, Dual) or other.ndim > 2)):
                 raise LostRowsError
-    rows = shared_rows(call.duals) if all(v.ndim > 2 for v in (x, y)) else lambda v: v.rows if isinstance(v, Dual) else v
+    rows = (
+        shared_rows(call.duals) if all(v.ndim > 2 for v in (x, y)) else lambda v: v.rows if isinstance(v, Dual) else v
+    )
     if len({d.layout and d.ndim - d.layout.axis for d in call.duals}) > 1:
         raise LostRowsError
     tx, ty = _tangent(x), _tangent(y)
@@ -436,7 +481,9 @@ def _(call: Call, equation: str, *operands: Any) -> Any:
 
     fixed = [rows(term, value) for term, value in zip(terms, flat, strict=True)]
     parts = [
-        torch.einsum(equation, *fixed[:i], x.tangent, *fixed[i + 1 :]) for i, x in enumerate(flat) if isinstance(x, Dual)
+        torch.einsum(equation, *fixed[:i], x.tangent, *fixed[i + 1 :])
+        for i, x in enumerate(flat)
+        if isinstance(x, Dual)
     ]
     return At(functools.reduce(torch.add, parts), layout and layout.on(output.index(label)))
 
@@ -448,7 +495,7 @@ def _(call: Call, equation: str, *operands: Any) -> Any:
 def _(call: Call, x: Dual, dim: int, dtype: Any = None, *_: Any, **__: Any) -> Tensor:
     x.untouched(dim)
     y = restrict(call.out.detach(), x.layout)
-    return torch._softmax_backward_data(x.tangent.to(y.dtype), y, dim, y.dtype)
+    return torch.ops.aten._softmax_backward_data(x.tangent.to(y.dtype), y, dim, y.dtype)
 
 
 @rule("log_softmax")
@@ -465,7 +512,9 @@ def _scaled(tangent: Tensor, weight: Tensor | None, ndim: int | None = None) -> 
 
 
 @rule("layer_norm")
-def _(call: Call, x: Any, shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any) -> Any:
+def _(
+    call: Call, x: Any, shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+) -> Any:
     if len(call.duals) > 1 or not isinstance(x, Dual):
         call.run(call.evaluate)
         return forward(call)
@@ -479,7 +528,9 @@ def _(call: Call, x: Any, shape: Sequence[int], weight: Any = None, bias: Any = 
         call.out, mean, scale = call.run(torch.native_layer_norm, x.primal, shape, weight, bias, eps)
         mean, scale = (restrict(value.detach(), x.layout) for value in (mean, scale))
     keep = [True, False, False]
-    found = torch.ops.aten.native_layer_norm_backward(tangent.contiguous(), rows, shape, mean, scale, None, None, keep)[0]
+    found = torch.ops.aten.native_layer_norm_backward(tangent.contiguous(), rows, shape, mean, scale, None, None, keep)[
+        0
+    ]
     return found if weight is None else found.mul_(weight)
 
 
@@ -509,7 +560,9 @@ def _(call: Call, x: Any, groups: int, weight: Any = None, bias: Any = None, eps
 
 
 @rule("batch_norm")
-def _(call: Call, x: Dual, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: Any, eps: float, *_: Any) -> Any:
+def _(
+    call: Call, x: Dual, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: Any, eps: float, *_: Any
+) -> Any:
     x.only_batch_first()
     if not training:
         return x.tangent * _scaled(torch.rsqrt(var + eps), weight).reshape(1, -1, *[1] * (x.ndim - 2))
@@ -547,7 +600,7 @@ def _(
     lead = out.shape[:-2]
     parts = [None if x is None else _four_axes(x, lead) for x in parts]
     masks = [None if x is None else _four_axes(x, lead) for x in (rows(attn_mask), _tangent(attn_mask))]
-    found = _attention_tangent(*parts, *masks, _four_axes(out, lead), causal=is_causal, scale=scale)
+    found = _attention_tangent(*parts, *masks, _four_axes(out, lead), causal=is_causal, scale=scale)  # pyright: ignore
     return At(found.reshape(*lead, *found.shape[-2:]), layout)
 
 
@@ -602,7 +655,7 @@ def _block(
         scores.masked_fill_(torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1 + first), -math.inf)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    p = torch.softmax(scores, -1) if mask is None else torch._safe_softmax(scores, -1)
+    p = torch.softmax(scores, -1) if mask is None else torch.ops.aten._safe_softmax(scores, -1)
     if tq is None and tk is None and tmask is None:
         return p @ tv  # type: ignore[operator]
     moved = None if tq is None else (tq * scale) @ k.mT

@@ -45,14 +45,14 @@ class SharedPrimal(Derivative):
     ) -> tuple[Tensor, Tensor]:
         """Return the value with gradient and the derivative without."""
         draws = Draws(primals[0].device)
-        chosen = None if rows is None else Rows.of(rows, len(primals[0]))
-        value, tangent, lost = run(fn, primals, tangents, chosen)
+        few = None if rows is None else Rows.of(rows, len(primals[0]))
+        value, tangent, lost = run(fn, primals, tangents, few)
         if lost:
             tangent = self.derive(draws.replay(fn), primals, tangents, None)
-            chosen = None
+            few = None
         if tangent is None:
             return value, torch.zeros_like(value)
-        return value, tangent if chosen is None else scatter(tangent, chosen.index, value)
+        return value, tangent if few is None else scatter(tangent, few.chosen, value)
 
     def derive(
         self, fn: Callable[..., Tensor], primals: Sequence[Any], tangents: Sequence[Tensor | None], value: Tensor | None,
@@ -71,13 +71,15 @@ def run(
     carrier = Carrier()
     layout = rows and Layout(0, 1, 1, rows)
     inputs = [
-        p if v is None else carrier.wrap(p, v.to(p.dtype) if rows is None else v[rows.index].to(p.dtype), layout)
+        p if v is None else carrier.wrap(p, v.to(p.dtype) if rows is None else v[rows.chosen].to(p.dtype), layout)
         for p, v in zip(primals, tangents, strict=True)
     ]
     with _watched(carrier), uncompiled(), carrier:
         out = fn(*inputs)
     if not isinstance(out, Tensor):
-        raise InputError(f"the model returned {type(out).__name__}; wrap it so that it returns one tensor of shape (B, *)")
+        raise InputError(
+            f"the model returned {type(out).__name__}; wrap it so that it returns one tensor of shape (B, *)"
+        )
     dual = carrier.dual(out)
     carrier.release()
     if dual is None:
@@ -91,7 +93,10 @@ _FIELD = "_flowspace_dual"
 _RESHAPED = "{} changes a shape in place, where the tangent cannot follow; write a new tensor for it, or derivative=ForwardMode()"
 _TRANSFORMED = "the model calls a transform of torch.func, where tangents cannot follow; write derivative=ForwardMode()"
 _REFUSED = {"_make_dual": _TRANSFORMED, "_unpack_dual": _TRANSFORMED}
-_METADATA = frozenset("size dim ndimension numel nelement stride storage_offset is_floating_point is_complex is_contiguous __len__ get_device element_size".split())
+_METADATA = frozenset(
+    "size dim ndimension numel nelement stride storage_offset is_floating_point is_complex is_contiguous get_device "
+    "element_size __len__".split()
+)
 _AUTOGRAD = frozenset(
     "register_hook register_post_accumulate_grad_hook retain_grad backward requires_grad_ grad_fn grad _grad _backward_hooks "
     "_post_accumulate_grad_hooks is_leaf output_nr _base _version _register_hook_dict __repr__ __format__ __reduce_ex__".split()
@@ -268,7 +273,7 @@ class Carrier(TorchFunctionMode):
         """Run a function that writes into its first argument, and write the tangent beside it."""
         with torch.no_grad():
             tangent, layout = self._written_tangent(call, name)
-        if layout is not None and (not isinstance(call.args[0], Dual) or layout[:3] != call.args[0].layout[:3]):
+        if layout is not None and (not isinstance(call.args[0], Dual) or layout[:3] != (call.args[0].layout or ())[:3]):
             raise LostRowsError
         dual = self.dual(target)
         shared = any(a is not target and _storage(a) == _storage(target) for a in self.aliases())
@@ -318,7 +323,7 @@ class Carrier(TorchFunctionMode):
                 if _storage(alias) == key:
                     dual = getattr(alias, _FIELD)
                     if dual.primal.dtype != target.dtype:
-                        raise DerivativeError("a tensor is written through a view of another dtype; write derivative=ForwardMode()")
+                        raise DerivativeError("a view of another dtype is written to; write derivative=ForwardMode()")
                     shown, tangent = dual.primal, dual.tangent
                     for axis, stride in enumerate(shown.stride()):
                         if stride == 0 and shown.shape[axis] > 1:
@@ -353,7 +358,6 @@ class Carrier(TorchFunctionMode):
 
         return pytree.tree_map(one, outs)
 
-
     def through_script(self, original: Callable[..., Any], function: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         """Run a function of torch.jit and differentiate it as one."""
 
@@ -384,7 +388,11 @@ def _apply(original: Any) -> Any:
 def _script(original: Any) -> Any:
     def call(function: Any, *args: Any, **kwargs: Any) -> Any:
         carrier = getattr(_active, "carrier", None)
-        return original(function, *args, **kwargs) if carrier is None else carrier.through_script(original, function, args, kwargs)
+        return (
+            original(function, *args, **kwargs)
+            if carrier is None
+            else carrier.through_script(original, function, args, kwargs)
+        )
 
     return call
 
