@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 
 import sympy
 import torch
+from sympy.core.function import Application
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -171,12 +172,17 @@ def _on_tensors(name: str) -> Callable[[Any], Any]:
     return function
 
 
-NAMES_IN_TORCH = ["exp", "log", "sqrt", "sin", "cos", "tan", "sinh", "cosh", "tanh", "asin", "acos", "atan", "erf"]
+NAMES_IN_TORCH = "exp log sqrt sin cos tan sinh cosh tanh asin acos atan asinh acosh atanh erf".split()
 TORCH: dict[str, Any] = {name: _on_tensors(name) for name in NAMES_IN_TORCH}
 TORCH |= {"cot": lambda x: 1 / TORCH["tan"](x), "pi": math.pi, "e": math.e, "E": math.e, "Abs": abs}
 
 
 def _lambdify(expression: sympy.Expr, variables: tuple[sympy.Symbol, ...]) -> Callable[..., Any]:
+    unknown = {f.func.__name__ for f in expression.atoms(Application)} - TORCH.keys()
+    if unknown:
+        raise ExpressionError(
+            f"{expression} has {', '.join(sorted(unknown))}, which is not known on tensors; write a callable of t instead"
+        )
     return sympy.lambdify(variables, expression, modules=[TORCH], cse=True)
 
 

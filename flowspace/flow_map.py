@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowspace.errors import InputError, TimeError
-from flowspace.objectives.engine import Model
+from flowspace.objectives.engine import Model, check_times
 from flowspace.schedules import Schedule, over_rows
 from flowspace.statistics import Statistic
 
@@ -41,22 +41,33 @@ class FlowMap:
             if not isinstance(value := getattr(self, name), kind):
                 raise InputError(f"{name} = {value!r} came; write for example FlowMap(model, ..., {name}={example})")
 
-    def step(self, z_t: Tensor, t: Tensor, s: Tensor, cond: Mapping[str, Any] | None = None) -> Tensor:
-        """Return z_s = (1 + gamma/delta) z_t - f(z_t, t, s)/delta, in one space.
+    def step(self, z_t: Tensor, t: Tensor | float, s: Tensor | float, cond: Mapping[str, Any] | None = None) -> Tensor:
+        """Return z_s = (1 + gamma/delta) z_t - f(z_t, t, s)/delta, in one space; the times are checked, which costs a sync.
 
         Args:
             z_t: states of shape ``(B, *)``.
-            t: times of shape ``(B,)``.
-            s: destinations of shape ``(B,)``.
+            t: times in (0, 1], of shape ``()`` or ``(B,)``.
+            s: destinations in [0, t], likewise.
             cond: keyword arguments of the model.
+
+        Raises:
+            TimeError: if times are of the wrong type, shape or range.
+            InputError: if the model returns another shape than the states'.
         """
-        prediction = self.model(z_t, t, s, **(cond or {}))
+        t, s = check_times(t, s, z_t)
+        prediction = self._predict(z_t, t, s, dict(cond or {}))
         if prediction.shape != z_t.shape:
             raise InputError(
                 f"the model returns shape {tuple(prediction.shape)} for states of {tuple(z_t.shape)}; several steps "
                 "across spaces need encode=, a function from images to latents"
             )
         return self.statistic.coefficients(self.schedule).step(prediction, z_t, t, s)
+
+    def _predict(self, z: Tensor, t: Tensor, s: Tensor, cond: dict[str, Any]) -> Tensor:
+        prediction = self.model(z, t, s, **cond)
+        if not isinstance(prediction, Tensor):
+            raise InputError(f"the model returned {type(prediction).__name__}; wrap it so that it returns one tensor")
+        return prediction
 
     @torch.no_grad()
     def sample(
@@ -96,7 +107,7 @@ class FlowMap:
         for t, s in itertools.pairwise(grid):
             t, s = t.expand(len(z)).contiguous(), s.expand(len(z)).contiguous()
             last = bool(s[0] == 0)
-            prediction = self.model(z, t, torch.zeros_like(s) if encode and renoise else s, **cond)
+            prediction = self._predict(z, t, torch.zeros_like(s) if encode and renoise else s, cond)
             across = encode is not None or prediction.shape != z.shape
             if last and across:
                 return self._clean(prediction, t)
@@ -125,8 +136,8 @@ class FlowMap:
     def _grid(self, noise: Tensor, steps: int, times: Sequence[float] | Tensor | None) -> Tensor:
         dtype = torch.float64 if noise.dtype == torch.float64 else torch.float32
         if times is None:
-            if steps < 1:
-                raise TimeError(f"steps = {steps} came; write 1 or more")
+            if not isinstance(steps, int) or steps < 1:
+                raise TimeError(f"steps = {steps} came; it counts evaluations, so write 1 or a larger integer")
             return torch.linspace(1, 0, steps + 1, device=noise.device, dtype=dtype)
         grid = torch.as_tensor(times, device=noise.device, dtype=dtype)
         if grid.ndim != 1 or len(grid) < 2 or grid[0] != 1 or grid[-1] != 0 or bool((grid.diff() >= 0).any()):

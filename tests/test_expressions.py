@@ -286,3 +286,10 @@ def test_a_function_survives_pickling(source):
     function = TimeFunction(source)
     again = pickle.loads(pickle.dumps(function))
     assert again == function and hash(again) == hash(function) and str(again) == str(function)
+
+
+def test_a_sympy_function_that_is_not_known_on_tensors_is_refused_by_name():
+    with pytest.raises(ExpressionError, match=r"has Max.*callable"):
+        TimeFunction(sympy.Max(sympy.Rational(1, 2), T), 1)
+    ramp = TimeFunction(sympy.asinh(T), 1)
+    torch.testing.assert_close(ramp(torch.linspace(0, 1, 5)), torch.linspace(0, 1, 5).asinh())

@@ -174,8 +174,8 @@ def test_a_grid_that_does_not_fall_from_one_to_zero_is_refused(times):
         FlowMap(watched([]), LINEAR, MatchedStatistic()).sample(normal(0, 2, 3), times=times)
 
 
-@pytest.mark.parametrize("steps", [0, -1])
-def test_no_steps_are_refused(steps):
+@pytest.mark.parametrize("steps", [0, -1, 2.5])
+def test_what_is_no_number_of_steps_is_refused(steps):
     with pytest.raises(TimeError, match=f"steps = {steps}"):
         FlowMap(watched([]), LINEAR, MatchedStatistic()).sample(normal(0, 2, 3), steps=steps)
 
@@ -220,3 +220,16 @@ def test_across_spaces_any_statistic_whose_step_forgets_the_state_ends_in_the_sa
 def test_a_step_that_keeps_some_of_the_state_cannot_end_in_another_space():
     with pytest.raises(InputError, match="cannot end in another space"):
         FlowMap(lambda z, t, s: z, LinearSchedule(), MeanFlowStatistic()).sample(torch.randn(3, 2), encode=lambda x: x)
+
+
+def test_a_step_takes_times_as_numbers_and_checks_them():
+    flow_map, z = FlowMap(watched([], 3), LINEAR, MatchedStatistic()), normal(0, 2, 3)
+    ones = torch.ones(2, dtype=torch.float64)
+    torch.testing.assert_close(flow_map.step(z, 0.9, 0.2), flow_map.step(z, 0.9 * ones, 0.2 * ones))
+    with pytest.raises(TimeError, match="s is out of range"):
+        flow_map.step(z, 0.2, 0.9)
+
+
+def test_a_model_that_returns_a_tuple_is_refused():
+    with pytest.raises(InputError, match="returned tuple"):
+        FlowMap(lambda z, t, s: (z, z), LINEAR, MatchedStatistic()).sample(normal(0, 2, 3))

@@ -316,6 +316,10 @@ class Carrier(TorchFunctionMode):
     def _mirror(self, target: Tensor) -> Tensor:
         """Return the tangent of a whole storage, laid out as the storage is: every view of it reads its own from there."""
         key = _storage(target)
+        if wrapped(target):
+            raise DerivativeError(
+                "inside torch.func a tensor is written to that has other views; write derivative=ForwardMode()"
+            )
         if key not in self.written:
             count = target.untyped_storage().nbytes() // target.element_size()
             flat = torch.zeros(count, dtype=target.dtype, device=target.device)
@@ -472,6 +476,8 @@ def _kind(name: str) -> str:
 
 
 def _storage(tensor: Tensor) -> int:
+    while wrapped(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)  # pyright: ignore
     return tensor.untyped_storage().data_ptr()
 
 

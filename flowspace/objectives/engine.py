@@ -207,7 +207,7 @@ class Objective(abc.ABC):
             return self.times(len(latents), generator=generator, device=latents.device, dtype=dtype)  # type: ignore[misc]
         if t is None or s is None:
             raise TimeError("only one of t and s came; give both, or neither to have them drawn")
-        return check_times(t, s, len(latents), dtype)
+        return check_times(t, s, latents)
 
 
 _EXAMPLES = {
@@ -239,13 +239,14 @@ def _check_batch(latents: Tensor, targets: Tensor) -> None:
         raise InputError(f"{len(latents)} latents and {len(targets)} targets came; each row needs its pair")
 
 
-def check_times(t: Tensor, s: Tensor, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return given times as ``(B,)`` tensors, or raise TimeError unless 0 <= s <= t, 0 < t <= 1."""
-    pair = []
+def check_times(t: Tensor | float, s: Tensor | float, states: Tensor) -> tuple[Tensor, Tensor]:
+    """Return given times as ``(B,)`` tensors beside the states, or raise TimeError unless 0 <= s <= t, 0 < t <= 1."""
+    pair, rows = [], len(states)
+    dtype = torch.float64 if states.dtype == torch.float64 else torch.float32
     for name, time in (("t", t), ("s", s)):
         if not isinstance(time, (Tensor, float)):
             raise TimeError(f"{name} = {time!r} came; times are tensors of real numbers of shape () or (B,)")
-        time = torch.as_tensor(time)
+        time = torch.as_tensor(time, device=states.device)
         if not time.is_floating_point():
             raise TimeError(
                 f"{name} of dtype {time.dtype} came; times are real numbers in [0, 1]: write {name}.float()"
