@@ -12,17 +12,15 @@ __all__ = ["Autoencoder", "FeatureClassifier", "JudgeClassifier", "SmallViT"]
 class Autoencoder(nn.Module):
     """A convolutional autoencoder: ``(B, 1, H, H)`` pictures to a grid of ``(B, channels, H/patch, H/patch)``.
 
-    Latents are standardised per channel by `fit_latents`; in training they carry noise, so that the decoder knows their
-    neighbourhood.
+    Latents are standardised per channel by `fit_latents`.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, channels: int, patch: int, width: int = 32, noise: float = 0.1) -> None:
+    def __init__(self, channels: int, patch: int, width: int = 32) -> None:
         super().__init__()
         halvings = int(math.log2(patch))
-        self.noise = noise
         down = [m for _ in range(halvings) for m in (nn.Conv2d(width, width, 4, 2, 1), nn.SiLU())]
         up = [m for _ in range(halvings) for m in (nn.ConvTranspose2d(width, width, 4, 2, 1), nn.SiLU())]
         self.encoder = nn.Sequential(
@@ -43,13 +41,6 @@ class Autoencoder(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Return pictures for standardised latents."""
         return self.decoder(latents * self.std + self.mean)
-
-    def reconstruct(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Encode, add noise, decode: what stage 1 trains."""
-        latents = self.encoder(images)
-        return self.decoder(
-            latents + self.noise * torch.randn(latents.shape, generator=generator, device=latents.device)
-        )
 
     @torch.no_grad()
     def fit_latents(self, images: Tensor) -> None:
