@@ -3,6 +3,8 @@
 import contextlib
 import math
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import normal, seeds
 
-from flowspace import FiniteDifference, ForwardMode, InputError
+from flowspace import FiniteDifference, ForwardMode, InputError, SharedPrimal
+from flowspace.derivatives import rules
 
-ROUTES = [ForwardMode(), FiniteDifference(), FiniteDifference(1e-3, order=1)]
+ROUTES = [SharedPrimal(), ForwardMode(), FiniteDifference(), FiniteDifference(1e-3, order=1)]
 each_route = pytest.mark.parametrize("route", ROUTES, ids=repr)
+each_that_calls_again = pytest.mark.parametrize("route", ROUTES[1:], ids=repr)
 WEIGHT = normal(7, 3, 3).requires_grad_()
 
 
@@ -101,7 +105,7 @@ def test_the_value_carries_gradient_and_the_derivative_never_does(route):
     torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
 
-@each_route
+@each_that_calls_again
 @settings(max_examples=15)
 @given(mask=st.lists(st.booleans(), min_size=5, max_size=5))
 def test_a_mask_computes_only_its_rows_and_is_zero_elsewhere(route, mask):
@@ -212,7 +216,7 @@ def test_fused_attention_can_be_differentiated(route, dtype):
     torch.testing.assert_close(derivative, wanted, rtol=tolerance, atol=tolerance)
 
 
-@each_route
+@each_that_calls_again
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("flash", [False, True])
 def test_the_attention_backends_are_restored_also_after_an_error(route, fails, flash):
@@ -236,7 +240,7 @@ def test_the_attention_backends_are_restored_also_after_an_error(route, fails, f
         torch.backends.cuda.enable_flash_sdp(before)
 
 
-@each_route
+@each_that_calls_again
 def test_an_error_inside_the_derivative_leaves_the_generator_and_grad_mode_alone(route):
     primals, tangents = arguments(0)
     calls = []
@@ -259,7 +263,7 @@ def test_an_error_inside_the_derivative_leaves_the_generator_and_grad_mode_alone
 # --- half precision --------------------------------------------------------------------------------------------------
 
 
-@each_route
+@each_that_calls_again
 def test_under_autocast_the_derivative_is_that_of_full_precision(route):
     weight = normal(7, 3, 3).float()
 
@@ -349,3 +353,41 @@ def test_a_misspelt_keyword_is_a_type_error():
 @each_route
 def test_a_route_survives_pickling(route):
     assert pickle.loads(pickle.dumps(route)) == route
+
+
+# --- shared primal ---------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=15)
+@given(st.lists(st.booleans(), min_size=5, max_size=5))
+def test_shared_primal_calls_the_model_once_whatever_the_rows(mask):
+    primals, tangents = arguments(1)
+    calls = []
+
+    def watched(z, t, s):
+        calls.append(len(z))
+        return smooth(z, t, s)
+
+    _, derivative = SharedPrimal()(watched, primals, tangents, rows=torch.tensor(mask))
+    assert calls == [5]
+    wanted = torch.where(torch.tensor(mask)[:, None], exact(smooth, primals, tangents), 0.0)
+    torch.testing.assert_close(derivative, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_a_rule_of_ones_own_is_as_the_docs_say():
+    page = (Path(__file__).parent.parent / "docs" / "pages" / "derivatives.md").read_text()
+    code = re.search(r"## A rule for a new function.*?```python\n(.*?)```", page, re.S).group(1)
+    before = dict(rules.RULES)
+    try:
+        exec(code, {})
+        assert rules.RULES.keys() - before.keys() == {"logit"}
+        primals, tangents = arguments(2)
+
+        def model(z, t, s):
+            return torch.logit(torch.sigmoid(z) * 0.9) * t[:, None]
+
+        derivative = SharedPrimal()(model, primals, tangents)[1]
+        torch.testing.assert_close(derivative, exact(model, primals, tangents), rtol=1e-11, atol=1e-11)
+    finally:
+        rules.RULES.clear()
+        rules.RULES.update(before)

@@ -98,7 +98,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 def rule_of(name: str) -> Rule | None:
     """Return the rule for a torch function by its plain name, without underscores."""
-    return RULES.get(name) or (pointwise if is_pointwise(name) else None)
+    return RULES.get(name) or (pointwise if name and is_pointwise(name) else None)
 
 
 @functools.lru_cache(None)

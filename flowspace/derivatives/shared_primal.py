@@ -204,7 +204,7 @@ class Carrier(TorchFunctionMode):
             return call.evaluate()
 
     def _call(self, call: rules.Call, plan: "_Plan", args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        func, kind, name, rule = call.func, plan.kind, plan.name, plan.rule
+        func, (kind, name) = call.func, plan
         if kind == "python" and func not in self.inside:
             if func is F.dropout and not (kwargs["training"] and kwargs["p"]) and not kwargs["inplace"]:
                 return args[0]
@@ -219,6 +219,7 @@ class Carrier(TorchFunctionMode):
             return call.evaluate()
         if name != "layer_norm" and not rules.moves(call.evaluate()):
             return call.out
+        rule = rules.rule_of(name)
         torch._C._set_grad_enabled(False)
         try:
             found = rule(call, *call.args, **call.kwargs) if rule else rules.forward(call)
@@ -435,32 +436,30 @@ class _Plan(NamedTuple):
 
     kind: str
     name: str
-    rule: rules.Rule | None
 
 
-@functools.lru_cache(None)
+@functools.lru_cache(4096)
 def _plan(func: Any) -> _Plan:
-    """Return the plain name of a function (add for torch.add, Tensor.add, Tensor.__add__), its kind and its rule.
+    """Return the plain name of a function (add for torch.add, Tensor.add, Tensor.__add__), and its kind.
 
     A Python function of torch is entered; when it then calls the builtin of its own name, it is seen again, and stands for that.
     """
     name = getattr(func, "__name__", "")
     field = func.__self__.__name__ if name in ("__get__", "__set__") else ""  # type: ignore[union-attr]
     if name in _AUTOGRAD or field in _AUTOGRAD:
-        return _Plan("constant", name, None)
+        return _Plan("constant", name)
     if func in _AS_BUILTIN:
-        return _Plan("rule", name, rules.rule_of(name))
-    if isinstance(func, types.FunctionType):
-        torchs = func.__module__.partition(".")[0] == "torch"
-        return _Plan("python" if torchs else "rule", name, rules.rule_of(name) if torchs else None)
+        return _Plan("rule", name)
+    if isinstance(func, types.FunctionType) and func.__module__.partition(".")[0] == "torch":
+        return _Plan("python", name)
     if not isinstance(func, _BUILTIN):
-        return _Plan("rule", "", None)
+        return _Plan("rule", "")
     if field:
         kind = "constant" if name == "__set__" or field == "data" else "rule" if field in _TENSORS else "metadata"
-        return _Plan(kind, field, rules.rule_of(field))
+        return _Plan(kind, field)
     if name.startswith("__") and name.endswith("__") and name != "__len__":
         name = _OPERATORS.get(name[2:-2], name[2:-2])
-    return _Plan(_kind(name), name, rules.rule_of(name))
+    return _Plan(_kind(name), name)
 
 
 def _kind(name: str) -> str:
