@@ -241,7 +241,8 @@ def _check_batch(latents: Tensor, targets: Tensor) -> None:
 
 def check_times(t: Tensor | float, s: Tensor | float, states: Tensor) -> tuple[Tensor, Tensor]:
     """Return given times as ``(B,)`` tensors beside the states, or raise TimeError unless 0 <= s <= t, 0 < t <= 1."""
-    pair, rows = [], len(states)
+    pair: list[Tensor] = []
+    rows = len(states)
     dtype = torch.float64 if states.dtype == torch.float64 else torch.float32
     for name, time in (("t", t), ("s", s)):
         if not isinstance(time, (Tensor, float)):
@@ -254,12 +255,12 @@ def check_times(t: Tensor | float, s: Tensor | float, states: Tensor) -> tuple[T
         if time.shape not in ((), (rows,)):
             raise TimeError(f"{name} of shape {tuple(time.shape)} came; it must be () or ({rows},), one time per row")
         pair.append(time.to(dtype).expand(rows).contiguous())
-    t, s = pair
-    for name, bad in (("t", ~((t > 0) & (t <= 1))), ("s", ~((s >= 0) & (s <= t)))):
+    above, below = pair
+    for name, bad in (("t", ~((above > 0) & (above <= 1))), ("s", ~((below >= 0) & (below <= above)))):
         if not wrapped(bad) and bool(bad.any()):
             row = int(bad.nonzero()[0])
             raise TimeError(
-                f"t = {float(t[row]):.6g}, s = {float(s[row]):.6g} came in row {row}; {name} is out of range: times obey "
+                f"t = {float(above[row]):.6g}, s = {float(below[row]):.6g} came in row {row}; {name} is out of range: times obey "
                 "0 <= s <= t <= 1 with t > 0, where t = 0 is data (lambda is infinite there) and t = 1 is noise"
             )
-    return t, s
+    return above, below
