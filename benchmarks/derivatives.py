@@ -163,7 +163,7 @@ def times(setting: Setting, rounds: int) -> dict[str, float | str]:
     jobs = setting.jobs(setting.build(), ROUTES)
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     failed: dict[str, float | str] = {}
-    for _ in range(rounds + 2):
+    for _ in range(rounds + 1):
         for name, job in jobs.items():
             if name in failed:
                 continue
@@ -174,7 +174,7 @@ def times(setting: Setting, rounds: int) -> dict[str, float | str]:
                 failed[name] = f"raises {type(error).__name__}"
             finish()
             seconds[name].append(time.perf_counter() - start)
-    return {name: failed.get(name, statistics.median(values[2:] or values)) for name, values in seconds.items()}
+    return {name: failed.get(name, statistics.median(values[1:] or values)) for name, values in seconds.items()}
 
 
 def peak(setting: Setting, name: str) -> float:
@@ -316,7 +316,7 @@ def main() -> None:
     for setting in settings(arguments.tokens):
         if arguments.only not in title(setting):
             continue
-        rounds = arguments.rounds if setting.tokens < 1024 else 3
+        rounds = max(2, arguments.rounds * 64 // max(64, setting.tokens * setting.width // 192))
         text, ratio = table(setting, rounds, not arguments.no_memory)
         print(f"{title(setting)}:\n\n{text}\n", flush=True)
         if setting == Setting(tokens=setting.tokens, batch=setting.batch):

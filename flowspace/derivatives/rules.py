@@ -295,8 +295,6 @@ def _along(names: str, position: int, default: Any, linear: bool) -> None:
         dims = kwargs.get("dim", kwargs.get("dims", args[position] if len(args) > position else default))
         if not isinstance(x, Dual) or isinstance(dims, Tensor):
             return forward(call)
-        if position == 0 and len(args) > 1 and all(isinstance(a, int) and not isinstance(a, bool) for a in args):
-            dims = args
         x.untouched(*_dims(dims, x.ndim))
         rows = shared_rows(call.duals)
         if not linear or len(call.duals) > 1:
@@ -305,17 +303,24 @@ def _along(names: str, position: int, default: Any, linear: bool) -> None:
         return list(out) if isinstance(out, tuple) else out
 
 
-_along("sum mean nansum cumsum flip", 0, None, linear=True)
+_along("sum mean nansum cumsum", 0, None, linear=True)
 _along("diff", 1, -1, linear=True)
 _along("unbind select narrow index_select gather unfold", 0, 0, linear=True)
-_along("chunk split tensor_split roll split_with_sizes", 1, 0, linear=True)
-_along("repeat_interleave", 1, None, linear=True)
+_along("chunk split tensor_split split_with_sizes", 1, 0, linear=True)
+_along("roll repeat_interleave", 1, None, linear=True)
 _along("fft_fft fft_ifft fft_rfft fft_irfft", 1, -1, linear=True)
 _along("fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2", 1, (-2, -1), linear=True)
 _along("amax amin var std prod cumprod var_mean std_mean", 0, None, linear=False)
 _along("logsumexp glu sort", 0, -1, linear=False)
 _along("linalg_vector_norm", 1, None, linear=False)
 _along("topk", 1, -1, linear=False)
+
+
+@rule("flip")
+def _(call: Call, x: Dual, *axes: Any, dims: Any = None) -> Tensor:
+    dims = _dims(dims or (axes[0] if len(axes) == 1 else axes), x.ndim)
+    x.untouched(*dims)
+    return x.tangent.flip(dims)
 
 
 @rule("tril", "triu", "diag_embed")

@@ -223,6 +223,9 @@ class Carrier(TorchFunctionMode):
         torch._C._set_grad_enabled(False)
         try:
             found = rule(call, *call.args, **call.kwargs) if rule else rules.forward(call)
+        except TypeError:  # arguments in an order or under names that the rule does not know
+            call.run(call.evaluate)
+            found = rules.forward(call)
         finally:
             torch._C._set_grad_enabled(call.grad)
         return self._wrap_outputs(call, found)
