@@ -222,7 +222,8 @@ class Carrier(TorchFunctionMode):
         rule = rules.rule_of(name)
         torch._C._set_grad_enabled(False)
         try:
-            found = rule(call, *call.args, **call.kwargs) if rule else rules.forward(call)
+            with torch._C.DisableTorchFunction():  # pyright: ignore  # what a rule does is nobody else's to see
+                found = rule(call, *call.args, **call.kwargs) if rule else rules.forward(call)
         except TypeError:  # arguments in an order or under names that the rule does not know
             call.run(call.evaluate)
             found = rules.forward(call)
@@ -275,7 +276,7 @@ class Carrier(TorchFunctionMode):
 
     def _in_place(self, call: rules.Call, name: str, target: Tensor) -> Tensor | None:
         """Run a function that writes into its first argument, and write the tangent beside it."""
-        with torch.no_grad():
+        with torch.no_grad(), torch._C.DisableTorchFunction():  # pyright: ignore
             tangent, layout = self._written_tangent(call, name)
         if layout is not None and (not isinstance(call.args[0], Dual) or layout[:3] != (call.args[0].layout or ())[:3]):
             raise LostRowsError
@@ -283,10 +284,13 @@ class Carrier(TorchFunctionMode):
         shared = any(a is not target and _storage(a) == _storage(target) for a in self.aliases())
         if layout is not None and shared:
             raise LostRowsError
-        before = None if layout is not None or not (shared or dual is None or self.written) else self._mirror(target)
+        with torch._C.DisableTorchFunction():  # pyright: ignore
+            before = (
+                None if layout is not None or not (shared or dual is None or self.written) else self._mirror(target)
+            )
         call.evaluate()
         if before is not None:
-            with torch.no_grad():
+            with torch.no_grad(), torch._C.DisableTorchFunction():  # pyright: ignore
                 _place(before, dual.primal if dual else target).copy_(tangent)
         elif dual is not None:
             dual.tangent, dual.layout = tangent, layout
