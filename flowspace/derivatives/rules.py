@@ -23,6 +23,7 @@ from flowspace.errors import DerivativeError
 
 __all__ = [
     "CONSTANT",
+    "DRAWING",
     "RANDOM",
     "At",
     "Call",
@@ -38,8 +39,8 @@ Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}
 
 CONSTANT = frozenset(
-    "detach zeros_like ones_like full_like empty_like rand_like randn_like randint_like new_zeros new_ones new_full new_empty "
-    "new_tensor new_empty_strided bernoulli multinomial poisson normal zero_ fill_ normal_ uniform_ bernoulli_ "
+    "zeros_like ones_like full_like empty_like rand_like randn_like randint_like new_zeros new_ones new_full new_empty "
+    "new_tensor new_empty_strided bernoulli multinomial poisson normal zero_ normal_ uniform_ bernoulli_ "
     "exponential_".split()
 )
 """Functions whose output does not move with their input."""
@@ -205,6 +206,8 @@ def _(call: Call, x: Any, y: Any, *, rounding_mode: str | None = None) -> Any:
 def _kernel(name: str, derivative: Callable[..., Tensor], of_output: bool = False) -> None:
     @rule(name)
     def _(call: Call, x: Dual, *args: Any, **kwargs: Any) -> Tensor:
+        if x.primal.is_complex():
+            return pointwise(call)  # type: ignore[return-value]  # a backward kernel conjugates
         return derivative(x.tangent, restrict(call.out, x.layout) if of_output else x.rows, *args, **kwargs)
 
 
@@ -235,6 +238,7 @@ _kernel("sigmoid", lambda t, y: torch.ops.aten.sigmoid_backward(t, y), of_output
     "cpu",
     "cuda",
     "type_as",
+    "as_subclass",
     "real",
     "imag",
     "conj",
@@ -260,6 +264,8 @@ def _moved(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
 
 @rule("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as", "reshape_as", "ravel")
 def _(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
+    if not isinstance(x, Dual):
+        return []
     shape, layout = call.out.shape, x.layout
     if call.out.dtype != x.primal.dtype:
         raise DerivativeError("a view of the bits of a number has no derivative; write x.to(dtype) for x.view(dtype)")
@@ -303,14 +309,14 @@ def _along(names: str, position: int, default: Any, linear: bool) -> None:
         return list(out) if isinstance(out, tuple) else out
 
 
-_along("sum mean nansum cumsum", 0, None, linear=True)
-_along("diff", 1, -1, linear=True)
+_along("sum mean cumsum", 0, None, linear=True)
+_along("diff", 1, -1, linear=False)
 _along("unbind select narrow index_select gather unfold", 0, 0, linear=True)
 _along("chunk split tensor_split split_with_sizes", 1, 0, linear=True)
 _along("roll repeat_interleave", 1, None, linear=True)
 _along("fft_fft fft_ifft fft_rfft fft_irfft", 1, -1, linear=True)
 _along("fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2", 1, (-2, -1), linear=True)
-_along("amax amin var std prod cumprod var_mean std_mean", 0, None, linear=False)
+_along("nansum amax amin var std prod cumprod var_mean std_mean", 0, None, linear=False)
 _along("logsumexp glu sort", 0, -1, linear=False)
 _along("linalg_vector_norm", 1, None, linear=False)
 _along("topk", 1, -1, linear=False)
@@ -378,6 +384,7 @@ def _(call: Call, x: Dual, *sizes: Any) -> Tensor:
 @rule("cat", "concat", "concatenate", "stack")
 def _(call: Call, tensors: Sequence[Any], dim: int = 0) -> At:
     first, stacked = call.duals[0], call.func.__name__ == "stack"
+    tensors = [x for x in tensors if isinstance(x, Dual) or x.ndim == first.ndim]  # cat passes over empty vectors
     layout = first.layout
     if any((d.layout and d.layout[:3]) != (layout and layout[:3]) for d in call.duals):
         raise LostRowsError
@@ -467,6 +474,11 @@ def _(call: Call, start: Any, x: Any, y: Any, *, beta: float = 1, alpha: float =
     return alpha * _product(call, x, y)
 
 
+def _at(value: Tensor, layout: Layout | None, axis: int) -> Tensor:
+    """Return the rows of a tensor whose batch lies on this axis, if it has one there."""
+    return restrict(value, layout.on(axis)) if layout and axis >= 0 and value.shape[axis] == layout.size else value
+
+
 @rule("einsum")
 def _(call: Call, equation: str, *operands: Any) -> Any:
     flat: list[Any] = list(operands[0]) if isinstance(operands[0], (list, tuple)) else list(operands)
@@ -482,7 +494,7 @@ def _(call: Call, equation: str, *operands: Any) -> Any:
 
     def rows(term: str, value: Any) -> Tensor:
         value = value.primal.detach() if isinstance(value, Dual) else value
-        return restrict(value, layout.on(term.index(label))) if layout and label in term else value
+        return _at(value, layout, term.find(label))
 
     fixed = [rows(term, value) for term, value in zip(terms, flat, strict=True)]
     parts = [
@@ -555,6 +567,23 @@ def _(call: Call, x: Any, shape: Sequence[int], weight: Any = None, eps: float |
 def _(call: Call, x: Any, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any) -> Any:
     if len(call.duals) > 1 or not isinstance(x, Dual):
         return forward(call)
+    return _grouped(x, groups, weight, eps)
+
+
+@rule("instance_norm")
+def _(
+    call: Call, x: Any, weight: Any, bias: Any, mean: Any, var: Any, use_input_stats: bool, momentum: Any, eps: float, *_: Any
+) -> Any:  # fmt: skip
+    if len(call.duals) > 1 or not isinstance(x, Dual):
+        return forward(call)
+    if use_input_stats:
+        return _grouped(x, x.primal.shape[1], weight, eps)
+    x.only_batch_first()
+    return x.tangent * _scaled(torch.rsqrt(var + eps), weight).reshape(1, -1, *[1] * (x.ndim - 2))
+
+
+def _grouped(x: Dual, groups: int, weight: Tensor | None, eps: float) -> Tensor:
+    """Return the tangent of a norm over groups of channels."""
     x.only_batch_first()
     rows, tangent = x.rows.contiguous(), x.tangent.to(x.primal.dtype).contiguous()
     sizes = len(rows), rows.shape[1], math.prod(rows.shape[2:])
@@ -588,7 +617,7 @@ BLOCK_ELEMENTS = 1 << 20
 
 @rule("scaled_dot_product_attention")
 def _(
-    call: Call, q: Any, k: Any, v: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
+    call: Call, query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
     scale: float | None = None, enable_gqa: bool = False,
 ) -> At:  # fmt: skip
     for dual in call.duals:
@@ -596,8 +625,12 @@ def _(
     rows, out = shared_rows(call.duals), call.out
     layout = call.duals[0].layout
     layout = layout and layout.on(out.ndim - call.duals[0].ndim + layout.axis)
-    scale = 1 / math.sqrt(q.primal.shape[-1] if isinstance(q, Dual) else q.shape[-1]) if scale is None else scale
-    parts = [rows(x) for x in (q, k, v)] + [_tangent(x) for x in (q, k, v)]
+    scale = (
+        1 / math.sqrt(query.primal.shape[-1] if isinstance(query, Dual) else query.shape[-1])
+        if scale is None
+        else scale
+    )
+    parts = [rows(x) for x in (query, key, value)] + [_tangent(x) for x in (query, key, value)]
     if enable_gqa:
         times = parts[0].shape[-3] // parts[1].shape[-3]
         parts = [x if x is None or i in (0, 3) else x.repeat_interleave(times, -3) for i, x in enumerate(parts)]
@@ -685,19 +718,23 @@ def _add_product(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _attention_in_parts(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
     scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
     """Attention with dropout, whose mask must be the same for primal and tangent."""
     if enable_gqa:
-        k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
-    root = math.sqrt(1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-    scores = (q * root) @ (k * root).mT
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    root = math.sqrt(abs(scale))
+    scores = (query * math.copysign(root, scale)) @ (key * root).mT
     if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-    return torch.dropout(torch.softmax(scores, -1), dropout_p, True) @ v
+    weights = torch.softmax(scores, -1)
+    if attn_mask is not None:
+        weights = weights.masked_fill((scores == -math.inf).all(-1, keepdim=True), 0.0)
+    return torch.dropout(weights, dropout_p, True) @ value
 
 
 def _dropout(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -707,11 +744,20 @@ def _dropout(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return dropout
 
 
-def _dropout_(input: Tensor, p: float = 0.5, train: bool = True) -> Tensor:
-    return input.mul_(torch.dropout(torch.ones_like(input), p, True)) if train and p > 0 else input
+def _in_place(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def drop(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return input.copy_(function(input, *args, **kwargs))
+
+    return drop
 
 
-RANDOM = frozenset(("scaled_dot_product_attention", "dropout", "dropout_", "feature_dropout"))
+DRAWING = frozenset(("alpha_dropout", "feature_alpha_dropout", "rrelu"))
+"""Functions that draw random numbers and are differentiated as they are, with the same draws."""
+
+RANDOM = frozenset(
+    "scaled_dot_product_attention dropout feature_dropout dropout_ feature_dropout_ alpha_dropout_ feature_alpha_dropout_ "
+    "rrelu_".split()
+)
 """Functions that may have to be written in others, see `decompositions`."""
 
 
@@ -720,5 +766,6 @@ def decompositions(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if name == "scaled_dot_product_attention":
         dropped = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0)
         return _attention_in_parts if dropped else None
-    found = {"dropout": torch.dropout, "feature_dropout": torch.feature_dropout}.get(name)
-    return _dropout(found) if found else {"dropout_": _dropout_}.get(name)
+    if name.endswith("_"):
+        return _in_place(getattr(torch, name[:-1]))
+    return _dropout(getattr(torch, name))

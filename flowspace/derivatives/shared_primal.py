@@ -46,9 +46,15 @@ class SharedPrimal(Derivative):
         """Return the value with gradient and the derivative without."""
         draws = Draws(primals[0].device)
         few = None if rows is None else Rows.of(rows, len(primals[0]))
-        value, tangent, lost = run(fn, primals, tangents, few)
-        if lost:
-            tangent = self.derive(draws.replay(fn), primals, tangents, None)
+        versions = [p._version for p in primals if isinstance(p, Tensor)]
+        value, tangent, before = run(fn, primals, tangents, few)
+        if before is not None:
+            if versions != [p._version for p in primals if isinstance(p, Tensor)]:
+                raise DerivativeError(
+                    "the model writes into its input, so it cannot be run again; write z = z.clone() first"
+                )
+            with _rewound(before):
+                tangent = self.derive(draws.replay(fn), primals, tangents, None)
             few = None
         if tangent is None:
             return value, torch.zeros_like(value)
@@ -66,26 +72,47 @@ class SharedPrimal(Derivative):
 
 def run(
     fn: Callable[..., Tensor], primals: Sequence[Any], tangents: Sequence[Tensor | None], rows: Rows | None
-) -> tuple[Tensor, Tensor | None, bool]:
-    """Run fn once; return its value, its tangent (None: it does not move), and whether the tangent was lost on the way."""
+) -> "Run":
+    """Run fn once, with the tangents beside it."""
     carrier = Carrier()
     layout = rows and Layout(0, 1, 1, rows)
     inputs = [
-        p if v is None else carrier.wrap(p, v.to(p.dtype) if rows is None else v[rows.chosen].to(p.dtype), layout)
+        p if v is None else carrier.wrap(p, (v if rows is None else v[rows.chosen]).detach().to(p.dtype), layout)
         for p, v in zip(primals, tangents, strict=True)
     ]
-    with _watched(carrier), uncompiled(), carrier:
-        out = fn(*inputs)
-    if not isinstance(out, Tensor):
-        raise InputError(
-            f"the model returned {type(out).__name__}; wrap it so that it returns one tensor of shape (B, *)"
-        )
-    dual = carrier.dual(out)
-    carrier.release()
-    if dual is None:
-        return out, None, carrier.lost
-    lost = carrier.lost or (dual.layout is not None and dual.layout[:3] != (0, 1, 1))
-    return dual.primal, None if lost else dual.tangent, lost
+    try:
+        with _watched(carrier), uncompiled(), carrier:
+            out = fn(*inputs)
+        if not isinstance(out, Tensor):
+            came = type(out).__name__
+            raise InputError(f"the model returned {came}; wrap it so that it returns one tensor of shape (B, *)")
+        dual, plain = carrier.dual(out), getattr(out, _FIELD, None)
+    finally:
+        carrier.release()
+    lost = carrier.lost or (dual is not None and dual.layout is not None and dual.layout[:3] != (0, 1, 1))
+    value = out if plain is None else plain.primal
+    return Run(value, None if lost or dual is None else dual.tangent, carrier.before if lost else None)
+
+
+class Run(NamedTuple):
+    """What a pass gives: the value; its tangent, if it moves; and, if the tangent was lost, buffers as they were before."""
+
+    value: Tensor
+    tangent: Tensor | None
+    before: dict[int, tuple[Tensor, Tensor]] | None
+
+
+@contextlib.contextmanager
+def _rewound(before: dict[int, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Give buffers the values from before the first pass, for a second one, and then those from after it again."""
+    after = [(tensor, tensor.detach().clone(), then) for tensor, then in before.values()]
+    try:
+        for tensor, _, then in after:
+            tensor.detach().copy_(then)
+        yield
+    finally:
+        for tensor, now, _ in after:
+            tensor.detach().copy_(now)
 
 
 _active = threading.local()
@@ -115,8 +142,10 @@ class Carrier(TorchFunctionMode):
         super().__init__()
         self.lost = False
         self.live: dict[int, weakref.ref[Tensor]] = {}
-        self.written: dict[int, Tensor] = {}
+        self.written: dict[int, tuple[Tensor, Any]] = {}
         self.inside: list[Any] = []
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}
+        self.level = torch._C._functorch.maybe_current_level()  # pyright: ignore
 
     # --- tensors and their tangents
 
@@ -133,8 +162,10 @@ class Carrier(TorchFunctionMode):
         found = found if found is not None and found.owner is self else None
         if found is None and self.live and wrapped(tensor):
             self._refuse_transforms(tensor)
-        if self.written and rules.differentiable(tensor):
-            flat = self.written.get(_storage(tensor))
+        if found is not None and found.tangent is None:
+            return None
+        if self.written and rules.differentiable(tensor) and tensor.layout == torch.strided:
+            flat, _ = self.written.get(_storage(tensor), (None, None))
             if flat is not None:
                 primal = tensor if found is None else found.primal
                 return Dual(primal, _place(flat, primal).clone(), None, self)
@@ -147,17 +178,29 @@ class Carrier(TorchFunctionMode):
             if getattr(tensor, _FIELD, None) is not None and getattr(tensor, _FIELD).owner is self:
                 raise DerivativeError(_TRANSFORMED)
 
+    def _remember(self, target: Tensor) -> None:
+        """Keep what a tensor without a tangent held before the model first wrote to it, should the model be run again."""
+        if id(target) not in self.before and not self.lost and not wrapped(target):
+            self.before[id(target)] = target, target.detach().clone()
+
+    def _detached(self, tensor: Tensor) -> Tensor:
+        """Mark a tensor that shares memory with one that carries a tangent, and carries none itself."""
+        setattr(tensor, _FIELD, Dual(tensor, None, None, self))  # type: ignore[arg-type]
+        self.live[id(tensor)] = weakref.ref(tensor)
+        return tensor
+
     def release(self) -> None:
         """Let go of every tangent that the model still holds."""
-        for alias in self.aliases():
-            delattr(alias, _FIELD)
+        for reference in self.live.values():
+            if (alias := reference()) is not None and hasattr(alias, _FIELD):
+                delattr(alias, _FIELD)
         self.live, self.written = {}, {}
 
     def aliases(self) -> Iterator[Tensor]:
         """Iterate over the tensors that carry a tangent."""
         for reference in list(self.live.values()):
             alias = reference()
-            if alias is not None and getattr(alias, _FIELD, None) is not None:
+            if alias is not None and getattr(getattr(alias, _FIELD, None), "tangent", None) is not None:
                 yield alias
 
     def unpack(self, value: Any, duals: list[Dual]) -> tuple[Any, Any]:
@@ -193,7 +236,11 @@ class Carrier(TorchFunctionMode):
         for key, value in kwargs.items():
             named[key], options[key] = self.unpack(value, duals)
         if not duals:
+            if plan.kind == "in place":
+                self._remember(args[0])
             return func(*args, **kwargs)
+        if torch._C._functorch.maybe_current_level() != self.level:  # pyright: ignore
+            raise DerivativeError(_TRANSFORMED)
         call = rules.Call(func, given, named, primals, options, duals)
         if self.lost:
             return call.evaluate()
@@ -205,6 +252,8 @@ class Carrier(TorchFunctionMode):
 
     def _call(self, call: rules.Call, plan: "_Plan", args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         func, (kind, name) = call.func, plan
+        if func is torch.autograd.grad:
+            raise DerivativeError("the model calls torch.autograd.grad, which drops tangents; write FiniteDifference()")
         if kind == "python" and func not in self.inside:
             if func is F.dropout and not (kwargs["training"] and kwargs["p"]) and not kwargs["inplace"]:
                 return args[0]
@@ -217,8 +266,13 @@ class Carrier(TorchFunctionMode):
             return self._in_place(call, name, args[0])
         if kind == "constant":
             return call.evaluate()
+        if kind == "detached":
+            return self._detached(call.evaluate())
+        draws = Draws(call.duals[0].primal.device) if kind == "drawing" else None
         if name != "layer_norm" and not rules.moves(call.evaluate()):
             return call.out
+        if draws is not None:
+            call.func = draws.replay(func)
         rule = rules.rule_of(name)
         torch._C._set_grad_enabled(False)
         try:
@@ -258,7 +312,8 @@ class Carrier(TorchFunctionMode):
         if tangent is None:
             return out
         if isinstance(tangent, rules.At):
-            return self.wrap(out, *tangent)
+            return self.wrap(out, tangent.tangent.to(out.dtype), tangent.layout)
+        tangent = tangent.to(out.dtype)
         layout = call.duals[0].layout
         if layout is None:
             return self.wrap(out, tangent, None)
@@ -301,17 +356,18 @@ class Carrier(TorchFunctionMode):
         target = call.args[0]
         primal = target.primal if isinstance(target, Dual) else target
         layout = call.duals[0].layout
-        if name in rules.CONSTANT:
+        if name in rules.CONSTANT or (name == "fill_" and not isinstance(call.args[-1], Dual)):
             return torch.zeros_like(target.tangent), layout
-        if name in ("copy_", "setitem"):
+        if name in ("copy_", "fill_", "setitem"):
             if layout is not None:
                 raise LostRowsError
             tangent = target.tangent.clone() if isinstance(target, Dual) else torch.zeros_like(primal)
             source = call.args[-1]
             moved = source.tangent if isinstance(source, Dual) else 0
-            tangent[... if name == "copy_" else call.args[1]] = moved
+            tangent[call.args[1] if name == "setitem" else ...] = moved
             return tangent, None
-        plain = getattr(torch.Tensor, name[:-1], None) or getattr(torch, name[:-1], None)
+        holders = (torch.Tensor, torch, torch._C._nn, F)  # pyright: ignore
+        plain = next((getattr(holder, name[:-1]) for holder in holders if hasattr(holder, name[:-1])), None)
         rule = rules.rule_of(name[:-1])
         if plain is None:
             raise DerivativeError(f"{name} writes in place and has no other form; write derivative=FiniteDifference()")
@@ -341,8 +397,8 @@ class Carrier(TorchFunctionMode):
                         if stride == 0 and shown.shape[axis] > 1:
                             shown, tangent = shown.narrow(axis, 0, 1), tangent.narrow(axis, 0, 1)
                     _place(flat, shown).copy_(tangent)
-            self.written[key] = flat
-        return self.written[key]
+            self.written[key] = flat, target.untyped_storage()  # held, or its place in memory might be given away
+        return self.written[key][0]
 
     # --- what no function mode sees
 
@@ -353,8 +409,10 @@ class Carrier(TorchFunctionMode):
             return outs
 
         def one(out: Any) -> Any:
-            if not rules.differentiable(out) or not out.numel() or (torch.is_grad_enabled() and not out.requires_grad):
+            if not rules.differentiable(out) or not out.numel():
                 return out
+            if torch.is_grad_enabled() and not out.requires_grad and any(x.requires_grad for x in given):
+                return out  # marked as not differentiable
             dual = self.dual(out)
             if dual is None:
                 same = [x for x in given if x.shape == out.shape and x.data_ptr() == out.data_ptr()]
@@ -366,6 +424,8 @@ class Carrier(TorchFunctionMode):
                 dual = self.dual(same[0])
             elif hasattr(out, _FIELD):
                 delattr(out, _FIELD)
+                if cls.__module__.partition(".")[0] != "torch":  # torch's own hand their inputs on
+                    out = out.clone()  # of a view that was made without gradient, and so could not be written to
             return self.wrap(out, dual.tangent, dual.layout)  # type: ignore[union-attr]
 
         return pytree.tree_map(one, outs)
@@ -462,7 +522,8 @@ def _plan(func: Any) -> _Plan:
     if not isinstance(func, _BUILTIN):
         return _Plan("rule", "")
     if field:
-        kind = "constant" if name == "__set__" or field == "data" else "rule" if field in _TENSORS else "metadata"
+        kind = "detached" if field == "data" else "rule" if field in _TENSORS else "metadata"
+        kind = "constant" if name == "__set__" else kind
         return _Plan(kind, field)
     if name.startswith("__") and name.endswith("__") and name != "__len__":
         name = _OPERATORS.get(name[2:-2], name[2:-2])
@@ -478,7 +539,9 @@ def _kind(name: str) -> str:
         return "refused"
     if name == "setitem" or (name.endswith("_") and name[:-1]):
         return "in place"
-    return "constant" if name in rules.CONSTANT else "rule"
+    if name in rules.DRAWING:
+        return "drawing"
+    return "detached" if name == "detach" else "constant" if name in rules.CONSTANT else "rule"
 
 
 def _storage(tensor: Tensor) -> int:
