@@ -1,13 +1,15 @@
 """What D_t f costs by each route: ``python benchmarks/derivatives.py`` prints the tables of the docs.
 
 Per route and setting: a whole training step and its peak memory over a plain regression step of the same network, the derivative
-over a forward pass, and the largest error against float64 forward mode. Times are medians of interleaved runs in one process;
+over a forward pass, and the largest error against float64 forward mode. Times are medians of interleaved runs in one process (CPU time
+where there is one thread, which neighbours on a shared machine disturb least);
 memory is the growth over what the process held before its first step, in a fresh process each. ``--plot FILE`` draws cost against
 tokens. On a machine with a GPU the same command runs there.
 """
 
 import argparse
 import copy
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -158,6 +160,12 @@ def finish() -> None:
         torch.cuda.synchronize()
 
 
+def clock() -> float:
+    """Return seconds: of this process where it is one thread, else of the wall."""
+    alone = DEVICE.type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time() if alone else time.perf_counter()
+
+
 def times(setting: Setting, rounds: int) -> dict[str, float | str]:
     """Return the median seconds of each job, run in turn; or what it raises."""
     jobs = setting.jobs(setting.build(), ROUTES)
@@ -167,13 +175,13 @@ def times(setting: Setting, rounds: int) -> dict[str, float | str]:
         for name, job in jobs.items():
             if name in failed:
                 continue
-            start = time.perf_counter()
+            start = clock()
             try:
                 job()
             except (RuntimeError, NotImplementedError) as error:
                 failed[name] = f"raises {type(error).__name__}"
             finish()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return {name: failed.get(name, statistics.median(values[1:] or values)) for name, values in seconds.items()}
 
 
@@ -272,15 +280,13 @@ def title(s: Setting) -> str:
 
 def settings(tokens: Sequence[int]) -> list[Setting]:
     """Return what the docs show: shares of s = t, tokens, widths, dtypes, and timm's networks where timm is installed."""
-    found = [Setting(equal=equal) for equal in (0.0, 0.5, 0.75)]
-    found += [Setting(tokens=n, batch=max(2, 1024 // n)) for n in tokens if n != 64]
+    shares = (0.0, 0.5, 0.75)
+    found = [Setting(equal=equal) for equal in shares]
+    if importlib.util.find_spec("timm"):
+        found += [Setting("timm ViT", equal=equal) for equal in shares]
+        found += [Setting("timm ViT-S", 384, 12, equal=equal) for equal in shares]
     found += [Setting(width=384), Setting(dtype="bfloat16")]
-    try:
-        import timm  # noqa: F401  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        return found
-    found += [Setting("timm ViT", equal=equal) for equal in (0.0, 0.5, 0.75)]
-    return found + [Setting("timm ViT-S", 384, 12, equal=equal) for equal in (0.0, 0.5, 0.75)]
+    return found + [Setting(tokens=n, batch=max(2, 1024 // n)) for n in tokens if n != 64]
 
 
 def plot(points: dict[int, dict[str, float | str]]) -> bytes:
