@@ -1,10 +1,10 @@
 """What D_t f costs by each route: ``python benchmarks/derivatives.py`` prints the tables of the docs.
 
 Per route and setting: a whole training step and its peak memory over a plain regression step of the same network, the derivative
-over a forward pass, and the largest error against float64 forward mode. Times are medians of interleaved runs in one process (CPU time
-where there is one thread, which neighbours on a shared machine disturb least);
-memory is the growth over what the process held before its first step, in a fresh process each. ``--plot FILE`` draws cost against
-tokens. On a machine with a GPU the same command runs there.
+over a forward pass, and the largest error against float64 forward mode. Times are medians of interleaved runs in one process, of
+CPU time where there is one thread, which neighbours on a shared machine disturb least; memory is the growth over what the process
+held before its first step, in a fresh process each. ``--plot FILE`` draws cost against tokens. On a machine with a GPU the same
+command runs there.
 """
 
 import argparse

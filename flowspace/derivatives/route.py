@@ -184,6 +184,8 @@ class _Untouched(TorchFunctionMode):
                 args = (args[0].clone(), *args[1:])  # torch.func refuses to write into what a function captured
             else:
                 self._remember(args[0])
+        elif kwargs and isinstance(kwargs.get("out"), Tensor):
+            self._remember(kwargs["out"])
         return func(*args, **(kwargs or {}))
 
     def _remember(self, target: Tensor) -> None:

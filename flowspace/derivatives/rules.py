@@ -23,7 +23,6 @@ from flowspace.errors import DerivativeError
 
 __all__ = [
     "CONSTANT",
-    "DRAWING",
     "RANDOM",
     "At",
     "Call",
@@ -750,9 +749,6 @@ def _in_place(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     return drop
 
-
-DRAWING = frozenset(("alpha_dropout", "feature_alpha_dropout", "rrelu"))
-"""Functions that draw random numbers and are differentiated as they are, with the same draws."""
 
 RANDOM = frozenset(
     "scaled_dot_product_attention dropout feature_dropout dropout_ feature_dropout_ alpha_dropout_ feature_alpha_dropout_ "

@@ -178,9 +178,9 @@ class Carrier(TorchFunctionMode):
             if getattr(tensor, _FIELD, None) is not None and getattr(tensor, _FIELD).owner is self:
                 raise DerivativeError(_TRANSFORMED)
 
-    def _remember(self, target: Tensor) -> None:
+    def _remember(self, target: Any) -> None:
         """Keep what a tensor without a tangent held before the model first wrote to it, should the model be run again."""
-        if id(target) not in self.before and not self.lost and not wrapped(target):
+        if isinstance(target, Tensor) and id(target) not in self.before and not self.lost and not wrapped(target):
             self.before[id(target)] = target, target.detach().clone()
 
     def _detached(self, tensor: Tensor) -> Tensor:
@@ -236,8 +236,8 @@ class Carrier(TorchFunctionMode):
         for key, value in kwargs.items():
             named[key], options[key] = self.unpack(value, duals)
         if not duals:
-            if plan.kind == "in place":
-                self._remember(args[0])
+            if plan.kind == "in place" or isinstance(kwargs.get("out"), Tensor):
+                self._remember(kwargs.get("out", args[0] if args else None))
             return func(*args, **kwargs)
         if torch._C._functorch.maybe_current_level() != self.level:  # pyright: ignore
             raise DerivativeError(_TRANSFORMED)
@@ -268,12 +268,12 @@ class Carrier(TorchFunctionMode):
             return call.evaluate()
         if kind == "detached":
             return self._detached(call.evaluate())
-        draws = Draws(call.duals[0].primal.device) if kind == "drawing" else None
+        rule = rules.rule_of(name)
+        draws = Draws(call.duals[0].primal.device) if rule in (None, rules.pointwise) else None
         if name != "layer_norm" and not rules.moves(call.evaluate()):
             return call.out
-        if draws is not None:
+        if draws is not None and draws.happened():
             call.func = draws.replay(func)
-        rule = rules.rule_of(name)
         torch._C._set_grad_enabled(False)
         try:
             with torch._C.DisableTorchFunction():  # pyright: ignore  # what a rule does is nobody else's to see
@@ -539,8 +539,6 @@ def _kind(name: str) -> str:
         return "refused"
     if name == "setitem" or (name.endswith("_") and name[:-1]):
         return "in place"
-    if name in rules.DRAWING:
-        return "drawing"
     return "detached" if name == "detach" else "constant" if name in rules.CONSTANT else "rule"
 
 
