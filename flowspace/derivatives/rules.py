@@ -40,7 +40,7 @@ RULES: dict[str, Rule] = {}
 CONSTANT = frozenset(
     "zeros_like ones_like full_like empty_like rand_like randn_like randint_like new_zeros new_ones new_full new_empty "
     "new_tensor new_empty_strided bernoulli multinomial poisson normal zero_ normal_ uniform_ bernoulli_ "
-    "exponential_".split()
+    "exponential_ random_ cauchy_ log_normal_ geometric_".split()
 )
 """Functions whose output does not move with their input."""
 
@@ -487,6 +487,8 @@ def _(call: Call, equation: str, *operands: Any) -> Any:
     inputs, output = equation.replace(" ", "").split("->")
     terms = inputs.split(",")
     labels = {terms[i][x.layout.axis] for i, x in enumerate(flat) if isinstance(x, Dual) and x.layout}
+    if any(term.count(label) > 1 for term in terms for label in labels):
+        raise LostRowsError
     if len(labels) > 1 or not labels <= set(output) or len({v and v[1:3] for v in layouts.values()}) > 1:
         raise LostRowsError
     layout, label = call.duals[0].layout, next(iter(labels), "")

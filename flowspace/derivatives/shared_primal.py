@@ -46,10 +46,10 @@ class SharedPrimal(Derivative):
         """Return the value with gradient and the derivative without."""
         draws = Draws(primals[0].device)
         few = None if rows is None else Rows.of(rows, len(primals[0]))
-        versions = [p._version for p in primals if isinstance(p, Tensor)]
+        versions = _versions(primals)
         value, tangent, before = run(fn, primals, tangents, few)
         if before is not None:
-            if versions != [p._version for p in primals if isinstance(p, Tensor)]:
+            if versions != _versions(primals):
                 raise DerivativeError(
                     "the model writes into its input, so it cannot be run again; write z = z.clone() first"
                 )
@@ -68,6 +68,10 @@ class SharedPrimal(Derivative):
         with torch.no_grad(), untouched():
             value, tangent, _ = run(fn, primals, tangents, None)
         return torch.zeros_like(value) if tangent is None else tangent
+
+
+def _versions(primals: Sequence[Any]) -> list[int]:
+    return [p._version for p in primals if isinstance(p, Tensor) and not p.is_inference()]
 
 
 def run(
@@ -125,7 +129,7 @@ _METADATA = frozenset(
     "element_size __len__".split()
 )
 _AUTOGRAD = frozenset(
-    "register_hook register_post_accumulate_grad_hook retain_grad backward requires_grad_ grad_fn grad _grad _backward_hooks "
+    "register_hook register_post_accumulate_grad_hook retain_grad requires_grad_ grad_fn grad _grad _backward_hooks "
     "_post_accumulate_grad_hooks is_leaf output_nr _base _version _register_hook_dict __repr__ __format__ __reduce_ex__".split()
 )
 _AS_BUILTIN = frozenset((F.layer_norm, F.group_norm, F.rms_norm, F.softmax, F.log_softmax))
@@ -252,8 +256,8 @@ class Carrier(TorchFunctionMode):
 
     def _call(self, call: rules.Call, plan: "_Plan", args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         func, (kind, name) = call.func, plan
-        if func is torch.autograd.grad:
-            raise DerivativeError("the model calls torch.autograd.grad, which drops tangents; write FiniteDifference()")
+        if func in (torch.autograd.grad, Tensor.backward):
+            raise DerivativeError("the model calls autograd, which drops tangents; write FiniteDifference()")
         if kind == "python" and func not in self.inside:
             if func is F.dropout and not (kwargs["training"] and kwargs["p"]) and not kwargs["inplace"]:
                 return args[0]
@@ -265,7 +269,7 @@ class Carrier(TorchFunctionMode):
         if kind == "in place":
             return self._in_place(call, name, args[0])
         if kind == "constant":
-            return call.evaluate()
+            return args[0] if call.evaluate() is call.primals[0] else call.out
         if kind == "detached":
             return self._detached(call.evaluate())
         rule = rules.rule_of(name)
