@@ -438,7 +438,8 @@ class Carrier(TorchFunctionMode):
         """Run a function of torch.jit and differentiate it as one."""
 
         def script(*inputs: Any, **options: Any) -> Any:
-            return original(function, *inputs, **options)
+            with torch.jit.optimized_execution(False):  # whose second call has wrong tangents
+                return original(function, *inputs, **options)
 
         script.__name__ = f"torch.jit function {getattr(function, 'name', '')}"
         with torch._C.DisableTorchFunction():  # pyright: ignore
