@@ -1776,11 +1776,19 @@ def test_the_second_pass_starts_from_the_buffers_of_the_first():
     close(found, masked(tangents[0] @ weight - tangents[0].mean(0), choose(4, "half")))
 
 
+COMPILED = pytest.mark.xfail(
+    strict=True, reason="known fault: what two plain calls compiled is run, and drops tangents"
+)
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_a_scripted_module_with_weights_that_learn_is_right_or_refused():
+@pytest.mark.parametrize("calls", [0, pytest.param(2, marks=COMPILED)])
+def test_a_scripted_module_with_weights_that_learn_is_right_or_refused(calls):
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(6, 5), nn.SiLU(), nn.Linear(5, 6)).double()
+    net = nn.Sequential(nn.Linear(6, 5 + calls), nn.SiLU(), nn.Linear(5 + calls, 6)).double()
     scripted, (primals, tangents) = torch.jit.script(net), inputs((4, 6))
+    for _ in range(calls):
+        scripted(primals[0])
     for _ in range(3):  # the second call runs what the first one was compiled to
         try:
             derivative = ROUTE(lambda z, t: scripted(z), primals, tangents)[1]
