@@ -43,7 +43,7 @@ class Derivative(abc.ABC):
                 dicts and lists of tensors; a tensor in it whose first axis is B belongs to the rows.
             tangents: one for each primal, of its shape, or None where it is constant.
             rows: a mask of shape ``(B,)``: where the derivative is wanted; elsewhere it is zero. None: everywhere. Under
-                torch.func.vmap, where a mask has no values yet, it is taken for None.
+                torch.func.vmap, where a mask has no values yet, all are computed.
 
         Raises:
             InputError: if there are not as many tangents as primals, or fn returns no tensor.
@@ -62,12 +62,11 @@ class Derivative(abc.ABC):
         self, fn: Callable[..., Tensor], primals: Sequence[Any], tangents: Sequence[Tensor | None], rows: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Choose the rows; not traced by torch.compile, since it depends on values."""
-        if rows is not None and wrapped(rows):
-            rows = None
-        if rows is not None and not bool(rows.any()):
+        unknown = rows is not None and wrapped(rows)
+        if rows is not None and not unknown and not bool(rows.any()):
             value = _checked(fn(*primals), primals)
             return value, torch.zeros_like(value)
-        chosen = None if rows is None or bool(rows.all()) else rows.nonzero().squeeze(1)
+        chosen = None if rows is None or unknown or bool(rows.all()) else rows.nonzero().squeeze(1)
         value, derivative = self.evaluate(fn, primals, tangents, chosen)
         _checked(value, primals)
         if rows is not None:

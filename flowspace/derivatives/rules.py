@@ -270,6 +270,8 @@ def _(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
         raise DerivativeError("a view of the bits of a number has no derivative; write x.to(dtype) for x.view(dtype)")
     if layout is None:
         return x.tangent.reshape(shape)
+    if 0 in shape:
+        raise LostRowsError
     before = math.prod(x.primal.shape[: layout.axis]) * layout.outer
     axis, done = 0, 1
     while axis < len(shape) and done * shape[axis] <= before:
@@ -558,7 +560,8 @@ def _(call: Call, x: Any, shape: Sequence[int], weight: Any = None, eps: float |
         return forward(call)
     dims = list(range(-len(shape), 0))
     x.untouched(*dims)
-    rows, tangent = x.rows, x.tangent
+    dtype = torch.promote_types(x.primal.dtype, torch.float32)  # as torch forms it, its default eps included
+    rows, tangent = x.rows.to(dtype), x.tangent.to(dtype)
     scale = torch.rsqrt(rows.square().mean(dims, keepdim=True) + (torch.finfo(rows.dtype).eps if eps is None else eps))
     unit = rows * scale
     return _scaled(scale * (tangent - unit * (unit * tangent).mean(dims, keepdim=True)), weight)

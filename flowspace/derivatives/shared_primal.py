@@ -121,7 +121,9 @@ def _rewound(before: dict[int, tuple[Tensor, Tensor]]) -> Iterator[None]:
 
 _active = threading.local()
 _FIELD = "_flowspace_dual"
-_RESHAPED = "{} changes a shape in place, where the tangent cannot follow; write a new tensor for it, or derivative=ForwardMode()"
+_RESHAPED = (
+    "{} writes in place, where the tangent cannot follow; write a new tensor for it, or derivative=ForwardMode()"
+)
 _TRANSFORMED = "the model calls a transform of torch.func, where tangents cannot follow; write derivative=ForwardMode()"
 _REFUSED = {"_make_dual": _TRANSFORMED, "_unpack_dual": _TRANSFORMED}
 _METADATA = frozenset(
@@ -265,7 +267,7 @@ class Carrier(TorchFunctionMode):
         if kind == "random" and (parts := rules.decompositions(name, args, kwargs)):
             return self._enter(func, parts, args, kwargs)
         if kind == "refused":
-            raise DerivativeError(_REFUSED.get(name, _RESHAPED.format(name)))
+            raise DerivativeError(_REFUSED.get(name, _RESHAPED.format(name or func.__name__)))
         if kind == "in place":
             return self._in_place(call, name, args[0])
         if kind == "constant":
@@ -277,6 +279,8 @@ class Carrier(TorchFunctionMode):
         if name != "layer_norm" and not rules.moves(call.evaluate()):
             return call.out
         if draws is not None and draws.happened():
+            if any(dual.layout for dual in call.duals):
+                raise LostRowsError  # the draws belong to the whole batch
             call.func = draws.replay(func)
         torch._C._set_grad_enabled(False)
         try:
@@ -335,6 +339,8 @@ class Carrier(TorchFunctionMode):
 
     def _in_place(self, call: rules.Call, name: str, target: Tensor) -> Tensor | None:
         """Run a function that writes into its first argument, and write the tangent beside it."""
+        if not isinstance(call.args[0], Dual):
+            self._remember(target)
         with torch.no_grad(), torch._C.DisableTorchFunction():  # pyright: ignore
             tangent, layout = self._written_tangent(call, name)
         if layout is not None and (not isinstance(call.args[0], Dual) or layout[:3] != (call.args[0].layout or ())[:3]):
@@ -438,7 +444,7 @@ class Carrier(TorchFunctionMode):
         """Run a function of torch.jit and differentiate it as one."""
 
         def script(*inputs: Any, **options: Any) -> Any:
-            with torch.jit.optimized_execution(False):  # whose second call has wrong tangents
+            with torch.jit.optimized_execution(False):  # pyright: ignore  # whose second call has wrong tangents
                 return original(function, *inputs, **options)
 
         script.__name__ = f"torch.jit function {getattr(function, 'name', '')}"
@@ -525,7 +531,7 @@ def _plan(func: Any) -> _Plan:
     if isinstance(func, types.FunctionType) and func.__module__.partition(".")[0] == "torch":
         return _Plan("python", name)
     if not isinstance(func, _BUILTIN):
-        return _Plan("rule", "")
+        return _Plan("refused" if name.partition(".")[0].endswith("_") else "rule", "")
     if field:
         kind = "detached" if field == "data" else "rule" if field in _TENSORS else "metadata"
         kind = "constant" if name == "__set__" else kind
