@@ -16,7 +16,20 @@ from flowspace.errors import (
     TimeError,
 )
 from flowspace.flow_map import FlowMap
-from flowspace.objectives import ConsistencyLoss, CrossFlowLoss, FlowMatchingLoss, LossOutput, MeanFlowLoss
+from flowspace.guidance import Guidance, RandomGuidance
+from flowspace.objectives import (
+    AlphaFlowLoss,
+    ConsistencyLoss,
+    CrossFlowLoss,
+    FlowMatchingLoss,
+    ImprovedMeanFlowLoss,
+    LossOutput,
+    MeanFlowDistillationLoss,
+    MeanFlowLoss,
+    PixelMeanFlowLoss,
+    TrajectoryMatchingLoss,
+    alpha_at,
+)
 from flowspace.penalties import AbsoluteError, Adaptive, HuberError, SquaredError
 from flowspace.schedules import (
     TIME_FLOOR,
@@ -26,6 +39,7 @@ from flowspace.schedules import (
     Schedule,
     VariancePreservingSchedule,
 )
+from flowspace.solvers import DormandPrince, Euler, Heun, VelocityFlow
 from flowspace.statistics import ConsistencyStatistic, MatchedStatistic, MeanFlowStatistic, Statistic
 from flowspace.times import LogitNormalTimes, ShiftedTimes, TimePairs, ToDataTimes, UniformTimes
 
@@ -35,6 +49,7 @@ __all__ = [
     "TIME_FLOOR",
     "AbsoluteError",
     "Adaptive",
+    "AlphaFlowLoss",
     "ConsistencyLoss",
     "ConsistencyStatistic",
     "CosineSchedule",
@@ -42,21 +57,29 @@ __all__ = [
     "CriterionError",
     "CrossFlowLoss",
     "DerivativeError",
+    "DormandPrince",
+    "Euler",
     "ExpressionError",
     "FiniteDifference",
     "FlowMap",
     "FlowMatchingLoss",
     "FlowspaceError",
     "ForwardMode",
+    "Guidance",
+    "Heun",
     "HuberError",
+    "ImprovedMeanFlowLoss",
     "InputError",
     "LinearSchedule",
     "LogitNormalTimes",
     "LossOutput",
     "MatchedStatistic",
+    "MeanFlowDistillationLoss",
     "MeanFlowLoss",
     "MeanFlowStatistic",
+    "PixelMeanFlowLoss",
     "PolynomialSchedule",
+    "RandomGuidance",
     "RunError",
     "Schedule",
     "ScheduleError",
@@ -67,7 +90,10 @@ __all__ = [
     "TimeError",
     "TimePairs",
     "ToDataTimes",
+    "TrajectoryMatchingLoss",
     "UniformTimes",
     "VariancePreservingSchedule",
+    "VelocityFlow",
+    "alpha_at",
     "check_criteria",
 ]

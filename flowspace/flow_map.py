@@ -2,15 +2,17 @@
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowspace.errors import InputError, TimeError
+from flowspace.errors import InputError
+from flowspace.guidance import Guidance
 from flowspace.objectives.engine import Model, check_times
-from flowspace.schedules import Schedule, over_rows
+from flowspace.schedules import TIME_FLOOR, Schedule, over_rows
+from flowspace.solvers import falling_grid
 from flowspace.statistics import Statistic
 
 __all__ = ["FlowMap"]
@@ -63,6 +65,28 @@ class FlowMap:
             )
         return self.statistic.coefficients(self.schedule).step(prediction, z_t, t, s)
 
+    def velocity(self, z_t: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        """Return the velocity at z_t that the model stands for on the diagonal s = t, in one space: an ODE's right-hand side.
+
+        Times below TIME_FLOOR, where an image says nothing of the velocity, are taken for it.
+
+        Args:
+            z_t: states of shape ``(B, *)``.
+            t: times of shape ``(B,)``.
+            cond: the model's other arguments.
+
+        Raises:
+            CriterionError: if the statistic is not anchored.
+            InputError: if the model returns another shape than the states'.
+        """
+        t = t.clamp(min=TIME_FLOOR)
+        prediction = self._predict(z_t, t, t, cond)
+        if prediction.shape != z_t.shape:
+            raise InputError(
+                f"the model returns shape {tuple(prediction.shape)} for states of {tuple(z_t.shape)}; a velocity needs one space"
+            )
+        return self.statistic.coefficients(self.schedule).diagonal_velocity(prediction, z_t, t)
+
     def _predict(self, z: Tensor, t: Tensor, s: Tensor, cond: dict[str, Any]) -> Tensor:
         prediction = self.model(z, t, s, **cond)
         if not isinstance(prediction, Tensor):
@@ -78,15 +102,19 @@ class FlowMap:
         steps: int = 1,
         times: Sequence[float] | Tensor | None = None,
         encode: Callable[[Tensor], Tensor] | None = None,
-        renoise: bool = True,
+        renoise: bool | None = None,
+        guidance: Guidance | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Return samples from noise.
 
-        In one space each step is z_s = (1 + gamma/delta) z_t - f/delta. Across spaces (``encode`` given, or one step of a
-        model that returns another shape) the last evaluation's -f/delta at s = 0 is the sample. In between, by default, the
-        same is re-encoded and re-noised to the next time, which needs only that f is a sample; ``renoise=False`` takes the step
-        with the re-encoded f(z_t, t, s), which is exact only for an affine encoder, since f is an average of posterior means.
+        In one space each step is z_s = (1 + gamma/delta) z_t - f/delta, or, with ``renoise=True``, a step to s = 0 and back to
+        the next time with fresh noise: the sampler of consistency models (Song et al., arXiv 2303.01469, algorithm 1).
+
+        Across spaces (``encode`` given, or one step of a model that returns another shape) the last evaluation's -f/delta at
+        s = 0 is the sample. In between, by default, the same is re-encoded and re-noised to the next time, which needs only
+        that f is a sample; ``renoise=False`` takes the step with the re-encoded f(z_t, t, s), which is exact only for an affine
+        encoder, since f is an average of posterior means.
 
         Args:
             noise: standard normal noise of the latents' shape, ``(B, *)``.
@@ -94,33 +122,48 @@ class FlowMap:
             steps: evaluations, on an even grid from 1 to 0.
             times: the grid itself, falling from 1 to 0, instead of ``steps``.
             encode: from the model's output to latents.
-            renoise: see above; only with ``encode``.
+            renoise: see above; by default only across spaces.
+            guidance: classifier-free guidance of f: two evaluations a step instead of one.
             generator: the source of the noise that re-noising adds.
 
         Raises:
             TimeError: if the grid does not fall from 1 to 0.
             InputError: if several steps across spaces have no ``encode``.
         """
-        grid = self._grid(noise, steps, times)
-        cond, z = dict(cond or {}), noise
+        grid = falling_grid(noise, steps, times)
+        flow = self if guidance is None else replace(self, model=guidance.apply(self.model))
+        return flow._walk(
+            noise, grid, dict(cond or {}), encode, encode is not None if renoise is None else renoise, generator
+        )
+
+    def _walk(
+        self,
+        z: Tensor,
+        grid: Tensor,
+        cond: dict[str, Any],
+        encode: Callable[[Tensor], Tensor] | None,
+        renoise: bool,
+        generator: torch.Generator | None,
+    ) -> Tensor:
         c = self.statistic.coefficients(self.schedule)
         for t, s in itertools.pairwise(grid):
             t, s = t.expand(len(z)).contiguous(), s.expand(len(z)).contiguous()
             last = bool(s[0] == 0)
-            prediction = self._predict(z, t, torch.zeros_like(s) if encode and renoise else s, cond)
-            across = encode is not None or prediction.shape != z.shape
-            if last and across:
-                return self._clean(prediction, t)
-            if encode is None and prediction.shape != z.shape:
+            end = torch.zeros_like(s) if renoise else s
+            prediction = self._predict(z, t, end, cond)
+            if prediction.shape != z.shape and encode is None and not last:
                 raise InputError(
                     f"the model returns shape {tuple(prediction.shape)} for states of {tuple(z.shape)}; several steps "
                     "across spaces need encode=, a function from images to latents"
                 )
-            if encode and renoise:
-                fresh = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
-                z, _ = self.schedule.perturb(encode(self._clean(prediction, t)).to(z.dtype), fresh, s)
-            else:
+            if last and (encode is not None or prediction.shape != z.shape):
+                return self._clean(prediction, t)
+            if not renoise or last:
                 z = c.step(encode(prediction) if encode else prediction, z, t, s)
+                continue
+            clean = c.step(prediction, z, t, end) if encode is None else encode(self._clean(prediction, t))
+            fresh = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
+            z, _ = self.schedule.perturb(clean.to(z.dtype), fresh, s)
         return z
 
     def _clean(self, prediction: Tensor, t: Tensor) -> Tensor:
@@ -132,14 +175,3 @@ class FlowMap:
                 "with kappa(0) = 0, such as MatchedStatistic()"
             )
         return (-over_rows(c.derivative(t, zero), prediction) * prediction).to(prediction.dtype)
-
-    def _grid(self, noise: Tensor, steps: int, times: Sequence[float] | Tensor | None) -> Tensor:
-        dtype = torch.float64 if noise.dtype == torch.float64 else torch.float32
-        if times is None:
-            if not isinstance(steps, int) or steps < 1:
-                raise TimeError(f"steps = {steps} came; it counts evaluations, so write 1 or a larger integer")
-            return torch.linspace(1, 0, steps + 1, device=noise.device, dtype=dtype)
-        grid = torch.as_tensor(times, device=noise.device, dtype=dtype)
-        if grid.ndim != 1 or len(grid) < 2 or grid[0] != 1 or grid[-1] != 0 or bool((grid.diff() >= 0).any()):
-            raise TimeError(f"times = {grid.tolist()} came; the grid falls strictly from 1 to 0, as in [1, 0.5, 0]")
-        return grid

@@ -128,6 +128,24 @@ class Schedule:
         z_t, v = mix(self.alpha(t), self.beta(t)), mix(self.alpha_dot(t), self.beta_dot(t))
         return z_t.to(latents.dtype), v
 
+    def velocity(self, latents: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
+        """Return the velocity of the path through z_t that comes from these latents: (beta'/beta) z_t + beta lambda' z.
+
+        Args:
+            latents: clean latents, or an estimate of them, ``(B, *)``.
+            z_t: states of the same shape.
+            t: times in (0, 1], of shape ``(B,)``.
+        """
+        kept = self.beta_dot(t) / self.beta(t)
+        moved = self.beta(t) * self.signal_to_noise_dot(t)
+        return over_rows(kept, z_t) * z_t + over_rows(moved, z_t) * latents
+
+    def latents(self, velocity: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
+        """Return the clean latents that a velocity at z_t points from: `velocity` solved for them; lambda'(t) < 0."""
+        kept = self.beta_dot(t) / self.beta(t)
+        moved = self.beta(t) * self.signal_to_noise_dot(t)
+        return (velocity - over_rows(kept, z_t) * z_t) / over_rows(moved, z_t)
+
     def _check_ends(self) -> None:
         for name, function, ends in (("alpha", self._alpha, (1.0, 0.0)), ("beta", self._beta, (0.0, 1.0))):
             for time, wanted in zip((0.0, 1.0), ends, strict=True):

@@ -110,6 +110,24 @@ class Coefficients:
         kept, moved = self.velocity(t, s), self.derivative(t, s)
         return (over_rows(kept, z_t) * z_t - over_rows(moved, z_t) * prediction).to(z_t.dtype)
 
+    def prediction_of(self, z_t: Tensor, z_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """Return the f whose step takes z_t to z_s: `step` solved for f; s < t, in one space."""
+        return (over_rows(self.velocity(t, s), z_t) * z_t - z_s) / over_rows(self.derivative(t, s), z_t)
+
+    def diagonal_velocity(self, prediction: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
+        """Return the velocity that f(z_t, t, t) stands for, in one space: identity (I) where b(t, t) = 0.
+
+        Raises:
+            CriterionError: if the statistic is not anchored; then the diagonal says nothing of the velocity.
+        """
+        if not self.anchored:
+            raise CriterionError(
+                "the statistic is not anchored, so f on the diagonal does not say what the velocity is; give a velocity of "
+                "its own, such as velocity=teacher"
+            )
+        a, state, weight = (over_rows(part(t, t), z_t) for part in (self.prediction, self.state, self.velocity))
+        return (a * prediction - state * z_t) / weight
+
 
 class Statistic:
     """A pair (gamma, delta), each text, a number, a sympy expression in t and s, or a callable on tensors.

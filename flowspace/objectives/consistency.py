@@ -17,10 +17,12 @@ __all__ = ["ConsistencyLoss"]
 
 @dataclass(frozen=True, kw_only=True)
 class ConsistencyLoss(Objective):
-    """R = -D_t f: f is constant along the path, plus a boundary loss where the path meets the data.
+    """R = -D_t f: f = z_s is constant along the path, plus a boundary loss where the path meets s.
 
-    The target form is y* = sg(f - (t - s) D_t f). The boundary loss is the penalty of f(z_t, t, s) - x at the smallest time,
-    t = TIME_FLOOR, s = 0, added to each row. Targets may live in another space than the latents.
+    The target form is y* = sg(f - (t - s) D_t f); with ``gap`` the discrete two-point form, y* = sg f(z_r, r, s). The boundary
+    loss is the penalty of f(z_u, u, s) - z_s at u = max(s, TIME_FLOOR), on one path with noise of its own, added to each row.
+    With s = 0 (the default) f is the consistency model and z_s the data. Where targets are given, of another space, the
+    boundary is theirs, at s = 0. With ``times=TimePairs()``, any s, f is the consistency trajectory model, in one space.
 
     Args:
         boundary: what the boundary loss is multiplied by; not negative.
@@ -50,19 +52,21 @@ class ConsistencyLoss(Objective):
         """Return zero: with kappa = 0 nothing of the data is left."""
         return torch.zeros_like(x)
 
+    def known_between(self, x: Tensor, z_t: Tensor, z_r: Tensor, t: Tensor, r: Tensor, s: Tensor) -> Tensor:
+        """Return zero."""
+        return torch.zeros_like(x)
+
     def __call__(self, model: Model, latents: Tensor, targets: Tensor | None = None, **options: Any) -> LossOutput:
         """Return the loss of each row, boundary included; see `Objective.__call__`."""
         out = super().__call__(model, latents, targets, **options)
         if not self.boundary:
             return out
-        options |= {"t": torch.tensor(TIME_FLOOR), "s": torch.tensor(0.0)}
-        t, s = self._pair(latents, options["t"], options["s"], None)
         noise = options.get("noise")
         if noise is None:
-            noise = torch.randn(
-                latents.shape, generator=options.get("generator"), device=latents.device, dtype=latents.dtype
-            )
-        z_t, _ = self.schedule.perturb(latents, noise, t)
-        prediction, x = model(z_t, t, s, **(options.get("cond") or {})), latents if targets is None else targets
-        edge = in_full(prediction) - in_full(x)
+            draw = options.get("generator")
+            noise = torch.randn(latents.shape, generator=draw, device=latents.device, dtype=latents.dtype)
+        s = out.s if targets is None else torch.zeros_like(out.s)
+        z_u, _ = self.schedule.perturb(latents, noise, u := s.clamp(min=TIME_FLOOR))
+        x = self.schedule.perturb(latents, noise, s)[0] if targets is None else targets
+        edge = in_full(model(z_u, u, s, **(options.get("cond") or {}))) - in_full(x)
         return out._replace(loss=out.loss + self.boundary * self.penalty(edge))  # type: ignore[misc]

@@ -7,19 +7,24 @@ with everything but the prediction detached it becomes a target,
 $$y^* = \mathrm{sg}(f - R/m), \qquad \text{loss} = d(w(t, s) (f - y^*)).$$
 
 In the literal form the penalty is taken of w R itself and the gradient flows through a f alone.
+
+Integrated from r to t instead of differentiated, either identity reads f(z_t)/delta(t, s) = f(z_r)/delta(r, s) + K(r, t) on
+one path: the two-point form, y* = sg((b(r, s) f(z_r, r, s) + K(r, t))/b(t, s)), at the price of one more evaluation.
 """
 
 import abc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flowspace.derivatives import Derivative, SharedPrimal
-from flowspace.derivatives.route import wrapped
+from flowspace.derivatives.route import Draws, untouched, wrapped
 from flowspace.errors import InputError, TimeError
+from flowspace.guidance import Guidance
 from flowspace.penalties import Penalty, SquaredError
 from flowspace.schedules import LinearSchedule, Schedule, over_rows
 from flowspace.statistics import Coefficients, Statistic
@@ -41,6 +46,7 @@ class LossOutput(NamedTuple):
         z_t: the noisy state, of the latents' shape.
         t: the times, of shape ``(B,)``.
         s: the destinations, of shape ``(B,)``.
+        velocity: the velocity at z_t that the residual used: conditional, given, or guided; of the latents' shape.
     """
 
     loss: Tensor
@@ -50,6 +56,7 @@ class LossOutput(NamedTuple):
     z_t: Tensor
     t: Tensor
     s: Tensor
+    velocity: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +73,8 @@ class Objective(abc.ABC):
         literal: the paper's stop-gradient: penalty(w R), with gradient through a f alone.
         check: refuse a statistic that the objective cannot use; False trains it all the same.
         velocity: a callable ``(z_t, t, **cond)`` that replaces the conditional velocity, for distillation and estimates.
+        guidance: classifier-free guidance of the target, and the share of rows that lose their condition; in one space.
+        gap: None for the derivative; a share g in (0, 1] for the two-point form with r = t - g (t - s).
 
     Raises:
         InputError: if an argument is of the wrong kind.
@@ -81,6 +90,8 @@ class Objective(abc.ABC):
     literal: bool = False
     check: bool = True
     velocity: Callable[..., Tensor] | None = None
+    guidance: Guidance | None = None
+    gap: float | None = None
     coefficients: Coefficients = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -110,6 +121,12 @@ class Objective(abc.ABC):
         for name in ("weight", "velocity"):
             if (value := getattr(self, name)) is not None and not callable(value):
                 raise InputError(f"{name} = {value!r} came; {_EXAMPLES[name]}")
+        if self.guidance is not None and not isinstance(self.guidance, Guidance):
+            raise InputError(f"guidance = {self.guidance!r} came; {_EXAMPLES['guidance']}")
+        if self.gap is not None and not 0 < self.gap <= 1:
+            raise InputError(f"gap = {self.gap} came; {_EXAMPLES['gap']}")
+        if self.gap is not None and self.literal:
+            raise InputError("gap came with literal=True; the two-point form has a target only: write literal=False")
 
     @abc.abstractmethod
     def default_statistic(self) -> Statistic:
@@ -125,6 +142,38 @@ class Objective(abc.ABC):
     @abc.abstractmethod
     def known(self, x: Tensor, z_t: Tensor, v: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """Return the known part K of the residual, of the prediction's shape."""
+
+    @abc.abstractmethod
+    def known_between(self, x: Tensor, z_t: Tensor, z_r: Tensor, t: Tensor, r: Tensor, s: Tensor) -> Tensor:
+        """Return the integral of the known part from r to t along one path, of the prediction's shape."""
+
+    @cached_property
+    def outputs(self) -> Statistic:
+        """What the model returns, as `FlowMap` takes it; another than ``statistic`` where the model returns images."""
+        return self.statistic  # type: ignore[return-value]
+
+    def own_velocity(self, model: Model, z_t: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
+        """Return the velocity that the model itself predicts, from its value on the diagonal, without gradient."""
+        with torch.no_grad(), untouched():
+            prediction = model(z_t, t, t, **cond)
+        if prediction.shape != z_t.shape:
+            raise InputError(
+                f"the model returns shape {tuple(prediction.shape)} for latents of {tuple(z_t.shape)}, so it has no velocity of "
+                "its own to be guided by; guide at sampling: FlowMap.sample(..., guidance=...)"
+            )
+        return self.coefficients.diagonal_velocity(in_full(prediction), in_full(z_t), t)
+
+    def velocities(
+        self, model: Model, z_t: Tensor, v: Tensor, t: Tensor, s: Tensor, cond: dict[str, Any], dropped: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the velocity along which f is differentiated, and the one in the known part: given, guided, or v itself."""
+        if self.velocity is not None:
+            v = self.velocity(z_t, t, **cond).detach()
+            if v.shape != z_t.shape:
+                raise InputError(f"velocity returned shape {tuple(v.shape)} for states of shape {tuple(z_t.shape)}")
+        if self.guidance is not None and dropped is not None:
+            v = self.guidance.guided(v, lambda seen: self.own_velocity(model, z_t, t, seen), t, cond, dropped)
+        return v, v
 
     def __call__(
         self,
@@ -164,28 +213,65 @@ class Objective(abc.ABC):
         t, s = self._pair(latents, t, s, generator)
         if noise is None:
             noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
-        z_t, v = self.schedule.perturb(latents, noise, t)
-        if self.velocity is not None:
-            v = self.velocity(z_t, t, **cond).detach()
-            if v.shape != z_t.shape:
-                raise InputError(f"velocity returned shape {tuple(v.shape)} for states of shape {tuple(z_t.shape)}")
-        f, df = self._derive(model, z_t, v, t, s, cond)
-        f, df, x, v = (in_full(tensor) for tensor in (f, df, x, v))
-        known = self.known(x, z_t.to(v.dtype), v, t, s)
-        if f.shape != known.shape:
-            raise InputError(f"the model returned shape {tuple(f.shape)}, but the targets have {tuple(known.shape)}")
-        return self._output(f, df, known, z_t, t, s)
+        z_t, conditional = self.schedule.perturb(latents, noise, t)
+        dropped = None
+        if self.guidance is not None:
+            cond, dropped = self.guidance.begin(cond, t, s, generator)
+        tangent, v = self.velocities(model, z_t, conditional, t, s, cond, dropped)
+        x, v = in_full(x), in_full(v)
+        if self.gap is not None:
+            r = torch.where(s < t, t - self.gap * (t - s), t)
+            z_r = self.schedule.perturb(latents, noise, r)[0] + over_rows(t - r, v) * (conditional - v)
+            f, rest = self._two_points(model, x, z_t, z_r.to(z_t.dtype), v, (t, r, s), cond)
+        else:
+            f, rest = self._differentiated(model, x, z_t, v, tangent, t, s, cond)
+        return self._output(f, rest, z_t, v, t, s)
 
-    def _output(self, f: Tensor, df: Tensor, known: Tensor, z_t: Tensor, t: Tensor, s: Tensor) -> LossOutput:
+    def _differentiated(
+        self,
+        model: Model,
+        x: Tensor,
+        z_t: Tensor,
+        v: Tensor,
+        tangent: Tensor,
+        t: Tensor,
+        s: Tensor,
+        cond: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        """Return f and what the residual is without a f: b D_t f - K."""
+        f, df = (in_full(tensor) for tensor in self._derive(model, z_t, tangent, t, s, cond))
+        known = self.known(x, in_full(z_t), v, t, s)
+        _check_shape(f, known)
+        return f, over_rows(self.coefficients.derivative(t, s), f) * df - known
+
+    def _two_points(
+        self, model: Model, x: Tensor, z_t: Tensor, z_r: Tensor, v: Tensor, times: tuple[Tensor, Tensor, Tensor],
+        cond: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Return f and what the residual is without a f in the two-point form, where R = m (f - y*) off the diagonal."""
+        t, r, s = times
+        c, draws = self.coefficients, Draws(z_t.device)
+        f = in_full(model(z_t, t, s, **cond))
+        with torch.no_grad(), untouched():
+            earlier = in_full(draws.replay(lambda: model(z_r, r, s, **cond))())
+        between = self.known_between(x, in_full(z_t), in_full(z_r), t, r, s)
+        _check_shape(f, between)
+        a, b, before, m = (
+            over_rows(part, f) for part in (c.prediction(t, s), c.derivative(t, s), c.derivative(r, s), c.scale(t, s))
+        )
+        apart = over_rows(s < t, f)
+        target = (before * earlier + between) / torch.where(apart, b, 1.0)
+        return f, torch.where(apart, (m - a) * f.detach() - m * target, -self.known(x, in_full(z_t), v, t, s))
+
+    def _output(self, f: Tensor, rest: Tensor, z_t: Tensor, v: Tensor, t: Tensor, s: Tensor) -> LossOutput:
         c = self.coefficients
-        a, b, m = (over_rows(value(t, s), f) for value in (c.prediction, c.derivative, c.scale))
-        rest = b * df - known
+        a, m = (over_rows(value(t, s), f) for value in (c.prediction, c.scale))
         residual = (a * f.detach() + rest).detach()
         target = f.detach() - residual / m
         difference = a * f + rest if self.literal else f - target
         if self.weight is not None:
             difference = over_rows(torch.as_tensor(self.weight(t, s), device=f.device), f) * difference
-        return LossOutput(self.penalty(difference), f, target, residual, z_t, t, s)  # type: ignore[misc]
+        return LossOutput(self.penalty(difference), f, target, residual, z_t, t, s, v)  # type: ignore[misc]
 
     def _derive(
         self, model: Model, z_t: Tensor, v: Tensor, t: Tensor, s: Tensor, cond: dict[str, Any]
@@ -217,6 +303,8 @@ _EXAMPLES = {
     "penalty": "write for example SquaredError() or AbsoluteError()",
     "weight": "it is a function of (t, s), so write for example lambda t, s: 1 / t",
     "velocity": "it is a function (z_t, t, **cond) that returns a tensor like z_t",
+    "guidance": "write for example Guidance(null={'labels': 1000}, omega=2.0)",
+    "gap": "it is the share of t - s that the second point lies earlier, so write for example 0.1, or None for the derivative",
     "derivative": "a route is an object, so write for example SharedPrimal() or FiniteDifference()",
 }
 
@@ -224,6 +312,11 @@ _EXAMPLES = {
 def in_full(tensor: Tensor) -> Tensor:
     """Return a tensor in at least float32."""
     return tensor if tensor.dtype.itemsize >= 4 else tensor.float()
+
+
+def _check_shape(f: Tensor, known: Tensor) -> None:
+    if f.shape != known.shape:
+        raise InputError(f"the model returned shape {tuple(f.shape)}, but the targets have {tuple(known.shape)}")
 
 
 def _check_batch(latents: Tensor, targets: Tensor) -> None:

@@ -1,0 +1,91 @@
+"""Improved MeanFlow: a regression on the velocity, along the network's own velocity (Geng et al., arXiv 2512.02012)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowspace.derivatives.route import untouched
+from flowspace.errors import InputError
+from flowspace.objectives.engine import LossOutput, Model, in_full
+from flowspace.objectives.mean_flow import MeanFlowLoss
+from flowspace.penalties import Adaptive
+from flowspace.times import LogitNormalTimes, TimePairs
+
+__all__ = ["ImprovedMeanFlowLoss"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImprovedMeanFlowLoss(MeanFlowLoss):
+    """V = u + (t - s) sg(D_t u) is regressed on v: MeanFlow's target form, with D_t u along the network's own velocity.
+
+    The tangent is then a function of z_t alone, as it is for the exact u, and not of the noise that made z_t.
+
+    Args:
+        own_tangent: differentiate along the network's own velocity; False: along the one in the target, as
+            MeanFlow does.
+        head: the model returns a pair (u, v), v of an auxiliary head: it is regressed on the same velocity, its loss is
+            added, and it is the network's own velocity. Without, that is u(z_t, t, t). For sampling return u alone.
+    """
+
+    own_tangent: bool = True
+    head: bool = False
+
+    @classmethod
+    def published(cls, **changes: Any) -> "ImprovedMeanFlowLoss":
+        """Return it with the paper's numbers: logit-normal times (-0.4, 1), sorted, half on s = t, L / sg(L + 0.01), summed."""
+        settings = {"times": TimePairs(LogitNormalTimes(-0.4, 1.0)), "penalty": Adaptive()}
+        return cls(**(settings | changes))
+
+    def own_velocity(self, model: Model, z_t: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
+        """Return the auxiliary head's velocity, or the model's own on the diagonal."""
+        if not isinstance(model, _Trunk):
+            return super().own_velocity(model, z_t, t, cond)
+        with torch.no_grad(), untouched():
+            velocity = model(z_t, t, t, **cond)
+        return in_full(model.heads.pop() if self.head else velocity)
+
+    def to_velocity(self, output: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
+        """Return the velocity that an output of the model stands for: itself."""
+        return output
+
+    def velocities(
+        self, model: Model, z_t: Tensor, v: Tensor, t: Tensor, s: Tensor, cond: dict[str, Any], dropped: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the network's own velocity, under its condition, for the tangent, and the one to regress on."""
+        tangent, v = super().velocities(model, z_t, v, t, s, cond, dropped)
+        if self.own_tangent:
+            tangent = self.own_velocity(model, z_t, t, self.guidance.seen(t, cond) if self.guidance else cond)
+        return tangent, v
+
+    def __call__(self, model: Model, latents: Tensor, targets: Tensor | None = None, **options: Any) -> LossOutput:
+        """Return the loss of each row, that of the auxiliary head included; see `Objective.__call__`."""
+        trunk = _Trunk(model, self)
+        out = super().__call__(trunk, latents, targets, **options)
+        if not self.head:
+            return out
+        return out._replace(loss=out.loss + self.penalty(in_full(trunk.heads[0]) - out.velocity))  # type: ignore[misc]
+
+
+class _Trunk:
+    """The model as a function that returns the average velocity; what the auxiliary head returned is kept in ``heads``."""
+
+    def __init__(self, model: Model, objective: ImprovedMeanFlowLoss) -> None:
+        self.model, self.objective = model, objective
+        self.heads: list[Tensor] = []
+
+    def __call__(self, z_t: Tensor, t: Tensor, s: Tensor, **cond: Any) -> Tensor:
+        output: Any = self.model(z_t, t, s, **cond)
+        if self.objective.head:
+            output, head = _pair(output)
+            self.heads.append(self.objective.to_velocity(head, z_t, t))
+        return self.objective.to_velocity(output, z_t, t)
+
+
+def _pair(output: Any) -> tuple[Tensor, Tensor]:
+    if not (isinstance(output, tuple | list) and len(output) == 2):
+        raise InputError(
+            f"head=True came, but the model returned {type(output).__name__}; return (u, v), or write head=False"
+        )
+    return output[0], output[1]

@@ -1,0 +1,109 @@
+"""Trajectory matching: consistency mid-training on a teacher's Euler trajectory (Hu et al., arXiv 2509.24526)."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from flowspace.errors import InputError, TimeError
+from flowspace.objectives.engine import LossOutput, Model, in_full
+from flowspace.objectives.mean_flow import MeanFlowLoss
+from flowspace.schedules import over_rows
+from flowspace.solvers import Euler
+
+__all__ = ["TrajectoryMatchingLoss"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrajectoryMatchingLoss(MeanFlowLoss):
+    """f is regressed on what makes its step exact on a teacher's trajectory: (x_i - x_j)/(t_i - t_j) for the average velocity.
+
+    The labels of the model are the times of the points themselves, on the shifted grid on which the teacher was solved.
+
+    Args:
+        teacher: a callable ``(z_t, t, **cond)``, such as a flow-matching network at s = t, or `Guidance.apply` of one.
+        points: of the trajectory, from noise to data, both ends included; 16 in the reference.
+        pairs: how many of the pairs t_i > t_j are drawn for a batch; None takes all.
+        shift: k of the grid t' = k t / (1 + (k - 1) t), such as ``ShiftedTimes(dim).shift``; 1 leaves it even.
+    """
+
+    teacher: Callable[..., Tensor]
+    points: int = 16
+    pairs: int | None = None
+    shift: float = 1.0
+
+    def check_statistic(self) -> None:
+        """Refuse what is no teacher, too few points, more pairs than there are, and a shift that is not positive."""
+        if not callable(self.teacher):
+            raise InputError(
+                f"teacher = {self.teacher!r} came; it is a function (z_t, t, **cond) that returns a velocity"
+            )
+        if self.points < 2:
+            raise InputError(f"points = {self.points} came; a trajectory has at least 2")
+        if self.pairs is not None and not 1 <= self.pairs <= self.points * (self.points - 1) // 2:
+            raise InputError(
+                f"pairs = {self.pairs} came; {self.points} points make {self.points * (self.points - 1) // 2} pairs, so write "
+                "that many at most, or None for all"
+            )
+        if not self.shift > 0:
+            raise InputError(
+                f"shift = {self.shift} came; it stretches times, so write more than 0, as ShiftedTimes(dim).shift"
+            )
+
+    def grid(self, like: Tensor) -> Tensor:
+        """Return the times of the points, ``(points,)``, falling from 1 to 0."""
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        t = torch.linspace(1, 0, self.points, device=like.device, dtype=dtype)
+        return self.shift * t / (1 + (self.shift - 1) * t)
+
+    def __call__(self, model: Model, latents: Tensor, targets: Tensor | None = None, **options: Any) -> LossOutput:
+        """Return the loss of each pair of each row: every field has B rows for the first pair, then B for the next, ...
+
+        Args:
+            model: any callable ``model(z_t, t, s, **cond)``.
+            latents: of shape ``(B, *)``; only their shape, dtype and device count, since the teacher makes the path.
+            targets: accepted and ignored.
+            options: cond, noise and generator as for every objective; t and s are refused: the grid has them.
+        """
+        cond, noise, generator = (options.get(name) for name in ("cond", "noise", "generator"))
+        if options.get("t") is not None or options.get("s") is not None:
+            raise TimeError("t or s came; trajectory matching takes its times from the teacher's grid: leave them out")
+        if cond is not None and not isinstance(cond, Mapping):
+            raise InputError(
+                f"cond is {type(cond).__name__}; write a dict of the model's arguments, as in {{'labels': y}}"
+            )
+        cond = dict(cond or {})
+        if noise is None:
+            noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+        times = self.grid(noise)
+        path = Euler().path(lambda z, t: self.teacher(z, t, **cond), noise, times)
+        early, late = self._pairs(generator, noise.device)
+        rows, count = len(noise), len(early)
+        t, s = (times[index].repeat_interleave(rows) for index in (early, late))
+        z_t, z_s = (path[index].flatten(0, 1) for index in (early, late))
+        f = in_full(model(z_t, t, s, **_repeated(cond, rows, count)))
+        wanted = self.coefficients.prediction_of(in_full(z_t), in_full(z_s), t, s)
+        a, m = (over_rows(part(t, s), f) for part in (self.coefficients.prediction, self.coefficients.scale))
+        v = (in_full(z_t) - in_full(z_s)) / over_rows(t - s, z_t)
+        return self._output(f, (m - a) * f.detach() - m * wanted, z_t, v, t, s)
+
+    def _pairs(self, generator: torch.Generator | None, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the indices of the pairs' two points, the earlier on the path first."""
+        early, late = torch.triu_indices(self.points, self.points, 1, device=device)
+        if self.pairs is None:
+            return early, late
+        chosen = torch.randperm(len(early), generator=generator, device=device)[: self.pairs]
+        return early[chosen], late[chosen]
+
+
+def _repeated(cond: dict[str, Any], rows: int, count: int) -> dict[str, Any]:
+    """Repeat what belongs to the rows, once a pair."""
+
+    def one(leaf: Any) -> Any:
+        per_row = isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == rows
+        return leaf.repeat(count, *[1] * (leaf.ndim - 1)) if per_row else leaf
+
+    return pytree.tree_map(one, cond)
