@@ -8,6 +8,7 @@ and alpha^2 + beta^2 = 1 are examples.
 """
 
 import math
+from functools import cached_property
 from typing import Any
 
 import sympy
@@ -136,15 +137,20 @@ class Schedule:
             z_t: states of the same shape.
             t: times in (0, 1], of shape ``(B,)``.
         """
-        kept = self.beta_dot(t) / self.beta(t)
-        moved = self.beta(t) * self.signal_to_noise_dot(t)
+        kept, moved = (part(_as_times(t)) for part in self._velocity_parts)
         return over_rows(kept, z_t) * z_t + over_rows(moved, z_t) * latents
 
     def latents(self, velocity: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
         """Return the clean latents that a velocity at z_t points from: `velocity` solved for them; lambda'(t) < 0."""
-        kept = self.beta_dot(t) / self.beta(t)
-        moved = self.beta(t) * self.signal_to_noise_dot(t)
+        kept, moved = (part(_as_times(t)) for part in self._velocity_parts)
         return (velocity - over_rows(kept, z_t) * z_t) / over_rows(moved, z_t)
+
+    @cached_property
+    def _velocity_parts(self) -> tuple[TimeFunction, TimeFunction]:
+        """beta'/beta and beta lambda'."""
+        beta, slope = self._beta, self._ratio_dot
+        kept = combine(lambda d, b: d / b, (beta.dot, t), (beta, t), arity=1)
+        return kept, combine(lambda b, m: b * m, (beta, t), (slope, t), arity=1)
 
     def _check_ends(self) -> None:
         for name, function, ends in (("alpha", self._alpha, (1.0, 0.0)), ("beta", self._beta, (0.0, 1.0))):

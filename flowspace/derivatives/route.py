@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from flowspace.errors import InputError
 
-__all__ = ["Derivative", "Draws", "scatter", "uncompiled", "untouched", "wrapped"]
+__all__ = ["Derivative", "Draws", "scatter", "take", "uncompiled", "untouched", "wrapped"]
 
 
 class Derivative(abc.ABC):
@@ -86,7 +86,7 @@ class Derivative(abc.ABC):
             known = None if widened or value.dtype.itemsize < 4 else value.detach()
 
             def on(some: Tensor | None, mixed: bool) -> Tensor:
-                inputs, directions = _take((primals, tangents), some, len(value), widened)
+                inputs, directions = take((primals, tangents), some, len(value), widened)
                 here = known if known is None or some is None else known[some]
                 with untouched(mixed):
                     return self.derive(draws.replay(fn), inputs, directions, here, mixed)
@@ -231,7 +231,7 @@ def _full_precision(device: torch.device) -> Iterator[bool]:
         yield on
 
 
-def _take(tree: Any, chosen: Tensor | None, batch: int, widen: bool) -> Any:
+def take(tree: Any, chosen: Tensor | None, batch: int, widen: bool) -> Any:
     """Select rows of every tensor that has them, detached, in float32 where autocast was on."""
 
     def one(leaf: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowspace.derivatives.route import untouched
+from flowspace.derivatives.route import scatter, take, untouched, wrapped
 from flowspace.errors import InputError
 from flowspace.objectives.engine import LossOutput, Model, in_full
 from flowspace.objectives.mean_flow import MeanFlowLoss
@@ -56,8 +56,18 @@ class ImprovedMeanFlowLoss(MeanFlowLoss):
         """Return the network's own velocity, under its condition, for the tangent, and the one to regress on."""
         tangent, v = super().velocities(model, z_t, v, t, s, cond, dropped)
         if self.own_tangent:
-            tangent = self.own_velocity(model, z_t, t, self.guidance.seen(t, cond) if self.guidance else cond)
+            tangent = self._own_tangent(model, z_t, t, s, self.guidance.seen(t, cond) if self.guidance else cond)
         return tangent, v
+
+    def _own_tangent(self, model: Model, z_t: Tensor, t: Tensor, s: Tensor, cond: dict[str, Any]) -> Tensor:
+        """Return the network's own velocity where it is needed: on the diagonal f is not differentiated."""
+        if wrapped(s) or bool((s < t).all()):
+            return self.own_velocity(model, z_t, t, cond)
+        apart = (s < t).nonzero().squeeze(1)
+        if not len(apart):
+            return torch.zeros_like(z_t)
+        states, times, seen = take((z_t, t, cond), apart, len(z_t), False)
+        return scatter(self.own_velocity(model, states, times, seen), apart, z_t)
 
     def __call__(self, model: Model, latents: Tensor, targets: Tensor | None = None, **options: Any) -> LossOutput:
         """Return the loss of each row, that of the auxiliary head included; see `Objective.__call__`."""

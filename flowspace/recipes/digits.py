@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from flowspace.errors import InputError
 from flowspace.flow_map import FlowMap
-from flowspace.objectives import CrossFlowLoss, MeanFlowLoss, Objective
+from flowspace.objectives import CrossFlowLoss, FlowMatchingLoss, MeanFlowLoss, Objective
 from flowspace.penalties import AbsoluteError
 from flowspace.recipes.metrics import accuracy, diversity, frechet_distance
-from flowspace.recipes.networks import Autoencoder, FeatureClassifier, JudgeClassifier, SmallViT
+from flowspace.recipes.networks import Autoencoder, FeatureClassifier, JudgeClassifier, Patches, SmallViT
 from flowspace.recipes.report import grid, page, png, write_beside
+from flowspace.solvers import VelocityFlow
 from flowspace.training import LoopSettings, TensorBatches, seed_of, train
 
 __all__ = ["Settings", "load", "methods", "run"]
@@ -194,7 +195,7 @@ class World:
     """What every method is given: data, the frozen autoencoder, the latents, the perceptual distance."""
 
     data: Data
-    autoencoder: Autoencoder
+    autoencoder: Autoencoder | Patches
     latents: Tensor
     perceptual: Perceptual
 
@@ -210,12 +211,21 @@ class World:
 
 @dataclass(frozen=True)
 class Method:
-    """One way to train the ViT: an objective, whether it outputs pixels, and whether it sees only t = s = 1."""
+    """One way to train the ViT.
+
+    Attributes:
+        name: of the run's folder and the row of the table.
+        objective: the loss.
+        pixels: whether it maps latents to images; else latents to latents.
+        only_noise: whether it sees only t = s = 1.
+        renoise: how `FlowMap.sample` takes several steps; None is its default.
+    """
 
     name: str
     objective: Objective
     pixels: bool = True
     only_noise: bool = False
+    renoise: bool | None = None
 
     def train(self, world: World, settings: Settings, folder: Path | None) -> nn.Module:
         """Train the ViT of this method; methods that output images get the perceptual term."""
@@ -232,9 +242,11 @@ class Method:
                 s=one,
                 generator=generator,
             )
-            if not self.pixels or not settings.perceptual:
+            if not settings.perceptual or not (self.pixels or isinstance(world.autoencoder, Patches)):
                 return out.loss.mean()
-            return out.loss.mean() + settings.perceptual * world.perceptual(out.prediction, out.target).mean()
+            pair = (out.prediction, out.target)
+            first, second = pair if self.pixels else (world.autoencoder.decode(part) for part in pair)
+            return out.loss.mean() + settings.perceptual * world.perceptual(first, second).mean()
 
         batches = TensorBatches((world.latents, world.data.images, world.data.labels))
         context = depends_on(settings) | {"objective": repr(self.objective)}
@@ -243,13 +255,18 @@ class Method:
         )
 
     @torch.no_grad()
-    def sample(self, network: nn.Module, world: World, noise: Tensor, labels: Tensor) -> Tensor:
-        """Return images in one evaluation (and one of the decoder, for a method that outputs latents)."""
+    def sample(self, network: nn.Module, world: World, noise: Tensor, labels: Tensor, steps: int = 1) -> Tensor:
+        """Return images in that many evaluations (and one of the decoder, for a method that outputs latents)."""
         if self.only_noise:
             one = noise.new_ones(len(noise))
             return network(noise, one, one, labels=labels)
-        flow_map = FlowMap(network, self.objective.schedule, self.objective.statistic)  # type: ignore[arg-type]
-        out = flow_map.sample(noise, cond={"labels": labels})
+        cond = {"labels": labels}
+        flow_map = FlowMap(network, self.objective.schedule, self.objective.outputs)
+        if isinstance(self.objective, FlowMatchingLoss):
+            out = VelocityFlow(flow_map.velocity).sample(noise, cond=cond, steps=steps)
+        else:
+            encode = world.autoencoder.encode if self.pixels and steps > 1 else None
+            out = flow_map.sample(noise, cond=cond, steps=steps, encode=encode, renoise=self.renoise)
         return out if self.pixels else world.autoencoder.decode(out)
 
 
@@ -341,7 +358,9 @@ def prepare(data: Data, settings: Settings, folder: Path) -> tuple[World, Judge]
     return World(data, autoencoder, latents, Perceptual.of(features, data.images)), Judge(judge, data)
 
 
-def draw(method: Method | None, network: nn.Module | None, world: World, seed: int) -> tuple[Tensor, Tensor, float]:
+def draw(
+    method: Method | None, network: nn.Module | None, world: World, seed: int, steps: int = 1
+) -> tuple[Tensor, Tensor, float]:
     """Return judged samples, their labels and the milliseconds an image took; no method is the decoder on pure noise."""
     count = DRAWS * len(world.data.half(0)[0])
     labels = torch.arange(count) % CLASSES
@@ -352,7 +371,7 @@ def draw(method: Method | None, network: nn.Module | None, world: World, seed: i
         if method is None or network is None:
             images = world.autoencoder.decode(noise)
         else:
-            images = method.sample(network, world, noise, labels)
+            images = method.sample(network, world, noise, labels, steps)
     return images, labels, 1000 * (time.perf_counter() - start) / count
 
 

@@ -128,6 +128,22 @@ class SmallViT(nn.Module):
         return F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (self.side, self.side)), self.patch)
 
 
+class Patches(nn.Module):
+    """An autoencoder without loss and without weights: a square of pixels is a cell of its latent."""
+
+    def __init__(self, patch: int) -> None:
+        super().__init__()
+        self.patch = patch
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Map ``(B, 1, H, H)`` to ``(B, patch^2, H/patch, H/patch)``."""
+        return F.pixel_unshuffle(images, self.patch)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Map patches back to images."""
+        return F.pixel_shuffle(latents, self.patch)
+
+
 class JudgeClassifier(nn.Module):
     """A convolutional classifier that judges samples; `features` is its last hidden layer, ``(B, 64)``."""
 
