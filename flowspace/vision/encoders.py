@@ -1,0 +1,353 @@
+"""Frozen encoders: images in [-1, 1] become latents of mean 0 and spread 1, and back.
+
+`load_encoder` takes a name, a folder in diffusers' layout, or the file of VA-VAE. What an autoencoder's own pipeline does around
+it (scaling, patches, normalisation, the range of its input) is done here, so that every latent looks alike to the generator.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flowspace.errors import InputError, RunError
+
+__all__ = ["SOURCES", "LatentEncoder", "from_ldm", "load_encoder"]
+
+SMALLEST_SPREAD = 1e-6
+"""A latent channel that varies less than this over the data is constant; dividing by its spread would be noise."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where published weights are.
+
+    Attributes:
+        repository: on the Hugging Face hub.
+        files: what is needed of it; empty: a folder in diffusers' layout.
+        subfolder: of the repository.
+    """
+
+    repository: str
+    files: tuple[str, ...] = ()
+    subfolder: str = ""
+
+
+SOURCES = {
+    "va-vae": Source(
+        "hustvl/vavae-imagenet256-f16d32-dinov2", ("vavae-imagenet256-f16d32-dinov2.pt", "latents_stats.pt")
+    ),
+    "sd-vae": Source("stabilityai/sd-vae-ft-ema"),
+    "sd3-vae": Source("stabilityai/stable-diffusion-3-medium-diffusers", subfolder="vae"),
+    "flux2": Source("black-forest-labs/FLUX.2-dev", subfolder="vae"),
+    "rae-dinov2": Source("nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08"),
+    "dc-ae": Source("mit-han-lab/dc-ae-f32c32-in-1.0-diffusers"),
+}
+"""Published autoencoders by name. SD-VAE has 4 latent channels; the paper's row of 16 is SD3's."""
+
+
+class LatentEncoder(nn.Module):
+    """A frozen autoencoder in eval mode, with the normalisation of its latents.
+
+    Args:
+        autoencoder: one of diffusers' autoencoders.
+        mean: per channel of the latent, or None where the autoencoder says itself.
+        std: likewise.
+        sample: draw from the posterior; False takes its mean.
+
+    Attributes:
+        mean: ``(C, 1, 1)``, subtracted from latents.
+        std: ``(C, 1, 1)``, by which they are divided.
+        known: whether mean and std are known; if not, `fit` estimates them.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, autoencoder: nn.Module, mean: Tensor | None = None, std: Tensor | None = None, sample: bool = False
+    ) -> None:
+        super().__init__()
+        self.autoencoder, self.sample = autoencoder, sample
+        self.patch = _patch(autoencoder)
+        found = (mean, std) if mean is not None and std is not None else _own_statistics(autoencoder)
+        self.known = found is not None
+        for name, value in zip(("mean", "std"), found or (torch.zeros(1), torch.ones(1)), strict=True):
+            self.register_buffer(name, value.float().reshape(-1, 1, 1))
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "LatentEncoder":
+        """Stay in eval mode: the encoder is frozen."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Return latents ``(B, C, h, w)`` in float32 of images ``(B, 3, H, W)`` in [-1, 1].
+
+        Raises:
+            InputError: if images leave [-1, 1], or the latents' statistics are not known yet.
+        """
+        if not self.known:
+            raise InputError(
+                "the mean and spread of the latents are not known; call fit(batches of images) once, or give them"
+            )
+        return (self._raw(images, generator) - self.mean) / self.std
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return images of latents, by the autoencoder's own decoder."""
+        raw = latents * self.std + self.mean
+        if self.patch > 1:
+            raw = F.pixel_shuffle(raw, self.patch)
+        images = self.autoencoder.decode(raw.to(_dtype(self.autoencoder))).sample.float()  # type: ignore[operator]
+        return images * 2 - 1 if _from_zero(self.autoencoder) else images
+
+    @torch.no_grad()
+    def fit(self, batches: Iterable[Tensor]) -> "LatentEncoder":
+        """Estimate the mean and spread of each channel from batches of images; returns itself.
+
+        Raises:
+            InputError: if there are no images, or a channel is constant.
+        """
+        count, total, squares = 0, torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        for images in batches:
+            flat = self._raw(images, None).transpose(0, 1).flatten(1).double()
+            count += flat.shape[1]
+            total, squares = total + flat.sum(1).cpu(), squares + flat.square().sum(1).cpu()
+        if not count:
+            raise InputError("no images came; fit() takes batches (B, 3, H, W) in [-1, 1]")
+        mean = total / count
+        std = (squares / count - mean.square()).clamp(min=0).sqrt()
+        if bool((std < SMALLEST_SPREAD).any()):
+            raise InputError(
+                f"channel {int(std.argmin())} of the latents is constant over {count} cells; give other images"
+            )
+        self.set_statistics(mean, std)
+        return self
+
+    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Take these as the mean and spread of each channel."""
+        self.mean = mean.to(self.mean.device).float().reshape(-1, 1, 1)
+        self.std = std.to(self.std.device).float().reshape(-1, 1, 1)
+        self.known = True
+
+    def _raw(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+        low, high = float(images.min()), float(images.max())
+        if low < -1.01 or high > 1.01:
+            raise InputError(f"images between {low:.3g} and {high:.3g} came; the encoder takes [-1, 1]")
+        given = (images + 1) / 2 if _from_zero(self.autoencoder) else images
+        out: Any = self.autoencoder.encode(given.to(_dtype(self.autoencoder)))  # type: ignore[operator]
+        if hasattr(out, "latent_dist"):
+            latents = out.latent_dist.sample(generator) if self.sample else out.latent_dist.mode()
+        else:
+            latents = out.latent
+        return (F.pixel_unshuffle(latents, self.patch) if self.patch > 1 else latents).float()
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
+
+
+def _kind(autoencoder: nn.Module) -> str:
+    return type(autoencoder).__name__
+
+
+def _from_zero(autoencoder: nn.Module) -> bool:
+    """Whether it takes images in [0, 1], as RAE does."""
+    return _kind(autoencoder) == "AutoencoderRAE"
+
+
+def _patch(autoencoder: nn.Module) -> int:
+    """FLUX.2's pipeline packs 2 x 2 cells into one: 128 channels at a sixteenth of the size."""
+    return autoencoder.config.patch_size[0] if _kind(autoencoder) == "AutoencoderKLFlux2" else 1  # type: ignore[union-attr, index]
+
+
+def _own_statistics(autoencoder: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Return the mean and spread that the autoencoder brings: of its batch norm, its config, or its scaling factor."""
+    config: Any = autoencoder.config
+    if _kind(autoencoder) == "AutoencoderKLFlux2":
+        norm: Any = autoencoder.bn
+        return norm.running_mean, (norm.running_var + config.batch_norm_eps).sqrt()
+    if _kind(autoencoder) == "AutoencoderRAE":
+        return torch.zeros(1), torch.ones(1)  # its encode() normalises
+    mean, std = (config.get(name) for name in ("latents_mean", "latents_std"))
+    if mean is not None and std is not None:
+        return torch.tensor(mean), torch.tensor(std)
+    scale = config.get("scaling_factor")
+    if scale is None or scale == 1:
+        return None
+    return torch.tensor([config.get("shift_factor") or 0.0]), torch.tensor([1 / scale])
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def load_encoder(
+    name_or_path: str | Path, *, sample: bool = False, dtype: torch.dtype = torch.float32, weights: Path | None = None
+) -> LatentEncoder:
+    """Load a frozen encoder.
+
+    Args:
+        name_or_path: a name of `SOURCES`; a folder in diffusers' layout; or VA-VAE's ``.pt``, beside its ``latents_stats.pt``.
+        sample: draw from the posterior; False takes its mean.
+        dtype: of the autoencoder; latents are float32.
+        weights: the folder that holds ``NAME/`` for names; by default the hub's cache is asked, never the network.
+
+    Raises:
+        RunError: if weights are missing; it names the file, where it goes and the command that fetches it.
+    """
+    path = Path(name_or_path)
+    if str(name_or_path) in SOURCES:
+        path = _find(str(name_or_path), weights)
+    if path.is_dir() and not (path / "config.json").exists():
+        path = next(iter(sorted(path.glob("*vavae*.pt"))), path)
+    if path.is_dir():
+        autoencoder, statistics = _from_folder(path), None
+    elif path.is_file():
+        autoencoder, statistics = from_ldm(_tensors(path)), _statistics_beside(path)
+    else:
+        raise RunError(f"{name_or_path} is neither a folder, a file nor one of {', '.join(SOURCES)}")
+    mean, std = statistics or (None, None)
+    return LatentEncoder(autoencoder.to(dtype), mean, std, sample)
+
+
+def _find(name: str, weights: Path | None) -> Path:
+    source = SOURCES[name]
+    if weights is not None:
+        place = weights / name
+        missing = [file for file in source.files or ("config.json",) if not (place / file).exists()]
+        if not missing:
+            return place
+        raise RunError(f"{place / missing[0]} is missing; {_fetch(name, place)}")
+    try:
+        from huggingface_hub import snapshot_download
+
+        wanted = list(source.files) or [f"{source.subfolder}/*" if source.subfolder else "*"]
+        found = (
+            Path(snapshot_download(source.repository, allow_patterns=wanted, local_files_only=True)) / source.subfolder
+        )
+    except (ImportError, OSError, ValueError) as error:
+        raise RunError(f"the weights of {name} are not on this machine; {_fetch(name, None)}") from error
+    missing = [file for file in source.files or ("config.json",) if not (found / file).exists()]
+    if missing:
+        raise RunError(f"{found / missing[0]} is missing; {_fetch(name, None)}")
+    return found
+
+
+def _fetch(name: str, place: Path | None) -> str:
+    source = SOURCES[name]
+    what = " ".join(source.files) or (f'--include "{source.subfolder}/*"' if source.subfolder else "")
+    where = "into the hub's cache" if place is None else f"into {place}"
+    command = f"hf download {source.repository} {what}".strip() + ("" if place is None else f" --local-dir {place}")
+    return f"fetch it {where} with: {command}"
+
+
+def _from_folder(path: Path) -> nn.Module:
+    import json
+
+    import diffusers
+
+    try:
+        name = json.loads((path / "config.json").read_text())["_class_name"]
+        return getattr(diffusers, name).from_pretrained(path, local_files_only=True)
+    except (OSError, KeyError, ValueError, AttributeError) as error:
+        raise RunError(f"{path} holds no autoencoder that diffusers can load: {error}") from error
+
+
+def _tensors(path: Path) -> Mapping[str, Tensor]:
+    """Read a checkpoint, without unpickling anything but tensors."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise RunError(f"{path} cannot be read as weights: {error}") from error
+    return loaded.get("state_dict", loaded)
+
+
+def _statistics_beside(path: Path) -> tuple[Tensor, Tensor] | None:
+    beside = path.with_name("latents_stats.pt")
+    if not beside.exists():
+        return None
+    found = _tensors(beside)
+    return found["mean"], found["std"]
+
+
+KEPT = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+RENAMED = (
+    (r"^(encoder)\.down\.(\d+)\.block\.(\d+)\.", r"\1.down_blocks.\2.resnets.\3."),
+    (r"^(encoder)\.down\.(\d+)\.attn\.(\d+)\.", r"\1.down_blocks.\2.attentions.\3."),
+    (r"^(encoder)\.down\.(\d+)\.downsample\.", r"\1.down_blocks.\2.downsamplers.0."),
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+    (r"\.norm_out\.", ".conv_norm_out."),
+)
+IN_ATTENTION = (
+    (".norm.", ".group_norm."),
+    (".q.", ".to_q."),
+    (".k.", ".to_k."),
+    (".v.", ".to_v."),
+    (".proj_out.", ".to_out.0."),
+)
+ATTENTION = "Attn"
+
+
+def from_ldm(tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Build diffusers' AutoencoderKL from weights in the layout of latent diffusion, such as VA-VAE's.
+
+    Widths, blocks and attention are read off the tensors; other tensors (losses, foundation models) are left out.
+
+    Raises:
+        RunError: if names or shapes do not make an autoencoder.
+    """
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    tensors = {name: value for name, value in tensors.items() if name.startswith(KEPT)}
+    levels = {int(found[1]) for name in tensors if (found := re.match(r"encoder\.down\.(\d+)\.", name))}
+    if not levels:
+        raise RunError("the file holds no encoder.down.*: not an autoencoder in the layout of latent diffusion")
+    count = len(levels)
+    attends = [any(name.startswith(f"encoder.down.{i}.attn.") for name in tensors) for i in range(count)]
+    widths = tuple(tensors[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(count))
+    blocks = len({name.split(".")[4] for name in tensors if name.startswith("encoder.down.0.block.")})
+    settings: dict[str, Any] = {
+        "down_block_types": tuple(f"{ATTENTION * attend}DownEncoderBlock2D" for attend in attends),
+        "up_block_types": tuple(f"{ATTENTION * attend}UpDecoderBlock2D" for attend in reversed(attends)),
+        "block_out_channels": widths,
+        "layers_per_block": blocks,
+        "latent_channels": tensors["quant_conv.weight"].shape[0] // 2,
+        "norm_num_groups": min(32, widths[0]),
+        "sample_size": 256,
+        "scaling_factor": 1.0,
+        "force_upcast": False,
+    }
+    network = AutoencoderKL(**settings)
+    renamed = dict(_renamed(name, value, count) for name, value in tensors.items())
+    try:
+        network.load_state_dict(renamed)
+    except RuntimeError as error:
+        raise RunError(f"the file is not an autoencoder in the layout of latent diffusion: {error}") from error
+    return network
+
+
+def _renamed(name: str, value: Tensor, levels: int) -> tuple[str, Tensor]:
+    """Return the name in diffusers' layout, and the value: attention's 1 x 1 convolutions are linear layers there."""
+    if found := re.match(r"decoder\.up\.(\d+)\.", name):
+        rest = name[found.end() :].replace("block.", "resnets.", 1).replace("attn.", "attentions.", 1)
+        rest = rest.replace("upsample.", "upsamplers.0.", 1)
+        name = f"decoder.up_blocks.{levels - 1 - int(found[1])}.{rest}"
+    for pattern, replacement in RENAMED:
+        name = re.sub(pattern, replacement, name)
+    if ".attentions." in name:
+        for old, new in IN_ATTENTION:
+            name = name.replace(old, new)
+        value = value.flatten(1) if value.ndim == 4 else value
+    return name, value

@@ -1,0 +1,242 @@
+"""The generator: a vision transformer from a noisy latent grid to pixels in one evaluation.
+
+Each cell of the latent is a token and becomes a square of pixels. Before the cells stand context tokens: a few learned ones for
+the class and a few that carry the time. Blocks are pre-norm: RMS norm, attention with normalised queries and keys and rotary
+positions on the cells, and an MLP; no linear layer in them has a bias, so that a block of width d holds 12 d^2 numbers
+(CrossFlow, arXiv 2606.19970: 95, 315 and 461 million parameters).
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from timm.layers.mlp import Mlp, SwiGLU
+from timm.layers.norm import RmsNorm
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from flowspace.errors import InputError
+
+__all__ = ["PRESETS", "CrossFlowGenerator"]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "crossflow-b": {"depth": 12, "width": 768, "heads": 12},
+    "crossflow-l": {"depth": 24, "width": 1024, "heads": 16},
+    "crossflow-xl": {"depth": 28, "width": 1152, "heads": 16},
+}
+"""Depth, width and heads of the paper's three sizes."""
+
+CONDITIONS: dict[str, tuple[str, ...]] = {"s": ("s",), "t,s": ("t", "s"), "t-s": ("t-s",)}
+FREQUENCIES = 128
+"""Sines and cosines of a time: as many of each."""
+
+SLOWEST = 1e4
+"""The slowest wave of rotary positions has this period over 2 pi, in cells; the usual one."""
+
+
+class CrossFlowGenerator(ModelMixin, ConfigMixin):
+    """Maps latents ``(B, channels, grid, grid)`` to images ``(B, outputs, grid patch, grid patch)``.
+
+    Args:
+        channels: of the latent; 32 for VA-VAE.
+        grid: cells a side that positions are learned for; rotary positions follow other sizes too.
+        patch: pixels a side of one cell.
+        outputs: channels of the image.
+        classes: labels run from 0 to classes - 1; label ``classes`` is the null class of guidance. 0: unconditional.
+        depth: blocks.
+        width: of the tokens; a multiple of 4 heads.
+        heads: of the attention.
+        mlp: ``"swiglu"`` (hidden size 8/3 of the width) or ``"gelu"`` (4 times).
+        condition: which times the network sees: ``"s"`` (the paper's), ``"t,s"`` or ``"t-s"``.
+        class_tokens: learned tokens for each class.
+        time_tokens: tokens that carry the time.
+
+    Raises:
+        InputError: if sizes do not fit together.
+    """
+
+    config_name = "config.json"
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]  # noqa: RUF012  # diffusers' name and type
+
+    @register_to_config
+    def __init__(
+        self,
+        channels: int = 32,
+        grid: int = 16,
+        patch: int = 16,
+        outputs: int = 3,
+        classes: int = 1000,
+        depth: int = 12,
+        width: int = 768,
+        heads: int = 12,
+        mlp: str = "swiglu",
+        condition: str = "s",
+        class_tokens: int = 12,
+        time_tokens: int = 4,
+    ) -> None:
+        super().__init__()
+        if condition not in CONDITIONS:
+            raise InputError(f"condition = {condition!r} came; write one of {', '.join(map(repr, CONDITIONS))}")
+        if width % (4 * heads):
+            raise InputError(
+                f"width = {width}, heads = {heads} came; rotary positions need a width that is a multiple of 4 heads"
+            )
+        self.gradient_checkpointing = False
+        self.embed = nn.Linear(channels, width, bias=False)
+        self.position = nn.Parameter(0.02 * torch.randn(1, grid * grid, width))
+        self.label = nn.Embedding(classes + 1, class_tokens * width) if classes else None
+        self.time_token = nn.Parameter(0.02 * torch.randn(1, time_tokens, width))
+        self.times = nn.ModuleDict(
+            {name.replace("-", "_minus_"): TimeEmbedding(width) for name in CONDITIONS[condition]}
+        )
+        self.blocks = nn.ModuleList(Block(width, heads, mlp) for _ in range(depth))
+        self.norm = RmsNorm(width)
+        self.head = nn.Linear(width, outputs * patch * patch, bias=False)
+        self.rotary = RotaryGrid(width // heads)
+        self._initialise()
+
+    @classmethod
+    def from_preset(cls, name: str, **changes: Any) -> "CrossFlowGenerator":
+        """Build one of the paper's sizes: ``crossflow-b``, ``crossflow-l``, ``crossflow-xl``.
+
+        Raises:
+            InputError: if there is no preset of that name.
+        """
+        if name not in PRESETS:
+            raise InputError(f"preset {name!r} came; write one of {', '.join(PRESETS)}")
+        return cls(**(PRESETS[name] | changes))
+
+    def forward(self, latents: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return images for latents ``(B, channels, h, w)``, times ``(B,)`` in [0, 1] and labels ``(B,)``.
+
+        Raises:
+            InputError: if the latents' channels, the labels or the grid do not fit.
+        """
+        batch, channels, height, width = latents.shape
+        self._check(channels, height * width, labels)
+        x = self.embed(latents.flatten(2).transpose(1, 2)) + self.position
+        context = self._context(t, s, labels)
+        x = torch.cat([context, x], 1)
+        turn = self.rotary(height, width, x.device)
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, *turn, use_reentrant=False)
+            else:
+                x = block(x, *turn)
+        x = self.head(self.norm(x[:, context.shape[1] :]))
+        return F.pixel_shuffle(x.transpose(1, 2).reshape(batch, -1, height, width), self.config["patch"])
+
+    def _context(self, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+        values = {"s": s, "t": t, "t_minus_s": t - s}
+        found = sum(embed(values[name]) for name, embed in self.times.items())
+        tokens = self.time_token + found[:, None]  # type: ignore[index]
+        if self.label is None or labels is None:
+            return tokens
+        classes = self.label(labels).unflatten(1, (-1, tokens.shape[2]))
+        return torch.cat([classes, tokens.to(classes.dtype)], 1)
+
+    def _check(self, channels: int, cells: int, labels: Tensor | None) -> None:
+        c = self.config
+        if channels != c["channels"] or cells != c["grid"] ** 2:
+            raise InputError(
+                f"a latent of {channels} channels and {cells} cells came; this generator takes {c['channels']} channels on "
+                f"{c['grid']} x {c['grid']}"
+            )
+        if (self.label is None) != (labels is None):
+            raise InputError(
+                "labels came for a generator without classes"
+                if self.label is None
+                else f"no labels came; write labels= with classes from 0 to {c['classes'] - 1}, or {c['classes']} for none"
+            )
+
+    def _initialise(self) -> None:
+        """Small linear layers, and a head of zeros, so that training begins at the grey image."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=min(0.02, 1 / math.sqrt(module.in_features)))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        if self.label is not None:
+            nn.init.normal_(self.label.weight, std=0.02)
+        nn.init.zeros_(self.head.weight)
+
+
+class TimeEmbedding(nn.Module):
+    """Sines and cosines of a time, then a small MLP."""
+
+    def __init__(self, width: int, hidden: int = 256) -> None:
+        super().__init__()
+        self.first = nn.Linear(2 * FREQUENCIES, hidden, bias=False)
+        self.second = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, time: Tensor) -> Tensor:
+        """Map ``(B,)`` to ``(B, width)``; periods from 10 down to 1/16, formed in float32."""
+        rates = torch.logspace(math.log10(0.2 * math.pi), math.log10(32 * math.pi), FREQUENCIES, device=time.device)
+        angle = time.float()[:, None] * rates
+        waves = torch.cat([angle.cos(), angle.sin()], 1).to(self.first.weight.dtype)
+        return self.second(F.silu(self.first(waves)))
+
+
+class RotaryGrid(nn.Module):
+    """Rotary positions of the cells of a grid, in real arithmetic: half of a head for rows, half for columns."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines ``(height width, size)``; pairs (i, i + size/2) turn together."""
+        quarter = self.size // 4
+        rates = SLOWEST ** (-torch.arange(quarter, device=device) / quarter)
+        row, column = (torch.arange(n, device=device)[:, None] * rates for n in (height, width))
+        angle = torch.cat([row.repeat_interleave(width, 0), column.repeat(height, 1)], 1)
+        return torch.cat([angle.cos()] * 2, 1), torch.cat([angle.sin()] * 2, 1)
+
+
+class Block(nn.Module):
+    """Attention and an MLP, each after an RMS norm and added to its input."""
+
+    def __init__(self, width: int, heads: int, mlp: str) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = RmsNorm(width), RmsNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_norm, self.k_norm = RmsNorm(width // heads), RmsNorm(width // heads)
+        self.proj = nn.Linear(width, width, bias=False)
+        if mlp not in MLPS:
+            raise InputError(f"mlp = {mlp!r} came; write 'swiglu' or 'gelu'")
+        self.mlp = MLPS[mlp](width)
+
+    def forward(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        """Map tokens ``(B, context + cells, width)`` to tokens."""
+        x = x + self._attention(self.norm1(x), cosine, sine)
+        return x + self.mlp(self.norm2(x))
+
+    def _attention(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = (_turned(norm(part), cosine, sine).to(v.dtype) for norm, part in ((self.q_norm, q), (self.k_norm, k)))
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def _swiglu(width: int) -> nn.Module:
+    hidden = 8 * round(width / 3)
+    return SwiGLU(width, hidden, bias=False)
+
+
+def _gelu(width: int) -> nn.Module:
+    return Mlp(width, 4 * width, bias=False)
+
+
+MLPS = {"swiglu": _swiglu, "gelu": _gelu}
+
+
+def _turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Turn the cells, which come last; context tokens stay as they are."""
+    before = x.shape[2] - len(cosine)
+    context, cells = x[:, :, :before], x[:, :, before:]
+    first, second = cells.chunk(2, -1)
+    return torch.cat([context, cells * cosine + torch.cat([-second, first], -1) * sine], 2)

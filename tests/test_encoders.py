@@ -1,0 +1,192 @@
+"""Frozen encoders: layouts, normalisation, ranges, and what is said where weights are missing."""
+
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2
+
+from flowspace import InputError, RunError
+from flowspace.vision.encoders import SOURCES, LatentEncoder, _renamed, from_ldm, load_encoder
+
+
+def images(rows=4, side=32, seed=0):
+    return torch.rand(rows, 3, side, side, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def va_vae_like(widths=(8, 8, 16), latent=4, **changes):
+    torch.manual_seed(0)
+    count = len(widths)
+    settings = {
+        "down_block_types": ("DownEncoderBlock2D",) * (count - 1) + ("AttnDownEncoderBlock2D",),
+        "up_block_types": ("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * (count - 1),
+        "block_out_channels": widths, "layers_per_block": 2, "latent_channels": latent, "norm_num_groups": min(32, widths[0]),
+        "scaling_factor": 1.0, "force_upcast": False,
+    }  # fmt: skip
+    return AutoencoderKL(**(settings | changes))
+
+
+def in_ldm_layout(network):
+    """The names of the reference, written from its modules: an inverse made by hand, not from the map under test."""
+    count, found = len(network.config.block_out_channels), {}
+    for name, value in network.state_dict().items():
+        parts = name.split(".")
+        if parts[0] in ("encoder", "decoder") and parts[1] in ("down_blocks", "up_blocks"):
+            level = int(parts[2]) if parts[1] == "down_blocks" else count - 1 - int(parts[2])
+            kind = {"resnets": "block", "attentions": "attn", "downsamplers": "downsample", "upsamplers": "upsample"}[
+                parts[3]
+            ]
+            middle = [kind] if "sample" in kind else [kind, parts[4]]
+            parts = [parts[0], {"down_blocks": "down", "up_blocks": "up"}[parts[1]], str(level), *middle, *parts[5:]]
+        elif parts[1] == "mid_block":
+            inner = f"block_{int(parts[3]) + 1}" if parts[2] == "resnets" else "attn_1"
+            parts = [parts[0], "mid", inner, *parts[4:]]
+        old = ".".join(parts)
+        for new, plain in (("conv_shortcut", "nin_shortcut"), ("conv_norm_out", "norm_out")):
+            old = old.replace(new, plain)
+        if ".attn" in old:
+            for new, plain in (
+                ("group_norm", "norm"),
+                ("to_q", "q"),
+                ("to_k", "k"),
+                ("to_v", "v"),
+                ("to_out.0", "proj_out"),
+            ):
+                old = old.replace(f".{new}.", f".{plain}.")
+            value = value[..., None, None] if value.ndim == 2 else value
+        found[old] = value
+    return found
+
+
+def test_va_vaes_layout_has_the_references_size_and_every_name_has_its_place():
+    with torch.device("meta"):
+        network = va_vae_like((128, 128, 256, 256, 512), 32)
+    assert sum(p.numel() for p in network.parameters()) == 69_836_067
+    old = in_ldm_layout(network)
+    assert len(old) == 342 and any("down.4.attn.1.q" in name for name in old)
+    wanted = {name: value.shape for name, value in network.state_dict().items()}
+    assert {(r := _renamed(name, value, 5))[0]: r[1].shape for name, value in old.items()} == wanted
+
+
+def test_weights_in_the_references_layout_load_strictly_and_other_tensors_are_left_out(tmp_path):
+    network = va_vae_like()
+    extra = {
+        "loss.discriminator.weight": torch.zeros(3),
+        "foundation_model.x": torch.zeros(2),
+        "linear_proj.weight": torch.zeros(1),
+    }
+    torch.save({"state_dict": in_ldm_layout(network) | extra}, tmp_path / "vavae-small.pt")
+    torch.save(
+        {"mean": torch.full((1, 4, 1, 1), 0.3), "std": torch.full((1, 4, 1, 1), 2.0)}, tmp_path / "latents_stats.pt"
+    )
+    encoder = load_encoder(tmp_path / "vavae-small.pt")
+    x = images()
+    raw = network.eval().encode(x).latent_dist.mode()
+    torch.testing.assert_close(encoder.encode(x), (raw - 0.3) / 2, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(encoder.decode(encoder.encode(x)), network.decode(raw).sample, rtol=1e-4, atol=1e-5)
+    assert torch.equal(load_encoder(tmp_path).encode(x), encoder.encode(x))
+
+
+def test_an_autoencoder_without_statistics_asks_for_them_and_fitted_latents_are_standard(tmp_path):
+    va_vae_like().save_pretrained(tmp_path)
+    encoder = load_encoder(tmp_path)
+    with pytest.raises(InputError, match="call fit"):
+        encoder.encode(images())
+    batches = [images(8, seed=seed) for seed in range(3)]
+    encoder.fit(batches)
+    latents = torch.cat([encoder.encode(batch) for batch in batches]).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(latents.mean(1), torch.zeros(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(latents.std(1), torch.ones(4), atol=1e-3, rtol=0)
+    again = LatentEncoder(encoder.autoencoder)
+    again.set_statistics(encoder.mean.flatten(), encoder.std.flatten())
+    assert torch.equal(again.encode(batches[0]), encoder.encode(batches[0]))
+    with pytest.raises(InputError, match="no images"):
+        encoder.fit([])
+
+
+def test_scaling_factor_shift_and_latent_statistics_of_a_config_are_applied():
+    x = images()
+    network = va_vae_like(scaling_factor=0.18215)
+    torch.testing.assert_close(LatentEncoder(network).encode(x), 0.18215 * network.encode(x).latent_dist.mode())
+    network = va_vae_like(scaling_factor=1.5305, shift_factor=0.0609)
+    torch.testing.assert_close(
+        LatentEncoder(network).encode(x), 1.5305 * (network.encode(x).latent_dist.mode() - 0.0609)
+    )
+    network = va_vae_like(latents_mean=(1.0, 2.0, 3.0, 4.0), latents_std=(2.0,) * 4)
+    wanted = (network.encode(x).latent_dist.mode() - torch.tensor([1.0, 2.0, 3.0, 4.0]).reshape(-1, 1, 1)) / 2
+    torch.testing.assert_close(LatentEncoder(network).encode(x), wanted)
+
+
+def test_flux_latents_are_packed_and_normalised_by_its_batch_norm():
+    torch.manual_seed(0)
+    network = AutoencoderKLFlux2(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=8, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2).eval()  # fmt: skip
+    network.bn.running_mean.normal_()
+    network.bn.running_var.uniform_(0.5, 2)
+    encoder, x = LatentEncoder(network), images()
+    raw = network.encode(x).latent_dist.mode()
+    b, c, h, w = raw.shape
+    packed = raw.view(b, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(b, 4 * c, h // 2, w // 2)
+    torch.testing.assert_close(encoder.encode(x), network.bn(packed), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(encoder.decode(encoder.encode(x)), network.decode(raw).sample, rtol=1e-3, atol=1e-4)
+
+
+def test_a_deep_compression_autoencoder_loads_from_its_folder(tmp_path):
+    AutoencoderDC(latent_channels=4, encoder_block_out_channels=(8, 16), decoder_block_out_channels=(8, 16),
+        encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1), encoder_qkv_multiscales=((), ()),
+        decoder_qkv_multiscales=((), ()), attention_head_dim=8, scaling_factor=0.5).save_pretrained(tmp_path)  # fmt: skip
+    encoder = load_encoder(tmp_path)
+    assert encoder.encode(images()).shape[:2] == (4, 4) and encoder.known
+
+
+def test_it_is_frozen_stays_in_eval_mode_and_samples_only_where_asked():
+    encoder = LatentEncoder(va_vae_like(scaling_factor=0.5))
+    encoder.train()
+    assert not encoder.autoencoder.training and not any(p.requires_grad for p in encoder.parameters())
+    x = images()
+    assert torch.equal(encoder.encode(x), encoder.encode(x))
+    noisy = LatentEncoder(encoder.autoencoder, sample=True)
+    draws = [noisy.encode(x, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+def test_half_precision_gives_latents_in_float32(tmp_path):
+    va_vae_like(scaling_factor=0.5).save_pretrained(tmp_path)
+    half, full = (load_encoder(tmp_path, dtype=dtype).encode(images()) for dtype in (torch.bfloat16, torch.float32))
+    assert half.dtype == torch.float32
+    assert (half - full).norm() < 0.03 * full.norm()
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_missing_weights_are_named_with_their_place_and_the_command_that_fetches_them(name, tmp_path, monkeypatch):
+    with pytest.raises(RunError, match=re.escape(f"--local-dir {tmp_path / name}")) as error:
+        load_encoder(name, weights=tmp_path)
+    assert (SOURCES[name].files or ("config.json",))[0] in str(error.value)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(RunError, match=f"hf download {SOURCES[name].repository}"):
+        load_encoder(name)
+
+
+def test_what_is_no_autoencoder_is_refused_in_one_sentence(tmp_path):
+    with pytest.raises(RunError, match="neither a folder"):
+        load_encoder(tmp_path / "nothing")
+    with pytest.raises(RunError, match="holds no autoencoder"):
+        load_encoder(tmp_path)
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pt")
+    with pytest.raises(RunError, match="layout of latent diffusion"):
+        load_encoder(tmp_path / "other.pt")
+    (tmp_path / "torn.pt").write_bytes(b"PK\x03\x04 torn")
+    with pytest.raises(RunError, match="cannot be read"):
+        load_encoder(tmp_path / "torn.pt")
+    tensors = in_ldm_layout(va_vae_like())
+    tensors.pop("decoder.mid.attn_1.q.weight")
+    with pytest.raises(RunError, match="to_q"):
+        from_ldm(tensors)
+
+
+def test_images_out_of_range_are_refused():
+    with pytest.raises(InputError, match=r"takes \[-1, 1\]"):
+        LatentEncoder(va_vae_like(scaling_factor=0.5)).encode(127.5 * (images() + 1))

@@ -1,0 +1,141 @@
+"""The generator: the paper's sizes, its shapes, what it sees, and that the library's routes take it as it is."""
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("timm")
+
+from dataclasses import replace
+
+from flowspace import CrossFlowLoss, FiniteDifference, ForwardMode, InputError, SharedPrimal
+from flowspace.vision import CrossFlowGenerator
+from flowspace.vision.generator import CONDITIONS, RotaryGrid
+
+SMALL = {"channels": 4, "grid": 4, "patch": 2, "classes": 5, "depth": 2, "width": 32, "heads": 4}
+
+
+def small(**changes):
+    torch.manual_seed(0)
+    network = CrossFlowGenerator(**(SMALL | changes))
+    torch.nn.init.normal_(network.head.weight, std=0.1)
+    return network
+
+
+def batch(rows=6, dtype=torch.float32):
+    draw = torch.Generator().manual_seed(1)
+    z = torch.randn(rows, 4, 4, 4, generator=draw, dtype=dtype)
+    t = 0.1 + 0.9 * torch.rand(rows, generator=draw, dtype=dtype)
+    return z, t, t * torch.rand(rows, generator=draw, dtype=dtype), torch.arange(rows) % 6
+
+
+@pytest.mark.parametrize("mlp", ["swiglu", "gelu"])
+@pytest.mark.parametrize(("name", "millions"), [("crossflow-b", 95), ("crossflow-l", 315), ("crossflow-xl", 461)])
+def test_the_presets_have_the_papers_sizes(name, millions, mlp):
+    with torch.device("meta"):
+        network = CrossFlowGenerator.from_preset(name, mlp=mlp)
+    assert sum(p.numel() for p in network.parameters()) == pytest.approx(millions * 1e6, rel=5e-3)
+    width, depth = network.config["width"], network.config["depth"]
+    matrices = sum(p.numel() for block in network.blocks for p in block.parameters() if p.ndim == 2)
+    assert matrices == pytest.approx(12 * width**2 * depth, rel=2e-3)
+    assert not [name for name, _ in network.named_parameters() if name.endswith("bias")]
+
+
+def test_it_maps_a_latent_grid_to_an_image_of_256_pixels():
+    with torch.device("meta"):
+        network = CrossFlowGenerator.from_preset("crossflow-b", depth=1)
+        latents, time, labels = torch.empty(2, 32, 16, 16), torch.empty(2), torch.empty(2, dtype=torch.long)
+        assert network(latents, time, time, labels=labels).shape == (2, 3, 256, 256)
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_it_sees_the_times_that_it_is_conditioned_on_and_no_others(condition):
+    network, (z, t, s, y) = small(condition=condition), batch()
+    base, other = network(z, t, s, labels=y), 0.5 * t
+    sees_t = not torch.equal(base, network(z, other, s, labels=y))
+    sees_s = not torch.equal(base, network(z, t, 0.5 * s, labels=y))
+    assert (sees_t, sees_s) == {"s": (False, True), "t,s": (True, True), "t-s": (True, True)}[condition]
+    if condition == "t-s":
+        torch.testing.assert_close(base, network(z, t + 0.1, s + 0.1, labels=y), rtol=1e-4, atol=1e-5)
+
+
+def test_rows_do_not_mix_and_every_parameter_matters():
+    network, (z, t, s, y) = small().double(), batch(dtype=torch.float64)
+    whole = network(z, t, s, labels=y)
+    for i in range(len(z)):
+        torch.testing.assert_close(
+            whole[i : i + 1], network(z[i : i + 1], t[i : i + 1], s[i : i + 1], labels=y[i : i + 1])
+        )
+    whole.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
+
+
+def test_rotary_positions_turn_by_the_distance_of_cells():
+    """q and k turned at two cells have a product that depends on the difference of rows and columns alone."""
+    cosine, sine = RotaryGrid(8)(4, 4, torch.device("cpu"))
+    q, k = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+
+    def turned(x, cell):
+        first, second = x.chunk(2)
+        return x * cosine[cell] + torch.cat([-second, first]) * sine[cell]
+
+    def product(a, b):
+        return turned(q, 4 * a[0] + a[1]) @ turned(k, 4 * b[0] + b[1])
+
+    torch.testing.assert_close(product((0, 1), (2, 2)), product((1, 2), (3, 3)))
+    assert (product((0, 1), (2, 2)) - product((0, 1), (2, 3))).abs() > 1e-3
+
+
+def test_every_route_differentiates_it_in_one_objective():
+    network, (z, t, s, y) = small().double(), batch(dtype=torch.float64)
+    x = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    loss_fn, noise = CrossFlowLoss(), torch.randn(z.shape, generator=torch.Generator().manual_seed(3), dtype=z.dtype)
+    found = [
+        replace(loss_fn, derivative=route)(network, z, x, noise=noise, t=t, s=s, cond={"labels": y}).target
+        for route in (SharedPrimal(), ForwardMode(), FiniteDifference(1e-4))
+    ]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found[0], found[2], rtol=1e-5, atol=1e-6)
+
+
+def test_activation_checkpointing_changes_nothing():
+    network, (z, t, s, y) = small(), batch()
+    x = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    gradients = []
+    for on in (False, True):
+        (network.enable_gradient_checkpointing if on else network.disable_gradient_checkpointing)()
+        network.zero_grad()
+        out = CrossFlowLoss()(network, z, x, t=t, s=s, cond={"labels": y}, generator=torch.Generator().manual_seed(0))
+        out.loss.mean().backward()
+        gradients.append([p.grad.clone() for p in network.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_saved_and_loaded_it_is_the_same_to_the_bit(tmp_path):
+    network, (z, t, s, y) = small(mlp="gelu", condition="t,s").eval(), batch()
+    network.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
+    again = CrossFlowGenerator.from_pretrained(tmp_path)
+    assert torch.equal(network(z, t, s, labels=y), again(z, t, s, labels=y))
+    assert dict(again.config)["condition"] == "t,s"
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: CrossFlowGenerator.from_preset("crossflow-xxl"), "crossflow-xl"),
+        (lambda: small(condition="s,t"), "'t,s'"),
+        (lambda: small(mlp="relu"), "'swiglu' or 'gelu'"),
+        (lambda: small(width=36), "multiple of 4 heads"),
+        (lambda: small()(torch.zeros(1, 3, 4, 4), *torch.ones(2, 1), labels=torch.zeros(1).long()), "takes 4 channels"),
+        (lambda: small()(torch.zeros(1, 4, 4, 4), *torch.ones(2, 1)), "no labels came"),
+        (
+            lambda: small(classes=0)(torch.zeros(1, 4, 4, 4), *torch.ones(2, 1), labels=torch.zeros(1).long()),
+            "without classes",
+        ),
+    ],
+)
+def test_misuse_is_one_clear_error(call, says):
+    with pytest.raises(InputError, match=says):
+        call()
