@@ -255,7 +255,7 @@ _TERMINAL_ADVICE = (
 
 
 def _as_times(t: Tensor | float) -> Tensor:
-    t = torch.as_tensor(t)
+    t = t if isinstance(t, Tensor) else torch.as_tensor(t)
     if not t.is_floating_point():
         raise TimeError(f"times of dtype {t.dtype} came; flowspace's times are real numbers in [0, 1]: write t.float()")
     return t if t.dtype in (torch.float32, torch.float64) else t.float()
