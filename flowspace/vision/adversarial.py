@@ -1,0 +1,176 @@
+"""The adversarial loss: a hinge GAN whose discriminator is small heads on frozen features (as in Sauer et al., arXiv 2111.01007).
+
+The generator's weight falls with the noise as w(t) = alpha(t)^p: an image that is mostly guessed cannot be judged as real. The
+paper's own formula is missing from its text; p is an option.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from flowspace.errors import InputError
+from flowspace.schedules import Schedule
+from flowspace.vision.perceptual import Features
+
+__all__ = ["AdversarialLoss", "Discriminator", "augment", "balance"]
+
+LARGEST_BALANCE = 1e4
+"""The bound of the adaptive weight, as in latent diffusion and RAE: where the adversarial gradient vanishes it means nothing."""
+
+
+class Discriminator(nn.Module):
+    """Spectral-norm heads on the layers of frozen features: real is above 0, fake below.
+
+    Wrap it for distributed training and call the wrapper in both turns, or its gradients are not synchronised.
+
+    Args:
+        features: frozen; only the heads are trained.
+        channels: of each layer of the features, tokens ``(B, N, C)`` or maps ``(B, C, h, w)``.
+        width: of the heads.
+        kernel: of the heads' spatial convolution, odd.
+    """
+
+    def __init__(self, features: Features, channels: Sequence[int], width: int = 64, kernel: int = 9) -> None:
+        super().__init__()
+        self.features = features
+        self.heads = nn.ModuleList(Head(count, width, kernel) for count in channels)
+
+    def train(self, mode: bool = True) -> "Discriminator":
+        """Set the mode of the heads; the features stay in eval mode."""
+        return super().train(mode)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits ``(B, N)`` of images ``(B, 3, H, W)`` in [-1, 1], over all positions of all heads."""
+        layers = self.features(images)
+        if len(layers) != len(self.heads):
+            raise InputError(
+                f"the features have {len(layers)} layers for {len(self.heads)} heads; give channels of each"
+            )
+        return torch.cat([head(_tokens(layer)).flatten(1) for head, layer in zip(self.heads, layers, strict=True)], 1)
+
+
+class Head(nn.Module):
+    """A pointwise layer, a residual convolution along the positions, a logit for each position."""
+
+    def __init__(self, channels: int, width: int, kernel: int) -> None:
+        super().__init__()
+        if kernel % 2 == 0:
+            raise InputError(f"kernel = {kernel} came; write an odd number, so that positions stay where they are")
+        self.first = spectral_norm(nn.Conv1d(channels, width, 1))
+        self.kernel = kernel
+        self.second = spectral_norm(nn.Conv1d(width, width, kernel))
+        self.last = spectral_norm(nn.Conv1d(width, 1, 1))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map ``(B, C, N)`` to ``(B, 1, N)``."""
+        x = F.leaky_relu(self.first(F.layer_norm(tokens.mT, tokens.shape[1:2]).mT), 0.2)
+        around = torch.arange(-(self.kernel // 2), x.shape[2] + self.kernel // 2, device=x.device) % x.shape[2]
+        x = (x + F.leaky_relu(self.second(x[:, :, around]), 0.2)) / 2**0.5
+        return self.last(x)
+
+
+def _tokens(layer: Tensor) -> Tensor:
+    """Return features as ``(B, C, N)``: of a map ``(B, C, h, w)``, or of tokens ``(B, N, C)``."""
+    return layer.flatten(2) if layer.ndim == 4 else layer.mT if layer.ndim == 3 else layer.unsqueeze(2)
+
+
+@dataclass(frozen=True)
+class AdversarialLoss:
+    """Hinge losses of both players (Lim & Ye, arXiv 1705.02894).
+
+    Args:
+        schedule: whose alpha weighs the generator's loss.
+        power: p of w(t) = alpha(t)^p, at least 0; 0 weighs all times alike.
+        augmented: the same random changes for real and fake images (DiffAug, Zhao et al., arXiv 2006.10738).
+        penalty: weight of LeCam's regularisation towards the other side's mean logit (arXiv 2104.03310); 0 leaves it out.
+        r1: weight of the squared gradient at real images (Mescheder et al., arXiv 1801.04406); 0 leaves it out.
+
+    Raises:
+        InputError: if a number is negative.
+    """
+
+    schedule: Schedule
+    power: float = 1.0
+    augmented: bool = True
+    penalty: float = 0.0
+    r1: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("power", "penalty", "r1"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"{name} = {getattr(self, name)} came; write 0 or more")
+
+    def weight(self, t: Tensor) -> Tensor:
+        """Return w(t) = alpha(t)^p, of t's shape."""
+        return self.schedule.alpha(t).clamp(min=0) ** self.power
+
+    def generator(
+        self, discriminator: nn.Module, fake: Tensor, t: Tensor, draw: torch.Generator | None = None
+    ) -> Tensor:
+        """Return the generator's loss of each row ``(B,)``, -w(t) mean logit; the discriminator's own gradient is unused."""
+        logits = discriminator(augment(fake, draw) if self.augmented else fake)
+        return -self.weight(t).to(logits.dtype) * logits.mean(1)
+
+    def discriminator(
+        self, discriminator: nn.Module, real: Tensor, fake: Tensor, draw: torch.Generator | None = None
+    ) -> Tensor:
+        """Return the discriminator's loss of each row ``(B,)``, half of both hinges, in one call of it.
+
+        Args:
+            discriminator: called once, on real and fake images together, so that a wrapper synchronises one gradient.
+            real: images in [-1, 1].
+            fake: images of the generator; detached, clamped to [-1, 1] and rounded to 255 levels, as stored images are.
+            draw: the source of the augmentation.
+        """
+        stored = ((fake.detach().clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+        real = real.detach().requires_grad_(self.r1 > 0)
+        images = torch.cat([real, stored])
+        if self.augmented:
+            images = augment(images, draw)
+        on_real, on_fake = discriminator(images).chunk(2)
+        loss = 0.5 * (F.relu(1 - on_real).mean(1) + F.relu(1 + on_fake).mean(1))
+        if self.penalty:
+            apart = (on_real - on_fake.mean().detach()).square() + (on_fake - on_real.mean().detach()).square()
+            loss = loss + self.penalty * apart.mean(1)
+        if self.r1:
+            (slope,) = torch.autograd.grad(on_real.mean(1).sum(), real, create_graph=True)
+            loss = loss + self.r1 / 2 * slope.square().flatten(1).sum(1)
+        return loss
+
+
+def augment(images: Tensor, draw: torch.Generator | None = None) -> Tensor:
+    """Shift by up to an eighth, change brightness, saturation and contrast: DiffAug without cutout, differentiable."""
+    rows, _, height, width = images.shape
+    unit = torch.rand(5, rows, 1, 1, 1, generator=draw, device=images.device, dtype=images.dtype)
+    x = images + (unit[0] - 0.5)
+    grey = x.mean(1, keepdim=True)
+    x = grey + 2 * unit[1] * (x - grey)
+    middle = x.mean((1, 2, 3), keepdim=True)
+    x = middle + (0.5 + unit[2]) * (x - middle)
+    down, right = (
+        ((2 * unit[3 + i, :, :, 0, 0] - 1) * size / 8).round().long() for i, size in enumerate((height, width))
+    )
+    row = torch.arange(height, device=x.device) + down
+    column = torch.arange(width, device=x.device) + right
+    inside = (row.clamp(0, height - 1) == row)[:, None, :, None] & (column.clamp(0, width - 1) == column)[
+        :, None, None, :
+    ]
+    batch = torch.arange(rows, device=x.device)[:, None, None]
+    moved = x.movedim(1, -1)[batch, row.clamp(0, height - 1)[:, :, None], column.clamp(0, width - 1)[:, None, :]]
+    return torch.where(inside, moved.movedim(-1, 1), 0.0)
+
+
+def balance(main: Tensor, adversarial: Tensor, layer: Tensor) -> Tensor:
+    """Return the adaptive weight |grad main| / |grad adversarial| at one layer (Esser et al., arXiv 2012.09841), detached.
+
+    Args:
+        main: the other losses, a scalar.
+        adversarial: the generator's adversarial loss, a scalar.
+        layer: the weight of the last layer, a parameter.
+    """
+    slopes = [torch.autograd.grad(loss, layer, retain_graph=True)[0].norm() for loss in (main, adversarial)]
+    return (slopes[0] / (slopes[1] + 1e-6)).clamp(max=LARGEST_BALANCE).detach()

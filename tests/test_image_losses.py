@@ -1,0 +1,226 @@
+"""Perceptual and adversarial losses: what they compare, whose gradient flows, and what they refuse."""
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("timm")
+
+from flowspace import AbsoluteError, CrossFlowLoss, InputError, LinearSchedule, RunError, SquaredError
+from flowspace.vision.adversarial import AdversarialLoss, Discriminator, augment, balance
+from flowspace.vision.perceptual import LARGEST_STEP, Features, PerceptualLoss, TimmFeatures, literal_pair
+
+
+class Small(Features):
+    """Two layers of random features."""
+
+    def __init__(self, channels=3):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(channels, 6, 3, 2, 1), nn.Conv2d(6, 8, 3, 2, 1)
+        self.requires_grad_(False)
+
+    def forward(self, images):
+        first = self.first(images)
+        return [first, self.second(torch.relu(first))]
+
+
+def pictures(rows=4, side=16, seed=0):
+    return torch.rand(rows, 3, side, side, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def test_the_loss_is_the_penalty_of_the_features_averaged_over_layers_and_zero_for_equal_images():
+    features, x, y = Small(), pictures(), pictures(seed=1)
+    loss = PerceptualLoss(features, SquaredError())
+    by_hand = [(a - b).square().flatten(1).mean(1) for a, b in zip(features(x), features(y), strict=True)]
+    torch.testing.assert_close(loss(x, y), sum(by_hand) / 2)
+    assert torch.equal(loss(x, x), torch.zeros(4))
+
+
+def test_the_gradient_flows_to_the_prediction_alone():
+    features = Small()
+    x, y = pictures().requires_grad_(), pictures(seed=1).requires_grad_()
+    PerceptualLoss(features)(x, y).sum().backward()
+    assert x.grad.abs().sum() > 0 and y.grad is None and all(p.grad is None for p in features.parameters())
+
+
+def test_below_counts_only_the_rows_that_are_nearer_to_the_data():
+    features, x, y = Small(), pictures().requires_grad_(), pictures(seed=1)
+    t = torch.tensor([0.2, 0.9, 0.5, 1.0])
+    whole, some = PerceptualLoss(features)(x, y), PerceptualLoss(features, below=0.6)(x, y, t)
+    torch.testing.assert_close(some, torch.where(t < 0.6, whole, 0.0))
+    none = PerceptualLoss(features, below=0.1)(x, y, t)
+    none.sum().backward()
+    assert torch.equal(none, torch.zeros(4)) and torch.equal(x.grad, torch.zeros_like(x))
+    with pytest.raises(InputError, match="without times"):
+        PerceptualLoss(features, below=0.6)(x, y)
+
+
+def test_unit_features_do_not_see_their_size():
+    class Scaled(Small):
+        def forward(self, images):
+            return [3 * layer for layer in super().forward(images)]
+
+    x, y = pictures(), pictures(seed=1)
+    torch.testing.assert_close(*(PerceptualLoss(f, unit=True)(x, y) for f in (Small(), Scaled())))
+
+
+def test_a_wrong_range_or_shape_is_refused():
+    loss = PerceptualLoss(Small())
+    with pytest.raises(InputError, match=r"127\.5"):
+        loss(pictures(), 127.5 * (pictures() + 1))
+    with pytest.raises(InputError, match="for a target of"):
+        loss(pictures(), pictures(2))
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "vit_tiny_patch16_224"])
+def test_timms_networks_are_frozen_features_of_normalised_images(name, tmp_path):
+    import timm
+
+    torch.manual_seed(0)
+    sized = {"img_size": 64} if "vit" in name else {}
+    torch.save(timm.create_model(name, **sized).state_dict(), tmp_path / "weights.pt")
+    features = TimmFeatures(name, weights=tmp_path / "weights.pt", size=64, layers=[0, 1])
+    x = pictures(2, 32).requires_grad_()
+    found = features(x)
+    assert len(found) == 2 and not features.train().network.training
+    PerceptualLoss(features)(x, pictures(2, 32, 1)).sum().backward()
+    assert x.grad.abs().sum() > 0
+    last = TimmFeatures(name, weights=tmp_path / "weights.pt", size=64, mean=(0.0,) * 3, std=(1.0,) * 3)
+    wanted = last.network.forward_features(
+        nn.functional.interpolate((x + 1) / 2, (64, 64), mode="bicubic", antialias=True)
+    )
+    torch.testing.assert_close(last(x)[0], wanted)
+
+
+def test_weights_under_other_names_load_by_their_order_and_what_does_not_fit_is_refused(tmp_path):
+    import timm
+
+    torch.manual_seed(0)
+    network = timm.create_model("convnext_atto")
+    torch.save({f"renamed.{i}": v for i, v in enumerate(network.state_dict().values())}, tmp_path / "renamed.pt")
+    features = TimmFeatures("convnext_atto", weights=tmp_path / "renamed.pt", size=32)
+    for mine, theirs in zip(features.network.state_dict().values(), network.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs)
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
+    with pytest.raises(RunError, match="do not fit"):
+        TimmFeatures("convnext_atto", weights=tmp_path / "other.pt", size=32)
+
+
+def test_lpips_is_zero_for_equal_images_and_positive_for_others(tmp_path):
+    pytest.importorskip("lpips")
+    import torchvision
+
+    from flowspace.vision.perceptual import LearnedDistance
+
+    torch.manual_seed(0)
+    torch.save(torchvision.models.alexnet().state_dict(), tmp_path / "alexnet.pth")
+    loss, x, y = PerceptualLoss(LearnedDistance("alex", tmp_path / "alexnet.pth")), pictures(2, 64), pictures(2, 64, 1)
+    assert loss(x, x).abs().max() < 1e-6 and (loss(x, y) > 0).all() and loss(x, y).shape == (2,)
+    with pytest.raises(RunError, match="right shape"):
+        LearnedDistance("vgg", tmp_path / "alexnet.pth")
+
+
+def test_the_literal_pair_is_the_prediction_moved_along_its_derivative_with_a_bounded_step():
+    loss_fn, draw = CrossFlowLoss(penalty=AbsoluteError()), torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 6, generator=draw, dtype=torch.float64, requires_grad=True)
+
+    def model(z, t, s):
+        return torch.tanh(z @ weight) * (1 + t)[:, None] + s[:, None]
+
+    z, x, noise = (torch.randn(5, 6, generator=draw, dtype=torch.float64) for _ in range(3))
+    t, s = torch.tensor([[0.9, 0.8, 0.5, 0.6, 1.0], [0.8, 0.1, 0.5, 0.0, 0.5]], dtype=torch.float64)
+    out = loss_fn(model, z, x, noise=noise, t=t, s=s)
+    z_t, v = LinearSchedule().perturb(z, noise, t)
+    slope = torch.func.jvp(lambda a, b: model(a, b, s), (z_t, t), (v, torch.ones_like(t)))[1].detach()
+    step = torch.where(s > 0, t * (t - s) / s.clamp(min=1e-9), torch.inf).clamp(max=LARGEST_STEP)
+    found, wanted = literal_pair(loss_fn, out, x)
+    torch.testing.assert_close(found, out.prediction + step[:, None] * slope, rtol=1e-9, atol=1e-9)
+    assert wanted is x and found.requires_grad
+
+
+# --- adversarial --------------------------------------------------------------------------------------------------------
+
+
+def judge():
+    return Discriminator(Small(), [6, 8], width=8, kernel=3)
+
+
+def test_hinge_losses_are_those_of_the_paper():
+    critic, loss = judge(), AdversarialLoss(LinearSchedule(), augmented=False)
+    critic.eval()
+    real, fake, t = pictures(), pictures(seed=1), torch.tensor([0.0, 0.25, 0.5, 1.0])
+    levels = ((fake + 1) * 127.5).round() / 127.5 - 1
+    on_real, on_fake = critic(real), critic(levels)
+    wanted = 0.5 * (torch.relu(1 - on_real).mean(1) + torch.relu(1 + on_fake).mean(1))
+    torch.testing.assert_close(loss.discriminator(critic, real, fake), wanted)
+    torch.testing.assert_close(loss.generator(critic, fake, t), -(1 - t) * critic(fake).mean(1))
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0, 2.5])
+def test_the_generators_weight_falls_with_the_noise(power):
+    t = torch.linspace(0, 1, 9)
+    torch.testing.assert_close(AdversarialLoss(LinearSchedule(), power=power).weight(t), (1 - t) ** power)
+
+
+def test_each_turn_moves_its_own_player_only():
+    critic, loss = judge(), AdversarialLoss(LinearSchedule())
+    fake = pictures(seed=1).requires_grad_()
+    loss.discriminator(critic, pictures(), fake).mean().backward()
+    assert fake.grad is None and all(p.grad is not None for p in critic.heads.parameters())
+    assert all(not p.requires_grad for p in critic.features.parameters())
+    loss.generator(critic, fake, torch.full((4,), 0.3)).mean().backward()
+    assert fake.grad.abs().sum() > 0
+
+
+def test_a_discriminator_learns_to_tell_two_kinds_of_pictures_apart():
+    torch.manual_seed(0)
+    critic, loss = judge(), AdversarialLoss(LinearSchedule(), penalty=1e-3)
+    optimizer = torch.optim.Adam(critic.heads.parameters(), 2e-2, betas=(0.5, 0.9))
+    draw = torch.Generator().manual_seed(0)
+    for step in range(120):
+        real = torch.tanh(nn.functional.avg_pool2d(8 * pictures(16, 16, step), 3, 1, 1))
+        value = loss.discriminator(critic, real, pictures(16, 16, 1000 + step), draw).mean()
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+    assert value < 0.9
+    real = torch.tanh(nn.functional.avg_pool2d(8 * pictures(16, 16, 5000), 3, 1, 1))
+    assert critic(real).mean() > critic(pictures(16, 16, 6000)).mean() + 0.2
+
+
+def test_r1_is_half_of_the_squared_gradient_at_real_images():
+    critic = judge().double().eval()
+    real, fake = pictures().double(), pictures(seed=1).double()
+    plain, with_r1 = (
+        AdversarialLoss(LinearSchedule(), augmented=False, r1=weight).discriminator(critic, real, fake)
+        for weight in (0.0, 3.0)
+    )
+    real.requires_grad_()
+    (slope,) = torch.autograd.grad(critic(real).mean(1).sum(), real)
+    torch.testing.assert_close(with_r1 - plain, 1.5 * slope.square().flatten(1).sum(1))
+    (with_r1 - plain).sum().backward()
+
+
+def test_augmentation_shifts_by_whole_pixels_follows_its_generator_and_has_a_gradient():
+    x = pictures(8, 16).requires_grad_()
+    first, again, other = (augment(x, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other) and first.shape == x.shape
+    first.square().sum().backward()
+    assert x.grad.isfinite().all() and x.grad.abs().sum() > 0
+    empty = (first == 0).all(1).flatten(1).float().mean(1)
+    assert empty.max() <= 1 - (14 / 16) ** 2 + 1e-6
+
+
+def test_the_balance_makes_both_gradients_equal_at_the_last_layer():
+    layer = torch.randn(3, 3, requires_grad=True)
+    x = torch.randn(5, 3)
+    main, other = (x @ layer).square().mean(), (x @ layer).sum()
+    slopes = [torch.autograd.grad(loss, layer, retain_graph=True)[0].norm() for loss in (main, other)]
+    torch.testing.assert_close(balance(main, other, layer) * slopes[1], slopes[0], rtol=1e-4, atol=1e-5)
+
+
+def test_negative_weights_are_refused():
+    for name in ("power", "penalty", "r1"):
+        with pytest.raises(InputError, match=name):
+            AdversarialLoss(LinearSchedule(), **{name: -1.0})
