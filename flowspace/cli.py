@@ -1,4 +1,4 @@
-"""The command line: ``flowspace derive`` and ``flowspace demo``."""
+"""The command line: ``flowspace derive``, ``flowspace demo`` and ``flowspace cost``."""
 
 import argparse
 import sys
@@ -25,7 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"flowspace: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
-        print(f"flowspace: {error.name} is not installed; write: pip install 'flowspace[demo]'", file=sys.stderr)
+        print(
+            f"flowspace: {error.name} is not installed; write: pip install 'flowspace[{_extra(options)}]'",
+            file=sys.stderr,
+        )
         return 1
     except OSError as error:
         print(f"flowspace: {error}; what was saved before is whole, and the same command continues", file=sys.stderr)
@@ -33,6 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nflowspace: stopped; the same command continues from the last checkpoint", file=sys.stderr)
         return 130
+
+
+def _extra(options: argparse.Namespace) -> str:
+    return "vision" if options.command is _cost else "demo"
 
 
 def _joined(arguments: Sequence[str]) -> list[str]:
@@ -76,6 +83,16 @@ def _parser() -> argparse.ArgumentParser:
         "--baselines", action="store_true", help="also a denoiser, latent MeanFlow + decoder, decoder on noise"
     )
     demo.set_defaults(command=_demo)
+    cost = commands.add_parser(
+        "cost",
+        help="count what a generator costs: parameters, FLOPs, memory, GPU-hours, beside other one-step methods",
+        description="Counted on meta tensors, without weights or a GPU; needs the extra 'vision'.",
+    )
+    cost.add_argument("preset", help="crossflow-b, crossflow-l or crossflow-xl")
+    cost.add_argument("--equal", type=float, default=0.5, help="share of rows with s = t (default: %(default)s)")
+    cost.add_argument("--batch", type=int, default=32, help="images on one device (default: %(default)s)")
+    cost.add_argument("--devices", type=int, default=8, help="over which FSDP2 shards (default: %(default)s)")
+    cost.set_defaults(command=_cost)
     return parser
 
 
@@ -116,6 +133,15 @@ def _demo(options: argparse.Namespace) -> int:
     metrics = digits.run(digits.SETTINGS[options.dataset], folder, options.baselines, options.seeds)
     print(markdown_table(digits.HEAD, digits.rows(metrics)))
     print(f"\nmeans over {options.seeds} seed(s); pictures: {folder / 'samples.png'}, page: {folder / 'report.html'}")
+    return 0
+
+
+def _cost(options: argparse.Namespace) -> int:
+    from flowspace.vision.cost import report
+
+    if options.batch < 1 or options.devices < 1:
+        raise FlowspaceError(f"--batch {options.batch} --devices {options.devices} came; write 1 or more of each")
+    print(report(options.preset, options.equal, options.batch, options.devices))
     return 0
 
 

@@ -1,0 +1,68 @@
+"""Costs: counted ones equal closed forms, and a counted training step is what the formula says."""
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("timm")
+
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from flowspace import CrossFlowLoss, InputError
+from flowspace.cli import main
+from flowspace.vision import CrossFlowGenerator
+from flowspace.vision.cost import Cost, generator_cost, rivals
+
+
+@pytest.mark.parametrize("preset", ["crossflow-b", "crossflow-l", "crossflow-xl"])
+def test_the_forward_pass_is_that_of_its_matrices_and_its_attention(preset):
+    cost = generator_cost(preset)
+    with torch.device("meta"):
+        c = CrossFlowGenerator.from_preset(preset).config
+    d, layers, cells, tokens = c["width"], c["depth"], 256, 272
+    blocks = layers * (2 * tokens * 12 * d**2 + 2 * 2 * tokens**2 * d)
+    ends = 2 * cells * (32 * d + d * 768)
+    assert cost.forward == pytest.approx(blocks + ends, rel=3e-3)
+
+
+def test_a_counted_training_step_is_what_the_formula_says():
+    settings = {"channels": 16, "grid": 8, "patch": 2, "classes": 10, "depth": 4, "width": 192, "heads": 3}
+    cost = generator_cost("crossflow-b", **settings)
+    network, rows = CrossFlowGenerator(**settings), 8
+    z, x = torch.randn(rows, 16, 8, 8), torch.randn(rows, 3, 16, 16)
+    t = torch.full((rows,), 0.8)
+    for share in (0.0, 0.5, 1.0):
+        s = torch.where(torch.arange(rows) < share * rows, t, 0.3)
+        with (
+            FlopCounterMode(display=False) as counter,
+            sdpa_kernel(SDPBackend.MATH),
+        ):  # fused kernels go uncounted on a CPU
+            CrossFlowLoss()(network, z, x, t=t, s=s, cond={"labels": torch.zeros(rows).long()}).loss.mean().backward()
+        wanted = rows * Cost("", 0, cost.forward, share, 0.0, 0).step
+        assert counter.get_total_flops() == pytest.approx(wanted, rel=0.06), share
+
+
+def test_sharding_divides_what_is_held_but_not_the_activations():
+    cost = Cost("x", 1000, 1.0, 0.5, 10.0, 800)
+    held = 4 * (1000 * 5 + 800 + 2 * 200)
+    assert cost.memory(3) == held + 30
+    assert cost.memory(3, 8, True) == held / 8 + 30
+    assert cost.hours(1, 100.0, 0.5, 360) == pytest.approx(3.5 * 360 / 50 / 3600)
+
+
+def test_rivals_have_their_published_costs():
+    found = {name: (parameters, gflops, decoder) for name, parameters, gflops, decoder, _ in rivals()}
+    dit = found["MeanFlow-XL/2 + SD-VAE decoder"]
+    assert float(dit[1]) - float(dit[2]) == pytest.approx(2 * 118.6, rel=0.02)
+    assert float(dit[2]) == pytest.approx(2 * 310, rel=0.02)
+
+
+def test_the_command_prints_the_tables_and_refuses_what_is_no_preset(capsys):
+    assert main(["cost", "crossflow-b", "--equal", "0.75"]) == 0
+    text = capsys.readouterr().out
+    assert "95.3 million" in text and "75% of the rows" in text and "not run here" in text
+    assert main(["cost", "crossflow-huge"]) == 1
+    assert "crossflow-xl" in capsys.readouterr().err
+    with pytest.raises(InputError, match="share"):
+        generator_cost("crossflow-b", equal=1.5)
