@@ -2,5 +2,17 @@
 
 from flowspace.training.checkpoints import Checkpoints
 from flowspace.training.loop import Batches, LoopSettings, TensorBatches, cosine_decay, seed_of, train
+from flowspace.training.optimizers import MuonAdamW, Together, assign
 
-__all__ = ["Batches", "Checkpoints", "LoopSettings", "TensorBatches", "cosine_decay", "seed_of", "train"]
+__all__ = [
+    "Batches",
+    "Checkpoints",
+    "LoopSettings",
+    "MuonAdamW",
+    "TensorBatches",
+    "Together",
+    "assign",
+    "cosine_decay",
+    "seed_of",
+    "train",
+]

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flowspace.errors import RunError
+from flowspace.training.optimizers import Together
 
 __all__ = ["Checkpoints", "flatten_optimizer", "restore_optimizer"]
 
@@ -94,7 +95,7 @@ class Checkpoints:
         return sorted(self.folder.glob("step-*.safetensors"))
 
 
-def flatten_optimizer(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Tensor]:
+def flatten_optimizer(optimizer: torch.optim.Optimizer | Together, network: nn.Module) -> dict[str, Tensor]:
     """Return the optimizer's state as tensors named by parameter and slot."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in network.named_parameters()}
     return {
@@ -105,10 +106,16 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer, network: nn.Module) -> d
     }
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer | Together, network: nn.Module, tensors: Mapping[str, Tensor]
+) -> None:
     """Put back what `flatten_optimizer` returned."""
     parameters = dict(network.named_parameters())
     for key, value in tensors.items():
         name, slot = key.rsplit("/", 1)
         parameter = parameters[name]
-        optimizer.state[parameter][slot] = value if slot == "step" else value.to(parameter.device)
+        value = value if slot == "step" else value.to(parameter.device)
+        if isinstance(optimizer, Together):
+            optimizer.put(parameter, slot, value)
+        else:
+            optimizer.state[parameter][slot] = value

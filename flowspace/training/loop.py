@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from flowspace.errors import RunError
 from flowspace.training.checkpoints import Checkpoints, flatten_optimizer, restore_optimizer
+from flowspace.training.optimizers import Together
 
 __all__ = ["Batches", "LoopSettings", "TensorBatches", "cosine_decay", "train"]
 
@@ -105,6 +106,7 @@ def train(
     settings: LoopSettings,
     folder: Path | None = None,
     context: Mapping[str, Any] | None = None,
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer | Together] | None = None,
 ) -> nn.Module:
     """Train a network in place and return its averaged copy, in eval mode.
 
@@ -116,31 +118,37 @@ def train(
         settings: how long and how fast.
         folder: where checkpoints and ``log.jsonl`` go, and from where the run continues; None keeps nothing.
         context: what else the weights depend on, such as the data set; a run of another context is not continued.
+        optimizer: builds the optimiser of a network, such as `MuonAdamW()`; by default Adam. Its rates follow the same
+            warm-up and decay, from the ones that it was built with.
 
     Raises:
         RunError: if a loss is not finite, or the folder holds a run with other settings.
     """
     averaged = copy.deepcopy(network).requires_grad_(False).eval()
-    optimizer = torch.optim.Adam(network.parameters(), lr=settings.learning_rate)
-    checkpoints = Checkpoints(folder, {"name": name, **asdict(settings), **(context or {})}) if folder else None
-    start = _resume(checkpoints, network, averaged, optimizer) if checkpoints else 0
+    plan = {"name": name, **asdict(settings), **(context or {})} | ({"optimizer": repr(optimizer)} if optimizer else {})
+    made = optimizer(network) if optimizer else torch.optim.Adam(network.parameters(), lr=settings.learning_rate)
+    peaks = [group["lr"] for group in made.param_groups]
+    checkpoints = Checkpoints(folder, plan) if folder else None
+    start = _resume(checkpoints, network, averaged, made) if checkpoints else 0
     network.train()
     with tqdm(range(start, settings.steps), name, settings.steps, initial=start, unit="step", mininterval=0.5) as bar:
         for step in bar:
-            value, norm = _step(step, network, optimizer, batches, loss, settings)
+            for group, peak in zip(made.param_groups, peaks, strict=True):
+                group["lr"] = peak * cosine_decay(step, settings)
+            value, norm = _step(step, network, made, batches, loss, settings)
             _average(averaged, network, min(settings.ema, (step + 1) / (step + 10)))
             if step % 50 == 0 or step + 1 == settings.steps:
                 bar.set_postfix(loss=f"{value:.4f}", refresh=False)
                 _log(folder, {"name": name, "step": step, "loss": value, "gradient_norm": norm})
             if checkpoints and ((step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps):
-                checkpoints.save(step + 1, _pack(network, averaged, optimizer))
+                checkpoints.save(step + 1, _pack(network, averaged, made))
     return averaged
 
 
 def _step(
     step: int,
     network: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Together,
     batches: Batches,
     loss: StepLoss,
     settings: LoopSettings,
@@ -149,8 +157,6 @@ def _step(
     torch.manual_seed(key)
     device = next(network.parameters()).device
     batch = tuple(tensor.to(device, non_blocking=True) for tensor in batches(step, settings.batch, settings.seed))
-    for group in optimizer.param_groups:
-        group["lr"] = settings.learning_rate * cosine_decay(step, settings)
     value = loss(network, batch, torch.Generator(device).manual_seed(key))
     if not bool(value.detach().isfinite()):
         raise RunError(
@@ -171,7 +177,7 @@ def _average(averaged: nn.Module, network: nn.Module, decay: float) -> None:
         mine.copy_(theirs)
 
 
-def _pack(network: nn.Module, averaged: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _pack(network: nn.Module, averaged: nn.Module, optimizer: torch.optim.Optimizer | Together) -> dict[str, Tensor]:
     parts = {
         "network": network.state_dict(),
         "ema": averaged.state_dict(),
@@ -180,7 +186,9 @@ def _pack(network: nn.Module, averaged: nn.Module, optimizer: torch.optim.Optimi
     return {f"{part}:{key}": value for part, tensors in parts.items() for key, value in tensors.items()}
 
 
-def _resume(checkpoints: Checkpoints, network: nn.Module, averaged: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def _resume(
+    checkpoints: Checkpoints, network: nn.Module, averaged: nn.Module, optimizer: torch.optim.Optimizer | Together
+) -> int:
     found = checkpoints.latest()
     if found is None:
         return 0
