@@ -1,0 +1,197 @@
+"""What one ships: a pipeline from labels to images in one evaluation, and the generator as a decoder of noisy latents."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from flowspace.errors import InputError
+from flowspace.flow_map import FlowMap
+from flowspace.guidance import Guidance
+from flowspace.schedules import TIME_FLOOR, Schedule
+from flowspace.statistics import MatchedStatistic
+from flowspace.vision.generator import CrossFlowGenerator
+
+__all__ = ["CrossFlowDecoder", "CrossFlowPipeline"]
+
+OUTPUTS = ("pil", "np", "pt")
+
+
+class CrossFlowPipeline(DiffusionPipeline):
+    """Images of classes from noise, in one evaluation of a trained generator of the matched statistic.
+
+    ``save_pretrained`` and ``from_pretrained`` are diffusers'; the schedule is kept with the pipeline as formulas.
+
+    Args:
+        generator: the trained network.
+        alpha: the schedule that it was trained with, a formula in t.
+        beta: likewise.
+    """
+
+    model_cpu_offload_seq = "generator"
+
+    def __init__(self, generator: CrossFlowGenerator, alpha: str = "1 - t", beta: str = "t") -> None:
+        super().__init__()
+        self.register_modules(generator=generator)
+        self.register_to_config(alpha=alpha, beta=beta)
+        self.schedule = Schedule(alpha, beta)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        labels: Sequence[int] | Tensor | None = None,
+        *,
+        count: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        steps: int = 1,
+        encode: Callable[[Tensor], Tensor] | None = None,
+        scale: float = 1.0,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> "ImagePipelineOutput | tuple[Any]":
+        """Return one image a label.
+
+        Args:
+            labels: classes; None for a generator without classes.
+            count: how many images a generator without classes draws.
+            generator: the source of the noise: one, or one for each image, which makes an image independent of its batch.
+            latents: the noise itself, ``(B, channels, grid, grid)``, instead of ``generator``.
+            steps: evaluations; more than one needs ``encode``.
+            encode: from images to latents, such as ``load_encoder(...).encode``.
+            scale: of classifier-free guidance, for a generator trained with dropped labels; above 1 costs a second evaluation.
+            output_type: ``"pil"``, ``"np"`` (floats in [0, 1], channels last) or ``"pt"`` (in [-1, 1]).
+            return_dict: False returns a tuple.
+
+        Raises:
+            InputError: if labels are missing or out of range, the noise has another shape, or steps need an encoder.
+        """
+        if output_type not in OUTPUTS:
+            raise InputError(f"output_type = {output_type!r} came; write one of {', '.join(map(repr, OUTPUTS))}")
+        network: CrossFlowGenerator = self.generator
+        classes = self._classes(labels)
+        rows = count if classes is None else len(classes)
+        shape = (rows, network.config["channels"], network.config["grid"], network.config["grid"])
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=network.device, dtype=network.dtype)  # type: ignore[arg-type]
+        if tuple(latents.shape) != shape:
+            raise InputError(f"latents of shape {tuple(latents.shape)} came; this generator takes {shape}")
+        if steps > 1 and encode is None:
+            raise InputError(
+                f"steps = {steps} came without encode=, a function from images to latents such as an encoder's"
+            )
+        cond = {} if classes is None else {"labels": classes}
+        guidance = None if scale == 1 else Guidance(null={"labels": network.config["classes"]}, omega=scale)
+        flow_map = FlowMap(network, self.schedule, MatchedStatistic())
+        images = flow_map.sample(latents.to(network.device), cond=cond, steps=steps, encode=encode, guidance=guidance)
+        return self._finished(images.float(), output_type, return_dict)
+
+    def _classes(self, labels: Sequence[int] | Tensor | None) -> Tensor | None:
+        count = self.generator.config["classes"]
+        if (labels is None) != (count == 0):
+            raise InputError(
+                f"labels = {labels} came for a generator of {count} classes; write labels=[...]"
+                if count
+                else "labels came for a generator without classes; write count= instead"
+            )
+        if labels is None:
+            return None
+        classes = torch.as_tensor(labels, device=self.generator.device)
+        if classes.ndim != 1 or classes.is_floating_point() or bool(((classes < 0) | (classes > count)).any()):
+            raise InputError(
+                f"labels = {classes.tolist()} came; write integers from 0 to {count - 1}, or {count} for no class"
+            )
+        return classes
+
+    def _finished(self, images: Tensor, output_type: str, return_dict: bool) -> "ImagePipelineOutput | tuple[Any]":
+        found: Any = images
+        if output_type != "pt":
+            found = (images.clamp(-1, 1) / 2 + 0.5).permute(0, 2, 3, 1).cpu().numpy()
+        if output_type == "pil":
+            found = self.numpy_to_pil(found)
+        return ImagePipelineOutput(images=found) if return_dict else (found,)
+
+
+class CrossFlowDecoder(ModelMixin, ConfigMixin):
+    """The generator where a pipeline expects an autoencoder's decoder: ``decode(latents, t)`` for latents that may be noisy.
+
+    A latent that another model sampled is not clean; the generator was trained to map noisy ones, and is told how noisy this
+    one is believed to be. So it may be the ``vae`` of diffusers' ``DiTPipeline``.
+
+    Args:
+        generator: the trained network.
+        t: the noise level that latents are believed to have where the caller does not say, in [TIME_FLOOR, 1].
+        alpha: the schedule, a formula in t.
+        beta: likewise.
+        rescale: multiply latents by alpha(t) first, so that a clean latent lies where a noisy one of that level has its mean.
+    """
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(
+        self,
+        generator_config: dict[str, Any],
+        t: float = 0.05,
+        alpha: str = "1 - t",
+        beta: str = "t",
+        rescale: bool = False,
+        scaling_factor: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.generator = CrossFlowGenerator(**generator_config)
+        self.schedule = Schedule(alpha, beta)
+        _checked_level(t)
+
+    @classmethod
+    def of(cls, generator: CrossFlowGenerator, **settings: Any) -> "CrossFlowDecoder":
+        """Wrap a trained generator; its weights are shared, not copied."""
+        config = {key: value for key, value in generator.config.items() if not key.startswith("_")}
+        decoder = cls(config, **settings)
+        decoder.generator = generator
+        return decoder.eval()
+
+    @torch.no_grad()
+    def decode(
+        self,
+        z: Tensor,
+        return_dict: bool = True,
+        *,
+        t: "float | Tensor | None" = None,
+        labels: Tensor | None = None,
+        generator: Any = None,
+    ) -> "DecoderOutput | tuple[Tensor]":
+        """Return images ``(B, 3, H, W)`` in [-1, 1] of latents ``(B, channels, h, w)``.
+
+        Args:
+            z: latents in the generator's units.
+            return_dict: False returns a tuple.
+            t: the noise level, ``()`` or ``(B,)``; by default the decoder's own.
+            labels: classes, where they are known; by default the null class.
+            generator: accepted and ignored, as autoencoders do.
+
+        Raises:
+            InputError: if t is outside [TIME_FLOOR, 1].
+        """
+        level = torch.as_tensor(self.config["t"] if t is None else t, device=z.device, dtype=torch.float32)
+        _checked_level(level)
+        level = level.expand(len(z)).contiguous()
+        classes = self.generator.config["classes"]
+        if labels is None and classes:
+            labels = torch.full((len(z),), classes, device=z.device)
+        if self.config["rescale"]:
+            z = z * self.schedule.alpha(level).reshape(-1, 1, 1, 1).to(z.dtype)
+        images = self.generator(z.to(self.generator.dtype), level, torch.zeros_like(level), labels=labels)
+        return DecoderOutput(sample=images) if return_dict else (images,)
+
+
+def _checked_level(t: "float | Tensor") -> None:
+    level = torch.as_tensor(t)
+    if not bool(((level >= TIME_FLOOR) & (level <= 1)).all()):
+        raise InputError(f"t = {t} came; the noise level of a latent is between {TIME_FLOOR} and 1")
