@@ -101,3 +101,18 @@ def test_the_version_is_that_of_the_changelog_and_of_the_citation():
 
 def test_the_package_is_typed():
     assert (Path(flowspace.__file__).parent / "py.typed").exists()
+
+
+def test_the_image_side_imports_what_it_needs_when_asked_and_says_what_is_missing():
+    code = """
+import sys
+sys.modules["diffusers"] = None
+import flowspace.vision
+from flowspace.vision import FolderImages, AdversarialLoss
+assert "timm" not in sys.modules
+assert all(name in {n for names in flowspace.vision.PLACES.values() for n in names} for name in flowspace.vision.__all__)
+try:
+    from flowspace.vision import CrossFlowGenerator
+except ImportError as error:
+    print(error)"""
+    assert "pip install 'flowspace[vision]'" in python(code)

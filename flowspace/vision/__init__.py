@@ -1,10 +1,15 @@
-"""The image side (extra ``vision``): generators, encoders, image losses, pipelines."""
+"""The image side (extra ``vision``): generators, encoders, data, image losses, pipelines; each imported when it is asked for."""
 
-from flowspace.vision.adversarial import AdversarialLoss, Discriminator
-from flowspace.vision.encoders import LatentEncoder, load_encoder
-from flowspace.vision.generator import CrossFlowGenerator
-from flowspace.vision.perceptual import LearnedDistance, PerceptualLoss, TimmFeatures
-from flowspace.vision.pipeline import CrossFlowDecoder, CrossFlowPipeline
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flowspace.vision.adversarial import AdversarialLoss, Discriminator
+    from flowspace.vision.data import FolderBatches, FolderImages
+    from flowspace.vision.encoders import LatentEncoder, load_encoder
+    from flowspace.vision.generator import CrossFlowGenerator
+    from flowspace.vision.perceptual import LearnedDistance, PerceptualLoss, TimmFeatures
+    from flowspace.vision.pipeline import CrossFlowDecoder, CrossFlowPipeline
 
 __all__ = [
     "AdversarialLoss",
@@ -12,9 +17,33 @@ __all__ = [
     "CrossFlowGenerator",
     "CrossFlowPipeline",
     "Discriminator",
+    "FolderBatches",
+    "FolderImages",
     "LatentEncoder",
     "LearnedDistance",
     "PerceptualLoss",
     "TimmFeatures",
     "load_encoder",
 ]
+
+PLACES = {
+    "adversarial": ("AdversarialLoss", "Discriminator"),
+    "data": ("FolderBatches", "FolderImages"),
+    "encoders": ("LatentEncoder", "load_encoder"),
+    "generator": ("CrossFlowGenerator",),
+    "perceptual": ("LearnedDistance", "PerceptualLoss", "TimmFeatures"),
+    "pipeline": ("CrossFlowDecoder", "CrossFlowPipeline"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for place, names in PLACES.items():
+        if name in names:
+            try:
+                return getattr(importlib.import_module(f"flowspace.vision.{place}"), name)
+            except ModuleNotFoundError as error:
+                raise ModuleNotFoundError(
+                    f"{name} needs {error.name}, which is not installed; write: pip install 'flowspace[vision]'",
+                    name=error.name,
+                ) from error
+    raise AttributeError(f"flowspace.vision has no {name}; it has {', '.join(__all__)}")
