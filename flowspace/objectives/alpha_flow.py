@@ -54,7 +54,11 @@ class AlphaFlowLoss(MeanFlowLoss):
             target = (f.detach() - (a * f.detach() + rest) / m).clamp(-self.bound, self.bound)
             rest = m * (f.detach() - target) - a * f.detach()
         out = super()._output(f, rest, z_t, v, t, s)
-        return out if self.gap is None else out._replace(loss=torch.where(s < t, self.gap, 1.0) * out.loss)
+        return (
+            out
+            if self.gap is None
+            else out._replace(loss=torch.where(s < t, self.gap, torch.ones_like(out.loss)) * out.loss)
+        )
 
 
 def alpha_at(progress: float, start: float = 0.0, end: float = 1.0, steepness: float = 25.0) -> float:

@@ -1,0 +1,332 @@
+"""The family's identities: one formula under many names, closed forms on Gaussian data, and what distillation gains."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from gaussian import Gaussian, column
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import PRESETS, cross_flow, formula_schedules, normal, pairs, schedules, seeds, statistics_for
+
+from flowspace import (
+    AlphaFlowLoss,
+    ConsistencyLoss,
+    ConsistencyStatistic,
+    CrossFlowLoss,
+    Euler,
+    FlowMap,
+    FlowMatchingLoss,
+    ImprovedMeanFlowLoss,
+    MatchedStatistic,
+    MeanFlowDistillationLoss,
+    MeanFlowLoss,
+    PixelMeanFlowLoss,
+    TrajectoryMatchingLoss,
+)
+
+LINEAR = PRESETS["linear"]
+
+
+class Net(torch.nn.Module):
+    """A smooth model in float64."""
+
+    def __init__(self, dim=3, seed=0):
+        super().__init__()
+        self.first = torch.nn.Parameter(normal(seed, dim, 8))
+        self.second = torch.nn.Parameter(normal(seed + 1, 8, dim))
+
+    def forward(self, z, t, s):
+        return torch.tanh(z @ self.first + column(t) - 2 * column(s)) @ self.second * column(1 + t * s)
+
+
+def close(actual, wanted, tolerance=1e-10):
+    torch.testing.assert_close(actual, wanted, rtol=tolerance, atol=tolerance)
+
+
+def equal(first, second, net, tolerance=1e-10):
+    """Loss and gradient of two outputs of one network."""
+    close(first.loss, second.loss, tolerance)
+    for a, b in zip(
+        *(torch.autograd.grad(out.loss.sum(), list(net.parameters())) for out in (first, second)), strict=True
+    ):
+        close(a, b, tolerance * (1 + b.abs().max().item()))
+
+
+# --- the same thing under another name ----------------------------------------------------------------------------------
+
+
+@settings(max_examples=20)
+@given(pairs(rows=6, diagonal=True), seeds)
+def test_pixel_mean_flow_along_the_conditional_velocity_is_cross_flow_weighted_by_one_over_t(times, seed):
+    (t, s), net, z, noise = times, Net(), normal(seed, 6, 3), normal(seed + 1, 6, 3)
+    pixel = PixelMeanFlowLoss(own_tangent=False)(net, z, noise=noise, t=t, s=s)
+    cross = CrossFlowLoss(schedule=LINEAR, weight=lambda t, s: 1 / t)(net, z, noise=noise, t=t, s=s)
+    close(pixel.prediction, cross.prediction)
+    close(pixel.target, cross.target, 1e-9)
+    equal(pixel, cross, net, 1e-9)
+
+
+@settings(max_examples=20)
+@given(schedules, pairs(rows=6, diagonal=True), seeds)
+def test_mean_flow_on_the_diagonal_is_flow_matching(schedule, times, seed):
+    t, net, z, noise = times[0], Net(), normal(seed, 6, 3), normal(seed + 1, 6, 3)
+    mean, plain = (cls(schedule=schedule)(net, z, noise=noise, t=t, s=t) for cls in (MeanFlowLoss, FlowMatchingLoss))
+    equal(mean, plain, net)
+    close(mean.target, schedule.perturb(z, noise, t)[1])
+
+
+@settings(max_examples=20)
+@given(schedules, pairs(rows=6), seeds)
+def test_consistency_is_the_residual_of_the_engine_for_kappa_zero(schedule, times, seed):
+    t, net, z, noise = times[0], Net(), normal(seed, 6, 3), normal(seed + 1, 6, 3)
+    zero = torch.zeros_like(t)
+    own = ConsistencyLoss(schedule=schedule, boundary=0.0)(net, z, noise=noise, t=t, s=zero)
+    engine = cross_flow(schedule, ConsistencyStatistic())(net, z, noise=noise, t=t, s=zero)
+    equal(own, engine, net)
+    close(own.residual, engine.residual)
+
+
+@settings(max_examples=20)
+@given(pairs(rows=6), seeds, st.sampled_from([0.05, 0.3, 1.0]))
+def test_alpha_flows_target_is_the_references(times, seed, alpha):
+    """u_tgt = (dt v + (t - dt - r) u(x - dt v, r, t - dt))/(t - r) with dt = alpha (t - r)."""
+    (t, s), net, z, noise = times, Net(), normal(seed, 6, 3), normal(seed + 1, 6, 3)
+    out = AlphaFlowLoss(gap=alpha)(net, z, noise=noise, t=t, s=s)
+    z_t, v = LINEAR.perturb(z, noise, t)
+    dt = alpha * (t - s)
+    earlier = net(z_t - column(dt) * v, t - dt, s).detach()
+    wanted = (column(dt) * v + column(t - dt - s) * earlier) / column(t - s)
+    close(out.target, wanted, 1e-9)
+    close(out.loss, alpha * (out.prediction - wanted).square().mean(1), 1e-9)
+
+
+@settings(max_examples=20)
+@given(st.data(), formula_schedules, seeds)
+def test_the_two_point_form_tends_to_the_derivative(draws, schedule, seed):
+    statistic = draws.draw(statistics_for(schedule))
+    t, s = draws.draw(pairs(rows=4, inside=True, gap=0.1))
+    net, z, noise = Net(), normal(seed, 4, 3), normal(seed + 1, 4, 3)
+    loss_fn = cross_flow(schedule, statistic)
+    exact = loss_fn(net, z, noise=noise, t=t, s=s)
+    near = [replace(loss_fn, gap=g)(net, z, noise=noise, t=t, s=s) for g in (1e-3, 1e-5)]
+    b = column(loss_fn.coefficients.derivative(t, s))
+    for g, out in zip((1e-3, 1e-5), near, strict=True):
+        step = column(g * (t - s))
+        slope = (out.prediction - out.target) * b / step  # the difference quotient of f/delta - K, which tends to R
+        error = (slope - exact.residual).abs().max() / (1 + exact.residual.abs().max())
+        assert error < 3e3 * g, (g, error)
+
+
+def test_the_two_point_form_for_kappa_zero_is_discrete_consistency():
+    """y* = f at the earlier point of the same path, in one space and across."""
+    net, z, noise, x = Net(), normal(0, 5, 3), normal(1, 5, 3), normal(2, 5, 3)
+    t = torch.linspace(0.2, 1, 5, dtype=torch.float64)
+    zero = torch.zeros_like(t)
+    for targets in (None, x):
+        out = ConsistencyLoss(gap=0.2, boundary=0.0)(net, z, targets, noise=noise, t=t, s=zero)
+        earlier = LINEAR.perturb(z, noise, 0.8 * t)[0]
+        close(out.target, net(earlier, 0.8 * t, zero).detach())
+
+
+# --- Gaussian data ------------------------------------------------------------------------------------------------------
+
+
+def at_means(loss_fn, data, model, t, s, seed):
+    """The residual of data and noise at their means given z_t; for affine f this is its conditional mean."""
+    z_t = data.sample_state(t, seed)
+    out = loss_fn(model, data.clean(z_t, t), noise=data.grain(z_t, t), t=t, s=s)
+    close(out.z_t, z_t)
+    return out.prediction.detach() - out.target
+
+
+@settings(max_examples=20)
+@given(formula_schedules, pairs(rows=6, inside=True, gap=0.05), seeds)
+def test_the_exact_average_velocity_solves_improved_mean_flow_and_distillation(schedule, times, seed):
+    (t, s), data = times, Gaussian.random(schedule, seed)
+    exact = data.average_velocity()
+    for loss_fn in (
+        ImprovedMeanFlowLoss(schedule=schedule),
+        MeanFlowDistillationLoss(schedule=schedule, teacher=data.velocity),
+        MeanFlowDistillationLoss(schedule=schedule, teacher=data.velocity, mix=0.3),
+    ):
+        off = at_means(loss_fn, data, exact, t, s, seed)
+        close(off, torch.zeros_like(off), 1e-8)
+        off = at_means(loss_fn, data, lambda *x: 1.1 * exact(*x), t, s, seed)
+        assert (off.abs().amax(1) > 1e-5).all()
+
+
+@settings(max_examples=20)
+@given(formula_schedules, pairs(rows=6, inside=True, gap=0.05), seeds)
+def test_with_an_exact_teacher_the_residual_itself_vanishes(schedule, times, seed):
+    """Not only its mean: nothing of the noise that made z_t is left in it."""
+    (t, s), data = times, Gaussian.random(schedule, seed)
+    loss_fn = MeanFlowDistillationLoss(schedule=schedule, teacher=data.velocity)
+    out = loss_fn(data.average_velocity(), normal(seed, 6, 3), noise=normal(seed + 1, 6, 3), t=t, s=s)
+    close(out.residual, torch.zeros_like(out.residual), 1e-8)
+
+
+@settings(max_examples=20)
+@given(formula_schedules, pairs(rows=6, inside=True, gap=0.05), seeds)
+def test_the_images_of_pixel_mean_flow_are_what_its_statistic_says(schedule, times, seed):
+    (t, s), data = times, Gaussian.random(schedule, seed)
+    loss_fn = PixelMeanFlowLoss(schedule=schedule)
+    exact = data.statistic(loss_fn.outputs.gamma, loss_fn.outputs.delta)
+    whole = lambda z, t, s: torch.where(column(s < t), exact(z, t, s), data.clean(z, t))  # noqa: E731
+    off = at_means(loss_fn, data, whole, t, s, seed)
+    close(off, torch.zeros_like(off), 1e-7)
+    z_t = data.sample_state(t, seed)
+    close(FlowMap(exact, schedule, loss_fn.outputs).step(z_t, t, s), data.transported(z_t, t, s), 1e-8)
+    off = at_means(loss_fn, data, lambda *x: whole(*x) + 0.1 * column(x[1]), t, s, seed)
+    assert (off.abs().amax(1) > 1e-6).all()
+
+
+@settings(max_examples=20)
+@given(formula_schedules, pairs(rows=6, inside=True, gap=0.05), seeds)
+def test_the_exact_trajectory_function_is_at_rest_and_at_its_boundary(schedule, times, seed):
+    (t, s), data = times, Gaussian.random(schedule, seed)
+    exact = lambda z, t, s: data.transported(z, t, s.detach())  # noqa: E731
+    off = at_means(ConsistencyLoss(schedule=schedule, boundary=0.0), data, exact, t, s, seed)
+    close(off, torch.zeros_like(off), 1e-8)
+    z, noise, s = normal(seed, 6, 3), normal(seed + 1, 6, 3), s.clamp(min=0.02)
+    far, near = (
+        ConsistencyLoss(schedule=schedule, boundary=weight)(exact, z, noise=noise, t=t, s=s).loss
+        for weight in (0.0, 1.0)
+    )
+    close(near - far, torch.zeros_like(far), 1e-8)
+
+
+@settings(max_examples=10)
+@given(formula_schedules, seeds)
+def test_trajectory_matching_is_zero_for_the_exact_map_of_a_path_that_is_solved_exactly(schedule, seed):
+    """A constant velocity: Euler's steps are exact, and the average velocity is that constant."""
+    constant, noise = normal(seed, 4, 3), normal(seed + 1, 4, 3)
+    loss_fn = TrajectoryMatchingLoss(schedule=schedule, teacher=lambda z, t: constant, points=5, shift=2.0)
+    out = loss_fn(lambda z, t, s: constant.repeat(10, 1), noise, noise=noise)
+    close(out.residual, torch.zeros_like(out.residual), 1e-9)
+    assert out.loss.shape == (40,) and set(out.t.tolist()) < set(loss_fn.grid(noise).tolist())
+    wrong = loss_fn(lambda z, t, s: constant.repeat(10, 1) + 0.1, noise, noise=noise)
+    close(wrong.loss, torch.full((40,), 0.01, dtype=torch.float64), 1e-9)
+
+
+def test_trajectory_matching_tends_to_the_exact_map_as_the_grid_is_refined():
+    data, noise = Gaussian.random(LINEAR, 3), normal(0, 4, 3)
+    sizes = []
+    for points in (9, 17, 33):
+        loss_fn = TrajectoryMatchingLoss(teacher=data.velocity, points=points)
+        exact = data.average_velocity()
+        out = loss_fn(lambda z, t, s, exact=exact: exact(z, t, s), noise, noise=noise)
+        sizes.append(float(out.residual.abs().mean()))
+    assert sizes[0] > 1.6 * sizes[1] > 1.6**2 * sizes[2] > 0
+
+
+def test_random_pairs_are_distinct_and_conditions_follow_their_rows():
+    noise, seen = normal(0, 3, 2), {}
+
+    def model(z, t, s, y):
+        seen.update(t=t, s=s, y=y)
+        return z
+
+    loss_fn = TrajectoryMatchingLoss(teacher=lambda z, t, y: z * column(y), points=6, pairs=7, shift=3.0)
+    loss_fn(
+        model, noise, noise=noise, cond={"y": torch.arange(3.0).double()}, generator=torch.Generator().manual_seed(0)
+    )
+    chosen = list(zip(seen["t"][::3].tolist(), seen["s"][::3].tolist(), strict=True))
+    assert len(set(chosen)) == 7 and all(t > s for t, s in chosen)
+    assert seen["y"].tolist() == [0.0, 1.0, 2.0] * 7
+    even = torch.linspace(1, 0, 6, dtype=torch.float64)
+    close(loss_fn.grid(noise), 3 * even / (1 + 2 * even))
+
+
+# --- the flow map -------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=20)
+@given(st.data(), formula_schedules, seeds)
+def test_the_flow_map_is_the_identity_on_the_diagonal_and_composes(draws, schedule, seed):
+    statistic, data = draws.draw(statistics_for(schedule)), Gaussian.random(schedule, seed)
+    t, s = draws.draw(pairs(rows=4, inside=True, gap=0.1))
+    s = s.clamp(min=0.02)
+    r = s / 2
+    written = statistic.on(schedule) if isinstance(statistic, MatchedStatistic) else statistic
+    flow = FlowMap(data.statistic(written.gamma, written.delta), schedule, statistic)
+    z_t = data.sample_state(t, seed)
+    close(flow.step(flow.step(z_t, t, s), s, r), flow.step(z_t, t, r), 1e-7)
+    close(flow.step(z_t, t, s), data.transported(z_t, t, s), 1e-7)
+    close(flow.step(z_t, t, t - 1e-9), z_t, 1e-6)
+
+
+@settings(max_examples=20)
+@given(st.data(), formula_schedules, seeds)
+def test_the_diagonal_of_an_anchored_statistic_is_a_velocity(draws, schedule, seed):
+    data, t = Gaussian.random(schedule, seed), draws.draw(pairs(rows=4, inside=True))[0]
+    z_t = data.sample_state(t, seed)
+    for model, statistic in ((data.matched(), MatchedStatistic()), (data.average_velocity(), MeanFlowLoss().statistic)):
+        close(FlowMap(model, schedule, statistic).velocity(z_t, t), data.velocity(z_t, t), 1e-8)
+    close(schedule.velocity(data.clean(z_t, t), z_t, t), data.velocity(z_t, t), 1e-8)
+    close(schedule.latents(data.velocity(z_t, t), z_t, t), data.clean(z_t, t), 1e-7)
+
+
+# --- what distillation gains ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_residuals_mean_square_falls_by_that_of_what_the_noise_put_into_it(seed):
+    """E|R_MFT|^2 - E|R_MFD|^2 = E|A dv|^2, A = (t - s) df/dz - 1, dv = v - teacher; for any network, an exact teacher."""
+    rows, data, net = 200_000, Gaussian.random(LINEAR, seed), Net(seed=seed + 5)
+    z = data.mean + (normal(seed, rows, 3) * data.spread) @ data.rotation.T
+    noise = normal(seed + 1, rows, 3)
+    t = torch.full((rows,), 0.7, dtype=torch.float64)
+    s = torch.full((rows,), 0.2, dtype=torch.float64)
+    with torch.no_grad():
+        plain = MeanFlowLoss()(net, z, noise=noise, t=t, s=s)
+        taught = MeanFlowDistillationLoss(teacher=data.velocity)(net, z, noise=noise, t=t, s=s)
+        z_t, v = LINEAR.perturb(z, noise, t)
+        dv = v - data.velocity(z_t, t)
+        moved = torch.func.jvp(lambda x: net(x, t, s), (z_t,), (dv,))[1]
+        noise_term = (column(t - s) * moved - dv).square().sum(1)
+    gap = plain.residual.square().sum(1) - taught.residual.square().sum(1)
+    close(plain.residual - taught.residual, column(t - s) * moved - dv, 1e-9)
+    error = (gap - noise_term).std() / rows**0.5
+    assert (gap - noise_term).mean().abs() < 5 * error
+    assert noise_term.mean() > 50 * error
+
+
+# --- linear networks ------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=15)
+@given(pairs(rows=5, inside=True, gap=0.05), seeds)
+def test_a_linear_network_has_closed_form_losses(times, seed):
+    (t, s), w, b, c = times, normal(seed, 3, 3), normal(seed + 1, 3), normal(seed + 2, 3)
+    z, noise = normal(seed + 3, 5, 3), normal(seed + 4, 5, 3)
+    z_t, v = LINEAR.perturb(z, noise, t)
+
+    def net(z, t, s):
+        return z @ w.T + column(t) * b + column(s) * c
+
+    f, gap = net(z_t, t, s), column(t - s)
+
+    def check(loss_fn, difference):
+        close(loss_fn(net, z, noise=noise, t=t, s=s).loss, difference.square().mean(1), 1e-8)
+
+    check(MeanFlowLoss(), f + gap * (v @ w.T + b) - v)
+    check(ImprovedMeanFlowLoss(), f + gap * (net(z_t, t, t) @ w.T + b) - v)
+    check(MeanFlowDistillationLoss(teacher=lambda z, t: z), f + gap * (z_t @ w.T + b) - z_t)
+    check(FlowMatchingLoss(), net(z_t, t, t) - v)
+    check(CrossFlowLoss(), column(s / t) * (f - z) + gap * (v @ w.T + b))
+    check(ConsistencyLoss(boundary=0.0), gap * (v @ w.T + b))
+    u, own = (z_t - f) / column(t), (z_t - net(z_t, t, t)) / column(t)
+    slope = (own - own @ w.T - b) / column(t) - (z_t - f) / column(t) ** 2
+    check(PixelMeanFlowLoss(floor=0.0), u + gap * slope - v)
+    r = t - 0.25 * (t - s)
+    z_r = LINEAR.perturb(z, noise, r)[0]
+    check(MeanFlowLoss(gap=0.25), f - (0.25 * gap * v + column(r - s) * net(z_r, r, s)) / gap)
+
+
+def test_eulers_path_is_the_step_of_the_average_velocity():
+    data, noise = Gaussian.random(LINEAR, 0), normal(0, 4, 3)
+    grid = torch.linspace(1, 0, 6, dtype=torch.float64)
+    path = Euler().path(lambda z, t: data.velocity(z, t), noise, grid)
+    flow = FlowMap(lambda z, t, s: data.velocity(z, t), LINEAR, MeanFlowLoss().statistic)
+    close(path[-1], flow.sample(noise, steps=5))
