@@ -1,6 +1,6 @@
 r"""Scalar functions of the times, from text, sympy expressions, numbers or callables.
 
-A `TimeFunction` is $g(t)$ or $g(t, s)$, elementwise over tensors. With a formula behind it the derivative in t
+A `TimeFunction` is $g(t)$ or $g(t, s)$, elementwise over tensors of torch or arrays of JAX. With a formula behind it the derivative in t
 is symbolic, the compiled code is made once, and removable singularities on the edges ``s = t``, ``s = 0`` and ``t = 1`` are
 filled in with their limits. With a callable behind it the derivative is forward-mode automatic differentiation, and a value
 that is not finite is replaced by the one `NUDGE` inside the triangle ``0 < s < t < 1``.
@@ -16,11 +16,10 @@ from functools import cached_property
 from typing import Any, TypeAlias
 
 import sympy
-import torch
 from sympy.core.function import Application
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
 
+from flowspace.backends import backend_of, handed_over
 from flowspace.errors import ExpressionError
 
 __all__ = ["NUDGE", "Source", "TimeFunction", "combine", "parse", "precise_values", "s", "t"]
@@ -32,6 +31,9 @@ t, s = sympy.symbols("t s", positive=True)
 NUDGE = 1e-7
 """How far inside the triangle a callable is evaluated where it is 0/0 on an edge: small against any time that matters,
 large against float64 rounding of t - s."""
+
+NUDGE_SINGLE = 3e-4
+"""The same against float32 rounding, where there is no float64: its square root."""
 
 MAX_TEXT = 1000
 MAX_EXPONENT = 64
@@ -160,30 +162,30 @@ def _own_symbols(expression: sympy.Expr) -> sympy.Expr:
     return expression.subs({symbol: NAMES[str(symbol)] for symbol in expression.free_symbols})
 
 
-# --- sympy -> torch --------------------------------------------------------------------------------------------------
+# --- sympy -> arrays -------------------------------------------------------------------------------------------------
 
 
-def _on_tensors(name: str) -> Callable[[Any], Any]:
-    """Return torch's function of that name, and math's for the plain numbers that formulas contain."""
+def _on_arrays(name: str) -> Callable[[Any], Any]:
+    """Return the arrays' function of that name, and math's for the plain numbers that formulas contain."""
 
     def function(value: Any) -> Any:
-        return getattr(torch, name)(value) if isinstance(value, Tensor) else getattr(math, name)(value)
+        return getattr(math, name)(value) if isinstance(value, (int, float)) else backend_of(value).elementwise(name, value)
 
     return function
 
 
-NAMES_IN_TORCH = "exp log sqrt sin cos tan sinh cosh tanh asin acos atan asinh acosh atanh erf".split()
-TORCH: dict[str, Any] = {name: _on_tensors(name) for name in NAMES_IN_TORCH}
-TORCH |= {"cot": lambda x: 1 / TORCH["tan"](x), "pi": math.pi, "e": math.e, "E": math.e, "Abs": abs}
+ELEMENTWISE = "exp log sqrt sin cos tan sinh cosh tanh asin acos atan asinh acosh atanh erf".split()
+ON_ARRAYS: dict[str, Any] = {name: _on_arrays(name) for name in ELEMENTWISE}
+ON_ARRAYS |= {"cot": lambda x: 1 / ON_ARRAYS["tan"](x), "pi": math.pi, "e": math.e, "E": math.e, "Abs": abs}
 
 
 def _lambdify(expression: sympy.Expr, variables: tuple[sympy.Symbol, ...]) -> Callable[..., Any]:
-    unknown = {f.func.__name__ for f in expression.atoms(Application)} - TORCH.keys()
+    unknown = {f.func.__name__ for f in expression.atoms(Application)} - ON_ARRAYS.keys()
     if unknown:
         raise ExpressionError(
             f"{expression} has {', '.join(sorted(unknown))}, which is not known on tensors; write a callable of t instead"
         )
-    return sympy.lambdify(variables, expression, modules=[TORCH], cse=True)
+    return sympy.lambdify(variables, expression, modules=[ON_ARRAYS], cse=True)
 
 
 def on_edge(expression: sympy.Expr, variable: sympy.Symbol, end: sympy.Expr) -> sympy.Expr | None:
@@ -212,7 +214,7 @@ def _has_nan(values: list[Any]) -> bool:
 
 
 def _compile(expression: sympy.Expr, variables: tuple[sympy.Symbol, ...]) -> Callable[..., Any]:
-    """Compile for tensors, once; on an edge with a removable singularity the limit is taken there, exactly."""
+    """Compile for tensors and arrays, once; on an edge with a removable singularity the limit is taken there, exactly."""
     inside = _lambdify(expression, variables)
     if len(variables) == 1:
         return inside
@@ -225,11 +227,11 @@ def _compile(expression: sympy.Expr, variables: tuple[sympy.Symbol, ...]) -> Cal
         return inside
 
     def with_edges(t_: Tensor, s_: Tensor) -> Tensor:
-        values = inside(t_, s_)
+        xp, values = backend_of(t_), inside(t_, s_)
         for variable, end, filled in edges:
             time = t_ if variable == t else s_
             here = time == (t_ if end == t else int(end))
-            values = torch.where(here, filled(t_, s_), values)
+            values = xp.where(here, filled(t_, s_), values)
         return values
 
     return with_edges
@@ -261,18 +263,17 @@ class TimeFunction:
         if self.expression is not None and not self.expression.free_symbols <= set(self.variables):
             raise ExpressionError(f"{source} depends on s, but is a function of t alone")
         self._evaluate: Callable[..., Any] = (
-            self._call_inside if self.expression is None else _compile(self.expression, self.variables)
+            self._call_anywhere if self.expression is None else _compile(self.expression, self.variables)
         )
 
     def __call__(self, *times: Tensor) -> Tensor:
         """Return the values at the times, all of shape ``()`` or ``(B,)``, with that shape and the times' dtype.
 
         They are formed in float64: b is a small difference of large numbers near the diagonal, and there are only B of them.
+        JAX has float64 only where it is switched on.
         """
-        value = self._evaluate(*(time.double() for time in times))
-        if not isinstance(value, Tensor):
-            return torch.full_like(times[0], float(value))
-        return value.to(times[0].dtype).expand_as(times[0])
+        xp, like = backend_of(*times), times[0]
+        return xp.expand(self._evaluate(*(xp.wide(time) for time in times)), like, like.dtype)
 
     @cached_property
     def dot(self) -> "TimeFunction":
@@ -281,27 +282,29 @@ class TimeFunction:
             return TimeFunction(tidy(self.expression.diff(t)), self.arity)
 
         def derivative(time: Tensor, *rest: Tensor) -> Tensor:
-            if has_torch_function((time,)):  # a route may differentiate this in turn: as one function, it can
-                return handle_torch_function(derivative, (time,), time, *rest)
-            time = time.contiguous()
-            return torch.func.jvp(lambda u: self._call(u, *rest), (time,), (torch.ones_like(time),))[1]
+            return backend_of(time).slope(self._call, time, *rest)
 
         return TimeFunction(derivative, self.arity)
 
     def _call(self, *times: Tensor) -> Tensor:
-        value = self.source(*times)  # type: ignore[operator]
-        if not isinstance(value, Tensor):
-            return torch.full_like(times[0], float(value))
-        return value.expand_as(times[0])
+        return backend_of(*times).expand(self.source(*times), times[0])  # type: ignore[operator]
+
+    def _call_anywhere(self, *times: Tensor) -> Tensor:
+        """Call on tensors or arrays; a callable that fails on tensors may be written in JAX, so it is tried there."""
+        try:
+            return self._call_inside(*times)
+        except Exception as error:
+            return handed_over(self._call_inside, times, error)
 
     def _call_inside(self, *times: Tensor) -> Tensor:
         """Call, in float64 as `__call__` passes it; where that is not finite and there are two times, go just inside."""
         value = self._call(*times)
         if self.arity == 1:
             return value
-        t_ = times[0].clamp(max=1 - NUDGE)
-        s_ = torch.minimum(times[1].clamp(min=NUDGE), t_ - NUDGE)
-        return torch.where(value.isfinite(), value, self._call(t_, s_))
+        xp, nudge = backend_of(value), NUDGE if times[0].dtype.itemsize == 8 else NUDGE_SINGLE
+        t_ = xp.clamp(times[0], None, 1 - nudge)
+        s_ = xp.minimum(xp.clamp(times[1], nudge), t_ - nudge)
+        return xp.where(xp.isfinite(value), value, self._call(t_, s_))
 
     def raw(self, *times: Tensor) -> Tensor:
         """Evaluate as the source has it, 0/0 on the edges included, so that a combination can still cancel it."""

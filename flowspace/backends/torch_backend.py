@@ -1,0 +1,150 @@
+"""torch: arrays are tensors, randomness comes from a generator, which moves on as it is drawn from."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import (
+    Tensor,
+    clamp,
+    isfinite,
+    maximum,
+    minimum,
+    ones_like,
+    sigmoid,
+    sign,
+    square,
+    where,
+    zeros_like,
+)
+from torch.overrides import handle_torch_function, has_torch_function
+
+__all__ = [
+    "apart",
+    "as_array",
+    "cast",
+    "clamp",
+    "detach",
+    "device",
+    "elementwise",
+    "expand",
+    "flatten",
+    "in_full",
+    "is_array",
+    "is_floating",
+    "isfinite",
+    "known",
+    "maximum",
+    "minimum",
+    "normal",
+    "ones_like",
+    "sigmoid",
+    "sign",
+    "slope",
+    "split",
+    "square",
+    "time_dtype",
+    "to_float",
+    "uniform",
+    "where",
+    "wide",
+    "zeros_like",
+]
+
+to_float = "{}.float()"
+"""How a user makes real numbers of whole ones; for messages."""
+
+
+def is_array(value: Any) -> bool:
+    """Return whether a value is a tensor."""
+    return isinstance(value, Tensor)
+
+
+def is_floating(array: Tensor) -> bool:
+    """Return whether a tensor is of real numbers."""
+    return array.is_floating_point()
+
+
+def as_array(value: Any, like: Any = None) -> Tensor:
+    """Return a number or tensor as a tensor, on the device of another."""
+    return torch.as_tensor(value, device=like.device if isinstance(like, Tensor) else None)
+
+
+def cast(array: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor in a dtype."""
+    return array.to(dtype)
+
+
+def in_full(array: Tensor) -> Tensor:
+    """Return a tensor in at least float32."""
+    return array if array.dtype.itemsize >= 4 else array.float()
+
+
+def wide(array: Tensor) -> Tensor:
+    """Return a tensor in float64."""
+    return array.double()
+
+
+def time_dtype(states: Tensor) -> torch.dtype:
+    """Return the dtype of times beside states: float32, or float64 if they are."""
+    return torch.float64 if states.dtype == torch.float64 else torch.float32
+
+
+def device(array: Tensor) -> torch.device:
+    """Return where a tensor is."""
+    return array.device
+
+
+def expand(value: Any, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a number or tensor in the shape of another, in its own dtype or the one given; a number in the other's."""
+    if not isinstance(value, Tensor):
+        return torch.full_like(like, float(value))
+    return (value if dtype is None else value.to(dtype)).expand_as(like)
+
+
+def flatten(array: Tensor) -> Tensor:
+    """Return a tensor of shape ``(B, *)`` in shape ``(B, n)``."""
+    return array.flatten(1) if array.ndim > 1 else array.unsqueeze(1)
+
+
+def elementwise(name: str, array: Tensor) -> Tensor:
+    """Apply a function of math, by its name, to each element."""
+    return getattr(torch, name)(array)
+
+
+def apart(t: Tensor, s: Tensor) -> Tensor:
+    """Return where t is so far above s that b(t, s), rounded, has its sign."""
+    return s < t
+
+
+def detach(array: Tensor) -> Tensor:
+    """Return a tensor through which no gradient flows."""
+    return array.detach()
+
+
+def known(array: Tensor) -> bool:
+    """Return whether a tensor has values to ask for: not if it belongs to a transform of torch.func."""
+    return torch.compiler.is_compiling() or not torch._C._functorch.is_functorch_wrapped_tensor(array)  # pyright: ignore
+
+
+def slope(function: Callable[..., Tensor], time: Tensor, *rest: Tensor) -> Tensor:
+    """Return the derivative of an elementwise function in its first argument."""
+    if has_torch_function((time,)):  # a route may differentiate this in turn: as one function, it can
+        return handle_torch_function(slope, (time,), function, time, *rest)
+    time = time.contiguous()
+    return torch.func.jvp(lambda u: function(u, *rest), (time,), (torch.ones_like(time),))[1]
+
+
+def split(generator: torch.Generator | None, count: int) -> tuple[torch.Generator | None, ...]:
+    """Return the sources of that many draws: the generator itself each time."""
+    return (generator,) * count
+
+
+def uniform(shape: tuple[int, ...], how: dict[str, Any]) -> Tensor:
+    """Draw uniformly from [0, 1)."""
+    return torch.rand(shape, **how)
+
+
+def normal(shape: tuple[int, ...], how: dict[str, Any]) -> Tensor:
+    """Draw standard normal numbers."""
+    return torch.randn(shape, **how)
