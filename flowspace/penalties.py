@@ -7,9 +7,9 @@ for `Adaptive`, whose offset c is negligible beside a sum over 200,000 pixels an
 import abc
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
+from flowspace.backends import backend_of
 from flowspace.errors import InputError
 
 __all__ = ["AbsoluteError", "Adaptive", "HuberError", "Penalty", "SquaredError"]
@@ -24,7 +24,7 @@ class Penalty(abc.ABC):
 
 
 def _over_axes(values: Tensor, summed: bool) -> Tensor:
-    flat = values.flatten(1) if values.ndim > 1 else values.unsqueeze(1)
+    flat = backend_of(values).flatten(values)
     return flat.sum(1) if summed else flat.mean(1)
 
 
@@ -36,7 +36,7 @@ class SquaredError(Penalty):
 
     def __call__(self, difference: Tensor) -> Tensor:
         """Return the penalty of each row: ``(B, *)`` becomes ``(B,)``."""
-        return _over_axes(difference.square(), self.summed)
+        return _over_axes(backend_of(difference).square(difference), self.summed)
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class AbsoluteError(Penalty):
 
     def __call__(self, difference: Tensor) -> Tensor:
         """Return the penalty of each row: ``(B, *)`` becomes ``(B,)``."""
-        return _over_axes(difference.abs(), self.summed)
+        return _over_axes(abs(difference), self.summed)
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ class HuberError(Penalty):
 
     def __call__(self, difference: Tensor) -> Tensor:
         """Return the penalty of each row: ``(B, *)`` becomes ``(B,)``."""
-        size, h = difference.abs(), self.threshold
-        return _over_axes(torch.where(size <= h, size.square() / 2, h * (size - h / 2)), self.summed)
+        xp, size, h = backend_of(difference), abs(difference), self.threshold
+        return _over_axes(xp.where(size <= h, xp.square(size) / 2, h * (size - h / 2)), self.summed)
 
 
 @dataclass(frozen=True)
@@ -94,4 +94,4 @@ class Adaptive(Penalty):
     def __call__(self, difference: Tensor) -> Tensor:
         """Return the penalty of each row: ``(B, *)`` becomes ``(B,)``."""
         value = self.penalty(difference)
-        return value / (value.detach() + self.c) ** self.p
+        return value / (backend_of(value).detach(value) + self.c) ** self.p

@@ -15,6 +15,7 @@ import sympy
 import torch
 from torch import Tensor
 
+from flowspace.backends import backend_of, one_backend
 from flowspace.errors import ExpressionError, InputError, ScheduleError, TimeError
 from flowspace.expressions import Source, TimeFunction, combine, parse, t
 
@@ -112,12 +113,13 @@ class Schedule:
             of shape ``(B, *)``.
 
         Raises:
-            InputError: if the shapes of latents and noise differ.
+            InputError: if the shapes of latents and noise differ, or tensors came beside JAX arrays.
             TimeError: if t is of whole numbers or has another shape.
         """
+        xp = one_backend(latents, noise, t)
         if noise.shape != latents.shape:
             raise InputError(f"noise of shape {tuple(noise.shape)} came for latents of shape {tuple(latents.shape)}")
-        t = _as_times(t)
+        t = _as_times(t, latents)
         if t.ndim > 1 or (t.ndim == 1 and t.shape[0] != latents.shape[0]):
             raise TimeError(
                 f"t of shape {tuple(t.shape)} came for latents of shape {tuple(latents.shape)}; use (B,) or ()"
@@ -127,7 +129,7 @@ class Schedule:
             return over_rows(data, latents) * latents + over_rows(grain, latents) * noise
 
         z_t, v = mix(self.alpha(t), self.beta(t)), mix(self.alpha_dot(t), self.beta_dot(t))
-        return z_t.to(latents.dtype), v
+        return xp.cast(z_t, latents.dtype), v
 
     def velocity(self, latents: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
         """Return the velocity of the path through z_t that comes from these latents: (beta'/beta) z_t + beta lambda' z.
@@ -254,11 +256,13 @@ _TERMINAL_ADVICE = (
 )
 
 
-def _as_times(t: Tensor | float) -> Tensor:
-    t = t if isinstance(t, Tensor) else torch.as_tensor(t)
-    if not t.is_floating_point():
-        raise TimeError(f"times of dtype {t.dtype} came; flowspace's times are real numbers in [0, 1]: write t.float()")
-    return t if t.dtype in (torch.float32, torch.float64) else t.float()
+def _as_times(t: Tensor | float, beside: Tensor | None = None) -> Tensor:
+    xp = backend_of(t, beside)
+    t = xp.as_array(t)
+    if not xp.is_floating(t):
+        hint = xp.to_float.format("t")
+        raise TimeError(f"times of dtype {t.dtype} came; flowspace's times are real numbers in [0, 1]: write {hint}")
+    return xp.in_full(t)
 
 
 def _evaluate(function: TimeFunction, times: Tensor, name: str) -> Tensor:

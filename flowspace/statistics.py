@@ -21,6 +21,7 @@ import sympy
 import torch
 from torch import Tensor
 
+from flowspace.backends import backend_of
 from flowspace.errors import CriterionError, InputError
 from flowspace.expressions import (
     NOT_ZERO,
@@ -99,16 +100,16 @@ class Coefficients:
         On the diagonal, and where b = 0, m = a. Where that is zero too nothing is to be learned: R/m = 0 by its limit, and
         m is infinite. Dividing by m bounds what multiplies f, x and (t - s) D_t f by one in size.
         """
-        a, b = self.prediction(t, s), self.derivative(t, s)
-        off_diagonal = (s < t) & (b != 0)
-        gap = torch.where(off_diagonal, t - s, 1.0)
-        m = torch.where(off_diagonal, b.sign() * torch.maximum(a.abs(), b.abs() / gap), a)
-        return torch.where(m == 0, torch.inf, m)
+        xp, a, b = backend_of(t), self.prediction(t, s), self.derivative(t, s)
+        off_diagonal = xp.apart(t, s) & (b != 0)
+        gap = xp.where(off_diagonal, t - s, 1.0)
+        m = xp.where(off_diagonal, xp.sign(b) * xp.maximum(abs(a), abs(b) / gap), a)
+        return xp.where(m == 0, math.inf, m)
 
     def step(self, prediction: Tensor, z_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """Return z_s = (1 + gamma/delta) z_t - f/delta, exact for the exact f: identity (I) integrated, in one space."""
         kept, moved = self.velocity(t, s), self.derivative(t, s)
-        return (over_rows(kept, z_t) * z_t - over_rows(moved, z_t) * prediction).to(z_t.dtype)
+        return backend_of(z_t).cast(over_rows(kept, z_t) * z_t - over_rows(moved, z_t) * prediction, z_t.dtype)
 
     def prediction_of(self, z_t: Tensor, z_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """Return the f whose step takes z_t to z_s: `step` solved for f; s < t, in one space."""
@@ -295,7 +296,7 @@ def _function_of_s(kappa: Source) -> TimeFunction:
 def _at_noise(scaled: TimeFunction) -> TimeFunction:
     """Return kappa as a function of s: the value of (1 + gamma/delta) beta(t) at t = 1, or its limit."""
     if scaled.expression is None:
-        return TimeFunction(lambda t_, s_: scaled.raw(torch.ones_like(t_), s_), 2)
+        return TimeFunction(lambda t_, s_: scaled.raw(backend_of(t_).ones_like(t_), s_), 2)
     value: Any = scaled.expression.subs(t, 1)
     if value.has(sympy.nan, sympy.zoo, sympy.oo):
         value = on_edge(scaled.expression, t, sympy.Integer(1)) or value

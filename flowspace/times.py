@@ -1,6 +1,7 @@
 """How times are drawn: a `TimeSampler` draws t for each row, a `TimePairs` draws (t, s) with s <= t.
 
-Samplers are frozen and hold no state; the randomness comes from the generator that is passed in. Every t is at least
+Samplers are frozen and hold no state; the randomness comes from the generator that is passed in: one of torch draws tensors,
+a key of JAX draws arrays. Every t is at least
 `TIME_FLOOR`, since lambda is infinite at t = 0.
 """
 
@@ -12,13 +13,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from flowspace.backends import backend_of
 from flowspace.errors import TimeError
 from flowspace.schedules import TIME_FLOOR
 
 __all__ = ["LogitNormalTimes", "PairSampler", "ShiftedTimes", "TimePairs", "TimeSampler", "ToDataTimes", "UniformTimes"]
 
 How: TypeAlias = dict[str, Any]
-"""The generator, device and dtype of a draw, as torch's random functions take them."""
+"""The generator or key, device and dtype of a draw, as torch's random functions take them."""
 
 REFERENCE_DIM = 4096
 """The latent size at which a shift is 1: 4 x 32 x 32, where the shift of Esser et al. (arXiv 2403.03206) was set."""
@@ -31,9 +33,9 @@ class TimeSampler(abc.ABC):
         self,
         rows: int,
         *,
-        generator: torch.Generator | None = None,
+        generator: Any = None,
         device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: Any = torch.float32,
     ) -> Tensor:
         """Return times of shape ``(rows,)``."""
         return self._draw(rows, {"generator": generator, "device": device, "dtype": dtype})
@@ -58,8 +60,8 @@ class UniformTimes(TimeSampler):
             raise TimeError(f"low = {self.low}, high = {self.high} came; write {TIME_FLOOR} <= low < high <= 1")
 
     def _draw(self, rows: int, how: How) -> Tensor:
-        unit = torch.rand(rows, **how)
-        return (self.low + (self.high - self.low) * unit).clamp(self.low, self.high)
+        xp = backend_of(how["generator"])
+        return xp.clamp(self.low + (self.high - self.low) * xp.uniform((rows,), how), self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,8 @@ class LogitNormalTimes(TimeSampler):
             raise TimeError(f"mean = {self.mean}, spread = {self.spread} came; write finite numbers, spread above 0")
 
     def _draw(self, rows: int, how: How) -> Tensor:
-        normal = torch.randn(rows, **how)
-        return torch.sigmoid(self.mean + self.spread * normal).clamp(min=TIME_FLOOR)
+        xp = backend_of(how["generator"])
+        return xp.clamp(xp.sigmoid(self.mean + self.spread * xp.normal((rows,), how)), TIME_FLOOR)
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class ShiftedTimes(TimeSampler):
 
     def _draw(self, rows: int, how: How) -> Tensor:
         t = self.times(rows, **how)
-        return (self.shift * t / (1 + (self.shift - 1) * t)).clamp(TIME_FLOOR, 1.0)
+        return backend_of(t).clamp(self.shift * t / (1 + (self.shift - 1) * t), TIME_FLOOR, 1.0)
 
 
 class PairSampler(abc.ABC):
@@ -120,9 +122,9 @@ class PairSampler(abc.ABC):
         self,
         rows: int,
         *,
-        generator: torch.Generator | None = None,
+        generator: Any = None,
         device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: Any = torch.float32,
     ) -> tuple[Tensor, Tensor]:
         """Return t and s, each of shape ``(rows,)``."""
         return self._draw(rows, {"generator": generator, "device": device, "dtype": dtype})
@@ -156,16 +158,15 @@ class TimePairs(PairSampler):
             raise TimeError(f"equal = {self.equal} came; it is the share of rows with s = t, between 0 and 1")
 
     def _draw(self, rows: int, how: How) -> tuple[Tensor, Tensor]:
-        first, second = (self.times(rows, **how) for _ in range(2))
-        diagonal = self._diagonal(rows, how)
+        xp = backend_of(how["generator"])
+        hows: list[How] = [how | {"generator": draw} for draw in xp.split(how["generator"], 4)]
+        first, second = (self.times(rows, **how) for how in hows[:2])
+        rank = xp.uniform((rows,), hows[2]).argsort().argsort()
+        diagonal = rank + xp.uniform((), hows[3]) < self.equal * rows
         if self.mask_first:
-            second = torch.where(diagonal, first, second)
-        t, s = torch.maximum(first, second), torch.minimum(first, second)
-        return t, torch.where(diagonal, t, s)
-
-    def _diagonal(self, rows: int, how: How) -> Tensor:
-        rank = torch.rand(rows, **how).argsort().argsort()
-        return rank + torch.rand((), **how) < self.equal * rows
+            second = xp.where(diagonal, first, second)
+        t, s = xp.maximum(first, second), xp.minimum(first, second)
+        return t, xp.where(diagonal, t, s)
 
 
 @dataclass(frozen=True)
@@ -176,4 +177,4 @@ class ToDataTimes(PairSampler):
 
     def _draw(self, rows: int, how: How) -> tuple[Tensor, Tensor]:
         t = self.times(rows, **how)
-        return t, torch.zeros_like(t)
+        return t, backend_of(t).zeros_like(t)
