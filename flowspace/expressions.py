@@ -1,9 +1,9 @@
 r"""Scalar functions of the times, from text, sympy expressions, numbers or callables.
 
-A `TimeFunction` is $g(t)$ or $g(t, s)$, elementwise over tensors of torch or arrays of JAX. With a formula behind it the derivative in t
-is symbolic, the compiled code is made once, and removable singularities on the edges ``s = t``, ``s = 0`` and ``t = 1`` are
-filled in with their limits. With a callable behind it the derivative is forward-mode automatic differentiation, and a value
-that is not finite is replaced by the one `NUDGE` inside the triangle ``0 < s < t < 1``.
+A `TimeFunction` is $g(t)$ or $g(t, s)$, elementwise over tensors of torch or arrays of JAX. With a formula behind it the
+derivative in t is symbolic, the compiled code is made once, and removable singularities on the edges ``s = t``, ``s = 0`` and
+``t = 1`` are filled in with their limits. With a callable behind it the derivative is forward-mode automatic
+differentiation, and a value that is not finite is replaced by the one `NUDGE` inside the triangle ``0 < s < t < 1``.
 
 Text comes from configuration files, so it is read over a whitelist and never evaluated by Python.
 """
@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any, TypeAlias
 
 import sympy
+import torch
 from sympy.core.function import Application
 from torch import Tensor
 
@@ -167,9 +168,12 @@ def _own_symbols(expression: sympy.Expr) -> sympy.Expr:
 
 def _on_arrays(name: str) -> Callable[[Any], Any]:
     """Return the arrays' function of that name, and math's for the plain numbers that formulas contain."""
+    on_tensors, on_numbers = getattr(torch, name), getattr(math, name)
 
     def function(value: Any) -> Any:
-        return getattr(math, name)(value) if isinstance(value, (int, float)) else backend_of(value).elementwise(name, value)
+        if isinstance(value, Tensor):
+            return on_tensors(value)
+        return on_numbers(value) if isinstance(value, (int, float)) else backend_of(value).elementwise(name, value)
 
     return function
 

@@ -258,11 +258,13 @@ _TERMINAL_ADVICE = (
 
 def _as_times(t: Tensor | float, beside: Tensor | None = None) -> Tensor:
     xp = backend_of(t, beside)
-    t = xp.as_array(t)
-    if not xp.is_floating(t):
+    times = xp.as_array(t)
+    if not xp.is_floating(times):
         hint = xp.to_float.format("t")
-        raise TimeError(f"times of dtype {t.dtype} came; flowspace's times are real numbers in [0, 1]: write {hint}")
-    return xp.in_full(t)
+        raise TimeError(
+            f"times of dtype {times.dtype} came; flowspace's times are real numbers in [0, 1]: write {hint}"
+        )
+    return xp.in_full(times)
 
 
 def _evaluate(function: TimeFunction, times: Tensor, name: str) -> Tensor:

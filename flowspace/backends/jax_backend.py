@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from jax.core import Tracer
 from jax.lax import stop_gradient as detach
 from jax.nn import sigmoid
 from jax.numpy import isfinite, maximum, minimum, ones_like, sign, square, where, zeros_like
@@ -14,38 +15,11 @@ from jax.numpy import isfinite, maximum, minimum, ones_like, sign, square, where
 from flowspace.errors import DerivativeError, InputError
 
 __all__ = [
-    "apart",
-    "as_array",
-    "cast",
-    "clamp",
-    "detach",
-    "device",
-    "elementwise",
-    "expand",
-    "flatten",
-    "in_full",
-    "is_array",
-    "is_floating",
-    "isfinite",
-    "known",
-    "maximum",
-    "minimum",
-    "normal",
-    "on_tensors",
-    "ones_like",
-    "sigmoid",
-    "sign",
-    "slope",
-    "split",
-    "square",
-    "time_dtype",
-    "to_float",
-    "uniform",
-    "value_and_derivative",
-    "where",
-    "wide",
-    "zeros_like",
-]
+    "apart", "as_array", "cast", "clamp", "detach", "device", "elementwise", "expand", "flatten", "in_full",
+    "is_array", "is_floating", "isfinite", "known", "maximum", "minimum", "normal", "on_tensors", "ones_like",
+    "repeated", "sigmoid", "sign", "slope", "split", "square", "time_dtype", "to_float", "uniform",
+    "value_and_derivative", "where", "wide", "zeros_like",
+]  # fmt: skip
 
 to_float = "{}.astype(float)"
 """How a user makes real numbers of whole ones; for messages."""
@@ -100,6 +74,11 @@ def expand(value: Any, like: Any, dtype: Any = None) -> Any:
     return jnp.broadcast_to(value if dtype is None else value.astype(dtype), like.shape)
 
 
+def repeated(time: Any, rows: int) -> Any:
+    """Return an array of shape ``()`` or ``(rows,)`` in shape ``(rows,)``."""
+    return jnp.broadcast_to(time, (rows,))
+
+
 def flatten(array: Any) -> Any:
     """Return an array of shape ``(B, *)`` in shape ``(B, n)``."""
     return array.reshape(array.shape[0], int(np.prod(array.shape[1:])))
@@ -122,7 +101,7 @@ def apart(t: Any, s: Any) -> Any:
 
 def known(array: Any) -> bool:
     """Return whether an array has values to ask for: not while JAX traces."""
-    return not isinstance(array, jax.core.Tracer)
+    return not isinstance(array, Tracer)
 
 
 def slope(function: Callable[..., Any], time: Any, *rest: Any) -> Any:
@@ -162,8 +141,11 @@ def split(generator: Any, count: int) -> tuple[Any, ...]:
     Raises:
         InputError: unless one key came.
     """
-    if not isinstance(generator, jax.Array) or generator.shape not in ((), (2,), (4,)):
-        came = f"shape {generator.shape}" if isinstance(generator, jax.Array) else repr(generator)
+    is_key = isinstance(generator, jax.Array) and (
+        generator.ndim == 0 if jnp.issubdtype(generator.dtype, jax.dtypes.prng_key) else generator.dtype == jnp.uint32
+    )
+    if not is_key:
+        came = f"{generator.dtype} of shape {generator.shape}" if isinstance(generator, jax.Array) else repr(generator)
         raise InputError(
             f"generator = {came} came, but times or noise are to be drawn and JAX draws from one key, given each time; write "
             "generator=jax.random.key(0), split anew for every step"

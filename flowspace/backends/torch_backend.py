@@ -20,36 +20,11 @@ from torch import (
 from torch.overrides import handle_torch_function, has_torch_function
 
 __all__ = [
-    "apart",
-    "as_array",
-    "cast",
-    "clamp",
-    "detach",
-    "device",
-    "elementwise",
-    "expand",
-    "flatten",
-    "in_full",
-    "is_array",
-    "is_floating",
-    "isfinite",
-    "known",
-    "maximum",
-    "minimum",
-    "normal",
-    "ones_like",
-    "sigmoid",
-    "sign",
-    "slope",
-    "split",
-    "square",
-    "time_dtype",
-    "to_float",
-    "uniform",
-    "where",
-    "wide",
+    "apart", "as_array", "cast", "clamp", "detach", "device", "elementwise", "expand", "flatten", "in_full",
+    "is_array", "is_floating", "isfinite", "known", "maximum", "minimum", "normal", "ones_like", "repeated",
+    "sigmoid", "sign", "slope", "split", "square", "time_dtype", "to_float", "uniform", "where", "wide",
     "zeros_like",
-]
+]  # fmt: skip
 
 to_float = "{}.float()"
 """How a user makes real numbers of whole ones; for messages."""
@@ -67,7 +42,9 @@ def is_floating(array: Tensor) -> bool:
 
 def as_array(value: Any, like: Any = None) -> Tensor:
     """Return a number or tensor as a tensor, on the device of another."""
-    return torch.as_tensor(value, device=like.device if isinstance(like, Tensor) else None)
+    if like is None:
+        return value if isinstance(value, Tensor) else torch.as_tensor(value)
+    return torch.as_tensor(value, device=like.device)
 
 
 def cast(array: Tensor, dtype: torch.dtype) -> Tensor:
@@ -100,6 +77,11 @@ def expand(value: Any, like: Tensor, dtype: torch.dtype | None = None) -> Tensor
     if not isinstance(value, Tensor):
         return torch.full_like(like, float(value))
     return (value if dtype is None else value.to(dtype)).expand_as(like)
+
+
+def repeated(time: Tensor, rows: int) -> Tensor:
+    """Return a tensor of shape ``()`` or ``(rows,)`` in shape ``(rows,)``."""
+    return time.expand(rows).contiguous()
 
 
 def flatten(array: Tensor) -> Tensor:

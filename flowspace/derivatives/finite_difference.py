@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowspace.backends import backend_of
 from flowspace.derivatives.route import Derivative
 from flowspace.errors import InputError
 from flowspace.schedules import over_rows
@@ -36,6 +37,13 @@ class FiniteDifference(Derivative):
         if self.order not in (1, 2):
             raise InputError(f"order = {self.order} came; write 1 (one-sided) or 2 (central)")
 
+    def evaluate_pure(
+        self, fn: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any | None]
+    ) -> tuple[Any, Any]:
+        """Return the value with gradient and the difference quotient of a function on JAX arrays."""
+        detach, value = backend_of(*primals).detach, fn(*primals)
+        return value, detach(self.derive(fn, primals, tangents, detach(value)))
+
     def derive(
         self, fn: Callable[..., Tensor], primals: Sequence[Any], tangents: Sequence[Tensor | None], value: Tensor | None,
         mixed: bool = False,
@@ -50,7 +58,7 @@ class FiniteDifference(Derivative):
 
         def at(offset: Tensor) -> Tensor:
             moved = (
-                p if v is None else p + over_rows(offset.to(p.dtype), p) * v
+                p if v is None else p + over_rows(backend_of(p).cast(offset, p.dtype), p) * v
                 for p, v in zip(primals, tangents, strict=True)
             )
             return fn(*moved)
@@ -71,19 +79,20 @@ class FiniteDifference(Derivative):
 
     def _times(self, primals: Sequence[Any]) -> Tensor:
         """Return the times, which by convention are the second primal."""
-        if len(primals) > 1 and isinstance(primals[1], Tensor) and primals[1].is_floating_point():
+        xp = backend_of(*primals)
+        if len(primals) > 1 and xp.is_array(primals[1]) and xp.is_floating(primals[1]):
             return primals[1]
-        return torch.full((len(primals[0]),), 0.5, device=primals[0].device)
+        return xp.expand(xp.as_array(0.5, primals[0]), xp.flatten(primals[0])[:, 0])
 
     def _stencil(self, primals: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
         """Return per-row offsets, and the weights of f itself and of f at each offset."""
-        t, h = self._times(primals), self.step
-        inward = torch.where(t < 0.5, 1.0, -1.0).to(t.dtype)
+        t, h, xp = self._times(primals), self.step, backend_of(*primals)
+        inward = xp.cast(xp.where(t < 0.5, 1.0, -1.0), t.dtype)
         if self.order == 1:
             backward_fits = t - h >= 0
-            offset = torch.where(backward_fits, -1.0, 1.0).to(t.dtype) * h
+            offset = xp.cast(xp.where(backward_fits, -1.0, 1.0), t.dtype) * h
             return [offset], [-1 / offset, 1 / offset]
         central = (t - h >= 0) & (t + h <= 1)
-        near, far = inward * h, torch.where(central, -inward * h, 2 * inward * h)
-        here = torch.where(central, 0.0, -1.5 / near)
-        return [near, far], [here, torch.where(central, 0.5, 2.0) / near, -0.5 / near]
+        near, far = inward * h, xp.where(central, -inward * h, 2 * inward * h)
+        here = xp.where(central, 0.0, -1.5 / near)
+        return [near, far], [here, xp.where(central, 0.5, 2.0) / near, -0.5 / near]

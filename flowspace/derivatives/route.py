@@ -4,6 +4,8 @@ The value is ``fn(*primals)`` as it stands. A route that evaluates fn again does
 the same draws of the random generator, so that dropout masks agree, and leaves the model's buffers as the first evaluation left
 them. The derivative is computed only on the rows that need it, unless fn drew random numbers or mixes rows (batch norm in train
 mode): then those belong to the whole batch, and so does the evaluation.
+
+On JAX arrays nothing depends on values: every row is differentiated, and the exact routes are one: jax.jvp, in one pass.
 """
 
 import abc
@@ -20,9 +22,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from flowspace.backends import backend_of, one_backend, torch_backend
 from flowspace.errors import InputError
+from flowspace.schedules import over_rows
 
-__all__ = ["Derivative", "Draws", "scatter", "take", "uncompiled", "untouched", "wrapped"]
+__all__ = ["Derivative", "Draws", "scatter", "take", "uncompiled", "unseen", "untouched", "wrapped"]
 
 
 class Derivative(abc.ABC):
@@ -43,7 +47,7 @@ class Derivative(abc.ABC):
                 dicts and lists of tensors; a tensor in it whose first axis is B belongs to the rows.
             tangents: one for each primal, of its shape, or None where it is constant.
             rows: a mask of shape ``(B,)``: where the derivative is wanted; elsewhere it is zero. None: everywhere. Under
-                torch.func.vmap, where a mask has no values yet, all are computed.
+                torch.func.vmap, where a mask has no values yet, and on JAX arrays all are computed.
 
         Raises:
             InputError: if there are not as many tangents as primals, or fn returns no tensor.
@@ -54,6 +58,10 @@ class Derivative(abc.ABC):
         for p, v in zip(primals, tangents, strict=True):
             if v is not None and v.shape != p.shape:
                 raise InputError(f"a tangent of shape {tuple(v.shape)} came for a primal of shape {tuple(p.shape)}")
+        if (xp := one_backend(*primals, *tangents)) is not torch_backend:
+            value, derivative = self.evaluate_pure(fn, primals, tangents)
+            _checked(value, primals)
+            return value, derivative if rows is None else xp.where(over_rows(rows, derivative), derivative, 0.0)
         if torch.compiler.is_compiling():
             return torch.compiler.disable(self._evaluate_rows)(fn, primals, tangents, rows)  # pyright: ignore
         return self._evaluate_rows(fn, primals, tangents, rows)
@@ -97,6 +105,12 @@ class Derivative(abc.ABC):
                 rows, found = None, on(None, True)
         return value, found if rows is None else scatter(found, rows, value)
 
+    def evaluate_pure(
+        self, fn: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any | None]
+    ) -> tuple[Any, Any]:
+        """Return the value with gradient and the derivative of a function on JAX arrays, which has no side effects."""
+        return backend_of(*primals).value_and_derivative(fn, primals, tangents)
+
     @abc.abstractmethod
     def derive(
         self, fn: Callable[..., Tensor], primals: Sequence[Any], tangents: Sequence[Tensor | None], value: Tensor | None,
@@ -110,12 +124,13 @@ class Derivative(abc.ABC):
 
 def wrapped(tensor: Tensor) -> bool:
     """Return whether a tensor belongs to a transform of torch.func, and so has no values to ask for."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # pyright: ignore
+    return not torch_backend.known(tensor)
 
 
 def _checked(value: Any, primals: Sequence[Any]) -> Tensor:
-    if not isinstance(value, Tensor) or value.ndim < 1 or len(value) != len(primals[0]):
-        came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    is_array = backend_of(*primals).is_array(value)
+    if not is_array or value.ndim < 1 or len(value) != len(primals[0]):
+        came = f"shape {tuple(value.shape)}" if is_array else type(value).__name__
         raise InputError(f"the model returned {came}; wrap it so that it returns one tensor of shape (B, *)")
     return value
 
@@ -214,6 +229,14 @@ def untouched(mixed: bool = True) -> Iterator[None]:
             yield
     finally:
         mode.restore()
+
+
+def unseen(function: Callable[[], Any], beside: Tensor) -> Any:
+    """Evaluate a function of arrays beside these without gradient, and without a trace in the buffers of its modules."""
+    if (xp := backend_of(beside)) is not torch_backend:
+        return xp.detach(function())
+    with torch.no_grad(), untouched():
+        return function()
 
 
 def uncompiled() -> contextlib.AbstractContextManager[Any]:

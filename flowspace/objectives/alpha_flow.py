@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from flowspace.backends import backend_of
 from flowspace.errors import InputError
 from flowspace.objectives.engine import LossOutput
 from flowspace.objectives.mean_flow import MeanFlowLoss
@@ -48,17 +48,17 @@ class AlphaFlowLoss(MeanFlowLoss):
             )
 
     def _output(self, f: Tensor, rest: Tensor, z_t: Tensor, v: Tensor, t: Tensor, s: Tensor) -> LossOutput:
+        xp = backend_of(f)
         if self.bound < math.inf:
             c = self.coefficients
             a, m = (part(t, s).reshape(-1, *[1] * (f.ndim - 1)) for part in (c.prediction, c.scale))
-            target = (f.detach() - (a * f.detach() + rest) / m).clamp(-self.bound, self.bound)
-            rest = m * (f.detach() - target) - a * f.detach()
+            fixed = xp.detach(f)
+            target = xp.clamp(fixed - (a * fixed + rest) / m, -self.bound, self.bound)
+            rest = m * (fixed - target) - a * fixed
         out = super()._output(f, rest, z_t, v, t, s)
-        return (
-            out
-            if self.gap is None
-            else out._replace(loss=torch.where(s < t, self.gap, torch.ones_like(out.loss)) * out.loss)
-        )
+        if self.gap is None:
+            return out
+        return out._replace(loss=xp.where(s < t, self.gap, xp.ones_like(out.loss)) * out.loss)
 
 
 def alpha_at(progress: float, start: float = 0.0, end: float = 1.0, steepness: float = 25.0) -> float:

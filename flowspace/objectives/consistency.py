@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from flowspace.backends import backend_of
 from flowspace.errors import CriterionError, InputError
-from flowspace.objectives.engine import LossOutput, Model, Objective, in_full
+from flowspace.objectives.engine import LossOutput, Model, Objective, draw_noise, in_full
 from flowspace.schedules import TIME_FLOOR
 from flowspace.statistics import ConsistencyStatistic, Statistic
 from flowspace.times import PairSampler, ToDataTimes
@@ -50,23 +50,22 @@ class ConsistencyLoss(Objective):
 
     def known(self, x: Tensor, z_t: Tensor, v: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """Return zero: with kappa = 0 nothing of the data is left."""
-        return torch.zeros_like(x)
+        return backend_of(x).zeros_like(x)
 
     def known_between(self, x: Tensor, z_t: Tensor, z_r: Tensor, t: Tensor, r: Tensor, s: Tensor) -> Tensor:
         """Return zero."""
-        return torch.zeros_like(x)
+        return backend_of(x).zeros_like(x)
 
     def __call__(self, model: Model, latents: Tensor, targets: Tensor | None = None, **options: Any) -> LossOutput:
         """Return the loss of each row, boundary included; see `Objective.__call__`."""
         out = super().__call__(model, latents, targets, **options)
         if not self.boundary:
             return out
-        noise = options.get("noise")
+        xp, noise = backend_of(latents), options.get("noise")
         if noise is None:
-            draw = options.get("generator")
-            noise = torch.randn(latents.shape, generator=draw, device=latents.device, dtype=latents.dtype)
-        s = out.s if targets is None else torch.zeros_like(out.s)
-        z_u, _ = self.schedule.perturb(latents, noise, u := s.clamp(min=TIME_FLOOR))
+            noise = draw_noise(latents, xp.split(options.get("generator"), 3)[2])
+        s = out.s if targets is None else xp.zeros_like(out.s)
+        z_u, _ = self.schedule.perturb(latents, noise, u := xp.clamp(s, TIME_FLOOR))
         x = self.schedule.perturb(latents, noise, s)[0] if targets is None else targets
         edge = in_full(model(z_u, u, s, **(options.get("cond") or {}))) - in_full(x)
         return out._replace(loss=out.loss + self.boundary * self.penalty(edge))  # type: ignore[misc]

@@ -5,11 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from flowspace.criteria import check_criteria
-from flowspace.derivatives.route import untouched
+from flowspace.derivatives.route import unseen
 from flowspace.errors import CriterionError, InputError
 from flowspace.objectives.engine import LossOutput, Model, Objective, in_full
 from flowspace.schedules import over_rows
@@ -72,9 +71,13 @@ class CrossFlowLoss(Objective):
         if self.estimate is None:
             return super().own_velocity(model, z_t, t, cond)
         c = self.coefficients
-        with torch.no_grad(), untouched():
+        ratio, estimate = c.prediction(t, t) / c.data(t, t), self.estimate
+
+        def cleaned() -> Tensor:
             f = in_full(model(z_t, t, t, **cond))
-            clean = self.estimate(over_rows(c.prediction(t, t) / c.data(t, t), f) * f)
+            return estimate(over_rows(ratio, f) * f)
+
+        clean = unseen(cleaned, z_t)
         return self.schedule.velocity(in_full(clean), in_full(z_t), t)
 
     def velocities(

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from flowspace.backends import backend_of
 from flowspace.errors import InputError
 from flowspace.objectives.engine import Model
 from flowspace.objectives.mean_flow import MeanFlowLoss
@@ -54,7 +55,7 @@ class MeanFlowDistillationLoss(MeanFlowLoss):
     ) -> tuple[Tensor, Tensor]:
         """Return the mixture of the conditional and the teacher's velocity, guided where asked for."""
         if self.mix:
-            found = self.teacher(z_t, t, **cond).detach()
+            found = backend_of(z_t).detach(self.teacher(z_t, t, **cond))
             if found.shape != z_t.shape:
                 raise InputError(f"teacher returned shape {tuple(found.shape)} for states of shape {tuple(z_t.shape)}")
             v = (1 - self.mix) * v + self.mix * found

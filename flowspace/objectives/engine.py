@@ -10,6 +10,8 @@ In the literal form the penalty is taken of w R itself and the gradient flows th
 
 Integrated from r to t instead of differentiated, either identity reads f(z_t)/delta(t, s) = f(z_r)/delta(r, s) + K(r, t) on
 one path: the two-point form, y* = sg((b(r, s) f(z_r, r, s) + K(r, t))/b(t, s)), at the price of one more evaluation.
+
+The same holds on tensors of torch and on arrays of JAX, whichever come: what differs is in `flowspace.backends`.
 """
 
 import abc
@@ -18,11 +20,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
+from flowspace.backends import backend_of, one_backend, torch_backend
 from flowspace.derivatives import Derivative, SharedPrimal
-from flowspace.derivatives.route import Draws, untouched, wrapped
+from flowspace.derivatives.route import Draws, unseen
 from flowspace.errors import InputError, TimeError
 from flowspace.guidance import Guidance
 from flowspace.penalties import Penalty, SquaredError
@@ -154,8 +156,7 @@ class Objective(abc.ABC):
 
     def own_velocity(self, model: Model, z_t: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
         """Return the velocity that the model itself predicts, from its value on the diagonal, without gradient."""
-        with torch.no_grad(), untouched():
-            prediction = model(z_t, t, t, **cond)
+        prediction = unseen(lambda: model(z_t, t, t, **cond), z_t)
         if prediction.shape != z_t.shape:
             raise InputError(
                 f"the model returns shape {tuple(prediction.shape)} for latents of {tuple(z_t.shape)}, so it has no velocity of "
@@ -168,7 +169,7 @@ class Objective(abc.ABC):
     ) -> tuple[Tensor, Tensor]:
         """Return the velocity along which f is differentiated, and the one in the known part: given, guided, or v itself."""
         if self.velocity is not None:
-            v = self.velocity(z_t, t, **cond).detach()
+            v = backend_of(z_t).detach(self.velocity(z_t, t, **cond))
             if v.shape != z_t.shape:
                 raise InputError(f"velocity returned shape {tuple(v.shape)} for states of shape {tuple(z_t.shape)}")
         if self.guidance is not None and dropped is not None:
@@ -185,7 +186,7 @@ class Objective(abc.ABC):
         noise: Tensor | None = None,
         t: Tensor | None = None,
         s: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: Any = None,
     ) -> LossOutput:
         """Return the loss of each row and what it was made of.
 
@@ -195,12 +196,13 @@ class Objective(abc.ABC):
             targets: what the model outputs, x, of shape ``(B, *)``; by default the latents themselves.
             cond: keyword arguments of the model; tensors whose first axis is B belong to the rows.
             noise: standard normal noise of the latents' shape; by default drawn.
-            t: times in (0, 1], of shape ``()`` or ``(B,)``; by default drawn. Checked, which costs a device sync.
+            t: times in (0, 1], of shape ``()`` or ``(B,)``; by default drawn. Checked, which costs a device sync; not
+                while JAX traces.
             s: destinations in [0, t], likewise; given if and only if t is.
-            generator: the source of times and noise.
+            generator: the source of times and noise: a torch.Generator, or on JAX arrays a key, which must be given.
 
         Raises:
-            InputError: if shapes do not fit.
+            InputError: if shapes do not fit, tensors came beside JAX arrays, or a key is missing.
             TimeError: if given times are of the wrong type, shape or range.
         """
         if cond is not None and not isinstance(cond, Mapping):
@@ -209,20 +211,25 @@ class Objective(abc.ABC):
             )
         cond = dict(cond or {})
         x = latents if targets is None else targets
+        xp = one_backend(latents, x, noise, t, s, generator)
         _check_batch(latents, x)
-        t, s = self._pair(latents, t, s, generator)
-        if noise is None:
-            noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+        draws = xp.split(generator, 2) if noise is None or (t is None and s is None) else (None, None)
+        t, s = self._pair(latents, t, s, draws[0])
+        noise = draw_noise(latents, draws[1]) if noise is None else noise
         z_t, conditional = self.schedule.perturb(latents, noise, t)
         dropped = None
         if self.guidance is not None:
+            if xp is not torch_backend:
+                raise InputError(
+                    "guidance came with JAX arrays, which it does not know; write velocity= with a mixture"
+                )
             cond, dropped = self.guidance.begin(cond, t, s, generator)
         tangent, v = self.velocities(model, z_t, conditional, t, s, cond, dropped)
         x, v = in_full(x), in_full(v)
         if self.gap is not None:
-            r = torch.where(s < t, t - self.gap * (t - s), t)
+            r = xp.where(s < t, t - self.gap * (t - s), t)
             z_r = self.schedule.perturb(latents, noise, r)[0] + over_rows(t - r, v) * (conditional - v)
-            f, rest = self._two_points(model, x, z_t, z_r.to(z_t.dtype), v, (t, r, s), cond)
+            f, rest = self._two_points(model, x, z_t, xp.cast(z_r, z_t.dtype), v, (t, r, s), cond)
         else:
             f, rest = self._differentiated(model, x, z_t, v, tangent, t, s, cond)
         return self._output(f, rest, z_t, v, t, s)
@@ -250,27 +257,27 @@ class Objective(abc.ABC):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Return f and what the residual is without a f in the two-point form, where R = m (f - y*) off the diagonal."""
         t, r, s = times
-        c, draws = self.coefficients, Draws(z_t.device)
+        c, xp = self.coefficients, backend_of(z_t)
+        again = Draws(z_t.device).replay if xp is torch_backend else lambda function: function
         f = in_full(model(z_t, t, s, **cond))
-        with torch.no_grad(), untouched():
-            earlier = in_full(draws.replay(lambda: model(z_r, r, s, **cond))())
+        earlier = in_full(unseen(again(lambda: model(z_r, r, s, **cond)), z_t))
         between = self.known_between(x, in_full(z_t), in_full(z_r), t, r, s)
         _check_shape(f, between)
         a, b, before, m = (
             over_rows(part, f) for part in (c.prediction(t, s), c.derivative(t, s), c.derivative(r, s), c.scale(t, s))
         )
         apart = over_rows(s < t, f)
-        target = (before * earlier + between) / torch.where(apart, b, 1.0)
-        return f, torch.where(apart, (m - a) * f.detach() - m * target, -self.known(x, in_full(z_t), v, t, s))
+        target = (before * earlier + between) / xp.where(apart, b, 1.0)
+        return f, xp.where(apart, (m - a) * xp.detach(f) - m * target, -self.known(x, in_full(z_t), v, t, s))
 
     def _output(self, f: Tensor, rest: Tensor, z_t: Tensor, v: Tensor, t: Tensor, s: Tensor) -> LossOutput:
-        c = self.coefficients
+        c, xp = self.coefficients, backend_of(f)
         a, m = (over_rows(value(t, s), f) for value in (c.prediction, c.scale))
-        residual = (a * f.detach() + rest).detach()
-        target = f.detach() - residual / m
+        residual = xp.detach(a * xp.detach(f) + rest)
+        target = xp.detach(f) - residual / m
         difference = a * f + rest if self.literal else f - target
         if self.weight is not None:
-            difference = over_rows(torch.as_tensor(self.weight(t, s), device=f.device), f) * difference
+            difference = over_rows(xp.as_array(self.weight(t, s), f), f) * difference
         return LossOutput(self.penalty(difference), f, target, residual, z_t, t, s, v)  # type: ignore[misc]
 
     def _derive(
@@ -281,16 +288,16 @@ class Objective(abc.ABC):
         def fn(z_: Tensor, t_: Tensor, s_: Tensor, cond_: dict[str, Any]) -> Tensor:
             return model(z_, t_, s_, **cond_)
 
-        tangents = (v.to(z_t.dtype), torch.ones_like(t), None, None)
+        xp = backend_of(z_t)
+        tangents = (xp.cast(v, z_t.dtype), xp.ones_like(t), None, None)
         rows = s < t if self.coefficients.anchored else None
         return self.derivative(fn, (z_t, t, s, cond), tangents, rows=rows)  # type: ignore[misc]
 
-    def _pair(
-        self, latents: Tensor, t: Tensor | None, s: Tensor | None, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor]:
-        dtype = torch.float64 if latents.dtype == torch.float64 else torch.float32
+    def _pair(self, latents: Tensor, t: Tensor | None, s: Tensor | None, generator: Any) -> tuple[Tensor, Tensor]:
         if t is None and s is None:
-            return self.times(len(latents), generator=generator, device=latents.device, dtype=dtype)  # type: ignore[misc]
+            xp = backend_of(latents)
+            where = {"device": xp.device(latents), "dtype": xp.time_dtype(latents)}
+            return self.times(len(latents), generator=generator, **where)  # type: ignore[misc]
         if t is None or s is None:
             raise TimeError("only one of t and s came; give both, or neither to have them drawn")
         return check_times(t, s, latents)
@@ -311,7 +318,13 @@ _EXAMPLES = {
 
 def in_full(tensor: Tensor) -> Tensor:
     """Return a tensor in at least float32."""
-    return tensor if tensor.dtype.itemsize >= 4 else tensor.float()
+    return backend_of(tensor).in_full(tensor)
+
+
+def draw_noise(like: Tensor, generator: Any) -> Tensor:
+    """Draw standard normal noise of the shape, dtype and device of latents."""
+    xp = backend_of(like)
+    return xp.normal(like.shape, {"generator": generator, "device": xp.device(like), "dtype": like.dtype})
 
 
 def _check_shape(f: Tensor, known: Tensor) -> None:
@@ -320,13 +333,11 @@ def _check_shape(f: Tensor, known: Tensor) -> None:
 
 
 def _check_batch(latents: Tensor, targets: Tensor) -> None:
+    xp = backend_of(latents, targets)
     for name, tensor in (("latents", latents), ("targets", targets)):
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.ndim < 1:
-            came = (
-                f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-                if isinstance(tensor, Tensor)
-                else type(tensor).__name__
-            )
+        is_array = xp.is_array(tensor)
+        if not is_array or not xp.is_floating(tensor) or tensor.ndim < 1:
+            came = f"{tensor.dtype} of shape {tuple(tensor.shape)}" if is_array else type(tensor).__name__
             raise InputError(f"{name}: {came} came; a tensor of real numbers of shape (B, *) is needed")
     if len(latents) != len(targets):
         raise InputError(f"{len(latents)} latents and {len(targets)} targets came; each row needs its pair")
@@ -335,23 +346,21 @@ def _check_batch(latents: Tensor, targets: Tensor) -> None:
 def check_times(t: Tensor | float, s: Tensor | float, states: Tensor) -> tuple[Tensor, Tensor]:
     """Return given times as ``(B,)`` tensors beside the states, or raise TimeError unless 0 <= s <= t, 0 < t <= 1."""
     pair: list[Tensor] = []
-    rows = len(states)
-    dtype = torch.float64 if states.dtype == torch.float64 else torch.float32
+    xp, rows = backend_of(states), len(states)
     for name, time in (("t", t), ("s", s)):
-        if not isinstance(time, (Tensor, float)):
+        if not (isinstance(time, float) or xp.is_array(time)):
             raise TimeError(f"{name} = {time!r} came; times are tensors of real numbers of shape () or (B,)")
-        time = torch.as_tensor(time, device=states.device)
-        if not time.is_floating_point():
-            raise TimeError(
-                f"{name} of dtype {time.dtype} came; times are real numbers in [0, 1]: write {name}.float()"
-            )
+        time = xp.as_array(time, states)
+        if not xp.is_floating(time):
+            hint = xp.to_float.format(name)
+            raise TimeError(f"{name} of dtype {time.dtype} came; times are real numbers in [0, 1]: write {hint}")
         if time.shape not in ((), (rows,)):
             raise TimeError(f"{name} of shape {tuple(time.shape)} came; it must be () or ({rows},), one time per row")
-        pair.append(time.to(dtype).expand(rows).contiguous())
+        pair.append(xp.repeated(xp.cast(time, xp.time_dtype(states)), rows))
     above, below = pair
     for name, bad in (("t", ~((above > 0) & (above <= 1))), ("s", ~((below >= 0) & (below <= above)))):
-        if not wrapped(bad) and bool(bad.any()):
-            row = int(bad.nonzero()[0])
+        if xp.known(bad) and bool(bad.any()):
+            row = bad.tolist().index(True)
             raise TimeError(
                 f"t = {float(above[row]):.6g}, s = {float(below[row]):.6g} came in row {row}; {name} is out of range: times obey "
                 "0 <= s <= t <= 1 with t > 0, where t = 0 is data (lambda is infinite there) and t = 1 is noise"

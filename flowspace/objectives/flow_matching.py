@@ -1,8 +1,8 @@
 """Flow matching: MeanFlow on the diagonal, where the average velocity is the velocity (Lipman et al., arXiv 2210.02747)."""
 
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from flowspace.objectives.engine import Objective
@@ -15,8 +15,6 @@ __all__ = ["FlowMatchingLoss"]
 class FlowMatchingLoss(MeanFlowLoss):
     """R = f - v, with s = t in every row; a given s is accepted and ignored."""
 
-    def _pair(
-        self, latents: Tensor, t: Tensor | None, s: Tensor | None, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor]:
+    def _pair(self, latents: Tensor, t: Tensor | None, s: Tensor | None, generator: Any) -> tuple[Tensor, Tensor]:
         t, _ = Objective._pair(self, latents, t, t, generator)
         return t, t

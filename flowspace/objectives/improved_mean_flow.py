@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowspace.derivatives.route import scatter, take, untouched, wrapped
+from flowspace.backends import backend_of, torch_backend
+from flowspace.derivatives.route import scatter, take, unseen, wrapped
 from flowspace.errors import InputError
 from flowspace.objectives.engine import LossOutput, Model, in_full
 from flowspace.objectives.mean_flow import MeanFlowLoss
@@ -42,8 +43,7 @@ class ImprovedMeanFlowLoss(MeanFlowLoss):
         """Return the auxiliary head's velocity, or the model's own on the diagonal."""
         if not isinstance(model, _Trunk):
             return super().own_velocity(model, z_t, t, cond)
-        with torch.no_grad(), untouched():
-            velocity = model(z_t, t, t, **cond)
+        velocity = unseen(lambda: model(z_t, t, t, **cond), z_t)
         return in_full(model.heads.pop() if self.head else velocity)
 
     def to_velocity(self, output: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class ImprovedMeanFlowLoss(MeanFlowLoss):
 
     def _own_tangent(self, model: Model, z_t: Tensor, t: Tensor, s: Tensor, cond: dict[str, Any]) -> Tensor:
         """Return the network's own velocity where it is needed: on the diagonal f is not differentiated."""
-        if wrapped(s) or bool((s < t).all()):
+        if not isinstance(s, Tensor) or wrapped(s) or bool((s < t).all()):
             return self.own_velocity(model, z_t, t, cond)
         apart = (s < t).nonzero().squeeze(1)
         if not len(apart):
@@ -71,6 +71,8 @@ class ImprovedMeanFlowLoss(MeanFlowLoss):
 
     def __call__(self, model: Model, latents: Tensor, targets: Tensor | None = None, **options: Any) -> LossOutput:
         """Return the loss of each row, that of the auxiliary head included; see `Objective.__call__`."""
+        if self.head and backend_of(latents) is not torch_backend:
+            raise InputError("head=True came with JAX arrays, where a second output cannot be kept; write head=False")
         trunk = _Trunk(model, self)
         out = super().__call__(trunk, latents, targets, **options)
         if not self.head:

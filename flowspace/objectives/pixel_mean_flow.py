@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from flowspace.backends import backend_of
 from flowspace.errors import InputError
 from flowspace.expressions import combine, t
 from flowspace.objectives.engine import LossOutput, Model
@@ -60,16 +60,15 @@ class PixelMeanFlowLoss(ImprovedMeanFlowLoss):
 
     def to_velocity(self, output: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
         """Return (z_t - f)/max(t, floor), or its like for another schedule."""
-        return self.schedule.velocity(output, z_t, t.clamp(min=self.floor))
+        return self.schedule.velocity(output, z_t, backend_of(t).clamp(t, self.floor))
 
     def velocities(
         self, model: Model, z_t: Tensor, v: Tensor, t: Tensor, s: Tensor, cond: dict[str, Any], dropped: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Return the velocities of improved MeanFlow, the target's with the same floor as the prediction's."""
         floored = self.to_velocity(self.schedule.latents(v, z_t, t), z_t, t)
-        return super().velocities(
-            model, z_t, torch.where(over_rows(t < self.floor, v), floored, v), t, s, cond, dropped
-        )
+        v = backend_of(t).where(over_rows(t < self.floor, v), floored, v)
+        return super().velocities(model, z_t, v, t, s, cond, dropped)
 
     def perceptual_mask(self, out: LossOutput) -> Tensor:
         """Return which rows ``(B,)`` a perceptual loss is of use for: t < perceptual_below."""
@@ -77,6 +76,7 @@ class PixelMeanFlowLoss(ImprovedMeanFlowLoss):
 
     def _output(self, f: Tensor, rest: Tensor, z_t: Tensor, v: Tensor, t: Tensor, s: Tensor) -> LossOutput:
         out = super()._output(f, rest, z_t, v, t, s)
-        floored = t.clamp(min=self.floor)
-        images = (self.schedule.latents(u, z_t.to(u.dtype), floored) for u in (out.prediction, out.target))
+        xp = backend_of(t)
+        floored = xp.clamp(t, self.floor)
+        images = (self.schedule.latents(u, xp.cast(z_t, u.dtype), floored) for u in (out.prediction, out.target))
         return out._replace(**dict(zip(("prediction", "target"), images, strict=True)))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from flowspace.backends import backend_of, torch_backend
 from flowspace.errors import InputError, TimeError
 from flowspace.objectives.engine import LossOutput, Model, in_full
 from flowspace.objectives.mean_flow import MeanFlowLoss
@@ -69,6 +70,8 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
             options: cond, noise and generator as for every objective; t and s are refused: the grid has them.
         """
         cond, noise, generator = (options.get(name) for name in ("cond", "noise", "generator"))
+        if backend_of(latents, noise) is not torch_backend:
+            raise InputError("JAX arrays came, but trajectory matching is written for tensors of torch; pass tensors")
         if options.get("t") is not None or options.get("s") is not None:
             raise TimeError("t or s came; trajectory matching takes its times from the teacher's grid: leave them out")
         if cond is not None and not isinstance(cond, Mapping):
