@@ -481,7 +481,7 @@ def _at(value: Tensor, layout: Layout | None, axis: int) -> Tensor:
 
 
 @rule("einsum")
-def _(call: Call, equation: str, *operands: Any) -> Any:
+def _(call: Call, equation: str, *operands: Any, path: Any = None) -> Any:
     flat: list[Any] = list(operands[0]) if isinstance(operands[0], (list, tuple)) else list(operands)
     layouts = {id(d): d.layout for d in call.duals}
     if "->" not in equation or "." in equation:
