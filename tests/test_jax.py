@@ -460,6 +460,7 @@ print("agree")
 
 
 def python(code, **environment):
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -475,7 +476,7 @@ def python(code, **environment):
 @pytest.mark.slow
 def test_shard_map_over_two_devices_is_one_batch():
     flags = "--xla_force_host_platform_device_count=2"
-    assert python(SHARDED, XLA_FLAGS=flags, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT)) == "agree"
+    assert python(SHARDED, XLA_FLAGS=flags, JAX_PLATFORMS="cpu") == "agree"
 
 
 def test_a_jitted_training_step_learns():
@@ -656,7 +657,12 @@ def test_what_is_not_there_on_jax_says_so():
     refused(InputError, "trajectory matching", teacher, generator=key)
 
 
-# --- imports ---------------------------------------------------------------------------------------------------------
+# --- the page and imports --------------------------------------------------------------------------------------------
+
+
+def test_the_example_of_the_page_runs():
+    example = (ROOT / "docs" / "pages" / "jax.md").read_text().split("```python\n")[1].split("```")[0]
+    assert 0 < float(python(example)) < 1.1
 
 
 def test_torch_needs_no_jax():
@@ -667,7 +673,7 @@ import torch
 from flowspace import CrossFlowLoss, Schedule
 loss = CrossFlowLoss(schedule=Schedule(lambda t: 1 - t, lambda t: t))(lambda z, t, s: z, torch.zeros(4, 2)).loss
 print(tuple(loss.shape))"""
-    assert python(code, PYTHONPATH=str(ROOT)) == "(4,)"
+    assert python(code) == "(4,)"
 
 
 def test_jax_is_imported_by_nobody_but_the_user():
@@ -676,7 +682,7 @@ import sys, torch
 import flowspace
 flowspace.CrossFlowLoss()(lambda z, t, s: z, torch.zeros(4, 2))
 print("jax" in sys.modules, "flowspace.backends.jax_backend" in sys.modules)"""
-    assert python(code, PYTHONPATH=str(ROOT)) == "False False"
+    assert python(code) == "False False"
 
 
 @pytest.mark.parametrize("name", ["torch_backend", "jax_backend"])
