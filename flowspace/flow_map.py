@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowspace.backends import backend_of, torch_backend
 from flowspace.errors import InputError
 from flowspace.guidance import Guidance
-from flowspace.objectives.engine import Model, check_times
+from flowspace.objectives.engine import Model, check_times, draw_noise
 from flowspace.schedules import TIME_FLOOR, Schedule, over_rows
 from flowspace.solvers import falling_grid
 from flowspace.statistics import Statistic
@@ -79,7 +80,7 @@ class FlowMap:
             CriterionError: if the statistic is not anchored.
             InputError: if the model returns another shape than the states'.
         """
-        t = t.clamp(min=TIME_FLOOR)
+        t = backend_of(t).clamp(t, TIME_FLOOR)
         prediction = self._predict(z_t, t, t, cond)
         if prediction.shape != z_t.shape:
             raise InputError(
@@ -89,7 +90,7 @@ class FlowMap:
 
     def _predict(self, z: Tensor, t: Tensor, s: Tensor, cond: dict[str, Any]) -> Tensor:
         prediction = self.model(z, t, s, **cond)
-        if not isinstance(prediction, Tensor):
+        if not backend_of(z).is_array(prediction):
             raise InputError(f"the model returned {type(prediction).__name__}; wrap it so that it returns one tensor")
         return prediction
 
@@ -104,7 +105,7 @@ class FlowMap:
         encode: Callable[[Tensor], Tensor] | None = None,
         renoise: bool | None = None,
         guidance: Guidance | None = None,
-        generator: torch.Generator | None = None,
+        generator: Any = None,
     ) -> Tensor:
         """Return samples from noise.
 
@@ -124,12 +125,14 @@ class FlowMap:
             encode: from the model's output to latents.
             renoise: see above; by default only across spaces.
             guidance: classifier-free guidance of f: two evaluations a step instead of one.
-            generator: the source of the noise that re-noising adds.
+            generator: the source of the noise that re-noising adds: a torch.Generator, or on JAX arrays a key.
 
         Raises:
             TimeError: if the grid does not fall from 1 to 0.
             InputError: if several steps across spaces have no ``encode``.
         """
+        if guidance is not None and backend_of(noise) is not torch_backend:
+            raise InputError("guidance came with JAX arrays, which it does not know; guide inside the model")
         grid = falling_grid(noise, steps, times)
         flow = self if guidance is None else replace(self, model=guidance.apply(self.model))
         return flow._walk(
@@ -143,13 +146,14 @@ class FlowMap:
         cond: dict[str, Any],
         encode: Callable[[Tensor], Tensor] | None,
         renoise: bool,
-        generator: torch.Generator | None,
+        generator: Any,
     ) -> Tensor:
-        c = self.statistic.coefficients(self.schedule)
-        for t, s in itertools.pairwise(grid):
-            t, s = t.expand(len(z)).contiguous(), s.expand(len(z)).contiguous()
-            last = bool(s[0] == 0)
-            end = torch.zeros_like(s) if renoise else s
+        xp, c = backend_of(z), self.statistic.coefficients(self.schedule)
+        draws = xp.split(generator, len(grid)) if renoise and len(grid) > 2 else (None,) * len(grid)
+        for (t, s), draw in zip(itertools.pairwise(grid), draws, strict=False):
+            last = bool(s == 0)
+            t, s = xp.repeated(t, len(z)), xp.repeated(s, len(z))
+            end = xp.zeros_like(s) if renoise else s
             prediction = self._predict(z, t, end, cond)
             if prediction.shape != z.shape and encode is None and not last:
                 raise InputError(
@@ -162,16 +166,17 @@ class FlowMap:
                 z = c.step(encode(prediction) if encode else prediction, z, t, s)
                 continue
             clean = c.step(prediction, z, t, end) if encode is None else encode(self._clean(prediction, t))
-            fresh = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
-            z, _ = self.schedule.perturb(clean.to(z.dtype), fresh, s)
+            z, _ = self.schedule.perturb(xp.cast(clean, z.dtype), draw_noise(z, draw), s)
         return z
 
     def _clean(self, prediction: Tensor, t: Tensor) -> Tensor:
         """Return the step to s = 0 across spaces, -f/delta(t, 0): nothing of z_t may be left in it."""
-        c, zero = self.statistic.coefficients(self.schedule), torch.zeros_like(t)
-        if bool(c.velocity(t, zero).abs().max() > NOTHING_LEFT):
+        c, xp = self.statistic.coefficients(self.schedule), backend_of(prediction)
+        zero = xp.zeros_like(t)
+        left = abs(c.velocity(t, zero)).max()
+        if xp.known(left) and bool(left > NOTHING_LEFT):
             raise InputError(
                 f"the step to s = 0 keeps some of z_t for {self.statistic}, so it cannot end in another space; use a statistic "
                 "with kappa(0) = 0, such as MatchedStatistic()"
             )
-        return (-over_rows(c.derivative(t, zero), prediction) * prediction).to(prediction.dtype)
+        return xp.cast(-over_rows(c.derivative(t, zero), prediction) * prediction, prediction.dtype)

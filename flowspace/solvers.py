@@ -139,12 +139,13 @@ def falling_grid(noise: Tensor, steps: int, times: Sequence[float] | Tensor | No
     Raises:
         TimeError: if steps is no count, or given times do not fall strictly from 1 to 0.
     """
-    dtype = torch.float64 if noise.dtype == torch.float64 else torch.float32
+    dtype = torch.float64 if noise.dtype.itemsize == 8 else torch.float32
+    device = noise.device if isinstance(noise, Tensor) else None  # beside JAX arrays the grid is known, not traced
     if times is None:
         if not isinstance(steps, int) or steps < 1:
             raise TimeError(f"steps = {steps} came; it counts evaluations, so write 1 or a larger integer")
-        return torch.linspace(1, 0, steps + 1, device=noise.device, dtype=dtype)
-    grid = torch.as_tensor(times, device=noise.device, dtype=dtype)
+        return torch.linspace(1, 0, steps + 1, device=device, dtype=dtype)
+    grid = torch.as_tensor(times, device=device, dtype=dtype)
     if grid.ndim != 1 or len(grid) < 2 or grid[0] != 1 or grid[-1] != 0 or bool((grid.diff() >= 0).any()):
         raise TimeError(f"times = {grid.tolist()} came; the grid falls strictly from 1 to 0, as in [1, 0.5, 0]")
     return grid

@@ -22,6 +22,7 @@ from flowspace import (
     CrossFlowLoss,
     DerivativeError,
     FiniteDifference,
+    FlowMap,
     FlowMatchingLoss,
     ForwardMode,
     Guidance,
@@ -497,6 +498,32 @@ def test_a_jitted_training_step_learns():
     for k in jax.random.split(key, 400):
         weights = step(weights, k)
     assert error(weights) < 0.3 * before
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("objective", [CrossFlowLoss(schedule=CosineSchedule()), MeanFlowLoss(), PixelMeanFlowLoss()])
+def test_flow_maps_sample_what_they_sample_on_torch_also_under_jit(objective, steps, dtype):
+    weights, noise = weights_of(dtype), strategies.normal(5, 4, SIZE, dtype=dtype)
+    wanted = FlowMap(mlp(torch, weights), objective.schedule, objective.outputs).sample(noise, steps=steps)
+    flow_map = FlowMap(mlp(jnp, to_jax(weights)), objective.schedule, objective.outputs)
+    sample = functools.partial(flow_map.sample, steps=steps)
+    for run in (sample, jax.jit(sample)):
+        assert_same(run(to_jax(noise)), wanted, 10 * TOLERANCE[dtype])
+
+
+def test_flow_maps_end_in_another_space_and_renoise_with_a_key():
+    flow_map = FlowMap(lambda z, t, s: z[:, :2], LinearSchedule(), MatchedStatistic())
+    noise, encode = jax.random.normal(jax.random.key(1), (4, SIZE)), lambda x: jnp.tile(x, 3)
+    assert (flow_map.sample(noise) == noise[:, :2]).all()
+    first, again, other = (
+        jax.jit(lambda z, k: flow_map.sample(z, steps=3, encode=encode, generator=k))(noise, jax.random.key(seed))
+        for seed in (1, 1, 2)
+    )
+    assert first.shape == (4, 2) and (first == again).all() and (first != other).any()
+    with pytest.raises(InputError, match="one key"):
+        flow_map.sample(noise, steps=3, encode=encode)
+    with pytest.raises(InputError, match="guidance"):
+        flow_map.sample(noise, guidance=Guidance(null={"shift": 0.0}))
 
 
 # --- routes ----------------------------------------------------------------------------------------------------------

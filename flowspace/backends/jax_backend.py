@@ -75,8 +75,8 @@ def expand(value: Any, like: Any, dtype: Any = None) -> Any:
 
 
 def repeated(time: Any, rows: int) -> Any:
-    """Return an array of shape ``()`` or ``(rows,)`` in shape ``(rows,)``."""
-    return jnp.broadcast_to(time, (rows,))
+    """Return an array of shape ``()`` or ``(rows,)``, or a tensor of one known time, in shape ``(rows,)``."""
+    return jnp.broadcast_to(time.numpy() if isinstance(time, torch.Tensor) else time, (rows,))
 
 
 def flatten(array: Any) -> Any:
