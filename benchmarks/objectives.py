@@ -124,25 +124,26 @@ def judged(settings: digits.Settings, folder: Path, seeds: int, chosen: list[Ent
             )
             network = method.train(there, plan, place / method.name).eval()
             if entry.name == TEACHER:
-                frozen = network.requires_grad_(False)
-                teacher = digits_velocity(frozen)
+                teacher = DiagonalVelocity(network.requires_grad_(False))
             for steps in entry.steps:
                 images, labels, cost = digits.draw(method, network, there, seed, steps)
                 found.setdefault(entry.name, {}).setdefault(steps, []).append(judge.score(images, labels, cost))
                 if steps == 1:
                     pictures.setdefault(entry.name, digits.by_class(images, labels))
             print(f"seed {seed}: {entry.name}", file=sys.stderr, flush=True)
-    return found, png(grid(pictures, digits.CLASSES), dpi=70)
+    return found, png(grid(pictures, digits.CLASSES, across=7), dpi=70)
 
 
-def digits_velocity(network: nn.Module) -> Teacher:
-    """Return the velocity of a flow-matching network, which knows only s = t."""
+@dataclass(frozen=True)
+class DiagonalVelocity:
+    """The velocity of a flow-matching network, which knows only s = t; runs that it teaches are continued by this name."""
 
-    def velocity(z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        with torch.no_grad():
-            return network(z, t, t, labels=labels)
+    network: nn.Module = field(repr=False)
 
-    return velocity
+    @torch.no_grad()
+    def __call__(self, z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """Return the velocity ``(B, *)``."""
+        return self.network(z, t, t, labels=labels)
 
 
 def digits_table(found: dict[str, Any]) -> str:

@@ -26,15 +26,20 @@ tbody td { border-bottom: 1px solid #ddd; } img { max-width: 100%; } .note { col
 """
 
 
-def grid(columns: Mapping[str, Tensor], classes: int) -> Figure:
+def grid(columns: Mapping[str, Tensor], classes: int, across: int | None = None) -> Figure:
     """Draw blocks of pictures side by side: one row a class, one block a title.
 
     Args:
         columns: by title, the pictures ``(classes, K, 1, H, H)`` in [-1, 1].
         classes: how many rows.
+        across: blocks in a line; None puts all into one.
     """
-    figure, axes = plt.subplots(1, len(columns), figsize=(3.4 * len(columns), 5.4), squeeze=False, layout="constrained")
-    for axis, (title, pictures) in zip(axes[0], columns.items(), strict=True):
+    across = across or len(columns)
+    lines = -(-len(columns) // across)
+    figure, axes = plt.subplots(lines, across, figsize=(3.4 * across, 5.4 * lines), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(columns) :]:
+        axis.set_visible(False)
+    for axis, (title, pictures) in zip(axes.flat, columns.items(), strict=False):
         rows = [torch.cat([*torch.nn.functional.pad(row[:, 0], (1, 1, 1, 1), value=1.0)], 1) for row in pictures]
         axis.imshow(torch.cat(rows, 0).clamp(-1, 1), cmap="gray_r", vmin=-1, vmax=1)
         height = rows[0].shape[0]
