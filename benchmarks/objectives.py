@@ -2,8 +2,8 @@
 
 ``--data digits`` (default) or ``mnist``: every objective trains the same ViT for the same number of steps with the same seeds on
 the digits of ``flowspace demo`` and is judged as there, in 1, 2, 4 and 8 steps where it has them; latents are decoded by the
-autoencoder's decoder. ``--data swiss_roll``: one space of two dimensions, squared errors, sliced Wasserstein distance. ``--data costs``: time
-and peak memory of a step over those of flow matching, the same network and batch.
+autoencoder's decoder. ``--data swiss_roll``: one space of two dimensions, squared errors, sliced Wasserstein distance.
+``--data costs``: time and peak memory of a step over those of flow matching, the same network and batch.
 """
 
 import argparse
