@@ -137,11 +137,13 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _cost(options: argparse.Namespace) -> int:
-    from flowspace.vision.cost import report
+    from flowspace.recipes.report import markdown_table
+    from flowspace.vision.cost import HEAD, NOTE, report
 
     if options.batch < 1 or options.devices < 1:
         raise FlowspaceError(f"--batch {options.batch} --devices {options.devices} came; write 1 or more of each")
-    print(report(options.preset, options.equal, options.batch, options.devices))
+    own, beside = report(options.preset, options.equal, options.batch, options.devices)
+    print(f"{markdown_table((options.preset, ''), own)}\n\n{markdown_table(HEAD, beside)}\n\n{NOTE}")
     return 0
 
 

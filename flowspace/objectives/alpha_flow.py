@@ -11,6 +11,7 @@ from flowspace.errors import InputError
 from flowspace.objectives.engine import LossOutput
 from flowspace.objectives.mean_flow import MeanFlowLoss
 from flowspace.penalties import Adaptive, SquaredError
+from flowspace.schedules import over_rows
 from flowspace.times import LogitNormalTimes, TimePairs
 
 __all__ = ["AlphaFlowLoss", "alpha_at"]
@@ -51,7 +52,7 @@ class AlphaFlowLoss(MeanFlowLoss):
         xp = backend_of(f)
         if self.bound < math.inf:
             c = self.coefficients
-            a, m = (part(t, s).reshape(-1, *[1] * (f.ndim - 1)) for part in (c.prediction, c.scale))
+            a, m = (over_rows(part(t, s), f) for part in (c.prediction, c.scale))
             fixed = xp.detach(f)
             target = xp.clamp(fixed - (a * fixed + rest) / m, -self.bound, self.bound)
             rest = m * (fixed - target) - a * fixed

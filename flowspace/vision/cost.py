@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from flowspace.errors import InputError
 from flowspace.vision.generator import PRESETS, CrossFlowGenerator
 
-__all__ = ["RIVALS", "Cost", "Rival", "counted", "generator_cost", "report", "rivals"]
+__all__ = ["HEAD", "NOTE", "RIVALS", "Cost", "Rival", "counted", "generator_cost", "report", "rivals"]
 
 IMAGENET = 1_281_167
 """Images of ImageNet's training set."""
@@ -208,10 +208,19 @@ def rivals() -> list[tuple[str, str, str, str, str]]:
     return rows
 
 
-def report(preset: str, equal: float = 0.5, batch: int = 32, devices: int = 8) -> str:
-    """Return the costs of a preset beside its rivals' as text with Markdown tables."""
-    from flowspace.recipes.report import markdown_table
+HEAD = ("one image of 256 x 256", "million parameters", "GFLOPs", "of which decoder", "published FID")
+NOTE = (
+    "FLOPs are counted by torch on meta tensors (two a multiply-add); memory and hours are estimates from them: float32 "
+    "weights, gradients, optimiser states and three averages, activations in bfloat16 without checkpointing. The encoder, the "
+    "perceptual network and the discriminator are not in the hours. DiT-XL/2 is diffusers' module, which embeds the time anew "
+    "in every block."
+)
 
+
+def report(
+    preset: str, equal: float = 0.5, batch: int = 32, devices: int = 8
+) -> tuple[list[tuple[str, str]], list[tuple[str, ...]]]:
+    """Return the rows of two tables: what a preset costs, and its image beside its rivals' under `HEAD`."""
     cost = generator_cost(preset, equal)
     gib = 2.0**30
     own = [
@@ -225,19 +234,9 @@ def report(preset: str, equal: float = 0.5, batch: int = 32, devices: int = 8) -
         ),
         ("160 epochs of ImageNet", f"{cost.hours():,.0f} H100-hours at 40 % of 989 TFLOP/s; not run here"),
     ]
-    name = f"CrossFlow, {preset.removeprefix('crossflow-').upper()}"
-    line = (
-        name,
-        f"{cost.parameters / 1e6:.0f}",
-        f"{cost.forward / GIGA:,.0f}",
-        "",
+    name, fid = (
+        f"CrossFlow, {preset.removeprefix('crossflow-').upper()}",
         "1.62 for XL (arXiv 2606.19970); not run here",
     )
-    head = ("one image of 256 x 256", "million parameters", "GFLOPs", "of which decoder", "published FID")
-    return (
-        f"{markdown_table((preset, ''), own)}\n\n{markdown_table(head, [line, *rivals()])}\n\n"
-        "FLOPs are counted by torch on meta tensors (two a multiply-add); memory and hours are estimates from them: float32 "
-        "weights, gradients, optimiser states and three averages, activations in bfloat16 without checkpointing. The encoder, "
-        "the perceptual network and the discriminator are not in the hours. DiT-XL/2 is diffusers' module, which embeds the "
-        "time anew in every block."
-    )
+    line = (name, f"{cost.parameters / 1e6:.0f}", f"{cost.forward / GIGA:,.0f}", "", fid)
+    return own, [line, *rivals()]
