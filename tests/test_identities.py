@@ -23,6 +23,7 @@ from flowspace import (
     MeanFlowLoss,
     PixelMeanFlowLoss,
     TrajectoryMatchingLoss,
+    alpha_at,
 )
 
 LINEAR = PRESETS["linear"]
@@ -330,3 +331,32 @@ def test_eulers_path_is_the_step_of_the_average_velocity():
     path = Euler().path(lambda z, t: data.velocity(z, t), noise, grid)
     flow = FlowMap(lambda z, t, s: data.velocity(z, t), LINEAR, MeanFlowLoss().statistic)
     close(path[-1], flow.sample(noise, steps=5))
+
+
+def test_published_numbers_are_the_references():
+    mean, improved, pixel = (cls.published() for cls in (MeanFlowLoss, ImprovedMeanFlowLoss, PixelMeanFlowLoss))
+    for loss_fn, share, mean_t, spread, first in (
+        (mean, 0.75, -0.4, 1.0, False), (improved, 0.5, -0.4, 1.0, False), (pixel, 0.5, 0.8, 0.8, True),
+    ):  # fmt: skip
+        times, penalty = loss_fn.times, loss_fn.penalty
+        assert (times.equal, times.mask_first, times.times.mean, times.times.spread) == (share, first, mean_t, spread)
+        assert (penalty.p, penalty.c, penalty.penalty.summed) == (1.0, 0.01, True)
+    alpha = AlphaFlowLoss.published(gap=0.2)
+    assert (alpha.times.equal, alpha.penalty.c, alpha.penalty.penalty.summed, alpha.bound) == (0.5, 1e-3, False, 4.0)
+
+
+def test_alpha_flows_targets_are_bounded_and_its_alpha_falls_from_one_to_zero():
+    t, s = torch.tensor([[0.9, 0.5], [0.2, 0.5]], dtype=torch.float64)
+    z, noise = normal(0, 2, 3), normal(1, 2, 3)
+    free, bound = (
+        AlphaFlowLoss(gap=0.2, bound=b)(lambda z, t, s: 9 * z, z, noise=noise, t=t, s=s) for b in (torch.inf, 0.5)
+    )
+    close(bound.target, free.target.clamp(-0.5, 0.5))
+    values = [alpha_at(i / 100) for i in range(101)]
+    assert values == sorted(values, reverse=True) and (values[0], values[50], values[-1]) == (1.0, 0.5, 0.0)
+
+
+def test_perceptual_losses_of_pixel_mean_flow_see_rows_near_the_data():
+    loss_fn, z = PixelMeanFlowLoss(perceptual_below=0.6), normal(0, 3, 3)
+    t = torch.tensor([0.5, 0.6, 0.9], dtype=torch.float64)
+    assert loss_fn.perceptual_mask(loss_fn(Net(), z, t=t, s=t / 2)).tolist() == [True, False, False]
