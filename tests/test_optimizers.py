@@ -86,7 +86,7 @@ def test_a_run_with_both_that_was_stopped_continues_to_the_same_weights(tmp_path
     batches = TensorBatches((torch.randn(50, 4, generator=torch.Generator().manual_seed(1)),))
     calls = 0
 
-    def loss(net, batch, generator):
+    def loss(net, batch, draws):
         nonlocal calls
         calls += 1
         if calls == at:
@@ -116,7 +116,7 @@ def test_the_rates_of_both_follow_the_warm_up_and_the_decay():
     settings = LoopSettings(steps=10, batch=8, warmup=4, final_rate=0.1)
     batches = TensorBatches((torch.randn(50, 4),))
 
-    def loss(net, batch, generator):
+    def loss(net, batch, draws):
         return net(batch[0]).square().mean()
 
     train("a", Net(), batches, loss, settings, None, optimizer=lambda net: Watched(MuonAdamW(1e-3)(net).optimizers))

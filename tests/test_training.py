@@ -1,5 +1,6 @@
 """The training loop: what a killed run leaves continues to the same weights; checkpoints are whole or absent."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -26,9 +27,9 @@ def network():
     return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 4))
 
 
-def loss(net, batch, generator):
+def loss(net, batch, draws):
     (x,) = batch
-    return (net(x + torch.randn(x.shape, generator=generator)) - x).square().mean()
+    return (net(x + torch.randn(x.shape, generator=draws.generator)) - x).square().mean()
 
 
 def data():
@@ -51,12 +52,12 @@ def test_a_run_that_was_stopped_continues_to_the_same_weights(tmp_path, at):
     average = train("a", whole, data(), loss, SETTINGS, None)
     calls = 0
 
-    def failing(net, batch, generator):
+    def failing(net, batch, draws):
         nonlocal calls
         calls += 1
         if calls == at + 1:
             raise Killed
-        return loss(net, batch, generator)
+        return loss(net, batch, draws)
 
     with pytest.raises(Killed):
         train("a", network(), data(), failing, SETTINGS, tmp_path)
@@ -155,8 +156,12 @@ def test_only_the_latest_are_kept(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_where():
-    with pytest.raises(RunError, match="nan at step 0"):
-        train("a", network(), data(), lambda net, batch, generator: net(batch[0]).sum() * torch.nan, SETTINGS, None)
+    def lost(net, batch, draws):
+        return net(batch[0]).sum() * torch.nan
+
+    settings = dataclasses.replace(SETTINGS, skips=2)
+    with pytest.warns(UserWarning, match=r"nan at step \d"), pytest.raises(RunError, match=r"nan at step 2.*skips = 2"):
+        train("a", network(), data(), lost, settings, None)
 
 
 def test_the_log_has_one_json_object_a_line(tmp_path):
@@ -169,7 +174,7 @@ def test_the_log_has_one_json_object_a_line(tmp_path):
 @given(rows=st.integers(1, 40), size=st.integers(1, 60), seed=st.integers(0, 9))
 def test_every_pass_over_the_data_sees_every_row_once(rows, size, seed):
     batches: Batches = TensorBatches((torch.arange(rows),))
-    stream = torch.cat([batches(step, size, seed)[0] for step in range(3 * rows // size + 1)])
+    stream = torch.cat([batches(step * size, (step + 1) * size, seed)[0] for step in range(3 * rows // size + 1)])
     for number in range(len(stream) // rows):
         assert torch.equal(stream[number * rows : (number + 1) * rows].sort().values, torch.arange(rows))
 
@@ -192,9 +197,9 @@ def test_the_averaged_weights_follow_their_recursion():
     plan = LoopSettings(steps=3, batch=4, ema=0.9, warmup=1)
     net, seen = nn.Linear(4, 4), []
 
-    def recording(module, batch, generator):
+    def recording(module, batch, draws):
         seen.append(module.weight.detach().clone())
-        return loss(module, batch, generator)
+        return loss(module, batch, draws)
 
     average = train("a", net, data(), recording, plan, None)
     expected = seen[0].clone()

@@ -23,7 +23,7 @@ from flowspace.recipes.metrics import accuracy, diversity, frechet_distance
 from flowspace.recipes.networks import Autoencoder, FeatureClassifier, JudgeClassifier, Patches, SmallViT
 from flowspace.recipes.report import grid, page, png, write_beside
 from flowspace.solvers import VelocityFlow
-from flowspace.training import LoopSettings, TensorBatches, seed_of, train
+from flowspace.training import Draws, LoopSettings, TensorBatches, seed_of, train
 
 __all__ = ["Settings", "load", "methods", "run"]
 
@@ -127,7 +127,7 @@ def train_autoencoder(data: Data, settings: Settings, folder: Path | None) -> Au
     torch.manual_seed(settings.autoencoder.seed)
     network = Autoencoder(settings.channels, settings.patch)
 
-    def loss(net: nn.Module, batch: tuple[Tensor, ...], generator: torch.Generator) -> Tensor:
+    def loss(net: nn.Module, batch: tuple[Tensor, ...], draws: Draws) -> Tensor:
         (images,) = batch
         return F.mse_loss(net.decoder(net.encoder(images)), images)  # type: ignore[operator]
 
@@ -156,9 +156,9 @@ def train_classifier(
 ) -> nn.Module:
     """Cross-entropy on jittered images."""
 
-    def loss(net: nn.Module, batch: tuple[Tensor, ...], generator: torch.Generator) -> Tensor:
+    def loss(net: nn.Module, batch: tuple[Tensor, ...], draws: Draws) -> Tensor:
         images, labels = batch
-        return F.cross_entropy(net(jitter(images, generator)), labels)
+        return F.cross_entropy(net(jitter(images, draws.generator)), labels)
 
     return train(name, network, TensorBatches(pairs), loss, plan, folder, {"dataset": dataset})
 
@@ -230,7 +230,7 @@ class Method:
     def train(self, world: World, settings: Settings, folder: Path | None) -> nn.Module:
         """Train the ViT of this method; methods that output images get the perceptual term."""
 
-        def loss(net: nn.Module, batch: tuple[Tensor, ...], generator: torch.Generator) -> Tensor:
+        def loss(net: nn.Module, batch: tuple[Tensor, ...], draws: Draws) -> Tensor:
             latents, images, labels = batch
             one = latents.new_ones(len(latents)) if self.only_noise else None
             out = self.objective(
@@ -240,7 +240,7 @@ class Method:
                 cond={"labels": labels},
                 t=one,
                 s=one,
-                generator=generator,
+                generator=draws.generator,
             )
             if not settings.perceptual or not (self.pixels or isinstance(world.autoencoder, Patches)):
                 return out.loss.mean()

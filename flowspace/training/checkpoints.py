@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from flowspace.errors import RunError
 from flowspace.training.optimizers import Together
+from flowspace.training.place import alike
 
 __all__ = ["Checkpoints", "flatten_optimizer", "restore_optimizer"]
 
@@ -41,20 +42,42 @@ class Checkpoints:
 
     def save(self, step: int, tensors: Mapping[str, Tensor]) -> Path:
         """Write one checkpoint beside and rename it, so that an interrupted write leaves the earlier ones."""
+        path = self._write(self.folder / f"step-{step:08d}.safetensors", step, tensors, {})
+        for old in self._paths()[: -self.keep]:
+            old.unlink()
+        return path
+
+    def keep_best(self, step: int, tensors: Mapping[str, Tensor], score: float) -> bool:
+        """Write ``best.safetensors`` if the score is lower than that of the one there; returns whether it was."""
+        path = self.folder / "best.safetensors"
+        try:
+            with safe_open(path, "pt") as file:
+                before = file.metadata() or {}
+        except (SafetensorError, OSError):
+            before = {}
+        if before.get("fingerprint") == self.fingerprint and not score < float(before["score"]):
+            return False
+        self._write(path, step, tensors, {"score": repr(score)})
+        return True
+
+    def _write(self, path: Path, step: int, tensors: Mapping[str, Tensor], more: Mapping[str, str]) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"step-{step:08d}.safetensors"
         partial = path.with_suffix(".partial")
         metadata = {
             "step": str(step),
             "fingerprint": self.fingerprint,
             "settings": json.dumps(self.settings, default=str),
+            **more,
         }
-        save_file({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, partial, metadata)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
+        held = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        try:
+            save_file(held, partial, metadata)
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+        except (SafetensorError, OSError) as error:
+            partial.unlink(missing_ok=True)
+            raise OSError(f"{path} cannot be written ({error}); the checkpoints before it are whole") from error
         partial.replace(path)
-        for old in self._paths()[: -self.keep]:
-            old.unlink()
         return path
 
     def latest(self) -> tuple[int, dict[str, Tensor]] | None:
@@ -114,7 +137,7 @@ def restore_optimizer(
     for key, value in tensors.items():
         name, slot = key.rsplit("/", 1)
         parameter = parameters[name]
-        value = value if slot == "step" else value.to(parameter.device)
+        value = value if slot == "step" else alike(value.to(parameter.device), parameter)
         if isinstance(optimizer, Together):
             optimizer.put(parameter, slot, value)
         else:
