@@ -7,7 +7,7 @@ from torch import nn
 pytest.importorskip("timm")
 
 from flowspace import AbsoluteError, CrossFlowLoss, InputError, LinearSchedule, RunError, SquaredError
-from flowspace.vision.adversarial import AdversarialLoss, Discriminator, augment, balance
+from flowspace.vision.adversarial import CHANGES, AdversarialLoss, Discriminator, augment, balance
 from flowspace.vision.perceptual import LARGEST_STEP, Features, PerceptualLoss, TimmFeatures, literal_pair
 
 
@@ -180,7 +180,9 @@ def test_a_discriminator_learns_to_tell_two_kinds_of_pictures_apart():
     draw = torch.Generator().manual_seed(0)
     for step in range(120):
         real = torch.tanh(nn.functional.avg_pool2d(8 * pictures(16, 16, step), 3, 1, 1))
-        value = loss.discriminator(critic, real, pictures(16, 16, 1000 + step), draw).mean()
+        value = loss.discriminator(
+            critic, real, pictures(16, 16, 1000 + step), torch.rand(16, CHANGES, generator=draw)
+        ).mean()
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
@@ -204,7 +206,8 @@ def test_r1_is_half_of_the_squared_gradient_at_real_images():
 
 def test_augmentation_shifts_by_whole_pixels_follows_its_generator_and_has_a_gradient():
     x = pictures(8, 16).requires_grad_()
-    first, again, other = (augment(x, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    draws = (torch.rand(8, CHANGES, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    first, again, other = (augment(x, changes) for changes in draws)
     assert torch.equal(first, again) and not torch.equal(first, other) and first.shape == x.shape
     first.square().sum().backward()
     assert x.grad.isfinite().all() and x.grad.abs().sum() > 0

@@ -16,7 +16,10 @@ from flowspace.errors import InputError
 from flowspace.schedules import Schedule
 from flowspace.vision.perceptual import Features
 
-__all__ = ["AdversarialLoss", "Discriminator", "augment", "balance"]
+__all__ = ["CHANGES", "AdversarialLoss", "Discriminator", "augment", "balance"]
+
+CHANGES = 5
+"""Numbers that `augment` needs for an image: brightness, saturation, contrast, two shifts."""
 
 LARGEST_BALANCE = 1e4
 """The bound of the adaptive weight, as in latent diffusion and RAE: where the adversarial gradient vanishes it means nothing."""
@@ -25,7 +28,8 @@ LARGEST_BALANCE = 1e4
 class Discriminator(nn.Module):
     """Spectral-norm heads on the layers of frozen features: real is above 0, fake below.
 
-    Wrap it for distributed training and call the wrapper in both turns, or its gradients are not synchronised.
+    For distributed training, wrap it and call the wrapper where its own weights are trained, or their gradients are not
+    synchronised.
 
     Args:
         features: frozen; only the heads are trained.
@@ -108,15 +112,13 @@ class AdversarialLoss:
         """Return w(t) = alpha(t)^p, of t's shape."""
         return self.schedule.alpha(t).clamp(min=0) ** self.power
 
-    def generator(
-        self, discriminator: nn.Module, fake: Tensor, t: Tensor, draw: torch.Generator | None = None
-    ) -> Tensor:
+    def generator(self, discriminator: nn.Module, fake: Tensor, t: Tensor, changes: Tensor | None = None) -> Tensor:
         """Return the generator's loss of each row ``(B,)``, -w(t) mean logit; the discriminator's own gradient is unused."""
-        logits = discriminator(augment(fake, draw) if self.augmented else fake)
+        logits = discriminator(augment(fake, changes) if self.augmented else fake)
         return -self.weight(t).to(logits.dtype) * logits.mean(1)
 
     def discriminator(
-        self, discriminator: nn.Module, real: Tensor, fake: Tensor, draw: torch.Generator | None = None
+        self, discriminator: nn.Module, real: Tensor, fake: Tensor, changes: Tensor | None = None
     ) -> Tensor:
         """Return the discriminator's loss of each row ``(B,)``, half of both hinges, in one call of it.
 
@@ -124,13 +126,13 @@ class AdversarialLoss:
             discriminator: called once, on real and fake images together, so that a wrapper synchronises one gradient.
             real: images in [-1, 1].
             fake: images of the generator; detached, clamped to [-1, 1] and rounded to 255 levels, as stored images are.
-            draw: the source of the augmentation.
+            changes: see `augment`; a real and a fake image of one row are changed alike.
         """
         stored = ((fake.detach().clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
         real = real.detach().requires_grad_(self.r1 > 0)
         images = torch.cat([real, stored])
         if self.augmented:
-            images = augment(images, draw)
+            images = augment(images, None if changes is None else torch.cat([changes, changes]))
         on_real, on_fake = discriminator(images).chunk(2)
         loss = 0.5 * (F.relu(1 - on_real).mean(1) + F.relu(1 + on_fake).mean(1))
         if self.penalty:
@@ -142,10 +144,16 @@ class AdversarialLoss:
         return loss
 
 
-def augment(images: Tensor, draw: torch.Generator | None = None) -> Tensor:
-    """Shift by up to an eighth, change brightness, saturation and contrast: DiffAug without cutout, differentiable."""
+def augment(images: Tensor, changes: Tensor | None = None) -> Tensor:
+    """Shift by up to an eighth, change brightness, saturation and contrast: DiffAug without cutout, differentiable.
+
+    Args:
+        images: ``(B, 3, H, W)``.
+        changes: how each image is changed, ``(B, 5)`` in [0, 1); None draws them.
+    """
     rows, _, height, width = images.shape
-    unit = torch.rand(5, rows, 1, 1, 1, generator=draw, device=images.device, dtype=images.dtype)
+    drawn = torch.rand(rows, CHANGES, device=images.device) if changes is None else changes
+    unit = drawn.to(images.dtype).mT.reshape(CHANGES, rows, 1, 1, 1)
     x = images + (unit[0] - 0.5)
     grey = x.mean(1, keepdim=True)
     x = grey + 2 * unit[1] * (x - grey)

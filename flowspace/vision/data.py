@@ -4,6 +4,7 @@ A file that cannot be read is replaced by the next one that can, counted and nam
 """
 
 import concurrent.futures
+import functools
 import os
 import warnings
 from collections import Counter
@@ -135,15 +136,12 @@ class FolderBatches(Batches):
     flip: bool = True
     workers: int = 4
 
-    def __call__(self, step: int, size: int, seed: int) -> tuple[Tensor, ...]:
-        """Return images ``(size, 3, H, H)`` and labels ``(size,)``: rows step * size on of the endless shuffled stream."""
+    def __call__(self, first: int, last: int, seed: int) -> tuple[Tensor, ...]:
+        """Return images ``(last - first, 3, H, W)`` and labels of rows ``first`` to ``last`` of the endless stream."""
         rows = len(self.images)
-        first, last = step * size, (step + 1) * size
-        passes = range(first // rows, (last - 1) // rows + 1)
-        stream = [(number, index) for number in passes for index in self._order(seed, number)]
-        chosen = stream[first % rows :][:size]
-        with concurrent.futures.ThreadPoolExecutor(self.workers) as pool:
-            loaded = list(pool.map(lambda pair: self._one(seed, *pair), chosen))
+        places = [divmod(place, rows) for place in range(first, last)]
+        chosen = [(number, _order(seed, number, rows)[index]) for number, index in places]
+        loaded = list(_readers(self.workers).map(lambda pair: self._one(seed, *pair), chosen))
         pictures, labels = zip(*loaded, strict=True)
         return torch.stack(pictures), torch.tensor(labels)
 
@@ -152,6 +150,13 @@ class FolderBatches(Batches):
         mirrored = self.flip and seed_of(seed, number, index, 2) >> 31 & 1
         return (picture.flip(-1) if mirrored else picture), label
 
-    def _order(self, seed: int, number: int) -> Sequence[int]:
-        draw = torch.Generator().manual_seed(seed_of(seed, number, 1))
-        return torch.randperm(len(self.images), generator=draw).tolist()
+
+@functools.lru_cache(maxsize=4)
+def _order(seed: int, number: int, rows: int) -> Sequence[int]:
+    """Return the order of a pass; two passes meet in a batch, and the next is already asked for."""
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed_of(seed, number, 1))).tolist()
+
+
+@functools.lru_cache(maxsize=1)
+def _readers(workers: int) -> concurrent.futures.ThreadPoolExecutor:
+    return concurrent.futures.ThreadPoolExecutor(workers, "readers")
