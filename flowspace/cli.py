@@ -1,9 +1,10 @@
-"""The command line: ``flowspace derive``, ``flowspace demo`` and ``flowspace cost``."""
+"""The command line: ``flowspace derive | demo | train | sample | evaluate | cost``."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flowspace import __version__
 from flowspace.criteria import CriteriaReport, check_criteria
@@ -11,8 +12,12 @@ from flowspace.errors import FlowspaceError
 from flowspace.schedules import Schedule
 from flowspace.statistics import MatchedStatistic, Statistic
 
+if TYPE_CHECKING:
+    from flowspace.recipes.imagenet import Run
+
 __all__ = ["main"]
 
+EVALUATED = "Samples are drawn once, over all processes, and kept; the same command goes on where it was stopped."
 FORMULAS = ("--alpha", "--beta", "--gamma", "--delta", "--kappa")
 
 
@@ -39,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _extra(options: argparse.Namespace) -> str:
-    return "vision" if options.command is _cost else "demo"
+    return "demo" if options.command is _demo else "vision"
 
 
 def _joined(arguments: Sequence[str]) -> list[str]:
@@ -83,6 +88,26 @@ def _parser() -> argparse.ArgumentParser:
         "--baselines", action="store_true", help="also a denoiser, latent MeanFlow + decoder, decoder on noise"
     )
     demo.set_defaults(command=_demo)
+    train = commands.add_parser(
+        "train",
+        help="train a generator from a config: stage 1 if it asks for one, the generator, its pipeline",
+        description="Run it again to continue a run that was stopped. For several processes: torchrun --nproc_per_node N "
+        "-m flowspace.cli train CONFIG.",
+    )
+    train.add_argument("config", type=Path, help="a YAML file, such as examples/imagenet/configs/smoke.yaml")
+    train.add_argument("changes", nargs="*", help="what differs, such as training.batch=64 out=runs/other")
+    train.add_argument("--evaluate", action="store_true", help="also draw samples, judge them, and reload the pipeline")
+    train.add_argument("--ablate", action="store_true", help="also without GAN, without perceptual, without both")
+    train.set_defaults(command=_train)
+    evaluate = commands.add_parser("evaluate", help="draw samples of a run and judge them", description=EVALUATED)
+    evaluate.add_argument("run", type=Path, help="the folder that flowspace train made")
+    evaluate.set_defaults(command=_evaluate)
+    sample = commands.add_parser("sample", help="draw images of a run's pipeline into a folder")
+    sample.add_argument("run", type=Path, help="the folder that flowspace train made")
+    sample.add_argument("--labels", type=int, nargs="+", default=[0], help="classes (default: 0)")
+    sample.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    sample.add_argument("--out", type=Path, default=Path("samples"), help="default: %(default)s")
+    sample.set_defaults(command=_sample)
     cost = commands.add_parser(
         "cost",
         help="count what a generator costs: parameters, FLOPs, memory, GPU-hours, beside other one-step methods",
@@ -133,6 +158,57 @@ def _demo(options: argparse.Namespace) -> int:
     metrics = digits.run(digits.SETTINGS[options.dataset], folder, options.baselines, options.seeds)
     print(markdown_table(digits.HEAD, digits.rows(metrics)))
     print(f"\nmeans over {options.seeds} seed(s); pictures: {folder / 'samples.png'}, page: {folder / 'report.html'}")
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    from flowspace.recipes.config import load
+    from flowspace.recipes.imagenet import Run, ablate, ablation_table
+
+    config = load(options.config, options.changes)
+    if options.ablate:
+        print(ablation_table(ablate(config)))
+        return 0
+    run = Run(config)
+    run.train()
+    if options.evaluate:
+        options.run = config.out
+        _judge(run)
+        if run.place.rank == 0:
+            same = run.same_in_a_fresh_process()
+            print(f"the pipeline in a fresh process draws {'the same images' if same else 'OTHER IMAGES'}")
+            return 0 if same else 1
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from flowspace.recipes.imagenet import Run
+
+    _judge(Run.of(options.run))
+    return 0
+
+
+def _judge(run: "Run") -> None:
+    from flowspace.recipes.report import markdown_table
+
+    scores = run.evaluate()
+    if run.place.rank == 0:
+        rows = [(name, f"{value:.4g}") for name, value in scores.values.items()]
+        print(markdown_table((f"{scores.count} samples, {scores.extractor}", "value"), rows))
+        print(f"\nreference {scores.reference[:16]}; pictures: {run.config.out / 'samples.png'}")
+
+
+def _sample(options: argparse.Namespace) -> int:
+    import torch
+
+    from flowspace.recipes.imagenet import Run
+
+    draws = [torch.Generator().manual_seed(options.seed + i) for i in range(len(options.labels))]
+    found = Run.of(options.run).pipeline()(options.labels, generator=draws)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for number, (label, picture) in enumerate(zip(options.labels, found.images, strict=True)):  # type: ignore[union-attr]
+        picture.save(options.out / f"{number:04d}-class-{label}.png")
+    print(f"{len(options.labels)} image(s) in {options.out}")
     return 0
 
 

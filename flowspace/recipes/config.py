@@ -5,9 +5,9 @@ A config may name another one as its ``base`` and say only what differs.
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -18,17 +18,22 @@ from flowspace.errors import InputError, RunError
 __all__ = ["Config", "load"]
 
 STRICT = ConfigDict(extra="forbid")
+Count = Annotated[int, Field(ge=1)]
+Number = Annotated[int, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True, config=STRICT)
 class DataConfig:
-    """Attributes: the folder of one folder a class (or ``openmoji``, drawn from the package), its size and classes."""
+    """Pictures: a folder of one folder a class (or ``openmoji``, drawn from the package), their size, how many classes."""
 
     path: str = "data/imagenet/train"
-    size: int = Field(256, ge=8)
-    classes: int | None = Field(1000, ge=1)
+    size: Count = 256
+    classes: Count | None = 1000
     flip: bool = True
-    workers: int = Field(8, ge=1)
+    workers: Count = 8
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -37,7 +42,7 @@ class PerceptualConfig:
 
     network: str
     weights: str | None = None
-    weight: float = Field(1.0, ge=0)
+    weight: Weight = 1.0
     size: int | None = 224
     layers: tuple[int, ...] | None = None
     below: float = 2.0
@@ -50,18 +55,18 @@ class AdversarialConfig:
 
     network: str
     weights: str | None = None
-    weight: float = Field(0.1, ge=0)
+    weight: Weight = 0.1
     size: int | None = 224
     layers: tuple[int, ...] = (2, 5, 8, 11)
     channels: tuple[int, ...] = (384, 384, 384, 384)
     width: int = 64
     kernel: int = 9
-    power: float = Field(1.0, ge=0)
-    start: int = Field(0, ge=0)
-    learning_rate: float = Field(2e-4, gt=0)
+    power: Weight = 1.0
+    start: Number = 0
+    learning_rate: Positive = 2e-4
     augmented: bool = True
-    penalty: float = Field(0.0, ge=0)
-    r1: float = Field(0.0, ge=0)
+    penalty: Weight = 0.0
+    r1: Weight = 0.0
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -70,10 +75,10 @@ class StageOneConfig:
 
     channels: int = 8
     widths: tuple[int, ...] = (32, 64, 64)
-    steps: int = Field(500, ge=1)
-    batch: int = Field(32, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
-    kl: float = Field(1e-4, ge=0)
+    steps: Count = 500
+    batch: Count = 32
+    learning_rate: Positive = 1e-3
+    kl: Weight = 1e-4
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -84,7 +89,7 @@ class EncoderConfig:
     weights: Path | None = None
     sample: bool = False
     half: bool = False
-    fit: int = Field(10_000, ge=1)
+    fit: Count = 10_000
     stage_one: StageOneConfig | None = None
 
 
@@ -119,35 +124,35 @@ class ObjectiveConfig:
     literal: bool = False
     estimated: bool = False
     penalty: Literal["absolute", "squared", "huber"] = "absolute"
-    equal: float = Field(0.5, ge=0, le=1)
+    equal: Share = 0.5
     shifted: bool = True
-    drop_labels: float = Field(0.0, ge=0, le=1)
+    drop_labels: Share = 0.0
 
 
 @dataclass(frozen=True, config=STRICT)
 class TrainingConfig:
     """The optimiser and the loop; ``steps`` overrides ``epochs``."""
 
-    epochs: float = Field(160, gt=0)
+    epochs: Positive = 160
     steps: int | None = None
-    batch: int = Field(1024, ge=1)
-    accumulate: int = Field(1, ge=1)
+    batch: Count = 1024
+    accumulate: Count = 1
     optimizer: Literal["muon", "adamw"] = "muon"
-    learning_rate: float = Field(8e-4, gt=0)
-    weight_decay: float = Field(1e-6, ge=0)
-    warmup_epochs: float = Field(5, ge=0)
-    final_rate: float = Field(1.0, gt=0, le=1)
+    learning_rate: Positive = 8e-4
+    weight_decay: Weight = 1e-6
+    warmup_epochs: Weight = 5
+    final_rate: Positive = 1.0
     emas: tuple[float, ...] = (0.9999, 0.9995, 0.999)
-    clip: float = Field(1.0, gt=0)
+    clip: Positive = 1.0
     bfloat16: bool = True
     sharded: bool = False
     processes: int | None = None
     cpu: bool = False
     seed: int = 0
-    checkpoint_every: int = Field(2000, ge=1)
-    log_every: int = Field(50, ge=1)
-    look_every: int = Field(5000, ge=1)
-    skips: int = Field(10, ge=0)
+    checkpoint_every: Count = 2000
+    log_every: Count = 50
+    look_every: Count = 5000
+    skips: Number = 10
     tensorboard: bool = True
     wandb: bool = False
 
@@ -156,12 +161,12 @@ class TrainingConfig:
 class EvaluationConfig:
     """How many samples are judged, by what (``inception``, or a timm network) and against which folder."""
 
-    samples: int = Field(50_000, ge=1)
+    samples: Count = 50_000
     extractor: str = "inception"
     weights: str | None = None
     size: int | None = None
     reference: str | None = None
-    batch: int = Field(50, ge=1)
+    batch: Count = 50
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -170,14 +175,14 @@ class Config:
 
     name: str
     out: Path
-    data: DataConfig = Field(default_factory=DataConfig)
-    encoder: EncoderConfig = Field(default_factory=EncoderConfig)
-    generator: GeneratorConfig = Field(default_factory=GeneratorConfig)
-    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     perceptual: tuple[PerceptualConfig, ...] = ()
     adversarial: AdversarialConfig | None = None
-    training: TrainingConfig = Field(default_factory=TrainingConfig)
-    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
 def load(path: Path, changes: Sequence[str] = ()) -> Config:
@@ -241,7 +246,7 @@ def _known(found: Any, kind: Any, path: Path, before: str) -> None:
     kinds = [part for part in _leaves(kind) if is_dataclass(part)]
     if not kinds or not isinstance(found, Mapping):
         return
-    inner = {field.name: field.type for field in fields(kinds[0])}
+    inner = {one.name: one.type for one in fields(kinds[0])}
     for key, value in found.items():
         if key not in inner:
             near = difflib.get_close_matches(str(key), inner, 1)

@@ -243,16 +243,16 @@ class Run:
             raise InputError("encoder.stage_one is empty")
         torch.manual_seed(c.training.seed + 2)
         count = len(stage.widths)
-        autoencoder = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * count,
-            up_block_types=("UpDecoderBlock2D",) * count,
-            block_out_channels=stage.widths,
-            latent_channels=stage.channels,
-            layers_per_block=1,
-            norm_num_groups=8,
-            sample_size=c.data.size,
-            mid_block_add_attention=False,
-        )
+        sizes: dict[str, Any] = {
+            "down_block_types": ("DownEncoderBlock2D",) * count,
+            "up_block_types": ("UpDecoderBlock2D",) * count,
+            "block_out_channels": stage.widths,
+            "latent_channels": stage.channels,
+            "norm_num_groups": 8,
+            "sample_size": c.data.size,
+            "mid_block_add_attention": False,
+        }
+        autoencoder = AutoencoderKL(**sizes)
         step = ReconstructionStep(stage.kl, self.perceptual(c.perceptual))
         settings = LoopSettings(
             stage.steps,
@@ -500,7 +500,7 @@ class Run:
             "import sys, torch; from safetensors.torch import save_file; from flowspace.vision import CrossFlowPipeline\n"
             "pipeline = CrossFlowPipeline.from_pretrained(sys.argv[1])\n"
             f"images = pipeline(labels={list(labels)}, generator=torch.Generator().manual_seed(7), output_type='pt').images\n"
-            "save_file({'images': images}, sys.argv[2])"
+            "save_file({'images': images.contiguous()}, sys.argv[2])"
         )
         subprocess.run([sys.executable, "-c", text, str(folder), str(out)], check=True, stderr=subprocess.DEVNULL)
         here = self.pipeline().to("cpu")(

@@ -117,15 +117,17 @@ class Game(abc.ABC):
 
     Attributes:
         opponent: the other network.
-        optimizer: builds its optimiser, whose rates stay as they are.
         start: the step from which the opponent is trained.
         clip: the largest norm of the opponent's gradient.
     """
 
     opponent: nn.Module
-    optimizer: MakeOptimizer
     start: int = 0
     clip: float = 1.0
+
+    @abc.abstractmethod
+    def optimizer(self, network: nn.Module) -> Optimizer:
+        """Build the optimiser of the opponent."""
 
     @abc.abstractmethod
     def loss(self, network: nn.Module, opponent: nn.Module, batch: Batch, draws: Draws) -> Terms:

@@ -104,7 +104,7 @@ class Plan:
             ends = range(start, min(start + size, self.count), self.batch)
             images = torch.cat([self._batch(sample, first, device) for first in ends])
             partial = path.with_suffix(".partial")
-            save_file({"images": images}, partial, {"plan": self._name(maker)})
+            save_file({"images": images.contiguous()}, partial, {"plan": self._name(maker)})
             os.replace(partial, path)
 
     def read(self, folder: Path, maker: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""What one training step of an image model is made of: the flow, perceptual and adversarial terms, for any loop of two players."""
+"""What one training step of an image model is made of: the flow, perceptual and adversarial terms."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -163,9 +163,12 @@ class Adversarial(Game):
     ) -> None:
         self.make, self.judge, self.weight, self.start = make, judge, weight, start
         self.opponent = discriminator
-        self.optimizer = lambda net: torch.optim.AdamW(
-            net.heads.parameters(), lr=learning_rate, betas=(0.0, 0.99), weight_decay=0.0
-        )
+        self.learning_rate = learning_rate
+
+    def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
+        """Build the heads' AdamW, with the betas of GANs."""
+        heads = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        return torch.optim.AdamW(heads, self.learning_rate, (0.0, 0.99), weight_decay=0.0)
 
     def loss(self, network: nn.Module, opponent: nn.Module, batch: Sequence[Tensor], draws: Draws) -> Terms:
         """Return the step's terms and, once the discriminator has begun, its opinion."""
@@ -179,7 +182,8 @@ class Adversarial(Game):
 
     def answer(self, opponent: nn.Module, terms: Terms, draws: Draws) -> Tensor:
         """Return the discriminator's loss of each row."""
-        return self.judge.discriminator(opponent, *terms.shown, self._changes(draws, REAL_CHANGES))
+        real, made = terms.shown
+        return self.judge.discriminator(opponent, real, made, self._changes(draws, REAL_CHANGES))
 
     @staticmethod
     def _changes(draws: Draws, stream: int) -> Tensor:
