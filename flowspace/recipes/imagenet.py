@@ -166,6 +166,8 @@ class Run:
         """Build the untrained generator."""
         g = self.config.generator
         sizes = {"depth": g.depth, "width": g.width, "heads": g.heads}
+        if g.preset is not None and g.preset not in PRESETS:
+            raise InputError(f"generator.preset = {g.preset!r} came; write one of {', '.join(PRESETS)}, or null")
         known = {
             **PRESETS.get(g.preset or "", {}),
             **{name: value for name, value in sizes.items() if value is not None},

@@ -1,0 +1,207 @@
+"""The ImageNet recipe on small real pictures: the same code as the large configs, resumed, shared out, refused."""
+
+import dataclasses
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flowspace import InputError, RunError
+from flowspace.training import assign
+
+for needed in ("pydantic", "accelerate", "diffusers", "timm", "torch_fidelity", "torchvision"):
+    pytest.importorskip(needed)
+load = importlib.import_module("flowspace.recipes.config").load
+Run = importlib.import_module("flowspace.recipes.imagenet").Run
+
+CONFIGS = sorted((Path(__file__).parents[1] / "examples" / "imagenet" / "configs").glob("*.yaml"))
+TINY = """
+data: {{path: {data}, size: 16, classes: 2, workers: 1}}
+encoder: {{name: null, stage_one: {{steps: 3, batch: 8, widths: [8, 8], channels: 4}}}}
+generator: {{preset: null, depth: 1, width: 32, heads: 2, channels: 4, grid: 8, patch: 2, class_tokens: 2, time_tokens: 2}}
+objective: {{shifted: false}}
+training: {{steps: 6, batch: 8, warmup_epochs: 0.1, emas: [0.9, 0.5], bfloat16: false, cpu: true, checkpoint_every: 2,
+  look_every: 100, log_every: 2, tensorboard: false, optimizer: adamw, learning_rate: 1.0e-3}}
+evaluation: {{samples: 24, batch: 8}}
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("pictures")
+    draw = torch.Generator().manual_seed(0)
+    for name in ("cat", "dog"):
+        (root / name).mkdir()
+        for number in range(12):
+            pixels = torch.randint(0, 256, (16, 16, 3), generator=draw, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(root / name / f"{number}.png")
+    return root
+
+
+@pytest.fixture
+def config(data, tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY.format(data=data))
+    return load(path, [f"out={tmp_path / 'run'}"])
+
+
+def change(config, **parts):
+    return dataclasses.replace(config, **{k: dataclasses.replace(getattr(config, k), **v) for k, v in parts.items()})
+
+
+def weights(folder):
+    (path,) = sorted(folder.glob("generator/step-*.safetensors"))[-1:]
+    return load_file(path)
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_trains_ships_and_logs(config):
+    run = Run(config)
+    run.train()
+    records = [json.loads(line) for line in (config.out / "generator" / "log.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "loss" in record]
+    assert [record["step"] for record in steps] == [0, 2, 4, 5]
+    assert set(steps[0]["raw"]) == {"flow"} and set(steps[0]["by"]) == {"t", "s"}
+    assert steps[0]["slopes"]["flow"] > 0
+    assert (config.out / "slopes.png").exists() and (config.out / "generator" / "sheet-0000006.png").exists()
+    assert run.same_in_a_fresh_process((0, 1))
+    again = Run.of(config.out)
+    assert again.config == config
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_continues_to_the_same_weights(config, tmp_path):
+    whole = change(config, training={"checkpoint_every": 1})
+    Run(whole).train()
+    path = tmp_path / "tiny.yaml"
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "flowspace.cli", "train", str(path), f"out={out}", "training.checkpoint_every=1"]
+    draw = torch.Generator().manual_seed(1)
+    for _ in range(2):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while not list(out.glob("generator/step-*")) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.3 * float(torch.rand((), generator=draw)))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    assert same(weights(whole.out), weights(out))
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(config, tmp_path):
+    Run(config).train()
+    out = tmp_path / "two"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "flowspace.cli",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [*command, "train", str(tmp_path / "tiny.yaml"), f"out={out}", "training.processes=2"],
+        check=True,
+        env=environment,
+        capture_output=True,
+        timeout=240,
+    )
+    one, two = weights(config.out), weights(out)
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name].float(), value.float(), rtol=0, atol=1e-5, msg=name)
+
+
+def test_accumulation_trains_what_one_pass_does(config, tmp_path):
+    Run(config).train()
+    parts = change(config, training={"accumulate": 2})
+    parts = dataclasses.replace(
+        parts,
+        out=tmp_path / "parts",
+        encoder=dataclasses.replace(config.encoder, name=str(config.out / "encoder"), stage_one=None),
+    )
+    Run(parts).train()
+    one, two = weights(config.out), weights(parts.out)
+    for name, value in one.items():
+        torch.testing.assert_close(two[name].float(), value.float(), rtol=0, atol=1e-5, msg=name)
+
+
+def test_sigterm_saves_and_ends_with_zero(config, tmp_path):
+    out = tmp_path / "stopped"
+    command = [sys.executable, "-m", "flowspace.cli", "train", str(tmp_path / "tiny.yaml"), f"out={out}"]
+    process = subprocess.Popen(
+        [*command, "training.steps=100000", "training.checkpoint_every=100000", "training.log_every=1"],
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while not (out / "generator" / "log.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    assert len(list(out.glob("generator/step-*.safetensors"))) == 1
+
+
+def test_a_misspelt_key_is_named_with_its_neighbour(config, tmp_path):
+    with pytest.raises(InputError, match=r"training\.bach is not known; did you mean training\.batch"):
+        load(tmp_path / "tiny.yaml", ["training.bach=3"])
+    with pytest.raises(InputError, match=r"training\.batch = -3 came"):
+        load(tmp_path / "tiny.yaml", ["training.batch=-3"])
+    with pytest.raises(RunError, match="cannot be read"):
+        load(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("parts", "error", "words"),
+    [
+        ({"data": {"path": "/nowhere"}}, RunError, "no folder"),
+        ({"data": {"classes": 3}}, RunError, "2 classes, 3 are expected"),
+        ({"encoder": {"name": "va-vae", "stage_one": None, "weights": Path("/nowhere")}}, RunError, "hf download"),
+        ({"generator": {"grid": 4}}, InputError, "generator.grid=8"),
+        ({"generator": {"preset": "crossflow-z"}}, InputError, "crossflow-b"),
+        ({"training": {"batch": 9, "accumulate": 2}}, RunError, "multiple of 2"),
+        ({"training": {"processes": 2}}, RunError, "torchrun"),
+    ],
+)
+def test_what_does_not_fit_is_one_error_before_any_step(config, parts, error, words):
+    with pytest.raises(error, match=words):
+        Run(change(config, **parts)).train()
+    assert not list(config.out.glob("generator/*"))
+
+
+def test_a_checkpoint_of_another_config_is_refused(config):
+    Run(config).train()
+    with pytest.raises(RunError, match="other settings"):
+        Run(change(config, objective={"equal": 0.25})).train()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_read_and_its_objective_is_built(path):
+    config = load(path)
+    run = Run(config)
+    if not config.objective.estimated:
+        assert run.objective.schedule.alpha(torch.tensor(0.0)) == 1
+    if config.generator.preset:
+        with torch.device("meta"):
+            from flowspace.vision import CrossFlowGenerator
+
+            network = CrossFlowGenerator.from_preset(config.generator.preset, condition=config.generator.condition)
+        assert assign(network)["muon"]
