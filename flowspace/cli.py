@@ -48,7 +48,12 @@ def _extra(options: argparse.Namespace) -> str:
 
 
 def _joined(arguments: Sequence[str]) -> list[str]:
-    """Join each formula to its option, so that ``--delta -t/(t-s)`` is not read as an option named -t."""
+    """Join each formula to its option, so that ``--delta -t/(t-s)`` is not read as an option named -t.
+
+    What is changed in a config may stand before or after the options of ``train``, which take no values.
+    """
+    if arguments and arguments[0] == "train":
+        return sorted(arguments, key=lambda argument: argument.startswith("-"))
     joined: list[str] = []
     for argument in arguments:
         if joined and joined[-1] in FORMULAS:
@@ -113,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         help="count what a generator costs: parameters, FLOPs, memory, GPU-hours, beside other one-step methods",
         description="Counted on meta tensors, without weights or a GPU; needs the extra 'vision'.",
     )
-    cost.add_argument("preset", help="crossflow-b, crossflow-l or crossflow-xl")
+    cost.add_argument("preset", help="crossflow-b, crossflow-l, crossflow-xl, or the YAML file of a config with one")
     cost.add_argument("--equal", type=float, default=0.5, help="share of rows with s = t (default: %(default)s)")
     cost.add_argument("--batch", type=int, default=32, help="images on one device (default: %(default)s)")
     cost.add_argument("--devices", type=int, default=8, help="over which FSDP2 shards (default: %(default)s)")
@@ -218,7 +223,15 @@ def _cost(options: argparse.Namespace) -> int:
 
     if options.batch < 1 or options.devices < 1:
         raise FlowspaceError(f"--batch {options.batch} --devices {options.devices} came; write 1 or more of each")
-    own, beside = report(options.preset, options.equal, options.batch, options.devices)
+    if options.preset.endswith((".yaml", ".yml")):
+        from flowspace.recipes.config import load
+
+        config = load(Path(options.preset))
+        g = config.generator
+        changes = {"channels": g.channels, "grid": g.grid, "patch": g.patch, "mlp": g.mlp, "condition": g.condition}
+        own, beside = report(g.preset or "", config.objective.equal, options.batch, options.devices, changes)
+    else:
+        own, beside = report(options.preset, options.equal, options.batch, options.devices)
     print(f"{markdown_table((options.preset, ''), own)}\n\n{markdown_table(HEAD, beside)}\n\n{NOTE}")
     return 0
 

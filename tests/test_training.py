@@ -17,7 +17,19 @@ from hypothesis import strategies as st
 from torch import nn
 
 from flowspace import RunError
-from flowspace.training import Batches, Checkpoints, LoopSettings, TensorBatches, cosine_decay, seed_of, train
+from flowspace.training import (
+    Batches,
+    Checkpoints,
+    Draws,
+    Game,
+    LoopSettings,
+    TensorBatches,
+    Terms,
+    Watch,
+    cosine_decay,
+    seed_of,
+    train,
+)
 
 SETTINGS = LoopSettings(steps=40, batch=16, warmup=5, checkpoint_every=7)
 
@@ -207,3 +219,119 @@ def test_the_averaged_weights_follow_their_recursion():
         decay = min(0.9, (step + 1) / (step + 10))
         expected = decay * expected + (1 - decay) * weight
     torch.testing.assert_close(average.weight, expected)
+
+
+class Duel(Game):
+    """A network that pulls its outputs to those the opponent likes; the opponent tells outputs from inputs."""
+
+    def __init__(self):
+        torch.manual_seed(5)
+        self.opponent = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+        self.start = 3
+
+    def optimizer(self, network):
+        return torch.optim.Adam(network.parameters(), lr=1e-2)
+
+    def loss(self, network, opponent, batch, draws):
+        (x,) = batch
+        made = network(x + draws.rows(lambda rows, g: torch.randn(rows, 4, generator=g), 0))
+        parts = {"near": (made - x).square().mean(1), "liked": -0.1 * opponent(made).squeeze(1)}
+        return Terms(parts, parts, {"t": x[:, 0].sigmoid()}, made, (x, made.detach()))
+
+    def answer(self, opponent, terms, draws):
+        real, made = terms.shown
+        return (1 - opponent(real)).relu().squeeze(1) + (1 + opponent(made)).relu().squeeze(1)
+
+
+def plain():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4))
+
+
+@pytest.mark.parametrize("at", [2, 5, 20])
+def test_both_players_continue_to_the_same_weights(tmp_path, at):
+    whole, game = plain(), Duel()
+    average = train("a", whole, data(), game, SETTINGS, None)
+
+    class Stopped(Duel):
+        def answer(self, opponent, terms, draws):
+            if draws.step >= at:
+                raise Killed
+            return super().answer(opponent, terms, draws)
+
+    with pytest.raises(Killed):
+        train("a", plain(), data(), Stopped(), SETTINGS, tmp_path)
+    resumed, again = plain(), Duel()
+    continued = train("a", resumed, data(), again, SETTINGS, tmp_path)
+    assert equal(whole, resumed) and equal(average, continued) and equal(game.opponent, again.opponent)
+
+
+def test_the_opponent_learns_only_from_its_start_and_only_in_its_turn():
+    before, game = Duel(), Duel()
+    train("a", plain(), data(), game, dataclasses.replace(SETTINGS, steps=3))
+    assert equal(before.opponent, game.opponent)
+    train("a", plain(), data(), game, dataclasses.replace(SETTINGS, steps=4))
+    assert not equal(before.opponent, game.opponent)
+
+
+def test_rows_in_parts_train_what_the_whole_batch_does():
+    whole, parts = plain(), plain()
+    train("a", whole, data(), Duel(), SETTINGS)
+    train("a", parts, data(), Duel(), dataclasses.replace(SETTINGS, accumulate=4))
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_the_log_has_the_gradient_of_each_part_at_the_prediction_by_time(tmp_path):
+    train("a", plain(), data(), Duel(), dataclasses.replace(SETTINGS, steps=1), tmp_path)
+    record = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    x = data()(0, 16, 0)[0]
+    noise = torch.randn(16, 4, generator=torch.Generator().manual_seed(seed_of(0, 0, 3, 0)))
+    slopes = 2 * (plain()(x + noise) - x).detach().norm(dim=1) / 4
+    assert record["slopes"]["near"] == pytest.approx(float(slopes.mean()), rel=1e-5)
+    bins = [b for b in record["slopes_by"]["t"]["near"] if b is not None]
+    assert min(bins) <= record["slopes"]["near"] <= max(bins)
+    assert record["raw"]["near"] + record["raw"]["liked"] == pytest.approx(record["loss"], rel=1e-5)
+
+
+@given(step=st.integers(0, 9), cut=st.integers(1, 7), seed=st.integers(0, 3))
+def test_rows_draw_the_same_however_the_batch_is_cut(step, cut, seed):
+    def draw(rows, generator):
+        return torch.randn(rows, 3, generator=generator), torch.rand(rows, generator=generator)
+
+    whole = Draws(seed, step, 0, 8, 8, torch.device("cpu")).rows(draw, 2)
+    parts = [Draws(seed, step, a, b, 8, torch.device("cpu")).rows(draw, 2) for a, b in ((0, cut), (cut, 8))]
+    assert all(torch.equal(torch.cat(both), w) for both, w in zip(zip(*parts, strict=True), whole, strict=True))
+
+
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path):
+    def lost(net, batch, draws):
+        return loss(net, batch, draws) * (torch.nan if draws.step == 7 else 1)
+
+    seen = []
+
+    class Look(Watch):
+        every = 1
+
+        def __call__(self, step, averaged):
+            seen.append(averaged[0].weight.clone())
+            return {"score": float(step == 2)}
+
+    with pytest.warns(UserWarning, match="nan at step 7"):
+        train("a", network(), data(), lost, SETTINGS, tmp_path, watch=Look())
+    assert torch.equal(seen[6], seen[7]) and not torch.equal(seen[7], seen[8])
+    assert any("nan" in json.loads(line).get("why", "") for line in (tmp_path / "log.jsonl").read_text().splitlines())
+
+
+def test_the_best_is_the_one_with_the_lowest_score(tmp_path):
+    class Look(Watch):
+        every = 5
+
+        def __call__(self, step, averaged):
+            return {"score": abs(step - 14) + 1.0}
+
+    train("a", network(), data(), loss, SETTINGS, tmp_path, watch=Look())
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "best.safetensors", "pt") as file:
+        assert file.metadata()["step"] == "15"

@@ -5,7 +5,7 @@ is its forward pass, twice that for the gradient, and one more forward pass' pro
 that needs it (`SharedPrimal`). GPU-hours assume a utilisation that is stated with them; none of them has been run.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -218,10 +218,18 @@ NOTE = (
 
 
 def report(
-    preset: str, equal: float = 0.5, batch: int = 32, devices: int = 8
+    preset: str, equal: float = 0.5, batch: int = 32, devices: int = 8, changes: Mapping[str, Any] | None = None
 ) -> tuple[list[tuple[str, str]], list[tuple[str, ...]]]:
-    """Return the rows of two tables: what a preset costs, and its image beside its rivals' under `HEAD`."""
-    cost = generator_cost(preset, equal)
+    """Return the rows of two tables: what a preset costs, and its image beside its rivals' under `HEAD`.
+
+    Args:
+        preset: of the generator.
+        equal: the share of rows with s = t.
+        batch: images on one device.
+        devices: over which FSDP2 shards.
+        changes: of the preset's other settings.
+    """
+    cost = generator_cost(preset, equal, **(changes or {}))
     gib = 2.0**30
     own = [
         ("parameters", f"{cost.parameters / 1e6:.1f} million, {cost.matrices / 1e6:.1f} of them in Muon's matrices"),
