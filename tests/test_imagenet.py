@@ -103,8 +103,14 @@ def test_a_run_killed_at_any_moment_continues_to_the_same_weights(config, tmp_pa
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(config, tmp_path):
-    Run(config).train()
+@pytest.mark.parametrize(
+    ("changes", "tolerance"),
+    [([], 1e-5), (["training.sharded=true"], 1e-5), (["training.optimizer=muon"], 2e-2)],
+    ids=["ddp", "fsdp2", "muon"],
+)
+def test_two_processes_train_what_one_does(config, tmp_path, changes, tolerance):
+    """Muon's Newton-Schulz steps are in bfloat16, so its updates agree to their rounding only."""
+    Run(load(tmp_path / "tiny.yaml", [f"out={config.out}", *changes])).train()
     out = tmp_path / "two"
     command = [
         sys.executable,
@@ -116,18 +122,19 @@ def test_two_processes_train_what_one_does(config, tmp_path):
         "-m",
         "flowspace.cli",
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [*command, "train", str(tmp_path / "tiny.yaml"), f"out={out}", "training.processes=2"],
-        check=True,
-        env=environment,
+    found = subprocess.run(
+        [*command, "train", str(tmp_path / "tiny.yaml"), f"out={out}", "training.processes=2", *changes],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
+        text=True,
         timeout=240,
     )
+    assert found.returncode == 0, found.stderr[-2000:]
     one, two = weights(config.out), weights(out)
     assert one.keys() == two.keys()
     for name, value in one.items():
-        torch.testing.assert_close(two[name].float(), value.float(), rtol=0, atol=1e-5, msg=name)
+        if not name.startswith("optimizer:"):
+            torch.testing.assert_close(two[name].float(), value.float(), rtol=0, atol=tolerance, msg=name)
 
 
 def test_accumulation_trains_what_one_pass_does(config, tmp_path):
