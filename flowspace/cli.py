@@ -1,4 +1,4 @@
-"""The command line: ``flowspace derive | demo | train | sample | evaluate | cost``."""
+"""The command line: ``flowspace derive | demo | encode | train | sample | evaluate | cost``."""
 
 import argparse
 import sys
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 EVALUATED = "Samples are drawn once, over all processes, and kept; the same command goes on where it was stopped."
+ENCODED = (
+    "Shards of latents, pictures and labels; whole ones are kept, and the same command goes on where it was stopped."
+)
 FORMULAS = ("--alpha", "--beta", "--gamma", "--delta", "--kappa")
 
 
@@ -104,6 +107,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--evaluate", action="store_true", help="also draw samples, judge them, and reload the pipeline")
     train.add_argument("--ablate", action="store_true", help="also without GAN, without perceptual, without both")
     train.set_defaults(command=_train)
+    encode = commands.add_parser("encode", help="compute the latents of a config's pictures once", description=ENCODED)
+    encode.add_argument("config", type=Path, help="a YAML file; data.latents names the folder (default: OUT/latents)")
+    encode.add_argument("changes", nargs="*", help="what differs, such as encoder.half=true")
+    encode.set_defaults(command=_encode)
     evaluate = commands.add_parser("evaluate", help="draw samples of a run and judge them", description=EVALUATED)
     evaluate.add_argument("run", type=Path, help="the folder that flowspace train made")
     evaluate.set_defaults(command=_evaluate)
@@ -183,6 +190,14 @@ def _train(options: argparse.Namespace) -> int:
             same = run.same_in_a_fresh_process()
             print(f"the pipeline in a fresh process draws {'the same images' if same else 'OTHER IMAGES'}")
             return 0 if same else 1
+    return 0
+
+
+def _encode(options: argparse.Namespace) -> int:
+    from flowspace.recipes.config import load
+    from flowspace.recipes.imagenet import Run
+
+    print(f"latents in {Run(load(options.config, options.changes)).encode()}; train with data.latents=FOLDER")
     return 0
 
 

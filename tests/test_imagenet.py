@@ -151,6 +151,16 @@ def test_accumulation_trains_what_one_pass_does(config, tmp_path):
         torch.testing.assert_close(two[name].float(), value.float(), rtol=0, atol=1e-5, msg=name)
 
 
+def test_training_reads_the_latents_that_were_encoded(config):
+    folder = Run(config).encode()
+    cached = change(config, data={"latents": str(folder)})
+    Run(cached).train()
+    with pytest.raises(RunError, match="other settings"):
+        Run(config).train()
+    records = [json.loads(line) for line in (config.out / "generator" / "log.jsonl").read_text().splitlines()]
+    assert records[0]["raw"]["flow"] > 0
+
+
 def test_sigterm_saves_and_ends_with_zero(config, tmp_path):
     out = tmp_path / "stopped"
     command = [sys.executable, "-m", "flowspace.cli", "train", str(tmp_path / "tiny.yaml"), f"out={out}"]

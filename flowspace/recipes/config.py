@@ -27,13 +27,17 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 @dataclass(frozen=True, config=STRICT)
 class DataConfig:
-    """Pictures: a folder of one folder a class (or ``openmoji``, drawn from the package), their size, how many classes."""
+    """Pictures: a folder of one folder a class (or ``openmoji``, drawn from the package), their size, how many classes.
+
+    ``latents`` is the folder of ``flowspace encode``, read instead of running the encoder.
+    """
 
     path: str = "data/imagenet/train"
     size: Count = 256
     classes: Count | None = 1000
     flip: bool = True
     workers: Count = 8
+    latents: str | None = None
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -48,6 +48,7 @@ from flowspace.vision.evaluate import (
     rounded,
 )
 from flowspace.vision.generator import PRESETS, CrossFlowGenerator
+from flowspace.vision.latents import LatentBatches, encode
 from flowspace.vision.perceptual import LearnedDistance, PerceptualLoss, TimmFeatures
 from flowspace.vision.pipeline import CrossFlowPipeline
 from flowspace.vision.steps import Adversarial, Autoencoding, FlowStep, Perceptual, ReconstructionStep
@@ -141,6 +142,20 @@ class Run:
         return FolderBatches(self.images, self.config.data.flip, self.config.data.workers)
 
     @cached_property
+    def cached(self) -> LatentBatches | None:
+        """The stream of latents, pictures and labels that were encoded before, where the config names it."""
+        d = self.config.data
+        return LatentBatches(Path(d.latents), d.flip) if d.latents else None
+
+    def encode(self) -> Path:
+        """Encode all pictures once, shared by the processes; returns the folder of the latents."""
+        d = self.config.data
+        folder = Path(d.latents) if d.latents else self.config.out / "latents"
+        encode(self.images, self.encoder, folder, flip=d.flip, rank=self.place.rank, ranks=self.place.ranks)
+        self.place.wait()
+        return folder
+
+    @cached_property
     def classes(self) -> int:
         """How many there are."""
         return len(self.images.names)
@@ -225,7 +240,8 @@ class Run:
         """Return what a training step is: the flow step, with an opponent where there is a discriminator."""
         c = self.config
         drop = c.objective.drop_labels
-        flow = FlowStep(self.objective, self.encoder.encode, self.perceptual(c.perceptual), drop, self.classes)
+        encoded = None if self.cached else self.encoder.encode
+        flow = FlowStep(self.objective, encoded, self.perceptual(c.perceptual), drop, self.classes)
         return self._opposed(flow, c.adversarial) if c.adversarial else flow.loss
 
     def _opposed(self, make: Any, a: AdversarialConfig) -> Adversarial:
@@ -376,7 +392,7 @@ class Run:
         averaged: Any = train(
             "generator",
             network,
-            self.batches,
+            self.cached or self.batches,
             step,
             self.settings(),
             c.out / "generator",

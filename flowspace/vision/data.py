@@ -140,7 +140,7 @@ class FolderBatches(Batches):
         """Return images ``(last - first, 3, H, W)`` and labels of rows ``first`` to ``last`` of the endless stream."""
         rows = len(self.images)
         places = [divmod(place, rows) for place in range(first, last)]
-        chosen = [(number, _order(seed, number, rows)[index]) for number, index in places]
+        chosen = [(number, order_of(seed, number, rows)[index]) for number, index in places]
         loaded = list(_readers(self.workers).map(lambda pair: self._one(seed, *pair), chosen))
         pictures, labels = zip(*loaded, strict=True)
         return torch.stack(pictures), torch.tensor(labels)
@@ -152,7 +152,7 @@ class FolderBatches(Batches):
 
 
 @functools.lru_cache(maxsize=4)
-def _order(seed: int, number: int, rows: int) -> Sequence[int]:
+def order_of(seed: int, number: int, rows: int) -> Sequence[int]:
     """Return the order of a pass; two passes meet in a batch, and the next is already asked for."""
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed_of(seed, number, 1))).tolist()
 

@@ -1,0 +1,113 @@
+"""Latents computed once: the same as the encoder's, whole after a kill, refused when they are others'."""
+
+import dataclasses
+import importlib
+
+import pytest
+import torch
+
+from flowspace import InputError, RunError
+
+pytest.importorskip("diffusers")
+latents = importlib.import_module("flowspace.vision.latents")
+encoders = importlib.import_module("flowspace.vision.encoders")
+data = importlib.import_module("flowspace.vision.data")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("pictures")
+    draw = torch.Generator().manual_seed(0)
+    for name in ("cat", "dog"):
+        (root / name).mkdir()
+        for number in range(7):
+            pixels = torch.randint(0, 256, (16, 16, 3), generator=draw, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(root / name / f"{number}.png")
+    return data.FolderImages(root, 16)
+
+
+def encoder(seed=0):
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    torch.manual_seed(seed)
+    network = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        latent_channels=4,
+        norm_num_groups=4,
+        layers_per_block=1,
+    )
+    return encoders.LatentEncoder(network, torch.zeros(1), torch.ones(1))
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_rows_are_what_the_encoder_makes_of_the_images(images, tmp_path, flip):
+    latents.encode(images, encoder(), tmp_path, flip=flip, shard=4, batch=3)
+    plain = data.FolderBatches(images, flip)
+    for first, last in ((0, 14), (11, 31), (40, 41)):
+        z, x, y = latents.LatentBatches(tmp_path, flip)(first, last, 3)
+        pictures, labels = plain(first, last, 3)
+        torch.testing.assert_close(x, pictures)
+        assert torch.equal(y, labels)
+        torch.testing.assert_close(z, encoder().encode(pictures), rtol=1e-3, atol=2e-3)
+
+
+def test_a_run_that_was_stopped_leaves_whole_shards_and_goes_on(images, tmp_path):
+    latents.encode(images, encoder(), tmp_path / "whole", shard=4)
+
+    class Stopping(encoders.LatentEncoder):
+        calls = 0
+
+        def encode(self, images, generator=None):
+            self.calls += 1
+            if self.calls > 5:
+                raise KeyboardInterrupt
+            return super().encode(images, generator)
+
+    stopping = Stopping(encoder().autoencoder, torch.zeros(1), torch.ones(1))
+    with pytest.raises(KeyboardInterrupt):
+        latents.encode(images, stopping, tmp_path / "again", shard=4)
+    with pytest.raises(RunError, match="not complete"):
+        latents.LatentBatches(tmp_path / "again")
+    for rank in range(2):
+        latents.encode(images, encoder(), tmp_path / "again", shard=4, rank=rank, ranks=2)
+    assert files(tmp_path / "whole") == files(tmp_path / "again")
+
+
+def test_others_latents_and_torn_shards_are_refused(images, tmp_path):
+    latents.encode(images, encoder(), tmp_path, shard=4)
+    with pytest.raises(RunError, match="another encoder"):
+        latents.encode(images, encoder(1), tmp_path, shard=4)
+    torn = tmp_path / "latents-00000004.safetensors"
+    torn.write_bytes(torn.read_bytes()[:200])
+    with pytest.raises(RunError, match=r"00000004.*delete it"):
+        latents.LatentBatches(tmp_path)
+    with pytest.raises(RunError, match="flowspace encode CONFIG"):
+        latents.LatentBatches(tmp_path / "none")
+
+
+def test_mirror_images_must_have_been_encoded_and_statistics_known(images, tmp_path):
+    latents.encode(images, encoder(), tmp_path, flip=False)
+    with pytest.raises(RunError, match=r"data\.flip=false"):
+        latents.LatentBatches(tmp_path)
+    unknown = encoder()
+    unknown.known = False
+    with pytest.raises(InputError, match="fit"):
+        latents.encode(images, unknown, tmp_path / "x")
+
+
+def test_a_sampled_posterior_is_drawn_once(images, tmp_path):
+    sampled = encoder()
+    sampled.sample = True
+    for name in ("a", "b"):
+        latents.encode(images, sampled, tmp_path / name, shard=5)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    mean = dataclasses.replace(latents.LatentBatches(tmp_path / "a"))(0, 14, 0)[0]
+    assert not torch.allclose(mean, encoder().encode(data.FolderBatches(images)(0, 14, 0)[0]), atol=1e-2)
