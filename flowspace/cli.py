@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _extra(options: argparse.Namespace) -> str:
-    return "demo" if options.command is _demo else "vision"
+    return {_demo: "demo", _export: "onnx"}.get(options.command, "vision")
 
 
 def _joined(arguments: Sequence[str]) -> list[str]:
@@ -120,6 +120,14 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     sample.add_argument("--out", type=Path, default=Path("samples"), help="default: %(default)s")
     sample.set_defaults(command=_sample)
+    export = commands.add_parser(
+        "export",
+        help="write a run's generator as a program without flowspace, checked against eager",
+        description="The suffix says which: .pt2 (torch.export) or .onnx (needs the extra 'onnx').",
+    )
+    export.add_argument("run", type=Path, help="the folder that flowspace train made")
+    export.add_argument("out", type=Path, help="the file, .pt2 or .onnx")
+    export.set_defaults(command=_export)
     cost = commands.add_parser(
         "cost",
         help="count what a generator costs: parameters, FLOPs, memory, GPU-hours, beside other one-step methods",
@@ -229,6 +237,18 @@ def _sample(options: argparse.Namespace) -> int:
     for number, (label, picture) in enumerate(zip(options.labels, found.images, strict=True)):  # type: ignore[union-attr]
         picture.save(options.out / f"{number:04d}-class-{label}.png")
     print(f"{len(options.labels)} image(s) in {options.out}")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from flowspace.recipes.imagenet import Run
+    from flowspace.vision.export import Onnx, TorchExport
+
+    formats = {".pt2": TorchExport, ".onnx": Onnx}
+    if options.out.suffix not in formats:
+        raise FlowspaceError(f"{options.out} came; write a file that ends in {' or '.join(formats)}")
+    apart = formats[options.out.suffix]()(Run.of(options.run).pipeline().generator, options.out)
+    print(f"{options.out}: differs from eager by at most {apart:.1g}")
     return 0
 
 
