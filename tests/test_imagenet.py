@@ -78,6 +78,8 @@ def test_a_run_trains_ships_and_logs(config):
     assert steps[0]["slopes"]["flow"] > 0
     assert (config.out / "slopes.png").exists() and (config.out / "generator" / "sheet-0000006.png").exists()
     assert run.same_in_a_fresh_process((0, 1))
+    card = (config.out / "pipeline" / "README.md").read_text()
+    assert "Not evaluated." in card and "24 images in 2 classes" in card and "labels=[0]" in card
     again = Run.of(config.out)
     assert again.config == config
 

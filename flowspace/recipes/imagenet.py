@@ -34,6 +34,7 @@ from flowspace.schedules import Schedule
 from flowspace.times import PairSampler, ShiftedTimes, TimePairs, UniformTimes
 from flowspace.training import LoopSettings, MuonAdamW, Place, Processes, Watch, train
 from flowspace.vision.adversarial import AdversarialLoss, Discriminator
+from flowspace.vision.card import model_card
 from flowspace.vision.data import FolderBatches, FolderImages
 from flowspace.vision.encoders import LatentEncoder, load_encoder
 from flowspace.vision.evaluate import (
@@ -425,8 +426,23 @@ class Run:
         partial = folder.with_name("pipeline.partial")
         shutil.rmtree(partial, ignore_errors=True)
         CrossFlowPipeline(averaged, o.alpha, o.beta).save_pretrained(partial)
+        write_beside(partial / "README.md", self.card(averaged))
         shutil.rmtree(folder, ignore_errors=True)
         partial.replace(folder)
+
+    def card(self, generator: CrossFlowGenerator, scores: Scores | None = None) -> str:
+        """Return the model card, with scores once there are some."""
+        c, t = self.config, self.config.training
+        training = {
+            "pictures": f"{self.images.report()}, {c.data.size} pixels",
+            "encoder": c.encoder.name or "trained on the spot",
+            "objective": f"{c.objective.kind}{', literal' if c.objective.literal else ''}, {c.objective.equal:.0%} on s = t",
+            "perceptual": ", ".join(p.network for p in c.perceptual) or "none",
+            "adversarial": c.adversarial.network if c.adversarial else "none",
+            "optimiser": f"{t.optimizer}, {self.steps} steps of {t.batch}, rate {t.learning_rate}, average {t.emas[0]}",
+        }
+        judged = {f"{name}, {scores.count} samples": v for name, v in scores.values.items()} if scores else None
+        return model_card(c.name, generator, c.objective.alpha, c.objective.beta, training, judged)
 
     def _draw_slopes(self) -> None:
         """Plot the norms of each term's gradient at the prediction by t, over the second half of the log (figure 7)."""
@@ -503,6 +519,7 @@ class Run:
         scores = judge(extractor, features_of(extractor, images.split(e.batch)), self.real(extractor))
         if self.place.rank == 0:
             write_beside(self.config.out / "metrics.json", json.dumps(asdict(scores), indent=2) + "\n")
+            write_beside(self.config.out / "pipeline" / "README.md", self.card(pipeline.generator, scores))
             self._picture(images)
         return scores
 

@@ -1,0 +1,84 @@
+"""The model card of a pipeline: what it is, how it is used, what it was trained and judged on; nothing that was not given."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flowspace.vision.generator import CrossFlowGenerator
+
+__all__ = ["model_card"]
+
+TEXT = """---
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+tags: [flowspace, crossflow, one-step]
+---
+
+# {name}
+
+A cross-space flow map (CrossFlow, arXiv 2606.19970): from a noisy latent of {channels} x {grid} x {grid} to an image of
+{side} x {side} pixels in one evaluation, without a decoder. Trained and shipped with flowspace.
+
+```python
+import torch
+from flowspace.vision import CrossFlowPipeline
+
+pipeline = CrossFlowPipeline.from_pretrained("PATH_OR_REPOSITORY")
+image = pipeline({call}, generator=torch.Generator().manual_seed(0)).images[0]
+```
+
+## Model
+
+{size}, {parameters:.1f} million parameters, conditioned on {condition}; schedule alpha = {alpha}, beta = {beta}.
+
+## Training
+
+{training}
+
+## Evaluation
+
+{scores}
+
+## Citation
+
+CrossFlow, arXiv 2606.19970.
+"""
+
+
+def model_card(
+    name: str,
+    generator: CrossFlowGenerator,
+    alpha: str,
+    beta: str,
+    training: Mapping[str, Any] | None = None,
+    scores: Mapping[str, float] | None = None,
+) -> str:
+    """Return the card as Markdown with the hub's front matter.
+
+    Args:
+        name: of the model.
+        generator: whose sizes are told.
+        alpha: of the schedule, a formula in t.
+        beta: likewise.
+        training: settings that are listed; None says that none are known.
+        scores: numbers by name; None says that it was not evaluated.
+    """
+    c = generator.config
+    listed = "\n".join(f"- {key}: {value}" for key, value in (training or {}).items())
+    table = "\n".join(
+        ["| measure | value |", "| --- | ---: |", *(f"| {k} | {v:.4g} |" for k, v in (scores or {}).items())]
+    )
+    return TEXT.format(
+        name=name,
+        channels=c["channels"],
+        grid=c["grid"],
+        side=c["grid"] * c["patch"],
+        call="labels=[0]" if c["classes"] else "count=1",
+        size=f"{c['depth']} blocks of width {c['width']}"
+        + (f", {c['classes']} classes" if c["classes"] else ", no classes"),
+        parameters=sum(p.numel() for p in generator.parameters()) / 1e6,
+        condition=c["condition"],
+        alpha=alpha,
+        beta=beta,
+        training=listed or "Not recorded.",
+        scores=table if scores else "Not evaluated.",
+    )
