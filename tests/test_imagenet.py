@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,6 +138,37 @@ def test_two_processes_train_what_one_does(config, tmp_path, changes, tolerance)
     for name, value in one.items():
         if not name.startswith("optimizer:"):
             torch.testing.assert_close(two[name].float(), value.float(), rtol=0, atol=tolerance, msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_draw_what_one_does(config):
+    """Inception's weights cannot be had here: judging stops at their absence, after all samples were drawn."""
+    run = Run(change(config, evaluation={"batch": 4, "shard": 2}))
+    run.train()
+    with pytest.raises(RunError, match="Inception"):
+        run.evaluate()
+    one = {path.name: path.read_bytes() for path in (config.out / "samples").iterdir()}
+    assert len(one) == 3
+    shutil.rmtree(config.out / "samples")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "flowspace.cli",
+    ]
+    found = subprocess.run(
+        [*command, "evaluate", str(config.out)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert "Inception's weights" in found.stderr
+    assert {path.name: path.read_bytes() for path in (config.out / "samples").iterdir()} == one
 
 
 def test_accumulation_trains_what_one_pass_does(config, tmp_path):

@@ -163,14 +163,19 @@ class TrainingConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class EvaluationConfig:
-    """How many samples are judged, by what (``inception``, or a timm network) and against which folder."""
+    """How many samples are judged, by what (``inception``, or a timm network) and against which folder.
+
+    ``pinned`` is the SHA-256 that the reference's features must have; a file of samples holds ``shard`` batches.
+    """
 
     samples: Count = 50_000
     extractor: str = "inception"
     weights: str | None = None
     size: int | None = None
     reference: str | None = None
+    pinned: str | None = None
     batch: Count = 50
+    shard: Count = 20
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -497,7 +497,7 @@ class Run:
         batches = FolderBatches(images, flip=False, workers=self.config.data.workers)
         starts = range(0, len(images), e.batch)
         found = features_of(extractor, (rounded(batches(s, min(s + e.batch, len(images)), 0)[0]) for s in starts))
-        partial = path.with_suffix(".partial")
+        partial = path.with_suffix(f".{self.place.rank}.partial")  # every process needs them, and makes the same
         save_file({"features": found.features.contiguous()}, partial)
         os.replace(partial, path)
         return Features(found.features, None)
@@ -507,7 +507,7 @@ class Run:
         e, folder = self.config.evaluation, self.config.out / "samples"
         pipeline = self.pipeline()
         c = pipeline.generator.config
-        plan = Plan(e.samples, self.classes, (c["channels"], c["grid"], c["grid"]), batch=e.batch)
+        plan = Plan(e.samples, self.classes, (c["channels"], c["grid"], c["grid"]), batch=e.batch, shard=e.shard)
         maker = digest(pipeline.generator)
 
         def sample(noise: Tensor, labels: Tensor) -> Tensor:
@@ -516,7 +516,7 @@ class Run:
         plan.draw(sample, folder, maker, self.place.device, self.place.rank, self.place.ranks)
         self.place.wait()
         images, extractor = plan.read(folder, maker), self.extractor()
-        scores = judge(extractor, features_of(extractor, images.split(e.batch)), self.real(extractor))
+        scores = judge(extractor, features_of(extractor, images.split(e.batch)), self.real(extractor), e.pinned)
         if self.place.rank == 0:
             write_beside(self.config.out / "metrics.json", json.dumps(asdict(scores), indent=2) + "\n")
             write_beside(self.config.out / "pipeline" / "README.md", self.card(pipeline.generator, scores))
