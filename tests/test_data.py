@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from flowspace import InputError, RunError
-from flowspace.vision.data import FolderBatches, FolderImages, centre_crop
+from flowspace.vision.data import DatasetImages, FolderBatches, FolderImages, centre_crop
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_broken_files_are_skipped_counted_and_named_and_never_end_a_run(folder):
     with pytest.warns(UserWarning, match=r"cannot be read and is skipped"):
         pictures = [images[i] for i in range(12)]
     assert torch.equal(pictures[4][0], pictures[5][0])
-    assert len(images.broken) == 2 and torn in images.broken
+    assert len(images.broken) == 2 and str(torn) in images.broken
     assert "2 could not be read" in images.report() and str(torn) in images.report()
     assert FolderBatches(images)(0, 12, 0)[0].shape == (12, 3, 8, 8)
 
@@ -122,3 +122,35 @@ def test_what_is_no_data_set_is_refused_before_any_work(folder, tmp_path_factory
             make()
     with pytest.raises(InputError, match="size"):
         FolderImages(folder, 0)
+
+
+@pytest.mark.parametrize("how", ["parquet", "disk"])
+def test_a_data_set_gives_what_the_folder_gives(folder, tmp_path, how):
+    datasets = pytest.importorskip("datasets")
+    plain = FolderImages(folder, 8)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(plain.names))})
+    held = [{"path": None, "bytes": path.read_bytes()} for path in plain.paths]
+    rows = datasets.Dataset.from_dict({"image": held, "label": list(plain.labels)}, features=features)
+    rows.to_parquet(str(tmp_path / "a.parquet")) if how == "parquet" else rows.save_to_disk(str(tmp_path / "set"))
+    images = DatasetImages(tmp_path if how == "parquet" else tmp_path / "set", 8)
+    assert images.names == plain.names and images.report() == plain.report()
+    for mine, theirs in zip(FolderBatches(images)(3, 20, 1), FolderBatches(plain)(3, 20, 1), strict=True):
+        assert torch.equal(mine, theirs)
+    with pytest.raises(RunError, match="no column 'picture'"):
+        DatasetImages(images.path, 8, image="picture")
+    with pytest.raises(RunError, match="classes, 9 are expected"):
+        DatasetImages(images.path, 8, 9)
+
+
+def test_a_broken_row_of_a_data_set_is_named(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    held = [{"path": None, "bytes": b"no picture"}] * 2
+    datasets.Dataset.from_dict({"image": held, "label": [0, 1]}, features=features).to_parquet(
+        str(tmp_path / "a.parquet")
+    )
+    images = DatasetImages(tmp_path, 8)
+    with pytest.warns(UserWarning, match=r"row \d"), pytest.raises(RunError, match="none of the 2 images"):
+        images[0]
+    with pytest.raises(RunError, match="no parquet"):
+        DatasetImages(tmp_path / "none", 8)

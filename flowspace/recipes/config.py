@@ -29,10 +29,12 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class DataConfig:
     """Pictures: a folder of one folder a class (or ``openmoji``, drawn from the package), their size, how many classes.
 
-    ``latents`` is the folder of ``flowspace encode``, read instead of running the encoder.
+    ``source`` says whether the path is such a folder or a Hugging Face data set; ``latents`` is the folder of
+    ``flowspace encode``, read instead of running the encoder.
     """
 
     path: str = "data/imagenet/train"
+    source: Literal["folder", "dataset"] = "folder"
     size: Count = 256
     classes: Count | None = 1000
     flip: bool = True

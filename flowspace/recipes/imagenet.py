@@ -35,7 +35,7 @@ from flowspace.times import PairSampler, ShiftedTimes, TimePairs, UniformTimes
 from flowspace.training import LoopSettings, MuonAdamW, Place, Processes, Watch, train
 from flowspace.vision.adversarial import AdversarialLoss, Discriminator
 from flowspace.vision.card import model_card
-from flowspace.vision.data import FolderBatches, FolderImages
+from flowspace.vision.data import DatasetImages, FolderBatches, FolderImages, Images
 from flowspace.vision.encoders import LatentEncoder, load_encoder
 from flowspace.vision.evaluate import (
     Extractor,
@@ -124,18 +124,19 @@ class Run:
         return Processes(t.processes, t.sharded, t.cpu)
 
     @cached_property
-    def images(self) -> FolderImages:
+    def images(self) -> Images:
         """The pictures."""
         return self.folder_images(self.config.data.path)
 
-    def folder_images(self, path: str) -> FolderImages:
+    def folder_images(self, path: str) -> Images:
         """Return the pictures of a folder; ``openmoji`` draws them first."""
         d = self.config.data
         if path == "openmoji":
             folder = self.config.out.parent / f"openmoji-{d.size}"
             folder.parent.mkdir(parents=True, exist_ok=True)
             return FolderImages(openmoji.draw(folder, d.size), d.size, d.classes)
-        return FolderImages(Path(path), d.size, d.classes)
+        kind = DatasetImages if d.source == "dataset" else FolderImages
+        return kind(Path(path), d.size, d.classes)
 
     @cached_property
     def batches(self) -> FolderBatches:

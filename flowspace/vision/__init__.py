@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flowspace.vision.adversarial import AdversarialLoss, Discriminator
-    from flowspace.vision.data import FolderBatches, FolderImages
+    from flowspace.vision.data import DatasetImages, FolderBatches, FolderImages
     from flowspace.vision.encoders import LatentEncoder, load_encoder
     from flowspace.vision.generator import CrossFlowGenerator
+    from flowspace.vision.latents import LatentBatches
     from flowspace.vision.perceptual import LearnedDistance, PerceptualLoss, TimmFeatures
     from flowspace.vision.pipeline import CrossFlowDecoder, CrossFlowPipeline
 
@@ -16,9 +17,11 @@ __all__ = [
     "CrossFlowDecoder",
     "CrossFlowGenerator",
     "CrossFlowPipeline",
+    "DatasetImages",
     "Discriminator",
     "FolderBatches",
     "FolderImages",
+    "LatentBatches",
     "LatentEncoder",
     "LearnedDistance",
     "PerceptualLoss",
@@ -28,8 +31,9 @@ __all__ = [
 
 PLACES = {
     "adversarial": ("AdversarialLoss", "Discriminator"),
-    "data": ("FolderBatches", "FolderImages"),
+    "data": ("DatasetImages", "FolderBatches", "FolderImages"),
     "encoders": ("LatentEncoder", "load_encoder"),
+    "latents": ("LatentBatches",),
     "generator": ("CrossFlowGenerator",),
     "perceptual": ("LearnedDistance", "PerceptualLoss", "TimmFeatures"),
     "pipeline": ("CrossFlowDecoder", "CrossFlowPipeline"),

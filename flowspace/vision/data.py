@@ -3,14 +3,17 @@
 A file that cannot be read is replaced by the next one that can, counted and named; it never ends a run.
 """
 
+import abc
 import concurrent.futures
 import functools
+import io
 import os
 import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -19,7 +22,7 @@ from torch import Tensor
 from flowspace.errors import InputError, RunError
 from flowspace.training import Batches, seed_of
 
-__all__ = ["FolderBatches", "FolderImages", "centre_crop"]
+__all__ = ["DatasetImages", "FolderBatches", "FolderImages", "Images", "centre_crop"]
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
 MOST_NAMED = 5
@@ -38,8 +41,71 @@ def centre_crop(picture: Image.Image, size: int) -> Image.Image:
     return picture.crop((left, top, left + size, top + size))
 
 
+class Images(abc.ABC):
+    """Labelled images by number; what cannot be read is skipped, counted and named.
+
+    Attributes:
+        size: pixels a side.
+        labels: the class of each.
+        names: of the classes.
+        broken: what could not be read so far, by name, and why.
+    """
+
+    size: int
+    labels: tuple[int, ...]
+    names: tuple[str, ...]
+    broken: dict[str, str]
+
+    @abc.abstractmethod
+    def open(self, index: int) -> Image.Image:
+        """Open one picture; it may raise what broken pictures raise."""
+
+    @abc.abstractmethod
+    def name(self, index: int) -> str:
+        """Return what one picture is called in reports."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Return an image ``(3, size, size)`` in [-1, 1] and its class; for a broken one, those of the next whole one.
+
+        Raises:
+            RunError: if none can be read.
+        """
+        for offset in range(len(self)):
+            at = (index + offset) % len(self)
+            name = self.name(at)
+            if name in self.broken:
+                continue
+            try:
+                with self.open(at) as picture:
+                    square = centre_crop(picture.convert("RGB"), self.size)
+            except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                self.broken[name] = f"{type(error).__name__}: {error}"
+                warnings.warn(
+                    f"{name} cannot be read and is skipped ({len(self.broken)} so far): {error}", stacklevel=2
+                )
+                continue
+            pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).reshape(self.size, self.size, 3)
+            return pixels.permute(2, 0, 1).float() / 127.5 - 1, self.labels[at]
+        raise RunError(f"none of the {len(self)} images can be read; the first is {self.name(0)}")
+
+    def report(self) -> str:
+        """Say how many images each class has, and what was broken."""
+        counts = Counter(self.labels)
+        sizes = [counts[label] for label in range(len(self.names))]
+        text = f"{len(self)} images in {len(self.names)} classes, {min(sizes)} to {max(sizes)} a class"
+        empty = [name for name, size in zip(self.names, sizes, strict=True) if not size]
+        if empty:
+            text += f"; empty: {', '.join(empty[:MOST_NAMED])}"
+        if self.broken:
+            text += f"; {len(self.broken)} could not be read: {', '.join(list(self.broken)[:MOST_NAMED])}"
+        return text
+
+
 @dataclass(frozen=True)
-class FolderImages:
+class FolderImages(Images):
     """Images in one folder a class, as ImageNet is stored.
 
     Args:
@@ -63,7 +129,7 @@ class FolderImages:
     paths: tuple[Path, ...] = field(init=False, repr=False)
     labels: tuple[int, ...] = field(init=False, repr=False)
     names: tuple[str, ...] = field(init=False, repr=False)
-    broken: dict[Path, str] = field(init=False, repr=False, compare=False, default_factory=dict)
+    broken: dict[str, str] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -81,45 +147,79 @@ class FolderImages:
         for name, value in (("names", names), ("paths", [p for p, _ in found]), ("labels", [n for _, n in found])):
             object.__setattr__(self, name, tuple(value))
 
-    def __len__(self) -> int:
-        return len(self.paths)
+    def open(self, index: int) -> Image.Image:
+        """Open one file."""
+        return Image.open(self.paths[index])
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Return an image ``(3, size, size)`` in [-1, 1] and its class; for a broken file, those of the next whole one.
+    def name(self, index: int) -> str:
+        """Return the path of one file."""
+        return str(self.paths[index])
 
-        Raises:
-            RunError: if no file can be read.
-        """
-        for offset in range(len(self.paths)):
-            at = (index + offset) % len(self.paths)
-            path = self.paths[at]
-            if path in self.broken:
-                continue
-            try:
-                with Image.open(path) as picture:
-                    square = centre_crop(picture.convert("RGB"), self.size)
-            except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                self.broken[path] = f"{type(error).__name__}: {error}"
-                warnings.warn(
-                    f"{path} cannot be read and is skipped ({len(self.broken)} so far): {error}", stacklevel=2
-                )
-                continue
-            pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).reshape(self.size, self.size, 3)
-            return pixels.permute(2, 0, 1).float() / 127.5 - 1, self.labels[at]
-        raise RunError(f"none of the {len(self.paths)} images in {self.root} can be read")
 
-    def report(self) -> str:
-        """Say how many images each class has, and what was broken."""
-        counts = Counter(self.labels)
-        sizes = [counts[label] for label in range(len(self.names))]
-        text = f"{len(self.paths)} images in {len(self.names)} classes, {min(sizes)} to {max(sizes)} a class"
-        empty = [name for name, size in zip(self.names, sizes, strict=True) if not size]
-        if empty:
-            text += f"; empty: {', '.join(empty[:MOST_NAMED])}"
-        if self.broken:
-            named = ", ".join(str(path) for path in list(self.broken)[:MOST_NAMED])
-            text += f"; {len(self.broken)} could not be read: {named}"
-        return text
+@dataclass(frozen=True)
+class DatasetImages(Images):
+    """Images of a Hugging Face data set on this machine: a folder of ``save_to_disk``, or of parquet files.
+
+    Args:
+        path: of the folder.
+        size: pixels a side.
+        classes: how many are expected; None takes what is there.
+        image: the column of the pictures.
+        label: the column of the classes, integers.
+
+    Raises:
+        RunError: if the folder holds no such data set, a column is missing, or it has another number of classes.
+    """
+
+    path: Path
+    size: int = 256
+    classes: int | None = None
+    image: str = "image"
+    label: str = "label"
+    labels: tuple[int, ...] = field(init=False, repr=False)
+    names: tuple[str, ...] = field(init=False, repr=False)
+    broken: dict[str, str] = field(init=False, repr=False, compare=False, default_factory=dict)
+    rows: Any = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        from datasets import Image as ImageColumn
+
+        rows = _dataset(Path(self.path))
+        missing = [column for column in (self.image, self.label) if column not in rows.column_names]
+        if missing:
+            raise RunError(f"{self.path} has no column {missing[0]!r}; it has {', '.join(rows.column_names)}")
+        labels = tuple(int(label) for label in rows[self.label])
+        kind = rows.features[self.label]
+        names = tuple(getattr(kind, "names", None) or map(str, range(max(labels) + 1)))
+        if self.classes is not None and len(names) != self.classes:
+            raise RunError(
+                f"{self.path} holds {len(names)} classes, {self.classes} are expected; the first are {names[:3]}"
+            )
+        undecoded = rows.cast_column(self.image, ImageColumn(decode=False))
+        for name, value in (("labels", labels), ("names", names), ("rows", undecoded)):
+            object.__setattr__(self, name, value)
+
+    def open(self, index: int) -> Image.Image:
+        """Open one picture from its bytes, or from the file that it names."""
+        found = self.rows[index][self.image]
+        return Image.open(io.BytesIO(found["bytes"]) if found["bytes"] else found["path"])
+
+    def name(self, index: int) -> str:
+        """Return the number of a row."""
+        return f"{self.path}, row {index}"
+
+
+def _dataset(path: Path) -> Any:
+    import datasets
+
+    files: Any = sorted(str(file) for file in path.rglob("*.parquet"))
+    try:
+        if files:
+            return datasets.Dataset.from_parquet(files)
+        found = datasets.load_from_disk(str(path))
+    except Exception as error:
+        raise RunError(f"{path} holds no parquet files and no data set that was saved to disk: {error}") from error
+    return found["train"] if isinstance(found, datasets.DatasetDict) else found
 
 
 @dataclass(frozen=True)
@@ -132,7 +232,7 @@ class FolderBatches(Batches):
         workers: threads that read files.
     """
 
-    images: FolderImages
+    images: Images
     flip: bool = True
     workers: int = 4
 

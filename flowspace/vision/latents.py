@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from flowspace.errors import InputError, RunError
 from flowspace.training import Batches, seed_of
-from flowspace.vision.data import FolderImages, order_of
+from flowspace.vision.data import Images, order_of
 from flowspace.vision.encoders import LatentEncoder
 
 __all__ = ["LatentBatches", "encode"]
@@ -32,7 +32,7 @@ DRAWN = 7
 
 
 def encode(
-    images: FolderImages,
+    images: Images,
     encoder: LatentEncoder,
     folder: Path,
     *,
@@ -83,7 +83,7 @@ def encode(
 
 
 def _encoded(
-    images: FolderImages, encoder: LatentEncoder, numbers: range, flip: bool, device: torch.device
+    images: Images, encoder: LatentEncoder, numbers: range, flip: bool, device: torch.device
 ) -> dict[str, Tensor]:
     pictures, labels = zip(*(images[number] for number in numbers), strict=True)
     x = torch.stack(pictures)
@@ -94,9 +94,9 @@ def _encoded(
     return {"latents": latents.half(), "images": pixels, "labels": torch.tensor(labels)}
 
 
-def _fingerprint(images: FolderImages, encoder: LatentEncoder) -> dict[str, str]:
+def _fingerprint(images: Images, encoder: LatentEncoder) -> dict[str, str]:
     """Say which images and which encoder, by their names, weights and statistics."""
-    names = hashlib.sha256("\n".join(str(path.relative_to(images.root)) for path in images.paths).encode())
+    names = hashlib.sha256("\n".join(Path(images.name(i)).name for i in range(len(images))).encode())
     weights = hashlib.sha256()
     for tensor in encoder.state_dict().values():
         weights.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
