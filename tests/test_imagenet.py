@@ -238,6 +238,15 @@ def test_what_does_not_fit_is_one_error_before_any_step(config, parts, error, wo
     assert not list(config.out.glob("generator/*"))
 
 
+def test_a_run_that_was_moved_or_logs_otherwise_goes_on(config, tmp_path):
+    Run(config).train()
+    (config.out).rename(tmp_path / "moved")
+    before = weights(tmp_path / "moved")
+    moved = change(config, training={"log_every": 1, "checkpoint_every": 3}, data={"workers": 2})
+    Run(dataclasses.replace(moved, out=tmp_path / "moved")).train()
+    assert same(before, weights(tmp_path / "moved"))
+
+
 def test_a_checkpoint_of_another_config_is_refused(config):
     Run(config).train()
     with pytest.raises(RunError, match="other settings"):

@@ -32,7 +32,7 @@ from flowspace.recipes.config import AdversarialConfig, Config, PerceptualConfig
 from flowspace.recipes.report import markdown_table, page, write_beside
 from flowspace.schedules import Schedule
 from flowspace.times import PairSampler, ShiftedTimes, TimePairs, UniformTimes
-from flowspace.training import LoopSettings, MuonAdamW, Place, Processes, Watch, train
+from flowspace.training import LoopSettings, MuonAdamW, Place, PlainAdamW, Processes, Watch, train
 from flowspace.vision.adversarial import AdversarialLoss, Discriminator
 from flowspace.vision.card import model_card
 from flowspace.vision.data import DatasetImages, FolderBatches, FolderImages, Images
@@ -332,6 +332,7 @@ class Run:
 
     def _context(self, *names: str) -> dict[str, Any]:
         found = TypeAdapter(Config).dump_python(self.config, mode="json")
+        found["data"].pop("workers")
         return {name: found[name] for name in names}
 
     @property
@@ -360,12 +361,12 @@ class Run:
             skips=t.skips,
         )
 
-    def optimizer(self, network: nn.Module) -> Any:
-        """Build the generator's optimiser."""
+    @property
+    def optimizer(self) -> MuonAdamW | PlainAdamW:
+        """What builds the generator's optimiser."""
         t = self.config.training
-        if t.optimizer == "muon":
-            return MuonAdamW(t.learning_rate, t.weight_decay)(network)
-        return torch.optim.AdamW(network.parameters(), t.learning_rate, (0.9, 0.95), weight_decay=t.weight_decay)
+        kind = MuonAdamW if t.optimizer == "muon" else PlainAdamW
+        return kind(t.learning_rate, t.weight_decay)
 
     def trackers(self) -> list[Any]:
         """Return what shows the numbers besides the log."""
@@ -390,7 +391,7 @@ class Run:
         network, step = self.generator(), self.step()
         self._check_fit(network)
         names = ("data", "encoder", "generator", "objective", "perceptual", "adversarial")
-        context = self._context(*names) | {"optimiser": c.training.optimizer, "decay": c.training.weight_decay}
+        context = self._context(*names)
         averaged: Any = train(
             "generator",
             network,

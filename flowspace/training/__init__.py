@@ -5,7 +5,7 @@ from flowspace.training.checkpoints import Checkpoints
 from flowspace.training.draws import Draws, seed_of
 from flowspace.training.journal import BINS, Journal, Tracker
 from flowspace.training.loop import Game, LoopSettings, Terms, Watch, cosine_decay, train
-from flowspace.training.optimizers import MuonAdamW, Together, assign
+from flowspace.training.optimizers import MuonAdamW, PlainAdamW, Together, assign
 from flowspace.training.place import OneProcess, Place, Processes
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "MuonAdamW",
     "OneProcess",
     "Place",
+    "PlainAdamW",
     "Processes",
     "TensorBatches",
     "Terms",

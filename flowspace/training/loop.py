@@ -32,6 +32,9 @@ from flowspace.training.place import OneProcess, Place, norm_of, put, whole
 
 __all__ = ["Game", "LoopSettings", "StepLoss", "Terms", "Watch", "cosine_decay", "train"]
 
+HARMLESS = ("checkpoint_every", "log_every", "skips")
+"""Settings that the weights do not depend on: a run goes on with others."""
+
 Optimizer = torch.optim.Optimizer | Together
 MakeOptimizer = Callable[[nn.Module], Optimizer]
 
@@ -197,7 +200,8 @@ def train(
             shared by the processes.
         SystemExit: with code 0, when SIGTERM came; the step was finished and saved.
     """
-    plan = {"name": name, **asdict(settings), **(context or {})} | ({"optimizer": repr(optimizer)} if optimizer else {})
+    weighty = {key: value for key, value in asdict(settings).items() if key not in HARMLESS}
+    plan = {"name": name, **weighty, **(context or {})} | ({"optimizer": repr(optimizer)} if optimizer else {})
     make = optimizer or (lambda net: torch.optim.Adam(net.parameters(), lr=settings.learning_rate))
     run = _Run(name, network, loss, settings, make, place or OneProcess(), folder, plan)
     run.journal = Journal(folder if run.place.rank == 0 else None, trackers if run.place.rank == 0 else ())

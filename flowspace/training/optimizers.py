@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flowspace.errors import InputError
 
-__all__ = ["MuonAdamW", "Together", "assign"]
+__all__ = ["MuonAdamW", "PlainAdamW", "Together", "assign"]
 
 
 def assign(network: nn.Module, inside: Sequence[str] = ("blocks",)) -> dict[str, list[str]]:
@@ -38,6 +38,26 @@ def assign(network: nn.Module, inside: Sequence[str] = ("blocks",)) -> dict[str,
         if not any(name.startswith(f"{container}.") for name in found["muon"]):
             raise InputError(f"the network has no linear layer inside {container!r}; name the containers of its blocks")
     return found
+
+
+@dataclass(frozen=True)
+class PlainAdamW:
+    """Builds AdamW for all parameters.
+
+    Args:
+        learning_rate: at its peak.
+        weight_decay: of every parameter.
+        betas: its two averages.
+    """
+
+    learning_rate: float = 8e-4
+    weight_decay: float = 1e-6
+    betas: tuple[float, float] = (0.9, 0.95)
+
+    def __call__(self, network: nn.Module) -> torch.optim.Optimizer:
+        """Return the optimiser of a network's parameters that ask for a gradient."""
+        held = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        return torch.optim.AdamW(held, self.learning_rate, self.betas, weight_decay=self.weight_decay)
 
 
 @dataclass(frozen=True)
