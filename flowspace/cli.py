@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(command=_demo)
     train = commands.add_parser(
         "train",
-        help="train a generator from a config: stage 1 if it asks for one, the generator, its pipeline",
+        help="train a generator from a config: stage 1 and a latent generator if it asks for them, the generator, its pipeline",
         description="Run it again to continue a run that was stopped. For several processes: torchrun --nproc_per_node N "
         "-m flowspace.cli train CONFIG.",
     )
@@ -183,7 +183,8 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     from flowspace.recipes.config import load
-    from flowspace.recipes.imagenet import Run, ablate, ablation_table
+    from flowspace.recipes.imagenet import DecoderRun, Run, ablate, ablation_table
+    from flowspace.recipes.report import markdown_table
 
     config = load(options.config, options.changes)
     if options.ablate:
@@ -191,10 +192,15 @@ def _train(options: argparse.Namespace) -> int:
         return 0
     run = Run(config)
     run.train()
+    if config.latent:
+        rows = [(name, f"{kid:.4g}") for name, kid in DecoderRun(run).train().items()]
+        if run.parts.place.rank == 0:
+            print(markdown_table(("decoder of the latent generator's samples", "KID"), rows))
+            print(f"\nover its training: {config.out / 'decoders.png'}")
     if options.evaluate:
         options.run = config.out
         _judge(run)
-        if run.place.rank == 0:
+        if run.parts.place.rank == 0:
             same = run.same_in_a_fresh_process()
             print(f"the pipeline in a fresh process draws {'the same images' if same else 'OTHER IMAGES'}")
             return 0 if same else 1
@@ -220,7 +226,7 @@ def _judge(run: "Run") -> None:
     from flowspace.recipes.report import markdown_table
 
     scores = run.evaluate()
-    if run.place.rank == 0:
+    if run.parts.place.rank == 0:
         rows = [(name, f"{value:.4g}") for name, value in scores.values.items()]
         print(markdown_table((f"{scores.count} samples, {scores.extractor}", "value"), rows))
         print(f"\nreference {scores.reference[:16]}; pictures: {run.config.out / 'samples.png'}")
@@ -254,19 +260,18 @@ def _export(options: argparse.Namespace) -> int:
 
 def _cost(options: argparse.Namespace) -> int:
     from flowspace.recipes.report import markdown_table
-    from flowspace.vision.cost import HEAD, NOTE, report
+    from flowspace.vision.cost import HEAD, NOTE, generator_cost, report
 
     if options.batch < 1 or options.devices < 1:
         raise FlowspaceError(f"--batch {options.batch} --devices {options.devices} came; write 1 or more of each")
     if options.preset.endswith((".yaml", ".yml")):
         from flowspace.recipes.config import load
+        from flowspace.recipes.imagenet.costs import cost_of
 
-        config = load(Path(options.preset))
-        g = config.generator
-        changes = {"channels": g.channels, "grid": g.grid, "patch": g.patch, "mlp": g.mlp, "condition": g.condition}
-        own, beside = report(g.preset or "", config.objective.equal, options.batch, options.devices, changes)
+        cost = cost_of(load(Path(options.preset)))
     else:
-        own, beside = report(options.preset, options.equal, options.batch, options.devices)
+        cost = generator_cost(options.preset, options.equal)
+    own, beside = report(cost, options.batch, options.devices)
     print(f"{markdown_table((options.preset, ''), own)}\n\n{markdown_table(HEAD, beside)}\n\n{NOTE}")
     return 0
 

@@ -1,5 +1,7 @@
 """Costs: counted ones equal closed forms, and a counted training step is what the formula says."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from flowspace import CrossFlowLoss, InputError
 from flowspace.cli import main
 from flowspace.vision import CrossFlowGenerator
-from flowspace.vision.cost import Cost, generator_cost, rivals
+from flowspace.vision.cost import Cost, Share, generator_cost, rivals
 
 
 @pytest.mark.parametrize("preset", ["crossflow-b", "crossflow-l", "crossflow-xl"])
@@ -48,7 +50,8 @@ def test_sharding_divides_what_is_held_but_not_the_activations():
     held = 4 * (1000 * 5 + 800 + 2 * 200)
     assert cost.memory(3) == held + 30
     assert cost.memory(3, 8, True) == held / 8 + 30
-    assert cost.hours(1, 100.0, 0.5, 360) == pytest.approx(3.5 * 360 / 50 / 3600)
+    beside = Cost("x", 1000, 1.0, 0.5, 10.0, 800, 1, (Share("encoder", 3, 2.0),))
+    assert beside.hours(100.0, 0.5, 360) == pytest.approx(5.5 * 360 / 50 / 3600)
 
 
 def test_rivals_have_their_published_costs():
@@ -66,3 +69,34 @@ def test_the_command_prints_the_tables_and_refuses_what_is_no_preset(capsys):
     assert "crossflow-xl" in capsys.readouterr().err
     with pytest.raises(InputError, match="share"):
         generator_cost("crossflow-b", equal=1.5)
+
+
+def test_a_config_is_counted_with_what_stands_beside_its_generator(tmp_path, capsys):
+    from flowspace.recipes.config import load
+    from flowspace.recipes.imagenet.costs import cost_of
+
+    configs = Path(__file__).parents[1] / "examples" / "imagenet" / "configs"
+    whole, bare = (cost_of(load(configs / f"{name}.yaml")) for name in ("crossflow-b", "b-neither"))
+    assert whole.step == bare.step == generator_cost("crossflow-b").step
+    assert [share.name for share in bare.beside] == ["encoder (va-vae)"] and len(whole.beside) == 4
+    assert whole.whole == pytest.approx(bare.whole + sum(share.step for share in whole.beside[1:]))
+    assert not cost_of(load(configs / "b-neither.yaml", ["data.latents=somewhere"])).beside
+    assert cost_of(load(configs / "b-estimated.yaml")).whole > whole.whole
+    assert main(["cost", str(configs / "smoke.yaml")]) == 0
+    assert "GAN on tf_efficientnet_lite0" in capsys.readouterr().out
+
+
+def test_an_image_loss_is_counted_as_what_it_runs():
+    """Three passes: forward on both images, and back to one of them, through weights without a gradient."""
+    import timm
+
+    from flowspace.recipes.config import PerceptualConfig
+    from flowspace.recipes.imagenet.costs import PERCEPTUAL_PASSES, _image_loss
+
+    share = _image_loss(PerceptualConfig("vit_tiny_patch16_224"), 32, PERCEPTUAL_PASSES, "x")
+    network = timm.create_model("vit_tiny_patch16_224").requires_grad_(False).eval()
+    one = torch.randn(1, 3, 224, 224, requires_grad=True)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        network(torch.randn(1, 3, 224, 224))
+        network(one).sum().backward()
+    assert counter.get_total_flops() == pytest.approx(share.step, rel=0.06)

@@ -1,5 +1,9 @@
 """Folders of pictures: cropped as ADM does, the same for a step whatever ran before, broken files skipped and named."""
 
+import io
+import json
+import tarfile
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +11,7 @@ from PIL import Image
 
 from flowspace import InputError, RunError
 from flowspace.vision.data import DatasetImages, FolderBatches, FolderImages, centre_crop
+from flowspace.vision.shards import INDEX, ShardImages
 
 
 @pytest.fixture
@@ -154,3 +159,105 @@ def test_a_broken_row_of_a_data_set_is_named(tmp_path):
         images[0]
     with pytest.raises(RunError, match="no parquet"):
         DatasetImages(tmp_path / "none", 8)
+
+
+# --- shards --------------------------------------------------------------------------------------------------------------
+
+
+def write_shards(folder, counts, as_json=False):
+    """Return the pictures and labels of webdataset's shards, in their order."""
+    draw, found = np.random.default_rng(0), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, count in enumerate(counts):
+        with tarfile.open(folder / f"part-{number:03d}.tar", "w") as tar:
+            for row in range(count):
+                pixels = draw.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+                label = (number + row) % 3
+                buffer = io.BytesIO()
+                Image.fromarray(pixels).save(buffer, "png")
+                text = json.dumps({"label": label}) if as_json else str(label)
+                for suffix, content in (("json" if as_json else "cls", text.encode()), ("png", buffer.getvalue())):
+                    member = tarfile.TarInfo(f"{number}/sample-{row}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+                found.append((pixels, label))
+    return found
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_pictures_of_shards_are_what_was_written(tmp_path, as_json):
+    wanted = write_shards(tmp_path, (4, 1, 3), as_json)
+    for _ in range(2):  # the second time from the index
+        images = ShardImages(tmp_path, 8, classes=3)
+        assert len(images) == 8 and images.labels == tuple(label for _, label in wanted)
+        assert images.report() == "8 images in 3 classes, 2 to 3 a class"
+        for number, (pixels, label) in enumerate(wanted):
+            picture, found = images[number]
+            crop = torch.from_numpy(np.array(centre_crop(Image.fromarray(pixels), 8))).permute(2, 0, 1)
+            assert found == label and torch.equal(picture, crop.float() / 127.5 - 1)
+        assert (tmp_path / INDEX).exists()
+
+
+def test_a_pass_over_shards_sees_every_picture_once_and_a_window_of_shards_at_a_time(tmp_path):
+    counts = (4, 1, 3, 5, 2, 6)
+    write_shards(tmp_path, counts)
+    images = ShardImages(tmp_path, 8, window=2)
+    shard = [number for number, count in enumerate(counts) for _ in range(count)]
+    orders = [images.order(seed, number) for seed in (0, 1) for number in (0, 1)]
+    for order in orders:
+        assert sorted(order) == list(range(21))
+        visited = [shard[row] for row in order]
+        last = {k: len(visited) - visited[::-1].index(k) for k in set(visited)}
+        open_at = [sum(k in visited[:at] and last[k] > at for k in range(len(counts))) for at in range(21)]
+        assert max(open_at) <= 2
+    assert len({tuple(order) for order in orders}) == 4
+    again = ShardImages(tmp_path, 8, window=2)
+    first = FolderBatches(images)(3, 40, 7)
+    parts = [FolderBatches(again)(a, b, 7) for a, b in ((3, 11), (11, 40))]
+    assert torch.equal(first[0], torch.cat([part[0] for part in parts]))
+
+
+def test_shards_that_changed_are_read_again(tmp_path):
+    write_shards(tmp_path, (2,))
+    assert len(ShardImages(tmp_path, 8)) == 2
+    write_shards(tmp_path, (2, 3))
+    assert len(ShardImages(tmp_path, 8)) == 5
+
+
+def test_a_broken_picture_in_a_shard_is_skipped_and_named(tmp_path):
+    write_shards(tmp_path, (3,))
+    images = ShardImages(tmp_path, 8)
+    _, offset, length, _ = images.places[1].tolist()
+    with (tmp_path / "part-000.tar").open("r+b") as file:
+        file.seek(offset)
+        file.write(bytes(length))
+    with pytest.warns(UserWarning, match=f"byte {offset}"):
+        assert torch.equal(images[1][0], images[2][0])
+    assert "1 could not be read" in images.report()
+
+
+def test_what_is_no_shard_is_refused_by_name(tmp_path):
+    with pytest.raises(RunError, match="holds no shards"):
+        ShardImages(tmp_path)
+    write_shards(tmp_path, (3,))
+    with pytest.raises(RunError, match="0 to 1 are expected"):
+        ShardImages(tmp_path, classes=2)
+    whole = (tmp_path / "part-000.tar").read_bytes()
+    (tmp_path / "part-000.tar").write_bytes(whole[:1700])
+    with pytest.raises(RunError, match=r"part-000\.tar is"):
+        ShardImages(tmp_path)
+    with tarfile.open(tmp_path / "part-000.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("a.png"))
+    with pytest.raises(RunError, match="a has no class"):
+        ShardImages(tmp_path)
+
+
+def test_shards_that_webdataset_wrote_are_read(tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    with webdataset.ShardWriter(str(tmp_path / "part-%03d.tar"), maxcount=3, verbose=0) as sink:
+        for row in range(5):
+            pixels = np.full((10, 10, 3), 40 * row, dtype=np.uint8)
+            sink.write({"__key__": f"sample{row:04d}", "png": Image.fromarray(pixels), "cls": row % 2})
+    images = ShardImages(tmp_path, 10, classes=2)
+    assert images.labels == (0, 1, 0, 1, 0) and len(images.paths) == 2
+    assert [round(float((images[row][0].mean() + 1) * 127.5)) for row in range(5)] == [0, 40, 80, 120, 160]

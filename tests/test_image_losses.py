@@ -215,12 +215,16 @@ def test_augmentation_shifts_by_whole_pixels_follows_its_generator_and_has_a_gra
     assert empty.max() <= 1 - (14 / 16) ** 2 + 1e-6
 
 
-def test_the_balance_makes_both_gradients_equal_at_the_last_layer():
-    layer = torch.randn(3, 3, requires_grad=True)
-    x = torch.randn(5, 3)
-    main, other = (x @ layer).square().mean(), (x @ layer).sum()
-    slopes = [torch.autograd.grad(loss, layer, retain_graph=True)[0].norm() for loss in (main, other)]
-    torch.testing.assert_close(balance(main, other, layer) * slopes[1], slopes[0], rtol=1e-4, atol=1e-5)
+def test_the_balance_makes_both_gradients_of_an_image_equally_long_whatever_the_other_images_are():
+    images = torch.randn(5, 3, 4, 4, requires_grad=True)
+    main, other = images.square().flatten(1).mean(1), 0.1 * images.abs().flatten(1).sum(1)
+    slopes = [torch.autograd.grad(loss.sum(), images, retain_graph=True)[0].flatten(1) for loss in (main, other)]
+    found = balance(main, other, images)
+    torch.testing.assert_close(found * slopes[1].norm(dim=1), slopes[0].norm(dim=1), rtol=1e-4, atol=1e-5)
+    one = images[2:3].detach().requires_grad_()
+    alone = balance(one.square().flatten(1).mean(1), 0.1 * one.abs().flatten(1).sum(1), one)
+    torch.testing.assert_close(alone, found[2:3])
+    assert not found.requires_grad
 
 
 def test_negative_weights_are_refused():

@@ -29,12 +29,12 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class DataConfig:
     """Pictures: a folder of one folder a class (or ``openmoji``, drawn from the package), their size, how many classes.
 
-    ``source`` says whether the path is such a folder or a Hugging Face data set; ``latents`` is the folder of
-    ``flowspace encode``, read instead of running the encoder.
+    ``source`` says whether the path is such a folder, a Hugging Face data set, or webdataset's shards; ``latents`` is the folder
+    of ``flowspace encode``, read instead of running the encoder.
     """
 
     path: str = "data/imagenet/train"
-    source: Literal["folder", "dataset"] = "folder"
+    source: Literal["folder", "dataset", "shards"] = "folder"
     size: Count = 256
     classes: Count | None = 1000
     flip: bool = True
@@ -57,7 +57,10 @@ class PerceptualConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class AdversarialConfig:
-    """The discriminator: heads on a frozen timm network; ``power`` is p of w(t) = alpha(t)^p."""
+    """The discriminator: heads on a frozen timm network; ``power`` is p of w(t) = alpha(t)^p.
+
+    ``adaptive`` also weighs it by the ratio of the gradients at each image.
+    """
 
     network: str
     weights: str | None = None
@@ -73,6 +76,7 @@ class AdversarialConfig:
     augmented: bool = True
     penalty: Weight = 0.0
     r1: Weight = 0.0
+    adaptive: bool = False
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -85,16 +89,21 @@ class StageOneConfig:
     batch: Count = 32
     learning_rate: Positive = 1e-3
     kl: Weight = 1e-4
+    adversarial: AdversarialConfig | None = None
 
 
 @dataclass(frozen=True, config=STRICT)
 class EncoderConfig:
-    """A name or path for `load_encoder`, or ``stage_one`` to train one; ``fit`` images estimate unknown statistics."""
+    """A name or path for `load_encoder`, or ``stage_one`` to train one; ``fit`` images estimate unknown statistics.
+
+    ``pack`` makes one cell of pack x pack cells.
+    """
 
     name: str | None = "va-vae"
     weights: Path | None = None
     sample: bool = False
     half: bool = False
+    pack: int | None = None
     fit: Count = 10_000
     stage_one: StageOneConfig | None = None
 
@@ -181,6 +190,25 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class LatentConfig:
+    """A latent generator by flow matching, in the blocks of `CrossFlowGenerator` (LightningDiT-B/1's size by default).
+
+    It is trained once the run is finished, and its samples are decoded by the autoencoder's decoder and by `CrossFlowDecoder` at
+    each of the noise ``levels``; ``evaluations`` is of its ODE, by Heun's rule two a step. A generator that sees s alone is told
+    the level by ``rescale``, which multiplies latents by alpha(level).
+    """
+
+    depth: Count = 12
+    width: Count = 768
+    heads: Count = 12
+    levels: tuple[float, ...] = (0.05, 0.1, 0.2)
+    rescale: bool = True
+    evaluations: Count = 50
+    samples: Count = 5000
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+@dataclass(frozen=True, config=STRICT)
 class Config:
     """A whole run."""
 
@@ -194,6 +222,7 @@ class Config:
     adversarial: AdversarialConfig | None = None
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    latent: LatentConfig | None = None
 
 
 def load(path: Path, changes: Sequence[str] = ()) -> Config:

@@ -132,6 +132,10 @@ class Game(abc.ABC):
     def optimizer(self, network: nn.Module) -> Optimizer:
         """Build the optimiser of the opponent."""
 
+    def kept(self) -> Mapping[str, Tensor]:
+        """Return the opponent's tensors that checkpoints hold."""
+        return self.opponent.state_dict()
+
     @abc.abstractmethod
     def loss(self, network: nn.Module, opponent: nn.Module, batch: Batch, draws: Draws) -> Terms:
         """Return the network's loss; no gradient reaches the opponent's weights."""
@@ -426,7 +430,7 @@ class _Run:
         }
         parts |= {f"ema-{decay}": held for decay, held in self.averages.items()}
         if self.game:
-            parts["opponent"] = self.game.opponent.state_dict()
+            parts["opponent"] = self.game.kept()
             parts["answering"] = flatten_optimizer(self.answering, self.game.opponent)
         return {f"{part}:{key}": whole(value) for part, tensors in parts.items() for key, value in tensors.items()}
 
@@ -445,7 +449,7 @@ class _Run:
         for decay, held in self.averages.items():
             self.fill(held, parts[f"ema-{decay}"])
         if self.game:
-            self.fill(self.game.opponent.state_dict(), parts["opponent"])
+            self.fill(self.game.kept(), parts["opponent"])
             restore_optimizer(self.answering, self.game.opponent, parts.get("answering", {}))
         self.skipped = int(parts["run"]["skipped"])
         return step

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from flowspace.vision.latents import LatentBatches
     from flowspace.vision.perceptual import LearnedDistance, PerceptualLoss, TimmFeatures
     from flowspace.vision.pipeline import CrossFlowDecoder, CrossFlowPipeline
+    from flowspace.vision.shards import ShardImages
 
 __all__ = [
     "AdversarialLoss",
@@ -25,6 +26,7 @@ __all__ = [
     "LatentEncoder",
     "LearnedDistance",
     "PerceptualLoss",
+    "ShardImages",
     "TimmFeatures",
     "load_encoder",
 ]
@@ -37,6 +39,7 @@ PLACES = {
     "generator": ("CrossFlowGenerator",),
     "perceptual": ("LearnedDistance", "PerceptualLoss", "TimmFeatures"),
     "pipeline": ("CrossFlowDecoder", "CrossFlowPipeline"),
+    "shards": ("ShardImages",),
 }
 
 

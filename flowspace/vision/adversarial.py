@@ -21,6 +21,9 @@ __all__ = ["CHANGES", "AdversarialLoss", "Discriminator", "augment", "balance"]
 CHANGES = 5
 """Numbers that `augment` needs for an image: brightness, saturation, contrast, two shifts."""
 
+SMALLEST_SLOPE = 1e-6
+"""Added to the adversarial gradient's norm, which may vanish."""
+
 LARGEST_BALANCE = 1e4
 """The bound of the adaptive weight, as in latent diffusion and RAE: where the adversarial gradient vanishes it means nothing."""
 
@@ -112,10 +115,14 @@ class AdversarialLoss:
         """Return w(t) = alpha(t)^p, of t's shape."""
         return self.schedule.alpha(t).clamp(min=0) ** self.power
 
+    def opinion(self, discriminator: nn.Module, fake: Tensor, changes: Tensor | None = None) -> Tensor:
+        """Return what the generator's loss of each row ``(B,)`` is before w(t): minus the mean logit."""
+        return -discriminator(augment(fake, changes) if self.augmented else fake).mean(1)
+
     def generator(self, discriminator: nn.Module, fake: Tensor, t: Tensor, changes: Tensor | None = None) -> Tensor:
         """Return the generator's loss of each row ``(B,)``, -w(t) mean logit; the discriminator's own gradient is unused."""
-        logits = discriminator(augment(fake, changes) if self.augmented else fake)
-        return -self.weight(t).to(logits.dtype) * logits.mean(1)
+        opinion = self.opinion(discriminator, fake, changes)
+        return self.weight(t).to(opinion.dtype) * opinion
 
     def discriminator(
         self, discriminator: nn.Module, real: Tensor, fake: Tensor, changes: Tensor | None = None
@@ -172,13 +179,17 @@ def augment(images: Tensor, changes: Tensor | None = None) -> Tensor:
     return torch.where(inside, moved.movedim(-1, 1), 0.0)
 
 
-def balance(main: Tensor, adversarial: Tensor, layer: Tensor) -> Tensor:
-    """Return the adaptive weight |grad main| / |grad adversarial| at one layer (Esser et al., arXiv 2012.09841), detached.
+def balance(main: Tensor, adversarial: Tensor, images: Tensor) -> Tensor:
+    """Return the adaptive weight |grad main| / |grad adversarial| of each row ``(B,)``, detached, at most `LARGEST_BALANCE`.
+
+    Esser et al. (arXiv 2012.09841) compare the gradients of the last layer's weights over a batch. Here each row's are compared
+    at its image, so that the weight depends neither on the other rows nor on how they are shared out, and weights may be sharded.
 
     Args:
-        main: the other losses, a scalar.
-        adversarial: the generator's adversarial loss, a scalar.
-        layer: the weight of the last layer, a parameter.
+        main: the other losses of each row ``(B,)``.
+        adversarial: the adversarial loss of each row ``(B,)``, before w(t).
+        images: that both judge, ``(B, 3, H, W)``.
     """
-    slopes = [torch.autograd.grad(loss, layer, retain_graph=True)[0].norm() for loss in (main, adversarial)]
-    return (slopes[0] / (slopes[1] + 1e-6)).clamp(max=LARGEST_BALANCE).detach()
+    slopes = [torch.autograd.grad(loss.sum(), images, retain_graph=True)[0].float() for loss in (main, adversarial)]
+    norms = [slope.flatten(1).norm(dim=1) for slope in slopes]
+    return (norms[0] / (norms[1] + SMALLEST_SLOPE)).clamp(max=LARGEST_BALANCE)

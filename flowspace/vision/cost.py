@@ -5,7 +5,7 @@ is its forward pass, twice that for the gradient, and one more forward pass' pro
 that needs it (`SharedPrimal`). GPU-hours assume a utilisation that is stated with them; none of them has been run.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from flowspace.errors import InputError
 from flowspace.vision.generator import PRESETS, CrossFlowGenerator
 
-__all__ = ["HEAD", "NOTE", "RIVALS", "Cost", "Rival", "counted", "generator_cost", "report", "rivals"]
+__all__ = ["HEAD", "NOTE", "RIVALS", "Cost", "Rival", "Share", "counted", "generator_cost", "report", "rivals"]
 
 IMAGENET = 1_281_167
 """Images of ImageNet's training set."""
@@ -39,8 +39,23 @@ def counted(build: Callable[[], tuple[nn.Module, tuple[Any, ...], dict[str, Any]
     with torch.device("meta"), torch.no_grad():
         module, args, cond = build()
         with FlopCounterMode(display=False) as counter:
-            module(*args, **cond)
+            module.eval()(*args, **cond)
     return sum(p.numel() for p in module.parameters()), float(counter.get_total_flops())
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one image of a training step costs outside the generator.
+
+    Attributes:
+        name: of the network.
+        parameters: how many numbers, frozen.
+        step: FLOPs of one image.
+    """
+
+    name: str
+    parameters: int
+    step: float
 
 
 @dataclass(frozen=True)
@@ -54,6 +69,8 @@ class Cost:
         equal: the share of rows with s = t, which need no derivative.
         activations: bytes that one image of a training step keeps, in bfloat16, without checkpointing.
         matrices: how many of the parameters Muon trains; the rest is AdamW's.
+        epochs: of its training.
+        beside: the encoder and the image losses.
     """
 
     name: str
@@ -62,11 +79,18 @@ class Cost:
     equal: float
     activations: float
     matrices: int
+    epochs: float = 160
+    beside: tuple[Share, ...] = ()
 
     @property
     def step(self) -> float:
-        """FLOPs of one image in a training step: forward, gradient, derivative."""
+        """FLOPs of one image in a training step of the generator: forward, gradient, derivative."""
         return (3 + (1 - self.equal)) * self.forward
+
+    @property
+    def whole(self) -> float:
+        """FLOPs of one image in a training step, with what stands beside the generator."""
+        return self.step + sum(share.step for share in self.beside)
 
     def memory(self, batch: int, devices: int = 1, sharded: bool = False, averages: int = 3) -> float:
         """Return the bytes on one device: float32 weights, gradients, optimiser states and averages, and activations.
@@ -81,25 +105,25 @@ class Cost:
         held = 4 * (self.parameters * (2 + averages) + states)
         return held / (devices if sharded else 1) + batch * self.activations
 
-    def hours(self, epochs: int = 160, peak: float = 989e12, utilisation: float = 0.4, images: int = IMAGENET) -> float:
-        """Return GPU-hours of training the generator; peak in FLOP/s, the default an H100's in bfloat16."""
-        return epochs * images * self.step / (peak * utilisation) / 3600
+    def hours(self, peak: float = 989e12, utilisation: float = 0.4, images: int = IMAGENET) -> float:
+        """Return GPU-hours of the whole training; peak in FLOP/s, the default an H100's in bfloat16."""
+        return self.epochs * images * self.whole / (peak * utilisation) / 3600
 
 
-def generator_cost(preset: str, equal: float = 0.5, **changes: Any) -> Cost:
-    """Count one of the presets.
+def generator_cost(preset: str | None, equal: float = 0.5, **changes: Any) -> Cost:
+    """Count one of the presets, or, for None, a generator of the sizes in ``changes``.
 
     Raises:
         InputError: if there is no preset of that name, or the share is outside [0, 1].
     """
-    if preset not in PRESETS:
+    if preset is not None and preset not in PRESETS:
         raise InputError(f"preset {preset!r} came; write one of {', '.join(PRESETS)}")
     if not 0 <= equal <= 1:
         raise InputError(f"equal = {equal} came; it is the share of rows with s = t, between 0 and 1")
     found: dict[str, Any] = {}
 
     def build() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-        network = found["network"] = CrossFlowGenerator.from_preset(preset, **changes)
+        network = found["network"] = CrossFlowGenerator(**(PRESETS.get(preset or "", {}) | changes))
         c = network.config
         time = torch.ones(1)
         labels = {"labels": torch.zeros(1, dtype=torch.long)} if c["classes"] else {}
@@ -111,7 +135,7 @@ def generator_cost(preset: str, equal: float = 0.5, **changes: Any) -> Cost:
     tokens = c["grid"] ** 2 + c["time_tokens"] + (c["class_tokens"] if c["classes"] else 0)
     matrices = sum(p.numel() for p in network.blocks.parameters() if p.ndim == 2)
     activations = 2.0 * ACTIVATIONS_PER_TOKEN * tokens * c["width"] * c["depth"]
-    return Cost(preset, parameters, forward, equal, activations, matrices)
+    return Cost(preset or "own sizes", parameters, forward, equal, activations, matrices)
 
 
 # --- what others need for one image --------------------------------------------------------------------------------------
@@ -211,40 +235,42 @@ def rivals() -> list[tuple[str, str, str, str, str]]:
 HEAD = ("one image of 256 x 256", "million parameters", "GFLOPs", "of which decoder", "published FID")
 NOTE = (
     "FLOPs are counted by torch on meta tensors (two a multiply-add); memory and hours are estimates from them: float32 "
-    "weights, gradients, optimiser states and three averages, activations in bfloat16 without checkpointing. The encoder, the "
-    "perceptual network and the discriminator are not in the hours. DiT-XL/2 is diffusers' module, which embeds the time anew "
-    "in every block."
+    "weights, gradients, optimiser states and three averages, activations in bfloat16 without checkpointing. Memory leaves out "
+    "the frozen networks beside the generator. DiT-XL/2 is diffusers' module, which embeds the time anew in every block."
 )
 
 
-def report(
-    preset: str, equal: float = 0.5, batch: int = 32, devices: int = 8, changes: Mapping[str, Any] | None = None
-) -> tuple[list[tuple[str, str]], list[tuple[str, ...]]]:
-    """Return the rows of two tables: what a preset costs, and its image beside its rivals' under `HEAD`.
+def _frozen(share: Share) -> str:
+    return f"{share.parameters / 1e6:.1f} million parameters, frozen"
+
+
+def report(cost: Cost, batch: int = 32, devices: int = 8) -> tuple[list[tuple[str, str]], list[tuple[str, ...]]]:
+    """Return the rows of two tables: what a generator and its training cost, and its image beside its rivals' under `HEAD`.
 
     Args:
-        preset: of the generator.
-        equal: the share of rows with s = t.
+        cost: of the generator.
         batch: images on one device.
         devices: over which FSDP2 shards.
-        changes: of the preset's other settings.
     """
-    cost = generator_cost(preset, equal, **(changes or {}))
     gib = 2.0**30
+    left_out = "" if cost.beside else "; the generator alone"
     own = [
         ("parameters", f"{cost.parameters / 1e6:.1f} million, {cost.matrices / 1e6:.1f} of them in Muon's matrices"),
         ("one image, forward", f"{cost.forward / GIGA:.1f} GFLOPs"),
-        ("one image, training step", f"{cost.step / GIGA:.1f} GFLOPs, {equal:.0%} of the rows on s = t"),
+        ("one image, generator's step", f"{cost.step / GIGA:.1f} GFLOPs, {cost.equal:.0%} of the rows on s = t"),
+        *((f"one image, {share.name}", f"{share.step / GIGA:.1f} GFLOPs, {_frozen(share)}") for share in cost.beside),
+        ("one image, whole step", f"{cost.whole / GIGA:.1f} GFLOPs{left_out}"),
         (f"memory, DDP, {batch} images a device", f"{cost.memory(batch) / gib:.1f} GiB"),
         (
             f"memory, FSDP2 over {devices}, {batch} images a device",
             f"{cost.memory(batch, devices, True) / gib:.1f} GiB",
         ),
-        ("160 epochs of ImageNet", f"{cost.hours():,.0f} H100-hours at 40 % of 989 TFLOP/s; not run here"),
+        (
+            f"{cost.epochs:g} epochs of ImageNet",
+            f"{cost.hours():,.0f} H100-hours at 40 % of 989 TFLOP/s{left_out}; not run here",
+        ),
     ]
-    name, fid = (
-        f"CrossFlow, {preset.removeprefix('crossflow-').upper()}",
-        "1.62 for XL (arXiv 2606.19970); not run here",
-    )
-    line = (name, f"{cost.parameters / 1e6:.0f}", f"{cost.forward / GIGA:,.0f}", "", fid)
+    size = cost.name.removeprefix("crossflow-").upper() if cost.name in PRESETS else cost.name
+    fid = "1.62 for XL (arXiv 2606.19970); not run here"
+    line = (f"CrossFlow, {size}", f"{cost.parameters / 1e6:.0f}", f"{cost.forward / GIGA:,.0f}", "", fid)
     return own, [line, *rivals()]

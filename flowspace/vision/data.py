@@ -91,6 +91,10 @@ class Images(abc.ABC):
             return pixels.permute(2, 0, 1).float() / 127.5 - 1, self.labels[at]
         raise RunError(f"none of the {len(self)} images can be read; the first is {self.name(0)}")
 
+    def order(self, seed: int, number: int) -> Sequence[int]:
+        """Return the order in which a pass takes the images."""
+        return order_of(seed, number, len(self))
+
     def report(self) -> str:
         """Say how many images each class has, and what was broken."""
         counts = Counter(self.labels)
@@ -240,7 +244,7 @@ class FolderBatches(Batches):
         """Return images ``(last - first, 3, H, W)`` and labels of rows ``first`` to ``last`` of the endless stream."""
         rows = len(self.images)
         places = [divmod(place, rows) for place in range(first, last)]
-        chosen = [(number, order_of(seed, number, rows)[index]) for number, index in places]
+        chosen = [(number, self.images.order(seed, number)[index]) for number, index in places]
         loaded = list(_readers(self.workers).map(lambda pair: self._one(seed, *pair), chosen))
         pictures, labels = zip(*loaded, strict=True)
         return torch.stack(pictures), torch.tensor(labels)

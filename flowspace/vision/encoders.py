@@ -58,6 +58,8 @@ class LatentEncoder(nn.Module):
         mean: per channel of the latent, or None where the autoencoder says itself.
         std: likewise.
         sample: draw from the posterior; False takes its mean.
+        pack: squares of so many cells a side become one cell of as many more channels, before the normalisation; None is the
+            autoencoder's own (FLUX.2's pipeline packs 2 x 2, the others do not).
 
     Attributes:
         mean: ``(C, 1, 1)``, subtracted from latents.
@@ -69,16 +71,26 @@ class LatentEncoder(nn.Module):
     std: Tensor
 
     def __init__(
-        self, autoencoder: nn.Module, mean: Tensor | None = None, std: Tensor | None = None, sample: bool = False
+        self,
+        autoencoder: nn.Module,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+        sample: bool = False,
+        pack: int | None = None,
     ) -> None:
         super().__init__()
         self.autoencoder, self.sample = autoencoder, sample
-        self.patch = _patch(autoencoder)
+        self.patch = pack or _patch(autoencoder)
         found = (mean, std) if mean is not None and std is not None else _own_statistics(autoencoder)
         self.known = found is not None
         for name, value in zip(("mean", "std"), found or (torch.zeros(1), torch.ones(1)), strict=True):
-            self.register_buffer(name, value.float().reshape(-1, 1, 1))
+            self.register_buffer(name, self._packed(value.float(), pack or 1).reshape(-1, 1, 1))
         self.requires_grad_(False).eval()
+
+    def _packed(self, value: Tensor, pack: int) -> Tensor:
+        """Return a statistic of each of the autoencoder's channels for the channels of packed cells."""
+        config: Any = self.autoencoder.config
+        return value.repeat_interleave(pack**2) if value.numel() == config.get("latent_channels") else value
 
     def train(self, mode: bool = True) -> "LatentEncoder":
         """Stay in eval mode: the encoder is frozen."""
@@ -187,7 +199,12 @@ def _own_statistics(autoencoder: nn.Module) -> tuple[Tensor, Tensor] | None:
 
 
 def load_encoder(
-    name_or_path: str | Path, *, sample: bool = False, dtype: torch.dtype = torch.float32, weights: Path | None = None
+    name_or_path: str | Path,
+    *,
+    sample: bool = False,
+    dtype: torch.dtype = torch.float32,
+    weights: Path | None = None,
+    pack: int | None = None,
 ) -> LatentEncoder:
     """Load a frozen encoder.
 
@@ -196,6 +213,7 @@ def load_encoder(
         sample: draw from the posterior; False takes its mean.
         dtype: of the autoencoder; latents are float32.
         weights: the folder that holds ``NAME/`` for names; by default the hub's cache is asked, never the network.
+        pack: see `LatentEncoder`.
 
     Raises:
         RunError: if weights are missing; it names the file, where it goes and the command that fetches it.
@@ -212,7 +230,7 @@ def load_encoder(
     else:
         raise RunError(f"{name_or_path} is neither a folder, a file nor one of {', '.join(SOURCES)}")
     mean, std = statistics or (None, None)
-    return LatentEncoder(autoencoder.to(dtype), mean, std, sample)
+    return LatentEncoder(autoencoder.to(dtype), mean, std, sample, pack)
 
 
 def _find(name: str, weights: Path | None) -> Path:

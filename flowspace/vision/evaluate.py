@@ -254,6 +254,11 @@ class Scores:
     reference: str
     values: dict[str, float]
 
+    @property
+    def kid(self) -> float:
+        """KID in the extractor's features."""
+        return next(value for name, value in self.values.items() if name.startswith("KID"))
+
 
 def judge(extractor: Extractor, samples: Features, real: Features, pinned: str | None = None) -> Scores:
     """Compare samples with real images.

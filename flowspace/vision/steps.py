@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from flowspace.objectives import Objective
 from flowspace.training import Draws, Game, Terms
-from flowspace.vision.adversarial import CHANGES, AdversarialLoss, Discriminator
+from flowspace.vision.adversarial import CHANGES, AdversarialLoss, Discriminator, balance
 from flowspace.vision.perceptual import PerceptualLoss, literal_pair
 
 __all__ = ["Adversarial", "Autoencoding", "FlowStep", "Made", "Perceptual", "ReconstructionStep"]
@@ -63,6 +63,7 @@ class FlowStep:
         perceptual: terms by name.
         drop: the share of labels that are replaced by ``null``, for guidance.
         null: the label of no class.
+        across: whether the network returns images; False trains one that stays in the latents' space.
     """
 
     objective: Objective
@@ -70,6 +71,7 @@ class FlowStep:
     perceptual: Mapping[str, Perceptual] = field(default_factory=dict)
     drop: float = 0.0
     null: int = 0
+    across: bool = True
 
     def __call__(self, network: nn.Module, batch: Sequence[Tensor], draws: Draws) -> Made:
         """Return what the network made of (images, labels) or (latents, images, labels)."""
@@ -80,7 +82,9 @@ class FlowStep:
         if self.drop:
             gone = draws.rows(lambda rows, g: torch.rand(rows, generator=g, device=draws.device), DROPPED) < self.drop
             labels = torch.where(gone, self.null, labels)
-        out = self.objective(network, z, images, cond={"labels": labels}, noise=noise, t=t, s=s)
+        out = self.objective(
+            network, z, images if self.across else None, cond={"labels": labels}, noise=noise, t=t, s=s
+        )
         raw = {"flow": out.loss}
         weights = {"flow": 1.0}
         for name, term in self.perceptual.items():
@@ -150,6 +154,7 @@ class Adversarial(Game):
         weight: of the generator's adversarial term.
         start: the step from which the discriminator is trained and, one step later, heard.
         learning_rate: of the heads, by AdamW.
+        adaptive: also weigh it by `balance`, so that its gradient at an image is as long as the other terms'.
     """
 
     def __init__(
@@ -160,10 +165,15 @@ class Adversarial(Game):
         weight: float,
         start: int = 0,
         learning_rate: float = 2e-4,
+        adaptive: bool = False,
     ) -> None:
         self.make, self.judge, self.weight, self.start = make, judge, weight, start
         self.opponent = discriminator
-        self.learning_rate = learning_rate
+        self.learning_rate, self.adaptive = learning_rate, adaptive
+
+    def kept(self) -> dict[str, Tensor]:
+        """Return the heads' tensors: the frozen features are loaded, not kept."""
+        return {k: v for k, v in self.opponent.state_dict().items() if not k.startswith("features.")}
 
     def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
         """Build the heads' AdamW, with the betas of GANs."""
@@ -176,8 +186,10 @@ class Adversarial(Game):
         parts, raw = dict(made.terms.parts), dict(made.terms.raw)
         if draws.step > self.start:
             changes = self._changes(draws, FAKE_CHANGES)
-            raw["adversarial"] = self.judge.generator(opponent, made.images, made.t, changes)
-            parts["adversarial"] = self.weight * raw["adversarial"]
+            opinion = self.judge.opinion(opponent, made.images, changes)
+            factor = balance(made.terms.rows, opinion, made.images) if self.adaptive else 1.0
+            raw["adversarial"] = self.judge.weight(made.t).to(opinion.dtype) * opinion
+            parts["adversarial"] = self.weight * factor * raw["adversarial"]
         return Terms(parts, raw, made.terms.times, made.terms.prediction, (made.real, made.images.detach()))
 
     def answer(self, opponent: nn.Module, terms: Terms, draws: Draws) -> Tensor:

@@ -1,0 +1,214 @@
+"""A run: its encoder, its training, what it ships, its samples and scores."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from flowspace.errors import InputError, RunError
+from flowspace.objectives import Objective
+from flowspace.recipes.config import Config
+from flowspace.recipes.imagenet.look import Look, sheet, slopes
+from flowspace.recipes.imagenet.parts import Parts, optimizer_of
+from flowspace.recipes.imagenet.stage_one import encoder_of
+from flowspace.recipes.report import write_beside
+from flowspace.training import train
+from flowspace.vision.card import model_card
+from flowspace.vision.encoders import LatentEncoder
+from flowspace.vision.evaluate import Plan, Scores, features_of, judge
+from flowspace.vision.generator import CrossFlowGenerator
+from flowspace.vision.latents import encode
+from flowspace.vision.pipeline import CrossFlowPipeline
+from flowspace.vision.steps import FlowStep
+
+__all__ = ["Run"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of a config.
+
+    Args:
+        config: of the run.
+
+    Attributes:
+        parts: what it is made of.
+    """
+
+    config: Config
+
+    @classmethod
+    def of(cls, folder: Path) -> "Run":
+        """Return the run whose folder this is.
+
+        Raises:
+            RunError: if it is none.
+        """
+        try:
+            found = json.loads((folder / "config.json").read_text())
+        except (OSError, ValueError) as error:
+            raise RunError(f"{folder} is no run ({error}); write the folder that flowspace train made") from None
+        return cls(TypeAdapter(Config).validate_python(found | {"out": str(folder)}))
+
+    @cached_property
+    def parts(self) -> Parts:
+        """What needs no training."""
+        return Parts(self.config)
+
+    @cached_property
+    def encoder(self) -> LatentEncoder:
+        """The frozen encoder: trained on the spot, or loaded; its statistics are known."""
+        return encoder_of(self.parts)
+
+    @cached_property
+    def objective(self) -> Objective:
+        """The objective."""
+        return self.parts.objective(self.encoder.encode if self.config.objective.estimated else None)
+
+    def step(self) -> Any:
+        """Return what a training step is: the flow step, with an opponent where there is a discriminator."""
+        c, parts = self.config, self.parts
+        encoded = None if parts.cached else self.encoder.encode
+        drop = c.objective.drop_labels
+        flow = FlowStep(self.objective, encoded, parts.perceptual(c.perceptual), drop, parts.classes)
+        return parts.opposed(flow, c.adversarial) if c.adversarial else flow.loss
+
+    def encode(self) -> Path:
+        """Encode all pictures once, shared by the processes; returns the folder of the latents."""
+        d = self.config.data
+        folder = Path(d.latents) if d.latents else self.config.out / "latents"
+        place = self.parts.place
+        encode(self.parts.images, self.encoder, folder, flip=d.flip, rank=place.rank, ranks=place.ranks)
+        place.wait()
+        return folder
+
+    def train(self) -> CrossFlowGenerator:
+        """Train what is left to train; returns the averaged generator and leaves ``pipeline/``."""
+        c = self.config
+        if self.parts.place.rank == 0:
+            write_beside(c.out / "config.json", TypeAdapter(Config).dump_json(c, indent=2).decode())
+            print(self.parts.images.report())
+        network, step = self.parts.generator(), self.step()
+        self._check_fit()
+        averaged: Any = train(
+            "generator",
+            network,
+            self.parts.cached or self.parts.batches,
+            step,
+            self.parts.settings(c.training),
+            c.out / "generator",
+            self.parts.context("data", "encoder", "generator", "objective", "perceptual", "adversarial"),
+            optimizer_of(c.training),
+            self.parts.place,
+            Look(self.parts, c.training.look_every),
+            self.parts.trackers(c.training, c.out),
+        )
+        if self.parts.place.rank == 0:
+            self._ship(averaged)
+            write_beside(c.out / "slopes.png", slopes(c.out / "generator" / "log.jsonl"))
+        self.parts.place.wait()
+        return averaged
+
+    def _check_fit(self) -> None:
+        """See that the encoder, the generator and the pictures fit, before any step is paid for."""
+        images = self.parts.images[0][0][None].to(self.parts.place.device)
+        latents = self.encoder.encode(images)
+        g = self.config.generator
+        if tuple(latents.shape[1:]) != (g.channels, g.grid, g.grid) or g.grid * g.patch != self.config.data.size:
+            raise InputError(
+                f"the encoder makes latents of {tuple(latents.shape[1:])} of images of {self.config.data.size}; write "
+                f"generator.channels={latents.shape[1]} generator.grid={latents.shape[2]} generator.patch="
+                f"{self.config.data.size // latents.shape[2]}"
+            )
+
+    def _ship(self, averaged: CrossFlowGenerator) -> None:
+        o, folder = self.config.objective, self.config.out / "pipeline"
+        partial = folder.with_name("pipeline.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        CrossFlowPipeline(averaged, o.alpha, o.beta).save_pretrained(partial)
+        write_beside(partial / "README.md", self.card(averaged))
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.replace(folder)
+
+    def card(self, generator: CrossFlowGenerator, scores: Scores | None = None) -> str:
+        """Return the model card, with scores once there are some."""
+        c, t = self.config, self.config.training
+        training = {
+            "pictures": f"{self.parts.images.report()}, {c.data.size} pixels",
+            "encoder": c.encoder.name or "trained on the spot",
+            "objective": f"{c.objective.kind}{', literal' if c.objective.literal else ''}, {c.objective.equal:.0%} on s = t",
+            "perceptual": ", ".join(p.network for p in c.perceptual) or "none",
+            "adversarial": c.adversarial.network if c.adversarial else "none",
+            "optimiser": f"{t.optimizer}, {self.parts.steps(t)} steps of {t.batch}, rate {t.learning_rate}, average {t.emas[0]}",
+        }
+        judged = {f"{name}, {scores.count} samples": v for name, v in scores.values.items()} if scores else None
+        return model_card(c.name, generator, c.objective.alpha, c.objective.beta, training, judged)
+
+    def pipeline(self) -> CrossFlowPipeline:
+        """Load what was shipped.
+
+        Raises:
+            RunError: if the run is not finished.
+        """
+        folder = self.config.out / "pipeline"
+        if not (folder / "model_index.json").exists():
+            raise RunError(f"{folder} is missing: the run is not finished; flowspace train continues it")
+        return CrossFlowPipeline.from_pretrained(folder, local_files_only=True).to(self.parts.place.device)
+
+    def evaluate(self) -> Scores:
+        """Draw the samples that are missing, over all processes, and judge them; leaves ``metrics.json``."""
+        e, folder = self.config.evaluation, self.config.out / "samples"
+        pipeline = self.pipeline()
+        c = pipeline.generator.config
+        plan = Plan(e.samples, self.parts.classes, (c["channels"], c["grid"], c["grid"]), batch=e.batch, shard=e.shard)
+        maker = digest(pipeline.generator)
+
+        def sample(noise: Tensor, labels: Tensor) -> Tensor:
+            return pipeline(labels, latents=noise, output_type="pt").images  # type: ignore[union-attr]
+
+        place = self.parts.place
+        plan.draw(sample, folder, maker, place.device, place.rank, place.ranks)
+        place.wait()
+        images, extractor = plan.read(folder, maker), self.parts.extractor()
+        scores = judge(extractor, features_of(extractor, images.split(e.batch)), self.parts.real(extractor), e.pinned)
+        if place.rank == 0:
+            write_beside(self.config.out / "metrics.json", json.dumps(asdict(scores), indent=2) + "\n")
+            write_beside(self.config.out / "pipeline" / "README.md", self.card(pipeline.generator, scores))
+            write_beside(self.config.out / "samples.png", sheet(images, self.parts.classes))
+        return scores
+
+    def same_in_a_fresh_process(self, labels: tuple[int, ...] = (0, 1, 2, 3)) -> bool:
+        """Whether the shipped pipeline draws the same images here and in a new process."""
+        folder, out = self.config.out / "pipeline", self.config.out / "fresh.safetensors"
+        text = (
+            "import sys, torch; from safetensors.torch import save_file; from flowspace.vision import CrossFlowPipeline\n"
+            "pipeline = CrossFlowPipeline.from_pretrained(sys.argv[1])\n"
+            f"images = pipeline(labels={list(labels)}, generator=torch.Generator().manual_seed(7), output_type='pt').images\n"
+            "save_file({'images': images.contiguous()}, sys.argv[2])"
+        )
+        subprocess.run([sys.executable, "-c", text, str(folder), str(out)], check=True, stderr=subprocess.DEVNULL)
+        here = self.pipeline().to("cpu")(
+            labels=list(labels), generator=torch.Generator().manual_seed(7), output_type="pt"
+        )
+        there = load_file(out)["images"]
+        out.unlink()
+        return torch.equal(here.images, there)  # type: ignore[union-attr]
+
+
+def digest(network: nn.Module) -> str:
+    """Return a digest of a network's weights."""
+    found = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
