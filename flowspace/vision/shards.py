@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from PIL import Image
@@ -31,10 +31,6 @@ __all__ = ["ShardImages"]
 
 INDEX = "flowspace-index.safetensors"
 """Where each picture lies, kept beside the shards: reading the headers of a million pictures takes a minute."""
-
-OPEN = 128
-"""Shards that are held open."""
-
 
 @dataclass(frozen=True)
 class ShardImages(Images):
@@ -86,7 +82,9 @@ class ShardImages(Images):
     def open(self, index: int) -> Image.Image:
         """Read one picture from its place."""
         shard, offset, length, _ = self.places[index].tolist()
-        return Image.open(io.BytesIO(os.pread(_opened(self.paths[shard]).fileno(), length, offset)))
+        with self.paths[shard].open("rb") as file:
+            file.seek(offset)
+            return Image.open(io.BytesIO(file.read(length)))
 
     def name(self, index: int) -> str:
         """Return the shard and the byte at which a picture begins."""
@@ -108,11 +106,6 @@ def _order(seed: int, number: int, counts: tuple[int, ...], window: int) -> Sequ
         rows = torch.cat([torch.arange(starts[k], starts[k + 1]) for k in shards[first : first + window]])
         found += rows[torch.randperm(len(rows), generator=draw)].tolist()
     return found
-
-
-@functools.lru_cache(maxsize=OPEN)
-def _opened(path: Path) -> BinaryIO:
-    return path.open("rb")
 
 
 def _index(root: Path, paths: Sequence[Path]) -> Tensor:
