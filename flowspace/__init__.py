@@ -41,7 +41,7 @@ from flowspace.schedules import (
 )
 from flowspace.solvers import DormandPrince, Euler, Heun, VelocityFlow
 from flowspace.statistics import ConsistencyStatistic, MatchedStatistic, MeanFlowStatistic, Statistic
-from flowspace.times import LogitNormalTimes, ShiftedTimes, TimePairs, ToDataTimes, UniformTimes
+from flowspace.times import LogitNormalTimes, PowerTimes, ShiftedTimes, TimePairs, ToDataTimes, UniformTimes
 
 __version__ = "0.1.0"
 
@@ -79,6 +79,7 @@ __all__ = [
     "MeanFlowStatistic",
     "PixelMeanFlowLoss",
     "PolynomialSchedule",
+    "PowerTimes",
     "RandomGuidance",
     "RunError",
     "Schedule",

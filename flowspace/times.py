@@ -17,7 +17,9 @@ from flowspace.backends import backend_of
 from flowspace.errors import TimeError
 from flowspace.schedules import TIME_FLOOR
 
-__all__ = ["LogitNormalTimes", "PairSampler", "ShiftedTimes", "TimePairs", "TimeSampler", "ToDataTimes", "UniformTimes"]
+__all__ = [
+    "LogitNormalTimes", "PairSampler", "PowerTimes", "ShiftedTimes", "TimePairs", "TimeSampler", "ToDataTimes", "UniformTimes",
+]  # fmt: skip
 
 How: TypeAlias = dict[str, Any]
 """The generator or key, device and dtype of a draw, as torch's random functions take them."""
@@ -62,6 +64,27 @@ class UniformTimes(TimeSampler):
     def _draw(self, rows: int, how: How) -> Tensor:
         xp = backend_of(how["generator"])
         return xp.clamp(self.low + (self.high - self.low) * xp.uniform((rows,), how), self.low, self.high)
+
+
+@dataclass(frozen=True)
+class PowerTimes(TimeSampler):
+    """``u^power`` with u uniform on [0, 1], laid over [TIME_FLOOR, 1]: a power above 1 moves times towards the data.
+
+    With power 2 half of the times are below a quarter; the larger of two is uniform.
+
+    Raises:
+        TimeError: unless the power is positive.
+    """
+
+    power: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.power < math.inf:
+            raise TimeError(f"power = {self.power} came; write a positive number, above 1 for more times near the data")
+
+    def _draw(self, rows: int, how: How) -> Tensor:
+        xp = backend_of(how["generator"])
+        return xp.clamp(TIME_FLOOR + (1 - TIME_FLOOR) * xp.uniform((rows,), how) ** self.power, TIME_FLOOR, 1.0)
 
 
 @dataclass(frozen=True)

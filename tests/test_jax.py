@@ -36,6 +36,7 @@ from flowspace import (
     MeanFlowLoss,
     MeanFlowStatistic,
     PixelMeanFlowLoss,
+    PowerTimes,
     Schedule,
     ScheduleError,
     SharedPrimal,
@@ -306,7 +307,7 @@ def test_penalties_and_their_gradients_are_those_of_torch(penalty, shape, dtype)
 # --- times -----------------------------------------------------------------------------------------------------------
 
 SAMPLERS = [
-    UniformTimes(), UniformTimes(0.2, 0.6), LogitNormalTimes(), LogitNormalTimes(0.8, 0.8), ShiftedTimes(512),
+    UniformTimes(), UniformTimes(0.2, 0.6), LogitNormalTimes(), LogitNormalTimes(0.8, 0.8), PowerTimes(), ShiftedTimes(512),
     ShiftedTimes(8192, LogitNormalTimes()),
 ]  # fmt: skip
 

@@ -12,6 +12,7 @@ from strategies import seeds
 from flowspace import (
     TIME_FLOOR,
     LogitNormalTimes,
+    PowerTimes,
     ShiftedTimes,
     TimeError,
     TimePairs,
@@ -26,6 +27,9 @@ SAMPLERS = [
     LogitNormalTimes(0.8, 0.8),
     LogitNormalTimes(-30, 1),
     LogitNormalTimes(30, 1),
+    PowerTimes(),
+    PowerTimes(0.5),
+    PowerTimes(30.0),
     ShiftedTimes(64),
     ShiftedTimes(32 * 16 * 16),
     ShiftedTimes(10**6, LogitNormalTimes()),
@@ -122,6 +126,21 @@ def test_the_distributions_are_those_of_their_names():
     assert abs(float(logit.mean()) - 0.8) < 0.02 and abs(float(logit.std()) - 0.8) < 0.02
 
 
+@settings(max_examples=20)
+@given(st.floats(0.2, 5), seeds)
+def test_a_power_of_uniform_times_has_the_distribution_of_its_formula(power, seed):
+    draws = PowerTimes(power)(4000, generator=generator(seed), dtype=torch.float64)
+    unit = ((draws - TIME_FLOOR) / (1 - TIME_FLOOR)).clamp(0, 1) ** (1 / power)
+    assert (unit.sort().values - torch.linspace(0, 1, 4000, dtype=torch.float64)).abs().max() < 0.045
+
+
+def test_the_larger_of_two_squared_times_is_uniform():
+    t, s = TimePairs(PowerTimes(2), 0.0)(40_000, generator=generator(0), dtype=torch.float64)
+    low, high = ((x - TIME_FLOOR) / (1 - TIME_FLOOR) for x in (s, t))
+    assert abs(float(high.mean()) - 1 / 2) < 0.006 and abs(float(high.std()) - 1 / math.sqrt(12)) < 0.004
+    assert abs(float(((low / high) < 0.25).double().mean()) - 1 / 2) < 0.01
+
+
 @settings(max_examples=10)
 @given(samplers, seeds)
 def test_to_data_ends_at_zero_in_every_row(inner, seed):
@@ -136,6 +155,8 @@ def test_to_data_ends_at_zero_in_every_row(inner, seed):
         (lambda: UniformTimes(0.0, 1.0), "low = 0.0"),
         (lambda: UniformTimes(0.1, 1.5), "1.5"),
         (lambda: UniformTimes(math.nan, 1), "nan"),
+        (lambda: PowerTimes(0), "power = 0"),
+        (lambda: PowerTimes(math.inf), "power = inf"),
         (lambda: LogitNormalTimes(0, 0), "spread = 0"),
         (lambda: LogitNormalTimes(0, math.inf), "spread = inf"),
         (lambda: ShiftedTimes(0), "dim = 0"),
