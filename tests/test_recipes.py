@@ -101,15 +101,16 @@ def test_the_vit_maps_a_latent_grid_to_its_output_space(outputs, patch):
     assert not torch.allclose(out[1], other[1])
 
 
-@pytest.mark.parametrize("patch", [2, 4])
-def test_latents_are_standardised_and_decoding_undoes_it(patch):
-    network = Autoencoder(4, patch)
-    images = torch.randn(32, 1, 4 * patch, 4 * patch)
+@pytest.mark.parametrize(("pixels", "side"), [(8, 2), (8, 4), (28, 4)])
+def test_latents_are_standardised_and_decoding_undoes_it(pixels, side):
+    network = Autoencoder(pixels, 4, side)
+    images = torch.randn(32, 1, pixels, pixels)
     network.fit_latents(images)
     latents = network.encode(images)
-    assert latents.shape == (32, 4, 4, 4)
+    assert latents.shape == (32, 4, side, side)
     torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(4), atol=1e-5, rtol=0)
     torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4), atol=1e-5, rtol=0)
+    assert network.decode(latents).shape == images.shape
     torch.testing.assert_close(network.decode(latents), network.decoder(network.encoder(images)))
 
 

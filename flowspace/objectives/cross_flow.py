@@ -13,6 +13,7 @@ from flowspace.errors import CriterionError, InputError
 from flowspace.objectives.engine import LossOutput, Model, Objective, in_full
 from flowspace.schedules import over_rows
 from flowspace.statistics import MatchedStatistic, Statistic
+from flowspace.times import PairSampler, PowerTimes, TimePairs
 
 __all__ = ["CrossFlowLoss"]
 
@@ -33,6 +34,10 @@ class CrossFlowLoss(Objective):
     def default_statistic(self) -> Statistic:
         """Return the universal default."""
         return MatchedStatistic()
+
+    def default_times(self) -> PairSampler:
+        """Return squared uniform draws, half of the rows on s = t: what is sampled, s = 0, is tied to the data at small times."""
+        return TimePairs(PowerTimes(2.0), mask_first=True)
 
     def check_statistic(self) -> None:
         """Refuse a statistic that fails a criterion or has no data term; warn of one that is not anchored."""

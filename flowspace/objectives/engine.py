@@ -68,7 +68,7 @@ class Objective(abc.ABC):
     Args:
         schedule: alpha and beta; `LinearSchedule()` by default.
         statistic: what the model outputs; each objective has its own default.
-        times: how (t, s) are drawn; `TimePairs()` by default: uniform, sorted, half of the rows on s = t.
+        times: how (t, s) are drawn; `TimePairs()`, uniform with half of the rows on s = t, where an objective has no other.
         penalty: from a difference to a number per row; `SquaredError()` by default.
         weight: a function of (t, s), each of shape ``(B,)``, that multiplies the difference before the penalty.
         derivative: the route to D_t f; `SharedPrimal()` by default.

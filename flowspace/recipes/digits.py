@@ -49,7 +49,7 @@ class Settings:
 
     dataset: str = "digits"
     patch: int = 4
-    channels: int = 8
+    channels: int = 4
     width: int = 128
     depth: int = 3
     heads: int = 4
@@ -61,7 +61,7 @@ class Settings:
 
 SETTINGS = {
     "digits": Settings(),
-    "mnist": Settings(dataset="mnist", width=64, generator=LoopSettings(steps=4000, learning_rate=2e-3)),
+    "mnist": Settings(dataset="mnist", patch=7, generator=LoopSettings(steps=4000, learning_rate=2e-3)),
 }
 
 
@@ -125,7 +125,7 @@ def depends_on(settings: Settings) -> dict[str, Any]:
 def train_autoencoder(data: Data, settings: Settings, folder: Path | None) -> Autoencoder:
     """Stage 1: squared error of reconstructions."""
     torch.manual_seed(settings.autoencoder.seed)
-    network = Autoencoder(settings.channels, settings.patch)
+    network = Autoencoder(data.side, settings.channels, data.side // settings.patch)
 
     def loss(net: nn.Module, batch: tuple[Tensor, ...], draws: Draws) -> Tensor:
         (images,) = batch

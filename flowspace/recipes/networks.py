@@ -6,30 +6,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Autoencoder", "FeatureClassifier", "JudgeClassifier", "SmallViT"]
+__all__ = ["Autoencoder", "FeatureClassifier", "JudgeClassifier", "Patches", "SmallViT"]
+
+SMALL = 8
+"""Pictures of up to so many pixels a side are halved once, larger ones twice, before the dense layers."""
 
 
 class Autoencoder(nn.Module):
-    """A convolutional autoencoder: ``(B, 1, H, H)`` pictures to a grid of ``(B, channels, H/patch, H/patch)``.
+    """An autoencoder: ``(B, 1, H, H)`` pictures to ``channels * side * side`` numbers, laid out as ``(B, channels, side, side)``.
 
-    Latents are standardised per channel by `fit_latents`.
+    Every number sees the whole picture: the grid is only how the ViT takes them. Each latent is normalised, and standardised
+    per channel by `fit_latents`.
+
+    Args:
+        pixels: of a picture, a side; even, and divisible by four beyond eight.
+        channels: of the latent.
+        side: of its grid.
+        width: of the convolutions.
+        hidden: of the dense layer.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, channels: int, patch: int, width: int = 32) -> None:
+    def __init__(self, pixels: int, channels: int, side: int, width: int = 32, hidden: int = 256) -> None:
         super().__init__()
-        halvings = int(math.log2(patch))
+        halvings = 1 if pixels <= SMALL else 2
+        grid, numbers = pixels // 2**halvings, channels * side * side
         down = [m for _ in range(halvings) for m in (nn.Conv2d(width, width, 4, 2, 1), nn.SiLU())]
         up = [m for _ in range(halvings) for m in (nn.ConvTranspose2d(width, width, 4, 2, 1), nn.SiLU())]
         self.encoder = nn.Sequential(
-            nn.Conv2d(1, width, 3, 1, 1), nn.SiLU(), *down, nn.Conv2d(width, width, 3, 1, 1), nn.SiLU(),
-            nn.Conv2d(width, channels, 1), nn.GroupNorm(1, channels, affine=False),
+            nn.Conv2d(1, width, 3, 1, 1), nn.SiLU(), *down, nn.Flatten(),
+            nn.Linear(width * grid**2, hidden), nn.SiLU(), nn.Linear(hidden, numbers),
+            nn.LayerNorm(numbers, elementwise_affine=False), nn.Unflatten(1, (channels, side, side)),
         )  # fmt: skip
         self.decoder = nn.Sequential(
-            nn.Conv2d(channels, width, 3, 1, 1), nn.SiLU(), nn.Conv2d(width, width, 3, 1, 1), nn.SiLU(), *up,
-            nn.Conv2d(width, 1, 3, 1, 1),
+            nn.Flatten(), nn.Linear(numbers, hidden), nn.SiLU(), nn.Linear(hidden, width * grid**2), nn.SiLU(),
+            nn.Unflatten(1, (width, grid, grid)), *up, nn.Conv2d(width, 1, 3, 1, 1),
         )  # fmt: skip
         self.register_buffer("mean", torch.zeros(1, channels, 1, 1))
         self.register_buffer("std", torch.ones(1, channels, 1, 1))
