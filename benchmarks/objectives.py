@@ -85,6 +85,11 @@ FAMILY = (
     Entry("pixel MeanFlow", lambda *_: PixelMeanFlowLoss(), "pixels"),
     Entry("CrossFlow", lambda *_: CrossFlowLoss(penalty=AbsoluteError()), "across"),
     Entry(
+        "CrossFlow, uniform times",
+        lambda *_: CrossFlowLoss(penalty=AbsoluteError(), times=TimePairs()),
+        "across",
+    ),
+    Entry(
         "CrossFlow, estimated velocity",
         lambda _, encode: CrossFlowLoss(penalty=AbsoluteError(), estimate=encode),
         "across",
