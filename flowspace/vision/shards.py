@@ -32,6 +32,7 @@ __all__ = ["ShardImages"]
 INDEX = "flowspace-index.safetensors"
 """Where each picture lies, kept beside the shards: reading the headers of a million pictures takes a minute."""
 
+
 @dataclass(frozen=True)
 class ShardImages(Images):
     """Images in the tar files of a folder.
