@@ -194,6 +194,9 @@ def _train(options: argparse.Namespace) -> int:
         print(ablation_table(ablate(config)))
         return 0
     run = Run(config)
+    run.check(judged=options.evaluate)
+    if config.latent:
+        DecoderRun(run).check()
     run.train()
     if config.latent:
         rows = [(name, f"{kid:.4g}") for name, kid in DecoderRun(run).train().items()]

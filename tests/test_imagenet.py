@@ -16,11 +16,16 @@ import torch
 from safetensors.torch import load_file
 
 from flowspace import InputError, RunError
+from flowspace.cli import main
 from flowspace.training import assign
 
 for needed in ("pydantic", "accelerate", "diffusers", "timm", "torch_fidelity", "torchvision"):
     pytest.importorskip(needed)
-load = importlib.import_module("flowspace.recipes.config").load
+configs = importlib.import_module("flowspace.recipes.config")
+AdversarialConfig, LatentConfig, PerceptualConfig, TrainingConfig, load = (
+    getattr(configs, name)
+    for name in ("AdversarialConfig", "LatentConfig", "PerceptualConfig", "TrainingConfig", "load")
+)
 Run = importlib.import_module("flowspace.recipes.imagenet").Run
 
 CONFIGS = sorted((Path(__file__).parents[1] / "examples" / "imagenet" / "configs").glob("*.yaml"))
@@ -57,7 +62,9 @@ def config(data, tmp_path):
 
 
 def change(config, **parts):
-    return dataclasses.replace(config, **{k: dataclasses.replace(getattr(config, k), **v) for k, v in parts.items()})
+    """A section is changed by a mapping, or replaced."""
+    new = {k: dataclasses.replace(getattr(config, k), **v) if isinstance(v, dict) else v for k, v in parts.items()}
+    return dataclasses.replace(config, **new)
 
 
 def weights(folder):
@@ -95,7 +102,8 @@ from flowspace.recipes.imagenet import Run
 
 torch.set_num_threads(1)
 path, out, wanted = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-changes = ["training.checkpoint_every=1", "training.steps=40", "encoder.stage_one.steps=20", "generator.width=256", "generator.depth=2"]
+changes = ["training.checkpoint_every=1", "training.steps=24", "encoder.stage_one.steps=12"]
+changes += ["generator.width=256", "generator.depth=2"]  # a checkpoint of 34 MB, so that some kills meet its write
 
 
 def born(folder):
@@ -281,6 +289,10 @@ def test_a_misspelt_key_is_named_with_its_neighbour(config, tmp_path):
         load(tmp_path / "tiny.yaml", ["training.bach=3"])
     with pytest.raises(InputError, match=r"training\.batch = -3 came"):
         load(tmp_path / "tiny.yaml", ["training.batch=-3"])
+    with pytest.raises(InputError, match=r"training\.emas = \[\] came"):
+        load(tmp_path / "tiny.yaml", ["training.emas=[]"])
+    with pytest.raises(InputError, match=r"latent\.levels\.0 = 0 came"):
+        load(tmp_path / "tiny.yaml", ["latent.levels=[0]"])
     with pytest.raises(RunError, match="cannot be read"):
         load(tmp_path / "none.yaml")
 
@@ -295,12 +307,35 @@ def test_a_misspelt_key_is_named_with_its_neighbour(config, tmp_path):
         ({"generator": {"preset": "crossflow-z"}}, InputError, "crossflow-b"),
         ({"training": {"batch": 9, "accumulate": 2}}, RunError, "multiple of 2"),
         ({"training": {"processes": 2}}, RunError, "torchrun"),
+        ({"adversarial": AdversarialConfig("resnet18", "/nowhere", size=None)}, RunError, "/nowhere cannot be read"),
+        ({"perceptual": (PerceptualConfig("resnet18", "/nowhere"),)}, RunError, "/nowhere cannot be read"),
+        ({"evaluation": {"extractor": "resnet18", "weights": "/nowhere"}}, RunError, "/nowhere cannot be read"),
+        ({"latent": LatentConfig(training=TrainingConfig(batch=9, accumulate=2, cpu=True))}, RunError, "multiple of 2"),
     ],
 )
 def test_what_does_not_fit_is_one_error_before_any_step(config, parts, error, words):
     with pytest.raises(error, match=words):
         Run(change(config, **parts)).train()
-    assert not list(config.out.glob("generator/*"))
+    assert not list(config.out.rglob("log.jsonl"))
+
+
+def test_weights_that_only_judging_needs_are_asked_for_before_the_training(config, tmp_path, capsys):
+    assert main(["train", str(tmp_path / "tiny.yaml"), f"out={config.out}", "--evaluate"]) == 1
+    assert "Inception's weights" in capsys.readouterr().err
+    assert not list(config.out.rglob("log.jsonl"))
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_error_before_any_step(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"file/run cannot be written to \(Not a directory\); write out=FOLDER"):
+        Run(dataclasses.replace(config, out=tmp_path / "file" / "run")).train()
+    if os.getuid():
+        config.out.mkdir()
+        config.out.chmod(0o500)
+    else:  # root may write anywhere but where nobody may
+        config = dataclasses.replace(config, out=Path("/proc/run"))
+    with pytest.raises(RunError, match=r"run cannot be written to"):
+        Run(config).train()
 
 
 def test_a_run_that_was_moved_or_logs_otherwise_goes_on(config, tmp_path):
@@ -314,8 +349,10 @@ def test_a_run_that_was_moved_or_logs_otherwise_goes_on(config, tmp_path):
 
 def test_a_checkpoint_of_another_config_is_refused(config):
     Run(config).train()
+    kept = (config.out / "config.json").read_bytes()
     with pytest.raises(RunError, match="other settings"):
         Run(change(config, objective={"equal": 0.25})).train()
+    assert (config.out / "config.json").read_bytes() == kept
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -18,7 +18,6 @@ from flowspace.errors import RunError
 from flowspace.training.optimizers import Together
 from flowspace.training.place import alike
 
-
 __all__ = ["Checkpoints", "flatten_optimizer", "restore_optimizer"]
 
 LEFT_OVER = (".tmp*", "*.partial")

@@ -182,6 +182,7 @@ def train(
     place: Place | None = None,
     watch: Watch | None = None,
     trackers: Sequence[Tracker] = (),
+    begun: Callable[[int], None] | None = None,
 ) -> nn.Module:
     """Train a network in place and return its averaged copy, in eval mode.
 
@@ -198,6 +199,7 @@ def train(
         place: the processes that share the batch; by default this one alone.
         watch: looks at the averaged network now and then.
         trackers: told every number of the log.
+        begun: told the first step, once what the folder holds is accepted as this run's.
 
     Raises:
         RunError: if too many losses are not finite, the folder holds a run with other settings, or the batch cannot be
@@ -210,6 +212,8 @@ def train(
     run = _Run(name, network, loss, settings, make, place or OneProcess(), folder, plan)
     run.journal = Journal(folder if run.place.rank == 0 else None, trackers if run.place.rank == 0 else ())
     start = run.resume()
+    if begun:
+        begun(start)
     with _stopped_by(signal.SIGTERM) as stopping:
         for step in run.steps(start, batches, watch):
             if run.stopped(bool(stopping)):
