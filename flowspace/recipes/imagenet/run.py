@@ -167,8 +167,9 @@ class Run:
         o, folder = self.config.objective, self.config.out / "pipeline"
         partial = folder.with_name("pipeline.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        CrossFlowPipeline(averaged, o.alpha, o.beta).save_pretrained(partial)
-        write_beside(partial / "README.md", self.card(averaged))
+        pipeline = CrossFlowPipeline(averaged, o.alpha, o.beta)
+        pipeline.card = self.card(averaged)
+        pipeline.save_pretrained(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.replace(folder)
 
