@@ -84,6 +84,9 @@ def test_a_run_trains_ships_and_logs(config):
     assert [record["step"] for record in steps] == [0, 2, 4, 5]
     assert set(steps[0]["raw"]) == {"flow"} and set(steps[0]["by"]) == {"t", "s"}
     assert steps[0]["slopes"]["flow"] > 0
+    for record, taken, left in zip(steps, (1, 2, 2, 1), (5, 3, 1, 0), strict=True):
+        assert record["rows_a_second"] * record["seconds"] == pytest.approx(8 * taken)
+        assert record["seconds_left"] == pytest.approx(left * record["seconds"] / taken)
     assert (config.out / "slopes.png").exists() and (config.out / "generator" / "sheet-0000006.png").exists()
     assert run.same_in_a_fresh_process((0, 1))
     card = (config.out / "pipeline" / "README.md").read_text()

@@ -261,7 +261,7 @@ class _Run:
         ahead = Ahead(batches, s.seed, ranges)
         stream = iter(ahead)
         off = self.place.rank > 0
-        began, waited = time.perf_counter(), 0.0
+        began, waited, since = time.perf_counter(), 0.0, start
         with tqdm(
             range(start, s.steps), self.name, s.steps, initial=start, unit="step", mininterval=0.5, disable=off
         ) as bar:
@@ -271,7 +271,9 @@ class _Run:
                 record = self.step(step, stream, logged)
                 if logged:
                     seconds, began = time.perf_counter() - began, time.perf_counter()
+                    each, since = seconds / (step + 1 - since), step + 1
                     speed = {"seconds": seconds, "waited": ahead.waited - waited}
+                    speed |= {"rows_a_second": s.batch / each, "seconds_left": each * (s.steps - step - 1)}
                     waited = ahead.waited
                     bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
                     self.journal.write({"name": self.name, "step": step, **record, **speed})
