@@ -133,7 +133,10 @@ def _parser() -> argparse.ArgumentParser:
         help="count what a generator costs: parameters, FLOPs, memory, GPU-hours, beside other one-step methods",
         description="Counted on meta tensors, without weights or a GPU; needs the extra 'vision'.",
     )
-    cost.add_argument("preset", help="crossflow-b, crossflow-l, crossflow-xl, or the YAML file of a config with one")
+    cost.add_argument(
+        "preset",
+        help="crossflow-b, crossflow-l, crossflow-xl, a config's YAML file, or a folder of configs: their table",
+    )
     cost.add_argument("--equal", type=float, default=0.5, help="share of rows with s = t (default: %(default)s)")
     cost.add_argument("--batch", type=int, default=32, help="images on one device (default: %(default)s)")
     cost.add_argument("--devices", type=int, default=8, help="over which FSDP2 shards (default: %(default)s)")
@@ -191,6 +194,9 @@ def _train(options: argparse.Namespace) -> int:
         print(ablation_table(ablate(config)))
         return 0
     run = Run(config)
+    run.check(judged=options.evaluate)
+    if config.latent:
+        DecoderRun(run).check()
     run.train()
     if config.latent:
         rows = [(name, f"{kid:.4g}") for name, kid in DecoderRun(run).train().items()]
@@ -264,6 +270,11 @@ def _cost(options: argparse.Namespace) -> int:
 
     if options.batch < 1 or options.devices < 1:
         raise FlowspaceError(f"--batch {options.batch} --devices {options.devices} came; write 1 or more of each")
+    if Path(options.preset).is_dir():
+        from flowspace.recipes.imagenet.costs import TABLE, table
+
+        print(markdown_table(TABLE, table(Path(options.preset))))
+        return 0
     if options.preset.endswith((".yaml", ".yml")):
         from flowspace.recipes.config import load
         from flowspace.recipes.imagenet.costs import cost_of

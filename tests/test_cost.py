@@ -1,5 +1,6 @@
 """Costs: counted ones equal closed forms, and a counted training step is what the formula says."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ from flowspace import CrossFlowLoss, InputError
 from flowspace.cli import main
 from flowspace.vision import CrossFlowGenerator
 from flowspace.vision.cost import Cost, Share, generator_cost, rivals
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "examples" / "imagenet" / "configs").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("preset", ["crossflow-b", "crossflow-l", "crossflow-xl"])
@@ -59,6 +63,8 @@ def test_rivals_have_their_published_costs():
     dit = found["MeanFlow-XL/2 + SD-VAE decoder"]
     assert float(dit[1]) - float(dit[2]) == pytest.approx(2 * 118.6, rel=0.02)
     assert float(dit[2]) == pytest.approx(2 * 310, rel=0.02)
+    rae = next(row for name, row in found.items() if name.startswith("MF-RAE"))
+    assert float(rae[1]) == pytest.approx(0.62 * float(dit[1]), rel=0.05)  # its abstract: 38 % fewer than MeanFlow's
 
 
 def test_the_command_prints_the_tables_and_refuses_what_is_no_preset(capsys):
@@ -90,13 +96,50 @@ def test_an_image_loss_is_counted_as_what_it_runs():
     """Three passes: forward on both images, and back to one of them, through weights without a gradient."""
     import timm
 
-    from flowspace.recipes.config import PerceptualConfig
     from flowspace.recipes.imagenet.costs import PERCEPTUAL_PASSES, _image_loss
 
-    share = _image_loss(PerceptualConfig("vit_tiny_patch16_224"), 32, PERCEPTUAL_PASSES, "x")
+    share = _image_loss("vit_tiny_patch16_224", 224, PERCEPTUAL_PASSES, "x")
     network = timm.create_model("vit_tiny_patch16_224").requires_grad_(False).eval()
     one = torch.randn(1, 3, 224, 224, requires_grad=True)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         network(torch.randn(1, 3, 224, 224))
         network(one).sum().backward()
     assert counter.get_total_flops() == pytest.approx(share.step, rel=0.06)
+
+
+def test_trainings_apart_from_the_generators_are_counted():
+    from flowspace.recipes.config import load
+    from flowspace.recipes.imagenet.costs import cost_of
+
+    configs = ROOT / "examples" / "imagenet" / "configs"
+    latent, stage, plain, adaptive = (
+        cost_of(load(configs / f"{name}.yaml")) for name in ("b-latent", "b-stage-one", "crossflow-b", "b-gan-adaptive")
+    )
+    assert [share.name for share in latent.apart + stage.apart] == ["latent generator", "stage 1"]
+    more = 64 * 1_281_167 * (3 * generator_cost(None, 1.0, **LIGHTNING).forward + plain.beside[0].step)
+    assert latent.apart[0].step == pytest.approx(more)
+    assert latent.hours() - plain.hours() == pytest.approx(more / (0.4 * 989e12) / 3600)
+    assert adaptive.whole > plain.whole
+
+
+LIGHTNING = {"depth": 12, "width": 768, "heads": 12, "channels": 32, "grid": 16, "patch": 1, "outputs": 32}
+
+
+def test_the_examples_page_has_the_table_that_the_command_prints(tmp_path, monkeypatch, capsys):
+    page = (ROOT / "examples" / "imagenet" / "README.md").read_text()
+    found = re.search(r"<!-- table: flowspace (.*) -->\n(.*?)\n<!-- end of table -->", page, re.S)
+    assert found
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)  # where no run is
+    assert main(found[1].split()) == 0
+    assert capsys.readouterr().out.strip() == found[2]
+    rows = [line.split(" | ") for line in found[2].splitlines()[2:]]
+    assert len(rows) == len(
+        [path for path in CONFIGS if "preset: null" not in path.read_text() and path.stem != "openmoji"]
+    )
+    (tmp_path / "runs" / "b-adamw").mkdir(parents=True)
+    (tmp_path / "runs" / "b-adamw" / "metrics.json").write_text('{"values": {"FID": 3.14159}}')
+    assert main(found[1].split()) == 0
+    assert "| 3.14 |" in capsys.readouterr().out
+    assert main(["cost", str(tmp_path)]) == 1
+    assert "no configs with a preset" in capsys.readouterr().err

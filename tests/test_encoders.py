@@ -142,6 +142,54 @@ def test_a_deep_compression_autoencoder_loads_from_its_folder(tmp_path):
     assert encoder.encode(images()).shape[:2] == (4, 4) and encoder.known
 
 
+def rae(kind, **changes):
+    from diffusers import AutoencoderRAE
+
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    settings = {
+        "encoder_hidden_size": 64, "encoder_patch_size": 8, "encoder_num_hidden_layers": 2, "decoder_hidden_size": 16,
+        "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 4, "decoder_intermediate_size": 16, "patch_size": 8,
+        "encoder_input_size": 32,
+    }  # fmt: skip
+    return AutoencoderRAE(encoder_type=kind, **settings, **changes).eval()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "dinov2",
+        "mae",
+        pytest.param("siglip2", marks=pytest.mark.xfail(raises=AttributeError, reason="diffusers with transformers 5")),
+    ],
+)
+def test_representation_autoencoders_take_images_from_0_and_normalise_their_latents_themselves(kind, tmp_path):
+    mean, std = torch.randn(64, 4, 4), torch.rand(64, 4, 4) + 0.5
+    network, x = rae(kind, latents_mean=mean, latents_std=std), images()
+    network.save_pretrained(tmp_path)
+    encoder = load_encoder(tmp_path)
+    assert encoder.known and encoder.encode(x).shape == (4, 64, 4, 4)
+    torch.testing.assert_close(encoder.encode(x), network.encode((x + 1) / 2).latent)
+    plain = rae(kind).encode((x + 1) / 2).latent
+    torch.testing.assert_close(encoder.encode(x), (plain - mean) / (std + 1e-5), rtol=1e-4, atol=2e-4)
+    z = encoder.encode(x)
+    torch.testing.assert_close(encoder.decode(z), 2 * network.decode(z).sample - 1)
+
+
+def test_a_representation_autoencoder_that_brings_no_statistics_is_fitted():
+    encoder = LatentEncoder(rae("mae"))
+    assert not encoder.known
+    latents = encoder.fit([images(16)]).encode(images(16)).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(latents.mean(1), torch.zeros(64), atol=1e-4, rtol=0)
+
+
+def test_without_transformers_a_representation_autoencoder_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderRAE"}')
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RunError, match=r"pip install 'flowspace\[rae\]'"):
+        load_encoder(tmp_path)
+
+
 def test_it_is_frozen_stays_in_eval_mode_and_samples_only_where_asked():
     encoder = LatentEncoder(va_vae_like(scaling_factor=0.5))
     encoder.train()

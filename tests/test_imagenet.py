@@ -16,11 +16,16 @@ import torch
 from safetensors.torch import load_file
 
 from flowspace import InputError, RunError
+from flowspace.cli import main
 from flowspace.training import assign
 
 for needed in ("pydantic", "accelerate", "diffusers", "timm", "torch_fidelity", "torchvision"):
     pytest.importorskip(needed)
-load = importlib.import_module("flowspace.recipes.config").load
+configs = importlib.import_module("flowspace.recipes.config")
+AdversarialConfig, LatentConfig, PerceptualConfig, TrainingConfig, load = (
+    getattr(configs, name)
+    for name in ("AdversarialConfig", "LatentConfig", "PerceptualConfig", "TrainingConfig", "load")
+)
 Run = importlib.import_module("flowspace.recipes.imagenet").Run
 
 CONFIGS = sorted((Path(__file__).parents[1] / "examples" / "imagenet" / "configs").glob("*.yaml"))
@@ -57,7 +62,9 @@ def config(data, tmp_path):
 
 
 def change(config, **parts):
-    return dataclasses.replace(config, **{k: dataclasses.replace(getattr(config, k), **v) for k, v in parts.items()})
+    """A section is changed by a mapping, or replaced."""
+    new = {k: dataclasses.replace(getattr(config, k), **v) if isinstance(v, dict) else v for k, v in parts.items()}
+    return dataclasses.replace(config, **new)
 
 
 def weights(folder):
@@ -77,6 +84,9 @@ def test_a_run_trains_ships_and_logs(config):
     assert [record["step"] for record in steps] == [0, 2, 4, 5]
     assert set(steps[0]["raw"]) == {"flow"} and set(steps[0]["by"]) == {"t", "s"}
     assert steps[0]["slopes"]["flow"] > 0
+    for record, taken, left in zip(steps, (1, 2, 2, 1), (5, 3, 1, 0), strict=True):
+        assert record["rows_a_second"] * record["seconds"] == pytest.approx(8 * taken)
+        assert record["seconds_left"] == pytest.approx(left * record["seconds"] / taken)
     assert (config.out / "slopes.png").exists() and (config.out / "generator" / "sheet-0000006.png").exists()
     assert run.same_in_a_fresh_process((0, 1))
     card = (config.out / "pipeline" / "README.md").read_text()
@@ -85,24 +95,90 @@ def test_a_run_trains_ships_and_logs(config):
     assert again.config == config
 
 
+KILLED = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+from safetensors import safe_open
+from flowspace.recipes.config import load
+from flowspace.recipes.imagenet import Run
+
+torch.set_num_threads(1)
+path, out, wanted = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+changes = ["training.checkpoint_every=1", "training.steps=24", "encoder.stage_one.steps=12"]
+changes += ["generator.width=256", "generator.depth=2"]  # a checkpoint of 34 MB, so that some kills meet its write
+
+
+def born(folder):
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        os.dup2(2, 1)
+        Run(load(path, [f"out={folder}", *changes])).train()
+        os._exit(0)
+    return child
+
+
+start = time.perf_counter()
+_, status = os.waitpid(born(out / "whole"), 0)
+assert status == 0, status
+whole = time.perf_counter() - start
+draw, killed, readable = random.Random(1), 0, 0
+for _ in range(3 * wanted):
+    child = born(out / "killed")
+    time.sleep(draw.uniform(0, whole / 5))
+    os.kill(child, signal.SIGKILL)
+    killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    for file in [*out.glob("killed/encoder/training/step-*"), *out.glob("killed/generator/*.safetensors")]:
+        with safe_open(file, "pt") as tensors:
+            readable += sum(tensors.get_tensor(name).numel() > 0 for name in tensors.keys()) > 0
+    if killed == wanted:
+        break
+_, status = os.waitpid(born(out / "killed"), 0)
+assert status == 0, status
+print(killed, readable)
+"""
+"""Trains a run to its end, then another that is killed so many times at random moments. Its children are forked, since each would
+import for seconds what is imported once."""
+
+
 @pytest.mark.slow
-def test_a_run_killed_at_any_moment_continues_to_the_same_weights(config, tmp_path):
-    whole = change(config, training={"checkpoint_every": 1})
-    Run(whole).train()
-    path = tmp_path / "tiny.yaml"
-    out = tmp_path / "killed"
-    command = [sys.executable, "-m", "flowspace.cli", "train", str(path), f"out={out}", "training.checkpoint_every=1"]
-    draw = torch.Generator().manual_seed(1)
-    for _ in range(2):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + 60
-        while not list(out.glob("generator/step-*")) and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-        time.sleep(0.3 * float(torch.rand((), generator=draw)))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    assert same(weights(whole.out), weights(out))
+def test_a_run_killed_twenty_times_ends_with_the_same_weights(config, tmp_path):
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "tiny.yaml"), str(tmp_path), "20"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert found.returncode == 0, found.stderr[-2000:]
+    killed, readable = map(int, found.stdout.split()[-2:])
+    assert killed == 20 and readable >= 20
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+    assert same(*(load_file(tmp_path / name / "encoder" / ENCODER) for name in ("whole", "killed")))
+    names = [{path.name for path in (tmp_path / name / "generator").iterdir()} for name in ("whole", "killed")]
+    assert names[0] == names[1]  # what torn writes left is gone
+
+
+ENCODER = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_error_and_the_same_command_continues_once_there_is_room(config, tmp_path):
+    disk, path = tmp_path / "disk", tmp_path / "tiny.yaml"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)], capture_output=True).returncode:
+        pytest.skip("this user may not mount a small disk")
+    command = [sys.executable, "-m", "flowspace.cli", "train", str(path), f"out={disk / 'run'}"]
+    try:
+        first = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert first.returncode == 1 and "Traceback" not in first.stderr
+        assert [line for line in first.stderr.splitlines() if line.startswith("flowspace: ")] == [
+            line for line in first.stderr.splitlines() if "No space left" in line
+        ]
+        for file in disk.glob("run/*/step-*.safetensors"):
+            load_file(file)
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        assert subprocess.run(command, capture_output=True, timeout=120).returncode == 0
+        Run(config).train()
+        assert same(weights(config.out), weights(disk / "run"))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.mark.slow
@@ -216,6 +292,10 @@ def test_a_misspelt_key_is_named_with_its_neighbour(config, tmp_path):
         load(tmp_path / "tiny.yaml", ["training.bach=3"])
     with pytest.raises(InputError, match=r"training\.batch = -3 came"):
         load(tmp_path / "tiny.yaml", ["training.batch=-3"])
+    with pytest.raises(InputError, match=r"training\.emas = \[\] came"):
+        load(tmp_path / "tiny.yaml", ["training.emas=[]"])
+    with pytest.raises(InputError, match=r"latent\.levels\.0 = 0 came"):
+        load(tmp_path / "tiny.yaml", ["latent.levels=[0]"])
     with pytest.raises(RunError, match="cannot be read"):
         load(tmp_path / "none.yaml")
 
@@ -230,12 +310,35 @@ def test_a_misspelt_key_is_named_with_its_neighbour(config, tmp_path):
         ({"generator": {"preset": "crossflow-z"}}, InputError, "crossflow-b"),
         ({"training": {"batch": 9, "accumulate": 2}}, RunError, "multiple of 2"),
         ({"training": {"processes": 2}}, RunError, "torchrun"),
+        ({"adversarial": AdversarialConfig("resnet18", "/nowhere", size=None)}, RunError, "/nowhere cannot be read"),
+        ({"perceptual": (PerceptualConfig("resnet18", "/nowhere"),)}, RunError, "/nowhere cannot be read"),
+        ({"evaluation": {"extractor": "resnet18", "weights": "/nowhere"}}, RunError, "/nowhere cannot be read"),
+        ({"latent": LatentConfig(training=TrainingConfig(batch=9, accumulate=2, cpu=True))}, RunError, "multiple of 2"),
     ],
 )
 def test_what_does_not_fit_is_one_error_before_any_step(config, parts, error, words):
     with pytest.raises(error, match=words):
         Run(change(config, **parts)).train()
-    assert not list(config.out.glob("generator/*"))
+    assert not list(config.out.rglob("log.jsonl"))
+
+
+def test_weights_that_only_judging_needs_are_asked_for_before_the_training(config, tmp_path, capsys):
+    assert main(["train", str(tmp_path / "tiny.yaml"), f"out={config.out}", "--evaluate"]) == 1
+    assert "Inception's weights" in capsys.readouterr().err
+    assert not list(config.out.rglob("log.jsonl"))
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_error_before_any_step(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"file/run cannot be written to \(Not a directory\); write out=FOLDER"):
+        Run(dataclasses.replace(config, out=tmp_path / "file" / "run")).train()
+    if os.getuid():
+        config.out.mkdir()
+        config.out.chmod(0o500)
+    else:  # root may write anywhere but where nobody may
+        config = dataclasses.replace(config, out=Path("/proc/run"))
+    with pytest.raises(RunError, match=r"run cannot be written to"):
+        Run(config).train()
 
 
 def test_a_run_that_was_moved_or_logs_otherwise_goes_on(config, tmp_path):
@@ -249,8 +352,10 @@ def test_a_run_that_was_moved_or_logs_otherwise_goes_on(config, tmp_path):
 
 def test_a_checkpoint_of_another_config_is_refused(config):
     Run(config).train()
+    kept = (config.out / "config.json").read_bytes()
     with pytest.raises(RunError, match="other settings"):
         Run(change(config, objective={"equal": 0.25})).train()
+    assert (config.out / "config.json").read_bytes() == kept
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

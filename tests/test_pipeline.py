@@ -1,7 +1,12 @@
 """The pipeline and the decoder: one evaluation, the same after saving and loading elsewhere, at home in diffusers."""
 
+import base64
+import json
+import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -148,3 +153,85 @@ def test_it_is_the_vae_of_diffusers_dit_pipeline():
         class_labels=[0, 1], guidance_scale=1.0, generator=draw(), num_inference_steps=2, output_type="np"
     ).images
     assert images.shape == (2, 8, 8, 3)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers what the client of the hub asks while it uploads files, and keeps them."""
+
+    kept: dict[str, bytes] = {}  # noqa: RUF012
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        host = f"http://{self.headers['Host']}"
+        if self.path == "/api/repos/create":
+            answer = {"url": f"{host}/somebody/emoji"}
+        elif self.path.endswith("/preupload/main"):
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
+            ]
+            answer = {"files": files}
+        elif self.path.endswith("/commit/main"):
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.kept[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            answer = {"commitUrl": f"{host}/somebody/emoji/commit/{'0' * 40}", "commitOid": "0" * 40, "success": True}
+        else:
+            answer = {}
+        text = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *args):
+        pass
+
+
+PUSH = """
+import sys
+from flowspace.vision import CrossFlowPipeline
+pipeline = CrossFlowPipeline.from_pretrained(sys.argv[1])
+if sys.argv[2] == "push":
+    pipeline.push_to_hub("somebody/emoji", token="hf_none")
+else:
+    pipeline.save_pretrained(sys.argv[1] + "/again", push_to_hub=True, repo_id="somebody/emoji", token="hf_none")
+"""
+
+
+@pytest.mark.parametrize("how", ["push", "save"])
+def test_a_pushed_pipeline_is_uploaded_whole_with_its_own_card(tmp_path, how):
+    """By the hub's own client, to a hub of this machine."""
+    pipeline = CrossFlowPipeline(network())
+    pipeline.card = "---\nlibrary_name: diffusers\n---\n# Emoji, from PATH_OR_REPOSITORY\n"
+    pipeline.save_pretrained(tmp_path)
+    Hub.kept = {}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        here = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", PUSH, str(tmp_path), how],
+            env=os.environ | here,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    finally:
+        server.shutdown()
+        server.server_close()
+    weights = "generator/diffusion_pytorch_model.safetensors"
+    assert set(Hub.kept) == {"README.md", "model_index.json", "generator/config.json", weights}
+    assert Hub.kept["README.md"].decode().endswith("# Emoji, from somebody/emoji\n")
+    assert Hub.kept[weights] == (tmp_path / weights).read_bytes()
+
+
+def test_a_pipeline_without_a_card_is_saved_with_one_that_tells_its_sizes(tmp_path):
+    CrossFlowPipeline(network()).save_pretrained(tmp_path)
+    assert "2 blocks of width 32, 5 classes" in (tmp_path / "README.md").read_text()
+    assert CrossFlowPipeline.from_pretrained(tmp_path).card == (tmp_path / "README.md").read_text()

@@ -144,6 +144,18 @@ def test_only_unreadable_checkpoints_are_an_error(tmp_path):
         Checkpoints(tmp_path, {}).latest()
 
 
+def test_what_a_killed_write_left_is_removed_by_the_next_one(tmp_path):
+    checkpoints = Checkpoints(tmp_path, {})
+    checkpoints.save(1, {"a": torch.ones(2)})
+    for name in (".tmpAbCdEf", "step-00000002.partial"):
+        (tmp_path / name).write_bytes(b"torn")
+    checkpoints.save(3, {"a": torch.ones(2)})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step-00000001.safetensors",
+        "step-00000003.safetensors",
+    ]
+
+
 def test_an_interrupted_write_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path, {})
     checkpoints.save(1, {"a": torch.ones(3)})

@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from flowspace.errors import InputError, RunError
+from flowspace.schedules import TIME_FLOOR
 
 __all__ = ["Config", "load"]
 
@@ -23,6 +24,8 @@ Number = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Level = Annotated[float, Field(ge=TIME_FLOOR, le=1)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -157,7 +160,7 @@ class TrainingConfig:
     weight_decay: Weight = 1e-6
     warmup_epochs: Weight = 5
     final_rate: Positive = 1.0
-    emas: tuple[float, ...] = (0.9999, 0.9995, 0.999)
+    emas: Annotated[tuple[Decay, ...], Field(min_length=1)] = (0.9999, 0.9995, 0.999)
     clip: Positive = 1.0
     bfloat16: bool = True
     sharded: bool = False
@@ -201,7 +204,7 @@ class LatentConfig:
     depth: Count = 12
     width: Count = 768
     heads: Count = 12
-    levels: tuple[float, ...] = (0.05, 0.1, 0.2)
+    levels: tuple[Level, ...] = (0.05, 0.1, 0.2)
     rescale: bool = True
     evaluations: Count = 50
     samples: Count = 5000

@@ -20,6 +20,9 @@ from flowspace.training.place import alike
 
 __all__ = ["Checkpoints", "flatten_optimizer", "restore_optimizer"]
 
+LEFT_OVER = (".tmp*", "*.partial")
+"""What a write that was killed leaves beside the checkpoints: the temporary file of safetensors, and ours."""
+
 
 @dataclass(frozen=True)
 class Checkpoints:
@@ -41,7 +44,12 @@ class Checkpoints:
         return hashlib.sha256(json.dumps(self.settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def save(self, step: int, tensors: Mapping[str, Tensor]) -> Path:
-        """Write one checkpoint beside and rename it, so that an interrupted write leaves the earlier ones."""
+        """Write one checkpoint beside and rename it, so that an interrupted write leaves the earlier ones.
+
+        What interrupted writes left is removed; nobody else writes into the folder.
+        """
+        for torn in [path for pattern in LEFT_OVER for path in self.folder.glob(pattern)]:
+            torn.unlink()
         path = self._write(self.folder / f"step-{step:08d}.safetensors", step, tensors, {})
         for old in self._paths()[: -self.keep]:
             old.unlink()

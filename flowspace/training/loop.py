@@ -182,6 +182,7 @@ def train(
     place: Place | None = None,
     watch: Watch | None = None,
     trackers: Sequence[Tracker] = (),
+    begun: Callable[[int], None] | None = None,
 ) -> nn.Module:
     """Train a network in place and return its averaged copy, in eval mode.
 
@@ -198,6 +199,7 @@ def train(
         place: the processes that share the batch; by default this one alone.
         watch: looks at the averaged network now and then.
         trackers: told every number of the log.
+        begun: told the first step, once what the folder holds is accepted as this run's.
 
     Raises:
         RunError: if too many losses are not finite, the folder holds a run with other settings, or the batch cannot be
@@ -210,6 +212,8 @@ def train(
     run = _Run(name, network, loss, settings, make, place or OneProcess(), folder, plan)
     run.journal = Journal(folder if run.place.rank == 0 else None, trackers if run.place.rank == 0 else ())
     start = run.resume()
+    if begun:
+        begun(start)
     with _stopped_by(signal.SIGTERM) as stopping:
         for step in run.steps(start, batches, watch):
             if run.stopped(bool(stopping)):
@@ -257,7 +261,7 @@ class _Run:
         ahead = Ahead(batches, s.seed, ranges)
         stream = iter(ahead)
         off = self.place.rank > 0
-        began, waited = time.perf_counter(), 0.0
+        began, waited, since = time.perf_counter(), 0.0, start
         with tqdm(
             range(start, s.steps), self.name, s.steps, initial=start, unit="step", mininterval=0.5, disable=off
         ) as bar:
@@ -267,7 +271,9 @@ class _Run:
                 record = self.step(step, stream, logged)
                 if logged:
                     seconds, began = time.perf_counter() - began, time.perf_counter()
+                    each, since = seconds / (step + 1 - since), step + 1
                     speed = {"seconds": seconds, "waited": ahead.waited - waited}
+                    speed |= {"rows_a_second": s.batch / each, "seconds_left": each * (s.steps - step - 1)}
                     waited = ahead.waited
                     bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
                     self.journal.write({"name": self.name, "step": step, **record, **speed})

@@ -5,7 +5,10 @@ from typing import Any
 
 from flowspace.vision.generator import CrossFlowGenerator
 
-__all__ = ["model_card"]
+__all__ = ["PLACE", "model_card"]
+
+PLACE = "PATH_OR_REPOSITORY"
+"""Stands in a card for where the pipeline is."""
 
 TEXT = """---
 library_name: diffusers
@@ -22,7 +25,7 @@ A cross-space flow map (CrossFlow, arXiv 2606.19970): from a noisy latent of {ch
 import torch
 from flowspace.vision import CrossFlowPipeline
 
-pipeline = CrossFlowPipeline.from_pretrained("PATH_OR_REPOSITORY")
+pipeline = CrossFlowPipeline.from_pretrained("{place}")
 image = pipeline({call}, generator=torch.Generator().manual_seed(0)).images[0]
 ```
 
@@ -69,6 +72,7 @@ def model_card(
     )
     return TEXT.format(
         name=name,
+        place=PLACE,
         channels=c["channels"],
         grid=c["grid"],
         side=c["grid"] * c["patch"],

@@ -7,6 +7,7 @@ that needs it (`SharedPrimal`). GPU-hours assume a utilisation that is stated wi
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -71,6 +72,7 @@ class Cost:
         matrices: how many of the parameters Muon trains; the rest is AdamW's.
         epochs: of its training.
         beside: the encoder and the image losses.
+        apart: other trainings of the same run, such as stage 1; their ``step`` is of the whole training.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Cost:
     matrices: int
     epochs: float = 160
     beside: tuple[Share, ...] = ()
+    apart: tuple[Share, ...] = ()
 
     @property
     def step(self) -> float:
@@ -107,9 +110,11 @@ class Cost:
 
     def hours(self, peak: float = 989e12, utilisation: float = 0.4, images: int = IMAGENET) -> float:
         """Return GPU-hours of the whole training; peak in FLOP/s, the default an H100's in bfloat16."""
-        return self.epochs * images * self.whole / (peak * utilisation) / 3600
+        total = self.epochs * images * self.whole + sum(share.step for share in self.apart)
+        return total / (peak * utilisation) / 3600
 
 
+@cache
 def generator_cost(preset: str | None, equal: float = 0.5, **changes: Any) -> Cost:
     """Count one of the presets, or, for None, a generator of the sizes in ``changes``.
 
@@ -162,15 +167,45 @@ class Rival:
     decoder: Callable[[], tuple[int, float]] | None = None
 
 
-def _dit() -> tuple[int, float]:
+def _transformer(channels: int, side: int, patch: int, layers: int, head: int, outputs: int) -> tuple[int, float]:
+    """Count diffusers' DiT of 16 heads."""
+
     def build() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
         from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
         network = DiTTransformer2DModel(
-            num_attention_heads=16, attention_head_dim=72, in_channels=4, out_channels=8, num_layers=28, sample_size=32
+            num_attention_heads=16,
+            attention_head_dim=head,
+            in_channels=channels,
+            out_channels=outputs,
+            num_layers=layers,
+            sample_size=side,
+            patch_size=patch,
         )
         index = torch.zeros(1, dtype=torch.long)
-        return network, (torch.zeros(1, 4, 32, 32),), {"timestep": index, "class_labels": index}
+        return network, (torch.zeros(1, channels, side, side),), {"timestep": index, "class_labels": index}
+
+    return counted(build)
+
+
+def _dit() -> tuple[int, float]:
+    return _transformer(4, 32, 2, 28, 72, 8)
+
+
+def _dit_dh() -> tuple[int, float]:
+    """RAE's DiTDH-XL: DiT-XL on 768 channels of 16 x 16, and a head of 2 blocks of width 2,048."""
+    body, head = _transformer(768, 16, 1, 28, 72, 768), _transformer(768, 16, 1, 2, 128, 768)
+    return body[0] + head[0], body[1] + head[1]
+
+
+def _rae_decoder() -> tuple[int, float]:
+    """RAE's ViT-XL decoder of 28 blocks of width 1,152."""
+
+    def build() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+        from diffusers.models.autoencoders.autoencoder_rae import RAEDecoder
+
+        network = RAEDecoder(768, 1152, 28, 16, 4096, num_patches=256)
+        return network, (torch.zeros(1, 256, 768),), {}
 
     return counted(build)
 
@@ -206,6 +241,7 @@ def _pixel_transformer(width: int, depth: int, heads: int) -> Callable[[], tuple
 RIVALS = (
     Rival("DiT-XL/2, 250 steps with guidance + SD-VAE decoder", 2.27, "arXiv 2212.09748", _dit, 500, _sd_decoder),
     Rival("MeanFlow-XL/2 + SD-VAE decoder", 3.43, "arXiv 2505.13447", _dit, 1, _sd_decoder),
+    Rival("MF-RAE, DiTDH-XL + RAE's ViT-XL decoder", 2.03, "arXiv 2511.13019", _dit_dh, 1, _rae_decoder),
     Rival("pixel MeanFlow-B/16", 3.12, "its paper", _pixel_transformer(768, 16, 12)),
     Rival("pixel MeanFlow-L/16", 2.52, "its paper", _pixel_transformer(1024, 32, 16)),
     Rival("pixel MeanFlow-H/16", 2.22, "its paper", _pixel_transformer(1280, 48, 16)),
@@ -260,13 +296,14 @@ def report(cost: Cost, batch: int = 32, devices: int = 8) -> tuple[list[tuple[st
         ("one image, generator's step", f"{cost.step / GIGA:.1f} GFLOPs, {cost.equal:.0%} of the rows on s = t"),
         *((f"one image, {share.name}", f"{share.step / GIGA:.1f} GFLOPs, {_frozen(share)}") for share in cost.beside),
         ("one image, whole step", f"{cost.whole / GIGA:.1f} GFLOPs{left_out}"),
+        *((f"{share.name}, whole training", f"{share.step:.2g} FLOPs") for share in cost.apart),
         (f"memory, DDP, {batch} images a device", f"{cost.memory(batch) / gib:.1f} GiB"),
         (
             f"memory, FSDP2 over {devices}, {batch} images a device",
             f"{cost.memory(batch, devices, True) / gib:.1f} GiB",
         ),
         (
-            f"{cost.epochs:g} epochs of ImageNet",
+            f"{cost.epochs:g} epochs of ImageNet" + "".join(f", {share.name}" for share in cost.apart),
             f"{cost.hours():,.0f} H100-hours at 40 % of 989 TFLOP/s{left_out}; not run here",
         ),
     ]

@@ -4,6 +4,7 @@
 it (scaling, patches, normalisation, the range of its input) is done here, so that every latent looks alike to the generator.
 """
 
+import importlib.util
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ SOURCES = {
     "sd3-vae": Source("stabilityai/stable-diffusion-3-medium-diffusers", subfolder="vae"),
     "flux2": Source("black-forest-labs/FLUX.2-dev", subfolder="vae"),
     "rae-dinov2": Source("nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08"),
+    "rae-siglip2": Source("nyu-visionx/RAE-siglip2-base-p16-i256-ViTXL-n08"),
+    "rae-mae": Source("nyu-visionx/RAE-mae-base-p16-ViTXL-n08"),
     "dc-ae": Source("mit-han-lab/dc-ae-f32c32-in-1.0-diffusers"),
 }
 """Published autoencoders by name. SD-VAE has 4 latent channels; the paper's row of 16 is SD3's."""
@@ -185,7 +188,8 @@ def _own_statistics(autoencoder: nn.Module) -> tuple[Tensor, Tensor] | None:
         norm: Any = autoencoder.bn
         return norm.running_mean, (norm.running_var + config.batch_norm_eps).sqrt()
     if _kind(autoencoder) == "AutoencoderRAE":
-        return torch.zeros(1), torch.ones(1)  # its encode() normalises
+        normalised = autoencoder._latents_mean.numel() > 1  # type: ignore[union-attr, operator]
+        return (torch.zeros(1), torch.ones(1)) if normalised else None  # its encode() normalises, where it knows how
     mean, std = (config.get(name) for name in ("latents_mean", "latents_std"))
     if mean is not None and std is not None:
         return torch.tensor(mean), torch.tensor(std)
@@ -230,7 +234,10 @@ def load_encoder(
     else:
         raise RunError(f"{name_or_path} is neither a folder, a file nor one of {', '.join(SOURCES)}")
     mean, std = statistics or (None, None)
-    return LatentEncoder(autoencoder.to(dtype), mean, std, sample, pack)
+    cast = (
+        autoencoder if _dtype(autoencoder) == dtype else autoencoder.to(dtype)
+    )  # diffusers warns of a cast, even of none
+    return LatentEncoder(cast, mean, std, sample, pack)
 
 
 def _find(name: str, weights: Path | None) -> Path:
@@ -271,9 +278,22 @@ def _from_folder(path: Path) -> nn.Module:
 
     try:
         name = json.loads((path / "config.json").read_text())["_class_name"]
+        check_installed(name)
         return getattr(diffusers, name).from_pretrained(path, local_files_only=True)
     except (OSError, KeyError, ValueError, AttributeError) as error:
         raise RunError(f"{path} holds no autoencoder that diffusers can load: {error}") from error
+
+
+def check_installed(kind: str) -> None:
+    """See that what an autoencoder of diffusers is made of is installed.
+
+    Raises:
+        RunError: if it is not.
+    """
+    if kind == "AutoencoderRAE" and importlib.util.find_spec("transformers") is None:
+        raise RunError(
+            "RAE's encoders are those of transformers, which is missing; write: pip install 'flowspace[rae]'"
+        )
 
 
 def _tensors(path: Path) -> Mapping[str, Tensor]:

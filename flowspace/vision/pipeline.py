@@ -1,6 +1,9 @@
 """What one ships: a pipeline from labels to images in one evaluation, and the generator as a decoder of noisy latents."""
 
+import os
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,22 +19,27 @@ from flowspace.flow_map import FlowMap
 from flowspace.guidance import Guidance
 from flowspace.schedules import TIME_FLOOR, Schedule
 from flowspace.statistics import MatchedStatistic
+from flowspace.vision.card import PLACE, model_card
 from flowspace.vision.generator import CrossFlowGenerator
 
 __all__ = ["CrossFlowDecoder", "CrossFlowPipeline"]
 
 OUTPUTS = ("pil", "np", "pt")
+UPLOAD = ("commit_message", "private", "token", "create_pr")
 
 
 class CrossFlowPipeline(DiffusionPipeline):
     """Images of classes from noise, in one evaluation of a trained generator of the matched statistic.
 
-    ``save_pretrained`` and ``from_pretrained`` are diffusers'; the schedule is kept with the pipeline as formulas.
+    Saved and loaded as diffusers does; the schedule is kept with the pipeline as formulas, and its model card as ``README.md``.
 
     Args:
         generator: the trained network.
         alpha: the schedule that it was trained with, a formula in t.
         beta: likewise.
+
+    Attributes:
+        card: the model card; None, until one is given or loaded, for one that tells the sizes alone.
     """
 
     model_cpu_offload_seq = "generator"
@@ -41,6 +49,64 @@ class CrossFlowPipeline(DiffusionPipeline):
         self.register_modules(generator=generator)
         self.register_to_config(alpha=alpha, beta=beta)
         self.schedule = Schedule(alpha, beta)
+        self.card: str | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> "CrossFlowPipeline":
+        """Load a pipeline as diffusers does, from a folder or the hub, with the card of the folder."""
+        found = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        card = Path(pretrained_model_name_or_path) / "README.md"
+        found.card = card.read_text() if card.is_file() else None
+        return found
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Save the pipeline and its card.
+
+        Args:
+            save_directory: the folder.
+            push_to_hub: also upload it, to ``repo_id`` or to the folder's name.
+            kwargs: those of diffusers' method and of `push_to_hub`.
+        """
+        upload = {name: kwargs.pop(name) for name in UPLOAD if name in kwargs}
+        repository = kwargs.pop("repo_id", Path(save_directory).name)
+        super().save_pretrained(save_directory, **kwargs)
+        config = self.config
+        card = self.card or model_card("CrossFlow", self.generator, config["alpha"], config["beta"])
+        (Path(save_directory) / "README.md").write_text(card)
+        if push_to_hub:
+            self.push_to_hub(repository, **upload)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        **kwargs: Any,
+    ) -> str:
+        """Upload the pipeline and its card; diffusers' own method would put an empty card in its place.
+
+        Args:
+            repo_id: of the repository, made if it is not there.
+            commit_message: of the upload.
+            private: whether the repository is; by default as the owner's are.
+            token: of the hub; by default the one that is stored.
+            create_pr: ask to merge it rather than commit.
+            kwargs: those of `save_pretrained`.
+        """
+        from huggingface_hub import create_repo
+
+        repo_id = str(create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **kwargs)
+            card = Path(folder) / "README.md"
+            card.write_text(card.read_text().replace(PLACE, repo_id))
+            return str(self._upload_folder(folder, repo_id, token, commit_message, create_pr))
 
     @torch.no_grad()
     def __call__(

@@ -81,6 +81,11 @@ class DecoderRun:
             time_tokens=g.time_tokens,
         )
 
+    def check(self) -> None:
+        """See that the latent generator can be built, before the run is trained."""
+        with torch.device("meta"):
+            self.network()
+
     def sample(self, network: nn.Module, noise: Tensor, labels: Tensor) -> Tensor:
         """Return latents by the ODE: two evaluations a step of Heun's rule."""
         velocity = FlowMap(network, self.objective.schedule, self.objective.outputs).velocity

@@ -180,13 +180,13 @@ class Parts:
             found[p.network] = Perceptual(loss, p.weight, p.literal)
         return found
 
-    def opposed(self, make: Make, a: AdversarialConfig) -> Adversarial:
-        """Return a step with a discriminator against it."""
+    def opponent(self, a: AdversarialConfig) -> Callable[[Make], Adversarial]:
+        """Build a discriminator; returns what sets it against a step."""
         features = TimmFeatures(a.network, weights=weights_of(a.weights), size=a.size, layers=a.layers)
         torch.manual_seed(self.config.training.seed + 1)
         discriminator = Discriminator(features, a.channels, a.width, a.kernel).to(self.place.device)
         loss = AdversarialLoss(self.schedule, a.power, a.augmented, a.penalty, a.r1)
-        return Adversarial(make, loss, discriminator, a.weight, a.start, a.learning_rate, a.adaptive)
+        return lambda make: Adversarial(make, loss, discriminator, a.weight, a.start, a.learning_rate, a.adaptive)
 
     def context(self, *names: str) -> dict[str, Any]:
         """Return the sections of the config that weights depend on."""

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -76,12 +77,16 @@ class Run:
         return self.parts.objective(self.encoder.encode if self.config.objective.estimated else None)
 
     def step(self) -> Any:
-        """Return what a training step is: the flow step, with an opponent where there is a discriminator."""
+        """Return what a training step is: the flow step, with an opponent where there is a discriminator.
+
+        The networks of the losses are built first, since the encoder may have to be trained.
+        """
         c, parts = self.config, self.parts
+        perceptual = parts.perceptual(c.perceptual)
+        opposed = parts.opponent(c.adversarial) if c.adversarial else None
         encoded = None if parts.cached else self.encoder.encode
-        drop = c.objective.drop_labels
-        flow = FlowStep(self.objective, encoded, parts.perceptual(c.perceptual), drop, parts.classes)
-        return parts.opposed(flow, c.adversarial) if c.adversarial else flow.loss
+        flow = FlowStep(self.objective, encoded, perceptual, c.objective.drop_labels, parts.classes)
+        return opposed(flow) if opposed else flow.loss
 
     def encode(self) -> Path:
         """Encode all pictures once, shared by the processes; returns the folder of the latents."""
@@ -95,11 +100,13 @@ class Run:
     def train(self) -> CrossFlowGenerator:
         """Train what is left to train; returns the averaged generator and leaves ``pipeline/``."""
         c = self.config
+        self.check()
         if self.parts.place.rank == 0:
-            write_beside(c.out / "config.json", TypeAdapter(Config).dump_json(c, indent=2).decode())
             print(self.parts.images.report())
         network, step = self.parts.generator(), self.step()
-        self._check_fit()
+        if not c.encoder.stage_one:
+            images = self.parts.images[0][0][None].to(self.parts.place.device)
+            self._check_fit(tuple(self.encoder.encode(images).shape[1:]))
         averaged: Any = train(
             "generator",
             network,
@@ -112,6 +119,7 @@ class Run:
             self.parts.place,
             Look(self.parts, c.training.look_every),
             self.parts.trackers(c.training, c.out),
+            self._keep_config,
         )
         if self.parts.place.rank == 0:
             self._ship(averaged)
@@ -119,24 +127,49 @@ class Run:
         self.parts.place.wait()
         return averaged
 
-    def _check_fit(self) -> None:
-        """See that the encoder, the generator and the pictures fit, before any step is paid for."""
-        images = self.parts.images[0][0][None].to(self.parts.place.device)
-        latents = self.encoder.encode(images)
-        g = self.config.generator
-        if tuple(latents.shape[1:]) != (g.channels, g.grid, g.grid) or g.grid * g.patch != self.config.data.size:
+    def _keep_config(self, start: int) -> None:
+        if self.parts.place.rank == 0:
+            text = TypeAdapter(Config).dump_json(self.config, indent=2).decode()
+            write_beside(self.config.out / "config.json", text)
+
+    def check(self, judged: bool = False) -> None:
+        """See that the run can be made, before any step of stage 1 or of the generator is paid for.
+
+        Args:
+            judged: whether `evaluate` will follow.
+
+        Raises:
+            InputError: if the sizes of encoder, generator and pictures do not fit.
+            RunError: if pictures or weights are missing, the folder cannot be written to, or the batch cannot be shared.
+        """
+        c, parts = self.config, self.parts
+        _check_folder(c.out)
+        parts.generator()
+        for t in (c.training, *((c.latent.training,) if c.latent else ())):
+            parts.place.range(t.batch, t.accumulate)
+        if c.encoder.stage_one:
+            stage, pack = c.encoder.stage_one, c.encoder.pack or 1
+            side = c.data.size // 2 ** (len(stage.widths) - 1) // pack
+            self._check_fit((stage.channels * pack**2, side, side))
+        if judged or c.evaluation.extractor != "inception":
+            parts.extractor()
+
+    def _check_fit(self, latent: tuple[int, ...]) -> None:
+        """See that latents of this shape, the generator and the pictures fit."""
+        g, size = self.config.generator, self.config.data.size
+        if latent != (g.channels, g.grid, g.grid) or g.grid * g.patch != size:
             raise InputError(
-                f"the encoder makes latents of {tuple(latents.shape[1:])} of images of {self.config.data.size}; write "
-                f"generator.channels={latents.shape[1]} generator.grid={latents.shape[2]} generator.patch="
-                f"{self.config.data.size // latents.shape[2]}"
+                f"the encoder makes latents of {latent} of images of {size}; write generator.channels={latent[0]} "
+                f"generator.grid={latent[1]} generator.patch={size // latent[1]}"
             )
 
     def _ship(self, averaged: CrossFlowGenerator) -> None:
         o, folder = self.config.objective, self.config.out / "pipeline"
         partial = folder.with_name("pipeline.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        CrossFlowPipeline(averaged, o.alpha, o.beta).save_pretrained(partial)
-        write_beside(partial / "README.md", self.card(averaged))
+        pipeline = CrossFlowPipeline(averaged, o.alpha, o.beta)
+        pipeline.card = self.card(averaged)
+        pipeline.save_pretrained(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.replace(folder)
 
@@ -203,6 +236,16 @@ class Run:
         there = load_file(out)["images"]
         out.unlink()
         return torch.equal(here.images, there)  # type: ignore[union-attr]
+
+
+def _check_folder(folder: Path) -> None:
+    """See that a folder can be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written to ({error.strerror}); write out=FOLDER, another one") from None
 
 
 def digest(network: nn.Module) -> str:

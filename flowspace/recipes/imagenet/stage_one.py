@@ -75,7 +75,7 @@ def _train(parts: Parts, stage: StageOneConfig, folder: Path) -> None:
         "autoencoder",
         Autoencoding(autoencoder),
         parts.batches,
-        parts.opposed(step, stage.adversarial) if stage.adversarial else step.loss,
+        parts.opponent(stage.adversarial)(step) if stage.adversarial else step.loss,
         settings,
         folder / "training",
         parts.context("data", "encoder", "perceptual"),
