@@ -1,12 +1,13 @@
 """The main job: real handwritten digits, from a noisy latent to pixels in one evaluation.
 
 Stage 1 trains an autoencoder and keeps the encoder, frozen. Stage 2 trains a small ViT from noisy latents to pixels with
-`CrossFlowLoss`, class-conditional, with a perceptual term. Samples are judged by a classifier that shares no weights, seed,
+`CrossFlowLoss`, class-conditional, with a perceptual term. Samples are judged by classifiers that share no weights, seed,
 architecture or training images with the perceptual one; test images are seen by nothing else.
 """
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class Settings:
         perceptual: weight of the perceptual term.
         generator: how the ViT is trained; every baseline is trained the same.
         autoencoder: how stage 1 is trained.
-        classifier: how the judge and the perceptual network are trained.
+        classifier: how the judges and the perceptual network are trained.
     """
 
     dataset: str = "digits"
@@ -69,7 +70,7 @@ SETTINGS = {
 class Data:
     """Images in [-1, 1], ``(N, 1, H, H)``, and labels, split so that nothing is judged by what it was trained on.
 
-    Training images are all for the autoencoder and the generator; half of them train the judge, the other half the
+    Training images are all for the autoencoder and the generator; half of them train the judges, the other half the
     perceptual classifier.
     """
 
@@ -285,13 +286,16 @@ def methods() -> dict[str, Method]:
 DRAWS = 4
 """How many sets of samples a method is judged by, each as large as the set of real images it is compared with."""
 
+JUDGES = 3
+"""How many classifiers judge, whose scores are averaged: a Frechet distance in the features of one depends on its seed."""
+
 SHOWN = 8
 DECODER_ON_NOISE = "decoder on noise"
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The judge's verdict on one set of images."""
+    """The judges' verdict on one set of images."""
 
     accuracy: float
     diversity: float
@@ -301,32 +305,39 @@ class Scores:
 
 @dataclass(frozen=True)
 class Judge:
-    """An independent classifier and the real test images that it compares with."""
+    """Independent classifiers and the real test images that they compare with."""
 
-    network: JudgeClassifier
+    networks: tuple[JudgeClassifier, ...]
     data: Data
 
-    @torch.no_grad()
     def score(self, images: Tensor, labels: Tensor, milliseconds: float = 0.0) -> Scores:
         """Return accuracy on the labels, diversity and Frechet distance to the real test images."""
         d = self.data
-        test = self.network.features(d.test_images)
-        sets = self.network.features(images).split(len(d.half(0)[0]))
         return Scores(
-            accuracy(self.network, images, labels),
+            self._mean(lambda network: accuracy(network, images, labels)),
             diversity(images, labels, d.test_images, d.test_labels),
-            sum(frechet_distance(features, test) for features in sets) / len(sets),
+            self._mean(lambda network: self._frechet(network, images)),
             milliseconds,
         )
 
     def real(self) -> Scores:
-        """Return the same for real images: accuracy on the test images, the rest of the half that the judge has not seen.
+        """Return the same for real images: accuracy on the test images, the rest of the half that no judge has seen.
 
         A Frechet distance falls with the number of samples and is larger for images that the judge was trained on, so every
         set that is compared with the test images has the size of that half.
         """
-        floor = self.score(*self.data.half(0))
-        return replace(floor, accuracy=accuracy(self.network, self.data.test_images, self.data.test_labels))
+        d = self.data
+        right = self._mean(lambda network: accuracy(network, d.test_images, d.test_labels))
+        return replace(self.score(*d.half(0)), accuracy=right)
+
+    def _mean(self, measure: Callable[[JudgeClassifier], float]) -> float:
+        return sum(map(measure, self.networks)) / len(self.networks)
+
+    @torch.no_grad()
+    def _frechet(self, network: JudgeClassifier, images: Tensor) -> float:
+        test = network.features(self.data.test_images)
+        sets = network.features(images).split(len(self.data.half(0)[0]))
+        return sum(frechet_distance(features, test) for features in sets) / len(sets)
 
 
 def seeded(settings: Settings, seed: int) -> Settings:
@@ -340,22 +351,20 @@ def seeded(settings: Settings, seed: int) -> Settings:
 
 
 def prepare(data: Data, settings: Settings, folder: Path) -> tuple[World, Judge]:
-    """Train what every method shares: the autoencoder, the perceptual classifier, the judge."""
+    """Train what every method shares: the autoencoder, the perceptual classifier, the judges."""
     autoencoder = train_autoencoder(data, settings, folder / "autoencoder")
     autoencoder.requires_grad_(False)
-    plan = settings.classifier
-    torch.manual_seed(plan.seed)
-    features: Any = train_classifier(
-        "features", FeatureClassifier(data.side), data.half(0), plan, folder / "features", settings.dataset
-    )
-    judging = replace(plan, seed=plan.seed + 100)
-    torch.manual_seed(judging.seed)
-    judge: Any = train_classifier(
-        "judge", JudgeClassifier(data.side), data.half(1), judging, folder / "judge", settings.dataset
-    )
+
+    def classifier(name: str, kind: type[nn.Module], half: int, seed: int) -> Any:
+        plan = replace(settings.classifier, seed=settings.classifier.seed + seed)
+        torch.manual_seed(plan.seed)
+        return train_classifier(name, kind(data.side), data.half(half), plan, folder / name, settings.dataset)
+
+    features = classifier("features", FeatureClassifier, 0, 0)
+    judges = tuple(classifier(f"judge-{k}", JudgeClassifier, 1, 100 * k) for k in range(1, JUDGES + 1))
     with torch.no_grad():
         latents = autoencoder.encode(data.images)
-    return World(data, autoencoder, latents, Perceptual.of(features, data.images)), Judge(judge, data)
+    return World(data, autoencoder, latents, Perceptual.of(features, data.images)), Judge(judges, data)
 
 
 def draw(
@@ -455,9 +464,9 @@ def report(metrics: dict[str, Any], picture: bytes) -> str:
             f"A ViT of {size}, {steps} steps of {batch} rows, maps a noisy latent to pixels in one evaluation. "
             f"Means over {metrics['seeds']} seed(s).",
             (HEAD, rows(metrics)),
-            "Accuracy: how often an independent judge (it shares no weights, seed, architecture or training images with the "
-            "perceptual network) sees the class that was asked for; for real, on test images. Frechet distance: in the "
-            "judge's features, against real test images; for real, of images that the judge has not seen either. "
+            f"Accuracy: how often independent judges ({JUDGES} classifiers, averaged, that share no weights, seed, architecture "
+            "or training images with the perceptual network) see the class that was asked for; for real, on test images. Frechet "
+            "distance: in the judges' features, against real test images; for real, of images that no judge has seen either. "
             "Diversity: mean distance within a class over that of real test images.",
             picture,
             "One row a class. Real test images first; every other block is one-step samples of the first seed, not selected.",
