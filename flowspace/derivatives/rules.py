@@ -9,6 +9,7 @@ where the tangent is, ``x.untouched(dim)`` says that the function works along di
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -615,8 +616,8 @@ def _(
 
 # --- attention -------------------------------------------------------------------------------------------------------------
 
-BLOCK_ELEMENTS = 1 << 20
-"""Scores that the tangent of attention holds at once: a few MB, whatever the number of tokens."""
+BLOCK_ELEMENTS = 1 << 17
+"""Scores that the tangent of attention holds at once, so that they stay in the cache; or those of 64 queries."""
 
 
 @rule("scaled_dot_product_attention")
@@ -629,93 +630,74 @@ def _(
     rows, out = shared_rows(call.duals), call.out
     layout = call.duals[0].layout
     layout = layout and layout.on(out.ndim - call.duals[0].ndim + layout.axis)
-    scale = (
-        1 / math.sqrt(query.primal.shape[-1] if isinstance(query, Dual) else query.shape[-1])
-        if scale is None
-        else scale
-    )
-    parts = [rows(x) for x in (query, key, value)] + [_tangent(x) for x in (query, key, value)]
+    shape = layout.shape(out.shape) if layout else out.shape
+    parts = [rows(x) for x in (query, key, value, attn_mask)] + [_tangent(x) for x in (query, key, value, attn_mask)]
     if enable_gqa:
         times = parts[0].shape[-3] // parts[1].shape[-3]
-        parts = [x if x is None or i in (0, 3) else x.repeat_interleave(times, -3) for i, x in enumerate(parts)]
-    out = restrict(out.detach(), layout)
-    lead = out.shape[:-2]
-    parts = [None if x is None else _four_axes(x, lead) for x in parts]
-    masks = [None if x is None else _four_axes(x, lead) for x in (rows(attn_mask), _tangent(attn_mask))]
-    found = _attention_tangent(*parts, *masks, _four_axes(out, lead), causal=is_causal, scale=scale)  # pyright: ignore
-    return At(found.reshape(*lead, *found.shape[-2:]), layout)
+        parts = [x.repeat_interleave(times, -3) if i in (1, 2, 5, 6) and x is not None else x for i, x in enumerate(parts)]
+    scale = 1 / math.sqrt(parts[0].shape[-1]) if scale is None else scale
+    lead = (1, 1, *shape[:-2])[-max(2, len(shape) - 2) :]
+    parts = [None if x is None else _four_axes(x if x.dtype == torch.bool else x.to(out.dtype), lead) for x in parts]
+    return At(_attention_tangent(parts, is_causal, scale).reshape(shape), layout)
 
 
 def _four_axes(x: Tensor, lead: Sequence[int]) -> Tensor:
-    """Return a tensor of shape (rows, heads, tokens, any), its size-1 axes kept where that is possible without a copy."""
-    if len(lead) <= 2:
-        return x.reshape(*[1] * (4 - x.ndim), *x.shape) if len(lead) != 1 or x.ndim < 3 else x.unsqueeze(1)
-    return x.expand(*lead, *x.shape[-2:]).reshape(-1, lead[-1], *x.shape[-2:])
+    """Return a tensor of shape (rows, heads, tokens, any), expanded without a copy where no more than one axis is rows."""
+    x = x.reshape(*[1] * (len(lead) + 2 - x.ndim), *x.shape)
+    if max(x.shape[: len(lead) - 1]) > 1:
+        x = x.expand(*lead[:-1], *x.shape[-3:])
+    return x.reshape(-1, *x.shape[-3:]).expand(math.prod(lead[:-1]), lead[-1], -1, -1)
 
 
-def _part(x: Tensor | None, rows: slice, queries: slice | None = None) -> Tensor | None:
-    """Return a block of a tensor with four axes; an axis of size 1 stays."""
-    if x is None:
-        return None
-    x = x if len(x) == 1 else x[rows]
-    return x if queries is None or x.shape[2] == 1 else x[:, :, queries]
+def _slices(total: int, step: int) -> list[slice]:
+    return [slice(first, first + max(1, step)) for first in range(0, total, max(1, step))]
 
 
-def _attention_tangent(
-    q: Tensor, k: Tensor, v: Tensor, tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, mask: Tensor | None,
-    tmask: Tensor | None, out: Tensor, causal: bool, scale: float,
-) -> Tensor:  # fmt: skip
-    """Return the tangent of out = softmax(q k' scale + mask) v in blocks of queries.
+def _part(x: Tensor | None, *block: slice) -> Tensor | None:
+    """Return a block of a tensor with four axes, rows and heads as one axis; an axis of one query stays."""
+    return None if x is None else x[block if x.shape[2] > 1 else block[:2]].flatten(0, 1)
 
-    With P the attention and A = P * dS: A v - rowsum(A) out + P dv, where dS = (dq k' + q dk') scale + dmask.
-    """
-    batch, heads = (max(q.shape[i], k.shape[i]) for i in (0, 1))
-    count, keys = q.shape[2], k.shape[2]
-    queries = min(count, max(16, BLOCK_ELEMENTS // (heads * keys)))
-    step = max(1, BLOCK_ELEMENTS // (heads * queries * keys))
-    found = v.new_empty(batch, heads, count, v.shape[3])
-    for row in range(0, batch, step):
-        some = slice(row, row + step)
-        key, value, tkey, tvalue = (_part(x, some) for x in (k, v, tk, tv))
-        for first in range(0, count, queries):
-            block = slice(first, first + queries)
-            query, tquery, bias, tbias, o = (_part(x, some, block) for x in (q, tq, mask, tmask, out))
-            part = _block(query, key, value, tquery, tkey, tvalue, bias, tbias, o, causal, scale, first)  # type: ignore[arg-type]
-            if part.shape == found.shape:
-                return part
-            found[some, :, block] = part
+
+def _attention_tangent(parts: Sequence[Any], causal: bool, scale: float) -> Tensor:
+    """Return the tangent of softmax(q k' scale + mask) v in blocks of rows, heads and queries."""
+    q, k, v, mask, tq, tk, tv, tmask = parts
+    (rows, heads, count, _), keys = q.shape, k.shape[2]
+    queries = min(count, max(64, BLOCK_ELEMENTS // keys))
+    planes = BLOCK_ELEMENTS // (queries * keys)
+    found = v.new_empty(rows, count, heads, v.shape[3]).transpose(1, 2)
+    for some in itertools.product(_slices(rows, planes // heads), _slices(heads, planes)):
+        key, value, tkey, tvalue = (_part(x, *some) for x in (k, v, tk, tv))
+        for block in _slices(count, queries):
+            query, tquery, bias, tbias = (_part(x, *some, block) for x in (q, tq, mask, tmask))
+            part = _block((query, key, value, bias), (tquery, tkey, tvalue, tbias), causal, scale, block.start)
+            target = found[(*some, block)]
+            target.copy_(part.view(target.shape))
     return found
 
 
-def _block(
-    q: Tensor, k: Tensor, v: Tensor, tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, mask: Tensor | None,
-    tmask: Tensor | None, out: Tensor, causal: bool, scale: float, first: int,
-) -> Tensor:  # fmt: skip
-    q = q * scale
-    scores = q @ k.mT
+def _block(primals: Sequence[Any], tangents: Sequence[Any], causal: bool, scale: float, first: int) -> Tensor:
+    """Return dP v + P dv, with P the attention and dP = P * (dS - rowsum(P * dS)), dS = (dq k' + q dk') scale + dmask."""
+    (q, k, v, mask), (tq, tk, tv, tmask) = primals, tangents
+    scores = _add_product(None, q, k.mT, scale)
     if causal:
         scores.masked_fill_(torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1 + first), -math.inf)
     if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    p = torch.softmax(scores, -1) if mask is None else torch.ops.aten._safe_softmax(scores, -1)
-    if tq is None and tk is None and tmask is None:
-        return p @ tv  # type: ignore[operator]
-    moved = None if tq is None else (tq * scale) @ k.mT
-    if tk is not None:
-        moved = q @ tk.mT if moved is None else _add_product(moved, q, tk.mT)
-    a = (tmask if moved is None else moved if tmask is None else moved.add_(tmask)) * p  # type: ignore[operator]
-    found = a @ v
-    if tv is not None:
-        found = _add_product(found, p, tv)
-    return found.addcmul_(a.sum(-1, keepdim=True), out, value=-1)
+        scores = scores.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else scores.add_(mask)
+    p = (torch.softmax(scores, -1) if mask is None else torch.ops.aten._safe_softmax(scores, -1)).to(v.dtype)
+    found = None
+    if not (tq is tk is tmask is None):
+        moved = None if tq is None else _add_product(None, tq, k.mT, scale)
+        moved = moved if tk is None else _add_product(moved, q, tk.mT, scale)
+        moved = moved if tmask is None else tmask.expand_as(p) if moved is None else moved.add_(tmask)
+        found = _add_product(None, torch.ops.aten._softmax_backward_data(moved, p, -1, p.dtype), v)
+    return found if tv is None else _add_product(found, p, tv)  # type: ignore[return-value]
 
 
-def _add_product(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Add x y to a total of four axes, in place where the leading axes agree."""
-    if x.shape[:2] != y.shape[:2]:
-        return total.add_(x @ y)
-    total.flatten(0, 1).baddbmm_(x.flatten(0, 1), y.flatten(0, 1))
-    return total
+def _add_product(total: Tensor | None, x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
+    """Return total + scale x y, in the memory of the total."""
+    if total is None:
+        return x.new_empty(len(x), x.shape[1], y.shape[2]).baddbmm_(x, y, beta=0, alpha=scale)
+    return total.baddbmm_(x, y, alpha=scale)
 
 
 # --- functions that are written in others ------------------------------------------------------------------------------------
