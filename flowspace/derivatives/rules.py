@@ -540,6 +540,7 @@ def _(
         call.run(call.evaluate)
         return forward(call)
     x.untouched(*range(-len(shape), 0))
+    x.tangent = x.tangent.contiguous()  # kept, for what is added to it has this layout too
     tangent, rows = x.tangent, x.rows
     if torch.is_autocast_enabled(rows.device.type):
         call.run(call.evaluate)
@@ -549,9 +550,7 @@ def _(
         call.out, mean, scale = call.run(torch.native_layer_norm, x.primal, shape, weight, bias, eps)
         mean, scale = (restrict(value.detach(), x.layout) for value in (mean, scale))
     keep = [True, False, False]
-    found = torch.ops.aten.native_layer_norm_backward(tangent.contiguous(), rows, shape, mean, scale, None, None, keep)[
-        0
-    ]
+    found = torch.ops.aten.native_layer_norm_backward(tangent, rows, shape, mean, scale, None, None, keep)[0]
     return found if weight is None else found.mul_(weight)
 
 
@@ -638,7 +637,9 @@ def _(
     scale = 1 / math.sqrt(parts[0].shape[-1]) if scale is None else scale
     lead = (1, 1, *shape[:-2])[-max(2, len(shape) - 2) :]
     parts = [None if x is None else _four_axes(x if x.dtype == torch.bool else x.to(out.dtype), lead) for x in parts]
-    return At(_attention_tangent(parts, is_causal, scale).reshape(shape), layout)
+    found = out.new_empty(math.prod(lead[:-1]), shape[-2], lead[-1], shape[-1]).transpose(1, 2)
+    _attention_tangent(parts, found, is_causal, scale)
+    return At(found.reshape(shape), layout)
 
 
 def _four_axes(x: Tensor, lead: Sequence[int]) -> Tensor:
@@ -649,55 +650,54 @@ def _four_axes(x: Tensor, lead: Sequence[int]) -> Tensor:
     return x.reshape(-1, *x.shape[-3:]).expand(math.prod(lead[:-1]), lead[-1], -1, -1)
 
 
-def _slices(total: int, step: int) -> list[slice]:
-    return [slice(first, first + max(1, step)) for first in range(0, total, max(1, step))]
+def _part(x: Tensor | None, rows: slice, head: int, queries: slice | None = None) -> Tensor | None:
+    """Return a block of one head of a tensor with four axes, as a view; an axis of one query stays."""
+    if x is None:
+        return None
+    x = x[rows, head]
+    return x if queries is None or x.shape[1] == 1 else x[:, queries]
 
 
-def _part(x: Tensor | None, *block: slice) -> Tensor | None:
-    """Return a block of a tensor with four axes, rows and heads as one axis; an axis of one query stays."""
-    return None if x is None else x[block if x.shape[2] > 1 else block[:2]].flatten(0, 1)
-
-
-def _attention_tangent(parts: Sequence[Any], causal: bool, scale: float) -> Tensor:
-    """Return the tangent of softmax(q k' scale + mask) v in blocks of rows, heads and queries."""
+def _attention_tangent(parts: Sequence[Any], found: Tensor, causal: bool, scale: float) -> None:
+    """Write the tangent of softmax(q k' scale + mask) v, in blocks of rows and queries of one head."""
     q, k, v, mask, tq, tk, tv, tmask = parts
-    (rows, heads, count, _), keys = q.shape, k.shape[2]
+    (batch, heads, count, _), keys = q.shape, k.shape[2]
+    k, tk = k.mT, None if tk is None else tk.mT
     queries = min(count, max(64, BLOCK_ELEMENTS // keys))
-    planes = BLOCK_ELEMENTS // (queries * keys)
-    found = v.new_empty(rows, count, heads, v.shape[3]).transpose(1, 2)
-    for some in itertools.product(_slices(rows, planes // heads), _slices(heads, planes)):
-        key, value, tkey, tvalue = (_part(x, *some) for x in (k, v, tk, tv))
-        for block in _slices(count, queries):
-            query, tquery, bias, tbias = (_part(x, *some, block) for x in (q, tq, mask, tmask))
-            part = _block((query, key, value, bias), (tquery, tkey, tvalue, tbias), causal, scale, block.start)
-            target = found[(*some, block)]
-            target.copy_(part.view(target.shape))
-    return found
+    step = max(1, BLOCK_ELEMENTS // (queries * keys))
+    for row, head, first in itertools.product(range(0, batch, step), range(heads), range(0, count, queries)):
+        rows, block = slice(row, row + step), slice(first, first + queries)
+        primals = [_part(x, rows, head, b) for x, b in ((q, block), (k, None), (v, None), (mask, block))]
+        tangents = [_part(x, rows, head, b) for x, b in ((tq, block), (tk, None), (tv, None), (tmask, block))]
+        _block(primals, tangents, found[rows, head, block], causal, scale, first)
 
 
-def _block(primals: Sequence[Any], tangents: Sequence[Any], causal: bool, scale: float, first: int) -> Tensor:
-    """Return dP v + P dv, with P the attention and dP = P * (dS - rowsum(P * dS)), dS = (dq k' + q dk') scale + dmask."""
+def _block(
+    primals: Sequence[Any], tangents: Sequence[Any], found: Tensor, causal: bool, scale: float, first: int
+) -> None:
+    """Write dP v + P dv, with P the attention and dP = P * (dS - rowsum(P * dS)), dS = (dq k' + q dk') scale + dmask."""
     (q, k, v, mask), (tq, tk, tv, tmask) = primals, tangents
-    scores = _add_product(None, q, k.mT, scale)
+    scores = found.new_empty(len(q), q.shape[1], k.shape[2])
+    _sum_products(scores, False, scale, (q, k))
     if causal:
         scores.masked_fill_(torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1 + first), -math.inf)
     if mask is not None:
         scores = scores.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else scores.add_(mask)
     p = (torch.softmax(scores, -1) if mask is None else torch.ops.aten._safe_softmax(scores, -1)).to(v.dtype)
-    found = None
-    if not (tq is tk is tmask is None):
-        moved = None if tq is None else _add_product(None, tq, k.mT, scale)
-        moved = moved if tk is None else _add_product(moved, q, tk.mT, scale)
-        moved = moved if tmask is None else tmask.expand_as(p) if moved is None else moved.add_(tmask)
-        found = _add_product(None, torch.ops.aten._softmax_backward_data(moved, p, -1, p.dtype), v)
-    return found if tv is None else _add_product(found, p, tv)  # type: ignore[return-value]
+    if tmask is not None:
+        scores.copy_(tmask)
+    moved = _sum_products(scores, tmask is not None, scale, (tq, k), (q, tk))
+    tp = torch.ops.aten._softmax_backward_data(scores, p, -1, p.dtype) if moved else None
+    _sum_products(found, False, 1.0, (tp, v), (p, tv))
 
 
-def _add_product(total: Tensor | None, x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
-    """Return total + scale x y, in the memory of the total."""
-    if total is None:
-        return x.new_empty(len(x), x.shape[1], y.shape[2]).baddbmm_(x, y, beta=0, alpha=scale)
-    return total.baddbmm_(x, y, alpha=scale)
+def _sum_products(total: Tensor, added: bool, scale: float, *pairs: tuple[Tensor | None, Tensor | None]) -> bool:
+    """Write the scaled sum of the products of these pairs, added to the total if so; return whether anything was written."""
+    for x, y in pairs:
+        if x is not None and y is not None:
+            total.baddbmm_(x, y, beta=float(added), alpha=scale)
+            added = True
+    return added
 
 
 # --- functions that are written in others ------------------------------------------------------------------------------------
