@@ -1651,6 +1651,17 @@ def test_what_the_model_keeps_has_no_tangent_after_an_exception(which):
     assert not vars(kept[0])
 
 
+@pytest.mark.parametrize("which", WHICH)
+def test_an_expanded_tensor_may_have_a_tangent_of_another_layout(which):
+    def fn(z, t):
+        x = F.scaled_dot_product_attention(z, z.sin(), z.cos())[None].expand(2, *z.shape)
+        return torch.complex(x, x.sin()).abs().sum(0)
+
+    primals, tangents = inputs((4, 3, 5, 2))
+    derivative = ROUTE(fn, primals, tangents, choose(4, which))[1]
+    close(derivative, masked(exact(fn, primals, tangents), choose(4, which)))
+
+
 # --- faults that are known: a program is to be right, or refused by a DerivativeError
 
 

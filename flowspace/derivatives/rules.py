@@ -145,8 +145,11 @@ def forward(call: Call, rows: Callable[[Any], Any] | None = None) -> list[Tensor
         return tuple(leaf for leaf in pytree.tree_leaves(call.func(*args, **kwargs)) if differentiable(leaf))
 
     try:
-        pairs = tuple(fixed[i] for i in moving), tuple(leaves[i].tangent.to(fixed[i].dtype) for i in moving)
-        return list(torch.func.jvp(outputs, *pairs)[1])
+        inputs = [
+            fixed[i].contiguous() if 0 in fixed[i].stride() else fixed[i] for i in moving
+        ]  # else torch writes there
+        directions = tuple(leaves[i].tangent.to(x.dtype) for i, x in zip(moving, inputs, strict=True))
+        return list(torch.func.jvp(outputs, tuple(inputs), directions)[1])
     except (RuntimeError, NotImplementedError, TypeError) as error:
         name = getattr(call.func, "__name__", str(call.func))
         raise DerivativeError(
@@ -632,9 +635,10 @@ def _(
     shape = layout.shape(out.shape) if layout else out.shape
     parts = [rows(x) for x in (query, key, value, attn_mask)] + [_tangent(x) for x in (query, key, value, attn_mask)]
     if enable_gqa:
-        times = parts[0].shape[-3] // parts[1].shape[-3]
-        parts = [x.repeat_interleave(times, -3) if i in (1, 2, 5, 6) and x is not None else x for i, x in enumerate(parts)]
-    scale = 1 / math.sqrt(parts[0].shape[-1]) if scale is None else scale
+        times = parts[0].shape[-3] // parts[1].shape[-3]  # type: ignore[union-attr]
+        for i in (1, 2, 5, 6):
+            parts[i] = None if parts[i] is None else parts[i].repeat_interleave(times, -3)  # type: ignore[union-attr]
+    scale = 1 / math.sqrt((query.primal if isinstance(query, Dual) else query).shape[-1]) if scale is None else scale
     lead = (1, 1, *shape[:-2])[-max(2, len(shape) - 2) :]
     parts = [None if x is None else _four_axes(x if x.dtype == torch.bool else x.to(out.dtype), lead) for x in parts]
     found = out.new_empty(math.prod(lead[:-1]), shape[-2], lead[-1], shape[-1]).transpose(1, 2)
