@@ -619,7 +619,9 @@ def _(
 # --- attention -------------------------------------------------------------------------------------------------------------
 
 BLOCK_ELEMENTS = 1 << 17
-"""Scores that the tangent of attention holds at once, so that they stay in the cache; or those of 64 queries."""
+"""Scores that the tangent of attention holds at once, so that they stay in a CPU's cache; or those of 64 queries."""
+GPU_BLOCK_ELEMENTS = 1 << 24
+"""The same on other devices, where each block costs a launch of every kernel."""
 
 
 @rule("scaled_dot_product_attention")
@@ -667,8 +669,9 @@ def _attention_tangent(parts: Sequence[Any], found: Tensor, causal: bool, scale:
     q, k, v, mask, tq, tk, tv, tmask = parts
     (batch, heads, count, _), keys = q.shape, k.shape[2]
     k, tk = k.mT, None if tk is None else tk.mT
-    queries = min(count, max(64, BLOCK_ELEMENTS // keys))
-    step = max(1, BLOCK_ELEMENTS // (queries * keys))
+    elements = BLOCK_ELEMENTS if q.device.type == "cpu" else GPU_BLOCK_ELEMENTS
+    queries = min(count, max(64, elements // keys))
+    step = max(1, elements // (queries * keys))
     for row, head, first in itertools.product(range(0, batch, step), range(heads), range(0, count, queries)):
         rows, block = slice(row, row + step), slice(first, first + queries)
         primals = [_part(x, rows, head, b) for x, b in ((q, block), (k, None), (v, None), (mask, block))]
