@@ -278,15 +278,16 @@ def title(s: Setting) -> str:
     )
 
 
-def settings(tokens: Sequence[int]) -> list[Setting]:
-    """Return what the docs show: shares of s = t, tokens, widths, dtypes, and timm's networks where timm is installed."""
+def settings(tokens: Sequence[int], network: str, equal: Sequence[float]) -> list[Setting]:
+    """Return what the docs show: shares of s = t, widths, dtypes, timm's networks where timm is installed, and tokens."""
     shares = (0.0, 0.5, 0.75)
     found = [Setting(equal=equal) for equal in shares]
     if importlib.util.find_spec("timm"):
         found += [Setting("timm ViT", equal=equal) for equal in shares]
         found += [Setting("timm ViT-S", 384, 12, equal=equal) for equal in shares]
     found += [Setting(width=384), Setting(dtype="bfloat16")]
-    return found + [Setting(tokens=n, batch=max(2, 1024 // n)) for n in tokens if n != 64]
+    long = [(n, share) for n in tokens if n != 64 for share in equal]
+    return found + [Setting(network, tokens=n, batch=max(2, 1024 // n), equal=share) for n, share in long]
 
 
 def plot(points: dict[int, dict[str, float | str]]) -> bytes:
@@ -308,6 +309,9 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="*", default=[64, 256, 1024, 4096])
+    parser.add_argument("--network", default="adaLN ViT", help="of the settings with other than 64 tokens, or timm ViT")
+    parser.add_argument("--equal", type=float, nargs="*", default=[0.5], help="their shares of rows on the diagonal")
+    parser.add_argument("--routes", nargs="*", default=list(ROUTES), choices=list(ROUTES))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", default="", help="measure the settings whose title contains this")
@@ -320,16 +324,18 @@ def main() -> None:
     if arguments.peak:
         print(peak(Setting(**json.loads(arguments.setting)), arguments.peak))
         return
+    for name in set(ROUTES) - set(arguments.routes):
+        del ROUTES[name]
     device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {arguments.threads} thread(s)"
     print(f"torch {torch.__version__}, {device}\n")
     points = {}
-    for setting in settings(arguments.tokens):
+    for setting in settings(arguments.tokens, arguments.network, arguments.equal):
         if arguments.only not in title(setting):
             continue
         rounds = max(2, arguments.rounds * 64 // max(64, setting.tokens * setting.width // 192))
         text, ratio = table(setting, rounds, not arguments.no_memory)
         print(f"{title(setting)}:\n\n{text}\n", flush=True)
-        if setting == Setting(tokens=setting.tokens, batch=setting.batch):
+        if setting == Setting(arguments.network, tokens=setting.tokens, batch=setting.batch):
             points[setting.tokens] = ratio
     if arguments.plot:
         write_beside(arguments.plot, plot(points))

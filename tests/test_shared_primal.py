@@ -1005,23 +1005,23 @@ def test_rows_that_mix_are_found_and_cost_one_pass_more(name, which):
 BLOCKS = {
     "whole": {},
     "causal": {"is_causal": True},
-    "biased": {"attn_mask": normal(1, 4, 1, 40, 40)},
-    "masked for each row": {"attn_mask": normal(2, 4, 1, 1, 40) > 0},
+    "biased": {"attn_mask": normal(1, 4, 1, 100, 100)},
+    "masked for each row": {"attn_mask": normal(2, 4, 1, 1, 100) > 0},
     "few keys and heads": {"enable_gqa": True, "scale": 0.2},
 }
 
 
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("which", [None, "one", "half"])
-@pytest.mark.parametrize("elements", [1, 40 * 16 * 4 * 3, 1 << 20])
+@pytest.mark.parametrize("elements", [1, 100 * 64 * 3, 1 << 20])
 def test_the_tangent_of_attention_does_not_depend_on_its_blocks(name, which, elements, monkeypatch):
     monkeypatch.setattr(rules, "BLOCK_ELEMENTS", elements)
 
     def fn(z, t):
         moved = z * t[:, None]
-        q = (moved @ normal(1, 6, 40 * 4 * 2)).reshape(-1, 40, 4, 2).transpose(1, 2)
+        q = (moved @ normal(1, 6, 100 * 4 * 2)).reshape(-1, 100, 4, 2).transpose(1, 2)
         heads = 2 if name == "few keys and heads" else 4
-        k, v = (moved @ normal(2, 6, 2 * 40 * heads * 2)).reshape(-1, 2, 40, heads, 2).permute(1, 0, 3, 2, 4)
+        k, v = (moved @ normal(2, 6, 2 * 100 * heads * 2)).reshape(-1, 2, 100, heads, 2).permute(1, 0, 3, 2, 4)
         return F.scaled_dot_product_attention(q, k, v, **BLOCKS[name]).transpose(1, 2).flatten(2)
 
     assert check_seeded(fn, choose(4, which)) == 1
@@ -1649,6 +1649,17 @@ def test_what_the_model_keeps_has_no_tangent_after_an_exception(which):
     with pytest.raises(Failure):
         ROUTE(fn, *inputs((4, 6)), choose(4, which))
     assert not vars(kept[0])
+
+
+@pytest.mark.parametrize("which", WHICH)
+def test_an_expanded_tensor_may_have_a_tangent_of_another_layout(which):
+    def fn(z, t):
+        x = F.scaled_dot_product_attention(z, z.sin(), z.cos())[None].expand(2, *z.shape)
+        return torch.complex(x, x.sin()).abs().sum(0)
+
+    primals, tangents = inputs((4, 3, 5, 2))
+    derivative = ROUTE(fn, primals, tangents, choose(4, which))[1]
+    close(derivative, masked(exact(fn, primals, tangents), choose(4, which)))
 
 
 # --- faults that are known: a program is to be right, or refused by a DerivativeError

@@ -9,6 +9,7 @@ where the tangent is, ``x.untouched(dim)`` says that the function works along di
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -144,8 +145,11 @@ def forward(call: Call, rows: Callable[[Any], Any] | None = None) -> list[Tensor
         return tuple(leaf for leaf in pytree.tree_leaves(call.func(*args, **kwargs)) if differentiable(leaf))
 
     try:
-        pairs = tuple(fixed[i] for i in moving), tuple(leaves[i].tangent.to(fixed[i].dtype) for i in moving)
-        return list(torch.func.jvp(outputs, *pairs)[1])
+        inputs = [
+            fixed[i].contiguous() if 0 in fixed[i].stride() else fixed[i] for i in moving
+        ]  # else torch writes there
+        directions = tuple(leaves[i].tangent.to(x.dtype) for i, x in zip(moving, inputs, strict=True))
+        return list(torch.func.jvp(outputs, tuple(inputs), directions)[1])
     except (RuntimeError, NotImplementedError, TypeError) as error:
         name = getattr(call.func, "__name__", str(call.func))
         raise DerivativeError(
@@ -539,6 +543,7 @@ def _(
         call.run(call.evaluate)
         return forward(call)
     x.untouched(*range(-len(shape), 0))
+    x.tangent = x.tangent.contiguous()  # kept, for what is added to it has this layout too
     tangent, rows = x.tangent, x.rows
     if torch.is_autocast_enabled(rows.device.type):
         call.run(call.evaluate)
@@ -548,9 +553,7 @@ def _(
         call.out, mean, scale = call.run(torch.native_layer_norm, x.primal, shape, weight, bias, eps)
         mean, scale = (restrict(value.detach(), x.layout) for value in (mean, scale))
     keep = [True, False, False]
-    found = torch.ops.aten.native_layer_norm_backward(tangent.contiguous(), rows, shape, mean, scale, None, None, keep)[
-        0
-    ]
+    found = torch.ops.aten.native_layer_norm_backward(tangent, rows, shape, mean, scale, None, None, keep)[0]
     return found if weight is None else found.mul_(weight)
 
 
@@ -615,8 +618,10 @@ def _(
 
 # --- attention -------------------------------------------------------------------------------------------------------------
 
-BLOCK_ELEMENTS = 1 << 20
-"""Scores that the tangent of attention holds at once: a few MB, whatever the number of tokens."""
+BLOCK_ELEMENTS = 1 << 17
+"""Scores that the tangent of attention holds at once, so that they stay in a CPU's cache; or those of 64 queries."""
+GPU_BLOCK_ELEMENTS = 1 << 24
+"""The same on other devices, where each block costs a launch of every kernel."""
 
 
 @rule("scaled_dot_product_attention")
@@ -629,93 +634,77 @@ def _(
     rows, out = shared_rows(call.duals), call.out
     layout = call.duals[0].layout
     layout = layout and layout.on(out.ndim - call.duals[0].ndim + layout.axis)
-    scale = (
-        1 / math.sqrt(query.primal.shape[-1] if isinstance(query, Dual) else query.shape[-1])
-        if scale is None
-        else scale
-    )
-    parts = [rows(x) for x in (query, key, value)] + [_tangent(x) for x in (query, key, value)]
+    shape = layout.shape(out.shape) if layout else out.shape
+    parts = [rows(x) for x in (query, key, value, attn_mask)] + [_tangent(x) for x in (query, key, value, attn_mask)]
     if enable_gqa:
-        times = parts[0].shape[-3] // parts[1].shape[-3]
-        parts = [x if x is None or i in (0, 3) else x.repeat_interleave(times, -3) for i, x in enumerate(parts)]
-    out = restrict(out.detach(), layout)
-    lead = out.shape[:-2]
-    parts = [None if x is None else _four_axes(x, lead) for x in parts]
-    masks = [None if x is None else _four_axes(x, lead) for x in (rows(attn_mask), _tangent(attn_mask))]
-    found = _attention_tangent(*parts, *masks, _four_axes(out, lead), causal=is_causal, scale=scale)  # pyright: ignore
-    return At(found.reshape(*lead, *found.shape[-2:]), layout)
+        times = parts[0].shape[-3] // parts[1].shape[-3]  # type: ignore[union-attr]
+        for i in (1, 2, 5, 6):
+            parts[i] = None if parts[i] is None else parts[i].repeat_interleave(times, -3)  # type: ignore[union-attr]
+    scale = 1 / math.sqrt((query.primal if isinstance(query, Dual) else query).shape[-1]) if scale is None else scale
+    lead = (1, 1, *shape[:-2])[-max(2, len(shape) - 2) :]
+    parts = [None if x is None else _four_axes(x if x.dtype == torch.bool else x.to(out.dtype), lead) for x in parts]
+    found = out.new_empty(math.prod(lead[:-1]), shape[-2], lead[-1], shape[-1]).transpose(1, 2)
+    _attention_tangent(parts, found, is_causal, scale)
+    return At(found.reshape(shape), layout)
 
 
 def _four_axes(x: Tensor, lead: Sequence[int]) -> Tensor:
-    """Return a tensor of shape (rows, heads, tokens, any), its size-1 axes kept where that is possible without a copy."""
-    if len(lead) <= 2:
-        return x.reshape(*[1] * (4 - x.ndim), *x.shape) if len(lead) != 1 or x.ndim < 3 else x.unsqueeze(1)
-    return x.expand(*lead, *x.shape[-2:]).reshape(-1, lead[-1], *x.shape[-2:])
+    """Return a tensor of shape (rows, heads, tokens, any), expanded without a copy where no more than one axis is rows."""
+    x = x.reshape(*[1] * (len(lead) + 2 - x.ndim), *x.shape)
+    if max(x.shape[: len(lead) - 1]) > 1:
+        x = x.expand(*lead[:-1], *x.shape[-3:])
+    return x.reshape(-1, *x.shape[-3:]).expand(math.prod(lead[:-1]), lead[-1], -1, -1)
 
 
-def _part(x: Tensor | None, rows: slice, queries: slice | None = None) -> Tensor | None:
-    """Return a block of a tensor with four axes; an axis of size 1 stays."""
+def _part(x: Tensor | None, rows: slice, head: int, queries: slice | None = None) -> Tensor | None:
+    """Return a block of one head of a tensor with four axes, as a view; an axis of one query stays."""
     if x is None:
         return None
-    x = x if len(x) == 1 else x[rows]
-    return x if queries is None or x.shape[2] == 1 else x[:, :, queries]
+    x = x[rows, head]
+    return x if queries is None or x.shape[1] == 1 else x[:, queries]
 
 
-def _attention_tangent(
-    q: Tensor, k: Tensor, v: Tensor, tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, mask: Tensor | None,
-    tmask: Tensor | None, out: Tensor, causal: bool, scale: float,
-) -> Tensor:  # fmt: skip
-    """Return the tangent of out = softmax(q k' scale + mask) v in blocks of queries.
-
-    With P the attention and A = P * dS: A v - rowsum(A) out + P dv, where dS = (dq k' + q dk') scale + dmask.
-    """
-    batch, heads = (max(q.shape[i], k.shape[i]) for i in (0, 1))
-    count, keys = q.shape[2], k.shape[2]
-    queries = min(count, max(16, BLOCK_ELEMENTS // (heads * keys)))
-    step = max(1, BLOCK_ELEMENTS // (heads * queries * keys))
-    found = v.new_empty(batch, heads, count, v.shape[3])
-    for row in range(0, batch, step):
-        some = slice(row, row + step)
-        key, value, tkey, tvalue = (_part(x, some) for x in (k, v, tk, tv))
-        for first in range(0, count, queries):
-            block = slice(first, first + queries)
-            query, tquery, bias, tbias, o = (_part(x, some, block) for x in (q, tq, mask, tmask, out))
-            part = _block(query, key, value, tquery, tkey, tvalue, bias, tbias, o, causal, scale, first)  # type: ignore[arg-type]
-            if part.shape == found.shape:
-                return part
-            found[some, :, block] = part
-    return found
+def _attention_tangent(parts: Sequence[Any], found: Tensor, causal: bool, scale: float) -> None:
+    """Write the tangent of softmax(q k' scale + mask) v, in blocks of rows and queries of one head."""
+    q, k, v, mask, tq, tk, tv, tmask = parts
+    (batch, heads, count, _), keys = q.shape, k.shape[2]
+    k, tk = k.mT, None if tk is None else tk.mT
+    elements = BLOCK_ELEMENTS if q.device.type == "cpu" else GPU_BLOCK_ELEMENTS
+    queries = min(count, max(64, elements // keys))
+    step = max(1, elements // (queries * keys))
+    for row, head, first in itertools.product(range(0, batch, step), range(heads), range(0, count, queries)):
+        rows, block = slice(row, row + step), slice(first, first + queries)
+        primals = [_part(x, rows, head, b) for x, b in ((q, block), (k, None), (v, None), (mask, block))]
+        tangents = [_part(x, rows, head, b) for x, b in ((tq, block), (tk, None), (tv, None), (tmask, block))]
+        _block(primals, tangents, found[rows, head, block], causal, scale, first)
 
 
 def _block(
-    q: Tensor, k: Tensor, v: Tensor, tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, mask: Tensor | None,
-    tmask: Tensor | None, out: Tensor, causal: bool, scale: float, first: int,
-) -> Tensor:  # fmt: skip
-    q = q * scale
-    scores = q @ k.mT
+    primals: Sequence[Any], tangents: Sequence[Any], found: Tensor, causal: bool, scale: float, first: int
+) -> None:
+    """Write dP v + P dv, with P the attention and dP = P * (dS - rowsum(P * dS)), dS = (dq k' + q dk') scale + dmask."""
+    (q, k, v, mask), (tq, tk, tv, tmask) = primals, tangents
+    scores = found.new_empty(len(q), q.shape[1], k.shape[2])
+    _sum_products(scores, False, scale, (q, k))
     if causal:
         scores.masked_fill_(torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1 + first), -math.inf)
     if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    p = torch.softmax(scores, -1) if mask is None else torch.ops.aten._safe_softmax(scores, -1)
-    if tq is None and tk is None and tmask is None:
-        return p @ tv  # type: ignore[operator]
-    moved = None if tq is None else (tq * scale) @ k.mT
-    if tk is not None:
-        moved = q @ tk.mT if moved is None else _add_product(moved, q, tk.mT)
-    a = (tmask if moved is None else moved if tmask is None else moved.add_(tmask)) * p  # type: ignore[operator]
-    found = a @ v
-    if tv is not None:
-        found = _add_product(found, p, tv)
-    return found.addcmul_(a.sum(-1, keepdim=True), out, value=-1)
+        scores = scores.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else scores.add_(mask)
+    p = (torch.softmax(scores, -1) if mask is None else torch.ops.aten._safe_softmax(scores, -1)).to(v.dtype)
+    if tmask is not None:
+        scores.copy_(tmask)
+    moved = _sum_products(scores, tmask is not None, scale, (tq, k), (q, tk))
+    tp = torch.ops.aten._softmax_backward_data(scores, p, -1, p.dtype) if moved else None
+    _sum_products(found, False, 1.0, (tp, v), (p, tv))
 
 
-def _add_product(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Add x y to a total of four axes, in place where the leading axes agree."""
-    if x.shape[:2] != y.shape[:2]:
-        return total.add_(x @ y)
-    total.flatten(0, 1).baddbmm_(x.flatten(0, 1), y.flatten(0, 1))
-    return total
+def _sum_products(total: Tensor, added: bool, scale: float, *pairs: tuple[Tensor | None, Tensor | None]) -> bool:
+    """Write the scaled sum of the products of these pairs, added to the total if so; return whether anything was written."""
+    for x, y in pairs:
+        if x is not None and y is not None:
+            total.baddbmm_(x, y, beta=float(added), alpha=scale)
+            added = True
+    return added
 
 
 # --- functions that are written in others ------------------------------------------------------------------------------------
