@@ -24,7 +24,6 @@ from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
 from flowspace import (
-    AbsoluteError,
     AlphaFlowLoss,
     ConsistencyLoss,
     CrossFlowLoss,
@@ -83,18 +82,10 @@ FAMILY = (
     Entry("MeanFlow distillation", lambda teacher, _: MeanFlowDistillationLoss(teacher=teacher, times=MOST)),
     Entry("trajectory matching", lambda teacher, _: TrajectoryMatchingLoss(teacher=teacher, points=9, pairs=1)),
     Entry("pixel MeanFlow", lambda *_: PixelMeanFlowLoss(), "pixels"),
-    Entry("CrossFlow", lambda *_: CrossFlowLoss(penalty=AbsoluteError()), "across"),
-    Entry(
-        "CrossFlow, uniform times",
-        lambda *_: CrossFlowLoss(penalty=AbsoluteError(), times=TimePairs()),
-        "across",
-    ),
-    Entry(
-        "CrossFlow, estimated velocity",
-        lambda _, encode: CrossFlowLoss(penalty=AbsoluteError(), estimate=encode),
-        "across",
-    ),
-    Entry("consistency, across", lambda *_: ConsistencyLoss(penalty=AbsoluteError()), "across"),
+    Entry("CrossFlow", lambda *_: CrossFlowLoss(), "across"),
+    Entry("CrossFlow, uniform times", lambda *_: CrossFlowLoss(times=TimePairs()), "across"),
+    Entry("CrossFlow, estimated velocity", lambda _, encode: CrossFlowLoss(estimate=encode), "across"),
+    Entry("consistency, across", lambda *_: ConsistencyLoss(), "across"),
 )
 
 ONE_SPACE = {entry.name for entry in FAMILY} - {"consistency, across", "CrossFlow, estimated velocity"}
@@ -122,9 +113,12 @@ def judged(settings: digits.Settings, folder: Path, seeds: int, chosen: list[Ent
         teacher: Any = None
         for entry in chosen:
             there = in_pixels(world, plan.patch) if entry.space == "pixels" else world
+            objective: Any = entry.make(teacher, there.autoencoder.encode)
+            if entry.space == "across":
+                objective = replace(objective, penalty=plan.penalty)
             method = digits.Method(
                 re.sub(r"[^a-zA-Z0-9]+", "-", entry.name),
-                entry.make(teacher, there.autoencoder.encode),
+                objective,
                 pixels=entry.space == "across",
                 renoise=entry.renoise,
             )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from flowspace.errors import InputError
 from flowspace.flow_map import FlowMap
 from flowspace.objectives import CrossFlowLoss, FlowMatchingLoss, MeanFlowLoss, Objective
-from flowspace.penalties import AbsoluteError
+from flowspace.penalties import AbsoluteError, Penalty, SquaredError
 from flowspace.recipes.metrics import accuracy, diversity, frechet_distance
 from flowspace.recipes.networks import Autoencoder, FeatureClassifier, JudgeClassifier, Patches, SmallViT
 from flowspace.recipes.report import grid, page, png, write_beside
@@ -43,6 +43,7 @@ class Settings:
         depth: of the ViT.
         heads: of the ViT's attention.
         perceptual: weight of the perceptual term.
+        penalty: of CrossFlow and the denoiser. An absolute error wants medians, and those of MNIST's pixels are background.
         generator: how the ViT is trained; every baseline is trained the same.
         autoencoder: how stage 1 is trained.
         classifier: how the judges and the perceptual network are trained.
@@ -55,6 +56,7 @@ class Settings:
     depth: int = 3
     heads: int = 4
     perceptual: float = 0.1
+    penalty: Penalty = field(default_factory=AbsoluteError)
     generator: LoopSettings = field(default_factory=lambda: LoopSettings(steps=3000, learning_rate=2e-3))
     autoencoder: LoopSettings = field(default_factory=lambda: LoopSettings(steps=800, learning_rate=2e-3))
     classifier: LoopSettings = field(default_factory=lambda: LoopSettings(steps=600, batch=64))
@@ -62,7 +64,9 @@ class Settings:
 
 SETTINGS = {
     "digits": Settings(),
-    "mnist": Settings(dataset="mnist", patch=7, generator=LoopSettings(steps=4000, learning_rate=2e-3)),
+    "mnist": Settings(
+        dataset="mnist", patch=7, penalty=SquaredError(), generator=LoopSettings(steps=4000, learning_rate=2e-3)
+    ),
 }
 
 
@@ -116,8 +120,8 @@ def load(dataset: str) -> Data:
 
 
 def depends_on(settings: Settings) -> dict[str, Any]:
-    """Return the settings that weights depend on, besides their own training plan."""
-    return {k: v for k, v in asdict(settings).items() if k not in ("generator", "autoencoder", "classifier")}
+    """Return the settings that weights depend on, besides their own training plan and objective."""
+    return {k: v for k, v in asdict(settings).items() if k not in ("generator", "autoencoder", "classifier", "penalty")}
 
 
 # --- stage 1 and the two classifiers -----------------------------------------------------------------------------------
@@ -271,11 +275,11 @@ class Method:
         return out if self.pixels else world.autoencoder.decode(out)
 
 
-def methods() -> dict[str, Method]:
+def methods(penalty: Penalty) -> dict[str, Method]:
     """Return the main method and the baselines, at the same size and number of steps."""
     found = (
-        Method("crossflow", CrossFlowLoss(penalty=AbsoluteError())),
-        Method("denoiser", CrossFlowLoss(penalty=AbsoluteError()), only_noise=True),
+        Method("crossflow", CrossFlowLoss(penalty=penalty)),
+        Method("denoiser", CrossFlowLoss(penalty=penalty), only_noise=True),
         Method("meanflow+decoder", MeanFlowLoss(), pixels=False),
     )
     return {method.name: method for method in found}
@@ -392,7 +396,7 @@ def run_seed(
     world, judge = prepare(data, settings, folder)
     scores, samples = {"real": judge.real()}, {"real": by_class(data.test_images, data.test_labels)}
     for name in chosen:
-        method = methods().get(name)
+        method = methods(settings.penalty).get(name)
         network = method.train(world, settings, folder / name) if method else None
         images, labels, cost = draw(method, network, world, seed)
         scores[name], samples[name] = judge.score(images, labels, cost), by_class(images, labels)
@@ -419,7 +423,7 @@ def run(settings: Settings, folder: Path, baselines: bool = False, seeds: int = 
     metrics = {
         "dataset": settings.dataset,
         "seeds": seeds,
-        "settings": asdict(settings),
+        "settings": asdict(settings) | {"penalty": repr(settings.penalty)},
         "methods": {name: summary([scores[name] for scores, _ in runs]) for name in names},
     }
     picture = png(grid(dict(runs[0][1].items()), CLASSES))
