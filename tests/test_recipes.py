@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from flowspace import InputError, RunError
 from flowspace.recipes import digits, metrics, report, swiss_roll
-from flowspace.recipes.networks import Autoencoder, SmallViT
+from flowspace.recipes.networks import SmallViT, convolutional_autoencoder, dense_autoencoder
 from flowspace.training import LoopSettings
 
 
@@ -101,9 +101,11 @@ def test_the_vit_maps_a_latent_grid_to_its_output_space(outputs, patch):
     assert not torch.allclose(out[1], other[1])
 
 
-@pytest.mark.parametrize(("pixels", "side"), [(8, 2), (8, 4), (28, 4)])
-def test_latents_are_standardised_and_decoding_undoes_it(pixels, side):
-    network = Autoencoder(pixels, 4, side)
+@pytest.mark.parametrize(
+    ("network", "pixels", "side"),
+    [(dense_autoencoder(8, 4, 2), 8, 2), (dense_autoencoder(8, 4, 4), 8, 4), (convolutional_autoencoder(4, 4), 28, 7)],
+)
+def test_latents_are_standardised_and_decoding_undoes_it(network, pixels, side):
     images = torch.randn(32, 1, pixels, pixels)
     network.fit_latents(images)
     latents = network.encode(images)

@@ -19,11 +19,20 @@ from torch import Tensor, nn
 from flowspace.errors import InputError
 from flowspace.flow_map import FlowMap
 from flowspace.objectives import CrossFlowLoss, FlowMatchingLoss, MeanFlowLoss, Objective
-from flowspace.penalties import AbsoluteError, Penalty, SquaredError
+from flowspace.penalties import AbsoluteError
 from flowspace.recipes.metrics import accuracy, diversity, frechet_distance
-from flowspace.recipes.networks import Autoencoder, FeatureClassifier, JudgeClassifier, Patches, SmallViT
+from flowspace.recipes.networks import (
+    Autoencoder,
+    FeatureClassifier,
+    JudgeClassifier,
+    Patches,
+    SmallViT,
+    convolutional_autoencoder,
+    dense_autoencoder,
+)
 from flowspace.recipes.report import grid, page, png, write_beside
 from flowspace.solvers import VelocityFlow
+from flowspace.times import TimePairs
 from flowspace.training import Draws, LoopSettings, TensorBatches, seed_of, train
 
 __all__ = ["Settings", "load", "methods", "run"]
@@ -43,7 +52,8 @@ class Settings:
         depth: of the ViT.
         heads: of the ViT's attention.
         perceptual: weight of the perceptual term.
-        penalty: of CrossFlow and the denoiser. An absolute error wants medians, and those of MNIST's pixels are background.
+        dense: whether each number of the latent sees the whole picture, or a patch.
+        times: where CrossFlow is trained; None is its default.
         generator: how the ViT is trained; every baseline is trained the same.
         autoencoder: how stage 1 is trained.
         classifier: how the judges and the perceptual network are trained.
@@ -56,7 +66,8 @@ class Settings:
     depth: int = 3
     heads: int = 4
     perceptual: float = 0.1
-    penalty: Penalty = field(default_factory=AbsoluteError)
+    dense: bool = True
+    times: TimePairs | None = None
     generator: LoopSettings = field(default_factory=lambda: LoopSettings(steps=3000, learning_rate=2e-3))
     autoencoder: LoopSettings = field(default_factory=lambda: LoopSettings(steps=800, learning_rate=2e-3))
     classifier: LoopSettings = field(default_factory=lambda: LoopSettings(steps=600, batch=64))
@@ -65,7 +76,12 @@ class Settings:
 SETTINGS = {
     "digits": Settings(),
     "mnist": Settings(
-        dataset="mnist", patch=7, penalty=SquaredError(), generator=LoopSettings(steps=4000, learning_rate=2e-3)
+        dataset="mnist",
+        channels=8,
+        width=64,
+        dense=False,
+        times=TimePairs(),
+        generator=LoopSettings(steps=4000, learning_rate=2e-3),
     ),
 }
 
@@ -121,7 +137,7 @@ def load(dataset: str) -> Data:
 
 def depends_on(settings: Settings) -> dict[str, Any]:
     """Return the settings that weights depend on, besides their own training plan and objective."""
-    return {k: v for k, v in asdict(settings).items() if k not in ("generator", "autoencoder", "classifier", "penalty")}
+    return {k: v for k, v in asdict(settings).items() if k not in ("generator", "autoencoder", "classifier", "times")}
 
 
 # --- stage 1 and the two classifiers -----------------------------------------------------------------------------------
@@ -130,7 +146,11 @@ def depends_on(settings: Settings) -> dict[str, Any]:
 def train_autoencoder(data: Data, settings: Settings, folder: Path | None) -> Autoencoder:
     """Stage 1: squared error of reconstructions."""
     torch.manual_seed(settings.autoencoder.seed)
-    network = Autoencoder(data.side, settings.channels, data.side // settings.patch)
+    network = (
+        dense_autoencoder(data.side, settings.channels, data.side // settings.patch)
+        if settings.dense
+        else convolutional_autoencoder(settings.channels, settings.patch)
+    )
 
     def loss(net: nn.Module, batch: tuple[Tensor, ...], draws: Draws) -> Tensor:
         (images,) = batch
@@ -275,11 +295,11 @@ class Method:
         return out if self.pixels else world.autoencoder.decode(out)
 
 
-def methods(penalty: Penalty) -> dict[str, Method]:
+def methods(times: TimePairs | None = None) -> dict[str, Method]:
     """Return the main method and the baselines, at the same size and number of steps."""
     found = (
-        Method("crossflow", CrossFlowLoss(penalty=penalty)),
-        Method("denoiser", CrossFlowLoss(penalty=penalty), only_noise=True),
+        Method("crossflow", CrossFlowLoss(penalty=AbsoluteError(), times=times)),
+        Method("denoiser", CrossFlowLoss(penalty=AbsoluteError()), only_noise=True),
         Method("meanflow+decoder", MeanFlowLoss(), pixels=False),
     )
     return {method.name: method for method in found}
@@ -396,7 +416,7 @@ def run_seed(
     world, judge = prepare(data, settings, folder)
     scores, samples = {"real": judge.real()}, {"real": by_class(data.test_images, data.test_labels)}
     for name in chosen:
-        method = methods(settings.penalty).get(name)
+        method = methods(settings.times).get(name)
         network = method.train(world, settings, folder / name) if method else None
         images, labels, cost = draw(method, network, world, seed)
         scores[name], samples[name] = judge.score(images, labels, cost), by_class(images, labels)
@@ -423,7 +443,7 @@ def run(settings: Settings, folder: Path, baselines: bool = False, seeds: int = 
     metrics = {
         "dataset": settings.dataset,
         "seeds": seeds,
-        "settings": asdict(settings) | {"penalty": repr(settings.penalty)},
+        "settings": asdict(settings) | {"times": repr(settings.times)},
         "methods": {name: summary([scores[name] for scores, _ in runs]) for name in names},
     }
     picture = png(grid(dict(runs[0][1].items()), CLASSES))

@@ -6,44 +6,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Autoencoder", "FeatureClassifier", "JudgeClassifier", "Patches", "SmallViT"]
-
-SMALL = 8
-"""Pictures of up to so many pixels a side are halved once, larger ones twice, before the dense layers."""
+__all__ = [
+    "Autoencoder",
+    "FeatureClassifier",
+    "JudgeClassifier",
+    "Patches",
+    "SmallViT",
+    "convolutional_autoencoder",
+    "dense_autoencoder",
+]
 
 
 class Autoencoder(nn.Module):
-    """An autoencoder: ``(B, 1, H, H)`` pictures to ``channels * side * side`` numbers, laid out as ``(B, channels, side, side)``.
-
-    Every number sees the whole picture: the grid is only how the ViT takes them. Each latent is normalised, and standardised
-    per channel by `fit_latents`.
-
-    Args:
-        pixels: of a picture, a side; even, and divisible by four beyond eight.
-        channels: of the latent.
-        side: of its grid.
-        width: of the convolutions.
-        hidden: of the dense layer.
-    """
+    """An encoder and a decoder of ``(B, 1, H, H)`` pictures; its ``(B, channels, side, side)`` are standardised per channel."""
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, pixels: int, channels: int, side: int, width: int = 32, hidden: int = 256) -> None:
+    def __init__(self, channels: int, encoder: nn.Module, decoder: nn.Module) -> None:
         super().__init__()
-        halvings = 1 if pixels <= SMALL else 2
-        grid, numbers = pixels // 2**halvings, channels * side * side
-        down = [m for _ in range(halvings) for m in (nn.Conv2d(width, width, 4, 2, 1), nn.SiLU())]
-        up = [m for _ in range(halvings) for m in (nn.ConvTranspose2d(width, width, 4, 2, 1), nn.SiLU())]
-        self.encoder = nn.Sequential(
-            nn.Conv2d(1, width, 3, 1, 1), nn.SiLU(), *down, nn.Flatten(),
-            nn.Linear(width * grid**2, hidden), nn.SiLU(), nn.Linear(hidden, numbers),
-            nn.LayerNorm(numbers, elementwise_affine=False), nn.Unflatten(1, (channels, side, side)),
-        )  # fmt: skip
-        self.decoder = nn.Sequential(
-            nn.Flatten(), nn.Linear(numbers, hidden), nn.SiLU(), nn.Linear(hidden, width * grid**2), nn.SiLU(),
-            nn.Unflatten(1, (width, grid, grid)), *up, nn.Conv2d(width, 1, 3, 1, 1),
-        )  # fmt: skip
+        self.encoder, self.decoder = encoder, decoder
         self.register_buffer("mean", torch.zeros(1, channels, 1, 1))
         self.register_buffer("std", torch.ones(1, channels, 1, 1))
 
@@ -61,6 +43,49 @@ class Autoencoder(nn.Module):
         latents = self.encoder(images)
         self.mean.copy_(latents.mean((0, 2, 3), keepdim=True))
         self.std.copy_(latents.std((0, 2, 3), keepdim=True))
+
+
+def _halvings(width: int, count: int) -> tuple[list[nn.Module], list[nn.Module]]:
+    down: list[nn.Module] = [m for _ in range(count) for m in (nn.Conv2d(width, width, 4, 2, 1), nn.SiLU())]
+    up: list[nn.Module] = [m for _ in range(count) for m in (nn.ConvTranspose2d(width, width, 4, 2, 1), nn.SiLU())]
+    return down, up
+
+
+def dense_autoencoder(pixels: int, channels: int, side: int, width: int = 32, hidden: int = 256) -> Autoencoder:
+    """Build an autoencoder each of whose numbers sees the whole picture: the grid is only how the ViT takes them.
+
+    Args:
+        pixels: of a picture, a side; even.
+        channels: of the latent.
+        side: of its grid.
+        width: of the convolutions.
+        hidden: of the dense layer.
+    """
+    (down, up), grid, numbers = _halvings(width, 1), pixels // 2, channels * side * side
+    encoder = nn.Sequential(
+        nn.Conv2d(1, width, 3, 1, 1), nn.SiLU(), *down, nn.Flatten(),
+        nn.Linear(width * grid**2, hidden), nn.SiLU(), nn.Linear(hidden, numbers),
+        nn.LayerNorm(numbers, elementwise_affine=False), nn.Unflatten(1, (channels, side, side)),
+    )  # fmt: skip
+    decoder = nn.Sequential(
+        nn.Flatten(), nn.Linear(numbers, hidden), nn.SiLU(), nn.Linear(hidden, width * grid**2), nn.SiLU(),
+        nn.Unflatten(1, (width, grid, grid)), *up, nn.Conv2d(width, 1, 3, 1, 1),
+    )  # fmt: skip
+    return Autoencoder(channels, encoder, decoder)
+
+
+def convolutional_autoencoder(channels: int, patch: int, width: int = 32) -> Autoencoder:
+    """Build an autoencoder without dense layers: a cell of its grid is a patch of the picture, a power of two a side."""
+    down, up = _halvings(width, int(math.log2(patch)))
+    encoder = nn.Sequential(
+        nn.Conv2d(1, width, 3, 1, 1), nn.SiLU(), *down, nn.Conv2d(width, width, 3, 1, 1), nn.SiLU(),
+        nn.Conv2d(width, channels, 1), nn.GroupNorm(1, channels, affine=False),
+    )  # fmt: skip
+    decoder = nn.Sequential(
+        nn.Conv2d(channels, width, 3, 1, 1), nn.SiLU(), nn.Conv2d(width, width, 3, 1, 1), nn.SiLU(), *up,
+        nn.Conv2d(width, 1, 3, 1, 1),
+    )  # fmt: skip
+    return Autoencoder(channels, encoder, decoder)
 
 
 def fourier(time: Tensor, size: int) -> Tensor:
