@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowspace import InputError, RunError
+from flowspace import InputError, RunError, TimePairs
 from flowspace.recipes import digits, metrics, report, swiss_roll
-from flowspace.recipes.networks import SmallViT, convolutional_autoencoder, dense_autoencoder
+from flowspace.recipes.networks import JudgeClassifier, SmallViT, convolutional_autoencoder, dense_autoencoder
 from flowspace.training import LoopSettings
 
 
@@ -80,6 +80,22 @@ def test_nothing_is_judged_by_what_it_was_trained_on():
     assert rows["first"] | rows["second"] == rows["all"]
     assert data.images.min() == -1
     assert data.images.max() == 1
+
+
+def test_judges_are_averaged_each_against_its_own_features():
+    data = digits.load("digits")
+    networks = tuple(JudgeClassifier(8).eval() for _ in range(2))
+    images, labels = data.half(0)
+    alone = [digits.Judge((network,), data).score(images, labels) for network in networks]
+    both = digits.Judge(networks, data).score(images, labels)
+    assert alone[0].frechet != pytest.approx(alone[1].frechet, rel=1e-3)
+    assert both.frechet == pytest.approx((alone[0].frechet + alone[1].frechet) / 2)
+    assert both.accuracy == pytest.approx((alone[0].accuracy + alone[1].accuracy) / 2)
+
+
+def test_mnist_has_the_settings_that_were_seen_to_train_it():
+    mnist = digits.SETTINGS["mnist"]
+    assert not mnist.dense and digits.methods(mnist.times)["crossflow"].objective.times == TimePairs()
 
 
 def test_an_unknown_data_set_is_refused():

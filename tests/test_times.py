@@ -11,6 +11,7 @@ from strategies import seeds
 
 from flowspace import (
     TIME_FLOOR,
+    CrossFlowLoss,
     LogitNormalTimes,
     PowerTimes,
     ShiftedTimes,
@@ -139,6 +140,17 @@ def test_the_larger_of_two_squared_times_is_uniform():
     low, high = ((x - TIME_FLOOR) / (1 - TIME_FLOOR) for x in (s, t))
     assert abs(float(high.mean()) - 1 / 2) < 0.006 and abs(float(high.std()) - 1 / math.sqrt(12)) < 0.004
     assert abs(float(((low / high) < 0.25).double().mean()) - 1 / 2) < 0.01
+
+
+def test_cross_flow_ties_small_times_to_the_data():
+    """The shares that the page "Training well" states."""
+    rows = 100_000
+    t, s = CrossFlowLoss().times(rows, generator=generator(0), dtype=torch.float64)
+    plain, same = TimePairs()(rows, generator=generator(0), dtype=torch.float64)
+    share, before = (float((x[x == y] < 0.05).double().mean()) for x, y in ((t, s), (plain, same)))
+    assert share == pytest.approx(1 / 5, abs=0.01) and before == pytest.approx(1 / 600, abs=0.001)
+    off = t != s
+    assert float((s[off] < t[off] / 4).double().mean()) == pytest.approx(0.45, abs=0.06)
 
 
 @settings(max_examples=10)

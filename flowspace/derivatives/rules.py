@@ -145,9 +145,8 @@ def forward(call: Call, rows: Callable[[Any], Any] | None = None) -> list[Tensor
         return tuple(leaf for leaf in pytree.tree_leaves(call.func(*args, **kwargs)) if differentiable(leaf))
 
     try:
-        inputs = [
-            fixed[i].contiguous() if 0 in fixed[i].stride() else fixed[i] for i in moving
-        ]  # else torch writes there
+        # torch writes the tangent in the primal's layout, which an expanded one has no room for
+        inputs = [fixed[i].contiguous() if 0 in fixed[i].stride() else fixed[i] for i in moving]
         directions = tuple(leaves[i].tangent.to(x.dtype) for i, x in zip(moving, inputs, strict=True))
         return list(torch.func.jvp(outputs, tuple(inputs), directions)[1])
     except (RuntimeError, NotImplementedError, TypeError) as error:
