@@ -39,7 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 1
     except OSError as error:
-        print(f"flowspace: {error}; what was saved before is whole, and the same command continues", file=sys.stderr)
+        print(
+            f"flowspace: {error}; what was saved before is whole: once this is repaired, the same command continues",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("\nflowspace: stopped; the same command continues from the last checkpoint", file=sys.stderr)

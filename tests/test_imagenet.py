@@ -27,6 +27,7 @@ AdversarialConfig, LatentConfig, PerceptualConfig, TrainingConfig, load = (
     for name in ("AdversarialConfig", "LatentConfig", "PerceptualConfig", "TrainingConfig", "load")
 )
 Run = importlib.import_module("flowspace.recipes.imagenet").Run
+evaluate = importlib.import_module("flowspace.vision.evaluate")
 
 CONFIGS = sorted((Path(__file__).parents[1] / "examples" / "imagenet" / "configs").glob("*.yaml"))
 TINY = """
@@ -59,6 +60,15 @@ def config(data, tmp_path):
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY.format(data=data))
     return load(path, [f"out={tmp_path / 'run'}"])
+
+
+class Pixels(evaluate.Extractor):
+    """Features that are the pixels themselves."""
+
+    name = "pixels"
+
+    def __call__(self, images):
+        return evaluate.Features(images.flatten(1).float(), None)
 
 
 def change(config, **parts):
@@ -356,6 +366,47 @@ def test_a_checkpoint_of_another_config_is_refused(config):
     with pytest.raises(RunError, match="other settings"):
         Run(change(config, objective={"equal": 0.25})).train()
     assert (config.out / "config.json").read_bytes() == kept
+
+
+@pytest.mark.parametrize(
+    ("torn", "deleted"),
+    [
+        ("pipeline/generator/diffusion_pytorch_model.safetensors", "pipeline"),
+        ("pipeline/generator/config.json", "pipeline"),
+        ("pipeline/model_index.json", "pipeline"),
+        ("encoder/diffusion_pytorch_model.safetensors", "encoder/config.json"),
+        ("encoder/config.json", "encoder/config.json"),
+    ],
+)
+def test_a_torn_file_is_one_error_that_says_what_to_delete_and_is_made_again(config, torn, deleted):
+    Run(config).train()
+    path, told = config.out / torn, config.out / deleted
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(RunError, match=f"delete {told}:| cannot be read .*delete it:"):
+        Run(config).pipeline() if deleted == "pipeline" else Run(config).encoder
+    shutil.rmtree(told) if told.is_dir() else told.unlink()
+    Run(config).train()
+    assert path.read_bytes() == whole
+
+
+def test_weights_of_an_encoder_are_never_unpickled(config):
+    run = Run(config)
+    torch.save(run.encoder.autoencoder.state_dict(), config.out / "encoder" / "diffusion_pytorch_model.bin")
+    (config.out / "encoder" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(RunError, match="holds no autoencoder"):
+        Run(config).encoder  # noqa: B018
+
+
+def test_torn_features_of_the_reference_are_made_again(config):
+    parts = Run(config).parts
+    extractor = Pixels()
+    config.out.mkdir()
+    first = parts.real(extractor).features
+    (path,) = config.out.glob("reference-*")
+    path.write_bytes(path.read_bytes()[:100])
+    assert torch.equal(parts.real(extractor).features, first)
+    assert load_file(path)["features"].equal(first)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -22,11 +22,13 @@ from flowspace.training import (
     Checkpoints,
     Draws,
     Game,
+    Journal,
     LoopSettings,
     TensorBatches,
     Terms,
     Watch,
     cosine_decay,
+    records,
     seed_of,
     train,
 )
@@ -190,9 +192,22 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where():
 
 def test_the_log_has_one_json_object_a_line(tmp_path):
     train("a", network(), data(), loss, SETTINGS, tmp_path)
-    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records] == [0, 39]
-    assert all(record["loss"] > 0 and record["gradient_norm"] > 0 for record in records)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 39]
+    assert all(line["loss"] > 0 and line["gradient_norm"] > 0 for line in lines)
+
+
+@pytest.mark.parametrize("cut", [1, 7, 12])
+def test_a_line_that_a_killed_run_left_unfinished_costs_no_other(tmp_path, cut):
+    journal = Journal(tmp_path)
+    for step in range(3):
+        journal.write({"step": step, "loss": 0.5})
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(path.read_bytes()[:-cut])
+    journal.write({"step": 3, "loss": 0.25})
+    left = [2] if cut == 1 else []  # only the end of the line is missing
+    assert [record["step"] for record in records(tmp_path)] == [0, 1, *left, 3]
+    assert records(tmp_path / "nowhere") == []
 
 
 @given(rows=st.integers(1, 40), size=st.integers(1, 60), seed=st.integers(0, 9))

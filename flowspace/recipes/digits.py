@@ -201,7 +201,8 @@ class Perceptual:
 
     @classmethod
     def of(cls, network: FeatureClassifier, images: Tensor) -> "Perceptual":
-        """Measure the scales."""
+        """Measure the scales, and freeze the network."""
+        network.requires_grad_(False)
         with torch.no_grad():
             return cls(network, tuple(float(f.var(0).mean()) for f in network.features(images)))
 

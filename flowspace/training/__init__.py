@@ -3,7 +3,7 @@
 from flowspace.training.batches import Batches, TensorBatches
 from flowspace.training.checkpoints import Checkpoints
 from flowspace.training.draws import Draws, seed_of
-from flowspace.training.journal import BINS, Journal, Tracker
+from flowspace.training.journal import BINS, Journal, Tracker, records
 from flowspace.training.loop import Game, LoopSettings, Terms, Watch, cosine_decay, train
 from flowspace.training.optimizers import MuonAdamW, PlainAdamW, Together, assign
 from flowspace.training.place import OneProcess, Place, Processes
@@ -28,6 +28,7 @@ __all__ = [
     "Watch",
     "assign",
     "cosine_decay",
+    "records",
     "seed_of",
     "train",
 ]

@@ -1,6 +1,8 @@
 """What a run writes down: JSON lines always, and whatever trackers it is given."""
 
+import contextlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["BINS", "Journal", "Tracker", "by_bins"]
+__all__ = ["BINS", "Journal", "Tracker", "by_bins", "records"]
+
+LOG = "log.jsonl"
 
 BINS = 10
 """Times are reported in so many equal bins of [0, 1]."""
@@ -38,11 +42,27 @@ class Journal:
         """Append one record; it names its step."""
         if self.folder:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / "log.jsonl").open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            with (self.folder / LOG).open("ab+") as file:
+                if file.tell():
+                    file.seek(-1, os.SEEK_END)
+                    if file.read(1) != b"\n":  # what a killed run was writing
+                        file.write(b"\n")
+                file.write(json.dumps(record).encode() + b"\n")
         numbers = dict(_flat(record))
         for tracker in self.trackers:
             tracker.log(numbers, step=record["step"])
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """Return the records of a run's log in the order they were written, without lines that a killed run left unfinished.
+
+    A run that was continued wrote the steps after its checkpoint twice.
+    """
+    path, found = folder / LOG, []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def _flat(record: Mapping[str, Any], before: str = "") -> list[tuple[str, float]]:

@@ -279,7 +279,7 @@ def _from_folder(path: Path) -> nn.Module:
     try:
         name = json.loads((path / "config.json").read_text())["_class_name"]
         check_installed(name)
-        return getattr(diffusers, name).from_pretrained(path, local_files_only=True)
+        return getattr(diffusers, name).from_pretrained(path, local_files_only=True, use_safetensors=True)
     except (OSError, KeyError, ValueError, AttributeError) as error:
         raise RunError(f"{path} holds no autoencoder that diffusers can load: {error}") from error
 

@@ -4,7 +4,6 @@ A latent generator is trained by flow matching in the encoder's space. While it 
 autoencoder's own decoder and by the finished run's generator at several noise levels, and judged alike.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +22,7 @@ from flowspace.recipes.imagenet.run import Run
 from flowspace.recipes.report import png, write_beside
 from flowspace.solvers import Heun, VelocityFlow
 from flowspace.times import ShiftedTimes, TimePairs, UniformTimes
-from flowspace.training import Watch, train
+from flowspace.training import Watch, records, train
 from flowspace.vision.evaluate import Plan, features_of, judge, rounded
 from flowspace.vision.generator import CrossFlowGenerator
 from flowspace.vision.pipeline import CrossFlowDecoder
@@ -132,8 +131,7 @@ class DecoderRun:
     def curves(self) -> dict[str, list[tuple[int, float]]]:
         """Return (step, KID) by decoder, from the log."""
         found: dict[str, dict[int, float]] = {}
-        for line in (self.run.config.out / "latent" / "log.jsonl").read_text().splitlines():
-            record = json.loads(line)
+        for record in records(self.run.config.out / "latent"):
             for name, value in record.get("watch", {}).items():
                 found.setdefault(name, {})[record["step"] + 1] = value
         return {name: sorted(points.items()) for name, points in found.items()}

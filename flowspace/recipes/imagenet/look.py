@@ -1,11 +1,10 @@
 """What one sees of a run: sheets of samples, a few scores while it trains, the gradients of each term by t."""
 
 import io
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,12 +67,11 @@ def sheet(images: Tensor, classes: int) -> bytes:
     return buffer.getvalue()
 
 
-def slopes(log: Path) -> bytes:
+def slopes(log: Sequence[Mapping[str, Any]]) -> bytes:
     """Plot the norms of each term's gradient at the prediction by t, over the second half of a log (the paper's figure 7)."""
     from matplotlib import pyplot as plt
 
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    found = [line["slopes_by"]["t"] for line in lines if line.get("slopes_by")]
+    found = [line["slopes_by"]["t"] for line in log if line.get("slopes_by")]
     found = found[len(found) // 2 :]
     figure, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
     for name in found[-1] if found else ():

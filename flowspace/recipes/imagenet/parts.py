@@ -1,5 +1,6 @@
 """What a run of a config is made of, each part built when it is asked for."""
 
+import contextlib
 import importlib
 import math
 import os
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from flowspace.errors import InputError
@@ -247,9 +248,8 @@ class Parts:
         """Return the features of the real images, kept in the run's folder."""
         e = self.config.evaluation
         path = self.config.out / f"reference-{extractor.name}.safetensors"
-        if path.exists():
-            with safe_open(path, "pt") as file:
-                return Features(file.get_tensor("features"), None)
+        with contextlib.suppress(SafetensorError, OSError), safe_open(path, "pt") as file:
+            return Features(file.get_tensor("features"), None)
         images = self.folder_images(e.reference) if e.reference else self.images
         batches = FolderBatches(images, flip=False, workers=self.config.data.workers)
         starts = range(0, len(images), e.batch)

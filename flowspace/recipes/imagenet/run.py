@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ from flowspace.recipes.imagenet.look import Look, sheet, slopes
 from flowspace.recipes.imagenet.parts import Parts, optimizer_of
 from flowspace.recipes.imagenet.stage_one import encoder_of
 from flowspace.recipes.report import write_beside
-from flowspace.training import train
+from flowspace.training import records, train
 from flowspace.vision.card import model_card
 from flowspace.vision.encoders import LatentEncoder
 from flowspace.vision.evaluate import Plan, Scores, features_of, judge
@@ -123,7 +124,7 @@ class Run:
         )
         if self.parts.place.rank == 0:
             self._ship(averaged)
-            write_beside(c.out / "slopes.png", slopes(c.out / "generator" / "log.jsonl"))
+            write_beside(c.out / "slopes.png", slopes(records(c.out / "generator")))
         self.parts.place.wait()
         return averaged
 
@@ -191,12 +192,18 @@ class Run:
         """Load what was shipped.
 
         Raises:
-            RunError: if the run is not finished.
+            RunError: if the run is not finished, or what was shipped is broken.
         """
         folder = self.config.out / "pipeline"
         if not (folder / "model_index.json").exists():
             raise RunError(f"{folder} is missing: the run is not finished; flowspace train continues it")
-        return CrossFlowPipeline.from_pretrained(folder, local_files_only=True).to(self.parts.place.device)
+        try:
+            found = CrossFlowPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            raise RunError(
+                f"{folder} cannot be read ({error}); delete it: flowspace train ships it again from the last checkpoint"
+            ) from error
+        return found.to(self.parts.place.device)
 
     def evaluate(self) -> Scores:
         """Draw the samples that are missing, over all processes, and judge them; leaves ``metrics.json``."""

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from flowspace.errors import InputError
+from flowspace.errors import InputError, RunError
 from flowspace.recipes.config import StageOneConfig
 from flowspace.recipes.imagenet.parts import Parts
 from flowspace.training import LoopSettings, train
@@ -33,7 +34,12 @@ def encoder_of(parts: Parts) -> LatentEncoder:
     if e.stage_one is not None:
         if not (folder / "config.json").exists():
             _train(parts, e.stage_one, folder)
-        return load_encoder(folder, sample=e.sample, pack=e.pack).to(device)
+        try:
+            return load_encoder(folder, sample=e.sample, pack=e.pack).to(device)
+        except RunError as error:
+            raise RunError(
+                f"{error}; delete {folder / 'config.json'}: it is written again from stage 1's checkpoint"
+            ) from error
     if e.name is None:
         raise InputError("encoder.name is empty; write a name such as va-vae, a path, or encoder.stage_one")
     dtype = torch.bfloat16 if e.half else torch.float32
@@ -111,5 +117,8 @@ def _fit(parts: Parts, encoder: LatentEncoder, path: Path) -> None:
             save_file({"mean": encoder.mean.cpu(), "std": encoder.std.cpu()}, partial)
             os.replace(partial, path)
         parts.place.wait()
-    found = load_file(path)
+    try:
+        found = load_file(path)
+    except SafetensorError as error:
+        raise RunError(f"{path} cannot be read ({error}); delete it: the statistics are measured again") from error
     encoder.set_statistics(found["mean"], found["std"])
