@@ -24,7 +24,6 @@ from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
 from flowspace import (
-    AbsoluteError,
     AlphaFlowLoss,
     ConsistencyLoss,
     CrossFlowLoss,
@@ -116,7 +115,7 @@ def judged(settings: digits.Settings, folder: Path, seeds: int, chosen: list[Ent
             there = in_pixels(world, plan.patch) if entry.space == "pixels" else world
             objective: Any = entry.make(teacher, there.autoencoder.encode)
             if entry.space == "across":
-                objective = replace(objective, penalty=AbsoluteError())
+                objective = replace(objective, penalty=plan.penalty)
             method = digits.Method(
                 re.sub(r"[^a-zA-Z0-9]+", "-", entry.name),
                 objective,

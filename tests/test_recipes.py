@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowspace import InputError, RunError, TimePairs
+from flowspace import InputError, RunError
 from flowspace.recipes import digits, metrics, report, swiss_roll
-from flowspace.recipes.networks import JudgeClassifier, SmallViT, convolutional_autoencoder, dense_autoencoder
+from flowspace.recipes.networks import JudgeClassifier, SmallViT, autoencoder
 from flowspace.training import LoopSettings
 
 
@@ -93,11 +93,6 @@ def test_judges_are_averaged_each_against_its_own_features():
     assert both.accuracy == pytest.approx((alone[0].accuracy + alone[1].accuracy) / 2)
 
 
-def test_mnist_has_the_settings_that_were_seen_to_train_it():
-    mnist = digits.SETTINGS["mnist"]
-    assert not mnist.dense and digits.methods(mnist.times)["crossflow"].objective.times == TimePairs()
-
-
 def test_an_unknown_data_set_is_refused():
     with pytest.raises(InputError, match="'digits' or 'mnist'"):
         digits.load("cifar")
@@ -119,7 +114,7 @@ def test_the_vit_maps_a_latent_grid_to_its_output_space(outputs, patch):
 
 @pytest.mark.parametrize(
     ("network", "pixels", "side"),
-    [(dense_autoencoder(8, 4, 2), 8, 2), (dense_autoencoder(8, 4, 4), 8, 4), (convolutional_autoencoder(4, 4), 28, 7)],
+    [(autoencoder(8, 4, 2), 8, 2), (autoencoder(8, 4, 4), 8, 4), (autoencoder(28, 4, 4), 28, 4)],
 )
 def test_latents_are_standardised_and_decoding_undoes_it(network, pixels, side):
     images = torch.randn(32, 1, pixels, pixels)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from flowspace.errors import InputError
 from flowspace.flow_map import FlowMap
 from flowspace.objectives import CrossFlowLoss, FlowMatchingLoss, MeanFlowLoss, Objective
-from flowspace.penalties import AbsoluteError
+from flowspace.penalties import AbsoluteError, Penalty, SquaredError
 from flowspace.recipes.metrics import accuracy, diversity, frechet_distance
 from flowspace.recipes.networks import (
     Autoencoder,
@@ -27,12 +27,10 @@ from flowspace.recipes.networks import (
     JudgeClassifier,
     Patches,
     SmallViT,
-    convolutional_autoencoder,
-    dense_autoencoder,
+    autoencoder,
 )
 from flowspace.recipes.report import grid, page, png, write_beside
 from flowspace.solvers import VelocityFlow
-from flowspace.times import TimePairs
 from flowspace.training import Draws, LoopSettings, TensorBatches, seed_of, train
 
 __all__ = ["Settings", "load", "methods", "run"]
@@ -52,8 +50,8 @@ class Settings:
         depth: of the ViT.
         heads: of the ViT's attention.
         perceptual: weight of the perceptual term.
-        dense: whether each number of the latent sees the whole picture, or a patch.
-        times: where CrossFlow is trained; None is its default.
+        penalty: of the objectives that output images. Where most pixels are background, as in ``mnist``, the smallest
+            absolute error is a blank page, and training does not leave it.
         generator: how the ViT is trained; every baseline is trained the same.
         autoencoder: how stage 1 is trained.
         classifier: how the judges and the perceptual network are trained.
@@ -66,8 +64,7 @@ class Settings:
     depth: int = 3
     heads: int = 4
     perceptual: float = 0.1
-    dense: bool = True
-    times: TimePairs | None = None
+    penalty: Penalty = field(default_factory=AbsoluteError)
     generator: LoopSettings = field(default_factory=lambda: LoopSettings(steps=3000, learning_rate=2e-3))
     autoencoder: LoopSettings = field(default_factory=lambda: LoopSettings(steps=800, learning_rate=2e-3))
     classifier: LoopSettings = field(default_factory=lambda: LoopSettings(steps=600, batch=64))
@@ -77,11 +74,11 @@ SETTINGS = {
     "digits": Settings(),
     "mnist": Settings(
         dataset="mnist",
-        channels=8,
-        width=64,
-        dense=False,
-        times=TimePairs(),
-        generator=LoopSettings(steps=4000, learning_rate=2e-3),
+        patch=7,
+        channels=2,
+        perceptual=3.0,
+        penalty=SquaredError(),
+        generator=LoopSettings(steps=6000),
     ),
 }
 
@@ -137,7 +134,7 @@ def load(dataset: str) -> Data:
 
 def depends_on(settings: Settings) -> dict[str, Any]:
     """Return the settings that weights depend on, besides their own training plan and objective."""
-    return {k: v for k, v in asdict(settings).items() if k not in ("generator", "autoencoder", "classifier", "times")}
+    return {k: v for k, v in asdict(settings).items() if k not in ("generator", "autoencoder", "classifier", "penalty")}
 
 
 # --- stage 1 and the two classifiers -----------------------------------------------------------------------------------
@@ -146,11 +143,7 @@ def depends_on(settings: Settings) -> dict[str, Any]:
 def train_autoencoder(data: Data, settings: Settings, folder: Path | None) -> Autoencoder:
     """Stage 1: squared error of reconstructions."""
     torch.manual_seed(settings.autoencoder.seed)
-    network = (
-        dense_autoencoder(data.side, settings.channels, data.side // settings.patch)
-        if settings.dense
-        else convolutional_autoencoder(settings.channels, settings.patch)
-    )
+    network = autoencoder(data.side, settings.channels, data.side // settings.patch)
 
     def loss(net: nn.Module, batch: tuple[Tensor, ...], draws: Draws) -> Tensor:
         (images,) = batch
@@ -296,11 +289,11 @@ class Method:
         return out if self.pixels else world.autoencoder.decode(out)
 
 
-def methods(times: TimePairs | None = None) -> dict[str, Method]:
+def methods(settings: Settings) -> dict[str, Method]:
     """Return the main method and the baselines, at the same size and number of steps."""
     found = (
-        Method("crossflow", CrossFlowLoss(penalty=AbsoluteError(), times=times)),
-        Method("denoiser", CrossFlowLoss(penalty=AbsoluteError()), only_noise=True),
+        Method("crossflow", CrossFlowLoss(penalty=settings.penalty)),
+        Method("denoiser", CrossFlowLoss(penalty=settings.penalty), only_noise=True),
         Method("meanflow+decoder", MeanFlowLoss(), pixels=False),
     )
     return {method.name: method for method in found}
@@ -417,7 +410,7 @@ def run_seed(
     world, judge = prepare(data, settings, folder)
     scores, samples = {"real": judge.real()}, {"real": by_class(data.test_images, data.test_labels)}
     for name in chosen:
-        method = methods(settings.times).get(name)
+        method = methods(settings).get(name)
         network = method.train(world, settings, folder / name) if method else None
         images, labels, cost = draw(method, network, world, seed)
         scores[name], samples[name] = judge.score(images, labels, cost), by_class(images, labels)
@@ -444,7 +437,7 @@ def run(settings: Settings, folder: Path, baselines: bool = False, seeds: int = 
     metrics = {
         "dataset": settings.dataset,
         "seeds": seeds,
-        "settings": asdict(settings) | {"times": repr(settings.times)},
+        "settings": asdict(settings) | {"penalty": repr(settings.penalty)},
         "methods": {name: summary([scores[name] for scores, _ in runs]) for name in names},
     }
     picture = png(grid(dict(runs[0][1].items()), CLASSES))

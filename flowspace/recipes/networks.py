@@ -12,8 +12,7 @@ __all__ = [
     "JudgeClassifier",
     "Patches",
     "SmallViT",
-    "convolutional_autoencoder",
-    "dense_autoencoder",
+    "autoencoder",
 ]
 
 
@@ -45,13 +44,7 @@ class Autoencoder(nn.Module):
         self.std.copy_(latents.std((0, 2, 3), keepdim=True))
 
 
-def _halvings(width: int, count: int) -> tuple[list[nn.Module], list[nn.Module]]:
-    down: list[nn.Module] = [m for _ in range(count) for m in (nn.Conv2d(width, width, 4, 2, 1), nn.SiLU())]
-    up: list[nn.Module] = [m for _ in range(count) for m in (nn.ConvTranspose2d(width, width, 4, 2, 1), nn.SiLU())]
-    return down, up
-
-
-def dense_autoencoder(pixels: int, channels: int, side: int, width: int = 32, hidden: int = 256) -> Autoencoder:
+def autoencoder(pixels: int, channels: int, side: int, width: int = 32, hidden: int = 256) -> Autoencoder:
     """Build an autoencoder each of whose numbers sees the whole picture: the grid is only how the ViT takes them.
 
     Args:
@@ -61,28 +54,15 @@ def dense_autoencoder(pixels: int, channels: int, side: int, width: int = 32, hi
         width: of the convolutions.
         hidden: of the dense layer.
     """
-    (down, up), grid, numbers = _halvings(width, 1), pixels // 2, channels * side * side
+    grid, numbers = pixels // 2, channels * side * side
     encoder = nn.Sequential(
-        nn.Conv2d(1, width, 3, 1, 1), nn.SiLU(), *down, nn.Flatten(),
+        nn.Conv2d(1, width, 3, 1, 1), nn.SiLU(), nn.Conv2d(width, width, 4, 2, 1), nn.SiLU(), nn.Flatten(),
         nn.Linear(width * grid**2, hidden), nn.SiLU(), nn.Linear(hidden, numbers),
         nn.LayerNorm(numbers, elementwise_affine=False), nn.Unflatten(1, (channels, side, side)),
     )  # fmt: skip
     decoder = nn.Sequential(
         nn.Flatten(), nn.Linear(numbers, hidden), nn.SiLU(), nn.Linear(hidden, width * grid**2), nn.SiLU(),
-        nn.Unflatten(1, (width, grid, grid)), *up, nn.Conv2d(width, 1, 3, 1, 1),
-    )  # fmt: skip
-    return Autoencoder(channels, encoder, decoder)
-
-
-def convolutional_autoencoder(channels: int, patch: int, width: int = 32) -> Autoencoder:
-    """Build an autoencoder without dense layers: a cell of its grid is a patch of the picture, a power of two a side."""
-    down, up = _halvings(width, int(math.log2(patch)))
-    encoder = nn.Sequential(
-        nn.Conv2d(1, width, 3, 1, 1), nn.SiLU(), *down, nn.Conv2d(width, width, 3, 1, 1), nn.SiLU(),
-        nn.Conv2d(width, channels, 1), nn.GroupNorm(1, channels, affine=False),
-    )  # fmt: skip
-    decoder = nn.Sequential(
-        nn.Conv2d(channels, width, 3, 1, 1), nn.SiLU(), nn.Conv2d(width, width, 3, 1, 1), nn.SiLU(), *up,
+        nn.Unflatten(1, (width, grid, grid)), nn.ConvTranspose2d(width, width, 4, 2, 1), nn.SiLU(),
         nn.Conv2d(width, 1, 3, 1, 1),
     )  # fmt: skip
     return Autoencoder(channels, encoder, decoder)
