@@ -1677,6 +1677,12 @@ def real_part_assigned(z, t):
     return (a * a).imag + a.real
 
 
+def data_assigned(z, t):
+    y = torch.zeros_like(z)
+    y.data = z * 2
+    return y * z
+
+
 def part_of_what_is_detached(z, t):
     y = z * 2
     y[:, 0:1] *= 3
@@ -1700,6 +1706,7 @@ def backward_inside(z, t):
 FAULTS = {
     "an operator that writes": (written_by_an_operator, exact),
     "the real part assigned": (real_part_assigned, exact),
+    "data assigned": (data_assigned, lambda fn, z, v: 4 * z[0] * v[0]),
     "a part of what is detached, after a write": (part_of_what_is_detached, exact),
     "a conjugate of what is written": (conjugate_of_what_is_written, exact),
     "torch.Tensor of a tensor": (lambda z, t: torch.Tensor(z.float() * 2) * z, exact),

@@ -534,7 +534,8 @@ def _plan(func: Any) -> _Plan:
         return _Plan("refused" if name.partition(".")[0].endswith("_") else "rule", "")
     if field:
         kind = "detached" if field == "data" else "rule" if field in _TENSORS else "metadata"
-        kind = "constant" if name == "__set__" else kind
+        if name == "__set__":
+            kind = "refused" if field in _TENSORS else "constant"
         return _Plan(kind, field)
     if name.startswith("__") and name.endswith("__") and name != "__len__":
         name = _OPERATORS.get(name[2:-2], name[2:-2])
