@@ -78,7 +78,7 @@ SETTINGS = {
         channels=2,
         perceptual=3.0,
         penalty=SquaredError(),
-        generator=LoopSettings(steps=6000),
+        generator=LoopSettings(steps=4000),
     ),
 }
 
