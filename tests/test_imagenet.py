@@ -86,6 +86,17 @@ def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+def in_two_processes(*arguments):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return subprocess.run(
+        [sys.executable, *torchrun, "-m", "flowspace.cli", *map(str, arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
 def test_a_run_trains_ships_and_logs(config):
     run = Run(config)
     run.train()
@@ -201,23 +212,7 @@ def test_two_processes_train_what_one_does(config, tmp_path, changes, tolerance)
     """Muon's Newton-Schulz steps are in bfloat16, so its updates agree to their rounding only."""
     Run(load(tmp_path / "tiny.yaml", [f"out={config.out}", *changes])).train()
     out = tmp_path / "two"
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "flowspace.cli",
-    ]
-    found = subprocess.run(
-        [*command, "train", str(tmp_path / "tiny.yaml"), f"out={out}", "training.processes=2", *changes],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    found = in_two_processes("train", tmp_path / "tiny.yaml", f"out={out}", "training.processes=2", *changes)
     assert found.returncode == 0, found.stderr[-2000:]
     one, two = weights(config.out), weights(out)
     assert one.keys() == two.keys()
@@ -236,23 +231,7 @@ def test_two_processes_draw_what_one_does(config):
     one = {path.name: path.read_bytes() for path in (config.out / "samples").iterdir()}
     assert len(one) == 3
     shutil.rmtree(config.out / "samples")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "flowspace.cli",
-    ]
-    found = subprocess.run(
-        [*command, "evaluate", str(config.out)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    found = in_two_processes("evaluate", config.out)
     assert "Inception's weights" in found.stderr
     assert {path.name: path.read_bytes() for path in (config.out / "samples").iterdir()} == one
 
