@@ -1,10 +1,10 @@
-"""The command line: ``flowspace derive | demo | encode | train | sample | evaluate | cost``."""
+"""The command line: ``flowspace derive | demo | encode | train | sample | evaluate | export | cost``."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flowspace import __version__
 from flowspace.criteria import CriteriaReport, check_criteria
@@ -99,6 +99,12 @@ def _parser() -> argparse.ArgumentParser:
         "--baselines", action="store_true", help="also a denoiser, latent MeanFlow + decoder, decoder on noise"
     )
     demo.set_defaults(command=_demo)
+    _add_recipe(commands)
+    return parser
+
+
+def _add_recipe(commands: Any) -> None:
+    """Add the commands of the ImageNet recipe."""
     train = commands.add_parser(
         "train",
         help="train a generator from a config: stage 1 and a latent generator if it asks for them, the generator, its pipeline",
@@ -144,7 +150,6 @@ def _parser() -> argparse.ArgumentParser:
     cost.add_argument("--batch", type=int, default=32, help="images on one device (default: %(default)s)")
     cost.add_argument("--devices", type=int, default=8, help="over which FSDP2 shards (default: %(default)s)")
     cost.set_defaults(command=_cost)
-    return parser
 
 
 def _derive(options: argparse.Namespace) -> int:
