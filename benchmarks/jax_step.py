@@ -12,12 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flowspace import CrossFlowLoss
+from flowspace import CrossFlowLoss, TimePairs
 from flowspace.recipes.report import markdown_table
 
 ROUNDS = 201
 SIZE = 16
-OBJECTIVE = CrossFlowLoss()
+OBJECTIVE = CrossFlowLoss(times=TimePairs())
 
 Loss = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
 

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except ModuleNotFoundError as error:
         print(
-            f"flowspace: {error.name} is not installed; write: pip install 'flowspace[{_extra(options)}]'",
+            f"flowspace: {error.name} is not installed; write: pip install 'flowspace[{_extra(options, error.name)}]'",
             file=sys.stderr,
         )
         return 1
@@ -49,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _extra(options: argparse.Namespace) -> str:
+def _extra(options: argparse.Namespace, name: str | None) -> str:
+    if name == "datasets":
+        return name
     return {_demo: "demo", _export: "onnx"}.get(options.command, "vision")
 
 

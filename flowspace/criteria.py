@@ -96,10 +96,14 @@ class CriteriaReport:
 
 
 def check_criteria(schedule: Schedule, statistic: Statistic) -> CriteriaReport:
-    """Derive kappa and say which properties of DESIGN, section 1, a statistic has under a schedule.
+    """Derive kappa and say which properties a statistic has under a schedule: the two criteria, anchored, matched.
 
     Returns:
         A report that never raises by itself; see `CriteriaReport.raise_if_failed`.
+
+    Raises:
+        InputError: if schedule or statistic is none.
+        CriterionError: if delta is zero, complex or not finite where times may lie.
     """
     if not isinstance(statistic, Statistic):
         raise InputError(f"statistic = {statistic!r} came; write check_criteria(LinearSchedule(), MatchedStatistic())")

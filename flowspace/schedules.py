@@ -213,10 +213,11 @@ class PolynomialSchedule(Schedule):
     """``alpha = (1 - t)^n, beta = 1 - (1 - t)^n``: the convex polynomial path (Lipman et al., arXiv 2412.06264, in t -> 1 - t).
 
     Args:
-        power: n, from 1 (the linear schedule) up; for n > 1 lambda'(1) = 0.
+        power: n, from 1 (the linear schedule) to 64, the largest that a formula may have; for n > 1 lambda'(1) = 0.
 
     Raises:
         ScheduleError: if n < 1, where alpha' is infinite at t = 1.
+        ExpressionError: if n > 64.
     """
 
     def __init__(self, power: float = 2) -> None:

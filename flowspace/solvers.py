@@ -46,7 +46,11 @@ class Euler(Solver):
 
 @dataclass(frozen=True)
 class Heun(Solver):
-    """Two evaluations a step, second order; the last one is at the last time, so v must be finite there."""
+    """Two evaluations a step, second order; the last one is at the last time, so v must be finite there.
+
+    Raises:
+        InputError: on use, if torchdiffeq (the extra ``ode``) is not installed.
+    """
 
     def path(self, velocity: Velocity, z: Tensor, times: Tensor) -> Tensor:
         """Return the states at each time of a monotone grid ``(n,)``, the first of them z: ``(n, B, *)``."""
@@ -60,6 +64,9 @@ class DormandPrince(Solver):
     Args:
         rtol: relative tolerance of a step, above 0.
         atol: absolute tolerance of a step, above 0.
+
+    Raises:
+        InputError: if a tolerance is not above 0; on use, if torchdiffeq (the extra ``ode``) is not installed.
     """
 
     rtol: float = 1e-5

@@ -98,7 +98,8 @@ class Coefficients:
         """Return the signed scale m = sign(b) max(|a|, |b|/(t - s)) of the residual, of shape ``(B,)``.
 
         On the diagonal, and where b = 0, m = a. Where that is zero too nothing is to be learned: R/m = 0 by its limit, and
-        m is infinite. Dividing by m bounds what multiplies f, x and (t - s) D_t f by one in size.
+        m is infinite. Dividing by m bounds what multiplies f and (t - s) D_t f by one in size; x too where c = a, as for
+        the matched statistic.
         """
         xp, a, b = backend_of(t), self.prediction(t, s), self.derivative(t, s)
         off_diagonal = xp.apart(t, s) & (b != 0)

@@ -17,11 +17,14 @@ from flowspace import (
     Euler,
     FlowMap,
     FlowMatchingLoss,
+    Guidance,
     ImprovedMeanFlowLoss,
+    InputError,
     MatchedStatistic,
     MeanFlowDistillationLoss,
     MeanFlowLoss,
     PixelMeanFlowLoss,
+    SquaredError,
     TrajectoryMatchingLoss,
     alpha_at,
 )
@@ -343,6 +346,15 @@ def test_published_numbers_are_the_references():
         assert (penalty.p, penalty.c, penalty.penalty.summed) == (1.0, 0.01, True)
     alpha = AlphaFlowLoss.published(gap=0.2)
     assert (alpha.times.equal, alpha.penalty.c, alpha.penalty.penalty.summed, alpha.bound) == (0.5, 1e-3, False, 4.0)
+    assert FlowMatchingLoss.published() == FlowMatchingLoss()
+    matching = TrajectoryMatchingLoss.published(teacher=torch.sin)
+    assert (matching.points, matching.pairs, matching.penalty) == (16, 64, SquaredError())
+
+
+@pytest.mark.parametrize("part", [{"gap": 0.1}, {"guidance": Guidance(null={"y": 0})}, {"velocity": torch.sin}])
+def test_trajectory_matching_refuses_what_it_would_not_use(part):
+    with pytest.raises(InputError, match="guide the teacher"):
+        TrajectoryMatchingLoss(teacher=torch.sin, **part)
 
 
 def test_alpha_flows_targets_are_bounded_and_its_alpha_falls_from_one_to_zero():

@@ -116,3 +116,10 @@ try:
 except ImportError as error:
     print(error)"""
     assert "pip install 'flowspace[vision]'" in python(code)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/pages/choosing.md"])
+def test_the_programs_of_a_page_run_as_written(page):
+    names = {}
+    for program in re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL):
+        exec(compile(program, page, "exec"), names)

@@ -27,6 +27,13 @@ class CrossFlowLoss(Objective):
     Args:
         estimate: None differentiates f along the conditional velocity; a function from the model's output to latents (in one
             space ``lambda x: x``) along the velocity that the network itself estimates: that of ``estimate(f(z_t, t, t))``.
+
+    Raises:
+        InputError: if an argument is of the wrong kind, or gap = 1.
+        CriterionError: if check is on and the statistic fails a criterion, or kappa = 0, which is `ConsistencyLoss`'s.
+
+    Warns:
+        UserWarning: if the statistic is not anchored.
     """
 
     estimate: Callable[[Tensor], Tensor] | None = None

@@ -15,6 +15,11 @@ __all__ = ["FlowMatchingLoss"]
 class FlowMatchingLoss(MeanFlowLoss):
     """R = f - v, with s = t in every row; a given s is accepted and ignored."""
 
+    @classmethod
+    def published(cls, **changes: Any) -> "FlowMatchingLoss":
+        """Return it with the paper's numbers, its own defaults: uniform times, mean squares."""
+        return cls(**changes)
+
     def _pair(self, latents: Tensor, t: Tensor | None, s: Tensor | None, generator: Any) -> tuple[Tensor, Tensor]:
         t, _ = Objective._pair(self, latents, t, t, generator)
         return t, t

@@ -36,8 +36,19 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
     pairs: int | None = None
     shift: float = 1.0
 
+    @classmethod
+    def published(cls, **changes: Any) -> "TrajectoryMatchingLoss":
+        """Return it with the reference's numbers: 16 points, 64 of their pairs, mean squares; give ``teacher`` and ``shift``."""
+        settings: dict[str, Any] = {"pairs": 64}
+        return cls(**(settings | changes))
+
     def check_statistic(self) -> None:
-        """Refuse what is no teacher, too few points, more pairs than there are, and a shift that is not positive."""
+        """Refuse what is no teacher, too few points, more pairs than there are, a shift that is not positive, unused parts."""
+        if self.gap is not None or self.guidance is not None or self.velocity is not None:
+            raise InputError(
+                "gap, guidance or velocity came, but the teacher's trajectory is all that trajectory matching learns from: leave "
+                "it out, and guide the teacher: Guidance.apply"
+            )
         if not callable(self.teacher):
             raise InputError(
                 f"teacher = {self.teacher!r} came; it is a function (z_t, t, **cond) that returns a velocity"

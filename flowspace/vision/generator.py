@@ -42,7 +42,7 @@ class CrossFlowGenerator(ModelMixin, ConfigMixin):
 
     Args:
         channels: of the latent; 32 for VA-VAE.
-        grid: cells a side that positions are learned for; rotary positions follow other sizes too.
+        grid: cells a side that positions are learned for.
         patch: pixels a side of one cell.
         outputs: channels of the image.
         classes: labels run from 0 to classes - 1; label ``classes`` is the null class of guidance. 0: unconditional.

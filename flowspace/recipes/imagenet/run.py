@@ -148,6 +148,7 @@ class Run:
         parts.generator()
         for t in (c.training, *((c.latent.training,) if c.latent else ())):
             parts.place.range(t.batch, t.accumulate)
+            optimizer_of(t)
         if c.encoder.stage_one:
             stage, pack = c.encoder.stage_one, c.encoder.pack or 1
             side = c.data.size // 2 ** (len(stage.widths) - 1) // pack
