@@ -131,7 +131,7 @@ def judged(settings: digits.Settings, folder: Path, seeds: int, chosen: list[Ent
                 if steps == 1:
                     pictures.setdefault(entry.name, digits.by_class(images, labels))
             print(f"seed {seed}: {entry.name}", file=sys.stderr, flush=True)
-    return found, png(grid(pictures, digits.CLASSES, across=7), dpi=70)
+    return found, png(grid(pictures, digits.CLASSES, across=5), dpi=70)
 
 
 @dataclass(frozen=True)
