@@ -7,7 +7,6 @@ architecture or training images with the perceptual one; test images are seen by
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from flowspace.errors import InputError
 from flowspace.flow_map import FlowMap
 from flowspace.objectives import CrossFlowLoss, FlowMatchingLoss, MeanFlowLoss, Objective
 from flowspace.penalties import AbsoluteError, Penalty, SquaredError
-from flowspace.recipes.metrics import accuracy, diversity, frechet_distance
+from flowspace.recipes.metrics import diversity, frechet_distance
 from flowspace.recipes.networks import (
     Autoencoder,
     FeatureClassifier,
@@ -307,6 +306,9 @@ DRAWS = 4
 JUDGES = 3
 """How many classifiers judge, whose scores are averaged: a Frechet distance in the features of one depends on its seed."""
 
+AT_ONCE = 256
+"""Images that are drawn or judged together: more do not stay in the cache."""
+
 SHOWN = 8
 DECODER_ON_NOISE = "decoder on noise"
 
@@ -331,12 +333,9 @@ class Judge:
     def score(self, images: Tensor, labels: Tensor, milliseconds: float = 0.0) -> Scores:
         """Return accuracy on the labels, diversity and Frechet distance to the real test images."""
         d = self.data
-        return Scores(
-            self._mean(lambda network: accuracy(network, images, labels)),
-            diversity(images, labels, d.test_images, d.test_labels),
-            self._mean(lambda network: self._frechet(network, images)),
-            milliseconds,
-        )
+        verdicts = [self._verdict(network, images, labels) for network in self.networks]
+        accuracy, frechet = (sum(each) / len(verdicts) for each in zip(*verdicts, strict=True))
+        return Scores(accuracy, diversity(images, labels, d.test_images, d.test_labels), frechet, milliseconds)
 
     def real(self) -> Scores:
         """Return the same for real images: accuracy on the test images, the rest of the half that no judge has seen.
@@ -345,17 +344,18 @@ class Judge:
         set that is compared with the test images has the size of that half.
         """
         d = self.data
-        right = self._mean(lambda network: accuracy(network, d.test_images, d.test_labels))
-        return replace(self.score(*d.half(0)), accuracy=right)
-
-    def _mean(self, measure: Callable[[JudgeClassifier], float]) -> float:
-        return sum(map(measure, self.networks)) / len(self.networks)
+        return replace(self.score(*d.half(0)), accuracy=self.score(d.test_images, d.test_labels).accuracy)
 
     @torch.no_grad()
-    def _frechet(self, network: JudgeClassifier, images: Tensor) -> float:
-        test = network.features(self.data.test_images)
-        sets = network.features(images).split(len(self.data.half(0)[0]))
-        return sum(frechet_distance(features, test) for features in sets) / len(sets)
+    def _verdict(self, network: JudgeClassifier, images: Tensor, labels: Tensor) -> tuple[float, float]:
+        """Return one judge's accuracy and Frechet distance."""
+        found, test = (
+            torch.cat([network.features(part) for part in images_.split(AT_ONCE)])
+            for images_ in (images, self.data.test_images)
+        )
+        right = (network.head(found).argmax(1) == labels).double().mean()
+        sets = found.split(len(self.data.half(0)[0]))
+        return float(right), sum(frechet_distance(features, test) for features in sets) / len(sets)
 
 
 def seeded(settings: Settings, seed: int) -> Settings:
@@ -393,12 +393,15 @@ def draw(
     labels = torch.arange(count) % CLASSES
     generator = torch.Generator().manual_seed(seed_of(seed, count))
     noise = torch.randn(count, *world.latents.shape[1:], generator=generator)
+
+    def some(noise: Tensor, labels: Tensor) -> Tensor:
+        if method is None or network is None:
+            return world.autoencoder.decode(noise)
+        return method.sample(network, world, noise, labels, steps)
+
     start = time.perf_counter()
     with torch.no_grad():
-        if method is None or network is None:
-            images = world.autoencoder.decode(noise)
-        else:
-            images = method.sample(network, world, noise, labels, steps)
+        images = torch.cat([some(*parts) for parts in zip(noise.split(AT_ONCE), labels.split(AT_ONCE), strict=True)])
     return images, labels, 1000 * (time.perf_counter() - start) / count
 
 

@@ -1,15 +1,9 @@
-"""How good samples are, by an independent judge: accuracy, Frechet distance of features, diversity."""
+"""How good samples are: Frechet distance of features, diversity."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ["accuracy", "diversity", "frechet_distance"]
-
-
-@torch.no_grad()
-def accuracy(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Return the share of images that the classifier gives their label."""
-    return float((classifier(images).argmax(1) == labels).double().mean())
+__all__ = ["diversity", "frechet_distance"]
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:
