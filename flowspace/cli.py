@@ -1,8 +1,10 @@
 """The command line: ``flowspace derive | demo | encode | train | sample | evaluate | export | cost``."""
 
 import argparse
+import contextlib
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -188,10 +190,24 @@ def _demo(options: argparse.Namespace) -> int:
     if options.seeds < 1:
         raise FlowspaceError(f"--seeds {options.seeds} came; write 1 or more")
     folder = options.out or Path("runs") / options.dataset
-    metrics = digits.run(digits.SETTINGS[options.dataset], folder, options.baselines, options.seeds)
+    with _one_thread():
+        metrics = digits.run(digits.SETTINGS[options.dataset], folder, options.baselines, options.seeds)
     print(markdown_table(digits.HEAD, digits.rows(metrics)))
     print(f"\nmeans over {options.seeds} seed(s); pictures: {folder / 'samples.png'}, page: {folder / 'report.html'}")
     return 0
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep small networks on one thread, unless OMP_NUM_THREADS says otherwise: more wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if "OMP_NUM_THREADS" in os.environ else 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _train(options: argparse.Namespace) -> int:
