@@ -4,8 +4,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from flowspace import __version__
+from flowspace import __version__, cli
 from flowspace.cli import main
 
 
@@ -78,3 +79,18 @@ def test_the_module_runs_as_a_command():
         [sys.executable, "-m", "flowspace.cli", "--version"], capture_output=True, text=True, check=True
     )
     assert run.stdout.strip() == f"flowspace {__version__}"
+
+
+@pytest.mark.parametrize(("told", "wanted"), [(None, 1), ("2", 2)])
+def test_the_demo_keeps_to_one_thread_unless_it_is_told(monkeypatch, told, wanted):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if told:
+        monkeypatch.setenv("OMP_NUM_THREADS", told)
+    try:
+        with cli._one_thread():
+            assert torch.get_num_threads() == wanted
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
