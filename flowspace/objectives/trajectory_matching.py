@@ -46,8 +46,7 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
         """Refuse what is no teacher, too few points, more pairs than there are, a shift that is not positive, unused parts."""
         if self.gap is not None or self.guidance is not None or self.velocity is not None:
             raise InputError(
-                "gap, guidance or velocity came, but the teacher's trajectory is all that trajectory matching learns from: leave "
-                "it out, and guide the teacher: Guidance.apply"
+                "gap, guidance or velocity came; all is the teacher's here: guide the teacher (Guidance.apply)"
             )
         if not callable(self.teacher):
             raise InputError(
@@ -55,10 +54,10 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
             )
         if self.points < 2:
             raise InputError(f"points = {self.points} came; a trajectory has at least 2")
-        if self.pairs is not None and not 1 <= self.pairs <= self.points * (self.points - 1) // 2:
+        most = self.points * (self.points - 1) // 2
+        if self.pairs is not None and not 1 <= self.pairs <= most:
             raise InputError(
-                f"pairs = {self.pairs} came; {self.points} points make {self.points * (self.points - 1) // 2} pairs, so write "
-                "that many at most, or None for all"
+                f"pairs = {self.pairs} came; {self.points} points make {most} pairs, so write that many at most, or None for all"
             )
         if not self.shift > 0:
             raise InputError(
