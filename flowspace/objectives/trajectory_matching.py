@@ -45,13 +45,9 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
     def check_statistic(self) -> None:
         """Refuse what is no teacher, too few points, more pairs than there are, a shift that is not positive, unused parts."""
         if self.gap is not None or self.guidance is not None or self.velocity is not None:
-            raise InputError(
-                "gap, guidance or velocity came; all is the teacher's here: guide the teacher (Guidance.apply)"
-            )
+            raise InputError("gap, guidance or velocity came; leave it out, and guide the teacher: Guidance.apply")
         if not callable(self.teacher):
-            raise InputError(
-                f"teacher = {self.teacher!r} came; it is a function (z_t, t, **cond) that returns a velocity"
-            )
+            raise InputError(f"teacher = {self.teacher!r} came; write a function (z_t, t, **cond) of the velocity")
         if self.points < 2:
             raise InputError(f"points = {self.points} came; a trajectory has at least 2")
         most = self.points * (self.points - 1) // 2
@@ -60,9 +56,7 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
                 f"pairs = {self.pairs} came; {self.points} points make {most} pairs, so write that many at most, or None for all"
             )
         if not self.shift > 0:
-            raise InputError(
-                f"shift = {self.shift} came; it stretches times, so write more than 0, as ShiftedTimes(dim).shift"
-            )
+            raise InputError(f"shift = {self.shift} came; write more than 0, as ShiftedTimes(dim).shift")
 
     def grid(self, like: Tensor) -> Tensor:
         """Return the times of the points, ``(points,)``, falling from 1 to 0."""
