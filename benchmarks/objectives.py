@@ -130,7 +130,8 @@ def judged(settings: digits.Settings, folder: Path, seeds: int, chosen: list[Ent
                 found.setdefault(entry.name, {}).setdefault(steps, []).append(judge.score(images, labels, cost))
                 if steps == 1:
                     pictures.setdefault(entry.name, digits.by_class(images, labels))
-            print(f"seed {seed}: {entry.name}", file=sys.stderr, flush=True)
+            distances = ", ".join(f"{found[entry.name][n][-1].frechet:.1f} in {n}" for n in entry.steps)
+            print(f"seed {seed}: {entry.name}: Frechet distance {distances}", file=sys.stderr, flush=True)
     return found, png(grid(pictures, digits.CLASSES, across=5), dpi=70)
 
 
