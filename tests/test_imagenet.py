@@ -317,6 +317,13 @@ def test_weights_that_only_judging_needs_are_asked_for_before_the_training(confi
     assert not list(config.out.rglob("log.jsonl"))
 
 
+def test_a_torch_without_muon_is_one_error_before_any_step(config, monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    with pytest.raises(InputError, match=r"install torch 2\.9"):
+        Run(change(config, training={"optimizer": "muon"})).train()
+    assert not list(config.out.rglob("log.jsonl"))
+
+
 def test_a_folder_that_cannot_be_written_to_is_one_error_before_any_step(config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"file/run cannot be written to \(Not a directory\); write out=FOLDER"):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from flowspace import InputError, RunError
 from flowspace.recipes import digits, metrics, report, swiss_roll
-from flowspace.recipes.networks import JudgeClassifier, SmallViT, autoencoder
+from flowspace.recipes.networks import Autoencoder, JudgeClassifier, SmallViT
 from flowspace.training import LoopSettings
 
 
@@ -114,7 +114,7 @@ def test_the_vit_maps_a_latent_grid_to_its_output_space(outputs, patch):
 
 @pytest.mark.parametrize(
     ("network", "pixels", "side"),
-    [(autoencoder(8, 4, 2), 8, 2), (autoencoder(8, 4, 4), 8, 4), (autoencoder(28, 4, 4), 28, 4)],
+    [(Autoencoder(8, 4, 2), 8, 2), (Autoencoder(8, 4, 4), 8, 4), (Autoencoder(28, 4, 4), 28, 4)],
 )
 def test_latents_are_standardised_and_decoding_undoes_it(network, pixels, side):
     images = torch.randn(32, 1, pixels, pixels)

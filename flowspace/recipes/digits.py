@@ -26,7 +26,6 @@ from flowspace.recipes.networks import (
     JudgeClassifier,
     Patches,
     SmallViT,
-    autoencoder,
 )
 from flowspace.recipes.report import grid, page, png, write_beside
 from flowspace.solvers import VelocityFlow
@@ -142,7 +141,7 @@ def depends_on(settings: Settings) -> dict[str, Any]:
 def train_autoencoder(data: Data, settings: Settings, folder: Path | None) -> Autoencoder:
     """Stage 1: squared error of reconstructions."""
     torch.manual_seed(settings.autoencoder.seed)
-    network = autoencoder(data.side, settings.channels, data.side // settings.patch)
+    network = Autoencoder(data.side, settings.channels, data.side // settings.patch)
 
     def loss(net: nn.Module, batch: tuple[Tensor, ...], draws: Draws) -> Tensor:
         (images,) = batch

@@ -12,19 +12,38 @@ __all__ = [
     "JudgeClassifier",
     "Patches",
     "SmallViT",
-    "autoencoder",
 ]
 
 
 class Autoencoder(nn.Module):
-    """An encoder and a decoder of ``(B, 1, H, H)`` pictures; its ``(B, channels, side, side)`` are standardised per channel."""
+    """Maps ``(B, 1, H, H)`` pictures to ``(B, channels, side, side)``, standardised per channel by `fit_latents`, and back.
+
+    Every number sees the whole picture: the grid is only how the ViT takes them.
+
+    Args:
+        pixels: of a picture, a side; even.
+        channels: of the latent.
+        side: of its grid.
+        width: of the convolutions.
+        hidden: of the dense layer.
+    """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, channels: int, encoder: nn.Module, decoder: nn.Module) -> None:
+    def __init__(self, pixels: int, channels: int, side: int, width: int = 32, hidden: int = 256) -> None:
         super().__init__()
-        self.encoder, self.decoder = encoder, decoder
+        grid, numbers = pixels // 2, channels * side * side
+        self.encoder = nn.Sequential(
+            nn.Conv2d(1, width, 3, 1, 1), nn.SiLU(), nn.Conv2d(width, width, 4, 2, 1), nn.SiLU(), nn.Flatten(),
+            nn.Linear(width * grid**2, hidden), nn.SiLU(), nn.Linear(hidden, numbers),
+            nn.LayerNorm(numbers, elementwise_affine=False), nn.Unflatten(1, (channels, side, side)),
+        )  # fmt: skip
+        self.decoder = nn.Sequential(
+            nn.Flatten(), nn.Linear(numbers, hidden), nn.SiLU(), nn.Linear(hidden, width * grid**2), nn.SiLU(),
+            nn.Unflatten(1, (width, grid, grid)), nn.ConvTranspose2d(width, width, 4, 2, 1), nn.SiLU(),
+            nn.Conv2d(width, 1, 3, 1, 1),
+        )  # fmt: skip
         self.register_buffer("mean", torch.zeros(1, channels, 1, 1))
         self.register_buffer("std", torch.ones(1, channels, 1, 1))
 
@@ -42,30 +61,6 @@ class Autoencoder(nn.Module):
         latents = self.encoder(images)
         self.mean.copy_(latents.mean((0, 2, 3), keepdim=True))
         self.std.copy_(latents.std((0, 2, 3), keepdim=True))
-
-
-def autoencoder(pixels: int, channels: int, side: int, width: int = 32, hidden: int = 256) -> Autoencoder:
-    """Build an autoencoder each of whose numbers sees the whole picture: the grid is only how the ViT takes them.
-
-    Args:
-        pixels: of a picture, a side; even.
-        channels: of the latent.
-        side: of its grid.
-        width: of the convolutions.
-        hidden: of the dense layer.
-    """
-    grid, numbers = pixels // 2, channels * side * side
-    encoder = nn.Sequential(
-        nn.Conv2d(1, width, 3, 1, 1), nn.SiLU(), nn.Conv2d(width, width, 4, 2, 1), nn.SiLU(), nn.Flatten(),
-        nn.Linear(width * grid**2, hidden), nn.SiLU(), nn.Linear(hidden, numbers),
-        nn.LayerNorm(numbers, elementwise_affine=False), nn.Unflatten(1, (channels, side, side)),
-    )  # fmt: skip
-    decoder = nn.Sequential(
-        nn.Flatten(), nn.Linear(numbers, hidden), nn.SiLU(), nn.Linear(hidden, width * grid**2), nn.SiLU(),
-        nn.Unflatten(1, (width, grid, grid)), nn.ConvTranspose2d(width, width, 4, 2, 1), nn.SiLU(),
-        nn.Conv2d(width, 1, 3, 1, 1),
-    )  # fmt: skip
-    return Autoencoder(channels, encoder, decoder)
 
 
 def fourier(time: Tensor, size: int) -> Tensor:

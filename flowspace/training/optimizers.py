@@ -72,7 +72,7 @@ class MuonAdamW:
         inside: see `assign`.
 
     Raises:
-        InputError: if the rate is not positive or the decay negative.
+        InputError: if the rate is not positive or the decay negative, or torch has no Muon, which came with 2.9.
     """
 
     learning_rate: float = 8e-4
@@ -82,19 +82,15 @@ class MuonAdamW:
     inside: tuple[str, ...] = ("blocks",)
 
     def __post_init__(self) -> None:
+        if not hasattr(torch.optim, "Muon"):
+            raise InputError(f"torch {torch.__version__} has no torch.optim.Muon; install torch 2.9 or newer")
         if not (self.learning_rate > 0 and self.weight_decay >= 0):
             raise InputError(
                 f"learning_rate = {self.learning_rate}, weight_decay = {self.weight_decay} came; write > 0 and >= 0"
             )
 
     def __call__(self, network: nn.Module) -> "Together":
-        """Return the optimisers of a network's parameters that ask for a gradient.
-
-        Raises:
-            InputError: if torch has no Muon, which came with 2.9.
-        """
-        if not hasattr(torch.optim, "Muon"):
-            raise InputError(f"torch {torch.__version__} has no torch.optim.Muon; install torch 2.9 or newer")
+        """Return the optimisers of a network's parameters that ask for a gradient."""
         parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
         names = {
             key: [parameters[name] for name in group if name in parameters]
