@@ -8,9 +8,12 @@ dual remembers its layout: the axis, and how many blocks of the batch that axis 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-__all__ = ["Dual", "Layout", "LostRowsError", "Rows", "restrict", "shared_rows"]
+from flowspace.backends import torch_backend
+
+__all__ = ["Dual", "Layout", "LostRowsError", "Rows", "lies_first", "restrict", "rowwise", "shared_rows"]
 
 
 class LostRowsError(Exception):
@@ -67,6 +70,35 @@ def restrict(tensor: Tensor, layout: Layout | None) -> Tensor:
     return (
         tensor.unflatten(axis, (outer, rows.batch, inner)).index_select(axis + 1, rows.chosen).flatten(axis, axis + 2)
     )
+
+
+LARGE_ROW = 1 << 15
+"""Numbers in a row of the batch from which on it is worked on by itself on a CPU, rather than copied beside other rows."""
+
+
+def lies_first(layout: Layout | None, tensor: Tensor) -> bool:
+    """Return whether rows are a first axis that has values, on a CPU: whether they can be worked on one by one."""
+    return (
+        layout is not None
+        and layout[:3] == (0, 1, 1)
+        and tensor.device.type == "cpu"
+        and all(map(torch_backend.known, (tensor, layout.rows.chosen)))
+    )
+
+
+def rowwise(function: Callable[..., Tensor], tangent: Tensor, layout: Layout | None, *primals: Tensor) -> Tensor:
+    """Return a function of a tangent, in its shape, and of the rows of full tensors that have a tangent; rows do not mix.
+
+    Large rows are not gathered first: memory that is new costs a CPU more than the arithmetic does.
+    """
+    if tangent.numel() < LARGE_ROW * len(tangent) or not lies_first(layout, tangent):
+        return function(tangent, *(restrict(p, layout) for p in primals))
+    found = None
+    for i, row in enumerate(layout.rows.chosen.tolist()):  # type: ignore[union-attr]
+        part = function(tangent[i : i + 1], *(p[row : row + 1] for p in primals))
+        found = torch.empty_like(tangent, dtype=part.dtype) if found is None else found
+        found[i : i + 1] = part
+    return found  # type: ignore[return-value]
 
 
 class Dual:
