@@ -278,22 +278,48 @@ def _from_folder(path: Path) -> nn.Module:
 
     try:
         name = json.loads((path / "config.json").read_text())["_class_name"]
-        check_installed(name)
+        make_buildable(name)
         return getattr(diffusers, name).from_pretrained(path, local_files_only=True, use_safetensors=True)
     except (OSError, KeyError, ValueError, AttributeError) as error:
         raise RunError(f"{path} holds no autoencoder that diffusers can load: {error}") from error
 
 
-def check_installed(kind: str) -> None:
-    """See that what an autoencoder of diffusers is made of is installed.
+def make_buildable(kind: str) -> None:
+    """See that what an autoencoder of diffusers is made of is installed, and fits.
 
     Raises:
         RunError: if it is not.
     """
-    if kind == "AutoencoderRAE" and importlib.util.find_spec("transformers") is None:
-        raise RunError(
-            "RAE's encoders are those of transformers, which is missing; write: pip install 'flowspace[rae]'"
-        )
+    if kind == "AutoencoderRAE":
+        if importlib.util.find_spec("transformers") is None:
+            raise RunError(
+                "RAE's encoders are those of transformers, which is missing; write: pip install 'flowspace[rae]'"
+            )
+        _nest_siglip()
+
+
+class _Nested(nn.Module):
+    """A vision model one level down, where diffusers (0.42) looks for it and RAE's weights have it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.vision_model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call it."""
+        return self.vision_model(*args, **kwargs)
+
+
+def _nest_siglip() -> None:
+    """Let diffusers build RAE's SigLIP2, of which transformers took away a level since."""
+    import transformers
+    from diffusers.models.autoencoders import autoencoder_rae
+
+    def build(config: Any) -> nn.Module:
+        model = transformers.SiglipVisionModel(config)
+        return model if hasattr(model, "vision_model") else _Nested(model)
+
+    autoencoder_rae.SiglipVisionModel = build  # type: ignore[misc]
 
 
 def _tensors(path: Path) -> Mapping[str, Tensor]:

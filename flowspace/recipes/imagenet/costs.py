@@ -11,7 +11,7 @@ from torch import nn
 from flowspace.errors import RunError
 from flowspace.recipes.config import AdversarialConfig, Config, EncoderConfig, PerceptualConfig, load
 from flowspace.vision.cost import IMAGENET, Cost, Share, counted, generator_cost
-from flowspace.vision.encoders import check_installed, load_encoder
+from flowspace.vision.encoders import load_encoder, make_buildable
 
 __all__ = ["TABLE", "cost_of", "table"]
 
@@ -162,7 +162,7 @@ def _autoencoder(e: EncoderConfig) -> nn.Module:
 
     made: Any = diffusers
     if e.stage_one is None and e.name in DEFAULTS:
-        check_installed(DEFAULTS[e.name])
+        make_buildable(DEFAULTS[e.name])
         return getattr(made, DEFAULTS[e.name])()
     if e.stage_one is None and e.name not in STAGES:
         return load_encoder(e.name or "", weights=e.weights).autoencoder.to("meta")
