@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowspace.backends import torch_backend
 
-__all__ = ["Dual", "Layout", "LostRowsError", "Rows", "lies_first", "restrict", "rowwise", "shared_rows"]
+__all__ = ["Dual", "Layout", "LostRowsError", "Rows", "restrict", "rowwise", "shared_rows"]
 
 
 class LostRowsError(Exception):
@@ -73,32 +73,24 @@ def restrict(tensor: Tensor, layout: Layout | None) -> Tensor:
 
 
 LARGE_ROW = 1 << 15
-"""Numbers in a row of the batch from which on it is worked on by itself on a CPU, rather than copied beside other rows."""
+"""Numbers in a row of the batch from which on a CPU works on it where it lies, rather than on a copy beside other rows."""
 
 
-def lies_first(layout: Layout | None, tensor: Tensor) -> bool:
-    """Return whether rows are a first axis that has values, on a CPU: whether they can be worked on one by one."""
-    return (
-        layout is not None
-        and layout[:3] == (0, 1, 1)
-        and tensor.device.type == "cpu"
-        and all(map(torch_backend.known, (tensor, layout.rows.chosen)))
-    )
-
-
-def rowwise(function: Callable[..., Tensor], tangent: Tensor, layout: Layout | None, *primals: Tensor) -> Tensor:
-    """Return a function of a tangent, in its shape, and of the rows of full tensors that have a tangent; rows do not mix.
+def rowwise(
+    function: Callable[[Tensor, Tensor], Tensor], tangent: Tensor, primal: Tensor, layout: Layout | None
+) -> Tensor:
+    """Return an elementwise function of a tangent and of the rows of a full primal that have one, in the tangent's shape.
 
     Large rows are not gathered first: memory that is new costs a CPU more than the arithmetic does.
     """
-    if tangent.numel() < LARGE_ROW * len(tangent) or not lies_first(layout, tangent):
-        return function(tangent, *(restrict(p, layout) for p in primals))
-    found = None
-    for i, row in enumerate(layout.rows.chosen.tolist()):  # type: ignore[union-attr]
-        part = function(tangent[i : i + 1], *(p[row : row + 1] for p in primals))
-        found = torch.empty_like(tangent, dtype=part.dtype) if found is None else found
-        found[i : i + 1] = part
-    return found  # type: ignore[return-value]
+    first = layout is not None and layout[:3] == (0, 1, 1) and tangent.device.type == "cpu"
+    large = first and tangent.numel() >= LARGE_ROW * len(tangent)
+    if not large or not all(map(torch_backend.known, (tangent, primal))):
+        return function(tangent, restrict(primal, layout))
+    found = torch.empty_like(tangent)
+    for row, there in enumerate(layout.rows.chosen.tolist()):  # type: ignore[union-attr]
+        found[row] = function(tangent[row], primal[there])
+    return found
 
 
 class Dual:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from flowspace.derivatives.duals import Dual, Layout, LostRowsError, lies_first, restrict, rowwise, shared_rows
+from flowspace.derivatives.duals import Dual, Layout, LostRowsError, restrict, rowwise, shared_rows
 from flowspace.errors import DerivativeError
 
 __all__ = [
@@ -195,10 +195,7 @@ def _(call: Call, x: Any, y: Any, *, alpha: float = 1) -> At:
 def _(call: Call, x: Any, y: Any) -> At:
     rows = shared_rows(call.duals)
     tx, ty = _tangent(x), _tangent(y)
-    first = None if tx is None else tx * rows(y)
-    if first is not None and ty is not None:
-        return call.along_with(torch.addcmul(first, rows(x), ty))
-    return call.along_with(rows(x) * ty if first is None else first)
+    return call.along_with(_sum(None if tx is None else tx * rows(y), None if ty is None else rows(x) * ty))
 
 
 @rule("div", "truediv", "true_divide", "divide")
@@ -214,10 +211,9 @@ def _kernel(name: str, derivative: Callable[..., Tensor], of_output: bool = Fals
         if x.primal.is_complex():
             return pointwise(call)  # type: ignore[return-value]  # a backward kernel conjugates
         primal = call.out if of_output else x.primal
-        return rowwise(lambda t, p: derivative(t, p, *args, **kwargs), x.tangent, x.layout, primal.detach())
+        return rowwise(lambda t, p: derivative(t, p, *args, **kwargs), x.tangent, primal.detach(), x.layout)
 
 
-_kernel("neg", lambda t, x: -t)
 _kernel("exp", lambda t, y: t * y, of_output=True)
 _kernel("square", lambda t, x: 2 * t * x)
 _kernel("sin", lambda t, x: t * x.cos())
@@ -248,6 +244,7 @@ _kernel("sigmoid", lambda t, y: torch.ops.aten.sigmoid_backward(t, y), of_output
     "real",
     "imag",
     "conj",
+    "neg",
 )
 @rule(
     "transpose",
@@ -547,20 +544,17 @@ def _(
         return forward(call)
     x.untouched(*range(-len(shape), 0))
     x.tangent = x.tangent.contiguous()  # kept, for what is added to it has this layout too
-    tangent, primal = x.tangent, x.primal.detach()
-    if torch.is_autocast_enabled(primal.device.type):
+    tangent, rows = x.tangent, x.rows
+    if torch.is_autocast_enabled(rows.device.type):
         call.run(call.evaluate)
-        primal, tangent = primal.to(call.out.dtype), tangent.to(call.out.dtype)
-        mean, scale = torch.native_layer_norm(primal, shape, None, None, eps)[1:]
+        rows, tangent = rows.to(call.out.dtype), tangent.to(call.out.dtype)
+        mean, scale = torch.native_layer_norm(rows, shape, None, None, eps)[1:]
     else:
         call.out, mean, scale = call.run(torch.native_layer_norm, x.primal, shape, weight, bias, eps)
-
-    def derivative(t: Tensor, p: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-        keep = [True, False, False]
-        found = torch.ops.aten.native_layer_norm_backward(t, p, shape, mean, scale, None, None, keep)[0]
-        return found if weight is None else found.mul_(weight)
-
-    return rowwise(derivative, tangent, x.layout, primal, mean.detach(), scale.detach())
+        mean, scale = (restrict(value.detach(), x.layout) for value in (mean, scale))
+    keep = [True, False, False]
+    found = torch.ops.aten.native_layer_norm_backward(tangent, rows, shape, mean, scale, None, None, keep)[0]
+    return found if weight is None else found.mul_(weight)
 
 
 @rule("rms_norm")
@@ -628,8 +622,6 @@ BLOCK_ELEMENTS = 1 << 17
 """Scores that the tangent of attention holds at once, so that they stay in a CPU's cache; or those of 64 queries."""
 GPU_BLOCK_ELEMENTS = 1 << 24
 """The same on other devices, where each block costs a launch of every kernel."""
-LARGE_ROW = 1 << 13
-"""Scores of a row from which on its heads, rather than the rows of a head, are worked on together, without a copy."""
 
 
 @rule("scaled_dot_product_attention")
@@ -643,22 +635,16 @@ def _(
     layout = call.duals[0].layout
     layout = layout and layout.on(out.ndim - call.duals[0].ndim + layout.axis)
     shape = layout.shape(out.shape) if layout else out.shape
-    given = (query, key, value, attn_mask)
-    scores = math.prod(out.shape[-3:-1]) * (key.primal if isinstance(key, Dual) else key).shape[-2]
-    alone = out.ndim == 4 and not enable_gqa and lies_first(layout, out) and scores >= LARGE_ROW
-    primals = [x.primal.detach() if isinstance(x, Dual) else x for x in given] if alone else [rows(x) for x in given]
-    parts = [*primals, *(_tangent(x) for x in given)]
+    parts = [rows(x) for x in (query, key, value, attn_mask)] + [_tangent(x) for x in (query, key, value, attn_mask)]
     if enable_gqa:
         times = parts[0].shape[-3] // parts[1].shape[-3]  # type: ignore[union-attr]
         for i in (1, 2, 5, 6):
             parts[i] = None if parts[i] is None else parts[i].repeat_interleave(times, -3)  # type: ignore[union-attr]
     scale = 1 / math.sqrt((query.primal if isinstance(query, Dual) else query).shape[-1]) if scale is None else scale
     lead = (1, 1, *shape[:-2])[-max(2, len(shape) - 2) :]
-    leads = [out.shape[:2] if alone else lead] * 4 + [lead] * 4
-    cast = [x if x is None or x.dtype == torch.bool else x.to(out.dtype) for x in parts]
-    parts = [None if x is None else _four_axes(x, lead) for x, lead in zip(cast, leads, strict=True)]
+    parts = [None if x is None else _four_axes(x if x.dtype == torch.bool else x.to(out.dtype), lead) for x in parts]
     found = out.new_empty(math.prod(lead[:-1]), shape[-2], lead[-1], shape[-1]).transpose(1, 2)
-    _attention_tangent(parts, found, is_causal, scale, layout.rows.chosen.tolist() if alone else None)  # type: ignore[union-attr]
+    _attention_tangent(parts, found, is_causal, scale)
     return At(found.reshape(shape), layout)
 
 
@@ -670,37 +656,27 @@ def _four_axes(x: Tensor, lead: Sequence[int]) -> Tensor:
     return x.reshape(-1, *x.shape[-3:]).expand(math.prod(lead[:-1]), lead[-1], -1, -1)
 
 
-def _attention_tangent(
-    parts: Sequence[Any], found: Tensor, causal: bool, scale: float, chosen: list[int] | None
-) -> None:
-    """Write the tangent of softmax(q k' scale + mask) v, in blocks: of queries, and of rows of one head or heads of one row.
-
-    With ``chosen``, the primals have the whole batch, and these of its rows belong to the tangents.
-    """
-    (batch, heads, count, _), keys = found.shape, parts[1].shape[2]
-    elements = BLOCK_ELEMENTS if found.device.type == "cpu" else GPU_BLOCK_ELEMENTS
-    queries = min(count, max(64, elements // keys))
-    step = max(1, elements // (queries * keys))
-    if chosen is None:
-        places = [((r, h), (r, h)) for h in range(heads) for r in _slices(batch, step)]
-    else:
-        places = [((row, h), (i, h)) for i, row in enumerate(chosen) for h in _slices(heads, step)]
-    for (there, here), block in itertools.product(places, _slices(count, queries)):
-        primals = [_part(x, there, block if i in (0, 3) else None) for i, x in enumerate(parts[:4])]
-        tangents = [_part(x, here, block if i in (0, 3) else None) for i, x in enumerate(parts[4:])]
-        _block(primals, tangents, found[here][:, block], causal, scale, block.start)
-
-
-def _part(x: Tensor | None, place: tuple[Any, Any], queries: slice | None) -> Tensor | None:
-    """Return a block of a tensor with four axes, as a view with three; an axis of one query stays."""
+def _part(x: Tensor | None, rows: slice, head: int, queries: slice | None = None) -> Tensor | None:
+    """Return a block of one head of a tensor with four axes, as a view; an axis of one query stays."""
     if x is None:
         return None
-    x = x[place]
+    x = x[rows, head]
     return x if queries is None or x.shape[1] == 1 else x[:, queries]
 
 
-def _slices(count: int, step: int) -> list[slice]:
-    return [slice(first, first + step) for first in range(0, count, step)]
+def _attention_tangent(parts: Sequence[Any], found: Tensor, causal: bool, scale: float) -> None:
+    """Write the tangent of softmax(q k' scale + mask) v, in blocks of rows and queries of one head."""
+    q, k, v, mask, tq, tk, tv, tmask = parts
+    (batch, heads, count, _), keys = q.shape, k.shape[2]
+    k, tk = k.mT, None if tk is None else tk.mT
+    elements = BLOCK_ELEMENTS if q.device.type == "cpu" else GPU_BLOCK_ELEMENTS
+    queries = min(count, max(64, elements // keys))
+    step = max(1, elements // (queries * keys))
+    for row, head, first in itertools.product(range(0, batch, step), range(heads), range(0, count, queries)):
+        rows, block = slice(row, row + step), slice(first, first + queries)
+        primals = [_part(x, rows, head, b) for x, b in ((q, block), (k, None), (v, None), (mask, block))]
+        tangents = [_part(x, rows, head, b) for x, b in ((tq, block), (tk, None), (tv, None), (tmask, block))]
+        _block(primals, tangents, found[rows, head, block], causal, scale, first)
 
 
 def _block(
@@ -708,7 +684,6 @@ def _block(
 ) -> None:
     """Write dP v + P dv, with P the attention and dP = P * (dS - rowsum(P * dS)), dS = (dq k' + q dk') scale + dmask."""
     (q, k, v, mask), (tq, tk, tv, tmask) = primals, tangents
-    k, tk = k.mT, None if tk is None else tk.mT
     scores = found.new_empty(len(q), q.shape[1], k.shape[2])
     _sum_products(scores, False, scale, (q, k))
     if causal:
