@@ -1,10 +1,11 @@
 """What D_t f costs by each route: ``python benchmarks/derivatives.py`` prints the tables of the docs.
 
 Per route and setting: a whole training step and its peak memory over a plain regression step of the same network, the derivative
-over a forward pass, and the largest error against float64 forward mode. Times are medians of interleaved runs in one process, of
-CPU time where there is one thread, which neighbours on a shared machine disturb least; memory is the growth over what the process
-held before its first step, in a fresh process each. ``--plot FILE`` draws cost against tokens. On a machine with a GPU the same
-command runs there.
+over a forward pass, and the largest error against float64 forward mode. The jobs run in turn, in one process; a ratio is the
+median of the rounds' ratios, with their quartiles behind it: what differs by less is not told apart. Times are of the CPU
+where there is one thread, which neighbours on a shared machine disturb least; memory is the growth over what the process
+held before its first step, in a fresh process each. ``--plot FILE`` draws cost against tokens. On a machine with a GPU the
+same command runs there.
 """
 
 import argparse
@@ -166,11 +167,11 @@ def clock() -> float:
     return time.process_time() if alone else time.perf_counter()
 
 
-def times(setting: Setting, rounds: int) -> dict[str, float | str]:
-    """Return the median seconds of each job, run in turn; or what it raises."""
+def times(setting: Setting, rounds: int) -> dict[str, list[float] | str]:
+    """Return the seconds of each job in each round, run in turn; or what it raises."""
     jobs = setting.jobs(setting.build(), ROUTES)
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    failed: dict[str, float | str] = {}
+    failed: dict[str, str] = {}
     for _ in range(rounds + 1):
         for name, job in jobs.items():
             if name in failed:
@@ -182,7 +183,7 @@ def times(setting: Setting, rounds: int) -> dict[str, float | str]:
                 failed[name] = f"raises {type(error).__name__}"
             finish()
             seconds[name].append(clock() - start)
-    return {name: failed.get(name, statistics.median(values[1:] or values)) for name, values in seconds.items()}
+    return {name: failed.get(name, values[1:]) for name, values in seconds.items()}
 
 
 def peak(setting: Setting, name: str) -> float:
@@ -245,27 +246,37 @@ def errors(setting: Setting) -> dict[str, float]:
     return found
 
 
-def number(value: float | str, form: str) -> str:
-    """Return a number, or why there is none."""
-    return value if isinstance(value, str) else "" if value != value else format(value, form)
+def number(value: float, form: str) -> str:
+    """Return a number, or nothing where there is none."""
+    return "" if value != value else format(value, form)
 
 
-def table(setting: Setting, rounds: int, memory: bool) -> tuple[str, dict[str, float | str]]:
-    """Measure one setting; return its Markdown table and the steps over a plain step."""
+def spread(values: Sequence[float]) -> str:
+    """Return the median and the quartiles of a ratio."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+def table(setting: Setting, rounds: int, memory: bool) -> tuple[str, dict[str, float]]:
+    """Measure one setting; return its Markdown table and the steps over a plain step of the routes that ran."""
     seconds, wrong = times(setting, rounds), errors(setting)
     more = peaks(setting, ["plain", *ROUTES]) if memory else {}
     base, forward = seconds["plain"], seconds["forward"]
-    ratio = {n: s if isinstance(s, str) else s / base for n, s in seconds.items() if n in ROUTES}  # type: ignore[operator]
-    rows = [
-        (
-            name,
-            number(ratio[name], ".2f"),
-            number("" if isinstance(ratio[name], str) else (seconds[name] - base) / forward, ".2f"),  # type: ignore[operator]
+    rows, ratio = [], {}
+    for name in ROUTES:
+        took = seconds[name]
+        if isinstance(took, str) or isinstance(base, str) or isinstance(forward, str):
+            rows.append((name, took if isinstance(took, str) else "", "", "", ""))
+            continue
+        steps = [t / b for t, b in zip(took, base, strict=True)]
+        passes = [(t - b) / f for t, b, f in zip(took, base, forward, strict=True)]
+        ratio[name] = statistics.median(steps)
+        cells = (
+            f"{statistics.median(passes):.2f}",
             number(more.get(name, float("nan")), ".2f"),
             number(wrong[name], ".0e"),
         )
-        for name in ROUTES
-    ]
+        rows.append((name, spread(steps), *cells))
     head = ("route", "step / plain step", "derivative / forward pass", "peak memory / plain step", "largest error")
     return markdown_table(head, rows), ratio
 
@@ -290,11 +301,11 @@ def settings(tokens: Sequence[int], network: str, equal: Sequence[float]) -> lis
     return found + [Setting(network, tokens=n, batch=max(2, 1024 // n), equal=share) for n, share in long]
 
 
-def plot(points: dict[int, dict[str, float | str]]) -> bytes:
+def plot(points: dict[int, dict[str, float]]) -> bytes:
     """Draw the cost of a step against the number of tokens; return a PNG."""
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
     for name in ROUTES:
-        line = [(n, found[name]) for n, found in sorted(points.items()) if not isinstance(found[name], str)]
+        line = [(n, found[name]) for n, found in sorted(points.items()) if name in found]
         if line:
             axes.plot(*zip(*line, strict=True), marker="o", label=name)
     axes.set(xscale="log", xlabel="tokens", ylabel="training step / plain step", ylim=(1, None))
