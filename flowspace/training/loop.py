@@ -10,6 +10,7 @@ import contextlib
 import copy
 import math
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +35,9 @@ __all__ = ["Game", "LoopSettings", "StepLoss", "Terms", "Watch", "cosine_decay",
 
 HARMLESS = ("checkpoint_every", "log_every", "skips")
 """Settings that the weights do not depend on: a run goes on with others."""
+
+LOGGED_PACE = 30.0
+"""Seconds between states of the progress bar where it goes to a file, as a cluster's log."""
 
 Optimizer = torch.optim.Optimizer | Together
 MakeOptimizer = Callable[[nn.Module], Optimizer]
@@ -260,11 +264,9 @@ class _Run:
         ranges = [(step * s.batch + a, step * s.batch + b) for step in range(start, s.steps) for a, b in self.parts]
         ahead = Ahead(batches, s.seed, ranges)
         stream = iter(ahead)
-        off = self.place.rank > 0
+        pace = {"mininterval": 0.5 if sys.stderr.isatty() else LOGGED_PACE, "disable": self.place.rank > 0}
         began, waited, since = time.perf_counter(), 0.0, start
-        with tqdm(
-            range(start, s.steps), self.name, s.steps, initial=start, unit="step", mininterval=0.5, disable=off
-        ) as bar:
+        with tqdm(range(start, s.steps), self.name, s.steps, initial=start, unit="step", **pace) as bar:
             for step in bar:
                 last = step + 1 == s.steps
                 logged = step % s.log_every == 0 or last
