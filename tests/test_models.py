@@ -26,9 +26,9 @@ class Case:
     than the plain program, so that finite differences are the reference.
     """
 
-    def __init__(self, build, shape, call, train=False, single=False, random=False, fault=None):
+    def __init__(self, build, shape, call, train=False, single=False, random=False):
         self.build, self.shape, self.call, self.train = build, shape, call, train
-        self.single, self.random, self.fault = single, random, fault
+        self.single, self.random = single, random
 
 
 def model(name, build, shape, call, **options):
@@ -141,7 +141,6 @@ for recurrent in (nn.GRU, nn.LSTM, nn.RNN):
     model(
         f"torch {recurrent.__name__}", functools.partial(recurrent, 16, 8, 2, batch_first=True, bidirectional=True), TOKENS,
         lambda net, x, t: net(scaled(x, t))[0],
-        fault=("single", "torch has no forward derivative of mkldnn_rnn_layer") if recurrent is nn.LSTM else None,
     )  # fmt: skip
 model(
     "torch TransformerEncoder, tokens first",
@@ -353,17 +352,10 @@ def reference(name):
     return exact(case, built(case))
 
 
-def each_model(*kinds):
-    """Parametrise by every model; a known fault of one of these kinds is expected."""
-
-    def marked(name):
-        kind, reason = MODELS[name].fault or (None, None)
-        return pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=reason)) if kind in kinds else name
-
-    return pytest.mark.parametrize("name", [marked(name) for name in MODELS])
+each_model = pytest.mark.parametrize("name", MODELS)
 
 
-@each_model("always")
+@each_model
 def test_an_unmodified_model_has_its_value_its_gradient_and_its_forward_derivative(name):
     case = MODELS[name]
     plain, net = built(case), built(case)
@@ -385,7 +377,7 @@ def test_an_unmodified_model_has_its_value_its_gradient_and_its_forward_derivati
             torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-9, atol=1e-9)
 
 
-@each_model("always", "rows")
+@each_model
 def test_half_of_the_rows_have_the_derivative_of_the_whole_batch(name):
     case = MODELS[name]
     plain, net = built(case), built(case)
@@ -401,7 +393,7 @@ def test_half_of_the_rows_have_the_derivative_of_the_whole_batch(name):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
-@each_model("always", "single")
+@each_model
 def test_in_float32_the_derivative_is_that_of_float64(name):
     case = MODELS[name]
     net = built(case).float()

@@ -355,6 +355,12 @@ def _(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
     return forward(call, shared_rows(call.duals))
 
 
+@rule("lstm")
+def _(call: Call, *_: Any, **__: Any) -> list[Tensor]:
+    with torch.backends.mkldnn.flags(enabled=False):  # whose kernel has no forward derivative; torch's own has
+        return forward(call)
+
+
 @rule("getitem")
 def _(call: Call, x: Any, index: Any) -> Any:
     if not isinstance(x, Dual):
