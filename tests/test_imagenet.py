@@ -285,6 +285,8 @@ def test_a_misspelt_key_is_named_with_its_neighbour(config, tmp_path):
         load(tmp_path / "tiny.yaml", ["training.emas=[]"])
     with pytest.raises(InputError, match=r"latent\.levels\.0 = 0 came"):
         load(tmp_path / "tiny.yaml", ["latent.levels=[0]"])
+    with pytest.raises(InputError, match="whose value is not YAML"):
+        load(tmp_path / "tiny.yaml", ["training.emas=[0.9"])
     with pytest.raises(RunError, match="cannot be read"):
         load(tmp_path / "none.yaml")
 
@@ -311,6 +313,35 @@ def test_what_does_not_fit_is_one_error_before_any_step(config, parts, error, wo
     assert not list(config.out.rglob("log.jsonl"))
 
 
+@pytest.mark.parametrize(
+    ("part", "asked", "words"),
+    [
+        ("perceptual", {"layers": (9,)}, r"layers = \(9,\).* does not run on images of 16 pixels"),
+        ("perceptual", {"network": "test_resnett"}, "timm knows no network 'test_resnett'; near are test_resnet"),
+        ("adversarial", {"layers": (0, 9)}, r"layers = \(0, 9\).* does not run on images of 16 pixels"),
+        ("adversarial", {"channels": (1,)}, r"write adversarial.channels=\[32,32\]"),
+        ("adversarial", {"channels": (32, 40)}, r"write adversarial.channels=\[32,32\]"),
+    ],
+)
+def test_layers_that_a_network_has_not_are_one_error_before_any_step(config, tmp_path, part, asked, words):
+    path = tmp_path / "judge.pt"
+    torch.save(importlib.import_module("timm").create_model("test_resnet").state_dict(), path)
+    asked = {"network": "test_resnet", "weights": str(path), "size": None, "layers": (0, 1)} | asked
+    term = (PerceptualConfig(**asked),) if part == "perceptual" else AdversarialConfig(**asked)
+    with pytest.raises(InputError, match=words):
+        Run(change(config, **{part: term})).train()
+    assert not list(config.out.rglob("log.jsonl"))
+
+
+def test_two_perceptual_terms_of_one_network_both_count(config, tmp_path):
+    path = tmp_path / "judge.pt"
+    torch.save(importlib.import_module("timm").create_model("test_resnet").state_dict(), path)
+    terms = [PerceptualConfig("test_resnet", str(path), size=None, layers=(n,), unit=n > 0) for n in (0, 1)]
+    found = Run(config).parts.perceptual(tuple(terms))
+    assert list(found) == ["test_resnet", "test_resnet 2"]
+    assert [term.loss.unit for term in found.values()] == [False, True]
+
+
 def test_weights_that_only_judging_needs_are_asked_for_before_the_training(config, tmp_path, capsys):
     assert main(["train", str(tmp_path / "tiny.yaml"), f"out={config.out}", "--evaluate"]) == 1
     assert "Inception's weights" in capsys.readouterr().err
@@ -326,8 +357,9 @@ def test_a_torch_without_muon_is_one_error_before_any_step(config, monkeypatch):
 
 def test_a_folder_that_cannot_be_written_to_is_one_error_before_any_step(config, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match=r"file/run cannot be written to \(Not a directory\); write out=FOLDER"):
-        Run(dataclasses.replace(config, out=tmp_path / "file" / "run")).train()
+    for job in (Run.train, Run.encode):
+        with pytest.raises(RunError, match=r"file/run cannot be written to \(Not a directory\); write out=FOLDER"):
+            job(Run(dataclasses.replace(config, out=tmp_path / "file" / "run")))
     if os.getuid():
         config.out.mkdir()
         config.out.chmod(0o500)

@@ -47,7 +47,10 @@ class DataConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class PerceptualConfig:
-    """A perceptual term: a timm network (or ``lpips``), its weights (a file, or ``package:NAME``), layers and weight."""
+    """A perceptual term: a timm network (or ``lpips``), its weights (a file, or ``package:NAME``), layers and weight.
+
+    ``unit`` scales the features of each place to length 1, as LPIPS does.
+    """
 
     network: str
     weights: str | None = None
@@ -55,6 +58,7 @@ class PerceptualConfig:
     size: int | None = 224
     layers: tuple[int, ...] | None = None
     below: float = 2.0
+    unit: bool = False
     literal: bool = False
 
 
@@ -244,7 +248,11 @@ def load(path: Path, changes: Sequence[str] = ()) -> Config:
         keys, equals, value = change.partition("=")
         if not equals:
             raise InputError(f"{change!r} came; write KEY=VALUE, such as training.batch=64")
-        nested: Any = yaml.safe_load(value)
+        try:
+            nested: Any = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            problem = getattr(error, "problem", error)
+            raise InputError(f"{change!r} came, whose value is not YAML ({problem}); is it in quotes?") from None
         for key in reversed(keys.split(".")):
             nested = {key: nested}
         found = _merged(found, nested)

@@ -16,7 +16,7 @@ from flowspace.errors import InputError
 from flowspace.schedules import Schedule
 from flowspace.vision.perceptual import Features
 
-__all__ = ["CHANGES", "AdversarialLoss", "Discriminator", "augment", "balance"]
+__all__ = ["CHANGES", "AdversarialLoss", "Discriminator", "augment", "balance", "tokens_of"]
 
 CHANGES = 5
 """Numbers that `augment` needs for an image: brightness, saturation, contrast, two shifts."""
@@ -57,7 +57,7 @@ class Discriminator(nn.Module):
             raise InputError(
                 f"the features have {len(layers)} layers for {len(self.heads)} heads; give channels of each"
             )
-        return torch.cat([head(_tokens(layer)).flatten(1) for head, layer in zip(self.heads, layers, strict=True)], 1)
+        return torch.cat([head(tokens_of(layer)).flatten(1) for head, layer in zip(self.heads, layers, strict=True)], 1)
 
 
 class Head(nn.Module):
@@ -80,7 +80,7 @@ class Head(nn.Module):
         return self.last(x)
 
 
-def _tokens(layer: Tensor) -> Tensor:
+def tokens_of(layer: Tensor) -> Tensor:
     """Return features as ``(B, C, N)``: of a map ``(B, C, h, w)``, or of tokens ``(B, N, C)``."""
     return layer.flatten(2) if layer.ndim == 4 else layer.mT if layer.ndim == 3 else layer.unsqueeze(2)
 

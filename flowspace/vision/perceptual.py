@@ -5,6 +5,7 @@ prediction only: the network is frozen and the target detached.
 """
 
 import abc
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,6 +93,11 @@ class TimmFeatures(Features):
 def _timm(name: str, weights: str | Path | None, size: int | None) -> nn.Module:
     import timm
 
+    if ":" not in name and not timm.is_model(name):  # hf-hub:NAME is a network elsewhere
+        near = difflib.get_close_matches(name, timm.list_models(), 3)
+        raise InputError(
+            f"timm knows no network {name!r}; " + (f"near are {', '.join(near)}" if near else "see timm.list_models()")
+        )
     sized: dict[str, Any] = {"img_size": size} if size is not None and "vit" in name else {}
     try:
         if weights is None:

@@ -23,7 +23,7 @@ from flowspace.recipes.config import AdversarialConfig, Config, PerceptualConfig
 from flowspace.schedules import Schedule
 from flowspace.times import PairSampler, ShiftedTimes, TimePairs, UniformTimes
 from flowspace.training import LoopSettings, MuonAdamW, Place, PlainAdamW, Processes
-from flowspace.vision.adversarial import AdversarialLoss, Discriminator
+from flowspace.vision.adversarial import AdversarialLoss, Discriminator, tokens_of
 from flowspace.vision.data import DatasetImages, FolderBatches, FolderImages, Images
 from flowspace.vision.evaluate import Extractor, Features, Inception, TimmExtractor, features_of, rounded
 from flowspace.vision.generator import PRESETS, CrossFlowGenerator
@@ -177,13 +177,40 @@ class Parts:
                 if p.network == "lpips"
                 else TimmFeatures(p.network, weights=weights, size=p.size, layers=p.layers)
             )
-            loss = PerceptualLoss(features.to(self.place.device), below=p.below)
-            found[p.network] = Perceptual(loss, p.weight, p.literal)
+            loss = PerceptualLoss(features.to(self.place.device), below=p.below, unit=p.unit)
+            if isinstance(features, TimmFeatures):
+                self._layers(features, p)
+            name = f"{p.network} {len(found) + 1}" if p.network in found else p.network
+            found[name] = Perceptual(loss, p.weight, p.literal)
         return found
+
+    def _layers(self, features: TimmFeatures, asked: PerceptualConfig | AdversarialConfig) -> list[int]:
+        """Return the channels of the layers that a network gives of the run's images.
+
+        Raises:
+            InputError: if it has not these layers, or takes no images of this size.
+        """
+        size = self.config.data.size
+        try:
+            with torch.no_grad():
+                layers = features(torch.zeros(1, 3, size, size, device=self.place.device))
+        except (RuntimeError, AssertionError, IndexError, ValueError) as error:
+            raise InputError(
+                f"{asked.network} with layers = {asked.layers}, size = {asked.size} came, which does not run on images of {size} "
+                f"pixels ({str(error).strip() or type(error).__name__}); write layers that it has and a size that it takes"
+            ) from error
+        return [tokens_of(layer).shape[1] for layer in layers]
 
     def opponent(self, a: AdversarialConfig) -> Callable[[Make], Adversarial]:
         """Build a discriminator; returns what sets it against a step."""
         features = TimmFeatures(a.network, weights=weights_of(a.weights), size=a.size, layers=a.layers)
+        channels = self._layers(features.to(self.place.device), a)
+        if channels != list(a.channels):
+            fitting = str(channels).replace(" ", "")
+            raise InputError(
+                f"adversarial.channels = {a.channels} came for layers = {a.layers} of {a.network}; write "
+                f"adversarial.channels={fitting}"
+            )
         torch.manual_seed(self.config.training.seed + 1)
         discriminator = Discriminator(features, a.channels, a.width, a.kernel).to(self.place.device)
         loss = AdversarialLoss(self.schedule, a.power, a.augmented, a.penalty, a.r1)

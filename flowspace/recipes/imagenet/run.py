@@ -91,6 +91,7 @@ class Run:
 
     def encode(self) -> Path:
         """Encode all pictures once, shared by the processes; returns the folder of the latents."""
+        _check_folder(self.config.out)
         d = self.config.data
         folder = Path(d.latents) if d.latents else self.config.out / "latents"
         place = self.parts.place
