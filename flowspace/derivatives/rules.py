@@ -4,8 +4,9 @@ A rule is called like its function, with a `Call` before the arguments and a `Du
 tangent. It returns the tangent of the output, a list of them, or an `At` where the layout of the rows is not that of the
 input's. It raises LostRowsError where rows mix. A function without a rule is differentiated by torch.func.jvp, on all rows.
 
-To add one: decorate ``def f(call, x, ...)`` with ``@rule("name", ...)``, x.tangent in, tangent out; ``x.rows`` is the primal
-where the tangent is, ``x.untouched(dim)`` says that the function works along dim, `call.out` is what the function returned.
+To add one: decorate ``def f(call, x, ...)`` with ``@rule("name other_name")``, x.tangent in, tangent out; ``x.rows`` is the
+primal where the tangent is, ``x.untouched(dim)`` says that the function works along dim, `call.out` is what the function
+returned.
 """
 
 import functools
@@ -87,11 +88,11 @@ class Call:
         return At(tangent if tangent.shape == shape else tangent.expand(shape), layout)
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for functions of these names."""
+def rule(names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for the functions of these names, which spaces separate."""
 
     def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(names, function))
+        RULES.update(dict.fromkeys(names.split(), function))
         return function
 
     return register
@@ -175,14 +176,14 @@ def _sum(first: Tensor | None, second: Tensor | None) -> Tensor:
     return first + second
 
 
-@rule("add", "radd")
+@rule("add radd")
 def _(call: Call, x: Any, y: Any, *, alpha: float = 1) -> At:
     shared_rows(call.duals)
     ty = _tangent(y)
     return call.along_with(_sum(_tangent(x), ty if ty is None or alpha == 1 else alpha * ty))
 
 
-@rule("sub", "subtract")
+@rule("sub subtract")
 def _(call: Call, x: Any, y: Any, *, alpha: float = 1) -> At:
     shared_rows(call.duals)
     tx, ty = _tangent(x), _tangent(y)
@@ -191,14 +192,14 @@ def _(call: Call, x: Any, y: Any, *, alpha: float = 1) -> At:
     return call.along_with(_sum(tx, None if ty is None else -alpha * ty))
 
 
-@rule("mul", "multiply", "rmul")
+@rule("mul multiply rmul")
 def _(call: Call, x: Any, y: Any) -> At:
     rows = shared_rows(call.duals)
     tx, ty = _tangent(x), _tangent(y)
     return call.along_with(_sum(None if tx is None else tx * rows(y), None if ty is None else rows(x) * ty))
 
 
-@rule("div", "truediv", "true_divide", "divide")
+@rule("div truediv true_divide divide")
 def _(call: Call, x: Any, y: Any, *, rounding_mode: str | None = None) -> Any:
     if rounding_mode or isinstance(y, Dual):
         return pointwise(call)
@@ -229,35 +230,8 @@ _kernel("sigmoid", lambda t, y: torch.ops.aten.sigmoid_backward(t, y), of_output
 
 
 @rule(
-    "clone",
-    "contiguous",
-    "to",
-    "type",
-    "float",
-    "double",
-    "half",
-    "bfloat16",
-    "cpu",
-    "cuda",
-    "type_as",
-    "as_subclass",
-    "real",
-    "imag",
-    "conj",
-    "neg",
-)
-@rule(
-    "transpose",
-    "permute",
-    "swapaxes",
-    "swapdims",
-    "movedim",
-    "moveaxis",
-    "t",
-    "T",
-    "mT",
-    "view_as_real",
-    "view_as_complex",
+    "clone contiguous to type float double half bfloat16 cpu cuda type_as as_subclass real imag conj neg transpose "
+    "permute swapaxes swapdims movedim moveaxis t T mT view_as_real view_as_complex"
 )
 def _moved(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(x, Dual):
@@ -265,7 +239,7 @@ def _moved(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
     return call.func(x.tangent, *call.primals[1:], **call.options)
 
 
-@rule("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as", "reshape_as", "ravel")
+@rule("view reshape flatten unflatten unsqueeze squeeze view_as reshape_as ravel")
 def _(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(x, Dual):
         return []
@@ -287,7 +261,7 @@ def _(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
     return At(x.tangent.reshape(layout.shape(shape)), layout)
 
 
-@rule("expand", "expand_as", "broadcast_to")
+@rule("expand expand_as broadcast_to")
 def _(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
     return call.along_with(x.tangent) if isinstance(x, Dual) else []
 
@@ -301,7 +275,7 @@ def _dims(value: Any, ndim: int) -> Sequence[int]:
 def _along(names: str, position: int, default: Any, linear: bool) -> None:
     """Register functions that work along the axes in an argument: at this position after the first, named dim or dims."""
 
-    @rule(*names.split())
+    @rule(names)
     def _(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
         dims = kwargs.get("dim", kwargs.get("dims", args[position] if len(args) > position else default))
         if not isinstance(x, Dual) or isinstance(dims, Tensor):
@@ -334,7 +308,7 @@ def _(call: Call, x: Dual, *axes: Any, dims: Any = None) -> Tensor:
     return x.tangent.flip(dims)
 
 
-@rule("tril", "triu", "diag_embed")
+@rule("tril triu diag_embed")
 def _(call: Call, x: Dual, *args: Any, **kwargs: Any) -> Tensor:
     x.untouched(-1, -2)
     return call.func(x.tangent, *args, **kwargs)
@@ -347,7 +321,7 @@ def _(call: Call, x: Any, weight: Any) -> list[Tensor]:
     return forward(call, (lambda v: v.rows if isinstance(v, Dual) else v))
 
 
-@rule("max", "min", "median")
+@rule("max min median")
 def _(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
     if args and (isinstance(args[0], Tensor | Dual)):
         return pointwise(call)
@@ -384,7 +358,7 @@ def _(call: Call, x: Any, index: Any) -> Any:
     return x.tangent[call.primals[1]]
 
 
-@rule("repeat", "tile")
+@rule("repeat tile")
 def _(call: Call, x: Dual, *sizes: Any) -> Tensor:
     counts = sizes[0] if isinstance(sizes[0], (tuple, list, torch.Size)) else sizes
     if x.layout is not None and dict(enumerate(reversed(counts))).get(x.ndim - 1 - x.layout.axis, 1) != 1:
@@ -392,7 +366,7 @@ def _(call: Call, x: Dual, *sizes: Any) -> Tensor:
     return x.tangent.repeat(counts) if len(counts) >= x.ndim else x.tangent.tile(counts)
 
 
-@rule("cat", "concat", "concatenate", "stack")
+@rule("cat concat concatenate stack")
 def _(call: Call, tensors: Sequence[Any], dim: int = 0) -> At:
     first, stacked = call.duals[0], call.func.__name__ == "stack"
     tensors = [x for x in tensors if isinstance(x, Dual) or x.ndim == first.ndim]  # cat passes over empty vectors
@@ -421,18 +395,16 @@ def _(call: Call, x: Dual, pad: Sequence[int], mode: str = "constant", value: fl
 
 
 @rule(
-    "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "im2col", "col2im", "avg_pool1d", "avg_pool2d", "avg_pool3d"
-)
-@rule("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "upsample_nearest1d", "upsample_nearest2d")
-@rule(
-    "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_nearest_exact2d"
+    "pixel_shuffle pixel_unshuffle channel_shuffle im2col col2im avg_pool1d avg_pool2d avg_pool3d "
+    "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d "
+    "upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d _upsample_nearest_exact2d"
 )
 def _(call: Call, x: Dual, *args: Any, **kwargs: Any) -> Tensor:
     x.only_batch_first()
     return call.func(x.tangent, *args, **kwargs)
 
 
-@rule("max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool2d", "grid_sampler")
+@rule("max_pool1d max_pool2d max_pool3d adaptive_max_pool2d grid_sampler")
 def _(call: Call, x: Any, *args: Any, **kwargs: Any) -> list[Tensor]:
     for dual in call.duals:
         dual.only_batch_first()
@@ -450,7 +422,7 @@ def _(call: Call, x: Any, weight: Any, bias: Any = None) -> Any:
     return F.linear(x.tangent, weight)
 
 
-@rule("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution")
+@rule("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution")
 def _(call: Call, x: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Any:
     if len(call.duals) > 1 or not isinstance(x, Dual) or x.ndim != weight.ndim:
         return forward(call)
@@ -473,12 +445,12 @@ def _product(call: Call, x: Any, y: Any, product: Callable[..., Tensor] = torch.
     return _sum(None if tx is None else product(tx, rows(y)), None if ty is None else product(rows(x), ty))
 
 
-@rule("matmul", "bmm", "mm")
+@rule("matmul bmm mm")
 def _(call: Call, x: Any, y: Any) -> Tensor:
     return _product(call, x, y)
 
 
-@rule("baddbmm", "addmm")
+@rule("baddbmm addmm")
 def _(call: Call, start: Any, x: Any, y: Any, *, beta: float = 1, alpha: float = 1) -> Tensor:
     if isinstance(start, Dual):
         return forward(call)  # type: ignore[return-value]
@@ -521,7 +493,7 @@ def _(call: Call, equation: str, *operands: Any, path: Any = None) -> Any:
 # --- normalisation: the Jacobian is symmetric, so the kernel of the backward pass gives the tangent -------------------------
 
 
-@rule("softmax", "_softmax")
+@rule("softmax _softmax")
 def _(call: Call, x: Dual, dim: int, dtype: Any = None, *_: Any, **__: Any) -> Tensor:
     x.untouched(dim)
     y = restrict(call.out.detach(), x.layout)
