@@ -137,6 +137,14 @@ for training in (False, True):
         nn.MultiheadAttention, 16, 4, dropout=0.2, kdim=8, vdim=8, add_bias_kv=True, add_zero_attn=True
     )
     model(f"torch MultiheadAttention, other keys, {mode}", crossed, TOKENS, across, **options)
+model(
+    "torch LSTM, training",
+    functools.partial(nn.LSTM, 16, 8, 2, dropout=0.3, batch_first=True),
+    TOKENS,
+    lambda net, x, t: net(scaled(x, t))[0],
+    train=True,
+    random=True,
+)
 for recurrent in (nn.GRU, nn.LSTM, nn.RNN):
     model(
         f"torch {recurrent.__name__}", functools.partial(recurrent, 16, 8, 2, batch_first=True, bidirectional=True), TOKENS,

@@ -160,6 +160,7 @@ class Draws:
                     torch.cuda.set_rng_state(self.before[1], self.device)
                 return fn(*primals)
 
+        again.__name__ = getattr(fn, "__name__", "again")
         return again
 
 

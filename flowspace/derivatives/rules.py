@@ -46,6 +46,8 @@ CONSTANT = frozenset(
 )
 """Functions whose output does not move with their input."""
 
+BY_MKLDNN = frozenset({"lstm"})
+"""Functions whose kernel for single precision has no forward derivative: theirs is formed in double precision."""
 
 _UNKNOWN = object()
 
@@ -145,13 +147,15 @@ def forward(call: Call, rows: Callable[[Any], Any] | None = None) -> list[Tensor
         args, kwargs = pytree.tree_unflatten(filled, spec)
         return tuple(leaf for leaf in pytree.tree_leaves(call.func(*args, **kwargs)) if differentiable(leaf))
 
+    name = getattr(call.func, "__name__", str(call.func))
+    if name in BY_MKLDNN:
+        fixed = [value.double() if differentiable(value) else value for value in fixed]
     try:
         # torch writes the tangent in the primal's layout, which an expanded one has no room for
         inputs = [fixed[i].contiguous() if 0 in fixed[i].stride() else fixed[i] for i in moving]
         directions = tuple(leaves[i].tangent.to(x.dtype) for i, x in zip(moving, inputs, strict=True))
         return list(torch.func.jvp(outputs, tuple(inputs), directions)[1])
     except (RuntimeError, NotImplementedError, TypeError) as error:
-        name = getattr(call.func, "__name__", str(call.func))
         raise DerivativeError(
             f"torch has no forward derivative of {name} ({str(error).splitlines()[0]}); write derivative=FiniteDifference(), "
             "which needs none"
@@ -327,12 +331,6 @@ def _(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
         return pointwise(call)
     x.untouched(*_dims(kwargs.get("dim", args[0] if args else None), x.ndim))
     return forward(call, shared_rows(call.duals))
-
-
-@rule("lstm")
-def _(call: Call, *_: Any, **__: Any) -> list[Tensor]:
-    with torch.backends.mkldnn.flags(enabled=False):  # whose kernel has no forward derivative; torch's own has
-        return forward(call)
 
 
 @rule("getitem")
