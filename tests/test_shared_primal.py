@@ -980,7 +980,20 @@ ONE_PASS = {
     "batch norm": lambda z, t: F.batch_norm(z, normal(6, 6), normal(6, 6) ** 2),
     "spectrum": lambda z, t: torch.fft.irfft(torch.fft.rfft(z) * t[:, None], n=6),
     "dropout": lambda z, t: F.dropout(z, 0.5),
-    "in place": lambda z, t: (2 * z).mul_(t[:, None]).relu_(),
+    "in place": lambda z, t: F.hardswish((2 * z).mul_(t[:, None]).relu_(), inplace=True),
+    "what torch calls not elementwise": lambda z, t: (
+        torch.polar(F.hardswish(z).square() + 1, z).real * torch.complex(z, t[:, None].expand_as(z)).imag
+        + F.logsigmoid(z)
+    ),
+    "along an axis": lambda z, t: (
+        z.logcumsumexp(1) + z.cummax(1)[0] * t[:, None] + z.quantile(0.3, 1, keepdim=True) + z.nanmean(1, keepdim=True)
+    ),
+    "similarity": lambda z, t: z * F.cosine_similarity(z[:, None], normal(1, 1, 5, 6), dim=2).sum(1, keepdim=True),
+    "spectrum of all but the rows": lambda z, t: (
+        torch.fft.ifftn(
+            torch.fft.ifftshift(torch.fft.fftshift(torch.fft.fftn(z * t[:, None], dim=(-1,)), dim=1), dim=1), dim=(1,)
+        ).real
+    ),
     "two batches in one": lambda z, t: (torch.cat([z, z * t[:, None]]).sin().unflatten(0, (2, -1))).sum(0),
     "two batches in the last axis": lambda z, t: torch.cat([z.T, z.T.cos()], 1).exp().view(6, 2, -1)[:, 1].T,
 }

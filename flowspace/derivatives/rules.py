@@ -46,6 +46,9 @@ CONSTANT = frozenset(
 )
 """Functions whose output does not move with their input."""
 
+UNTAGGED = frozenset({"hardswish", "log_sigmoid", "complex", "polar"})
+"""Elementwise functions that torch does not say it of."""
+
 BY_MKLDNN = frozenset({"lstm"})
 """Functions whose kernel for single precision has no forward derivative: theirs is formed in double precision."""
 
@@ -107,10 +110,11 @@ def rule_of(name: str) -> Rule | None:
 
 @functools.lru_cache(None)
 def is_pointwise(name: str) -> bool:
-    """Return whether torch says that each element of the output depends on one of each input."""
+    """Return whether each element of the output depends on one of each input, as torch says of most."""
     packet = getattr(torch.ops.aten, name, None)
-    return packet is not None and any(
-        torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads()
+    return name in UNTAGGED or (
+        packet is not None
+        and any(torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads())
     )
 
 
@@ -294,14 +298,17 @@ def _along(names: str, position: int, default: Any, linear: bool) -> None:
 
 _along("sum mean cumsum", 0, None, linear=True)
 _along("diff", 1, -1, linear=False)
+_along("cosine_similarity", 1, 1, linear=False)
 _along("unbind select narrow index_select gather unfold", 0, 0, linear=True)
 _along("chunk split tensor_split split_with_sizes", 1, 0, linear=True)
-_along("roll repeat_interleave", 1, None, linear=True)
+_along("roll repeat_interleave fft_fftn fft_ifftn fft_rfftn fft_irfftn", 1, None, linear=True)
+_along("fft_fftshift fft_ifftshift", 0, None, linear=True)
 _along("fft_fft fft_ifft fft_rfft fft_irfft", 1, -1, linear=True)
 _along("fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2", 1, (-2, -1), linear=True)
-_along("nansum amax amin var std prod cumprod var_mean std_mean", 0, None, linear=False)
+_along("nansum nanmean amax amin var std prod cumprod var_mean std_mean", 0, None, linear=False)
+_along("logcumsumexp cummax cummin", 0, None, linear=False)
 _along("logsumexp glu sort", 0, -1, linear=False)
-_along("linalg_vector_norm", 1, None, linear=False)
+_along("linalg_vector_norm quantile nanquantile", 1, None, linear=False)
 _along("topk", 1, -1, linear=False)
 
 
