@@ -995,6 +995,14 @@ ONE_PASS = {
         ).real
     ),
     "two batches in one": lambda z, t: (torch.cat([z, z * t[:, None]]).sin().unflatten(0, (2, -1))).sum(0),
+    "joined and parted": lambda z, t: (
+        sum(torch.cat([z, z.sin(), z.cos(), z.exp()]).chunk(2)).split(len(z))[1] * t[:, None]
+    ),
+    "repeated": lambda z, t: (
+        (z.repeat_interleave(3, dim=0).unflatten(0, (-1, 3)) * normal(1, 3, 6)).sum(1)
+        * z.repeat(2, 3).view(2, -1, 18)[1, :, 5:11]
+        * torch.tile(t, (5,)).view(5, -1, 1).sum(0)
+    ),
     "two batches in the last axis": lambda z, t: torch.cat([z.T, z.T.cos()], 1).exp().view(6, 2, -1)[:, 1].T,
 }
 MIXED = {
@@ -1007,7 +1015,8 @@ MIXED = {
     "neighbours": lambda z, t: z.roll(1, 0) + z[torch.arange(len(z)).roll(1)],
     "one row": lambda z, t: z * z[0],
     "across": lambda z, t: z.reshape(2, -1, 6).flip(0).reshape(-1, 6),
-    "joined": lambda z, t: torch.cat([z, z.sin()]).chunk(2)[1],
+    "parted otherwise than joined": lambda z, t: torch.cat([z, z.sin(), z.cos()]).chunk(2)[1][: len(z)],
+    "repeated unevenly": lambda z, t: z.repeat_interleave(torch.arange(len(z)) % 2 + 1, 0).sum(0) * z,
     "turned to the other axis": lambda z, t: z[:, :4].T,
     "tokens": lambda z, t: F.scaled_dot_product_attention(z, z, z),
     "normalised last": lambda z, t: F.layer_norm(z - z.mean(0), (6,), SQUARE[0]),

@@ -300,8 +300,8 @@ _along("sum mean cumsum", 0, None, linear=True)
 _along("diff", 1, -1, linear=False)
 _along("cosine_similarity", 1, 1, linear=False)
 _along("unbind select narrow index_select gather unfold", 0, 0, linear=True)
-_along("chunk split tensor_split split_with_sizes", 1, 0, linear=True)
-_along("roll repeat_interleave fft_fftn fft_ifftn fft_rfftn fft_irfftn", 1, None, linear=True)
+_along("tensor_split split_with_sizes", 1, 0, linear=True)
+_along("roll fft_fftn fft_ifftn fft_rfftn fft_irfftn", 1, None, linear=True)
 _along("fft_fftshift fft_ifftshift", 0, None, linear=True)
 _along("fft_fft fft_ifft fft_rfft fft_irfft", 1, -1, linear=True)
 _along("fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2", 1, (-2, -1), linear=True)
@@ -310,6 +310,27 @@ _along("logcumsumexp cummax cummin", 0, None, linear=False)
 _along("logsumexp glu sort", 0, -1, linear=False)
 _along("linalg_vector_norm quantile nanquantile", 1, None, linear=False)
 _along("topk", 1, -1, linear=False)
+
+
+@rule("chunk split")
+def _(call: Call, x: Dual, *args: Any, **kwargs: Any) -> list[Any]:
+    dim, layout, parts = kwargs.get("dim", args[1] if len(args) > 1 else 0), x.layout, len(call.out)
+    if layout is None or dim % x.ndim != layout.axis:
+        return list(call.func(x.tangent, *args, **kwargs))
+    if layout.outer % parts or any(part.shape[dim] * parts != layout.size for part in call.out):
+        raise LostRowsError
+    layout = layout._replace(outer=layout.outer // parts)
+    return [At(part, layout) for part in x.tangent.chunk(parts, dim)]
+
+
+@rule("repeat_interleave")
+def _(call: Call, x: Dual, repeats: Any, dim: Any = None, *, output_size: Any = None) -> At:
+    layout = x.layout
+    if layout is not None and (dim is None or dim % x.ndim == layout.axis):
+        if dim is None or not isinstance(repeats, int):
+            raise LostRowsError
+        layout = layout._replace(inner=layout.inner * repeats)
+    return At(x.tangent.repeat_interleave(repeats, dim), layout)
 
 
 @rule("flip")
@@ -364,11 +385,14 @@ def _(call: Call, x: Any, index: Any) -> Any:
 
 
 @rule("repeat tile")
-def _(call: Call, x: Dual, *sizes: Any) -> Tensor:
-    counts = sizes[0] if isinstance(sizes[0], (tuple, list, torch.Size)) else sizes
-    if x.layout is not None and dict(enumerate(reversed(counts))).get(x.ndim - 1 - x.layout.axis, 1) != 1:
-        raise LostRowsError
-    return x.tangent.repeat(counts) if len(counts) >= x.ndim else x.tangent.tile(counts)
+def _(call: Call, x: Dual, *sizes: Any) -> At:
+    counts = list(sizes[0] if isinstance(sizes[0], (tuple, list, torch.Size)) else sizes)
+    counts = [1] * (x.ndim - len(counts)) + counts
+    layout = x.layout
+    if layout is not None:
+        axis = layout.axis + len(counts) - x.ndim
+        layout = Layout(axis, layout.outer * counts[axis], layout.inner, layout.rows)
+    return At(x.tangent.repeat(counts), layout)
 
 
 @rule("cat concat concatenate stack")
