@@ -967,6 +967,20 @@ def transformed(z, t):
     return F.layer_norm(z + h, (6,)) * (1 + t)[:, None]
 
 
+def assigned(z, t):
+    y = (z * 2).view(-1, 2, 3)
+    y[:, :, 1:] = z[:, :4].sin().view(-1, 2, 2)
+    y[..., 0] = 1.0
+    y[:, [1, 0], [0, 2]] = normal(1, 2)
+    return y.flatten(1) * t[:, None]
+
+
+def assigned_across(z, t):
+    y = z * 2
+    y[1:] = z[:-1].sin()
+    return y * t[:, None]
+
+
 ONE_PASS = {
     "rotary": rotated,
     "attention": transformed,
@@ -981,6 +995,9 @@ ONE_PASS = {
     "spectrum": lambda z, t: torch.fft.irfft(torch.fft.rfft(z) * t[:, None], n=6),
     "dropout": lambda z, t: F.dropout(z, 0.5),
     "in place": lambda z, t: F.hardswish((2 * z).mul_(t[:, None]).relu_(), inplace=True),
+    "assigned": assigned,
+    "copied": lambda z, t: (2 * z).copy_(z.sin(), True) * torch.ones_like(z).mul(z).copy_(t[:, None]),
+    "dropout in place": lambda z, t: F.dropout(2 * z, 0.5, inplace=True) * t[:, None],
     "what torch calls not elementwise": lambda z, t: (
         torch.polar(F.hardswish(z).square() + 1, z).real * torch.complex(z, t[:, None].expand_as(z)).imag
         + F.logsigmoid(z)
@@ -1014,6 +1031,8 @@ MIXED = {
     "turned": lambda z, t: z.flip(0) * t[:, None],
     "neighbours": lambda z, t: z.roll(1, 0) + z[torch.arange(len(z)).roll(1)],
     "one row": lambda z, t: z * z[0],
+    "assigned across": assigned_across,
+    "assigned to one row": lambda z, t: (z * 2).index_put_((torch.tensor(0),), z[1]),
     "across": lambda z, t: z.reshape(2, -1, 6).flip(0).reshape(-1, 6),
     "parted otherwise than joined": lambda z, t: torch.cat([z, z.sin(), z.cos()]).chunk(2)[1][: len(z)],
     "repeated unevenly": lambda z, t: z.repeat_interleave(torch.arange(len(z)) % 2 + 1, 0).sum(0) * z,

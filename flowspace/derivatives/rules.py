@@ -29,6 +29,7 @@ __all__ = [
     "At",
     "Call",
     "Rule",
+    "assigned",
     "decompositions",
     "differentiable",
     "forward",
@@ -365,23 +366,52 @@ def _(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
 def _(call: Call, x: Any, index: Any) -> Any:
     if not isinstance(x, Dual):
         return forward(call)
-    if x.layout is not None:
-        entries = list(index) if isinstance(index, tuple) else [index]
-        taken = [0 if e is None else e.ndim if isinstance(e, Tensor) and e.dtype == torch.bool else 1 for e in entries]
-        if any(e is Ellipsis for e in entries):
-            hole = next(i for i, e in enumerate(entries) if e is Ellipsis)
-            taken[hole] = 0
-            entries[hole : hole + 1] = [slice(None)] * (x.ndim - sum(taken))
-        axis = -1
-        for entry in [*entries, *[slice(None)] * x.ndim]:
-            axis += 0 if entry is None else entry.ndim if isinstance(entry, Tensor) and entry.dtype == torch.bool else 1
-            if axis >= x.layout.axis:
-                if entry is None:
-                    continue
-                if not (isinstance(entry, slice) and entry == slice(None)):
-                    raise LostRowsError
-                break
+    _rows_whole(x, index)
     return x.tangent[call.primals[1]]
+
+
+def _rows_whole(x: Dual, index: Any) -> None:
+    """Raise LostRowsError unless an index takes the batch axis whole."""
+    if x.layout is None:
+        return
+    entries = list(index) if isinstance(index, tuple) else [index]
+    taken = [0 if e is None else e.ndim if isinstance(e, Tensor) and e.dtype == torch.bool else 1 for e in entries]
+    if any(e is Ellipsis for e in entries):
+        hole = next(i for i, e in enumerate(entries) if e is Ellipsis)
+        taken[hole] = 0
+        entries[hole : hole + 1] = [slice(None)] * (x.ndim - sum(taken))
+    axis = -1
+    for entry in [*entries, *[slice(None)] * x.ndim]:
+        axis += 0 if entry is None else entry.ndim if isinstance(entry, Tensor) and entry.dtype == torch.bool else 1
+        if axis >= x.layout.axis:
+            if entry is None:
+                continue
+            if not (isinstance(entry, slice) and entry == slice(None)):
+                raise LostRowsError
+            break
+
+
+def assigned(target: Any, index: Any, source: Any) -> Tensor:
+    """Return the tangent of a target after the assignment ``target[index] = source``.
+
+    Raises:
+        LostRowsError: if that is not an assignment within each row of the batch.
+    """
+    duals = [value for value in (target, source) if isinstance(value, Dual)]
+    if any(dual.layout for dual in duals):
+        if not isinstance(target, Dual) or target.layout is None or target.layout.axis != 0:
+            raise LostRowsError
+        _rows_whole(target, index)
+        if isinstance(source, Dual):
+            simple = all(
+                isinstance(e, slice | int) or e is Ellipsis for e in (index if isinstance(index, tuple) else [index])
+            )
+            aligned = source.layout is not None and source.layout[:3] == target.layout[:3]
+            if not (simple and aligned and source.ndim == target.primal.detach()[index].ndim):
+                raise LostRowsError
+    tangent = target.tangent.clone() if isinstance(target, Dual) else torch.zeros_like(target)
+    tangent[index] = source.tangent if isinstance(source, Dual) else 0
+    return tangent
 
 
 @rule("repeat tile")

@@ -369,13 +369,8 @@ class Carrier(TorchFunctionMode):
         if name in rules.CONSTANT or (name == "fill_" and not isinstance(call.args[-1], Dual)):
             return torch.zeros_like(target.tangent), layout
         if name in ("copy_", "fill_", "setitem"):
-            if layout is not None:
-                raise LostRowsError
-            tangent = target.tangent.clone() if isinstance(target, Dual) else torch.zeros_like(primal)
-            source = call.args[-1]
-            moved = source.tangent if isinstance(source, Dual) else 0
-            tangent[call.args[1] if name == "setitem" else ...] = moved
-            return tangent, None
+            index, source = call.args[1:3] if name == "setitem" else (..., [*call.args[1:], *call.kwargs.values()][0])
+            return rules.assigned(target, index, source), layout
         holders = (torch.Tensor, torch, torch._C._nn, F)  # pyright: ignore
         plain = next((getattr(holder, name[:-1]) for holder in holders if hasattr(holder, name[:-1])), None)
         rule = rules.rule_of(name[:-1])
