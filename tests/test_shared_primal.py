@@ -996,6 +996,10 @@ ONE_PASS = {
     "dropout": lambda z, t: F.dropout(z, 0.5),
     "in place": lambda z, t: F.hardswish((2 * z).mul_(t[:, None]).relu_(), inplace=True),
     "assigned": assigned,
+    "by name": lambda z, t: (
+        normal(1, len(z), 1, 6).baddbmm(batch2=z[:, :, None] * SQUARE, batch1=z[:, None], alpha=0.5, beta=2).flatten(1)
+        + F.group_norm(F.layer_norm(z, normalized_shape=(6,), weight=SQUARE[0]), num_groups=2) * t[:, None]
+    ),
     "copied": lambda z, t: (2 * z).copy_(z.sin(), True) * torch.ones_like(z).mul(z).copy_(t[:, None]),
     "dropout in place": lambda z, t: F.dropout(2 * z, 0.5, inplace=True) * t[:, None],
     "what torch calls not elementwise": lambda z, t: (

@@ -510,10 +510,10 @@ def _(call: Call, x: Any, y: Any) -> Tensor:
 
 
 @rule("baddbmm addmm")
-def _(call: Call, start: Any, x: Any, y: Any, *, beta: float = 1, alpha: float = 1) -> Tensor:
+def _(call: Call, start: Any, *factors: Any, beta: float = 1, alpha: float = 1, **named: Any) -> Tensor:
     if isinstance(start, Dual):
         return forward(call)  # type: ignore[return-value]
-    return alpha * _product(call, x, y)
+    return alpha * _product(call, *factors, *(named[name] for name in sorted(named)))
 
 
 def _at(value: Tensor, layout: Layout | None, axis: int) -> Tensor:
@@ -574,31 +574,37 @@ def _scaled(tangent: Tensor, weight: Tensor | None, ndim: int | None = None) -> 
 
 @rule("layer_norm")
 def _(
-    call: Call, x: Any, shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+    call: Call,
+    x: Any,
+    normalized_shape: Sequence[int],
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    *_: Any,
 ) -> Any:
     if len(call.duals) > 1 or not isinstance(x, Dual):
         call.run(call.evaluate)
         return forward(call)
-    x.untouched(*range(-len(shape), 0))
+    x.untouched(*range(-len(normalized_shape), 0))
     x.tangent = x.tangent.contiguous()  # kept, for what is added to it has this layout too
     tangent, rows = x.tangent, x.rows
     if torch.is_autocast_enabled(rows.device.type):
         call.run(call.evaluate)
         rows, tangent = rows.to(call.out.dtype), tangent.to(call.out.dtype)
-        mean, scale = torch.native_layer_norm(rows, shape, None, None, eps)[1:]
+        mean, scale = torch.native_layer_norm(rows, normalized_shape, None, None, eps)[1:]
     else:
-        call.out, mean, scale = call.run(torch.native_layer_norm, x.primal, shape, weight, bias, eps)
+        call.out, mean, scale = call.run(torch.native_layer_norm, x.primal, normalized_shape, weight, bias, eps)
         mean, scale = (restrict(value.detach(), x.layout) for value in (mean, scale))
     keep = [True, False, False]
-    found = torch.ops.aten.native_layer_norm_backward(tangent, rows, shape, mean, scale, None, None, keep)[0]
+    found = torch.ops.aten.native_layer_norm_backward(tangent, rows, normalized_shape, mean, scale, None, None, keep)[0]
     return found if weight is None else found.mul_(weight)
 
 
 @rule("rms_norm")
-def _(call: Call, x: Any, shape: Sequence[int], weight: Any = None, eps: float | None = None) -> Any:
+def _(call: Call, x: Any, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None) -> Any:
     if len(call.duals) > 1 or not isinstance(x, Dual):
         return forward(call)
-    dims = list(range(-len(shape), 0))
+    dims = list(range(-len(normalized_shape), 0))
     x.untouched(*dims)
     dtype = torch.promote_types(x.primal.dtype, torch.float32)  # as torch forms it, its default eps included
     rows, tangent = x.rows.to(dtype), x.tangent.to(dtype)
@@ -608,10 +614,10 @@ def _(call: Call, x: Any, shape: Sequence[int], weight: Any = None, eps: float |
 
 
 @rule("group_norm")
-def _(call: Call, x: Any, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any) -> Any:
+def _(call: Call, x: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any) -> Any:
     if len(call.duals) > 1 or not isinstance(x, Dual):
         return forward(call)
-    return _grouped(x, groups, weight, eps)
+    return _grouped(x, num_groups, weight, eps)
 
 
 @rule("instance_norm")
