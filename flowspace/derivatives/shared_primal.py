@@ -81,7 +81,7 @@ def run(
     carrier = Carrier()
     layout = rows and Layout(0, 1, 1, rows)
     inputs = [
-        p if v is None else carrier.wrap(p, (v if rows is None else v[rows.chosen]).detach().to(p.dtype), layout)
+        p if v is None else carrier.wrap(p, (v if rows is None else v[rows.chosen]).detach(), layout)
         for p, v in zip(primals, tangents, strict=True)
     ]
     try:
@@ -125,7 +125,8 @@ _RESHAPED = (
     "{} writes in place, where the tangent cannot follow; write a new tensor for it, or derivative=ForwardMode()"
 )
 _TRANSFORMED = "the model calls a transform of torch.func, where tangents cannot follow; write derivative=ForwardMode()"
-_REFUSED = {"_make_dual": _TRANSFORMED, "_unpack_dual": _TRANSFORMED}
+_DROPPED = "the model calls autograd, which drops tangents; write FiniteDifference()"
+_REFUSED = {"_make_dual": _TRANSFORMED, "_unpack_dual": _TRANSFORMED, "grad": _DROPPED, "backward": _DROPPED}
 _METADATA = frozenset(
     "size dim ndimension numel nelement stride storage_offset is_floating_point is_complex is_contiguous get_device "
     "element_size __len__".split()
@@ -157,7 +158,7 @@ class Carrier(TorchFunctionMode):
 
     def wrap(self, primal: Tensor, tangent: Tensor, layout: Layout | None) -> Tensor:
         """Return an alias of a primal that carries a tangent."""
-        alias = primal.view_as(primal)
+        alias, tangent = primal.view_as(primal), tangent.to(primal.dtype)
         setattr(alias, _FIELD, Dual(primal, tangent, layout, self))
         self.live[id(alias)] = weakref.ref(alias)
         return alias
@@ -258,9 +259,9 @@ class Carrier(TorchFunctionMode):
 
     def _call(self, call: rules.Call, plan: "_Plan", args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         func, (kind, name) = call.func, plan
-        if func in (torch.autograd.grad, Tensor.backward):
-            raise DerivativeError("the model calls autograd, which drops tangents; write FiniteDifference()")
-        if kind == "python" and func not in self.inside:
+        if kind == "rule" or (kind == "python" and func in self.inside):
+            return self._ruled(call, name)
+        if kind == "python":
             if func is F.dropout and not (kwargs["training"] and kwargs["p"]) and not kwargs["inplace"]:
                 return args[0]
             return self._enter(func, _unchecked(func), args, kwargs)
@@ -274,6 +275,10 @@ class Carrier(TorchFunctionMode):
             return args[0] if call.evaluate() is call.primals[0] else call.out
         if kind == "detached":
             return self._detached(call.evaluate())
+        return self._ruled(call, name)
+
+    def _ruled(self, call: rules.Call, name: str) -> Any:
+        """Run a function as it is, and its rule, or torch.func.jvp of it, beside it."""
         rule = rules.rule_of(name)
         draws = Draws(call.duals[0].primal.device) if rule in (None, rules.pointwise) else None
         if name != "layer_norm" and not rules.moves(call.evaluate()):
@@ -281,7 +286,7 @@ class Carrier(TorchFunctionMode):
         if draws is not None and draws.happened():
             if any(dual.layout for dual in call.duals):
                 raise LostRowsError  # the draws belong to the whole batch
-            call.func = draws.replay(func)
+            call.func = draws.replay(call.func)
         torch._C._set_grad_enabled(False)
         try:
             with torch._C.DisableTorchFunction():  # pyright: ignore  # what a rule does is nobody else's to see
@@ -320,13 +325,9 @@ class Carrier(TorchFunctionMode):
         if tangent is None:
             return out
         if isinstance(tangent, rules.At):
-            return self.wrap(out, tangent.tangent.to(out.dtype), tangent.layout)
-        tangent = tangent.to(out.dtype)
+            return self.wrap(out, tangent.tangent, tangent.layout)
         layout = call.duals[0].layout
-        if layout is None:
-            return self.wrap(out, tangent, None)
-        axis, shape = layout.axis, tangent.shape
-        if len(shape) > axis and shape[axis] == layout.chosen and [*shape] == layout.shape(out.shape):
+        if layout is None or (tangent.ndim > layout.axis and tangent.shape == torch.Size(layout.shape(out.shape))):
             return self.wrap(out, tangent, layout)
         if out.ndim != tangent.ndim:
             raise LostRowsError
@@ -519,6 +520,8 @@ def _plan(func: Any) -> _Plan:
     """
     name = getattr(func, "__name__", "")
     field = func.__self__.__name__ if name in ("__get__", "__set__") else ""  # type: ignore[union-attr]
+    if func in (torch.autograd.grad, Tensor.backward):
+        return _Plan("refused", name)
     if name in _AUTOGRAD or field in _AUTOGRAD:
         return _Plan("constant", name)
     if func in _AS_BUILTIN:
