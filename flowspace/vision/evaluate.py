@@ -215,11 +215,11 @@ class TimmExtractor(Extractor):
 
     Args:
         features: the network.
-        name: of it.
+        name: of it; the size that images are brought to is added, since other sizes are other features.
     """
 
     def __init__(self, features: TimmFeatures, name: str) -> None:
-        self.network, self.name = features, name
+        self.network, self.name = features, name if features.size is None else f"{name}@{features.size}"
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:
