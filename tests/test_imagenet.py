@@ -427,6 +427,19 @@ def test_torn_features_of_the_reference_are_made_again(config):
     assert load_file(path)["features"].equal(first)
 
 
+def test_a_reference_is_of_the_size_that_the_judge_sees(config, tmp_path):
+    path = tmp_path / "judge.pt"
+    torch.save(importlib.import_module("timm").create_model("test_resnet").state_dict(), path)
+    config.out.mkdir()
+    found = []
+    for size in (None, 48):
+        parts = Run(change(config, evaluation={"extractor": "test_resnet", "weights": str(path), "size": size})).parts
+        found.append(parts.real(parts.extractor()).features)
+    assert not torch.allclose(*found)
+    names = sorted(path.name for path in config.out.glob("reference-*"))
+    assert names == ["reference-test_resnet.safetensors", "reference-test_resnet@48.safetensors"]
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_is_read_and_its_objective_is_built(path):
     config = load(path)
