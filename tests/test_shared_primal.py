@@ -981,6 +981,18 @@ def assigned_across(z, t):
     return y * t[:, None]
 
 
+def assigned_in_some_rows(z, t):
+    y = z * 2
+    y[1:] = normal(1, len(z) - 1, 6)
+    return y * t[:, None]
+
+
+def assigned_in_another_order(z, t):
+    y = torch.cat([z, z * t[:, None]])
+    y[:, :3] = z.repeat_interleave(2, 0)[:, 3:].sin()
+    return y.unflatten(0, (2, -1)).sum(0)
+
+
 ONE_PASS = {
     "rotary": rotated,
     "attention": transformed,
@@ -1020,8 +1032,8 @@ ONE_PASS = {
         sum(torch.cat([z, z.sin(), z.cos(), z.exp()]).chunk(2)).split(len(z))[1] * t[:, None]
     ),
     "repeated": lambda z, t: (
-        (z.repeat_interleave(3, dim=0).unflatten(0, (-1, 3)) * normal(1, 3, 6)).sum(1)
-        * z.repeat(2, 3).view(2, -1, 18)[1, :, 5:11]
+        (z.repeat_interleave(3, dim=0).sin().unflatten(0, (-1, 3)) * normal(1, 3, 6)).sum(1)
+        * z.repeat(2, 3).sin().view(2, -1, 18)[1, :, 5:11]
         * torch.tile(t, (5,)).view(5, -1, 1).sum(0)
     ),
     "two batches in the last axis": lambda z, t: torch.cat([z.T, z.T.cos()], 1).exp().view(6, 2, -1)[:, 1].T,
@@ -1036,9 +1048,11 @@ MIXED = {
     "neighbours": lambda z, t: z.roll(1, 0) + z[torch.arange(len(z)).roll(1)],
     "one row": lambda z, t: z * z[0],
     "assigned across": assigned_across,
+    "assigned in some rows": assigned_in_some_rows,
+    "assigned in another order": assigned_in_another_order,
     "assigned to one row": lambda z, t: (z * 2).index_put_((torch.tensor(0),), z[1]),
     "across": lambda z, t: z.reshape(2, -1, 6).flip(0).reshape(-1, 6),
-    "parted otherwise than joined": lambda z, t: torch.cat([z, z.sin(), z.cos()]).chunk(2)[1][: len(z)],
+    "parted otherwise than joined": lambda z, t: torch.cat([z, z.sin(), z.cos()]).chunk(2)[1].mul(2)[: len(z)],
     "repeated unevenly": lambda z, t: z.repeat_interleave(torch.arange(len(z)) % 2 + 1, 0).sum(0) * z,
     "turned to the other axis": lambda z, t: z[:, :4].T,
     "tokens": lambda z, t: F.scaled_dot_product_attention(z, z, z),

@@ -264,9 +264,10 @@ class _Run:
         ranges = [(step * s.batch + a, step * s.batch + b) for step in range(start, s.steps) for a, b in self.parts]
         ahead = Ahead(batches, s.seed, ranges)
         stream = iter(ahead)
-        pace = {"mininterval": 0.5 if sys.stderr.isatty() else LOGGED_PACE, "disable": self.place.rank > 0}
+        pace = 0.5 if sys.stderr.isatty() else LOGGED_PACE
+        shown = {"mininterval": pace, "maxinterval": 20 * pace, "disable": self.place.rank > 0}
         began, waited, since = time.perf_counter(), 0.0, start
-        with tqdm(range(start, s.steps), self.name, s.steps, initial=start, unit="step", **pace) as bar:
+        with tqdm(range(start, s.steps), self.name, s.steps, initial=start, unit="step", **shown) as bar:
             for step in bar:
                 last = step + 1 == s.steps
                 logged = step % s.log_every == 0 or last
