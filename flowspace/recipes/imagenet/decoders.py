@@ -124,12 +124,12 @@ class DecoderRun:
         )
         curves = self.curves()
         if parts.place.rank == 0:
-            write_beside(c.out / "decoders.png", _figure(curves, parts.extractor().name))
+            write_beside(c.out / "decoders.png", _figure(curves))
         parts.place.wait()
         return {name: points[-1][1] for name, points in curves.items()}
 
     def curves(self) -> dict[str, list[tuple[int, float]]]:
-        """Return (step, KID) by decoder, from the log."""
+        """Return (step, KID) by decoder and judge, from the log: another judge of the same run has other numbers."""
         found: dict[str, dict[int, float]] = {}
         for record in records(self.run.config.out / "latent"):
             for name, value in record.get("watch", {}).items():
@@ -150,7 +150,7 @@ class Decoded(Watch):
     every: int
 
     def __call__(self, step: int, averaged: nn.Module) -> Mapping[str, float]:
-        """Return KID by decoder, and leave a sheet of each."""
+        """Return KID by decoder and judge, and leave a sheet of each."""
         run = self.decoding.run
         c, parts = run.config, run.parts
         shape = (c.generator.channels, c.generator.grid, c.generator.grid)
@@ -170,17 +170,17 @@ class Decoded(Watch):
             write_beside(
                 c.out / "latent" / f"decoder-{number}-{step + 1:07d}.png", sheet(torch.cat(made), parts.classes)
             )
-            found[name] = judge(extractor, features_of(extractor, made), real).kid
+            found[f"{name} ({extractor.name})"] = judge(extractor, features_of(extractor, made), real).kid
         return found
 
 
-def _figure(curves: Mapping[str, list[tuple[int, float]]], judge_name: str) -> bytes:
+def _figure(curves: Mapping[str, list[tuple[int, float]]]) -> bytes:
     from matplotlib import pyplot as plt
 
     figure, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
     for name, points in curves.items():
         axis.semilogy([step for step, _ in points], [kid for _, kid in points], marker="o", label=name)
     axis.set_xlabel("training steps of the latent generator")
-    axis.set_ylabel(f"KID, features of {judge_name}")
-    axis.legend()
+    axis.set_ylabel("KID")
+    axis.legend(fontsize=7)
     return png(figure)
