@@ -7,7 +7,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from flowspace import InputError, RunError
 from flowspace.vision.data import DatasetImages, FolderBatches, FolderImages, centre_crop
@@ -261,3 +261,12 @@ def test_shards_that_webdataset_wrote_are_read(tmp_path):
     images = ShardImages(tmp_path, 10, classes=2)
     assert images.labels == (0, 1, 0, 1, 0) and len(images.paths) == 2
     assert [round(float((images[row][0].mean() + 1) * 127.5)) for row in range(5)] == [0, 40, 80, 120, 160]
+
+
+def test_postscript_under_the_name_of_a_picture_is_not_decoded(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n"
+    )
+    with pytest.raises(UnidentifiedImageError):
+        FolderImages(tmp_path, size=16).open(0)

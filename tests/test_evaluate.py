@@ -3,6 +3,8 @@
 import dataclasses
 import importlib
 import itertools
+import os
+import pickle
 
 import pytest
 import torch
@@ -141,6 +143,47 @@ def test_only_inception_gives_fid_and_its_missing_weights_are_named(tmp_path):
         evaluate.Inception(None)
     with pytest.raises(RunError, match="nowhere"):
         evaluate.Inception(tmp_path / "nowhere.pth")
+
+
+class Bomb:
+    """Pickled, it runs a command when it is unpickled."""
+
+    def __init__(self, witness):
+        self.witness = witness
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.witness),)
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"state_dict": {"w": x}}, lambda x: [x]])
+def test_weights_of_inception_are_never_unpickled(tmp_path, wrap):
+    weights, witness = tmp_path / "weights.pth", tmp_path / "executed"
+    for save in (torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))):
+        save(wrap(Bomb(witness)), weights)
+        with pytest.raises(RunError, match="cannot be read as weights"):
+            evaluate.Inception(weights)
+    assert not witness.exists()
+
+
+def test_weights_of_another_network_are_not_inceptions(tmp_path):
+    for value, match in (({"a": torch.ones(1)}, "does not hold"), ([torch.ones(1)], "list"), ({1: torch.ones(1)}, "1")):
+        torch.save(value, tmp_path / "other.pth")
+        with pytest.raises(RunError, match=match):
+            evaluate.Inception(tmp_path / "other.pth")
+
+
+@pytest.mark.slow
+def test_inceptions_weights_are_loaded_from_tensors(tmp_path, monkeypatch):
+    network = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
+    torch.save({}, tmp_path / "nothing.pth")
+    with monkeypatch.context() as patched:
+        patched.setattr(network, "load_state_dict", lambda self, tensors: None)
+        drawn = network("inception-v3", ["2048"], feature_extractor_weights_path=str(tmp_path / "nothing.pth"))
+    torch.save(drawn.state_dict(), tmp_path / "weights.pth")
+    extractor = evaluate.Inception(tmp_path / "weights.pth")
+    found = extractor.network.state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in drawn.state_dict().items())
+    assert extractor(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).features.shape == (1, 2048)
 
 
 def test_a_reference_is_pinned_by_its_digest():

@@ -25,6 +25,9 @@ from flowspace.training import Batches, seed_of
 __all__ = ["DatasetImages", "FolderBatches", "FolderImages", "Images", "centre_crop"]
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+"""What is decoded, whatever a file calls itself: Pillow would hand PostScript named x.png to an outside program."""
+
 MOST_NAMED = 5
 
 
@@ -153,7 +156,7 @@ class FolderImages(Images):
 
     def open(self, index: int) -> Image.Image:
         """Open one file."""
-        return Image.open(self.paths[index])
+        return Image.open(self.paths[index], formats=FORMATS)
 
     def name(self, index: int) -> str:
         """Return the path of one file."""
@@ -206,7 +209,7 @@ class DatasetImages(Images):
     def open(self, index: int) -> Image.Image:
         """Open one picture from its bytes, or from the file that it names."""
         found = self.rows[index][self.image]
-        return Image.open(io.BytesIO(found["bytes"]) if found["bytes"] else found["path"])
+        return Image.open(io.BytesIO(found["bytes"]) if found["bytes"] else found["path"], formats=FORMATS)
 
     def name(self, index: int) -> str:
         """Return the number of a row."""

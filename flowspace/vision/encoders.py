@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowspace.errors import InputError, RunError
+from flowspace.vision.weights import read_tensors
 
 __all__ = ["SOURCES", "LatentEncoder", "from_ldm", "load_encoder"]
 
@@ -230,7 +231,7 @@ def load_encoder(
     if path.is_dir():
         autoencoder, statistics = _from_folder(path), None
     elif path.is_file():
-        autoencoder, statistics = from_ldm(_tensors(path)), _statistics_beside(path)
+        autoencoder, statistics = from_ldm(read_tensors(path)), _statistics_beside(path)
     else:
         raise RunError(f"{name_or_path} is neither a folder, a file nor one of {', '.join(SOURCES)}")
     mean, std = statistics or (None, None)
@@ -322,24 +323,11 @@ def _nest_siglip() -> None:
     autoencoder_rae.SiglipVisionModel = build  # type: ignore[misc]
 
 
-def _tensors(path: Path) -> Mapping[str, Tensor]:
-    """Read a checkpoint, without unpickling anything but tensors."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise RunError(f"{path} cannot be read as weights: {error}") from error
-    return loaded.get("state_dict", loaded)
-
-
 def _statistics_beside(path: Path) -> tuple[Tensor, Tensor] | None:
     beside = path.with_name("latents_stats.pt")
     if not beside.exists():
         return None
-    found = _tensors(beside)
+    found = read_tensors(beside)
     return found["mean"], found["std"]
 
 

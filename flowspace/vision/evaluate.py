@@ -10,6 +10,7 @@ import abc
 import hashlib
 import json
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -25,6 +26,7 @@ from tqdm import tqdm
 from flowspace.errors import InputError, RunError
 from flowspace.training import seed_of
 from flowspace.vision.perceptual import TimmFeatures
+from flowspace.vision.weights import read_tensors
 
 __all__ = ["Extractor", "Features", "Inception", "Plan", "Scores", "TimmExtractor", "features_of", "judge", "rounded"]
 
@@ -186,7 +188,7 @@ class Inception(Extractor):
         weights: the file of its weights.
 
     Raises:
-        RunError: if there is no such file.
+        RunError: if there is no such file, or it holds anything but Inception's tensors; nothing else is unpickled.
     """
 
     name, classic = "inception-v3", True
@@ -199,9 +201,16 @@ class Inception(Extractor):
             )
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        self.network = FeatureExtractorInceptionV3(
-            self.name, ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights)
-        )
+        tensors = read_tensors(weights)
+        with tempfile.TemporaryDirectory() as folder:  # torch-fidelity unpickles what it is given: it is given tensors
+            copy = Path(folder) / INCEPTION
+            torch.save(tensors, copy)
+            try:
+                self.network = FeatureExtractorInceptionV3(
+                    self.name, ["2048", "logits_unbiased"], feature_extractor_weights_path=str(copy)
+                )
+            except RuntimeError as error:
+                raise RunError(f"{weights} does not hold the weights of Inception, as {INCEPTION} does") from error
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:

@@ -6,7 +6,7 @@ prediction only: the network is frozen and the target detached.
 
 import abc
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from flowspace.errors import InputError, RunError
 from flowspace.objectives import LossOutput, Objective
 from flowspace.penalties import HuberError, Penalty
 from flowspace.schedules import over_rows
+from flowspace.vision.weights import read_tensors
 
 __all__ = ["LARGEST_STEP", "Features", "LearnedDistance", "PerceptualLoss", "TimmFeatures", "literal_pair"]
 
@@ -118,16 +119,7 @@ def load_in_order(network: nn.Module, path: Path) -> None:
     Raises:
         RunError: if neither fits.
     """
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            tensors: Mapping[str, Tensor] = load_file(path)
-        else:
-            loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
-            tensors = loaded.get("state_dict", loaded)
-    except Exception as error:
-        raise RunError(f"{path} cannot be read as weights: {error}") from error
+    tensors = read_tensors(path)
     own = network.state_dict()
     if tensors.keys() != own.keys():
         theirs = [value for name, value in tensors.items() if not name.endswith("num_batches_tracked")]
@@ -233,7 +225,7 @@ class LearnedDistance(Features):
 
 def _load_trunk(trunk: nn.Module, path: Path) -> None:
     """Load torchvision's ``features.N.*`` into lpips' slices, which keep the layers' numbers."""
-    tensors: Any = torch.load(path, map_location="cpu", weights_only=True)
+    tensors = read_tensors(path)
     own = trunk.state_dict()
     wanted = {name: tensors.get(f"features.{name.split('.', 1)[1]}") for name in own}
     missing = [name for name, value in wanted.items() if value is None or value.shape != own[name].shape]

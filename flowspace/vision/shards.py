@@ -25,7 +25,7 @@ from torch import Tensor
 
 from flowspace.errors import InputError, RunError
 from flowspace.training import seed_of
-from flowspace.vision.data import SUFFIXES, Images
+from flowspace.vision.data import FORMATS, SUFFIXES, Images
 
 __all__ = ["ShardImages"]
 
@@ -85,7 +85,7 @@ class ShardImages(Images):
         shard, offset, length, _ = self.places[index].tolist()
         with self.paths[shard].open("rb") as file:
             file.seek(offset)
-            return Image.open(io.BytesIO(file.read(length)))
+            return Image.open(io.BytesIO(file.read(length)), formats=FORMATS)
 
     def name(self, index: int) -> str:
         """Return the shard and the byte at which a picture begins."""
