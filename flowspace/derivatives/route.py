@@ -10,23 +10,19 @@ On JAX arrays nothing depends on values: every row is differentiated, and the ex
 
 import abc
 import contextlib
-import inspect
-import sys
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from flowspace.backends import backend_of, one_backend, torch_backend
+from flowspace.derivatives.replay import Draws, RowsMixError, uncompiled, untouched, wrapped
 from flowspace.errors import InputError
 from flowspace.schedules import over_rows
 
-__all__ = ["Derivative", "Draws", "scatter", "take", "uncompiled", "unseen", "untouched", "wrapped"]
+__all__ = ["Derivative", "scatter", "take"]
 
 
 class Derivative(abc.ABC):
@@ -122,129 +118,12 @@ class Derivative(abc.ABC):
         """
 
 
-def wrapped(tensor: Tensor) -> bool:
-    """Return whether a tensor belongs to a transform of torch.func, and so has no values to ask for."""
-    return not torch_backend.known(tensor)
-
-
 def _checked(value: Any, primals: Sequence[Any]) -> Tensor:
     is_array = backend_of(*primals).is_array(value)
     if not is_array or value.ndim < 1 or len(value) != len(primals[0]):
         came = f"shape {tuple(value.shape)}" if is_array else type(value).__name__
         raise InputError(f"the model returned {came}; wrap it so that it returns one tensor of shape (B, *)")
     return value
-
-
-class Draws:
-    """The state of the random generators before fn was called, to see whether it drew and to let it draw the same again."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.before = self._state()
-
-    def _state(self) -> list[Tensor]:
-        cuda = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
-        return [torch.get_rng_state(), *cuda]
-
-    def happened(self) -> bool:
-        """Return whether random numbers have been drawn since."""
-        return any(not torch.equal(now, then) for now, then in zip(self._state(), self.before, strict=True))
-
-    def replay(self, fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Return fn with the draws of the first call, leaving the generators as they are now."""
-
-        def again(*primals: Any) -> Tensor:
-            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-                torch.set_rng_state(self.before[0])
-                if self.device.type == "cuda":
-                    torch.cuda.set_rng_state(self.before[1], self.device)
-                return fn(*primals)
-
-        again.__name__ = getattr(fn, "__name__", "again")
-        return again
-
-
-def _batch_statistics(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
-    """Return the arguments, less the running statistics, of a norm that uses the batch's; None for any other function."""
-    if func in (F.batch_norm, F.instance_norm):
-        bound = inspect.signature(func).bind(*args, **kwargs)
-        bound.apply_defaults()
-        x, _, _, weight, bias, train, *rest = bound.args
-        return (x, None, None, weight, bias, train, *rest) if train else None
-    if func in (torch.batch_norm, torch.instance_norm) and args[5]:
-        return (*args[:3], None, None, *args[5:])
-    return None
-
-
-class RowsMixError(Exception):
-    """A function that mixes rows was called by a program of which nobody knew it."""
-
-
-class _Untouched(TorchFunctionMode):
-    """Keeps what fn writes into: running statistics are not given, other tensors are remembered as long as they live."""
-
-    def __init__(self, mixed: bool) -> None:
-        super().__init__()
-        self.mixed = mixed
-        self.written: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if norm := _batch_statistics(func, args, kwargs or {}):
-            if not self.mixed and func in (F.batch_norm, torch.batch_norm):
-                raise RowsMixError
-            return func(*norm)
-        name = getattr(func, "__name__", "")
-        if name.endswith("_") and not name.endswith("__") and args and isinstance(args[0], Tensor):
-            if not wrapped(args[0]) and torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore
-                args = (args[0].clone(), *args[1:])  # torch.func refuses to write into what a function captured
-            else:
-                self._remember(args[0])
-        elif kwargs and isinstance(kwargs.get("out"), Tensor):
-            self._remember(kwargs["out"])
-        return func(*args, **(kwargs or {}))
-
-    def _remember(self, target: Tensor) -> None:
-        key = id(target)
-        if key not in self.written and not wrapped(target):
-            gone = weakref.ref(target, lambda _: self.written.pop(key, None) and None)
-            self.written[key] = gone, target.detach().clone()
-
-    def restore(self) -> None:
-        """Write the remembered values back."""
-        with torch.no_grad():
-            for reference, before in list(self.written.values()):
-                if (target := reference()) is not None:
-                    target.copy_(before)
-
-
-@contextlib.contextmanager
-def untouched(mixed: bool = True) -> Iterator[None]:
-    """Evaluate a function again without a second trace in the buffers of its modules.
-
-    Raises:
-        RowsMixError: if it mixes rows and ``mixed`` does not say so.
-    """
-    mode = _Untouched(mixed)
-    try:
-        with mode:
-            yield
-    finally:
-        mode.restore()
-
-
-def unseen(function: Callable[[], Any], beside: Tensor) -> Any:
-    """Evaluate a function of arrays beside these without gradient, and without a trace in the buffers of its modules."""
-    if (xp := backend_of(beside)) is not torch_backend:
-        return xp.detach(function())
-    with torch.no_grad(), untouched():
-        return function()
-
-
-def uncompiled() -> contextlib.AbstractContextManager[Any]:
-    """Run what torch.compile compiled as it was written: its kernels know nothing of tangents or of function modes."""
-    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
-        return contextlib.nullcontext()
-    return torch.compiler.set_stance("force_eager")
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from flowspace.criteria import check_criteria
-from flowspace.derivatives.route import unseen
+from flowspace.derivatives.replay import unseen
 from flowspace.errors import CriterionError, InputError
 from flowspace.objectives.engine import LossOutput, Model, Objective, in_full
 from flowspace.schedules import over_rows

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from flowspace.backends import backend_of, one_backend, torch_backend
 from flowspace.derivatives import Derivative, SharedPrimal
-from flowspace.derivatives.route import Draws, unseen
+from flowspace.derivatives.replay import Draws, unseen
 from flowspace.errors import InputError, TimeError
 from flowspace.guidance import Guidance
 from flowspace.penalties import Penalty, SquaredError

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from flowspace.backends import backend_of, torch_backend
-from flowspace.derivatives.route import scatter, take, unseen, wrapped
+from flowspace.derivatives.replay import unseen, wrapped
+from flowspace.derivatives.route import scatter, take
 from flowspace.errors import InputError
 from flowspace.objectives.engine import LossOutput, Model, in_full
 from flowspace.objectives.mean_flow import MeanFlowLoss

@@ -1,8 +1,10 @@
 """Tensors that carry a tangent, and where a batch lies in them.
 
-A tangent is computed only for some rows of the batch. Shape functions move the batch axis about and merge it with others, so a
-dual remembers its layout: the axis, and how many blocks of the batch that axis holds (outer) of how many entries a row each
-(inner); entry ``(o * B + b) * inner + i`` belongs to row b. Without a layout the tangent has every row, and the primal's shape.
+A tangent is computed only for some rows of the batch. Shape functions move the batch axis about
+and merge it with others, so a dual remembers its layout: the axis, and how many blocks of the
+batch that axis holds (outer) of how many entries a row each (inner). Entry
+``(o * B + b) * inner + i`` of the axis belongs to row b. Without a layout the tangent has every
+row, and the primal's shape.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +19,7 @@ __all__ = ["Dual", "Layout", "LostRowsError", "Rows", "restrict", "rowwise", "sh
 
 
 class LostRowsError(Exception):
-    """A function mixes the rows of the batch, or nobody knows whether it does: the tangent needs every row."""
+    """A function mixes the rows of the batch, or may do so: the tangent needs every row."""
 
 
 class Rows(NamedTuple):
@@ -26,6 +28,7 @@ class Rows(NamedTuple):
     chosen: Tensor
     batch: int
     few: int
+    traced: bool = False
 
     @classmethod
     def of(cls, index: Tensor, batch: int) -> "Rows":
@@ -43,7 +46,7 @@ class Layout(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Of the axis in a primal."""
+        """Size of the axis in a primal."""
         return self.outer * self.rows.batch * self.inner
 
     @property
@@ -67,23 +70,30 @@ def restrict(tensor: Tensor, layout: Layout | None) -> Tensor:
     axis, outer, inner, rows = layout
     if outer == inner == 1:
         return tensor.index_select(axis, rows.chosen)
-    return (
-        tensor.unflatten(axis, (outer, rows.batch, inner)).index_select(axis + 1, rows.chosen).flatten(axis, axis + 2)
-    )
+    blocks = tensor.unflatten(axis, (outer, rows.batch, inner))
+    return blocks.index_select(axis + 1, rows.chosen).flatten(axis, axis + 2)
 
 
 LARGE_ROW = 1 << 15
-"""Numbers in a row of the batch from which on a CPU works on it where it lies, rather than on a copy beside other rows."""
+"""Numbers in a row of the batch from which on a CPU works on it where it lies.
+
+Smaller rows are first copied beside each other.
+"""
 
 
 def rowwise(
-    function: Callable[[Tensor, Tensor], Tensor], tangent: Tensor, primal: Tensor, layout: Layout | None
+    function: Callable[[Tensor, Tensor], Tensor],
+    tangent: Tensor,
+    primal: Tensor,
+    layout: Layout | None,
 ) -> Tensor:
-    """Return an elementwise function of a tangent and of the rows of a full primal that have one, in the tangent's shape.
+    """Return an elementwise function of a tangent, and of the rows of a primal that have one.
 
-    Large rows are not gathered first: memory that is new costs a CPU more than the arithmetic does.
+    The primal is full, and the result has the tangent's shape. Large rows are not gathered first:
+    memory that is new costs a CPU more than the arithmetic does.
     """
-    first = layout is not None and layout[:3] == (0, 1, 1) and tangent.device.type == "cpu"
+    first = layout is not None and layout[:3] == (0, 1, 1) and not layout.rows.traced
+    first = first and tangent.device.type == "cpu"
     large = first and tangent.numel() >= LARGE_ROW * len(tangent)
     if not large or not all(map(torch_backend.known, (tangent, primal))):
         return function(tangent, restrict(primal, layout))
@@ -94,7 +104,10 @@ def rowwise(
 
 
 class Dual:
-    """A primal of the plain program, its tangent, and the layout of the tangent's rows; None is every row."""
+    """A primal of the plain program, its tangent, and the layout of the tangent's rows.
+
+    The layout is None where the tangent has every row.
+    """
 
     __slots__ = ("layout", "owner", "primal", "tangent")
 
@@ -108,22 +121,24 @@ class Dual:
 
     @property
     def ndim(self) -> int:
-        """Of primal and tangent."""
+        """Number of axes of the primal, and of the tangent."""
         return self.primal.ndim
 
     def untouched(self, *dims: int) -> None:
-        """Raise LostRowsError if the function works along the batch axis."""
+        """Raise LostRowsError if a function that works along these axes works along the batch."""
         if self.layout is not None and self.layout.axis in [d % self.ndim for d in dims]:
             raise LostRowsError
 
     def only_batch_first(self) -> None:
-        """Raise LostRowsError unless the batch is the first axis and no other: for functions of (B, C, *) pictures."""
+        """Raise LostRowsError unless the batch is the first axis, as in (B, C, *) pictures."""
         if self.layout is not None and self.layout.axis != 0:
             raise LostRowsError
 
 
 def shared_rows(duals: Sequence[Dual]) -> Callable[[Any], Any]:
-    """Return what restricts an argument of a broadcasting function to the duals' rows, constants with a batch axis included.
+    """Return what restricts an argument of a broadcasting function to the rows of the duals.
+
+    A constant is restricted too, where it has a batch axis.
 
     Raises:
         LostRowsError: if the duals do not have the batch on the same axis, counted from the last.
@@ -133,13 +148,15 @@ def shared_rows(duals: Sequence[Dual]) -> Callable[[Any], Any]:
     if layout is None:
         return lambda value: value.primal.detach() if isinstance(value, Dual) else value
     right = first.ndim - layout.axis
-    if len({(d.ndim - d.layout.axis, d.layout.outer, d.layout.inner) for d in duals if d.layout}) > 1:
+    places = {(d.ndim - d.layout.axis, d.layout.outer, d.layout.inner) for d in duals if d.layout}
+    if len(places) > 1:
         raise LostRowsError
 
     def rows(value: Any) -> Any:
         if isinstance(value, Dual):
             return value.rows
-        if not isinstance(value, Tensor) or value.ndim < right or value.shape[-right] != layout.size:
+        constant = not isinstance(value, Tensor) or value.ndim < right
+        if constant or value.shape[-right] == 1:
             return value
         return restrict(value, layout.on(value.ndim - right))
 

@@ -1,0 +1,73 @@
+"""What each torch function does to a tangent.
+
+A rule is called like its torch function, with a `Call` before the arguments and a `Dual` in place
+of every tensor that has a tangent. It returns the tangent of the output, a list of them, or an
+`At` where the rows lie elsewhere in the output than in the input. It raises LostRowsError where
+rows of the batch mix. A function without a rule is differentiated by torch.func.jvp, on all rows.
+
+To add a rule, decorate ``def name(call, x, ...)`` with ``@rule("name other_name")``: it gets
+``x.tangent`` and returns the tangent of the output. ``x.rows`` is the primal where the tangent is,
+``x.untouched(dim)`` says that the function works along dim, and ``call.out`` is what the function
+returned.
+
+The rules lie in one module per family. Importing this package registers all of them.
+"""
+
+from flowspace.derivatives.rules import (  # noqa: F401  # importing a family registers its rules
+    arithmetic,
+    attention,
+    axes,
+    norms,
+    products,
+    shapes,
+)
+from flowspace.derivatives.rules.dual import (
+    Dual,
+    Layout,
+    LostRowsError,
+    Rows,
+    restrict,
+    rowwise,
+    shared_rows,
+)
+from flowspace.derivatives.rules.indexing import assigned
+from flowspace.derivatives.rules.random import RANDOM, decompositions
+from flowspace.derivatives.rules.registry import (
+    CONSTANT,
+    RULES,
+    At,
+    Call,
+    Rule,
+    differentiable,
+    forward,
+    is_pointwise,
+    moves,
+    pointwise,
+    rule,
+    rule_of,
+)
+
+__all__ = [
+    "CONSTANT",
+    "RANDOM",
+    "RULES",
+    "At",
+    "Call",
+    "Dual",
+    "Layout",
+    "LostRowsError",
+    "Rows",
+    "Rule",
+    "assigned",
+    "decompositions",
+    "differentiable",
+    "forward",
+    "is_pointwise",
+    "moves",
+    "pointwise",
+    "restrict",
+    "rowwise",
+    "rule",
+    "rule_of",
+    "shared_rows",
+]

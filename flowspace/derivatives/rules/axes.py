@@ -1,0 +1,97 @@
+"""Rules for functions that work along some axes: reductions, sorts, Fourier transforms and parts.
+
+Where one of these axes holds the batch, rows mix.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from flowspace.derivatives.rules.dual import Dual, LostRowsError, shared_rows
+from flowspace.derivatives.rules.registry import At, Call, forward, pointwise, rule
+
+
+def _dims(value: Any, ndim: int) -> Sequence[int]:
+    """Return the axes that an argument names: one, several, or None for all."""
+    if value is None:
+        return range(ndim)
+    return [value] if isinstance(value, int) else list(value)
+
+
+def _along(names: str, position: int, default: Any, linear: bool) -> None:
+    """Register functions that work along the axes in one of their arguments.
+
+    That argument is named dim or dims, or stands at this position after the first. A function that
+    is linear in the first argument is applied to the tangent.
+    """
+
+    @rule(names)
+    def along(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """The tangent is f(dx) for a linear f; for others it is that of torch.func.jvp."""
+        dim = args[position] if len(args) > position else default
+        dims = kwargs.get("dim", kwargs.get("dims", dim))
+        if not isinstance(x, Dual) or isinstance(dims, Tensor):
+            return forward(call)
+        x.untouched(*_dims(dims, x.ndim))
+        rows = shared_rows(call.duals)
+        if not linear or len(call.duals) > 1:
+            return forward(call, rows)
+        named = {name: rows(value) for name, value in kwargs.items()}
+        out = call.func(x.tangent, *[rows(value) for value in args], **named)
+        return list(out) if isinstance(out, tuple) else out
+
+    along.__name__ = along.__qualname__ = names.split()[0]
+
+
+_along("sum mean cumsum", 0, None, linear=True)
+_along("diff", 1, -1, linear=False)
+_along("cosine_similarity", 1, 1, linear=False)
+_along("unbind select narrow index_select gather unfold", 0, 0, linear=True)
+_along("tensor_split split_with_sizes", 1, 0, linear=True)
+_along("roll fft_fftn fft_ifftn fft_rfftn fft_irfftn", 1, None, linear=True)
+_along("fft_fftshift fft_ifftshift", 0, None, linear=True)
+_along("fft_fft fft_ifft fft_rfft fft_irfft", 1, -1, linear=True)
+_along("fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2", 1, (-2, -1), linear=True)
+_along("nansum nanmean amax amin var std prod cumprod var_mean std_mean", 0, None, linear=False)
+_along("logcumsumexp cummax cummin", 0, None, linear=False)
+_along("logsumexp glu sort", 0, -1, linear=False)
+_along("linalg_vector_norm quantile nanquantile", 1, None, linear=False)
+_along("topk", 1, -1, linear=False)
+
+
+@rule("chunk split")
+def chunk(call: Call, x: Dual, *args: Any, **kwargs: Any) -> list[Any]:
+    """The tangent of a part is that part of dx; the batch axis may be cut between its blocks."""
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+    layout, parts = x.layout, len(call.out)
+    if layout is None or dim % x.ndim != layout.axis:
+        return list(call.func(x.tangent, *args, **kwargs))
+    if layout.outer % parts or any(part.shape[dim] * parts != layout.size for part in call.out):
+        raise LostRowsError
+    layout = layout._replace(outer=layout.outer // parts)
+    return [At(part, layout) for part in x.tangent.chunk(parts, dim)]
+
+
+@rule("flip")
+def flip(call: Call, x: Dual, *axes: Any, dims: Any = None) -> Tensor:
+    """The tangent is dx, flipped along the same axes."""
+    dims = _dims(dims or (axes[0] if len(axes) == 1 else axes), x.ndim)
+    x.untouched(*dims)
+    return x.tangent.flip(dims)
+
+
+@rule("tril triu diag_embed")
+def tril(call: Call, x: Dual, *args: Any, **kwargs: Any) -> Tensor:
+    """The tangent is f(dx), for functions f that work on the last two axes."""
+    x.untouched(-1, -2)
+    return call.func(x.tangent, *args, **kwargs)
+
+
+@rule("max min median")
+def max_min_median(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """The tangent is dx at the number that is taken, by torch.func.jvp."""
+    if args and isinstance(args[0], Tensor | Dual):
+        return pointwise(call)
+    x.untouched(*_dims(kwargs.get("dim", args[0] if args else None), x.ndim))
+    return forward(call, shared_rows(call.duals))

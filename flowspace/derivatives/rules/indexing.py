@@ -1,0 +1,126 @@
+"""Rules for functions that take entries of a tensor, write into it, repeat it or join several."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowspace.derivatives.rules.dual import Dual, Layout, LostRowsError
+from flowspace.derivatives.rules.registry import At, Call, forward, rule, tangent_of
+
+__all__ = ["assigned"]
+
+
+@rule("getitem")
+def getitem(call: Call, x: Any, index: Any) -> Any:
+    """The tangent is dx[index]."""
+    if not isinstance(x, Dual):
+        return forward(call)
+    _rows_whole(x, index)
+    return x.tangent[call.primals[1]]
+
+
+def _axes_taken(entry: Any) -> int:
+    """Return how many axes of a tensor one entry of an index stands for."""
+    if entry is None:
+        return 0
+    return entry.ndim if isinstance(entry, Tensor) and entry.dtype == torch.bool else 1
+
+
+def _rows_whole(x: Dual, index: Any) -> None:
+    """Raise LostRowsError unless an index takes the batch axis whole."""
+    if x.layout is None:
+        return
+    entries = list(index) if isinstance(index, tuple) else [index]
+    holes = [i for i, entry in enumerate(entries) if entry is Ellipsis]
+    if holes:
+        taken = [_axes_taken(entry) for entry in entries]
+        taken[holes[0]] = 0
+        entries[holes[0] : holes[0] + 1] = [slice(None)] * (x.ndim - sum(taken))
+    last = -1  # of the axes that the entries up to this one stand for
+    for entry in [*entries, *[slice(None)] * x.ndim]:
+        last += _axes_taken(entry)
+        if last < x.layout.axis or entry is None:
+            continue
+        if isinstance(entry, slice) and entry == slice(None):
+            return
+        raise LostRowsError
+
+
+def assigned(target: Any, index: Any, source: Any) -> Tensor:
+    """Return the tangent of a target after the assignment ``target[index] = source``.
+
+    Raises:
+        LostRowsError: if that is not an assignment within each row of the batch.
+    """
+    duals = [value for value in (target, source) if isinstance(value, Dual)]
+    if any(dual.layout for dual in duals):
+        if not isinstance(target, Dual) or target.layout is None or target.layout.axis != 0:
+            raise LostRowsError
+        _rows_whole(target, index)
+        if isinstance(source, Dual) and not _aligned(target, index, source):
+            raise LostRowsError
+    tangent = target.tangent.clone() if isinstance(target, Dual) else torch.zeros_like(target)
+    tangent[index] = source.tangent if isinstance(source, Dual) else 0
+    return tangent
+
+
+def _aligned(target: Dual, index: Any, source: Dual) -> bool:
+    """Return whether each row of a source is assigned to the same row of a target."""
+    entries = index if isinstance(index, tuple) else [index]
+    if not all(isinstance(entry, slice | int) or entry is Ellipsis for entry in entries):
+        return False
+    if source.layout is None or target.layout is None or source.layout[:3] != target.layout[:3]:
+        return False
+    return source.ndim == target.primal.detach()[index].ndim
+
+
+@rule("repeat tile")
+def repeat(call: Call, x: Dual, *sizes: Any) -> At:
+    """The tangent is dx, repeated; repeats of the batch axis are further blocks of the batch."""
+    counts = list(sizes[0] if isinstance(sizes[0], (tuple, list, torch.Size)) else sizes)
+    counts = [1] * (x.ndim - len(counts)) + counts
+    layout = x.layout
+    if layout is not None:
+        axis = layout.axis + len(counts) - x.ndim
+        layout = Layout(axis, layout.outer * counts[axis], layout.inner, layout.rows)
+    return At(x.tangent.repeat(counts), layout)
+
+
+@rule("repeat_interleave")
+def repeat_interleave(call: Call, x: Dual, repeats: Any, dim: Any = None, *, output_size: Any = None) -> At:
+    """The tangent is dx with its entries repeated; along the batch axis each row gets more."""
+    layout = x.layout
+    if layout is not None and (dim is None or dim % x.ndim == layout.axis):
+        if dim is None or not isinstance(repeats, int):
+            raise LostRowsError
+        layout = layout._replace(inner=layout.inner * repeats)
+    return At(x.tangent.repeat_interleave(repeats, dim), layout)
+
+
+@rule("cat concat concatenate stack")
+def cat(call: Call, tensors: Sequence[Any], dim: int = 0) -> At:
+    """The tangent is that of each tensor, joined, with zeros for a tensor that does not move."""
+    first, stacked = call.duals[0], call.func.__name__ == "stack"
+    # cat passes over empty vectors
+    tensors = [x for x in tensors if isinstance(x, Dual) or x.ndim == first.ndim]
+    layout = first.layout
+    if any((d.layout and d.layout[:3]) != (layout and layout[:3]) for d in call.duals):
+        raise LostRowsError
+    parts = [tangent_of(x) for x in tensors]
+    for i, x in enumerate(tensors):
+        if parts[i] is None:
+            shape = x.shape
+            if layout is not None and x.ndim > layout.axis:
+                shape = layout.shape(shape)
+            parts[i] = first.tangent.new_zeros(shape)
+    dim %= first.ndim + stacked
+    if layout is not None and stacked and dim <= layout.axis:
+        layout = layout.on(layout.axis + 1)
+    elif layout is not None and dim == layout.axis:
+        # each tensor adds its blocks of the batch, and only of a dual is it known that it has any
+        if len(call.duals) < len(tensors):
+            raise LostRowsError
+        layout = layout._replace(outer=layout.outer * len(tensors))
+    return At(call.func(parts, dim), layout)

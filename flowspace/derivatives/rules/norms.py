@@ -1,0 +1,183 @@
+"""Rules for softmax and for functions that give numbers a mean of zero or a size of one.
+
+The Jacobian of each is symmetric, but for a factor, so the kernel of the backward pass gives the
+tangent too.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowspace.derivatives.rules.dual import Dual, LostRowsError, restrict
+from flowspace.derivatives.rules.registry import Call, forward, rule
+
+INPUT_ONLY = [True, False, False]
+"""Asks a backward kernel for the gradient of the input, and not of weight and bias."""
+
+
+@rule("softmax _softmax")
+def softmax(call: Call, x: Dual, dim: int, dtype: Any = None, *_: Any, **__: Any) -> Tensor:
+    """The tangent is y (dx - sum(y dx)), where y is the output."""
+    x.untouched(dim)
+    y = restrict(call.out.detach(), x.layout)
+    return torch.ops.aten._softmax_backward_data(x.tangent.to(y.dtype), y, dim, y.dtype)
+
+
+@rule("log_softmax")
+def log_softmax(call: Call, x: Dual, dim: int, dtype: Any = None, *_: Any, **__: Any) -> Tensor:
+    """The tangent is dx - sum(exp(y) dx), where y is the output."""
+    x.untouched(dim)
+    p, t = restrict(call.out.detach(), x.layout).exp(), x.tangent.to(call.out.dtype)
+    return t - (p * t).sum(dim, keepdim=True)
+
+
+@rule("layer_norm")
+def layer_norm(
+    call: Call,
+    x: Any,
+    normalized_shape: Sequence[int],
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Any:
+    """The tangent is weight (dx - mean(dx) - u mean(u dx)) / std(x), where u = (x - mean) / std.
+
+    This rule also evaluates the function itself, for the mean and scale that come with it.
+    """
+    if len(call.duals) > 1 or not isinstance(x, Dual):
+        call.run(call.evaluate)
+        return forward(call)
+    x.untouched(*range(-len(normalized_shape), 0))
+    x.tangent = x.tangent.contiguous()  # kept, for what is added to it has this layout too
+    tangent, rows = x.tangent, x.rows
+    if torch.is_autocast_enabled(rows.device.type):
+        # the output's dtype is known only once the function has been run as autocast runs it
+        call.run(call.evaluate)
+        rows, tangent = rows.to(call.out.dtype), tangent.to(call.out.dtype)
+        mean, scale = torch.native_layer_norm(rows, normalized_shape, None, None, eps)[1:]
+    else:
+        call.out, mean, scale = call.run(torch.native_layer_norm, x.primal, normalized_shape, weight, bias, eps)
+        mean, scale = restrict(mean.detach(), x.layout), restrict(scale.detach(), x.layout)
+    found = torch.ops.aten.native_layer_norm_backward(
+        tangent, rows, normalized_shape, mean, scale, None, None, INPUT_ONLY
+    )[0]
+    return found if weight is None else found.mul_(weight)
+
+
+@rule("rms_norm")
+def rms_norm(
+    call: Call,
+    x: Any,
+    normalized_shape: Sequence[int],
+    weight: Any = None,
+    eps: float | None = None,
+) -> Any:
+    """The tangent is weight (dx - u mean(u dx)) / rms(x), where u = x / rms(x)."""
+    if len(call.duals) > 1 or not isinstance(x, Dual):
+        return forward(call)
+    dims = list(range(-len(normalized_shape), 0))
+    x.untouched(*dims)
+    # as torch forms it, its default eps included
+    dtype = torch.promote_types(x.primal.dtype, torch.float32)
+    rows, tangent = x.rows.to(dtype), x.tangent.to(dtype)
+    if eps is None:
+        eps = torch.finfo(rows.dtype).eps
+    scale = torch.rsqrt(rows.square().mean(dims, keepdim=True) + eps)
+    unit = rows * scale
+    return _scaled(scale * (tangent - unit * (unit * tangent).mean(dims, keepdim=True)), weight)
+
+
+@rule("group_norm")
+def group_norm(
+    call: Call,
+    x: Any,
+    num_groups: int,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Any:
+    """The tangent is that of layer_norm, over each group of channels."""
+    if len(call.duals) > 1 or not isinstance(x, Dual):
+        return forward(call)
+    return _grouped(x, num_groups, weight, eps)
+
+
+@rule("instance_norm")
+def instance_norm(
+    call: Call,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    var: Any,
+    use_input_stats: bool,
+    momentum: Any,
+    eps: float,
+    *_: Any,
+) -> Any:
+    """The tangent is that of layer_norm over each channel, or dx weight / std for a stored std."""
+    if len(call.duals) > 1 or not isinstance(x, Dual):
+        return forward(call)
+    if use_input_stats:
+        return _grouped(x, x.primal.shape[1], weight, eps)
+    x.only_batch_first()
+    return _by_stored(x, weight, var, eps)
+
+
+@rule("batch_norm")
+def batch_norm(
+    call: Call,
+    x: Dual,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    var: Any,
+    training: bool,
+    momentum: Any,
+    eps: float,
+    *_: Any,
+) -> Any:
+    """The tangent is dx weight / std for a stored std; in training the rows of the batch mix."""
+    x.only_batch_first()
+    if not training:
+        return _by_stored(x, weight, var, eps)
+    if x.layout is not None:
+        raise LostRowsError
+    rows, tangent = x.rows, x.tangent
+    mean, scale = torch.native_batch_norm(rows, None, None, None, None, True, 0.0, eps)[1:]
+    found = torch.ops.aten.native_batch_norm_backward(
+        tangent, rows, None, None, None, mean, scale, True, eps, INPUT_ONLY
+    )[0]
+    return _scaled(found, weight, x.ndim)
+
+
+def _scaled(tangent: Tensor, weight: Tensor | None, ndim: int | None = None) -> Tensor:
+    """Return a tangent times a weight, if any, which is one of channels where ndim is given."""
+    if weight is None:
+        return tangent
+    return tangent * (weight if ndim is None else _per_channel(weight, ndim))
+
+
+def _per_channel(weight: Tensor, ndim: int) -> Tensor:
+    """Return numbers of channels in the shape (1, C, 1, ...) of so many axes."""
+    return weight.reshape(1, -1, *[1] * (ndim - 2))
+
+
+def _by_stored(x: Dual, weight: Tensor | None, var: Tensor, eps: float) -> Tensor:
+    """Return the tangent of a norm that divides each channel by a stored standard deviation."""
+    return x.tangent * _per_channel(_scaled(torch.rsqrt(var + eps), weight), x.ndim)
+
+
+def _grouped(x: Dual, groups: int, weight: Tensor | None, eps: float) -> Tensor:
+    """Return the tangent of a norm over groups of channels."""
+    x.only_batch_first()
+    rows, tangent = x.rows.contiguous(), x.tangent.to(x.primal.dtype).contiguous()
+    sizes = len(rows), rows.shape[1], math.prod(rows.shape[2:])
+    mean, scale = torch.native_group_norm(rows, None, None, *sizes, groups, eps)[1:]
+    found = torch.ops.aten.native_group_norm_backward(tangent, rows, mean, scale, None, *sizes, groups, INPUT_ONLY)[0]
+    return _scaled(found, weight, x.ndim)

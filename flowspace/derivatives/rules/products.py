@@ -1,0 +1,120 @@
+"""Rules for products of matrices, convolutions and einsum, which are linear in each factor."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flowspace.derivatives.rules.dual import Dual, Layout, LostRowsError, restrict, shared_rows
+from flowspace.derivatives.rules.registry import (
+    At,
+    Call,
+    forward,
+    rows_of,
+    rule,
+    sum_of,
+    tangent_of,
+)
+
+
+@rule("linear")
+def linear(call: Call, x: Any, weight: Any, bias: Any = None) -> Any:
+    """d(x w' + b) = dx w' where only x moves."""
+    if len(call.duals) > 1 or not isinstance(x, Dual):
+        return forward(call)
+    x.untouched(-1)
+    return F.linear(x.tangent, weight)
+
+
+@rule("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution")
+def conv1d(call: Call, x: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """d(x * w + b) = dx * w where only x moves."""
+    if len(call.duals) > 1 or not isinstance(x, Dual) or x.ndim != weight.ndim:
+        return forward(call)
+    x.only_batch_first()
+    return call.func(x.tangent, weight, None, *args, **kwargs)
+
+
+@rule("matmul bmm mm")
+def matmul(call: Call, x: Any, y: Any) -> Tensor:
+    """d(x y) = dx y + x dy."""
+    return _product(call, x, y)
+
+
+@rule("baddbmm addmm")
+def baddbmm(call: Call, start: Any, *factors: Any, beta: float = 1, alpha: float = 1, **named: Any) -> Tensor:
+    """d(beta start + alpha x y) = alpha (dx y + x dy) where start does not move."""
+    if isinstance(start, Dual):
+        return forward(call)  # type: ignore[return-value]
+    factors = (*factors, *[named[name] for name in sorted(named)])
+    return alpha * _product(call, *factors)
+
+
+def _product(call: Call, x: Any, y: Any) -> Tensor:
+    """Return dx y + x dy, for matrices that have the batch on an axis which is not summed over."""
+    for dual, contracted, other in ((x, 1, y), (y, 2, x)):
+        if not isinstance(dual, Dual) or dual.layout is None:
+            continue
+        right = dual.ndim - dual.layout.axis  # the batch axis, counted from the last
+        if right == contracted or dual.ndim < 2:
+            raise LostRowsError
+        # where the batch is the rows or columns of a matrix, the other factor has to be one
+        # matrix or vector, and to be at rest
+        if right < 3 and (isinstance(other, Dual) or other.ndim > 2):
+            raise LostRowsError
+    # a factor that is no stack of matrices has no batch axis to broadcast along
+    rows = shared_rows(call.duals) if all(v.ndim > 2 for v in (x, y)) else rows_of
+    if len({d.layout and d.ndim - d.layout.axis for d in call.duals}) > 1:
+        raise LostRowsError
+    tx, ty = tangent_of(x), tangent_of(y)
+    left = None if tx is None else torch.matmul(tx, rows(y))
+    right = None if ty is None else torch.matmul(rows(x), ty)
+    return sum_of(left, right)
+
+
+@rule("einsum")
+def einsum(call: Call, equation: str, *operands: Any, path: Any = None) -> Any:
+    """The tangent is the sum of the products in which one factor is replaced by its tangent."""
+    flat = list(operands[0]) if isinstance(operands[0], (list, tuple)) else list(operands)
+    if "->" not in equation or "." in equation:
+        return forward(call)
+    inputs, output = equation.replace(" ", "").split("->")
+    terms = inputs.split(",")
+    moving = [(i, x) for i, x in enumerate(flat) if isinstance(x, Dual)]
+    label = _batch_label(terms, output, moving)
+    layout = call.duals[0].layout
+
+    def rows(term: str, value: Any) -> Tensor:
+        value = value.primal.detach() if isinstance(value, Dual) else value
+        return _restricted_on(value, layout, term.find(label))
+
+    fixed = [rows(term, value) for term, value in zip(terms, flat, strict=True)]
+    parts = [torch.einsum(equation, *fixed[:i], x.tangent, *fixed[i + 1 :]) for i, x in moving]
+    tangent = functools.reduce(torch.add, parts)
+    return At(tangent, layout and layout.on(output.index(label)))
+
+
+def _batch_label(terms: Sequence[str], output: str, moving: Sequence[tuple[int, Dual]]) -> str:
+    """Return the letter of the batch axis in an einsum, or an empty text where it has none.
+
+    Raises:
+        LostRowsError: if operands have the batch under different letters or in different blocks,
+            or if the batch is summed over or a diagonal is taken of it.
+    """
+    labels = {terms[i][x.layout.axis] for i, x in moving if x.layout}
+    if any(term.count(label) > 1 for term in terms for label in labels):
+        raise LostRowsError
+    blocks = {x.layout and x.layout[1:3] for _, x in moving}
+    if len(labels) > 1 or not labels <= set(output) or len(blocks) > 1:
+        raise LostRowsError
+    return next(iter(labels), "")
+
+
+def _restricted_on(value: Tensor, layout: Layout | None, axis: int) -> Tensor:
+    """Return the rows of a tensor whose batch lies on this axis, if it has one there."""
+    if layout and axis >= 0 and value.shape[axis] == layout.size:
+        return restrict(value, layout.on(axis))
+    return value

@@ -1,0 +1,83 @@
+"""Functions that draw random numbers, written in others whose draws are seen.
+
+What such a function draws must be the same for the value and for the tangent. So the draw is made
+on its own, and what is done with it is left to the rules of other functions.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["RANDOM", "decompositions"]
+
+RANDOM = frozenset(
+    "scaled_dot_product_attention dropout feature_dropout dropout_ feature_dropout_ "
+    "alpha_dropout_ feature_alpha_dropout_ rrelu_".split()
+)
+"""Functions that may have to be written in others, see `decompositions`."""
+
+
+def decompositions(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
+    """Return the function, written in others, that stands for one that draws random numbers.
+
+    It is None for attention without dropout, which draws none.
+    """
+    if name == "scaled_dot_product_attention":
+        dropped = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0)
+        return _attention_in_parts if dropped else None
+    if name.endswith("_"):
+        return _in_place(getattr(torch, name[:-1]))
+    return _dropout(getattr(torch, name))
+
+
+def _attention_in_parts(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Return attention with dropout, whose mask must be the same for primal and tangent."""
+    if enable_gqa:
+        heads = query.shape[-3]
+        key = key.repeat_interleave(heads // key.shape[-3], -3)
+        value = value.repeat_interleave(heads // value.shape[-3], -3)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    # torch too scales query and key by the root each, so that large scores do not overflow
+    root = math.sqrt(abs(scale))
+    scores = (query * math.copysign(root, scale)) @ (key * root).mT
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None:
+        boolean = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, -math.inf) if boolean else scores + attn_mask
+    weights = torch.softmax(scores, -1)
+    if attn_mask is not None:
+        weights = weights.masked_fill((scores == -math.inf).all(-1, keepdim=True), 0.0)
+    return torch.dropout(weights, dropout_p, True) @ value
+
+
+def _dropout(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a dropout function as a product with what it makes of ones."""
+
+    def dropout(input: Tensor, p: float = 0.5, train: bool = True) -> Tensor:
+        if train and p > 0:
+            return input * function(torch.ones_like(input), p, True)
+        return input
+
+    return dropout
+
+
+def _in_place(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a function that writes into its input what another one returns."""
+
+    def drop(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return input.copy_(function(input, *args, **kwargs))
+
+    return drop

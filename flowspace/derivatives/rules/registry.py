@@ -1,0 +1,239 @@
+"""The table of rules, what a rule is given and returns, and the rule for any other function.
+
+`forward` differentiates a function that has no rule, by torch.func.jvp of this one function.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from flowspace.derivatives.rules.dual import Dual, Layout, LostRowsError, shared_rows
+from flowspace.errors import DerivativeError
+
+__all__ = [
+    "CONSTANT",
+    "RULES",
+    "At",
+    "Call",
+    "Rule",
+    "differentiable",
+    "forward",
+    "is_pointwise",
+    "moves",
+    "pointwise",
+    "rows_of",
+    "rule",
+    "rule_of",
+    "sum_of",
+    "tangent_of",
+]
+
+Rule = Callable[..., Any]
+RULES: dict[str, Rule] = {}
+"""The rule for each torch function, by the function's plain name."""
+
+CONSTANT = frozenset(
+    "zeros_like ones_like full_like empty_like rand_like randn_like randint_like new_zeros "
+    "new_ones new_full new_empty new_tensor new_empty_strided bernoulli multinomial poisson "
+    "normal zero_ normal_ uniform_ bernoulli_ exponential_ random_ cauchy_ log_normal_ "
+    "geometric_".split()
+)
+"""Functions whose output does not move with their input."""
+
+UNTAGGED = frozenset({"hardswish", "log_sigmoid", "complex", "polar"})
+"""Elementwise functions that torch does not tag as such."""
+
+BY_MKLDNN = frozenset({"lstm"})
+"""Functions whose kernel for single precision has no forward derivative.
+
+Theirs is formed in double precision.
+"""
+
+_UNKNOWN = object()
+
+
+class At(NamedTuple):
+    """A tangent whose rows lie elsewhere than in the input."""
+
+    tangent: Tensor
+    layout: Layout | None
+
+
+class Call:
+    """One call of a torch function with duals among its arguments.
+
+    ``args`` and ``kwargs`` hold duals, ``primals`` and ``options`` what these stand for.
+    """
+
+    def __init__(
+        self,
+        func: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        primals: Sequence[Any],
+        options: dict[str, Any],
+        duals: list[Dual],
+    ) -> None:
+        self.func, self.args, self.kwargs, self.duals = func, args, kwargs, duals
+        self.primals, self.options = primals, options
+        self.grad = torch.is_grad_enabled()
+        self.out: Any = _UNKNOWN
+        self.traced = False
+
+    def run(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a function of primals, with gradient where the program has it."""
+        with torch.set_grad_enabled(self.grad):
+            return func(*args, **kwargs)
+
+    def evaluate(self) -> Any:
+        """Return what the function returns for the primals, kept as `out`; it is run once."""
+        if self.out is _UNKNOWN:
+            self.out = self.func(*self.primals, **self.options)
+        return self.out
+
+    def along_with(self, tangent: Tensor) -> At:
+        """Return the tangent of a broadcasting function, expanded to the output's shape."""
+        dual, shape = self.duals[0], self.out.shape
+        layout = dual.layout
+        if layout:
+            layout = layout.on(len(shape) - dual.ndim + layout.axis)
+            shape = layout.shape(shape)
+        return At(tangent if tangent.shape == shape else tangent.expand(shape), layout)
+
+
+def rule(names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for the functions of these names, which spaces separate."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names.split(), function))
+        return function
+
+    return register
+
+
+def rule_of(name: str) -> Rule | None:
+    """Return the rule for a torch function by its plain name, without underscores."""
+    return RULES.get(name) or (pointwise if name and is_pointwise(name) else None)
+
+
+@functools.lru_cache(None)
+def is_pointwise(name: str) -> bool:
+    """Return whether each element of the output depends on one of each input.
+
+    Torch tags most of the functions of which this holds.
+    """
+    packet = getattr(torch.ops.aten, name, None)
+    return name in UNTAGGED or (
+        packet is not None and any(torch.Tag.pointwise in getattr(packet, o).tags for o in packet.overloads())
+    )
+
+
+def differentiable(value: Any) -> bool:
+    """Return whether a value is a tensor of real or complex numbers."""
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def moves(out: Any) -> bool:
+    """Return whether an output has any part that can carry a tangent."""
+    if isinstance(out, (tuple, list)):
+        return any(moves(part) for part in out)
+    return differentiable(out) or isinstance(out, dict)
+
+
+def forward(call: Call, rows: Callable[[Any], Any] | None = None) -> list[Tensor]:
+    """Differentiate this one function by torch.func.jvp, on the rows that its arguments have.
+
+    Args:
+        call: the call to differentiate.
+        rows: restricts an argument to the rows that have a tangent; None takes every row.
+
+    Raises:
+        LostRowsError: without ``rows``, if the tangents have not every row.
+        DerivativeError: if torch has no forward derivative of it.
+    """
+    if rows is None and any(d.layout for d in call.duals):
+        raise LostRowsError
+    rows = rows or shared_rows(call.duals)
+    leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
+    fixed = [rows(leaf) for leaf in leaves]
+    moving = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Dual)]
+
+    def outputs(*inputs: Tensor) -> tuple[Tensor, ...]:
+        filled = list(fixed)
+        for i, value in zip(moving, inputs, strict=True):
+            filled[i] = value
+        args, kwargs = pytree.tree_unflatten(filled, spec)
+        found = pytree.tree_leaves(call.func(*args, **kwargs))
+        return tuple(leaf for leaf in found if differentiable(leaf))
+
+    if call.traced:
+        return traced_forward(call, leaves, spec, fixed, moving)
+    name = getattr(call.func, "__name__", str(call.func))
+    if name in BY_MKLDNN:
+        fixed = [value.double() if differentiable(value) else value for value in fixed]
+    try:
+        # torch writes the tangent in the primal's layout, which an expanded one has no room for
+        inputs = [fixed[i].contiguous() if 0 in fixed[i].stride() else fixed[i] for i in moving]
+        tangents = tuple(leaves[i].tangent.to(x.dtype) for i, x in zip(moving, inputs, strict=True))
+        return list(torch.func.jvp(outputs, tuple(inputs), tangents)[1])
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        raise DerivativeError(
+            f"torch has no forward derivative of {name} ({str(error).splitlines()[0]}); "
+            "write derivative=FiniteDifference(), which needs none"
+        ) from error
+
+
+def traced_forward(call, leaves, spec, fixed, moving):
+    """Differentiate a function in a trace: torch.func.jvp is traced apart, to operators below it, and put in."""
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
+
+    tensors = [i for i, value in enumerate(fixed) if isinstance(value, Tensor)]
+    directions = [leaves[i].tangent.to(fixed[i].dtype) for i in moving]
+    count = len(tensors)
+
+    def derivative(*flat):
+        filled = list(fixed)
+        for i, value in zip(tensors, flat[:count], strict=True):
+            filled[i] = value
+
+        def outputs(*inputs):
+            for i, value in zip(moving, inputs, strict=True):
+                filled[i] = value
+            args, kwargs = pytree.tree_unflatten(filled, spec)
+            return tuple(leaf for leaf in pytree.tree_leaves(call.func(*args, **kwargs)) if differentiable(leaf))
+
+        return torch.func.jvp(outputs, tuple(filled[i] for i in moving), tuple(flat[count:]))[1]
+
+    inputs = [fixed[i].detach() for i in tensors] + directions
+    try:
+        with disable_proxy_modes_tracing():
+            graph = make_fx(derivative)(*[x.detach().clone() for x in inputs])
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        raise DerivativeError(str(error)) from error
+    return list(graph(*inputs))
+
+
+def pointwise(call: Call, *args: Any, **kwargs: Any) -> list[Tensor]:
+    """Differentiate an elementwise function."""
+    return forward(call, shared_rows(call.duals))
+
+
+def tangent_of(value: Any) -> Tensor | None:
+    """Return the tangent of a dual, and None for what does not move."""
+    return value.tangent if isinstance(value, Dual) else None
+
+
+def rows_of(value: Any) -> Any:
+    """Return the primal of a dual where its tangent is, and any other value whole."""
+    return value.rows if isinstance(value, Dual) else value
+
+
+def sum_of(first: Tensor | None, second: Tensor | None) -> Tensor:
+    """Return the sum of two tangents, of which one may be None."""
+    if first is None:
+        return second  # type: ignore[return-value]
+    return first if second is None else first + second

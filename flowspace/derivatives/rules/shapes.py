@@ -1,0 +1,98 @@
+"""Rules for functions that give a tensor another shape, axis order, dtype or resolution.
+
+Most are linear in their first argument: what they do to it, they do to its tangent.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from flowspace.derivatives.rules.dual import Dual, Layout, LostRowsError, shared_rows
+from flowspace.derivatives.rules.registry import At, Call, forward, rule
+from flowspace.errors import DerivativeError
+
+
+@rule(
+    "clone contiguous to type float double half bfloat16 cpu cuda type_as as_subclass real imag "
+    "conj neg transpose permute swapaxes swapdims movedim moveaxis t T mT view_as_real "
+    "view_as_complex"
+)
+def clone(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """The tangent is f(dx); the batch lies where the function f puts it."""
+    if not isinstance(x, Dual):
+        return []
+    return call.func(x.tangent, *call.primals[1:], **call.options)
+
+
+@rule("view reshape flatten unflatten unsqueeze squeeze view_as reshape_as ravel")
+def view(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """The tangent is dx in the output's shape, with fewer rows."""
+    if not isinstance(x, Dual):
+        return []
+    shape, layout = call.out.shape, x.layout
+    if call.out.dtype != x.primal.dtype:
+        raise DerivativeError("a view of the bits of a number has no derivative; write x.to(dtype) for x.view(dtype)")
+    if layout is None:
+        return x.tangent.reshape(shape)
+    if 0 in shape:
+        raise LostRowsError
+    layout = _viewed(layout, x.primal.shape, shape)
+    return At(x.tangent.reshape(layout.shape(shape)), layout)
+
+
+def _viewed(layout: Layout, before: Sequence[int], after: Sequence[int]) -> Layout:
+    """Return where the batch lies after a view of one shape as another.
+
+    In memory order, a batch of B rows is `repeats` blocks of B pieces of equal length, whatever
+    the shape. Each block must lie whole within one axis of the new shape.
+
+    Raises:
+        LostRowsError: if it does not.
+    """
+    repeats = math.prod(before[: layout.axis]) * layout.outer
+    # Go to the axis that holds the blocks. The axes before it have `passed` positions in all, and
+    # repeats / passed blocks lie one after another at each position.
+    axis, passed = 0, 1
+    while axis < len(after) and passed * after[axis] <= repeats:
+        passed, axis = passed * after[axis], axis + 1
+    if axis == len(after) or repeats % passed:
+        raise LostRowsError
+    if (passed * after[axis]) % (repeats * layout.rows.batch):
+        raise LostRowsError
+    outer = repeats // passed
+    return Layout(axis, outer, after[axis] // (outer * layout.rows.batch), layout.rows)
+
+
+@rule("expand expand_as broadcast_to")
+def expand(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """The tangent is dx, expanded; there is none if just the shape comes from a moving tensor."""
+    return call.along_with(x.tangent) if isinstance(x, Dual) else []
+
+
+@rule("pad")
+def pad(call: Call, x: Dual, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor:
+    """The tangent is dx, padded alike, with zeros where x is padded with a constant."""
+    x.untouched(*range(-(len(pad) // 2), 0))
+    return call.func(x.tangent, pad, mode)
+
+
+@rule(
+    "pixel_shuffle pixel_unshuffle channel_shuffle im2col col2im avg_pool1d avg_pool2d avg_pool3d "
+    "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d upsample_nearest1d "
+    "upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d "
+    "upsample_bicubic2d _upsample_nearest_exact2d"
+)
+def pixel_shuffle(call: Call, x: Dual, *args: Any, **kwargs: Any) -> Tensor:
+    """The tangent is f(dx), for linear functions f of (B, C, *) pictures."""
+    x.only_batch_first()
+    return call.func(x.tangent, *args, **kwargs)
+
+
+@rule("max_pool1d max_pool2d max_pool3d adaptive_max_pool2d grid_sampler")
+def max_pool1d(call: Call, x: Any, *args: Any, **kwargs: Any) -> list[Tensor]:
+    """The tangent is that of torch.func.jvp, for the moving rows of (B, C, *) pictures."""
+    for dual in call.duals:
+        dual.only_batch_first()
+    return forward(call, shared_rows(call.duals))

@@ -1,0 +1,402 @@
+"""Compiled parts of a model, run with their tangents: value and tangent as one graph, compiled by the user's own backend.
+
+torch.compile captures a function as a graph of torch functions, and guards everything that its Python depended on: shapes,
+dtypes, train or eval, attributes, hooks, grad mode, autocast. None of that is done again here. While a carrier is at work, the
+backend that the user chose is handed another graph than the captured one:
+
+    captured graph    inputs                           -> outputs                     torch functions, by dynamo
+    dual graph        inputs, tangents, moving rows    -> outputs, their tangents     a carrier run over it, by make_fx
+
+No dual tensor is left in it, only arithmetic: the backend fuses, plans and partitions it as it would the captured one,
+attention of the value stays fused, and gradients flow through the value alone. What dynamo leaves to Python between two graphs
+goes on by the carrier, function by function.
+
+A graph is traced again for another set of inputs that move, and for more moving rows than it has room for; fewer are padded.
+What cannot be traced runs as it was captured, function by function, with one warning.
+"""
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from flowspace.derivatives import replay
+from flowspace.derivatives.rules.dual import Dual, Layout, LostRowsError, Rows
+from flowspace.derivatives.shared_primal import hidden_calls
+from flowspace.derivatives.shared_primal.carrier import Carrier
+from flowspace.errors import DerivativeError
+
+__all__ = ["Backend", "Region"]
+
+SHARES = 4
+"""A graph has room for a number of moving rows that is a multiple of this share of the batch, or for just those asked for."""
+
+Place = tuple[int, int, int] | None
+"""Where the batch lies in a tensor that moves, as in a `Layout`; None: its tangent has every row."""
+
+
+class Moving(NamedTuple):
+    """A tensor among several that has a tangent: its number, and where its rows lie."""
+
+    index: int
+    place: Place
+
+
+class Program(NamedTuple):
+    """A dual graph, compiled.
+
+    Attributes:
+        run: takes inputs, tangents of those that move, and the moving rows, if not all do; returns outputs, tangents of those
+            that move, and the new tangents of inputs that were written to.
+        outputs: how many outputs the captured graph has.
+        moving: those that move.
+        written: the inputs that have another tangent afterwards.
+        lost: rows mix, or a tangent lies where it cannot be followed: there is no dual graph for some of the rows.
+    """
+
+    run: Callable[..., Any] | None
+    outputs: int = 0
+    moving: tuple[Moving, ...] = ()
+    written: tuple[Moving, ...] = ()
+    lost: bool = False
+
+
+class Backend:
+    """A backend of torch.compile that has dual graphs compiled by another one; equal to others of an equal one."""
+
+    def __init__(self, backend: Callable[..., Any]) -> None:
+        self.backend = backend
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Backend) and self.backend == other.backend
+
+    def __hash__(self) -> int:
+        return hash(Backend)
+
+    def __call__(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> "Region":
+        """Return what runs a captured graph."""
+        return Region(graph, inputs, self.backend)
+
+
+class Region:
+    """A captured graph, with the programs that were made of it."""
+
+    def __init__(self, graph: fx.GraphModule, inputs: Sequence[Any], backend: Callable[..., Any]) -> None:
+        self.backend = backend
+        self.captured = _copied(graph)
+        self.context = torch._guards.TracingContext.try_get()
+        self.fake = _fake_mode(self.context, inputs)
+        self.examples = [self._faked(x) if isinstance(x, Tensor) else x for x in inputs]
+        self.writes = _written_inputs(self.captured, self.examples, self.fake)
+        self.mixes = _mixes(self.captured)
+        self.plain: Callable[..., Any] | None = None
+        self.programs: dict[Any, Program | Exception] = {}
+        carrier = hidden_calls.at_work()
+        duals = _duals(carrier, inputs) if carrier and not carrier.lost else []
+        if any(duals):
+            self.program(carrier, duals)
+        else:
+            self.plain = backend(graph, inputs)
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Run the graph, and the tangents of its inputs beside it."""
+        carrier, run = hidden_calls.at_work(), replay.running()
+        duals = _duals(carrier, inputs)
+        primals = [x if dual is None else dual.primal for x, dual in zip(inputs, duals, strict=True)]
+        if run is not None:
+            run.mixes(self.mixes)
+        for index in self.writes:
+            if run is not None:
+                run.remember(primals[index])
+            if carrier is not None and duals[index] is None:
+                carrier.writes.remember(primals[index])
+        if carrier is None or not any(duals) or carrier.lost:
+            return self._plain(carrier, primals)
+        apart = torch.is_grad_enabled() and hidden_calls.recomputes()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not apart):
+            program = self.program(carrier, duals)
+        if isinstance(program, DerivativeError):
+            raise program
+        if isinstance(program, Exception):
+            return self.captured(*inputs)
+        if program.lost:
+            carrier.lost = True
+            return self._plain(carrier, primals)
+        moving = [dual for dual in duals if dual]
+        if not apart:
+            return self._dual(carrier, program, inputs, primals, moving)
+        copies = [x.clone() if i in self.writes else x for i, x in enumerate(primals)]
+        draws = replay.Draws(moving[0].primal.device)
+        values = self._plain(carrier, primals)
+        with torch.no_grad():
+            again = draws.replay(lambda: self._dual(carrier, program, inputs, copies, moving))()
+        return tuple(_with_tangent(carrier, *pair) for pair in zip(values, again, strict=True))
+
+    def _dual(
+        self, carrier: Carrier, program: Program, inputs: Sequence[Any], primals: list[Any], duals: list[Dual]
+    ) -> tuple[Any, ...]:
+        """Run a program; return the outputs with their tangents, and give inputs that were written to their new ones."""
+        rows = _rows(duals)
+        size = _size(rows) if rows else None
+        with hidden_calls.off_duty(carrier), torch._C.DisableTorchFunction():  # pyright: ignore
+            tangents = [_resized(dual.tangent, dual.layout, size).contiguous() for dual in duals]
+            chosen = [_padded(rows.chosen, size)] if rows else []
+            out = program.run(*primals, *tangents, *chosen)  # type: ignore[misc]
+        values, rest = list(out[: program.outputs]), iter(out[program.outputs :])
+        for index, place in program.moving:
+            layout = Layout(*place, rows) if place and rows else None
+            values[index] = carrier.wrap(values[index], _resized(next(rest), layout, size, back=True), layout)
+        for index, place in program.written:
+            layout = Layout(*place, rows) if place and rows else None
+            try:
+                carrier.writes.put(inputs[index], _resized(next(rest), layout, size, back=True), layout)
+            except LostRowsError:
+                carrier.lost = True
+        return tuple(values)
+
+    def _plain(self, carrier: Carrier | None, inputs: Sequence[Any]) -> Any:
+        """Run the graph as it was captured, compiled, without tangents."""
+        with hidden_calls.off_duty(carrier), torch._C.DisableTorchFunction():  # pyright: ignore
+            if self.plain is None:
+                try:
+                    with self._context():
+                        self.plain = self.backend(_copied(self.captured), self.examples)
+                except Exception as error:
+                    self.plain = self.captured
+                    _warn_of(error)
+            return self.plain(*inputs)
+
+    # --- making programs
+
+    def _faked(self, tensor: Tensor) -> Tensor:
+        """Return a tensor without values, with the symbols for sizes that dynamo gave it."""
+        if isinstance(tensor, torch._subclasses.FakeTensor):
+            return tensor
+        known = self.context.tensor_to_context if self.context else {}
+        symbols: Any = known.get(tensor)
+        source = None if symbols is None else symbols.tensor_source
+        with torch._C.DisableTorchFunction():  # pyright: ignore
+            return self.fake.from_tensor(tensor, symbolic_context=symbols, source=source)
+
+    def program(self, carrier: Carrier, duals: Sequence[Dual | None]) -> Program | Exception:
+        """Return the program for the inputs that move, or why there is none."""
+        moving = tuple(Moving(i, _place(dual.layout)) for i, dual in enumerate(duals) if dual)
+        rows = _rows([dual for dual in duals if dual])
+        key = moving, _size(rows) if rows else None, torch.is_grad_enabled()
+        if key not in self.programs:
+            captured_now = torch._guards.TracingContext.try_get() is not None
+            try:
+                with hidden_calls.off_duty(carrier), self._context():
+                    self.programs[key] = self._make(moving, duals, rows)
+            except DerivativeError as error:
+                self.programs[key] = error
+            except Exception as error:
+                if captured_now and isinstance(error, torch._dynamo.exc.RestartAnalysis):
+                    raise  # dynamo captures again, with one number less left open
+                self.programs[key] = error
+                _warn_of(error)
+        return self.programs[key]
+
+    @contextlib.contextmanager
+    def _context(self) -> Iterator[None]:
+        """Be in the context that dynamo compiled this graph in, also after it."""
+        known = torch._guards.TracingContext.try_get()
+        if known is None and self.context is not None:
+            with torch._guards.tracing(self.context):
+                yield
+        else:
+            yield
+
+    def _make(self, moving: tuple[Moving, ...], duals: Sequence[Dual | None], rows: Rows | None) -> Program:
+        """Trace a carrier over the captured graph, and have the dual graph compiled."""
+        size = _size(rows) if rows else None
+        with self.fake:
+            given = [_example(self.examples[m.index], m.place, size, rows) for m in moving]
+            index = [torch.zeros(size, dtype=torch.int64, device=rows.chosen.device)] if rows else []  # type: ignore
+        facts: list[Program] = []
+
+        def dual_graph(*flat: Any) -> list[Any]:
+            inputs, tangents = list(flat[: len(self.examples)]), flat[len(self.examples) :]
+            few = None if rows is None else Rows(tangents[-1], _batch(inputs, moving), size, True)  # type: ignore
+            out, fact = _carried(self.captured, inputs, moving, tangents, few)
+            facts.append(fact)
+            return out
+
+        examples = [*self.examples, *given, *index]
+        with self.fake:
+            traced = make_fx(dual_graph, pre_dispatch=True, _allow_non_fake_inputs=True)(*examples)
+        if facts[-1].lost:
+            return facts[-1]
+        _refuse_constants(traced)
+        _like_captured(traced, self.captured)
+        return facts[-1]._replace(run=self.backend(traced, examples))
+
+
+def _carried(
+    captured: fx.GraphModule, inputs: list[Any], moving: Sequence[Moving], tangents: Sequence[Tensor], rows: Rows | None
+) -> tuple[list[Any], Program]:
+    """Run a captured graph under a carrier; return outputs and tangents, and what is to be known of them."""
+    carrier = Carrier(traced=True)
+    first: dict[int, Tensor] = {}
+    for (index, place), tangent in zip(moving, tangents, strict=False):
+        layout = Layout(*place, rows) if place and rows else None
+        inputs[index] = carrier.wrap(inputs[index], tangent, layout)
+        first[index] = carrier.held(inputs[index]).tangent
+    with carrier:
+        values = captured(*inputs)
+    if carrier.lost:
+        return [], Program(None, lost=True)
+    outs: list[Any] = []
+    found: list[Tensor] = []
+    moved, written = [], []
+    for i, value in enumerate(values):
+        dual = carrier.dual(value) if isinstance(value, Tensor) else None
+        held = getattr(value, "_flowspace_dual", None)
+        outs.append(value if held is None else held.primal)
+        if dual is not None:
+            moved.append(Moving(i, _place(dual.layout)))
+            found.append(dual.tangent.detach())
+    for i, value in enumerate(inputs):
+        dual = carrier.dual(value) if isinstance(value, Tensor) else None
+        if dual is not None and dual.tangent is not first.get(i):
+            written.append(Moving(i, _place(dual.layout)))
+            found.append(dual.tangent.detach())
+    return [*outs, *found], Program(None, len(outs), tuple(moved), tuple(written))
+
+
+# --- graphs
+
+
+def _fake_mode(context: Any, inputs: Sequence[Any]) -> Any:
+    """Return the mode in which a graph is traced: the one that dynamo hands to its backends."""
+    given = next((x.fake_mode for x in inputs if isinstance(x, torch._subclasses.FakeTensor)), None)
+    return given or (context and context.fake_mode) or torch._subclasses.FakeTensorMode()
+
+
+def _copied(graph: fx.GraphModule) -> fx.GraphModule:
+    """Return a graph that a backend may change without changing this one; what it holds is shared."""
+    copied = fx.GraphModule(graph, copy.deepcopy(graph.graph))
+    copied.meta = dict(graph.meta)
+    pairs = zip(graph.graph.find_nodes(op="placeholder"), copied.graph.find_nodes(op="placeholder"), strict=True)
+    for theirs, ours in pairs:
+        ours.meta = dict(theirs.meta)
+        if hasattr(theirs, "_dynamo_source"):
+            ours._dynamo_source = theirs._dynamo_source  # type: ignore[attr-defined]
+    return copied
+
+
+def _like_captured(traced: fx.GraphModule, captured: fx.GraphModule) -> None:
+    """Tell a backend what dynamo told it of the inputs: which are parameters, whose memory stays where it is."""
+    theirs, ours = (g.graph.find_nodes(op="placeholder") for g in (captured, traced))
+    for old, new in zip(theirs, ours, strict=False):
+        for name in ("tensor_dict", "grapharg"):
+            if name in old.meta:
+                new.meta[name] = old.meta[name]
+
+
+def _refuse_constants(traced: fx.GraphModule) -> None:
+    """Raise if a tensor without values became a constant of a trace, which would be a tangent that was not followed."""
+    for node in traced.graph.find_nodes(op="get_attr"):
+        value = getattr(traced, str(node.target), None)
+        if isinstance(value, torch._subclasses.FakeTensor):
+            raise RuntimeError(f"{node.target} was not followed through the trace")
+
+
+def _written_inputs(captured: fx.GraphModule, examples: Sequence[Any], fake: Any) -> list[int]:
+    """Return the inputs that a graph writes into."""
+    holders = {node: i for i, node in enumerate(captured.graph.find_nodes(op="placeholder"))}
+    norms = [node for node in captured.graph.nodes if replay.batch_statistics(node.target, node.args, node.kwargs)]
+    found = {holders[x] for node in norms for x in node.all_input_nodes[1:3] if x in holders}
+    before = [x._version if isinstance(x, Tensor) else 0 for x in examples]
+    if any(str(node.target).rstrip("'>").endswith("_") for node in captured.graph.nodes):
+        with fake, torch.no_grad(), contextlib.suppress(Exception):
+            captured(*examples)
+    return sorted(found | {i for i, x in enumerate(examples) if isinstance(x, Tensor) and x._version != before[i]})
+
+
+def _mixes(captured: fx.GraphModule) -> bool:
+    """Return whether a graph has a norm over the batch."""
+    norms = (torch.nn.functional.batch_norm, torch.batch_norm)
+    calls = [node for node in captured.graph.nodes if node.target in norms]
+    return any(replay.batch_statistics(node.target, node.args, node.kwargs) for node in calls)
+
+
+# --- rows and tangents
+
+
+def _duals(carrier: Carrier | None, inputs: Sequence[Any]) -> list[Dual | None]:
+    if carrier is None:
+        return [None] * len(inputs)
+    return [carrier.dual(x) if isinstance(x, Tensor) else None for x in inputs]
+
+
+def _with_tangent(carrier: Carrier, value: Any, other: Any) -> Any:
+    """Return a value with the tangent of another one."""
+    dual = carrier.dual(other) if isinstance(other, Tensor) else None
+    return value if dual is None else carrier.wrap(value, dual.tangent, dual.layout)
+
+
+def _rows(duals: Sequence[Dual]) -> Rows | None:
+    return next((dual.layout.rows for dual in duals if dual.layout), None)
+
+
+def _place(layout: Layout | None) -> Place:
+    return None if layout is None else (layout.axis, layout.outer, layout.inner)
+
+
+def _batch(inputs: Sequence[Any], moving: Sequence[Moving]) -> Any:
+    """Return the size of the batch, which may be a symbol, from an input whose rows lie somewhere."""
+    index, (axis, outer, inner) = next((m.index, m.place) for m in moving if m.place)
+    return inputs[index].shape[axis] // (outer * inner)
+
+
+def _size(rows: Rows) -> int:
+    """Return for how many moving rows a graph is made: the next multiple of a share of the batch."""
+    share = max(1, rows.batch // SHARES)
+    return min(rows.batch, -(-rows.few // share) * share)
+
+
+def _padded(chosen: Tensor, size: int | None) -> Tensor:
+    """Return as many numbers of rows: the last is repeated, and computed more than once."""
+    if size is None or len(chosen) == size:
+        return chosen
+    return torch.cat([chosen, chosen[-1:].expand(size - len(chosen))])
+
+
+def _resized(tangent: Tensor, layout: Layout | None, size: int | None, back: bool = False) -> Tensor:
+    """Return a tangent with room for as many rows, or shortened back to those that move."""
+    if layout is None or size is None or size == layout.rows.few:
+        return tangent
+    axis, outer, inner, rows = layout
+    apart = tangent.unflatten(axis, (outer, size if back else rows.few, inner))
+    if back:
+        return apart.narrow(axis + 1, 0, rows.few).flatten(axis, axis + 2)
+    index = torch.arange(size, device=tangent.device).clamp_(max=rows.few - 1)
+    return apart.index_select(axis + 1, index).flatten(axis, axis + 2)
+
+
+def _example(primal: Tensor, place: Place, size: int | None, rows: Rows | None) -> Tensor:
+    """Return a tensor of the shape of a tangent, in the fake mode that is on."""
+    shape = list(primal.shape)
+    if place is not None:
+        shape[place[0]] = place[1] * size * place[2]  # type: ignore[operator]
+    return torch.empty(shape, dtype=primal.dtype, device=primal.device)
+
+
+_warned: set[str] = set()
+
+
+def _warn_of(error: Exception) -> None:
+    first = next(iter(str(error).splitlines()), "")
+    reason = f"{type(error).__name__}: {first}"[:200]
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(
+            f"a compiled part of the model runs uncompiled, beside its tangents ({reason}); it is right, and slower",
+            stacklevel=3,
+        )

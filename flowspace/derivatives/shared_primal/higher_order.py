@@ -1,0 +1,110 @@
+"""Operators that take graphs: what torch.compile makes of checkpoints and of custom functions, and what torch has of its own.
+
+A body that only stands for itself is run under the carrier. A checkpoint's body is too, and what is traced of it is marked to
+be computed again. A custom function keeps its own backward pass: it stays one operator for the value, and its tangent is that
+of its forward pass. The others (flex_attention, scan, cond, map) are refused by name: they have no tangent.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental import proxy_tensor
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointPolicy
+
+from flowspace.derivatives import rules
+from flowspace.errors import DerivativeError
+
+if TYPE_CHECKING:
+    from flowspace.derivatives.shared_primal.carrier import Carrier
+
+__all__ = ["run"]
+
+_checkpoints = itertools.count(1 << 20)
+
+
+def run(carrier: "Carrier", call: rules.Call, name: str, args: tuple[Any, ...]) -> Any:
+    """Run an operator that takes graphs, with the tangents of its arguments.
+
+    Raises:
+        DerivativeError: if it has no tangent.
+    """
+    if name == "autograd_function_apply":
+        return _custom_function(carrier, call, args)
+    body = _BODIES.get(name)
+    if body is None:
+        raise DerivativeError(f"torch's operator {name} has no forward derivative; write derivative=FiniteDifference()")
+    graph, operands = body(args)
+    before = _traced_nodes()
+    with carrier:
+        out = graph(*operands)
+    if name == "tag_activation_checkpoint":
+        _mark_recomputed(before)
+    return out
+
+
+def _first(args: tuple[Any, ...]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    return args[0], args[1:]
+
+
+_BODIES: dict[str, Callable[[tuple[Any, ...]], tuple[Callable[..., Any], tuple[Any, ...]]]] = {
+    "wrap": _first,
+    "tag_activation_checkpoint": _first,
+    "invoke_subgraph": lambda args: (args[0], args[2:]),
+}
+"""The body of an operator, and what it is called with, among its arguments."""
+
+
+def _tracer() -> Any:
+    mode = proxy_tensor.get_proxy_mode()
+    return None if mode is None else mode.tracer
+
+
+def _traced_nodes() -> int:
+    tracer = _tracer()
+    return 0 if tracer is None else len(tracer.graph.nodes)
+
+
+def _mark_recomputed(before: int) -> None:
+    """Mark what was traced since as torch marks a checkpoint's body, for the partition of forward and backward pass."""
+    tracer, number = _tracer(), next(_checkpoints)
+    if tracer is None:
+        return
+    for node in itertools.islice(tracer.graph.nodes, before, None):
+        node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+        node.meta["ac_graph_id"] = number
+
+
+def _custom_function(carrier: "Carrier", call: rules.Call, args: tuple[Any, ...]) -> Any:
+    """Run a captured autograd.Function on the primals, and its forward pass on aliases for their tangents."""
+    forward, backward, *inputs = args
+    values = _recorded(call, (forward, backward, *call.primals[2:]))
+    with carrier, torch.no_grad():
+        outputs, _ = forward(*inputs)
+    single = isinstance(values, Tensor)
+    found = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    fixed = call.options.get("non_differentiable_idx", ())
+
+    def wrap(number: int, value: Any, output: Any) -> Any:
+        dual = carrier.dual(output) if isinstance(output, Tensor) and number not in fixed else None
+        return value if dual is None else carrier.wrap(value, dual.tangent, dual.layout)
+
+    outs = [wrap(i, *pair) for i, pair in enumerate(zip([values] if single else values, found, strict=True))]
+    return outs[0] if single else tuple(outs)
+
+
+def _recorded(call: rules.Call, args: tuple[Any, ...]) -> Any:
+    """Run an operator as one node of a trace, or as it is where nothing is traced."""
+    tracer = _tracer()
+    if tracer is None:
+        return call.func(*args, **call.options)
+    with proxy_tensor.disable_proxy_modes_tracing(), torch._C.DisableTorchFunction():  # pyright: ignore
+        out = call.func(*args, **call.options)
+    for graph in args[:2]:
+        tracer.root.register_module(tracer.get_fresh_qualname("body"), graph)
+    proxies = pytree.tree_map(tracer.unwrap_proxy, args)
+    node = tracer.create_proxy("call_function", call.func, proxies, call.options)
+    return proxy_tensor.track_tensor_tree(out, node, constant=None, tracer=tracer)

@@ -1,0 +1,95 @@
+"""What the carrier does about each torch function: one kind for each, found once and kept."""
+
+import functools
+import types
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._ops import HigherOrderOperator
+
+from flowspace.derivatives import rules
+
+__all__ = ["TRANSFORMED", "Plan", "plan_of", "refusal"]
+
+TRANSFORMED = "the model calls a transform of torch.func, where tangents cannot follow; write derivative=ForwardMode()"
+DROPPED = "the model calls autograd, which drops tangents; write FiniteDifference()"
+RESHAPED = "{} writes in place, where the tangent cannot follow; write a new tensor for it, or derivative=ForwardMode()"
+REFUSED = {"_make_dual": TRANSFORMED, "_unpack_dual": TRANSFORMED, "grad": DROPPED, "backward": DROPPED}
+
+METADATA = frozenset(
+    "size dim ndimension numel nelement stride storage_offset is_floating_point is_complex is_contiguous get_device "
+    "element_size __len__".split()
+)
+AUTOGRAD = frozenset(
+    "register_hook register_post_accumulate_grad_hook retain_grad requires_grad_ grad_fn grad _grad _backward_hooks "
+    "_post_accumulate_grad_hooks is_leaf output_nr _base _version _register_hook_dict __repr__ __format__ __reduce_ex__".split()
+)
+AS_BUILTIN = frozenset((F.layer_norm, F.group_norm, F.rms_norm, F.softmax, F.log_softmax))
+TENSORS = frozenset("T mT H mH real imag data".split())
+RESHAPING = {"transpose_", "t_", "squeeze_", "unsqueeze_", "swapaxes_", "swapdims_", "resize_", "set_", "resize_as_"}
+OPERATORS = {"iadd": "add_", "isub": "sub_", "imul": "mul_", "itruediv": "div_", "idiv": "div_", "ipow": "pow_"}
+BUILTIN = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType)
+
+
+class Plan(NamedTuple):
+    """What is done about a torch function.
+
+    Attributes:
+        kind: metadata: it asks for no values; rule: its rule is called beside it; python: it is written in other functions,
+            and entered; random: it draws, and may be written in others; in place: it writes into its first argument;
+            constant: its output does not move; detached: it shares memory, and does not move; higher order: it takes graphs;
+            refused: it has no tangent.
+        name: its plain name (add for torch.add, Tensor.add and Tensor.__add__).
+    """
+
+    kind: str
+    name: str
+
+
+@functools.lru_cache(4096)
+def plan_of(func: Any) -> Plan:
+    """Return what is done about a torch function.
+
+    A Python function of torch is entered; when it then calls the builtin of its own name, it is seen again, and stands for that.
+    """
+    name = getattr(func, "__name__", "")
+    field = func.__self__.__name__ if name in ("__get__", "__set__") else ""  # type: ignore[union-attr]
+    if func in (torch.autograd.grad, Tensor.backward):
+        return Plan("refused", name)
+    if isinstance(func, HigherOrderOperator):
+        return Plan("higher order", func.name())
+    if name in AUTOGRAD or field in AUTOGRAD:
+        return Plan("constant", name)
+    if func in AS_BUILTIN:
+        return Plan("rule", name)
+    if isinstance(func, types.FunctionType) and func.__module__.partition(".")[0] == "torch":
+        return Plan("python", name)
+    if not isinstance(func, BUILTIN):
+        return Plan("refused" if name.partition(".")[0].endswith("_") else "rule", "")
+    if field:
+        kind = "detached" if field == "data" else "rule" if field in TENSORS else "metadata"
+        if name == "__set__":
+            kind = "refused" if field in TENSORS else "constant"
+        return Plan(kind, field)
+    if name.startswith("__") and name.endswith("__") and name != "__len__":
+        name = OPERATORS.get(name[2:-2], name[2:-2])
+    return Plan(_kind(name), name)
+
+
+def _kind(name: str) -> str:
+    if name in METADATA:
+        return "metadata"
+    if name in rules.RANDOM:
+        return "random"
+    if name in RESHAPING or name in REFUSED:
+        return "refused"
+    if name == "setitem" or (name.endswith("_") and name[:-1]):
+        return "in place"
+    return "detached" if name == "detach" else "constant" if name in rules.CONSTANT else "rule"
+
+
+def refusal(name: str) -> str:
+    """Return why a function is refused, and what to write instead."""
+    return REFUSED.get(name, RESHAPED.format(name))
