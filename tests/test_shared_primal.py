@@ -1868,13 +1868,8 @@ def test_the_second_pass_starts_from_the_buffers_of_the_first():
     close(found, masked(tangents[0] @ weight - tangents[0].mean(0), choose(4, "half")))
 
 
-COMPILED = pytest.mark.xfail(
-    strict=True, reason="known fault: what two plain calls compiled is run, and drops tangents"
-)
-
-
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("calls", [0, pytest.param(2, marks=COMPILED)])
+@pytest.mark.parametrize("calls", [0, 2])
 def test_a_scripted_module_with_weights_that_learn_is_right_or_refused(calls):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 5 + calls), nn.SiLU(), nn.Linear(5 + calls, 6)).double()

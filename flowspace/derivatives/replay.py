@@ -18,8 +18,18 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from flowspace.backends import backend_of, torch_backend
+from flowspace.derivatives import hidden_calls
 
-__all__ = ["Draws", "RowsMixError", "batch_statistics", "uncompiled", "unseen", "untouched", "wrapped"]
+__all__ = [
+    "Draws",
+    "RowsMixError",
+    "batch_statistics",
+    "forward_mode_lock",
+    "uncompiled",
+    "unseen",
+    "untouched",
+    "wrapped",
+]
 
 
 def wrapped(tensor: Tensor) -> bool:
@@ -72,7 +82,8 @@ class RowsMixError(Exception):
     """A function that mixes rows was called by a program of which nobody knew it."""
 
 
-_running = threading.local()
+forward_mode_lock = threading.RLock()
+"""Held in every torch.func.jvp: torch counts its levels of forward mode for the whole process, not for a thread."""
 
 
 class Untouched(TorchFunctionMode):
@@ -126,19 +137,12 @@ def untouched(mixed: bool = True) -> Iterator[None]:
     Raises:
         RowsMixError: if it mixes rows and ``mixed`` does not say so.
     """
-    mode, before = Untouched(mixed), getattr(_running, "mode", None)
-    _running.mode = mode
+    mode = Untouched(mixed)
     try:
-        with mode:
+        with hidden_calls.within(mode), mode:
             yield
     finally:
-        _running.mode = before
         mode.restore()
-
-
-def running() -> Untouched | None:
-    """Return what keeps the writes of the run that this thread is in, if any does."""
-    return getattr(_running, "mode", None)
 
 
 def unseen(function: Callable[[], Any], beside: Tensor) -> Any:

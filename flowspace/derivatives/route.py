@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from flowspace.backends import backend_of, one_backend, torch_backend
+from flowspace.derivatives import hidden_calls
 from flowspace.derivatives.replay import Draws, RowsMixError, uncompiled, untouched, wrapped
 from flowspace.errors import InputError
 from flowspace.schedules import over_rows
@@ -59,8 +60,12 @@ class Derivative(abc.ABC):
             _checked(value, primals)
             return value, derivative if rows is None else xp.where(over_rows(rows, derivative), derivative, 0.0)
         if torch.compiler.is_compiling():
-            return torch.compiler.disable(self._evaluate_rows)(fn, primals, tangents, rows)  # pyright: ignore
+            return torch.compiler.disable(self._captured_rows)(fn, primals, tangents, rows)  # pyright: ignore
         return self._evaluate_rows(fn, primals, tangents, rows)
+
+    def _captured_rows(self, fn: Callable[..., Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
+        """Evaluate within a step that torch.compile captures: it captures the model, as a graph of its own."""
+        return self._evaluate_rows(hidden_calls.captured_as_outside(fn), *rest)
 
     def _evaluate_rows(
         self, fn: Callable[..., Tensor], primals: Sequence[Any], tangents: Sequence[Tensor | None], rows: Tensor | None

@@ -46,7 +46,7 @@ def layer_norm(
 ) -> Any:
     """The tangent is weight (dx - mean(dx) - u mean(u dx)) / std(x), where u = (x - mean) / std.
 
-    This rule also evaluates the function itself, for the mean and scale that come with it.
+    Where nobody did before, this rule evaluates the function, for the mean and scale of it.
     """
     if len(call.duals) > 1 or not isinstance(x, Dual):
         call.run(call.evaluate)
@@ -54,7 +54,7 @@ def layer_norm(
     x.untouched(*range(-len(normalized_shape), 0))
     x.tangent = x.tangent.contiguous()  # kept, for what is added to it has this layout too
     tangent, rows = x.tangent, x.rows
-    if torch.is_autocast_enabled(rows.device.type):
+    if call.evaluated or torch.is_autocast_enabled(rows.device.type):
         # the output's dtype is known only once the function has been run as autocast runs it
         call.run(call.evaluate)
         rows, tangent = rows.to(call.out.dtype), tangent.to(call.out.dtype)

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
 
+from flowspace.derivatives.replay import forward_mode_lock
 from flowspace.derivatives.rules.dual import Dual, Layout, LostRowsError, shared_rows
 from flowspace.errors import DerivativeError
 
@@ -89,6 +91,11 @@ class Call:
         with torch.set_grad_enabled(self.grad):
             return func(*args, **kwargs)
 
+    @property
+    def evaluated(self) -> bool:
+        """Whether the function has been run."""
+        return self.out is not _UNKNOWN
+
     def evaluate(self) -> Any:
         """Return what the function returns for the primals, kept as `out`; it is run once."""
         if self.out is _UNKNOWN:
@@ -161,25 +168,22 @@ def forward(call: Call, rows: Callable[[Any], Any] | None = None) -> list[Tensor
     leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
     fixed = [rows(leaf) for leaf in leaves]
     moving = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Dual)]
-
-    def outputs(*inputs: Tensor) -> tuple[Tensor, ...]:
-        filled = list(fixed)
-        for i, value in zip(moving, inputs, strict=True):
-            filled[i] = value
-        args, kwargs = pytree.tree_unflatten(filled, spec)
-        found = pytree.tree_leaves(call.func(*args, **kwargs))
-        return tuple(leaf for leaf in found if differentiable(leaf))
-
-    if call.traced:
-        return traced_forward(call, leaves, spec, fixed, moving)
     name = getattr(call.func, "__name__", str(call.func))
     if name in BY_MKLDNN:
         fixed = [value.double() if differentiable(value) else value for value in fixed]
+
+    def outputs(values: Sequence[Any]) -> tuple[Tensor, ...]:
+        args, kwargs = pytree.tree_unflatten(list(values), spec)
+        found = pytree.tree_leaves(call.func(*args, **kwargs))
+        return tuple(leaf for leaf in found if differentiable(leaf))
+
+    # torch writes the tangent in the primal's layout, which an expanded one has no room for
+    for i in moving:
+        fixed[i] = fixed[i].contiguous() if 0 in fixed[i].stride() else fixed[i]
+    tangents = [leaves[i].tangent.to(fixed[i].dtype) for i in moving]
+    jvp = traced_jvp if call.traced else one_jvp
     try:
-        # torch writes the tangent in the primal's layout, which an expanded one has no room for
-        inputs = [fixed[i].contiguous() if 0 in fixed[i].stride() else fixed[i] for i in moving]
-        tangents = tuple(leaves[i].tangent.to(x.dtype) for i, x in zip(moving, inputs, strict=True))
-        return list(torch.func.jvp(outputs, tuple(inputs), tangents)[1])
+        return list(jvp(outputs, fixed, moving, tangents))
     except (RuntimeError, NotImplementedError, TypeError) as error:
         raise DerivativeError(
             f"torch has no forward derivative of {name} ({str(error).splitlines()[0]}); "
@@ -187,34 +191,52 @@ def forward(call: Call, rows: Callable[[Any], Any] | None = None) -> list[Tensor
         ) from error
 
 
-def traced_forward(call, leaves, spec, fixed, moving):
-    """Differentiate a function in a trace: torch.func.jvp is traced apart, to operators below it, and put in."""
-    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
+Outputs = Callable[[Sequence[Any]], tuple[Tensor, ...]]
+"""A function of a list of values, some of them tensors that move."""
 
-    tensors = [i for i, value in enumerate(fixed) if isinstance(value, Tensor)]
-    directions = [leaves[i].tangent.to(fixed[i].dtype) for i in moving]
-    count = len(tensors)
 
-    def derivative(*flat):
-        filled = list(fixed)
-        for i, value in zip(tensors, flat[:count], strict=True):
-            filled[i] = value
+def one_jvp(
+    outputs: Outputs, fixed: Sequence[Any], moving: Sequence[int], tangents: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """Return the tangents of the outputs by torch.func.jvp.
 
-        def outputs(*inputs):
-            for i, value in zip(moving, inputs, strict=True):
-                filled[i] = value
-            args, kwargs = pytree.tree_unflatten(filled, spec)
-            return tuple(leaf for leaf in pytree.tree_leaves(call.func(*args, **kwargs)) if differentiable(leaf))
+    Strict: an operator without a forward derivative leaves its output without a tangent, and is
+    refused; so is one that does not depend on what moves. torch counts levels of forward mode for
+    the whole process, so one thread at a time is in one.
+    """
 
-        return torch.func.jvp(outputs, tuple(filled[i] for i in moving), tuple(flat[count:]))[1]
+    def of_moving(*inputs: Tensor) -> tuple[Tensor, ...]:
+        values = list(fixed)
+        for i, value in zip(moving, inputs, strict=True):
+            values[i] = value
+        return outputs(values)
 
-    inputs = [fixed[i].detach() for i in tensors] + directions
-    try:
-        with disable_proxy_modes_tracing():
-            graph = make_fx(derivative)(*[x.detach().clone() for x in inputs])
-    except (RuntimeError, NotImplementedError, TypeError) as error:
-        raise DerivativeError(str(error)) from error
-    return list(graph(*inputs))
+    with forward_mode_lock:
+        primals = tuple(fixed[i] for i in moving)
+        return torch.func.jvp(of_moving, primals, tuple(tangents), strict=True)[1]
+
+
+def traced_jvp(
+    outputs: Outputs, fixed: Sequence[Any], moving: Sequence[int], tangents: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """Return the tangents of the outputs within a trace.
+
+    A trace above autograd would record torch.func.jvp as steps that mean nothing outside it. So
+    it is traced apart, down to operators below autograd, and these are put in.
+    """
+    places = [i for i, value in enumerate(fixed) if isinstance(value, Tensor)]
+    inputs = [fixed[i].detach() for i in places]
+
+    def derivative(*flat: Tensor) -> tuple[Tensor, ...]:
+        values = list(fixed)
+        for i, value in zip(places, flat[: len(places)], strict=True):
+            values[i] = value
+        return one_jvp(outputs, values, moving, flat[len(places) :])
+
+    given = [*inputs, *tangents]
+    with proxy_tensor.disable_proxy_modes_tracing():
+        graph = proxy_tensor.make_fx(derivative)(*[x.detach().clone() for x in given])
+    return graph(*given)
 
 
 def pointwise(call: Call, *args: Any, **kwargs: Any) -> list[Tensor]:

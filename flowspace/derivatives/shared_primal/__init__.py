@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flowspace.derivatives import hidden_calls
 from flowspace.derivatives.replay import Draws, uncompiled, untouched
 from flowspace.derivatives.route import Derivative, scatter
 from flowspace.derivatives.rules.dual import Layout, Rows
-from flowspace.derivatives.shared_primal import hidden_calls
 from flowspace.derivatives.shared_primal.carrier import FIELD, Carrier
 from flowspace.errors import DerivativeError, InputError
 

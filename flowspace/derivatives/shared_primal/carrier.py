@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from flowspace.derivatives import rules
+from flowspace.derivatives import hidden_calls, rules
 from flowspace.derivatives.replay import Draws, wrapped
 from flowspace.derivatives.rules.dual import Dual, Layout, LostRowsError
-from flowspace.derivatives.shared_primal import hidden_calls, higher_order
+from flowspace.derivatives.shared_primal import higher_order
 from flowspace.derivatives.shared_primal.kinds import TRANSFORMED, Plan, plan_of, refusal
 from flowspace.derivatives.shared_primal.writes import Writes
 from flowspace.errors import DerivativeError
@@ -199,7 +199,8 @@ class Carrier(TorchFunctionMode):
         rule = rules.rule_of(name)
         may_draw = rule in (None, rules.pointwise) and not self.traced
         draws = Draws(call.duals[0].primal.device) if may_draw else None
-        if name != "layer_norm" and not rules.moves(call.evaluate()):
+        by_rule = name == "layer_norm" and (self.traced or not hidden_calls.dispatched())
+        if not by_rule and not rules.moves(call.evaluate()):
             return call.out
         if draws is not None and draws.happened():
             if any(dual.layout for dual in call.duals):
@@ -213,13 +214,16 @@ class Carrier(TorchFunctionMode):
         return self._wrap_outputs(call, found)
 
     def _tangents(self, call: rules.Call, rule: Any) -> Any:
-        """Call a rule, unseen by function modes; a trace records no switch of the grad mode, its tangents are detached."""
+        """Call a rule, unseen by function modes, and by dispatch modes of the user, who would take it for the model.
+
+        A trace records no switch of the grad mode: its tangents are detached.
+        """
         if self.traced:
             with torch._C.DisableTorchFunction():  # pyright: ignore
                 return rule(call, *call.args, **call.kwargs) if rule else rules.forward(call)
         torch._C._set_grad_enabled(False)
         try:
-            with torch._C.DisableTorchFunction():  # pyright: ignore
+            with torch._C.DisableTorchFunction(), hidden_calls.outside_modes():  # pyright: ignore
                 return rule(call, *call.args, **call.kwargs) if rule else rules.forward(call)
         finally:
             torch._C._set_grad_enabled(call.grad)

@@ -25,9 +25,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from flowspace.derivatives import replay
+from flowspace.derivatives import hidden_calls, replay
 from flowspace.derivatives.rules.dual import Dual, Layout, LostRowsError, Rows
-from flowspace.derivatives.shared_primal import hidden_calls
 from flowspace.derivatives.shared_primal.carrier import Carrier
 from flowspace.errors import DerivativeError
 
@@ -98,14 +97,17 @@ class Region:
         self.programs: dict[Any, Program | Exception] = {}
         carrier = hidden_calls.at_work()
         duals = _duals(carrier, inputs) if carrier and not carrier.lost else []
+        followed = False
         if any(duals):
-            self.program(carrier, duals)
-        else:
+            with _grad_mode() as apart:
+                program = self.program(carrier, duals)
+            followed = isinstance(program, Program) and not program.lost and not apart
+        if not followed:
             self.plain = backend(graph, inputs)
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the graph, and the tangents of its inputs beside it."""
-        carrier, run = hidden_calls.at_work(), replay.running()
+        carrier, run = hidden_calls.at_work(), hidden_calls.second_run()
         duals = _duals(carrier, inputs)
         primals = [x if dual is None else dual.primal for x, dual in zip(inputs, duals, strict=True)]
         if run is not None:
@@ -117,8 +119,7 @@ class Region:
                 carrier.writes.remember(primals[index])
         if carrier is None or not any(duals) or carrier.lost:
             return self._plain(carrier, primals)
-        apart = torch.is_grad_enabled() and hidden_calls.recomputes()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not apart):
+        with _grad_mode() as apart:
             program = self.program(carrier, duals)
         if isinstance(program, DerivativeError):
             raise program
@@ -228,12 +229,12 @@ class Region:
             return out
 
         examples = [*self.examples, *given, *index]
-        with self.fake:
+        with self.fake, _unpacked():
             traced = make_fx(dual_graph, pre_dispatch=True, _allow_non_fake_inputs=True)(*examples)
         if facts[-1].lost:
             return facts[-1]
         _refuse_constants(traced)
-        _like_captured(traced, self.captured)
+        _tell_origin(self.captured, traced)
         return facts[-1]._replace(run=self.backend(traced, examples))
 
 
@@ -269,6 +270,17 @@ def _carried(
     return [*outs, *found], Program(None, len(outs), tuple(moved), tuple(written))
 
 
+@contextlib.contextmanager
+def _grad_mode() -> Iterator[bool]:
+    """Be without gradient where a checkpoint will run the plain graph again; yields whether it will.
+
+    What it saves then must be what was saved first: the value is that of the plain graph, its tangent is computed apart.
+    """
+    apart = torch.is_grad_enabled() and hidden_calls.recomputes()
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not apart):
+        yield apart
+
+
 # --- graphs
 
 
@@ -278,25 +290,32 @@ def _fake_mode(context: Any, inputs: Sequence[Any]) -> Any:
     return given or (context and context.fake_mode) or torch._subclasses.FakeTensorMode()
 
 
+def _unpacked() -> Any:
+    """Let a trace save its tensors without the hooks of a checkpoint, which would count them."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+
+
 def _copied(graph: fx.GraphModule) -> fx.GraphModule:
     """Return a graph that a backend may change without changing this one; what it holds is shared."""
     copied = fx.GraphModule(graph, copy.deepcopy(graph.graph))
-    copied.meta = dict(graph.meta)
-    pairs = zip(graph.graph.find_nodes(op="placeholder"), copied.graph.find_nodes(op="placeholder"), strict=True)
-    for theirs, ours in pairs:
-        ours.meta = dict(theirs.meta)
-        if hasattr(theirs, "_dynamo_source"):
-            ours._dynamo_source = theirs._dynamo_source  # type: ignore[attr-defined]
+    _tell_origin(graph, copied)
     return copied
 
 
-def _like_captured(traced: fx.GraphModule, captured: fx.GraphModule) -> None:
-    """Tell a backend what dynamo told it of the inputs: which are parameters, whose memory stays where it is."""
-    theirs, ours = (g.graph.find_nodes(op="placeholder") for g in (captured, traced))
+def _tell_origin(captured: fx.GraphModule, other: fx.GraphModule) -> None:
+    """Tell a backend what dynamo told it of the inputs: above all which are parameters, whose memory stays where it is."""
+    known = getattr(captured, "_param_name_to_source", None)
+    held = [name for name, _ in (*other.named_parameters(), *other.named_buffers())]
+    if known is None or any(name not in known for name in held):
+        return
+    other.meta, other._param_name_to_source = dict(captured.meta), known
+    theirs, ours = captured.graph.find_nodes(op="placeholder"), other.graph.find_nodes(op="placeholder")
+    for node in ours:
+        node._dynamo_source = None
     for old, new in zip(theirs, ours, strict=False):
-        for name in ("tensor_dict", "grapharg"):
-            if name in old.meta:
-                new.meta[name] = old.meta[name]
+        new._dynamo_source = old._dynamo_source
+        if "tensor_dict" in old.meta:
+            new.meta["tensor_dict"] = old.meta["tensor_dict"]
 
 
 def _refuse_constants(traced: fx.GraphModule) -> None:

@@ -5,21 +5,43 @@ other threads, and this one outside its carrier, pass through what stands there.
 """
 
 import contextlib
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _python_dispatch as python_dispatch
+from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode
 
 if TYPE_CHECKING:
+    from flowspace.derivatives.replay import Untouched
     from flowspace.derivatives.shared_primal.carrier import Carrier
 
-__all__ = ["at_work", "capture_by", "capturing", "compiles", "off_duty", "recomputes", "watched"]
+__all__ = [
+    "at_work",
+    "capture_by",
+    "captured_as_outside",
+    "capturing",
+    "compiles",
+    "dispatched",
+    "met",
+    "off_duty",
+    "outside_modes",
+    "recomputes",
+    "second_run",
+    "watched",
+    "within",
+]
+
+STAYING = (FakeTensorMode, FlopCounterMode, _FlopCounterMode)
+"""Dispatch modes that tangents are computed in."""
 
 _active = threading.local()
 _lock = threading.Lock()
-_users: list[Any] = []
+_users: list[type] = []
 _originals: list[tuple[Any, str, Any]] = []
 
 
@@ -44,30 +66,56 @@ def off_duty(carrier: "Carrier | None") -> Iterator[None]:
 
 @contextlib.contextmanager
 def watched(carrier: "Carrier") -> Iterator[None]:
-    """Show a carrier the calls that no function mode sees, for as long as any carrier is at work in any thread."""
+    """Show a carrier the calls that no function mode sees."""
     before, _active.carrier = at_work(), carrier
+    try:
+        with met(type(carrier)):
+            yield
+    finally:
+        _active.carrier = before
+
+
+def second_run() -> "Untouched | None":
+    """Return what keeps the writes of the second run that this thread is in, or None."""
+    return getattr(_active, "second_run", None)
+
+
+@contextlib.contextmanager
+def within(run: "Untouched") -> Iterator[None]:
+    """Show a second run the calls that no function mode sees."""
+    before, _active.second_run = second_run(), run
+    try:
+        with met(type(run)):
+            yield
+    finally:
+        _active.second_run = before
+
+
+@contextlib.contextmanager
+def met(mode: type) -> Iterator[None]:
+    """Meet calls that no function mode sees, for as long as any mode of ours is at work in any thread."""
     with _lock:
         if not _users:
-            _patch(carrier)
-        _users.append(carrier)
+            _patch()
+        if compiles():
+            torch._dynamo.eval_frame.skip_code(mode.__torch_function__.__code__)
+        _users.append(mode)
     try:
         yield
     finally:
-        _active.carrier = before
         with _lock:
-            _users.remove(carrier)
+            _users.remove(mode)
             if not _users:
                 _restore()
 
 
-def _patch(carrier: "Carrier") -> None:
+def _patch() -> None:
     places: list[tuple[Any, str, Callable[[Any], Any]]] = [
         (torch.autograd.Function, "apply", _apply),
         (torch._C.ScriptFunction, "__call__", _script),
         (torch._C.ScriptMethod, "__call__", _script),
     ]
     if compiles():
-        torch._dynamo.eval_frame.skip_code(type(carrier).__torch_function__.__code__)
         places.append((torch._dynamo.eval_frame, "_callback_from_stance", _callback))
     for holder, name, replacement in places:
         original = holder.__dict__[name]
@@ -119,11 +167,11 @@ _dual_callbacks: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary
 
 
 def _callback(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Have what torch.compile compiles be compiled with its tangents where a carrier is at work."""
+    """Have what torch.compile compiles be compiled with its tangents, or run without a trace in its buffers."""
 
     def callback_from_stance(callback: Any) -> Any:
         callback = original(callback)
-        if at_work() is None or callback in (None, False):
+        if (at_work() is None and second_run() is None) or callback in (None, False):
             return callback
         return _dual_callback(callback)
 
@@ -159,6 +207,52 @@ capture_by = torch._C._dynamo.eval_frame.set_eval_frame  # pyright: ignore
 """Sets what torch.compile captures frames with in this thread; None: it captures nothing."""
 
 
+def dispatched() -> bool:
+    """Return whether any dispatch mode sees what is called."""
+    return torch._C._len_torch_dispatch_stack() > 0  # pyright: ignore
+
+
+def outside_modes() -> contextlib.AbstractContextManager[Any]:
+    """Leave every dispatch mode: selective checkpointing caches what is called in its own, by the order of calls.
+
+    Modes that count operations count tangents too, and tensors without values need theirs: these stay.
+    """
+    if not dispatched():
+        return contextlib.nullcontext()
+    modes = python_dispatch._get_current_dispatch_mode_stack()
+    if any(isinstance(mode, STAYING) for mode in modes):
+        return contextlib.nullcontext()
+    return python_dispatch._disable_current_modes()
+
+
 def recomputes() -> bool:
     """Return whether what autograd saves is packed by hooks: a checkpoint computes it again and compares."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # pyright: ignore
+
+
+def captured_as_outside(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that torch.compile captures as it captures the step round it, from where it was told not to."""
+    callback = _callback_outside()
+    if callback is None:
+        return fn
+
+    def captured(*args: Any) -> Any:
+        before = capturing()
+        capture_by(torch._dynamo.eval_frame._callback_from_stance(callback))
+        try:
+            return fn(*args)
+        finally:
+            capture_by(before)
+
+    captured.__name__ = getattr(fn, "__name__", "captured")
+    return captured
+
+
+def _callback_outside() -> Any:
+    """Return what captures frames in the nearest call of something compiled, among those that led here."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "compile_wrapper" and "callback" in frame.f_locals:
+            return frame.f_locals["callback"] if compiles() else None
+        frame = frame.f_back
+    return None
