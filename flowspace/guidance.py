@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowspace.backends.torch_backend import several_processes
 from flowspace.errors import InputError
 from flowspace.schedules import over_rows
 
@@ -93,13 +94,13 @@ class Guidance:
     def apply(self, predict: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return a model or velocity ``(z, t, ..., **cond)`` that is guided with the effective scale, for sampling.
 
-        It costs two evaluations; where no row's time is in the interval, one.
+        It costs two evaluations; where no row's time is in the interval, one, unless other processes may wait for it.
         """
 
         def guided(z: Tensor, t: Tensor, *rest: Tensor, **cond: Any) -> Tensor:
             inside = (self.interval[0] <= t) & (t <= self.interval[1])
             with_condition = predict(z, t, *rest, **cond)
-            if not bool(inside.any()):
+            if not several_processes() and not bool(inside.any()):
                 return with_condition
             scale = torch.as_tensor(self.omega, device=t.device, dtype=t.dtype) / (1 - self.kappa)
             without = predict(z, t, *rest, **self._without(cond))

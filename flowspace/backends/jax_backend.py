@@ -125,8 +125,13 @@ def value_and_derivative(
     directions = tuple(tangents[i].astype(primals[i].dtype) for i in moving)  # type: ignore[union-attr]
     try:
         value, derivative = jax.jvp(of_moving, inputs, directions)
-    except TypeError as error:
-        if "custom_vjp" not in str(error):
+    except Exception as error:
+        if type(error).__name__ == "TraceContextError":
+            raise DerivativeError(
+                "got a model that changes a state of flax.nnx within the derivative, such as the counter of its Dropout's "
+                "draws; pass what it draws in cond, or switch it off by model.eval()"
+            ) from error
+        if not isinstance(error, TypeError) or "custom_vjp" not in str(error):
             raise
         raise DerivativeError(
             "the model has a jax.custom_vjp function, which has no forward derivative; define it by jax.custom_jvp, or "

@@ -8,24 +8,35 @@ import torch
 from torch import Tensor
 
 from flowspace.backends import backend_of
-from flowspace.derivatives.route import Derivative
-from flowspace.errors import InputError
+from flowspace.derivatives.replay import Untouched, agree, several_processes
+from flowspace.derivatives.second_run import First, Second, SecondRun
+from flowspace.errors import DerivativeError, InputError
 from flowspace.schedules import over_rows
 
 __all__ = ["FiniteDifference"]
 
+BENT = 20.0
+"""How far three values of a smooth function may lie from one line, over their span and the step."""
+
+ROUNDING = (1e-5, 1e-10)
+"""How far they may lie from it by rounding, over the largest: in single and in double precision."""
+
 
 @dataclass(frozen=True)
-class FiniteDifference(Derivative):
+class FiniteDifference(SecondRun):
     """Differences along the tangent: ``f(x + o v)`` for small offsets o.
 
     Args:
         step: the size h of an offset, in units of t.
-        order: 1: one-sided, one more evaluation, error O(h). 2: central, two more evaluations, error O(h^2). The side is
-            chosen for each row so that t never leaves [0, 1]; near the ends order 2 takes both offsets on one side.
+        order: 2: central, two more evaluations, error O(h^2). 1: one-sided, error O(h), two more evaluations as well, of
+            which one is at the same point: two values alone do not tell whether they are of one function. The side is
+            chosen so that t never leaves [0, 1]; near the ends order 2 takes both offsets on one side.
+
+    Where the values do not lie near one line, or under autocast, the model is evaluated once more, at the same point.
 
     Raises:
         InputError: unless 0 < step <= 0.25 and order is 1 or 2.
+        DerivativeError: when called, if the model gives other values each time, or computes in half precision by itself.
     """
 
     step: float = 5e-3
@@ -33,7 +44,9 @@ class FiniteDifference(Derivative):
 
     def __post_init__(self) -> None:
         if not 0 < self.step <= 0.25:
-            raise InputError(f"step = {self.step} came; it is a difference of times, so write 0 < step <= 0.25")
+            raise InputError(
+                f"step = {self.step} came; it is a difference of times, so write 0 < step <= 0.25"
+            )
         if self.order not in (1, 2):
             raise InputError(f"order = {self.order} came; write 1 (one-sided) or 2 (central)")
 
@@ -41,41 +54,121 @@ class FiniteDifference(Derivative):
         self, fn: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any | None]
     ) -> tuple[Any, Any]:
         """Return the value with gradient and the difference quotient of a function on JAX arrays."""
-        detach, value = backend_of(*primals).detach, fn(*primals)
-        return value, detach(self.derive(fn, primals, tangents, detach(value)))
+        xp, value = backend_of(*primals), fn(*primals)
+        known = xp.detach(value)
+        offsets, weights = self._stencil(primals)
+        ahead = self._values(fn, primals, tangents, offsets)
+        if (
+            xp.known(known)
+            and not self._on_one_line(known, ahead, offsets)
+            and not agree(known, fn(*primals), 4, 10.0)
+        ):
+            raise DerivativeError(
+                "got another value from the model when it was evaluated again at the same point; it draws "
+                "anew in each call, as flax.nnx's Dropout does: pass what it draws in cond, or evaluate it "
+                "without"
+            )
+        total = over_rows(weights[0], known) * known
+        for there, weight in zip(ahead, weights[1:], strict=True):
+            total = total + over_rows(weight, known) * there
+        return value, xp.detach(total)
 
     def derive(
-        self, fn: Callable[..., Tensor], primals: Sequence[Any], tangents: Sequence[Tensor | None], value: Tensor | None,
-        mixed: bool = False,
-    ) -> Tensor:  # fmt: skip
-        """Return the difference quotient on the given rows."""
-        if any(v is not None and p.dtype.itemsize < 4 for p, v in zip(primals, tangents, strict=True)):
+        self,
+        fn: Callable[..., Tensor],
+        primals: Sequence[Any],
+        tangents: Sequence[Tensor | None],
+        first: First,
+        mixed: bool,
+    ) -> Second:
+        """Return the difference quotient on the given rows, and the value if it was evaluated again.
+
+        It is where nothing else would tell that the second run is not the first one: of order 2, the
+        values lie near one line if it is.
+        """
+        if any(
+            v is not None and p.dtype.itemsize < 4 for p, v in zip(primals, tangents, strict=True)
+        ):
             raise InputError(
                 f"a state of dtype {primals[0].dtype} came, whose rounding drowns a step of {self.step}; keep latents in "
                 "float32 (with autocast for speed), or use ForwardMode()"
             )
-        offsets, weights = self._backward(primals) if mixed else self._stencil(primals)
+        offsets, weights = (
+            self._backward(primals) if mixed else self._stencil(primals, first.whole)
+        )
+        ahead = self._values(fn, primals, tangents, offsets)
+        known = None
+        if (
+            not first.exact
+            or several_processes()
+            or not self._on_one_line(first.value, ahead, offsets)
+        ):
+            known = fn(*primals)
+        value = first.value if known is None else known
+        total = over_rows(weights[0], value) * value
+        for there, weight in zip(ahead, weights[1:], strict=True):
+            total = total + over_rows(weight, value) * there
+        return Second(total, known)
 
-        def at(offset: Tensor) -> Tensor:
+    def check_run(self, run: Untouched) -> None:
+        """Refuse a model that computes in half precision by itself, or draws what cannot be drawn again."""
+        if run.halved is not None:
+            raise DerivativeError(
+                f"got a model that computes in half precision by itself ({run.halved}), whose rounding "
+                f"drowns a step of {self.step}; write derivative=SharedPrimal(), or switch autocast on "
+                "round the loss instead of inside the model: there this route leaves it"
+            )
+        if run.own_generator is not None:
+            raise DerivativeError(
+                "got a model that draws from a torch.Generator of its own, which draws anew each time the "
+                "model is evaluated; draw from torch's own generator, which is replayed, or write "
+                "derivative=SharedPrimal(), which evaluates the model once"
+            )
+
+    def _values(
+        self,
+        fn: Callable[..., Any],
+        primals: Sequence[Any],
+        tangents: Sequence[Any | None],
+        offsets: list[Any],
+    ) -> list[Any]:
+        """Return the function's value at each offset."""
+
+        def at(offset: Any) -> Any:
             moved = (
                 p if v is None else p + over_rows(backend_of(p).cast(offset, p.dtype), p) * v
                 for p, v in zip(primals, tangents, strict=True)
             )
             return fn(*moved)
 
-        value = fn(*primals) if value is None else value
-        total = over_rows(weights[0], value) * value
-        for offset, weight in zip(offsets, weights[1:], strict=True):
-            total = total + over_rows(weight, value) * at(offset)
-        return total
+        return [at(offset) for offset in offsets]
+
+    def _on_one_line(self, value: Any, ahead: list[Any], offsets: list[Any]) -> bool:
+        """Return whether three values lie so near one line that all are of one smooth function.
+
+        Where dropping rows or drawing anew changed a value, the distance is that change; else it is
+        smaller than the difference of two values by the step. A False costs one evaluation.
+        """
+        if self.order == 1 or any(values.shape != value.shape for values in ahead):
+            return False
+        if not all(map(backend_of(value).known, (value, *ahead))):
+            return True
+        ratio = over_rows(offsets[1] / offsets[0], value)
+        off = abs(ahead[1] - value - ratio * (ahead[0] - value)).max()
+        span, rounding = abs(ahead[1] - ahead[0]).max(), ROUNDING[value.dtype.itemsize >= 8]
+        return bool(off <= min(0.5, BENT * self.step) * span + rounding * abs(value).max())
 
     def _backward(self, primals: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the same offsets for every row, for a function that mixes them: towards the data, where t has room."""
+        """Return the same offsets for every row, for a function that mixes them: where t has more room."""
         t = self._times(primals)
-        h = torch.minimum(t.new_tensor(self.step), t.min() / self.order).expand(t.shape)
+        below, above = t.min(), 1 - t.max()
+        back = (below >= self.order * self.step) | (below >= above)
+        room = torch.where(back, below, above) / self.order
+        h = torch.minimum(t.new_tensor(self.step), room).expand(t.shape)
+        h = torch.where(back, -h, h)
         if self.order == 1:
-            return [-h], [1 / h, -1 / h]
-        return [-h, -2 * h], [1.5 / h, -2 / h, 0.5 / h]
+            return [h], [-1 / h, 1 / h]
+        return [h, 2 * h], [-1.5 / h, 2 / h, -0.5 / h]
 
     def _times(self, primals: Sequence[Any]) -> Tensor:
         """Return the times, which by convention are the second primal."""
@@ -84,15 +177,26 @@ class FiniteDifference(Derivative):
             return primals[1]
         return xp.expand(xp.as_array(0.5, primals[0]), xp.flatten(primals[0])[:, 0])
 
-    def _stencil(self, primals: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return per-row offsets, and the weights of f itself and of f at each offset."""
+    def _stencil(
+        self, primals: Sequence[Any], alike: bool = True
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return offsets, and the weights of f itself and of f at each offset.
+
+        They are chosen for each row; ``alike``, where rows may mix unseen, the same for every row, if
+        that fits into [0, 1].
+        """
         t, h, xp = self._times(primals), self.step, backend_of(*primals)
-        inward = xp.cast(xp.where(t < 0.5, 1.0, -1.0), t.dtype)
-        if self.order == 1:
-            backward_fits = t - h >= 0
-            offset = xp.cast(xp.where(backward_fits, -1.0, 1.0), t.dtype) * h
-            return [offset], [-1 / offset, 1 / offset]
+        reach = self.order * h
+        back = (t >= 0.5) if self.order == 2 else (t - h >= 0)
         central = (t - h >= 0) & (t + h <= 1)
+        if alike:
+            all_back, all_ahead = (t - reach >= 0).all(), (t + reach <= 1).all()
+            back = all_back | (~all_ahead & back)
+            central = central & (central.all() | ~(all_back | all_ahead))
+        if self.order == 1:
+            offset = xp.cast(xp.where(back, -1.0, 1.0), t.dtype) * h
+            return [offset], [-1 / offset, 1 / offset]
+        inward = xp.cast(xp.where(back, -1.0, xp.ones_like(t)), t.dtype)
         near, far = inward * h, xp.where(central, -inward * h, 2 * inward * h)
         here = xp.where(central, 0.0, -1.5 / near)
         return [near, far], [here, xp.where(central, 0.5, 2.0) / near, -0.5 / near]

@@ -1,29 +1,26 @@
 """What every route to a derivative has in common: one value with gradient, one derivative without, on the rows asked for.
 
-The value is ``fn(*primals)`` as it stands. A route that evaluates fn again does so without gradient and outside autocast, with
-the same draws of the random generator, so that dropout masks agree, and leaves the model's buffers as the first evaluation left
-them. The derivative is computed only on the rows that need it, unless fn drew random numbers or mixes rows (batch norm in train
-mode): then those belong to the whole batch, and so does the evaluation.
+The value is ``fn(*primals)`` as it stands. The derivative is computed only on the rows that need it;
+where processes wait for each other, each evaluates fn as often as the others, also without such a
+row. Routes that evaluate fn again are in `flowspace.derivatives.second_run`.
 
 On JAX arrays nothing depends on values: every row is differentiated, and the exact routes are one: jax.jvp, in one pass.
 """
 
 import abc
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from flowspace.backends import backend_of, one_backend, torch_backend
 from flowspace.derivatives import hidden_calls
-from flowspace.derivatives.replay import Draws, RowsMixError, uncompiled, untouched, wrapped
+from flowspace.derivatives.replay import several_processes, wrapped
 from flowspace.errors import InputError
 from flowspace.schedules import over_rows
 
-__all__ = ["Derivative", "scatter", "take"]
+__all__ = ["Derivative", "checked", "scatter"]
 
 
 class Derivative(abc.ABC):
@@ -51,14 +48,20 @@ class Derivative(abc.ABC):
             DerivativeError: if the route cannot differentiate fn.
         """
         if len(primals) != len(tangents):
-            raise InputError(f"{len(primals)} primals and {len(tangents)} tangents came; write None for a constant")
+            raise InputError(
+                f"{len(primals)} primals and {len(tangents)} tangents came; write None for a constant"
+            )
         for p, v in zip(primals, tangents, strict=True):
             if v is not None and v.shape != p.shape:
-                raise InputError(f"a tangent of shape {tuple(v.shape)} came for a primal of shape {tuple(p.shape)}")
+                raise InputError(
+                    f"a tangent of shape {tuple(v.shape)} came for a primal of shape {tuple(p.shape)}"
+                )
         if (xp := one_backend(*primals, *tangents)) is not torch_backend:
             value, derivative = self.evaluate_pure(fn, primals, tangents)
-            _checked(value, primals)
-            return value, derivative if rows is None else xp.where(over_rows(rows, derivative), derivative, 0.0)
+            checked(value, primals)
+            return value, derivative if rows is None else xp.where(
+                over_rows(rows, derivative), derivative, 0.0
+            )
         if torch.compiler.is_compiling():
             return torch.compiler.disable(self._captured_rows)(fn, primals, tangents, rows)  # pyright: ignore
         return self._evaluate_rows(fn, primals, tangents, rows)
@@ -68,43 +71,45 @@ class Derivative(abc.ABC):
         return self._evaluate_rows(hidden_calls.captured_as_outside(fn), *rest)
 
     def _evaluate_rows(
-        self, fn: Callable[..., Tensor], primals: Sequence[Any], tangents: Sequence[Tensor | None], rows: Tensor | None
+        self,
+        fn: Callable[..., Tensor],
+        primals: Sequence[Any],
+        tangents: Sequence[Tensor | None],
+        rows: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Choose the rows; not traced by torch.compile, since it depends on values."""
-        unknown = rows is not None and wrapped(rows)
-        if rows is not None and not unknown and not bool(rows.any()):
-            value = _checked(fn(*primals), primals)
+        chosen = None if rows is None or wrapped(rows) else self._chosen(rows)
+        if chosen is not None and not len(chosen):
+            value = checked(fn(*primals), primals)
             return value, torch.zeros_like(value)
-        chosen = None if rows is None or unknown or bool(rows.all()) else rows.nonzero().squeeze(1)
         value, derivative = self.evaluate(fn, primals, tangents, chosen)
-        _checked(value, primals)
+        checked(value, primals)
         if rows is not None:
-            derivative = torch.where(rows.reshape(-1, *[1] * (derivative.ndim - 1)), derivative, 0.0)
+            derivative = torch.where(
+                rows.reshape(-1, *[1] * (derivative.ndim - 1)), derivative, 0.0
+            )
         return value, derivative
 
+    def _chosen(self, rows: Tensor) -> Tensor | None:
+        """Return the indices of a mask's rows, None for all; among several processes always indices.
+
+        A model whose rows mix is evaluated once more where only some of them are asked for, and other
+        processes wait for that.
+        """
+        chosen = rows.nonzero().squeeze(1)
+        if several_processes():
+            return chosen if len(chosen) else torch.zeros(1, dtype=torch.long, device=rows.device)
+        return None if len(chosen) == len(rows) else chosen
+
+    @abc.abstractmethod
     def evaluate(
-        self, fn: Callable[..., Tensor], primals: Sequence[Any], tangents: Sequence[Tensor | None], rows: Tensor | None
+        self,
+        fn: Callable[..., Tensor],
+        primals: Sequence[Any],
+        tangents: Sequence[Tensor | None],
+        rows: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Return the value with gradient and the derivative; ``rows`` are the indices where it is wanted, None all."""
-        device = primals[0].device
-        draws = Draws(device)
-        value = _checked(fn(*primals), primals)
-        if draws.happened():
-            rows = None
-        with torch.no_grad(), _full_precision(device) as widened, uncompiled():
-            known = None if widened or value.dtype.itemsize < 4 else value.detach()
-
-            def on(some: Tensor | None, mixed: bool) -> Tensor:
-                inputs, directions = take((primals, tangents), some, len(value), widened)
-                here = known if known is None or some is None else known[some]
-                with untouched(mixed):
-                    return self.derive(draws.replay(fn), inputs, directions, here, mixed)
-
-            try:
-                found = on(rows, False)
-            except RowsMixError:
-                rows, found = None, on(None, True)
-        return value, found if rows is None else scatter(found, rows, value)
 
     def evaluate_pure(
         self, fn: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any | None]
@@ -112,45 +117,16 @@ class Derivative(abc.ABC):
         """Return the value with gradient and the derivative of a function on JAX arrays, which has no side effects."""
         return backend_of(*primals).value_and_derivative(fn, primals, tangents)
 
-    @abc.abstractmethod
-    def derive(
-        self, fn: Callable[..., Tensor], primals: Sequence[Any], tangents: Sequence[Tensor | None], value: Tensor | None,
-        mixed: bool = False,
-    ) -> Tensor:  # fmt: skip
-        """Return the derivative on the given rows.
 
-        ``value`` is fn(*primals), where it is known to full precision; ``mixed`` says that fn mixes the rows.
-        """
-
-
-def _checked(value: Any, primals: Sequence[Any]) -> Tensor:
+def checked(value: Any, primals: Sequence[Any]) -> Tensor:
+    """Return what a model returned, or raise InputError unless it is one array of shape ``(B, *)``."""
     is_array = backend_of(*primals).is_array(value)
     if not is_array or value.ndim < 1 or len(value) != len(primals[0]):
         came = f"shape {tuple(value.shape)}" if is_array else type(value).__name__
-        raise InputError(f"the model returned {came}; wrap it so that it returns one tensor of shape (B, *)")
+        raise InputError(
+            f"the model returned {came}; wrap it so that it returns one tensor of shape (B, *)"
+        )
     return value
-
-
-@contextlib.contextmanager
-def _full_precision(device: torch.device) -> Iterator[bool]:
-    """Leave autocast, where a derivative would lose its digits; yields whether it was on."""
-    on = torch.is_autocast_enabled(device.type)
-    with torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext():
-        yield on
-
-
-def take(tree: Any, chosen: Tensor | None, batch: int, widen: bool) -> Any:
-    """Select rows of every tensor that has them, detached, in float32 where autocast was on."""
-
-    def one(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        leaf = leaf.detach()
-        if widen and leaf.is_floating_point() and leaf.dtype.itemsize < 4:
-            leaf = leaf.float()
-        return leaf[chosen] if chosen is not None and leaf.ndim and leaf.shape[0] == batch else leaf
-
-    return pytree.tree_map(one, tree)
 
 
 def scatter(found: Tensor, rows: Tensor, value: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from flowspace.criteria import check_criteria
 from flowspace.derivatives.replay import unseen
 from flowspace.errors import CriterionError, InputError
-from flowspace.objectives.engine import LossOutput, Model, Objective, in_full
+from flowspace.objectives.engine import LossOutput, Model, Objective, evaluated, in_full
 from flowspace.schedules import over_rows
 from flowspace.statistics import MatchedStatistic, Statistic
 from flowspace.times import PairSampler, PowerTimes, TimePairs
@@ -86,7 +86,7 @@ class CrossFlowLoss(Objective):
         ratio, estimate = c.prediction(t, t) / c.data(t, t), self.estimate
 
         def cleaned() -> Tensor:
-            f = in_full(model(z_t, t, t, **cond))
+            f = in_full(evaluated(model, z_t, t, t, cond))
             return estimate(over_rows(ratio, f) * f)
 
         clean = unseen(cleaned, z_t)

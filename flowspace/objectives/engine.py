@@ -15,16 +15,19 @@ The same holds on tensors of torch and on arrays of JAX, whichever come: what di
 """
 
 import abc
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from flowspace.backends import backend_of, one_backend, torch_backend
 from flowspace.derivatives import Derivative, SharedPrimal
-from flowspace.derivatives.replay import Draws, unseen
+from flowspace.derivatives.replay import Draws, on_copies, unseen
+from flowspace.derivatives.route import checked
 from flowspace.errors import InputError, TimeError
 from flowspace.guidance import Guidance
 from flowspace.penalties import Penalty, SquaredError
@@ -156,7 +159,7 @@ class Objective(abc.ABC):
 
     def own_velocity(self, model: Model, z_t: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
         """Return the velocity that the model itself predicts, from its value on the diagonal, without gradient."""
-        prediction = unseen(lambda: model(z_t, t, t, **cond), z_t)
+        prediction = unseen(lambda: evaluated(model, z_t, t, t, cond), z_t)
         if prediction.shape != z_t.shape:
             raise InputError(
                 f"the model returns shape {tuple(prediction.shape)} for latents of {tuple(z_t.shape)}, so it has no velocity of "
@@ -205,14 +208,12 @@ class Objective(abc.ABC):
             InputError: if shapes do not fit, tensors came beside JAX arrays, or a key is missing.
             TimeError: if given times are of the wrong type, shape or range.
         """
-        if cond is not None and not isinstance(cond, Mapping):
-            raise InputError(
-                f"cond is {type(cond).__name__}; write a dict of the model's arguments, as in {{'labels': y}}"
-            )
-        cond = dict(cond or {})
+        cond = checked_cond(cond)
         x = latents if targets is None else targets
         xp = one_backend(latents, x, noise, t, s, generator)
-        _check_batch(latents, x)
+        check_batch(latents, x)
+        check_model(model)
+        check_sources(latents, noise, generator)
         draws = xp.split(generator, 2) if noise is None or (t is None and s is None) else (None, None)
         t, s = self._pair(latents, t, s, draws[0])
         noise = draw_noise(latents, draws[1]) if noise is None else noise
@@ -224,15 +225,19 @@ class Objective(abc.ABC):
                     "guidance came with JAX arrays, which it does not know; write velocity= with a mixture"
                 )
             cond, dropped = self.guidance.begin(cond, t, s, generator)
-        tangent, v = self.velocities(model, z_t, conditional, t, s, cond, dropped)
-        x, v = in_full(x), in_full(v)
-        if self.gap is not None:
-            r = xp.where(s < t, t - self.gap * (t - s), t)
-            z_r = self.schedule.perturb(latents, noise, r)[0] + over_rows(t - r, v) * (conditional - v)
-            f, rest = self._two_points(model, x, z_t, xp.cast(z_r, z_t.dtype), v, (t, r, s), cond)
-        else:
-            f, rest = self._differentiated(model, x, z_t, v, tangent, t, s, cond)
-        return self._output(f, rest, z_t, v, t, s)
+        try:
+            tangent, v = self.velocities(model, z_t, conditional, t, s, cond, dropped)
+            x, v = in_full(x), in_full(v)
+            if self.gap is not None:
+                r = xp.where(s < t, t - self.gap * (t - s), t)
+                z_r = self.schedule.perturb(latents, noise, r)[0] + over_rows(t - r, v) * (conditional - v)
+                f, rest = self._two_points(model, x, z_t, xp.cast(z_r, z_t.dtype), v, (t, r, s), cond)
+            else:
+                f, rest = self._differentiated(model, x, z_t, v, tangent, t, s, cond)
+            return self._output(f, rest, z_t, v, t, s)
+        except TypeError as error:
+            refuse_unfit(model, cond, error)
+            raise
 
     def _differentiated(
         self,
@@ -259,8 +264,8 @@ class Objective(abc.ABC):
         t, r, s = times
         c, xp = self.coefficients, backend_of(z_t)
         again = Draws(z_t.device).replay if xp is torch_backend else lambda function: function
-        f = in_full(model(z_t, t, s, **cond))
-        earlier = in_full(unseen(again(lambda: model(z_r, r, s, **cond)), z_t))
+        f = in_full(evaluated(model, z_t, t, s, cond))
+        earlier = in_full(unseen(again(lambda: evaluated(model, z_r, r, s, cond)), z_t))
         between = self.known_between(x, in_full(z_t), in_full(z_r), t, r, s)
         _check_shape(f, between)
         a, b, before, m = (
@@ -291,7 +296,7 @@ class Objective(abc.ABC):
         xp = backend_of(z_t)
         tangents = (xp.cast(v, z_t.dtype), xp.ones_like(t), None, None)
         rows = s < t if self.coefficients.anchored else None
-        return self.derivative(fn, (z_t, t, s, cond), tangents, rows=rows)  # type: ignore[misc]
+        return self.derivative(on_copies(fn), (z_t, t, s, cond), tangents, rows=rows)  # type: ignore[misc]
 
     def _pair(self, latents: Tensor, t: Tensor | None, s: Tensor | None, generator: Any) -> tuple[Tensor, Tensor]:
         if t is None and s is None:
@@ -316,6 +321,63 @@ _EXAMPLES = {
 }
 
 
+def evaluated(model: Model, z_t: Tensor, t: Tensor, s: Tensor, cond: Mapping[str, Any]) -> Tensor:
+    """Return what a model gives at states and times, which it may write into: it gets copies."""
+    return checked(on_copies(lambda *inputs: model(*inputs, **cond))(z_t, t, s), (z_t,))
+
+
+def signature_of(model: Any) -> inspect.Signature:
+    """Return the arguments of a model, which are those of `forward` where it is a module of torch."""
+    while isinstance(inner := getattr(model, "module", None), torch.nn.Module):
+        model = inner
+    return inspect.signature(model.forward if isinstance(model, torch.nn.Module) else model)
+
+
+def refuse_unfit(model: Any, cond: Mapping[str, Any], error: TypeError) -> None:
+    """Raise InputError if a model cannot be called as it is called."""
+    try:
+        signature = signature_of(model)
+    except (TypeError, ValueError):  # callables that do not tell their arguments
+        return
+    try:
+        signature.bind(None, None, None, **cond)
+    except TypeError as unfit:
+        named = "".join(f", {name}=..." for name in cond)
+        raise InputError(
+            f"got a model with the arguments {signature}, which cannot be called as "
+            f"model(z_t, t, s{named}): {unfit}; write it as def model(z_t, t, s, **cond), where cond "
+            "has other names than z_t, t and s"
+        ) from error
+
+
+def checked_cond(cond: Any) -> dict[str, Any]:
+    """Return cond as a dict, or raise InputError unless it names the model's arguments."""
+    if cond is not None and not isinstance(cond, Mapping):
+        raise InputError(
+            f"cond is {type(cond).__name__}; write a dict of the model's arguments, as in {{'labels': y}}"
+        )
+    return dict(cond or {})
+
+
+def check_model(model: Any) -> None:
+    """Raise InputError for what cannot be called."""
+    if not callable(model):
+        raise InputError(f"got model = {model!r}, which cannot be called; write a function (z_t, t, s, **cond)")
+
+
+def check_sources(latents: Tensor, noise: Any, generator: Any) -> None:
+    """Raise InputError for noise that is not of real numbers, and for a generator that is none."""
+    xp = backend_of(latents)
+    if noise is not None and not (xp.is_array(noise) and xp.is_floating(noise)):
+        came = f"dtype {noise.dtype}" if xp.is_array(noise) else type(noise).__name__
+        raise InputError(f"got noise of {came}; write real numbers of the latents' shape, or leave it out")
+    is_source = generator is None or isinstance(generator, torch.Generator)
+    if xp is torch_backend and not is_source:
+        raise InputError(
+            f"got generator = {generator!r}; write torch.Generator().manual_seed(0), or leave it out"
+        )
+
+
 def in_full(tensor: Tensor) -> Tensor:
     """Return a tensor in at least float32."""
     return backend_of(tensor).in_full(tensor)
@@ -332,13 +394,18 @@ def _check_shape(f: Tensor, known: Tensor) -> None:
         raise InputError(f"the model returned shape {tuple(f.shape)}, but the targets have {tuple(known.shape)}")
 
 
-def _check_batch(latents: Tensor, targets: Tensor) -> None:
+def check_batch(latents: Tensor, targets: Tensor) -> None:
+    """Raise InputError unless latents and targets are real numbers, as many rows of each."""
     xp = backend_of(latents, targets)
     for name, tensor in (("latents", latents), ("targets", targets)):
         is_array = xp.is_array(tensor)
         if not is_array or not xp.is_floating(tensor) or tensor.ndim < 1:
             came = f"{tensor.dtype} of shape {tuple(tensor.shape)}" if is_array else type(tensor).__name__
             raise InputError(f"{name}: {came} came; a tensor of real numbers of shape (B, *) is needed")
+        if 0 in tensor.shape:
+            raise InputError(
+                f"got {name} of shape {tuple(tensor.shape)}, which hold no number; write at least one row of one number"
+            )
     if len(latents) != len(targets):
         raise InputError(f"{len(latents)} latents and {len(targets)} targets came; each row needs its pair")
 

@@ -1,16 +1,16 @@
 """Improved MeanFlow: a regression on the velocity, along the network's own velocity (Geng et al., arXiv 2512.02012)."""
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from flowspace.backends import backend_of, torch_backend
-from flowspace.derivatives.replay import unseen, wrapped
-from flowspace.derivatives.route import scatter, take
+from flowspace.derivatives.replay import on_copies, unseen
+from flowspace.derivatives.route import checked
 from flowspace.errors import InputError
-from flowspace.objectives.engine import LossOutput, Model, in_full
+from flowspace.objectives.engine import LossOutput, Model, check_model, evaluated, in_full, signature_of
 from flowspace.objectives.mean_flow import MeanFlowLoss
 from flowspace.penalties import Adaptive
 from flowspace.times import LogitNormalTimes, TimePairs
@@ -22,7 +22,8 @@ __all__ = ["ImprovedMeanFlowLoss"]
 class ImprovedMeanFlowLoss(MeanFlowLoss):
     """V = u + (t - s) sg(D_t u) is regressed on v: MeanFlow's target form, with D_t u along the network's own velocity.
 
-    The tangent is then a function of z_t alone, as it is for the exact u, and not of the noise that made z_t.
+    The tangent is then a function of z_t alone, as it is for the exact u, and not of the noise that made z_t. It is taken on all
+    rows, as in the reference: the value of a model that mixes its rows is another one on some of them, and nothing would tell.
 
     Args:
         own_tangent: differentiate along the network's own velocity; False: along the one in the target, as
@@ -44,7 +45,7 @@ class ImprovedMeanFlowLoss(MeanFlowLoss):
         """Return the auxiliary head's velocity, or the model's own on the diagonal."""
         if not isinstance(model, _Trunk):
             return super().own_velocity(model, z_t, t, cond)
-        velocity = unseen(lambda: model(z_t, t, t, **cond), z_t)
+        velocity = unseen(lambda: evaluated(model, z_t, t, t, cond), z_t)
         return in_full(model.heads.pop() if self.head else velocity)
 
     def to_velocity(self, output: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
@@ -57,23 +58,15 @@ class ImprovedMeanFlowLoss(MeanFlowLoss):
         """Return the network's own velocity, under its condition, for the tangent, and the one to regress on."""
         tangent, v = super().velocities(model, z_t, v, t, s, cond, dropped)
         if self.own_tangent:
-            tangent = self._own_tangent(model, z_t, t, s, self.guidance.seen(t, cond) if self.guidance else cond)
+            seen = self.guidance.seen(t, cond) if self.guidance else cond
+            tangent = self.own_velocity(model, z_t, t, seen)
         return tangent, v
-
-    def _own_tangent(self, model: Model, z_t: Tensor, t: Tensor, s: Tensor, cond: dict[str, Any]) -> Tensor:
-        """Return the network's own velocity where it is needed: on the diagonal f is not differentiated."""
-        if not isinstance(s, Tensor) or wrapped(s) or bool((s < t).all()):
-            return self.own_velocity(model, z_t, t, cond)
-        apart = (s < t).nonzero().squeeze(1)
-        if not len(apart):
-            return torch.zeros_like(z_t)
-        states, times, seen = take((z_t, t, cond), apart, len(z_t), False)
-        return scatter(self.own_velocity(model, states, times, seen), apart, z_t)
 
     def __call__(self, model: Model, latents: Tensor, targets: Tensor | None = None, **options: Any) -> LossOutput:
         """Return the loss of each row, that of the auxiliary head included; see `Objective.__call__`."""
         if self.head and backend_of(latents) is not torch_backend:
             raise InputError("head=True came with JAX arrays, where a second output cannot be kept; write head=False")
+        check_model(model)
         trunk = _Trunk(model, self)
         out = super().__call__(trunk, latents, targets, **options)
         if not self.head:
@@ -88,12 +81,16 @@ class _Trunk:
         self.model, self.objective = model, objective
         self.heads: list[Tensor] = []
 
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return signature_of(self.model)
+
     def __call__(self, z_t: Tensor, t: Tensor, s: Tensor, **cond: Any) -> Tensor:
-        output: Any = self.model(z_t, t, s, **cond)
+        output: Any = on_copies(lambda *inputs: self.model(*inputs, **cond))(z_t, t, s)
         if self.objective.head:
             output, head = _pair(output)
-            self.heads.append(self.objective.to_velocity(head, z_t, t))
-        return self.objective.to_velocity(output, z_t, t)
+            self.heads.append(self.objective.to_velocity(checked(head, (z_t,)), z_t, t))
+        return self.objective.to_velocity(checked(output, (z_t,)), z_t, t)
 
 
 def _pair(output: Any) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """Trajectory matching: consistency mid-training on a teacher's Euler trajectory (Hu et al., arXiv 2509.24526)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +9,19 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from flowspace.backends import backend_of, torch_backend
+from flowspace.derivatives.replay import Draws, RowsMixError, agree, untouched
 from flowspace.errors import InputError, TimeError
-from flowspace.objectives.engine import LossOutput, Model, in_full
+from flowspace.objectives.engine import (
+    LossOutput,
+    Model,
+    check_batch,
+    check_model,
+    check_sources,
+    checked_cond,
+    evaluated,
+    in_full,
+    refuse_unfit,
+)
 from flowspace.objectives.mean_flow import MeanFlowLoss
 from flowspace.schedules import over_rows
 from flowspace.solvers import Euler
@@ -74,28 +85,64 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
             options: cond, noise and generator as for every objective; t and s are refused: the grid has them.
         """
         cond, noise, generator = (options.get(name) for name in ("cond", "noise", "generator"))
+        check_batch(latents, latents)
+        check_model(model)
+        check_sources(latents, noise, generator)
         if backend_of(latents, noise) is not torch_backend:
             raise InputError("JAX arrays came, but trajectory matching is written for tensors of torch; pass tensors")
         if options.get("t") is not None or options.get("s") is not None:
             raise TimeError("t or s came; trajectory matching takes its times from the teacher's grid: leave them out")
-        if cond is not None and not isinstance(cond, Mapping):
-            raise InputError(
-                f"cond is {type(cond).__name__}; write a dict of the model's arguments, as in {{'labels': y}}"
-            )
-        cond = dict(cond or {})
+        cond = checked_cond(cond)
         if noise is None:
             noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
         times = self.grid(noise)
-        path = Euler().path(lambda z, t: self.teacher(z, t, **cond), noise, times)
+        try:
+            path = Euler().path(lambda z, t: self.teacher(z, t, **cond), noise, times)
+        except TypeError as error:
+            refuse_unfit(model, cond, error)
+            raise
         early, late = self._pairs(generator, noise.device)
-        rows, count = len(noise), len(early)
+        rows = len(noise)
         t, s = (times[index].repeat_interleave(rows) for index in (early, late))
         z_t, z_s = (path[index].flatten(0, 1) for index in (early, late))
-        f = in_full(model(z_t, t, s, **_repeated(cond, rows, count)))
+        f = in_full(self._predicted(model, z_t, t, s, cond, rows))
         wanted = self.coefficients.prediction_of(in_full(z_t), in_full(z_s), t, s)
         a, m = (over_rows(part(t, s), f) for part in (self.coefficients.prediction, self.coefficients.scale))
         v = (in_full(z_t) - in_full(z_s)) / over_rows(t - s, z_t)
         return self._output(f, (m - a) * f.detach() - m * wanted, z_t, v, t, s)
+
+    def _predicted(
+        self, model: Model, z_t: Tensor, t: Tensor, s: Tensor, cond: dict[str, Any], rows: int
+    ) -> Tensor:
+        """Return what the model gives for all pairs: at once, or pair by pair where that is another value.
+
+        It is where the model mixes rows, or where cond holds a tensor that all rows share and whose first
+        axis is B; batch norm in train mode sees all pairs at once.
+        """
+        pairs = list(zip(z_t.split(rows), t.split(rows), s.split(rows), strict=True))
+        draws = Draws(z_t.device, of_python=True)
+        try:
+            f = evaluated(model, z_t, t, s, _repeated(cond, rows, len(pairs)))
+            if len(pairs) == 1 or draws.happened() or self._is_first(f, model, pairs[0], cond):
+                return f
+        except Exception as error:  # pair by pair the model raises it again, if it is its own
+            if isinstance(error, TypeError):
+                refuse_unfit(model, cond, error)
+        return torch.cat([evaluated(model, *pair, cond) for pair in pairs])
+
+    def _is_first(
+        self, f: Tensor, model: Model, pair: tuple[Tensor, Tensor, Tensor], cond: dict[str, Any]
+    ) -> bool:
+        """Return whether the first pair's rows have the same value among all pairs and by themselves."""
+        try:
+            with torch.no_grad(), untouched(mixed=False) as run:
+                alone = evaluated(model, *pair, cond)
+        except RowsMixError as error:
+            if error.finder is None:
+                raise
+            return True
+        halved = run.halved is not None or f.dtype.itemsize < 4
+        return agree(f[: len(alone)].detach(), alone, 2 if halved else f.dtype.itemsize)
 
     def _pairs(self, generator: torch.Generator | None, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the indices of the pairs' two points, the earlier on the path first."""
