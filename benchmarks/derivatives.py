@@ -5,7 +5,7 @@ over a forward pass, and the largest error against float64 forward mode. The job
 median of the rounds' ratios, with their quartiles behind it: what differs by less is not told apart. Times are of the CPU
 where there is one thread, which neighbours on a shared machine disturb least; memory is the growth over what the process
 held before its first step, in a fresh process each. ``--plot FILE`` draws cost against tokens. On a machine with a GPU the
-same command runs there.
+same command runs there. ``--compiled`` prints what the routes cost on compiled networks instead (`compiled.py`).
 """
 
 import argparse
@@ -15,7 +15,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +23,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
+from common import CHANNELS, DEVICE, TimmViT, clock, finish, growth, number, spread
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -31,9 +31,6 @@ from flowspace import CrossFlowLoss, FiniteDifference, ForwardMode, SharedPrimal
 from flowspace.derivatives import Derivative
 from flowspace.recipes.networks import SmallViT
 from flowspace.recipes.report import markdown_table, png, write_beside
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CHANNELS = 16
 
 
 @dataclass(frozen=True)
@@ -135,38 +132,6 @@ class Setting:
         return {"forward": forward, "plain": plain} | {name: step(route) for name, route in routes.items()}
 
 
-class TimmViT(nn.Module):
-    """An unmodified timm vision transformer, with fused attention; the times are added to its input."""
-
-    def __init__(self, side: int, width: int, depth: int) -> None:
-        super().__init__()
-        from timm.models.vision_transformer import VisionTransformer  # pyright: ignore[reportMissingImports]
-
-        self.side = side
-        self.vit = VisionTransformer(
-            img_size=side, patch_size=1, in_chans=CHANNELS, embed_dim=width, depth=depth, num_heads=width // 64,
-            num_classes=0, class_token=False, global_pool="",
-        )  # fmt: skip
-        self.times, self.head = nn.Linear(2, CHANNELS), nn.Linear(width, CHANNELS)
-
-    def forward(self, z: Tensor, t: Tensor, s: Tensor, labels: Tensor) -> Tensor:
-        """Map latents to latents."""
-        x = self.vit(z + self.times(torch.stack([t, s], 1))[:, :, None, None])
-        return self.head(x).transpose(1, 2).unflatten(2, (self.side, self.side))
-
-
-def finish() -> None:
-    """Wait for the device."""
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def clock() -> float:
-    """Return seconds: of this process where it is one thread, else of the wall."""
-    alone = DEVICE.type == "cpu" and torch.get_num_threads() == 1
-    return time.process_time() if alone else time.perf_counter()
-
-
 def times(setting: Setting, rounds: int) -> dict[str, list[float] | str]:
     """Return the seconds of each job in each round, run in turn; or what it raises."""
     jobs = setting.jobs(setting.build(), ROUTES)
@@ -193,22 +158,10 @@ def peak(setting: Setting, name: str) -> float:
     """
     setting = replace(setting, batch=min(4 * setting.batch, max(setting.batch, 4096 // setting.tokens)))
     job = setting.jobs(setting.build(), {name: ROUTES[name]} if name in ROUTES else {})[name]
-    if DEVICE.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        job()
-        return torch.cuda.max_memory_allocated() - before
-    small = replace(setting, tokens=4, batch=4)
-    small.jobs(small.build(), {name: ROUTES[name]} if name in ROUTES else {})[name]()
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-    before = resident("VmRSS")
-    job()
-    return resident("VmHWM") - before
-
-
-def resident(field: str) -> float:
-    """Return a memory field of this process in bytes, as Linux tells it."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+    if DEVICE.type == "cpu":
+        small = replace(setting, tokens=4, batch=4)
+        small.jobs(small.build(), {name: ROUTES[name]} if name in ROUTES else {})[name]()
+    return growth(job)
 
 
 def peaks(setting: Setting, names: Sequence[str]) -> dict[str, float]:
@@ -244,17 +197,6 @@ def errors(setting: Setting) -> dict[str, float]:
         except (RuntimeError, NotImplementedError):
             found[name] = float("nan")
     return found
-
-
-def number(value: float, form: str) -> str:
-    """Return a number, or nothing where there is none."""
-    return "" if value != value else format(value, form)
-
-
-def spread(values: Sequence[float]) -> str:
-    """Return the median and the quartiles of a ratio."""
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 def table(setting: Setting, rounds: int, memory: bool) -> tuple[str, dict[str, float]]:
@@ -316,6 +258,20 @@ def plot(points: dict[int, dict[str, float]]) -> bytes:
     return png(figure)
 
 
+def measure_compiled(arguments: argparse.Namespace) -> None:
+    """Print the tables of compiled networks."""
+    import compiled
+
+    options = compiled.Options(
+        rounds=arguments.rounds,
+        only=arguments.only,
+        memory=not arguments.no_memory,
+        compile_time=not arguments.no_compile_time,
+        rivals=arguments.rivals,
+    )
+    compiled.report(options)
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -324,6 +280,9 @@ def main() -> None:
     parser.add_argument("--equal", type=float, nargs="*", default=[0.5], help="their shares of rows on the diagonal")
     parser.add_argument("--routes", nargs="*", default=list(ROUTES), choices=list(ROUTES))
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--compiled", action="store_true", help="compiled networks, one thread")
+    parser.add_argument("--rivals", action="store_true", help="with what is usual, compiled (slow)")
+    parser.add_argument("--no-compile-time", action="store_true", help="let torch use its caches")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", default="", help="measure the settings whose title contains this")
     parser.add_argument("--no-memory", action="store_true", help="skip the peak memory, which starts a process each")
@@ -332,6 +291,9 @@ def main() -> None:
     parser.add_argument("--setting", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.compiled:
+        measure_compiled(arguments)
+        return
     if arguments.peak:
         print(peak(Setting(**json.loads(arguments.setting)), arguments.peak))
         return

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from derivatives import DEVICE, Setting, clock, finish, resident
+from common import DEVICE, clock, finish, resident
+from derivatives import Setting
 from matplotlib import pyplot as plt
 from torch import Tensor, nn
 

@@ -1,0 +1,290 @@
+"""What D_t f costs under torch.compile: ``python benchmarks/derivatives.py --compiled``.
+
+Every row of a table is one training step, which has a process of its own: what torch.compile
+keeps of one step cannot slow another. The processes take turns, a quarter of a second each a
+round (one step at least), and a ratio is the median of the rounds' ratios, with their quartiles
+behind it. Seconds to compile are those of the first three steps less three later ones, without
+torch's caches and with one compiler at a time: of the CPU, its compilers' included, since
+neighbours on a shared machine disturb that least, and of the wall on a GPU. Peak memory is the
+growth over what the process held before a step that was compiled earlier. An error is the largest
+of the derivative over its largest entry, against float64 forward mode of the model as written.
+
+On a GPU the same command adds CUDA graphs and the paper's smallest network under bfloat16.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import multiprocessing
+import os
+import shutil
+import statistics
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from common import DEVICE, number, spread
+from compiled_steps import (
+    EAGER,
+    OURS_EAGER,
+    PLAIN,
+    ROUTES,
+    SHARES,
+    Row,
+    Setting,
+    Step,
+    crossflow,
+    ours,
+    rows_of,
+    vit_s,
+)
+
+from flowspace.recipes.report import markdown_table
+
+__all__ = ["Limits", "Options", "report", "settings"]
+
+CACHES = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+NO_CACHES = CACHES | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the project wants to hold; None where it has no limit.
+
+    Attributes:
+        step: a compiled step over the plain compiled step, by the share of rows that move.
+        eager: an eager step over the plain eager step, half of the rows moving.
+        compiling: seconds to compile over those of the plain step.
+        peak: peak memory over that of the plain step, half of the rows moving.
+        error: of the derivative.
+    """
+
+    step: Mapping[float, float] = field(default_factory=dict)
+    eager: float | None = None
+    compiling: float | None = None
+    peak: float | None = 1.10
+    error: float | None = 1e-5
+
+
+def settings() -> list[tuple[Setting, Limits]]:
+    """Return what is measured on this device, and what is to hold."""
+    small = functools.partial(crossflow, width=96, heads=3, grid=4, classes=10)
+    name = "CrossFlow-B small (width 96, 32 tokens)"
+    blocks = Setting(name, small, 4, whole=False, eager=True, compiles=3)
+    whole = Setting(name, small, 4, eager=True, routes=False)
+    step = Limits({0.5: 1.40}, eager=1.65)
+    found = [(blocks, replace(step, compiling=1.6)), (whole, step)]
+    if importlib.util.find_spec("timm"):
+        vit = Setting("timm ViT-S, 64 tokens", vit_s, 16, whole=False, moving=tuple(SHARES))
+        found.append((vit, Limits({0.25: 1.15, 0.5: 1.25, 1.0: 1.45})))
+    if DEVICE.type == "cpu":
+        return found
+    found = [(setting, Limits()) for setting, _ in found]
+    for batch, most in ((32, 1.40), (128, 1.30)):
+        large = Setting("CrossFlow-B", crossflow, batch, autocast=True)
+        found.append((large, Limits({0.5: most}, error=None)))
+    return found
+
+
+# --- a process for each step
+
+
+def serve(pipe: Any, setting: Setting, row: Row) -> None:
+    """Build a step and run what is asked for by name, until None is; errors are told as text."""
+    torch.set_num_threads(1)
+    step: Step | None = None
+    while (what := pipe.recv()) is not None:
+        try:
+            step = step or Step(setting, row)
+            pipe.send(getattr(step, what)())
+        except Exception as error:
+            first = next(iter(str(error).splitlines()), "").replace("|", "/")
+            pipe.send(f"raises {type(error).__name__}: {first[:120]}")
+
+
+class Process:
+    """A fresh process that runs one step when it is its turn."""
+
+    def __init__(self, setting: Setting, row: Row, environment: Mapping[str, str]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, setting, row))
+        with _environment(environment):
+            self.process.start()
+        theirs.close()
+
+    def ask(self, what: str) -> Any:
+        """Return what a method of `Step` returns, or a text that says what it raises."""
+        try:
+            self.pipe.send(what)
+            return self.pipe.recv()
+        except (EOFError, OSError):
+            return "its process ended"
+
+    def figure(self, what: str) -> float:
+        """Return what a method of `Step` returns, or nan where it raises."""
+        reply = self.ask(what)
+        if isinstance(reply, str):
+            print(f"{what}: {reply}", file=sys.stderr)
+            return float("nan")
+        return reply
+
+    def end(self) -> None:
+        """Let the process end."""
+        with contextlib.suppress(OSError):
+            self.pipe.send(None)
+        self.process.join()
+
+
+@contextlib.contextmanager
+def _environment(changes: Mapping[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name in changes:
+            del os.environ[name]
+        os.environ.update(before)
+
+
+# --- a table
+
+
+@dataclass
+class Figures:
+    """What was measured of a row; steps and compiling in seconds, peak in bytes."""
+
+    steps: list[float] = field(default_factory=list)
+    compiling: list[float] = field(default_factory=list)
+    peak: float = float("nan")
+    error: float = float("nan")
+    remark: str = ""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asked for."""
+
+    rounds: int = 15
+    only: str = ""
+    memory: bool = True
+    compile_time: bool = True
+    rivals: bool = False
+
+
+def measure(setting: Setting, options: Options) -> dict[str, Figures]:
+    """Measure every row of a setting; return the figures by name."""
+    rows = {row.name: row for row in rows_of(setting, options.rivals)}
+    found = {row.name: Figures(remark=row.remark) for row in rows.values()}
+    _run_in_turn(setting, rows, found, options)
+    repeats = setting.compiles - 1 if options.compile_time else 0
+    for _ in range(repeats):
+        for name in (PLAIN, *map(ours, setting.moving)):
+            process = Process(setting, rows[name], NO_CACHES)
+            reply = process.ask("start")
+            process.end()
+            if not isinstance(reply, str):
+                found[name].compiling.append(reply[0])
+    return found
+
+
+def _run_in_turn(
+    setting: Setting,
+    rows: Mapping[str, Row],
+    found: dict[str, Figures],
+    options: Options,
+) -> None:
+    """Start a process for each row, then let them step in turn, and tell their errors."""
+    processes: dict[str, Process] = {}
+    for name, row in rows.items():
+        print(f"starting: {setting.title}: {name}", file=sys.stderr)
+        alone = options.compile_time and row.compiled and row not in ROUTES
+        process = Process(setting, row, NO_CACHES if alone else CACHES)
+        reply = process.ask("start")
+        if isinstance(reply, str):
+            found[name].remark = reply
+            process.end()
+            continue
+        processes[name] = process
+        found[name].remark = reply[1] or row.remark
+        if alone:
+            found[name].compiling.append(reply[0])
+    for _ in range(options.rounds):
+        for name, process in processes.items():
+            found[name].steps.append(process.ask("seconds"))
+    for name, process in processes.items():
+        if rows[name].route is not None:
+            found[name].error = process.figure("error")
+        if options.memory:
+            found[name].peak = process.figure("peak")
+        process.end()
+
+
+def ratios(above: Figures, below: Figures) -> list[float]:
+    """Return the ratio of two steps in each round."""
+    return [a / b for a, b in zip(above.steps, below.steps, strict=True)]
+
+
+def table(found: Mapping[str, Figures]) -> str:
+    """Return the figures as a Markdown table."""
+    plain, lines = found[PLAIN], []
+    for name, row in found.items():
+        if not row.steps:
+            lines.append((name, "", "", "", "", "", row.remark))
+            continue
+        compiling = statistics.median(row.compiling) if row.compiling else float("nan")
+        cells = (
+            f"{1000 * statistics.median(row.steps):.1f}",
+            spread(ratios(row, plain)),
+            number(compiling, ".1f"),
+            number(row.peak / plain.peak, ".2f"),
+            number(row.error, ".0e"),
+        )
+        lines.append((name, *cells, row.remark))
+    head = ("training step", "ms", "over the plain step", "seconds to compile")
+    return markdown_table((*head, "peak memory / plain step", "largest error", "remark"), lines)
+
+
+def held(setting: Setting, limits: Limits, found: Mapping[str, Figures]) -> str:
+    """Return the figures that have a limit, beside it, as a Markdown table."""
+    plain, half = found[PLAIN], found[ours(0.5)]
+    lines: list[tuple[str, str, str]] = []
+
+    def line(what: str, figure: str, limit: float | None, form: str = ".2f") -> None:
+        if limit is not None and figure:
+            lines.append((what, figure, format(limit, form)))
+
+    for share, limit in limits.step.items():
+        what = f"compiled step over the plain compiled one, {SHARES[share]} moving"
+        line(what, spread(ratios(found[ours(share)], plain)), limit)
+    if limits.eager:
+        eager = ratios(found[OURS_EAGER], found[EAGER])
+        line("eager step over the plain eager one, half moving", spread(eager), limits.eager)
+    if half.compiling and plain.compiling:
+        longer = statistics.median(half.compiling) / statistics.median(plain.compiling)
+        line("seconds to compile over the plain step's", f"{longer:.2f}", limits.compiling)
+    memory = number(half.peak / plain.peak, ".2f")
+    line("peak memory over the plain step's, half moving", memory, limits.peak)
+    worst = max(found[ours(share)].error for share in setting.moving)
+    line("largest error", number(worst, ".0e"), limits.error, ".0e")
+    return markdown_table(("what the project wants to hold", "measured", "limit"), lines)
+
+
+def report(options: Options) -> None:
+    """Print the tables."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        print(f"no C++ compiler ({compiler}) is on the path, so torch.compile cannot compile")
+        return
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU, 1 thread"
+    print(f"torch {torch.__version__}, {name}, under torch.compile\n", flush=True)
+    for setting, limits in settings():
+        if options.only not in setting.title:
+            continue
+        found = measure(setting, options)
+        print(f"{setting.title}:\n\n{table(found)}\n", flush=True)
+        if found[PLAIN].steps and found[ours(0.5)].steps:
+            print(f"{held(setting, limits, found)}\n", flush=True)
