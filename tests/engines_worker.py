@@ -10,8 +10,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from flowspace import CrossFlowLoss, ForwardMode
+from flowspace.derivatives.shared_primal import compiled
 
 ROWS, STEPS = 8, 3
+PROGRAMS, make = [], compiled.Region._make
+compiled.Region._make = lambda self, *args: PROGRAMS.append(self) or make(self, *args)
 
 
 class Net(nn.Module):
@@ -31,7 +34,18 @@ class Net(nn.Module):
         return self.head(h.mean(1))
 
 
-def wrapped(net, how):
+def wrapped(net, how, part="nothing"):
+    """Return the net under an engine; its blocks, the net within or the engine round it may be compiled."""
+    if part == "blocks":
+        for i, block in enumerate(net.blocks):  # not block.compile(): that has the hooks of FSDP2 within
+            net.blocks[i] = torch.compile(block, backend="aot_eager")
+    if part == "within":
+        net.compile(backend="aot_eager")
+    model = parallel(net, how)
+    return torch.compile(model, backend="aot_eager") if part == "round" else model
+
+
+def parallel(net, how):
     if how == "fsdp2":
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
@@ -55,7 +69,8 @@ def full(gradient):
     return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
 
 
-def main(how):
+def main(case):
+    how, _, part = case.partition("+")
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     assert dist.get_world_size() == 2
@@ -64,7 +79,7 @@ def main(how):
     net = copy.deepcopy(alone)
     if how != "find_unused_parameters":
         del net.unused
-    model, mine = wrapped(net, how), slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
+    model, mine = wrapped(net, how, part), slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
     for step in range(STEPS):
         z, noise, t, s = batch(step)
         model.zero_grad()
@@ -73,7 +88,9 @@ def main(how):
         CrossFlowLoss(derivative=ForwardMode())(alone, z, noise=noise, t=t, s=s).loss.mean().backward()
         wanted = {name: p.grad for name, p in alone.named_parameters() if p.grad is not None}
         found = {
-            name.removeprefix("module."): full(p.grad) for name, p in model.named_parameters() if p.grad is not None
+            name.replace("_orig_mod.", "").removeprefix("module."): full(p.grad)
+            for name, p in model.named_parameters()
+            if p.grad is not None
         }
         assert wanted.keys() <= found.keys(), wanted.keys() - found.keys()
         for name, gradient in wanted.items():
@@ -81,9 +98,10 @@ def main(how):
             both = [torch.empty_like(gradient) for _ in range(2)]
             dist.all_gather(both, found[name].contiguous())
             assert torch.equal(*both), f"{name} differs between the processes in step {step}"
+    assert bool(PROGRAMS) == bool(part), f"{len(PROGRAMS)} graphs with tangents"
     dist.barrier()
     dist.destroy_process_group()
-    print(f"{how}: {STEPS} steps agree", flush=True)
+    print(f"{case}: {STEPS} steps agree", flush=True)
     os._exit(0)  # gloo's threads now and then abort an interpreter that ends by itself
 
 

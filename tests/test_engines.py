@@ -59,7 +59,10 @@ def same(first, second, tolerance=1e-12):
         torch.testing.assert_close(gradient, second[1][name], rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("how", ["ddp", "static_graph", "find_unused_parameters", "fsdp2"])
+COMPILED = ["ddp+blocks", "ddp+within", "ddp+round", "fsdp2+blocks"]
+
+
+@pytest.mark.parametrize("how", ["ddp", "static_graph", "find_unused_parameters", "fsdp2", *COMPILED])
 def test_two_processes_have_the_gradients_of_one(how):
     here = Path(__file__).parent
     done = subprocess.run(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from flowspace.derivatives.rules.dual import shared_rows
-from flowspace.derivatives.rules.registry import At, Call, rule, tangent_of
+from flowspace.derivatives.rules.registry import At, Call, rule, sum_of, tangent_of
 
 BLOCK_ELEMENTS = 1 << 17
 """Scores that the tangent of attention holds at once, so that they stay in a CPU's cache.
@@ -30,6 +30,9 @@ A block has the scores of 64 queries at least.
 
 GPU_BLOCK_ELEMENTS = 1 << 24
 """Scores held at once on other devices, where each block costs a launch of every kernel."""
+
+TRACED_ELEMENTS = 1 << 26
+"""Scores held at once in a trace, whose blocks hold all rows and heads: a compiler fuses them."""
 
 Operands = Sequence[Any]
 """Query, key, value and mask, or their tangents; None is a mask or a tangent that is not there."""
@@ -67,6 +70,9 @@ def scaled_dot_product_attention(
     lead = (1, 1, *shape[:-2])[-max(2, len(shape) - 2) :]
     primals = [_four_axes(x, lead, out.dtype) for x in primals]
     tangents = [_four_axes(x, lead, out.dtype) for x in tangents]
+    if call.traced:
+        found = _traced_tangent(primals, tangents, is_causal, scale)
+        return At(found.reshape(shape), layout)
     # in memory the heads of a token lie side by side, so that to merge them next takes no copy
     found = out.new_empty(math.prod(lead[:-1]), shape[-2], lead[-1], shape[-1]).transpose(1, 2)
     _attention_tangent(primals, tangents, found, is_causal, scale)
@@ -114,6 +120,56 @@ def _attention_tangent(primals: Operands, tangents: Operands, found: Tensor, cau
         here = [_part(x, rows, head, cut) for x, cut in zip(primals, cuts, strict=True)]
         moved = [_part(x, rows, head, cut) for x, cut in zip(tangents, cuts, strict=True)]
         _block(here, moved, found[rows, head, block], causal, scale, first)
+
+
+def _traced_tangent(primals: Operands, tangents: Operands, causal: bool, scale: float) -> Tensor:
+    """Return the tangent in blocks of queries, as formulas and not as writes."""
+    count, keys = primals[0].shape[2], primals[1].shape[2]
+    if isinstance(count, torch.SymInt) or isinstance(keys, torch.SymInt):
+        return _formula(primals, tangents, causal, scale, 0)
+    heads = primals[0].shape[1] * (tangents[0] if tangents[0] is not None else primals[0]).shape[0]
+    blocks = 1 if isinstance(heads, torch.SymInt) else -(-heads * count * keys // TRACED_ELEMENTS)
+    step = -(-count // blocks)
+    parts = []
+    for first in range(0, count, step):
+        block = slice(first, first + step)
+        cuts = (block, None, None, block)  # every query sees all keys and values
+        here = [_queries(x, cut) for x, cut in zip(primals, cuts, strict=True)]
+        moved = [_queries(x, cut) for x, cut in zip(tangents, cuts, strict=True)]
+        parts.append(_formula(here, moved, causal, scale, first))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def _queries(x: Tensor | None, queries: slice | None) -> Tensor | None:
+    """Return some queries of a tensor with four axes; an axis of one query stays."""
+    if x is None or queries is None or x.shape[2] == 1:
+        return x
+    return x[:, :, queries]
+
+
+def _formula(primals: Operands, tangents: Operands, causal: bool, scale: float, first: int) -> Tensor:
+    """Return dP v + P dv for the queries from the first on."""
+    q, k, v, mask = primals
+    tq, tk, tv, tmask = tangents
+    scores = scale * (q @ k.mT)
+    if causal:
+        scores = scores.masked_fill(_later(scores, first), -math.inf)
+    if mask is None:
+        p = torch.softmax(scores, -1)
+    else:
+        boolean = mask.dtype == torch.bool
+        scores = scores.masked_fill(~mask, -math.inf) if boolean else scores + mask
+        p = torch.ops.aten._safe_softmax(scores, -1)  # zero where all keys of a query are masked
+    moved = None if tq is None else scale * (tq @ k.mT)
+    if tk is not None:
+        moved = sum_of(moved, scale * (q @ tk.mT))
+    if tmask is not None:
+        moved = sum_of(moved, tmask)
+    found = None if tv is None else p @ tv
+    if moved is not None:
+        dp = p * (moved - (p * moved).sum(-1, keepdim=True))
+        found = sum_of(found, dp @ v)
+    return found  # type: ignore[return-value]
 
 
 def _part(x: Tensor | None, rows: slice, head: int, queries: slice | None) -> Tensor | None:

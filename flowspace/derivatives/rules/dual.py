@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flowspace.backends import torch_backend
 
-__all__ = ["Dual", "Layout", "LostRowsError", "Rows", "restrict", "rowwise", "shared_rows"]
+__all__ = ["Dual", "Layout", "LostRowsError", "Rows", "restrict", "rowwise", "same", "shared_rows"]
 
 
 class LostRowsError(Exception):
@@ -135,6 +135,11 @@ class Dual:
             raise LostRowsError
 
 
+def same(values: Sequence[Any]) -> bool:
+    """Return whether all of these are equal; sizes may be symbols, which have no hash."""
+    return all(value == values[0] for value in values[1:])
+
+
 def shared_rows(duals: Sequence[Dual]) -> Callable[[Any], Any]:
     """Return what restricts an argument of a broadcasting function to the rows of the duals.
 
@@ -148,15 +153,14 @@ def shared_rows(duals: Sequence[Dual]) -> Callable[[Any], Any]:
     if layout is None:
         return lambda value: value.primal.detach() if isinstance(value, Dual) else value
     right = first.ndim - layout.axis
-    places = {(d.ndim - d.layout.axis, d.layout.outer, d.layout.inner) for d in duals if d.layout}
-    if len(places) > 1:
+    if not same([(d.ndim - d.layout.axis, *d.layout[1:3]) for d in duals if d.layout]):
         raise LostRowsError
 
     def rows(value: Any) -> Any:
         if isinstance(value, Dual):
             return value.rows
         constant = not isinstance(value, Tensor) or value.ndim < right
-        if constant or value.shape[-right] == 1:
+        if constant or value.shape[-right] == 1 or value.shape[-right] != layout.size:
             return value
         return restrict(value, layout.on(value.ndim - right))
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowspace.derivatives.rules.dual import Dual, Layout, LostRowsError, restrict, shared_rows
+from flowspace.derivatives.rules.dual import Dual, Layout, LostRowsError, restrict, same, shared_rows
 from flowspace.derivatives.rules.registry import (
     At,
     Call,
@@ -107,8 +107,8 @@ def _batch_label(terms: Sequence[str], output: str, moving: Sequence[tuple[int, 
     labels = {terms[i][x.layout.axis] for i, x in moving if x.layout}
     if any(term.count(label) > 1 for term in terms for label in labels):
         raise LostRowsError
-    blocks = {x.layout and x.layout[1:3] for _, x in moving}
-    if len(labels) > 1 or not labels <= set(output) or len(blocks) > 1:
+    blocks = [x.layout and x.layout[1:3] for _, x in moving]
+    if len(labels) > 1 or not labels <= set(output) or not same(blocks):
         raise LostRowsError
     return next(iter(labels), "")
 

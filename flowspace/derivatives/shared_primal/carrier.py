@@ -119,11 +119,14 @@ class Carrier(TorchFunctionMode):
                 return value, value
             duals.append(dual)
             return dual, dual.primal
-        kind = type(value)
-        if kind is tuple or kind is list:
-            pairs = [self.unpack(x, duals) for x in value]
-            return kind([x for x, _ in pairs]), kind([x for _, x in pairs])
-        return value, value
+        if not isinstance(value, (tuple, list)):
+            return value, value
+        pairs = [self.unpack(x, duals) for x in value]
+        given, primals = [x for x, _ in pairs], [x for _, x in pairs]
+        if isinstance(value, list):
+            return given, primals
+        make = getattr(type(value), "_make", tuple)  # torch.Size holds numbers only
+        return make(given), make(primals)
 
     # --- one function
 
@@ -155,6 +158,8 @@ class Carrier(TorchFunctionMode):
             primals.append(primal)
         for key, value in kwargs.items():
             named[key], options[key] = self.unpack(value, duals)
+        if plan.kind == "higher order" and self.traced and not self.lost:
+            return higher_order.run(self, rules.Call(func, given, named, primals, options, duals), plan.name, args)
         if not duals:
             if plan.kind == "in place" or isinstance(kwargs.get("out"), Tensor):
                 self.writes.remember(kwargs.get("out", args[0] if args else None))

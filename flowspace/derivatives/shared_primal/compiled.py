@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
+from torch._ops import HigherOrderOperator
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from flowspace.derivatives import hidden_calls, replay
@@ -34,6 +35,9 @@ __all__ = ["Backend", "Region"]
 
 SHARES = 4
 """A graph has room for a number of moving rows that is a multiple of this share of the batch, or for just those asked for."""
+
+_PLAIN = "plain"
+"""The key of the graph as it was captured."""
 
 Place = tuple[int, int, int] | None
 """Where the batch lies in a tensor that moves, as in a `Layout`; None: its tangent has every row."""
@@ -82,28 +86,75 @@ class Backend:
         return Region(graph, inputs, self.backend)
 
 
+class Setting(NamedTuple):
+    """What a graph is traced and compiled with.
+
+    Attributes:
+        examples: its inputs without values; sizes may be symbols.
+        fake: the mode that these belong to.
+        context: what dynamo tells a backend beside the graph.
+    """
+
+    examples: list[Any]
+    fake: Any
+    context: Any
+
+    @classmethod
+    def of(cls, inputs: Sequence[Any]) -> "Setting":
+        """Return the setting of a capture that is going on, or one of its own, of just these inputs."""
+        context = torch._guards.TracingContext.try_get()
+        given = next((x.fake_mode for x in inputs if isinstance(x, torch._subclasses.FakeTensor)), None)
+        fake = given or (context and context.fake_mode) or torch._subclasses.FakeTensorMode()
+        context = context or torch._guards.TracingContext(fake)
+        examples = [_faked(x, fake, context) if isinstance(x, Tensor) else x for x in inputs]
+        return cls(examples, fake, context)
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Be in the context that dynamo captured the graph in, also after it."""
+        if torch._guards.TracingContext.try_get() is not None:
+            yield
+            return
+        with torch._guards.tracing(self.context):
+            yield
+
+
+def _faked(tensor: Tensor, fake: Any, context: Any) -> Tensor:
+    """Return a tensor without values, with the symbols for sizes that dynamo gave it."""
+    if isinstance(tensor, torch._subclasses.FakeTensor):
+        return tensor
+    symbols: Any = context.tensor_to_context.get(tensor)
+    source = None if symbols is None else symbols.tensor_source
+    with torch._C.DisableTorchFunction():  # pyright: ignore
+        return fake.from_tensor(tensor, symbolic_context=symbols, source=source)
+
+
+def _has_symbols(value: Any) -> bool:
+    """Return whether a size, or a size of a tensor, was left open."""
+    sizes = value.shape if isinstance(value, Tensor) else [value]
+    return any(isinstance(size, torch.SymInt | torch.SymFloat) for size in sizes)
+
+
 class Region:
     """A captured graph, with the programs that were made of it."""
 
     def __init__(self, graph: fx.GraphModule, inputs: Sequence[Any], backend: Callable[..., Any]) -> None:
         self.backend = backend
         self.captured = _copied(graph)
-        self.context = torch._guards.TracingContext.try_get()
-        self.fake = _fake_mode(self.context, inputs)
-        self.examples = [self._faked(x) if isinstance(x, Tensor) else x for x in inputs]
-        self.writes = _written_inputs(self.captured, self.examples, self.fake)
+        self.setting = Setting.of(inputs)
+        self.open = any(_has_symbols(x) for x in self.setting.examples)
+        self.writes = _written_inputs(self.captured, self.setting)
         self.mixes = _mixes(self.captured)
-        self.plain: Callable[..., Any] | None = None
         self.programs: dict[Any, Program | Exception] = {}
         carrier = hidden_calls.at_work()
         duals = _duals(carrier, inputs) if carrier and not carrier.lost else []
         followed = False
         if any(duals):
             with _grad_mode() as apart:
-                program = self.program(carrier, duals)
+                program = self.program(carrier, duals, inputs)
             followed = isinstance(program, Program) and not program.lost and not apart
         if not followed:
-            self.plain = backend(graph, inputs)
+            self.programs[_PLAIN, ()] = Program(backend(graph, inputs))
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the graph, and the tangents of its inputs beside it."""
@@ -120,7 +171,7 @@ class Region:
         if carrier is None or not any(duals) or carrier.lost:
             return self._plain(carrier, primals)
         with _grad_mode() as apart:
-            program = self.program(carrier, duals)
+            program = self.program(carrier, duals, primals)
         if isinstance(program, DerivativeError):
             raise program
         if isinstance(program, Exception):
@@ -163,79 +214,85 @@ class Region:
     def _plain(self, carrier: Carrier | None, inputs: Sequence[Any]) -> Any:
         """Run the graph as it was captured, compiled, without tangents."""
         with hidden_calls.off_duty(carrier), torch._C.DisableTorchFunction():  # pyright: ignore
-            if self.plain is None:
-                try:
-                    with self._context():
-                        self.plain = self.backend(_copied(self.captured), self.examples)
-                except Exception as error:
-                    self.plain = self.captured
-                    _warn_of(error)
-            return self.plain(*inputs)
+            program = self._kept(_PLAIN, inputs, self._make_plain)
+            run = program.run if isinstance(program, Program) else None
+            return self.captured(*inputs) if run is None else run(*inputs)
 
     # --- making programs
 
-    def _faked(self, tensor: Tensor) -> Tensor:
-        """Return a tensor without values, with the symbols for sizes that dynamo gave it."""
-        if isinstance(tensor, torch._subclasses.FakeTensor):
-            return tensor
-        known = self.context.tensor_to_context if self.context else {}
-        symbols: Any = known.get(tensor)
-        source = None if symbols is None else symbols.tensor_source
-        with torch._C.DisableTorchFunction():  # pyright: ignore
-            return self.fake.from_tensor(tensor, symbolic_context=symbols, source=source)
-
-    def program(self, carrier: Carrier, duals: Sequence[Dual | None]) -> Program | Exception:
+    def program(self, carrier: Carrier, duals: Sequence[Dual | None], inputs: Sequence[Any]) -> Program | Exception:
         """Return the program for the inputs that move, or why there is none."""
         moving = tuple(Moving(i, _place(dual.layout)) for i, dual in enumerate(duals) if dual)
         rows = _rows([dual for dual in duals if dual])
         key = moving, _size(rows) if rows else None, torch.is_grad_enabled()
-        if key not in self.programs:
-            captured_now = torch._guards.TracingContext.try_get() is not None
+        with hidden_calls.off_duty(carrier):
+            return self._kept(key, inputs, lambda setting: self._make(setting, moving, rows))
+
+    def _kept(self, key: Any, inputs: Sequence[Any], make: Callable[["Setting"], Program]) -> Program | Exception:
+        """Return the program of a key, made once; or why it could not be made.
+
+        Sizes that dynamo left open stay open in what is made while it captures, since it guards
+        what that assumes of them. What is made later is made for the sizes of these inputs.
+        """
+        capturing, sizes = torch._guards.TracingContext.try_get() is not None, ()
+        if (key, ()) not in self.programs and self.open and not capturing:
+            sizes = tuple(tuple(x.shape) if isinstance(x, Tensor) else x for x in inputs)
+        if (key, sizes) not in self.programs:
+            setting = Setting.of(inputs) if sizes else self.setting
             try:
-                with hidden_calls.off_duty(carrier), self._context():
-                    self.programs[key] = self._make(moving, duals, rows)
+                with setting.entered():
+                    self.programs[key, sizes] = make(setting)
             except DerivativeError as error:
-                self.programs[key] = error
+                self.programs[key, sizes] = error
             except Exception as error:
-                if captured_now and isinstance(error, torch._dynamo.exc.RestartAnalysis):
+                if capturing and isinstance(error, torch._dynamo.exc.RestartAnalysis):
                     raise  # dynamo captures again, with one number less left open
-                self.programs[key] = error
+                self.programs[key, sizes] = error
                 _warn_of(error)
-        return self.programs[key]
+        return self.programs[key, sizes]
 
-    @contextlib.contextmanager
-    def _context(self) -> Iterator[None]:
-        """Be in the context that dynamo compiled this graph in, also after it."""
-        known = torch._guards.TracingContext.try_get()
-        if known is None and self.context is not None:
-            with torch._guards.tracing(self.context):
-                yield
-        else:
-            yield
+    def _make_plain(self, setting: "Setting") -> Program:
+        """Have the captured graph compiled."""
+        return Program(self.backend(_copied(self.captured), setting.examples))
 
-    def _make(self, moving: tuple[Moving, ...], duals: Sequence[Dual | None], rows: Rows | None) -> Program:
+    def _make(self, setting: "Setting", moving: tuple[Moving, ...], rows: Rows | None) -> Program:
         """Trace a carrier over the captured graph, and have the dual graph compiled."""
-        size = _size(rows) if rows else None
-        with self.fake:
-            given = [_example(self.examples[m.index], m.place, size, rows) for m in moving]
+        count, size = len(setting.examples), _size(rows) if rows else None
+        with setting.fake:
+            given = [_example(setting.examples[m.index], m.place, size) for m in moving]
             index = [torch.zeros(size, dtype=torch.int64, device=rows.chosen.device)] if rows else []  # type: ignore
         facts: list[Program] = []
 
         def dual_graph(*flat: Any) -> list[Any]:
-            inputs, tangents = list(flat[: len(self.examples)]), flat[len(self.examples) :]
+            inputs, tangents = list(flat[:count]), flat[count:]
             few = None if rows is None else Rows(tangents[-1], _batch(inputs, moving), size, True)  # type: ignore
             out, fact = _carried(self.captured, inputs, moving, tangents, few)
             facts.append(fact)
             return out
 
-        examples = [*self.examples, *given, *index]
-        with self.fake, _unpacked():
-            traced = make_fx(dual_graph, pre_dispatch=True, _allow_non_fake_inputs=True)(*examples)
+        examples = [*setting.examples, *given, *index]
+        with setting.fake, _unpacked():
+            trace = make_fx(dual_graph, pre_dispatch=True, _allow_non_fake_inputs=True)
+            traced = trace(*examples)
         if facts[-1].lost:
             return facts[-1]
         _refuse_constants(traced)
         _tell_origin(self.captured, traced)
         return facts[-1]._replace(run=self.backend(traced, examples))
+
+
+class _Steps(fx.Interpreter):
+    """Runs a graph; shows a carrier the operators that take graphs, some of which no function mode sees."""
+
+    def __init__(self, graph: fx.GraphModule, carrier: Carrier) -> None:
+        super().__init__(graph)
+        self.carrier = carrier
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call one function of the graph."""
+        if isinstance(target, HigherOrderOperator):
+            return self.carrier.carry(target, args, kwargs)
+        return super().call_function(target, args, kwargs)
 
 
 def _carried(
@@ -249,7 +306,7 @@ def _carried(
         inputs[index] = carrier.wrap(inputs[index], tangent, layout)
         first[index] = carrier.held(inputs[index]).tangent
     with carrier:
-        values = captured(*inputs)
+        values = _Steps(captured, carrier).run(*inputs)
     if carrier.lost:
         return [], Program(None, lost=True)
     outs: list[Any] = []
@@ -282,12 +339,6 @@ def _grad_mode() -> Iterator[bool]:
 
 
 # --- graphs
-
-
-def _fake_mode(context: Any, inputs: Sequence[Any]) -> Any:
-    """Return the mode in which a graph is traced: the one that dynamo hands to its backends."""
-    given = next((x.fake_mode for x in inputs if isinstance(x, torch._subclasses.FakeTensor)), None)
-    return given or (context and context.fake_mode) or torch._subclasses.FakeTensorMode()
 
 
 def _unpacked() -> Any:
@@ -326,14 +377,15 @@ def _refuse_constants(traced: fx.GraphModule) -> None:
             raise RuntimeError(f"{node.target} was not followed through the trace")
 
 
-def _written_inputs(captured: fx.GraphModule, examples: Sequence[Any], fake: Any) -> list[int]:
+def _written_inputs(captured: fx.GraphModule, setting: Setting) -> list[int]:
     """Return the inputs that a graph writes into."""
+    examples = setting.examples
     holders = {node: i for i, node in enumerate(captured.graph.find_nodes(op="placeholder"))}
     norms = [node for node in captured.graph.nodes if replay.batch_statistics(node.target, node.args, node.kwargs)]
     found = {holders[x] for node in norms for x in node.all_input_nodes[1:3] if x in holders}
     before = [x._version if isinstance(x, Tensor) else 0 for x in examples]
     if any(str(node.target).rstrip("'>").endswith("_") for node in captured.graph.nodes):
-        with fake, torch.no_grad(), contextlib.suppress(Exception):
+        with setting.fake, torch.no_grad(), contextlib.suppress(Exception):
             captured(*examples)
     return sorted(found | {i for i, x in enumerate(examples) if isinstance(x, Tensor) and x._version != before[i]})
 
@@ -365,7 +417,17 @@ def _rows(duals: Sequence[Dual]) -> Rows | None:
 
 
 def _place(layout: Layout | None) -> Place:
-    return None if layout is None else (layout.axis, layout.outer, layout.inner)
+    """Return where rows lie, in numbers.
+
+    Raises:
+        ValueError: if that depends on a size that was left open.
+    """
+    if layout is None:
+        return None
+    outer, inner = (x.node.maybe_as_int() if isinstance(x, torch.SymInt) else x for x in layout[1:3])
+    if outer is None or inner is None:
+        raise ValueError("rows lie in blocks of a size that torch.compile left open")
+    return layout.axis, outer, inner
 
 
 def _batch(inputs: Sequence[Any], moving: Sequence[Moving]) -> Any:
@@ -399,7 +461,7 @@ def _resized(tangent: Tensor, layout: Layout | None, size: int | None, back: boo
     return apart.index_select(axis + 1, index).flatten(axis, axis + 2)
 
 
-def _example(primal: Tensor, place: Place, size: int | None, rows: Rows | None) -> Tensor:
+def _example(primal: Tensor, place: Place, size: int | None) -> Tensor:
     """Return a tensor of the shape of a tangent, in the fake mode that is on."""
     shape = list(primal.shape)
     if place is not None:

@@ -1,0 +1,599 @@
+"""SharedPrimal on compiled models: the eager route's value, derivative, gradient, draws and buffers, and never a stale graph.
+
+The logic is tested with ``aot_eager``, which traces and partitions as inductor does and compiles nothing; few tests use inductor.
+"""
+
+import contextlib
+import copy
+import functools
+import shutil
+import warnings
+
+import pytest
+import torch
+import torch._dynamo
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from flowspace import (
+    ConsistencyLoss,
+    CrossFlowLoss,
+    DerivativeError,
+    FiniteDifference,
+    ForwardMode,
+    ImprovedMeanFlowLoss,
+    MeanFlowLoss,
+    PixelMeanFlowLoss,
+    SharedPrimal,
+)
+from flowspace.derivatives import hidden_calls
+from flowspace.derivatives.shared_primal import compiled
+
+pytestmark = [
+    pytest.mark.skipif(not hidden_calls.compiles(), reason="torch.compile is met from torch 2.11 on"),
+    pytest.mark.filterwarnings("ignore:.*recompile_limit.*"),
+    # torch.compile looks at the gradient of every input
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
+EAGER = "aot_eager"
+COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+LOSS = MeanFlowLoss()
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    """Every dual graph that is traced is appended."""
+    made, make = [], compiled.Region._make
+    monkeypatch.setattr(compiled.Region, "_make", lambda self, *args: made.append(self) or make(self, *args))
+    return made
+
+
+def column(t):
+    return t[:, None, None]
+
+
+class Block(nn.Module):
+    """Attention with a written-out norm, whose rsqrt has no rule, and a rate of dropout that may change."""
+
+    def __init__(self, width=8, drop=0.0):
+        super().__init__()
+        self.norm, self.qkv = nn.LayerNorm(width), nn.Linear(width, 3 * width)
+        self.out, self.mlp = nn.Linear(width, width, bias=False), nn.Linear(width, width)
+        self.drop = drop
+
+    def forward(self, h):
+        q, k, v = self.qkv(self.norm(h)).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        h = h + F.dropout(self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)), self.drop)
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6)
+        return h + F.gelu(self.mlp(h))
+
+
+class Net(nn.Module):
+    def __init__(self, drop=0.0, saved=None):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 4)
+        self.blocks = nn.ModuleList(Block(drop=drop) for _ in range(2))
+        self.saved = saved or (lambda block, h: block(h))
+
+    def forward(self, z, t, s):
+        h = self.first(z) * (1 + column(t)) + column(s)
+        for block in self.blocks:
+            h = self.saved(block, h)
+        return self.last(h)
+
+
+def compile_whole(net, **options):
+    net.compile(**({"backend": EAGER} | options))
+    return net
+
+
+def compile_blocks(net, **options):
+    for block in net.blocks:
+        block.compile(**({"backend": EAGER} | options))
+    return net
+
+
+def as_optimized_module(net, **options):
+    return torch.compile(net, **({"backend": EAGER} | options))
+
+
+HOW = {
+    "whole": compile_whole,
+    "blocks": compile_blocks,
+    "torch.compile": as_optimized_module,
+    "fullgraph": functools.partial(as_optimized_module, fullgraph=True),
+    "dynamic": functools.partial(as_optimized_module, dynamic=True),
+}
+
+
+def pair(net, how=compile_whole):
+    """Return a net that is compiled and one, with the same weights, that is not."""
+    torch.manual_seed(0)
+    net = net().double() if callable(net) and not isinstance(net, nn.Module) else net.double()
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    return how(copy.deepcopy(net)), net
+
+
+def batch(rows=8, moving=4, seed=0):
+    draw = functools.partial(
+        torch.randn, rows, 3, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+    t = torch.linspace(0.3, 0.9, rows, dtype=torch.float64)
+    s = torch.where(torch.arange(rows) < moving, 0.4 * t, t)
+    return draw(), {"noise": draw(), "t": t, "s": s}
+
+
+def close(found, wanted, tolerance=1e-9):
+    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+
+
+def outcome(net, given, loss=LOSS):
+    """Return value, residual, gradients, buffers and the state of the generator after one step."""
+    torch.manual_seed(1)
+    z, times = given
+    net.zero_grad()
+    out = loss(net, z, **times)
+    if out.loss.requires_grad:
+        out.loss.sum().backward()
+    gradients = [p.grad.clone() for p in net.parameters() if p.grad is not None]
+    buffers = [b.clone() for b in net.buffers()]
+    return [out.prediction.detach(), out.residual, *gradients, *buffers, torch.get_rng_state().double()]
+
+
+def same(net, plain, given=None, loss=LOSS, tolerance=1e-9):
+    given = given or batch()
+    found, wanted = outcome(net, given, loss), outcome(plain, given, loss)
+    assert len(found) == len(wanted)
+    for a, b in zip(found, wanted, strict=True):
+        close(a, b, tolerance)
+
+
+# --- a compiled model in, a compiled derivative out
+
+
+def told(caught):
+    """Return what we warned of."""
+    return [str(w.message) for w in caught if "compiled part" in str(w.message)]
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_it_is_the_eager_routes(how, programs):
+    net, plain = pair(Net(0.3), HOW[how])
+    with warnings.catch_warnings(record=True) as caught:
+        same(net, plain)
+        same(net, plain, batch(6, 3, seed=2))
+        same(net, plain, batch(8, 8))
+    assert programs and not told(caught)
+
+
+@pytest.mark.parametrize("moving", [1, 3, 8])
+def test_it_is_forward_modes(moving):
+    net, plain = pair(Net())
+    z, times = batch(moving=moving)
+    same_value = outcome(plain, (z, times), MeanFlowLoss(derivative=ForwardMode()))[1]
+    close(outcome(net, (z, times))[1], same_value)
+
+
+def test_equal_blocks_share_one_graph(programs):
+    net, plain = pair(Net(), compile_blocks)
+    same(net, plain)
+    same(net, plain, batch(seed=5))
+    assert len(programs) == 1
+
+
+def test_the_users_backend_compiles_the_dual_graph_with_what_it_was_given():
+    graphs = []
+
+    def backend(graph, inputs, *, note=None):
+        graphs.append((graph, note))
+        return torch._dynamo.lookup_backend(EAGER)(graph, inputs)
+
+    net, plain = pair(Net(), functools.partial(compile_whole, backend=functools.partial(backend, note="kept")))
+    same(net, plain)
+    assert [note for _, note in graphs] == ["kept"]
+    targets = {str(node.target) for node in graphs[0][0].graph.nodes}
+    assert "aten.scaled_dot_product_attention.default" in targets, "attention of the value stays one operator"
+    assert not any("dual" in target for target in targets)
+
+
+def test_two_backends_do_not_share_a_graph():
+    seen = []
+
+    def backend(name, graph, inputs):
+        seen.append(name)
+        return torch._dynamo.lookup_backend(EAGER)(graph, inputs)
+
+    for name in ("a", "b"):
+        net, plain = pair(Net(), functools.partial(compile_whole, backend=functools.partial(backend, name)))
+        same(net, plain)
+    assert seen == ["a", "b"]
+
+
+@pytest.mark.parametrize("moving", [(4, 3, 4, 2, 4), (6, 5, 6)])
+def test_another_number_of_moving_rows_needs_no_new_graph(moving, programs):
+    net, plain = pair(Net())
+    same(net, plain, batch(8, moving[0]))
+    first = len(programs)
+    for seed, rows in enumerate(moving):
+        if rows > 2:
+            same(net, plain, batch(8, rows, seed))
+    assert len(programs) == first
+
+
+def test_smaller_batches_need_no_new_graph_once_two_sizes_were_seen(programs):
+    net, plain = pair(Net())
+    for rows in (16, 12, 16):  # the last by the graph of open sizes, which now comes first
+        same(net, plain, batch(rows, rows // 2))
+    before = len(programs)
+    for rows, moving in ((16, 8), (12, 6), (14, 6), (10, 6)):
+        same(net, plain, batch(rows, moving, seed=rows))
+    assert len(programs) == before
+
+
+@pytest.mark.parametrize("saved", ["captured", "around"])
+def test_checkpoints_compute_again_what_was_computed(saved):
+    how = compile_whole if saved == "captured" else compile_blocks
+    net, plain = pair(Net(0.3, functools.partial(checkpoint, use_reentrant=False)), how)
+    same(net, plain)
+    same(net, plain, batch(8, 8))
+
+
+@pytest.mark.parametrize("how", ["eager", "whole", "blocks"])
+@pytest.mark.parametrize("moving", [4, 8])
+def test_selective_checkpoints_keep_what_the_model_computed(how, moving):
+    kept = (torch.ops.aten.addmm.default, torch.ops.aten.mm.default, torch.ops.aten.native_layer_norm.default)
+
+    def policy(context, operator, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    net, plain = pair(Net(), HOW.get(how, lambda net: net))
+    net.saved = functools.partial(checkpoint, use_reentrant=False, context_fn=contexts)
+    same(net, plain, batch(moving=moving))
+
+
+def test_a_step_that_calls_the_loss_may_be_compiled(programs):
+    net, plain = pair(Net(), lambda net: net)
+    z, times = batch()
+
+    @functools.partial(torch.compile, backend=EAGER)
+    def step(z, noise, t, s):
+        out = LOSS(net, z, noise=noise, t=t, s=s)
+        return out.loss.sum(), out.residual
+
+    total, residual = step(z, **times)
+    total.backward()
+    close(residual, outcome(plain, (z, times))[1])
+    for p, q in zip(net.parameters(), plain.parameters(), strict=True):
+        close(p.grad, q.grad)
+    assert programs
+
+
+def test_functional_call_of_a_compiled_model():
+    net, plain = pair(Net())
+    weights = {name: 1.3 * value.detach() for name, value in plain.named_parameters()}
+    z, times = batch()
+    found = LOSS(lambda *args: torch.func.functional_call(net, weights, args), z, **times)
+    plain.load_state_dict(weights)
+    close(found.residual, LOSS(plain, z, **times).residual)
+
+
+@pytest.mark.parametrize("loss", [CrossFlowLoss(), ImprovedMeanFlowLoss(), PixelMeanFlowLoss(), MeanFlowLoss(gap=0.5)])
+def test_every_objective(loss):
+    same(*pair(Net(0.2)), loss=loss)
+
+
+@pytest.mark.parametrize("route", [ForwardMode(), FiniteDifference(), FiniteDifference(order=1)])
+def test_other_routes_on_a_compiled_model(route):
+    same(*pair(Net(0.2)), loss=MeanFlowLoss(derivative=route), tolerance=1e-7)
+
+
+def test_consistency_moves_every_row():
+    net, plain = pair(Net())
+    z, times = batch()
+    given = z, {**times, "s": torch.zeros_like(times["t"])}
+    same(net, plain, given, ConsistencyLoss())
+
+
+# --- never a stale graph
+
+
+def evaluate(*nets):
+    for net in nets:
+        net.eval()
+
+
+def set_rate(*nets):
+    for net in nets:
+        net.blocks[1].drop = 0.4
+
+
+def replace_weights(*nets):
+    new = torch.full((4, 8), 0.3, dtype=torch.float64)
+    for net in nets:
+        net.last.weight = nn.Parameter(new.clone())
+
+
+def replace_block(*nets):
+    block = Block().double()
+    for net in nets:
+        net.blocks[0] = copy.deepcopy(block)
+
+
+def tie(*nets):
+    for net in nets:
+        net.blocks[1].mlp.weight = net.blocks[0].mlp.weight
+
+
+def freeze(*nets):
+    for net in nets:
+        net.first.requires_grad_(False)
+
+
+def hook(*nets):
+    for net in nets:
+        net.blocks[0].register_forward_hook(lambda module, args, out: 1.5 * out)
+
+
+def pre_hook(*nets):
+    for net in nets:
+        net.last.register_forward_pre_hook(lambda module, args: (args[0].sin(),))
+
+
+def other_function(*nets):
+    for net in nets:
+        net.saved = lambda block, h: block(h).tanh()
+
+
+def to_float(*nets):
+    for net in nets:
+        net.float()
+
+
+CHANGES = [evaluate, set_rate, replace_weights, replace_block, tie, freeze, hook, pre_hook, other_function]
+
+
+@pytest.mark.parametrize("how", ["whole", "blocks"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_seen(how, change):
+    net, plain = pair(Net(), HOW[how])
+    same(net, plain)
+    change(getattr(net, "_orig_mod", net), plain)
+    same(net, plain)
+    same(net, plain, batch(seed=3))
+
+
+def test_a_hook_that_is_taken_away_is_seen():
+    net, plain = pair(Net())
+    handles = [m.blocks[0].register_forward_hook(lambda module, args, out: 1.5 * out) for m in (net, plain)]
+    same(net, plain)
+    for handle in handles:
+        handle.remove()
+    same(net, plain)
+
+
+def test_grad_mode_autocast_and_dtype_are_seen():
+    net, plain = pair(Net())
+    same(net, plain)
+    with torch.no_grad():
+        same(net, plain)
+    to_float(net, plain)
+    z, times = batch()
+    given = z.float(), {name: value.float() for name, value in times.items()}
+    same(net, plain, given, tolerance=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        same(net, plain, given, tolerance=0.05)
+    same(net, plain, given, tolerance=1e-5)
+
+
+def test_other_inputs_that_move_are_seen():
+    net, plain = pair(Net())
+    z, times = batch()
+    primals = (z, times["t"], times["s"])
+    for tangents in (
+        (z, None, None),
+        (None, times["t"], None),
+        (z.sin(), times["t"], times["s"]),
+        (None, None, times["s"]),
+    ):
+        found, wanted = (SharedPrimal()(model, primals, tangents)[1] for model in (net, plain))
+        close(found, wanted)
+
+
+# --- what Python and torch make hard
+
+
+class Valued(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, z, t, s):
+        h = self.linear(z) * (1 + column(t))
+        h = h.sin() if h.max() > 1 else h.cos()
+        return h * column(s)
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.calls = nn.Linear(4, 4), 0
+
+    def forward(self, z, t, s):
+        self.calls += 1
+        return self.linear(z).sin() * (self.calls + column(t)) + column(s)
+
+
+class Masked(nn.Module):
+    """What a mask takes has a size that depends on values: it is left to Python, between two graphs."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, z, t, s):
+        h = self.linear(z) * (1 + column(t))
+        kept = h[:, torch.arange(3) > 0]
+        return torch.cat([h[:, :1], kept.sin()], 1) * column(s)
+
+
+class Writing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, z, t, s):
+        h = self.linear(z) * (1 + column(t))
+        h += z
+        h[:, :2] *= 2.0
+        h[:, 1:3].mul_(column(s) + 1)
+        h = h.relu_()
+        y = torch.zeros_like(h)
+        y[:, :2] = h[:, :2]
+        y[:, 2:] += h[:, 2:].sin()
+        return y
+
+
+class Normed(nn.Module):
+    """Its counter is beside the point: what is counted twice is seen in the buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(3)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, z, t, s):
+        self.calls.add_(1)
+        return self.norm(self.linear(z) * (1 + column(t))) * (1 + column(s))
+
+
+class Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x.sin()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 7 * gradient
+
+
+class Custom(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, z, t, s):
+        return Straight.apply(self.linear(z) * (1 + column(t))) * column(s)
+
+
+class Mixing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, z, t, s):
+        h = self.linear(z) * (1 + column(t))
+        return (h - h.mean(0)).sin() + column(s)
+
+
+@pytest.mark.parametrize("model", [Valued, Masked, Writing, Normed, Custom, Mixing])
+@pytest.mark.parametrize("moving", [3, 8])
+def test_hard_models_are_the_eager_routes(model, moving):
+    net, plain = pair(model())
+    for seed in range(2):
+        same(net, plain, batch(moving=moving, seed=seed))
+    evaluate(net, plain)
+    same(net, plain, batch(moving=moving))
+
+
+@pytest.mark.parametrize("route", [FiniteDifference(), ForwardMode(), SharedPrimal()])
+def test_buffers_are_written_once(route):
+    net, plain = pair(Normed())
+    loss = MeanFlowLoss(derivative=route)
+    for seed in range(3):
+        same(net, plain, batch(seed=seed), loss, tolerance=1e-7)
+    assert net.calls == 3
+
+
+def test_what_python_takes_from_a_counter_is_right_and_ends_in_one_warning():
+    net, plain = pair(Counting())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for seed in range(12):
+            same(net, plain, batch(seed=seed))
+    assert len(told(caught)) <= 1
+
+
+def test_a_function_without_a_derivative_is_named_as_in_the_eager_route():
+    def model(z, t, s):
+        return torch.cdist(z, z.sin()).sum(-1, keepdim=True) * column(t)
+
+    z, times = batch()
+    messages = []
+    for fn in (model, torch.compile(model, backend=EAGER)):
+        with pytest.raises(DerivativeError) as caught:
+            SharedPrimal()(fn, (z, times["t"], times["s"]), (z, torch.ones_like(times["t"]), None))
+        messages.append(str(caught.value)[:60])
+    assert "cdist" in messages[0] and "cdist" in messages[1]
+
+
+def test_what_cannot_be_traced_runs_uncompiled_with_one_warning(monkeypatch):
+    def fails(*args, **kwargs):
+        raise NotImplementedError("no trace today")
+
+    net, plain = pair(Net())
+    monkeypatch.setattr(compiled, "make_fx", fails)
+    with pytest.warns(UserWarning, match="runs uncompiled.*no trace today") as caught:
+        same(net, plain)
+        same(net, plain, batch(seed=1))
+    assert len(caught) == 1
+
+
+def test_nothing_is_left_behind():
+    original = torch._dynamo.eval_frame._callback_from_stance
+    net, plain = pair(Net())
+    same(net, plain)
+    with pytest.raises(ZeroDivisionError):
+        LOSS(torch.compile(lambda z, t, s: z / 0 * (1 // 0), backend=EAGER), batch()[0])
+    assert torch._dynamo.eval_frame._callback_from_stance is original
+    assert hidden_calls.at_work() is None
+    close(
+        net(*(x for x in (batch()[0], *[batch()[1][k] for k in "ts"]))),
+        plain(batch()[0], *[batch()[1][k] for k in "ts"]),
+    )
+
+
+# --- inductor
+
+
+@COMPILER
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", [compile_whole, compile_blocks])
+def test_inductor_computes_the_same(how):
+    net, plain = pair(Net(), functools.partial(how, backend="inductor"))
+    same(net, plain)
+    same(net, plain, batch(moving=8))
+
+
+@COMPILER
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_inductor_drops_what_the_plain_compiled_step_drops():
+    net, _ = pair(Net(0.5), functools.partial(compile_whole, backend="inductor"))
+    z, times = batch()
+    torch.manual_seed(4)
+    found = LOSS(net, z, **times).prediction
+    torch.manual_seed(4)
+    z_t = (1 - column(times["t"])) * z + column(times["t"]) * times["noise"]
+    with contextlib.nullcontext():
+        close(found, net(z_t, times["t"], times["s"]))
