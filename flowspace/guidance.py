@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowspace.backends.torch_backend import several_processes
+from flowspace.backends.process import several_processes
 from flowspace.errors import InputError
 from flowspace.schedules import over_rows
 

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 
 from flowspace import (
     CrossFlowLoss,
+    DerivativeError,
     FiniteDifference,
     ForwardMode,
     ImprovedMeanFlowLoss,
@@ -39,6 +40,23 @@ def batch(shares):
     z, noise = torch.randn(2, len(shares), 4, generator=generator, dtype=torch.float64)
     t = torch.linspace(0.25, 0.95, len(shares), dtype=torch.float64)
     return z, {"noise": noise, "t": t, "s": t * torch.tensor(shares, dtype=torch.float64)}
+
+
+def check_buffers():
+    """DDP writes into buffers unseen: forward mode says so, and is exact where it does not."""
+    z, rest = batch([1, 0.3] * 3)
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).double().eval()
+    loss_fn = MeanFlowLoss(derivative=ForwardMode())
+    wanted = loss_fn(lambda z, t, s: net(z * t[:, None]), z, **rest).residual
+    for broadcast in (True, False):
+        ddp = nn.parallel.DistributedDataParallel(net, broadcast_buffers=broadcast)
+        try:
+            found = loss_fn(lambda z, t, s, ddp=ddp: ddp(z * t[:, None]), z, **rest).residual
+        except DerivativeError as error:
+            assert broadcast and "broadcast_buffers=False" in str(error)
+        else:
+            assert not broadcast and torch.equal(found, wanted)
+    print("DDP with buffers agrees", flush=True)
 
 
 def main():
@@ -78,6 +96,8 @@ def main():
                 found.grad.full_tensor(), parameter.grad / size, rtol=1e-6, atol=1e-6
             )
         print(f"{name} agrees", flush=True)
+    if size == 1:
+        check_buffers()
     dist.barrier()
     os._exit(0)
 

@@ -7,6 +7,8 @@ import contextlib
 import copy
 import functools
 import shutil
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -27,7 +29,7 @@ from flowspace import (
     PixelMeanFlowLoss,
     SharedPrimal,
 )
-from flowspace.derivatives import hidden_calls
+from flowspace.derivatives import hidden_calls, shared_primal
 from flowspace.derivatives.shared_primal import compiled
 
 pytestmark = [
@@ -570,6 +572,37 @@ def test_nothing_is_left_behind():
         net(*(x for x in (batch()[0], *[batch()[1][k] for k in "ts"]))),
         plain(batch()[0], *[batch()[1][k] for k in "ts"]),
     )
+
+
+LATE = """
+import sys, torch
+from flowspace import SharedPrimal
+
+def model(z, t):
+    return torch.compile(lambda z, t: z.sin() * t[:, None], backend="eager")(z, t)
+
+z, t = torch.randn(4, 3, dtype=torch.float64), torch.rand(4, dtype=torch.float64)
+assert "torch._dynamo" not in sys.modules
+wanted = z.cos() * t[:, None] * z + z.sin()
+found = SharedPrimal()(model, (z, t), (z, torch.ones_like(t)), torch.arange(4) < 2)[1]
+torch.testing.assert_close(found, torch.where(torch.arange(4)[:, None] < 2, wanted, 0.0))
+"""
+
+
+def test_a_model_that_compiles_on_its_way_is_met_at_once():
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", LATE], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("moving", [4, 8])
+def test_an_older_torch_runs_it_as_written_with_one_warning(monkeypatch, moving, programs):
+    monkeypatch.setattr(hidden_calls, "compiles", lambda: False)
+    shared_primal._warn_of_old_torch.cache_clear()
+    net, plain = pair(Net(0.3))
+    with pytest.warns(UserWarning, match="from torch 2.11 on it runs compiled") as caught:
+        same(net, plain, batch(moving=moving))
+        same(net, plain, batch(moving=moving, seed=1))
+    assert len(caught) == 1 and not programs
 
 
 # --- inductor

@@ -1,6 +1,5 @@
 """torch: arrays are tensors, randomness comes from a generator, which moves on as it is drawn from."""
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -20,15 +19,14 @@ from torch import (
 )
 from torch.overrides import handle_torch_function, has_torch_function
 
+from flowspace.backends.process import forward_mode_lock
+
 __all__ = [
     "apart", "as_array", "cast", "clamp", "detach", "device", "elementwise", "expand", "flatten",
-    "forward_mode_lock", "in_full", "is_array", "is_floating", "isfinite", "known", "maximum",
-    "minimum", "normal", "ones_like", "repeated", "several_processes", "sigmoid", "sign", "slope",
+    "in_full", "is_array", "is_floating", "isfinite", "known", "maximum",
+    "minimum", "normal", "ones_like", "repeated", "sigmoid", "sign", "slope",
     "split", "square", "time_dtype", "to_float", "uniform", "where", "wide", "zeros_like",
 ]  # fmt: skip
-
-forward_mode_lock = threading.RLock()
-"""Held in every torch.func.jvp: torch counts its levels of forward mode for the whole process."""
 
 to_float = "{}.float()"
 """How a user makes real numbers of whole ones; for messages."""
@@ -120,12 +118,6 @@ def slope(function: Callable[..., Tensor], time: Tensor, *rest: Tensor) -> Tenso
     time = time.contiguous()
     with forward_mode_lock:
         return torch.func.jvp(lambda u: function(u, *rest), (time,), (torch.ones_like(time),))[1]
-
-
-def several_processes() -> bool:
-    """Return whether other processes may wait for this one: then each must evaluate a model equally often."""
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def split(generator: torch.Generator | None, count: int) -> tuple[torch.Generator | None, ...]:

@@ -56,7 +56,7 @@ class FiniteDifference(SecondRun):
         """Return the value with gradient and the difference quotient of a function on JAX arrays."""
         xp, value = backend_of(*primals), fn(*primals)
         known = xp.detach(value)
-        offsets, weights = self._stencil(primals)
+        offsets, weights = self._stencil(primals, primals)
         ahead = self._values(fn, primals, tangents, offsets)
         if (
             xp.known(known)
@@ -178,21 +178,20 @@ class FiniteDifference(SecondRun):
         return xp.expand(xp.as_array(0.5, primals[0]), xp.flatten(primals[0])[:, 0])
 
     def _stencil(
-        self, primals: Sequence[Any], alike: bool = True
+        self, primals: Sequence[Any], whole: Sequence[Any]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Return offsets, and the weights of f itself and of f at each offset.
 
-        They are chosen for each row; ``alike``, where rows may mix unseen, the same for every row, if
-        that fits into [0, 1].
+        They are the same for every row of the whole batch, if that fits into [0, 1], since rows may
+        mix unseen; else they are chosen for each row.
         """
-        t, h, xp = self._times(primals), self.step, backend_of(*primals)
-        reach = self.order * h
+        t, everywhere, h = self._times(primals), self._times(whole), self.step
+        xp, reach = backend_of(t), self.order * h
+        all_back, all_ahead = (everywhere - reach >= 0).all(), (everywhere + reach <= 1).all()
+        all_central = ((everywhere - h >= 0) & (everywhere + h <= 1)).all()
         back = (t >= 0.5) if self.order == 2 else (t - h >= 0)
-        central = (t - h >= 0) & (t + h <= 1)
-        if alike:
-            all_back, all_ahead = (t - reach >= 0).all(), (t + reach <= 1).all()
-            back = all_back | (~all_ahead & back)
-            central = central & (central.all() | ~(all_back | all_ahead))
+        back = all_back | (~all_ahead & back)
+        central = (t - h >= 0) & (t + h <= 1) & (all_central | ~(all_back | all_ahead))
         if self.order == 1:
             offset = xp.cast(xp.where(back, -1.0, 1.0), t.dtype) * h
             return [offset], [-1 / offset, 1 / offset]

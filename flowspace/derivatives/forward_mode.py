@@ -141,6 +141,11 @@ def _reason(error: Exception) -> str:
     """Return the first line of what torch says; of operators that take functions it says a key alone."""
     if isinstance(error, KeyError):
         return "it calls an operator that takes a function, such as flex_attention, scan or cond"
+    if "captured Tensor" in str(error):
+        return (
+            "something writes into a tensor that it holds, unseen by torch's functions, as "
+            "DistributedDataParallel does into buffers unless broadcast_buffers=False"
+        )
     return str(error).strip().partition("\n")[0].rstrip(".")
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "capturing",
     "compiles",
     "dispatched",
+    "loaded",
     "met",
     "off_duty",
     "outside_modes",
@@ -154,6 +155,11 @@ def _script(original: Any) -> Any:
 # --- torch.compile
 
 
+def loaded() -> bool:
+    """Return whether anything was compiled by torch.compile, as far as its being loaded tells."""
+    return "torch._dynamo" in sys.modules
+
+
 def compiles() -> bool:
     """Return whether this torch has what compiled parts need to be met: 2.11 does, and the newest tried, 2.14."""
     frames = torch.__dict__.get("_dynamo")
@@ -217,8 +223,6 @@ def outside_modes() -> contextlib.AbstractContextManager[Any]:
 
     Modes that count operations count tangents too, and tensors without values need theirs: these stay.
     """
-    if not dispatched():
-        return contextlib.nullcontext()
     modes = python_dispatch._get_current_dispatch_mode_stack()
     if any(isinstance(mode, STAYING) for mode in modes):
         return contextlib.nullcontext()

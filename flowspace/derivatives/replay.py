@@ -22,7 +22,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.overrides import TorchFunctionMode
 
 from flowspace.backends import backend_of, torch_backend
-from flowspace.backends.torch_backend import forward_mode_lock, several_processes
+from flowspace.backends.process import forward_mode_lock, several_processes
 from flowspace.derivatives import hidden_calls
 from flowspace.errors import DerivativeError
 
@@ -99,6 +99,7 @@ class Draws:
             if (numpy_random := sys.modules.get("numpy.random")) is not None:
                 self.sources.append((numpy_random.get_state, numpy_random.set_state))
         self.before = self._state()
+        self.torchs = 1 + hasattr(module, "get_rng_state")
 
     def _state(self) -> list[Any]:
         return [get() for get, _ in self.sources]
@@ -108,24 +109,29 @@ class Draws:
         return not all(map(_equal, self._state(), self.before))
 
     def replay(self, fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Return fn with the draws of the first call, leaving the generators as they are now."""
+        """Return fn with the draws of the first call, leaving the generators as they are now.
+
+        Those of Python count if they have been drawn from by now: to ask them takes longer.
+        """
+        states = list(zip(self.sources, self._state(), self.before, strict=True))
+        moved = [
+            (source, before)
+            for i, (source, now, before) in enumerate(states)
+            if i < self.torchs or not _equal(now, before)
+        ]
 
         def again(*primals: Any) -> Tensor:
-            now = self._state()
+            now = [get() for (get, _), _ in moved]
             try:
-                self._set(self.before, now)
+                for (_, put), before in moved:
+                    put(before)
                 return fn(*primals)
             finally:
-                self._set(now, self._state())
+                for ((_, put), _), state in zip(moved, now, strict=True):
+                    put(state)
 
         again.__name__ = getattr(fn, "__name__", "again")
         return again
-
-    def _set(self, wanted: list[Any], present: list[Any]) -> None:
-        """Set the states that are not as wanted."""
-        for (_, put), then, now in zip(self.sources, wanted, present, strict=True):
-            if not _equal(then, now):
-                put(then)
 
 
 def _of_device(

@@ -45,12 +45,12 @@ class First(NamedTuple):
     Attributes:
         value: fn(*primals), detached.
         exact: whether it is known to full precision.
-        whole: whether these are all rows of the batch.
+        whole: the primals of the whole batch.
     """
 
     value: Tensor
     exact: bool
-    whole: bool = True
+    whole: Sequence[Any]
 
 
 class Second(NamedTuple):
@@ -81,7 +81,7 @@ class SecondRun(Derivative):
         if rows is not None and (draws.happened() or several_processes() or wrapped(value)):
             rows = None
         with torch.no_grad(), _full_precision(device) as widened, uncompiled():
-            first = First(value.detach(), not widened and value.dtype.itemsize >= 4)
+            first = First(value.detach(), not widened and value.dtype.itemsize >= 4, primals)
             attempt = _Attempt(self, draws.replay(fn), primals, tangents, first, widened)
             found = None if rows is None else attempt.on_rows(rows)
             if found is not None:
@@ -114,7 +114,7 @@ class _Attempt:
 
     def on_rows(self, rows: Tensor) -> Tensor | None:
         """Return the derivative on these rows, or None if the model needs all of them."""
-        first = First(self.first.value[rows], self.first.exact, whole=False)
+        first = self.first._replace(value=self.first.value[rows])
         try:
             second, itemsize = self._run(first, rows, mixed=False)
         except FlowspaceError:

@@ -117,7 +117,7 @@ class Dual:
     @property
     def rows(self) -> Tensor:
         """The primal where the tangent is, detached."""
-        return restrict(self.primal.detach(), self.layout)
+        return self.primal.detach() if self.layout is None else restrict(self.primal, self.layout)
 
     @property
     def ndim(self) -> int:

@@ -81,14 +81,16 @@ def rms_norm(
         return forward(call)
     dims = list(range(-len(normalized_shape), 0))
     x.untouched(*dims)
-    # as torch forms it, its default eps included
-    dtype = torch.promote_types(x.primal.dtype, torch.float32)
-    rows, tangent = x.rows.to(dtype), x.tangent.to(dtype)
-    if eps is None:
-        eps = torch.finfo(rows.dtype).eps
+    rows, tangent = x.rows, x.tangent
+    dtype = torch.promote_types(rows.dtype, torch.float32)  # as torch forms it, default eps included
+    if rows.dtype != dtype:
+        rows, tangent = rows.to(dtype), tangent.to(dtype)
+    eps = torch.finfo(dtype).eps if eps is None else eps
     scale = torch.rsqrt(rows.square().mean(dims, keepdim=True) + eps)
     unit = rows * scale
-    return _scaled(scale * (tangent - unit * (unit * tangent).mean(dims, keepdim=True)), weight)
+    along = (unit * tangent).mean(dims, keepdim=True)
+    found = torch.addcmul(tangent, unit, along, value=-1).mul_(scale)
+    return found if weight is None else found * weight
 
 
 @rule("group_norm")

@@ -25,6 +25,7 @@ __all__ = [
     "differentiable",
     "forward",
     "is_pointwise",
+    "may_draw",
     "moves",
     "pointwise",
     "rows_of",
@@ -137,6 +138,27 @@ def is_pointwise(name: str) -> bool:
     return name in UNTAGGED or (
         packet is not None and any(torch.Tag.pointwise in getattr(packet, o).tags for o in packet.overloads())
     )
+
+
+@functools.lru_cache(None)
+def may_draw(name: str) -> bool:
+    """Return whether a function may draw random numbers, as far as torch's tags tell.
+
+    A function that is composed of others, or that torch has no operator of, may.
+    """
+    packet = getattr(torch.ops.aten, name, None) if name else None
+    if packet is None:
+        return True
+    overloads = [getattr(packet, overload) for overload in packet.overloads()]
+    draws = torch.Tag.nondeterministic_seeded
+    return any(draws in overload.tags or _composed(overload) for overload in overloads)
+
+
+def _composed(overload: Any) -> bool:
+    """Return whether an operator is written in others; one for numbers alone has no kernel."""
+    if not torch._C._dispatch_has_kernel(overload.name()):
+        return False
+    return overload.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
 
 
 def differentiable(value: Any) -> bool:

@@ -16,6 +16,8 @@ inputs become the tangent of its output.
 """
 
 import contextlib
+import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -95,10 +97,14 @@ def run(fn: Callable[..., Tensor], primals: Sequence[Any], tangents: Sequence[Te
         p if v is None else carrier.wrap(p, (v if rows is None else v[rows.chosen]).detach(), layout)
         for p, v in zip(primals, tangents, strict=True)
     ]
-    compiled = contextlib.nullcontext() if hidden_calls.compiles() else uncompiled()
+    met = hidden_calls.loaded()
+    if met and not hidden_calls.compiles():
+        _warn_of_old_torch()
     try:
-        with hidden_calls.watched(carrier), compiled, carrier:
+        with hidden_calls.watched(carrier), _as_written(), carrier:
             out = fn(*inputs)
+        if hidden_calls.loaded() and not met:
+            carrier.lost = True  # the model loaded torch.compile on its way: what it compiled was not met
         if not isinstance(out, Tensor):
             got = type(out).__name__
             raise InputError(f"the model returned {got}; wrap it so that it returns one tensor of shape (B, *)")
@@ -108,6 +114,20 @@ def run(fn: Callable[..., Tensor], primals: Sequence[Any], tangents: Sequence[Te
     lost = carrier.lost or (dual is not None and dual.layout is not None and dual.layout[:3] != (0, 1, 1))
     value = out if plain is None else plain.primal
     return Run(value, None if lost or dual is None else dual.tangent, carrier.writes.before if lost else None)
+
+
+def _as_written() -> contextlib.AbstractContextManager[Any]:
+    """Run what torch.compile compiled as it was written, where this torch does not let it be met."""
+    return contextlib.nullcontext() if hidden_calls.compiles() else uncompiled()
+
+
+@functools.cache
+def _warn_of_old_torch() -> None:
+    warnings.warn(
+        f"got torch {torch.__version__}; what is compiled of a model runs as it was written beside its tangents, "
+        "right and slower; from torch 2.11 on it runs compiled",
+        stacklevel=5,
+    )
 
 
 @contextlib.contextmanager

@@ -61,8 +61,12 @@ class Carrier(TorchFunctionMode):
 
     def wrap(self, primal: Tensor, tangent: Tensor, layout: Layout | None) -> Tensor:
         """Return an alias of a primal that carries a tangent."""
-        alias, tangent = primal.view_as(primal), tangent.to(primal.dtype)
-        setattr(alias, FIELD, Dual(primal, tangent.detach() if self.traced else tangent, layout, self))
+        alias = primal.view_as(primal)
+        if tangent.dtype != primal.dtype:
+            tangent = tangent.to(primal.dtype)
+        if self.traced:
+            tangent = tangent.detach()
+        alias._flowspace_dual = Dual(primal, tangent, layout, self)  # type: ignore[attr-defined]
         self.live[id(alias)] = weakref.ref(alias)
         return alias
 
@@ -202,7 +206,7 @@ class Carrier(TorchFunctionMode):
     def ruled(self, call: rules.Call, name: str) -> Any:
         """Run a function as it is, and its rule, or torch.func.jvp of it, beside it."""
         rule = rules.rule_of(name)
-        may_draw = rule in (None, rules.pointwise) and not self.traced
+        may_draw = rule in (None, rules.pointwise) and not self.traced and rules.may_draw(name)
         draws = Draws(call.duals[0].primal.device) if may_draw else None
         by_rule = name == "layer_norm" and (self.traced or not hidden_calls.dispatched())
         if not by_rule and not rules.moves(call.evaluate()):
@@ -228,8 +232,11 @@ class Carrier(TorchFunctionMode):
                 return rule(call, *call.args, **call.kwargs) if rule else rules.forward(call)
         torch._C._set_grad_enabled(False)
         try:
-            with torch._C.DisableTorchFunction(), hidden_calls.outside_modes():  # pyright: ignore
-                return rule(call, *call.args, **call.kwargs) if rule else rules.forward(call)
+            with torch._C.DisableTorchFunction():  # pyright: ignore
+                if not hidden_calls.dispatched():
+                    return rule(call, *call.args, **call.kwargs) if rule else rules.forward(call)
+                with hidden_calls.outside_modes():
+                    return rule(call, *call.args, **call.kwargs) if rule else rules.forward(call)
         finally:
             torch._C._set_grad_enabled(call.grad)
 
