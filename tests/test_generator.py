@@ -1,5 +1,7 @@
 """The generator: the paper's sizes, its shapes, what it sees, and that the library's routes take it as it is."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from dataclasses import replace
 
 from flowspace import CrossFlowLoss, FiniteDifference, ForwardMode, InputError, SharedPrimal
 from flowspace.vision import CrossFlowGenerator
-from flowspace.vision.generator import CONDITIONS, RotaryGrid
+from flowspace.vision.generator import CONDITIONS, Norm, RotaryGrid
 
 SMALL = {"channels": 4, "grid": 4, "patch": 2, "classes": 5, "depth": 2, "width": 32, "heads": 4}
 
@@ -139,3 +141,16 @@ def test_saved_and_loaded_it_is_the_same_to_the_bit(tmp_path):
 def test_misuse_is_one_clear_error(call, says):
     with pytest.raises(InputError, match=says):
         call()
+
+
+def test_under_autocast_the_norms_stay_in_torchs_fused_kernel():
+    """Which warns, and falls apart into many, where a weight has another dtype than what it multiplies."""
+    norm = Norm(8)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(2, 8, dtype=torch.bfloat16)
+    with warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16):
+        warnings.simplefilter("error")
+        found = norm(x)
+    wanted = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + norm.eps) * norm.weight
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), wanted, rtol=2e-2, atol=2e-2)

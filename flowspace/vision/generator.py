@@ -94,7 +94,7 @@ class CrossFlowGenerator(ModelMixin, ConfigMixin):
             {name.replace("-", "_minus_"): TimeEmbedding(width) for name in CONDITIONS[condition]}
         )
         self.blocks = nn.ModuleList(Block(width, heads, mlp) for _ in range(depth))
-        self.norm = RmsNorm(width)
+        self.norm = Norm(width)
         self.head = nn.Linear(width, outputs * patch * patch, bias=False)
         self.rotary = RotaryGrid(width // heads)
         self._initialise()
@@ -197,15 +197,23 @@ class RotaryGrid(nn.Module):
         return torch.cat([angle.cos()] * 2, 1), torch.cat([angle.sin()] * 2, 1)
 
 
+class Norm(RmsNorm):
+    """An RMS norm whose weight is cast to its input's dtype: under autocast torch's fused kernel takes no other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x / sqrt(mean(x^2) + eps) * weight``, over the last axis."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Block(nn.Module):
     """Attention and an MLP, each after an RMS norm and added to its input."""
 
     def __init__(self, width: int, heads: int, mlp: str) -> None:
         super().__init__()
         self.heads = heads
-        self.norm1, self.norm2 = RmsNorm(width), RmsNorm(width)
+        self.norm1, self.norm2 = Norm(width), Norm(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.q_norm, self.k_norm = RmsNorm(width // heads), RmsNorm(width // heads)
+        self.q_norm, self.k_norm = Norm(width // heads), Norm(width // heads)
         self.proj = nn.Linear(width, width, bias=False)
         if mlp not in MLPS:
             raise InputError(f"mlp = {mlp!r} came; write 'swiglu' or 'gelu'")
