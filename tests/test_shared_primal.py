@@ -8,6 +8,7 @@ or a row that mixes into another one unseen, shows.
 import contextlib
 import copy
 import math
+import re
 import random
 import threading
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from flowspace import DerivativeError, InputError, SharedPrimal
 from flowspace.derivatives import rules
 from flowspace.derivatives.rules import dual as duals
+from flowspace.derivatives.shared_primal import kinds
 
 ROUTE = SharedPrimal()
 DOUBLE = torch.float64
@@ -1613,7 +1615,7 @@ RARER = {
     "recurrent": lambda z, t: torch.gru_cell(z, z.sin(), normal(1, 18, 6), normal(2, 18, 6)),
     "linear algebra": lambda z, t: torch.linalg.solve(z[:, :, None] * z[:, None] + torch.eye(6, dtype=z.dtype), z),
     "weights that move": lambda z, t: F.linear(z, z.T @ z) + F.layer_norm(z, (6,), z[0], z[1]),
-    "numbers that are read": lambda z, t: z * z[0, 0].item() + float(z.detach().sum()),
+    "numbers that are read": lambda z, t: z * z[0, 0].detach().item() + float(z.detach().sum()),
 }
 
 
@@ -1621,6 +1623,33 @@ RARER = {
 @pytest.mark.parametrize("which", [None, "one", "half"])
 def test_rarer_functions_and_ways_to_call_them_are_right_too(name, which):
     check_seeded(RARER[name], choose(4, which), tolerance=1e-6 if "float32" in name or "types" in name else 1e-11)
+
+
+LEAVING = {
+    ".item()": lambda z, t: z * t[0].item(),
+    ".tolist()": lambda z, t: z * torch.tensor(t.tolist(), dtype=DOUBLE)[:, None],
+    ".numpy()": lambda z, t: z * torch.from_numpy(t.numpy())[:, None],
+    "float()": lambda z, t: z * float(t[0]),
+    "array()": lambda z, t: z * torch.from_numpy(np.asarray(t))[:, None],
+}
+
+
+@pytest.mark.parametrize("name", LEAVING)
+def test_a_value_that_leaves_torch_is_refused_by_the_name_of_what_took_it(name):
+    with pytest.raises(DerivativeError, match=r"got " + re.escape(name) + r".* write \.detach\(\) first"):
+        ROUTE(LEAVING[name], *inputs((4, 6)))
+
+
+@pytest.mark.parametrize("cast", [lambda t: (t * 9).long(), lambda t: (t * 9).to(torch.int64)])
+def test_a_table_looked_up_by_times_has_derivative_zero_and_one_warning(cast):
+    kinds.warn_of_whole_numbers.cache_clear()
+    primals, tangents = inputs((4, 6))
+    table = normal(1, 10, 6)
+    with pytest.warns(UserWarning, match="whole numbers") as caught:
+        for _ in range(2):
+            found = ROUTE(lambda z, t: z + table[cast(t).clamp(0, 9)], primals, tangents)[1]
+    close(found, tangents[0])
+    assert len(caught) == 1
 
 
 @pytest.mark.parametrize("which", WHICH)

@@ -44,9 +44,7 @@ class FiniteDifference(SecondRun):
 
     def __post_init__(self) -> None:
         if not 0 < self.step <= 0.25:
-            raise InputError(
-                f"step = {self.step} came; it is a difference of times, so write 0 < step <= 0.25"
-            )
+            raise InputError(f"step = {self.step} came; it is a difference of times, so write 0 < step <= 0.25")
         if self.order not in (1, 2):
             raise InputError(f"order = {self.order} came; write 1 (one-sided) or 2 (central)")
 
@@ -58,11 +56,7 @@ class FiniteDifference(SecondRun):
         known = xp.detach(value)
         offsets, weights = self._stencil(primals, primals)
         ahead = self._values(fn, primals, tangents, offsets)
-        if (
-            xp.known(known)
-            and not self._on_one_line(known, ahead, offsets)
-            and not agree(known, fn(*primals), 4, 10.0)
-        ):
+        if xp.known(known) and not self._on_one_line(known, ahead, offsets) and not agree(known, fn(*primals), 4, 10.0):
             raise DerivativeError(
                 "got another value from the model when it was evaluated again at the same point; it draws "
                 "anew in each call, as flax.nnx's Dropout does: pass what it draws in cond, or evaluate it "
@@ -86,23 +80,15 @@ class FiniteDifference(SecondRun):
         It is where nothing else would tell that the second run is not the first one: of order 2, the
         values lie near one line if it is.
         """
-        if any(
-            v is not None and p.dtype.itemsize < 4 for p, v in zip(primals, tangents, strict=True)
-        ):
+        if any(v is not None and p.dtype.itemsize < 4 for p, v in zip(primals, tangents, strict=True)):
             raise InputError(
                 f"a state of dtype {primals[0].dtype} came, whose rounding drowns a step of {self.step}; keep latents in "
                 "float32 (with autocast for speed), or use ForwardMode()"
             )
-        offsets, weights = (
-            self._backward(primals) if mixed else self._stencil(primals, first.whole)
-        )
+        offsets, weights = self._backward(primals) if mixed else self._stencil(primals, first.whole)
         ahead = self._values(fn, primals, tangents, offsets)
         known = None
-        if (
-            not first.exact
-            or several_processes()
-            or not self._on_one_line(first.value, ahead, offsets)
-        ):
+        if not first.exact or several_processes() or not self._on_one_line(first.value, ahead, offsets):
             known = fn(*primals)
         value = first.value if known is None else known
         total = over_rows(weights[0], value) * value
@@ -177,9 +163,7 @@ class FiniteDifference(SecondRun):
             return primals[1]
         return xp.expand(xp.as_array(0.5, primals[0]), xp.flatten(primals[0])[:, 0])
 
-    def _stencil(
-        self, primals: Sequence[Any], whole: Sequence[Any]
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def _stencil(self, primals: Sequence[Any], whole: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
         """Return offsets, and the weights of f itself and of f at each offset.
 
         They are the same for every row of the whole batch, if that fits into [0, 1], since rows may

@@ -99,8 +99,9 @@ class _Followed(TorchFunctionMode):
             return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
         if name in LEAVES:
+            called = f"{name.strip('_')}()" if name.startswith("__") else f".{name}()"
             raise DerivativeError(
-                f"got .{name.strip('_')}() of a tensor that moves with z_t or t: its value leaves torch, "
+                f"got {called} of a tensor that moves with z_t or t: its value leaves torch, "
                 "where no tangent follows it; keep it a tensor, write .detach() first if it is a "
                 "constant, or derivative=FiniteDifference()"
             )

@@ -134,9 +134,7 @@ class Draws:
         return again
 
 
-def _of_device(
-    module: Any, device: torch.device
-) -> tuple[Callable[[], Any], Callable[[Any], None]]:
+def _of_device(module: Any, device: torch.device) -> tuple[Callable[[], Any], Callable[[Any], None]]:
     """Return how the state of a device's generator is read and set; not every device's functions take the device."""
     if not inspect.signature(module.get_rng_state).parameters:
         return module.get_rng_state, module.set_rng_state
@@ -151,9 +149,7 @@ def _equal(first: Any, second: Any) -> bool:
     return all(bool(part.all()) if hasattr(part, "all") else part for part in same)
 
 
-def batch_statistics(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Any, ...] | None:
+def batch_statistics(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
     """Return the arguments, less the running statistics, of a norm that uses the batch's; None for any other function."""
     if func in (F.batch_norm, F.instance_norm):
         bound = inspect.signature(func).bind(*args, **kwargs)
@@ -209,9 +205,7 @@ class Untouched(TorchFunctionMode):
             if not wrapped(args[0]) and torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore
                 if not any(isinstance(value, Tensor) and wrapped(value) for value in args[1:]):
                     self.remember(args[0])
-                    with (
-                        temporarily_clear_interpreter_stack()
-                    ):  # which refuses to write into what a function holds
+                    with temporarily_clear_interpreter_stack():  # which refuses to write into what a function holds
                         return func(*args, **(kwargs or {}))
                 args = (self._written_inside(args[0]), *args[1:])
             else:

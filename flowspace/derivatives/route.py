@@ -48,20 +48,14 @@ class Derivative(abc.ABC):
             DerivativeError: if the route cannot differentiate fn.
         """
         if len(primals) != len(tangents):
-            raise InputError(
-                f"{len(primals)} primals and {len(tangents)} tangents came; write None for a constant"
-            )
+            raise InputError(f"{len(primals)} primals and {len(tangents)} tangents came; write None for a constant")
         for p, v in zip(primals, tangents, strict=True):
             if v is not None and v.shape != p.shape:
-                raise InputError(
-                    f"a tangent of shape {tuple(v.shape)} came for a primal of shape {tuple(p.shape)}"
-                )
+                raise InputError(f"a tangent of shape {tuple(v.shape)} came for a primal of shape {tuple(p.shape)}")
         if (xp := one_backend(*primals, *tangents)) is not torch_backend:
             value, derivative = self.evaluate_pure(fn, primals, tangents)
             checked(value, primals)
-            return value, derivative if rows is None else xp.where(
-                over_rows(rows, derivative), derivative, 0.0
-            )
+            return value, derivative if rows is None else xp.where(over_rows(rows, derivative), derivative, 0.0)
         if torch.compiler.is_compiling():
             return torch.compiler.disable(self._captured_rows)(fn, primals, tangents, rows)  # pyright: ignore
         return self._evaluate_rows(fn, primals, tangents, rows)
@@ -85,9 +79,7 @@ class Derivative(abc.ABC):
         value, derivative = self.evaluate(fn, primals, tangents, chosen)
         checked(value, primals)
         if rows is not None:
-            derivative = torch.where(
-                rows.reshape(-1, *[1] * (derivative.ndim - 1)), derivative, 0.0
-            )
+            derivative = torch.where(rows.reshape(-1, *[1] * (derivative.ndim - 1)), derivative, 0.0)
         return value, derivative
 
     def _chosen(self, rows: Tensor) -> Tensor | None:
@@ -123,9 +115,7 @@ def checked(value: Any, primals: Sequence[Any]) -> Tensor:
     is_array = backend_of(*primals).is_array(value)
     if not is_array or value.ndim < 1 or len(value) != len(primals[0]):
         came = f"shape {tuple(value.shape)}" if is_array else type(value).__name__
-        raise InputError(
-            f"the model returned {came}; wrap it so that it returns one tensor of shape (B, *)"
-        )
+        raise InputError(f"the model returned {came}; wrap it so that it returns one tensor of shape (B, *)")
     return value
 
 

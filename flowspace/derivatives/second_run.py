@@ -119,7 +119,9 @@ class _Attempt:
             second, itemsize = self._run(first, rows, mixed=False)
         except FlowspaceError:
             raise
-        except Exception:  # whatever a model raises that needs all rows: on all rows it is raised again, if it is its own
+        except (
+            Exception
+        ):  # whatever a model raises that needs all rows: on all rows it is raised again, if it is its own
             return None
         if second.derivative.shape != first.value.shape:
             return None
@@ -144,9 +146,7 @@ class _Attempt:
 
     def _run(self, first: First, rows: Tensor | None, mixed: bool) -> tuple[Second, int]:
         """Return what a second run gives, and the bytes of the least precise numbers in either run."""
-        inputs, directions = take(
-            (self.primals, self.tangents), rows, len(self.first.value), self.widened
-        )
+        inputs, directions = take((self.primals, self.tangents), rows, len(self.first.value), self.widened)
         with untouched(mixed) as run:
             second = self.route.derive(self.fn, inputs, directions, first, mixed)
         self.route.check_run(run)
@@ -171,8 +171,6 @@ def take(tree: Any, chosen: Tensor | None, batch: int, widen: bool) -> Any:
         leaf = leaf.detach()
         if widen and leaf.is_floating_point() and leaf.dtype.itemsize < 4:
             leaf = leaf.float()
-        return (
-            leaf[chosen] if chosen is not None and leaf.ndim and leaf.shape[0] == batch else leaf
-        )
+        return leaf[chosen] if chosen is not None and leaf.ndim and leaf.shape[0] == batch else leaf
 
     return pytree.tree_map(one, tree)

@@ -25,7 +25,7 @@ from flowspace.derivatives import hidden_calls, rules
 from flowspace.derivatives.replay import Draws, wrapped
 from flowspace.derivatives.rules.dual import Dual, Layout, LostRowsError
 from flowspace.derivatives.shared_primal import higher_order
-from flowspace.derivatives.shared_primal.kinds import TRANSFORMED, Plan, plan_of, refusal
+from flowspace.derivatives.shared_primal.kinds import TRANSFORMED, WHOLE, Plan, plan_of, refusal, warn_of_whole_numbers
 from flowspace.derivatives.shared_primal.writes import Writes
 from flowspace.errors import DerivativeError
 
@@ -191,7 +191,7 @@ class Carrier(TorchFunctionMode):
             return self._enter(func, _unchecked(func), args, kwargs)
         if kind == "random" and (parts := rules.decompositions(name, args, kwargs)):
             return self._enter(func, parts, args, kwargs)
-        if kind == "refused":
+        if kind in ("refused", "leaves"):
             raise DerivativeError(refusal(name or func.__name__))
         if kind == "in place":
             return self.writes.write(call, name, args[0])
@@ -210,6 +210,8 @@ class Carrier(TorchFunctionMode):
         draws = Draws(call.duals[0].primal.device) if may_draw else None
         by_rule = name == "layer_norm" and (self.traced or not hidden_calls.dispatched())
         if not by_rule and not rules.moves(call.evaluate()):
+            if name in WHOLE:
+                warn_of_whole_numbers(name)
             return call.out
         if draws is not None and draws.happened():
             if any(dual.layout for dual in call.duals):

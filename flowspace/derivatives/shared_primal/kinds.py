@@ -2,6 +2,7 @@
 
 import functools
 import types
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch._ops import HigherOrderOperator
 
 from flowspace.derivatives import rules
 
-__all__ = ["TRANSFORMED", "Plan", "plan_of", "refusal"]
+__all__ = ["TRANSFORMED", "WHOLE", "Plan", "plan_of", "refusal", "warn_of_whole_numbers"]
 
 TRANSFORMED = "the model calls a transform of torch.func, where tangents cannot follow; write derivative=ForwardMode()"
 DROPPED = "the model calls autograd, which drops tangents; write FiniteDifference()"
@@ -26,6 +27,12 @@ AUTOGRAD = frozenset(
     "register_hook register_post_accumulate_grad_hook retain_grad requires_grad_ grad_fn grad _grad _backward_hooks "
     "_post_accumulate_grad_hooks is_leaf output_nr _base _version _register_hook_dict __repr__ __format__ __reduce_ex__".split()
 )
+LEAVES = frozenset("item tolist numpy __array__ __float__ __complex__".split())
+"""Functions that hand a value out of torch, where no tangent follows it."""
+
+WHOLE = frozenset("long int short char byte to type".split())
+"""Functions that may make whole numbers of others, which do not move."""
+
 AS_BUILTIN = frozenset((F.layer_norm, F.group_norm, F.rms_norm, F.softmax, F.log_softmax))
 TENSORS = frozenset("T mT H mH real imag data".split())
 RESHAPING = {"transpose_", "t_", "squeeze_", "unsqueeze_", "swapaxes_", "swapdims_", "resize_", "set_", "resize_as_"}
@@ -39,7 +46,7 @@ class Plan(NamedTuple):
     Attributes:
         kind: metadata: it asks for no values; rule: its rule is called beside it; python: it is written in other functions,
             and entered; random: it draws, and may be written in others; in place: it writes into its first argument;
-            constant: its output does not move; detached: it shares memory, and does not move; higher order: it takes graphs;
+            constant: its output does not move; leaves: its value leaves torch; detached: it shares memory, and does not move; higher order: it takes graphs;
             refused: it has no tangent.
         name: its plain name (add for torch.add, Tensor.add and Tensor.__add__).
     """
@@ -58,6 +65,8 @@ def plan_of(func: Any) -> Plan:
     field = func.__self__.__name__ if name in ("__get__", "__set__") else ""  # type: ignore[union-attr]
     if func in (torch.autograd.grad, Tensor.backward):
         return Plan("refused", name)
+    if name in LEAVES:
+        return Plan("leaves", name)
     if isinstance(func, HigherOrderOperator):
         return Plan("higher order", func.name())
     if name in AUTOGRAD or field in AUTOGRAD:
@@ -90,6 +99,22 @@ def _kind(name: str) -> str:
     return "detached" if name == "detach" else "constant" if name in rules.CONSTANT else "rule"
 
 
+@functools.cache
+def warn_of_whole_numbers(name: str) -> None:
+    """Warn, once, of whole numbers made of what moves: a table of times looked up by them has no derivative."""
+    warnings.warn(
+        f"got whole numbers, by .{name}(), of a tensor that moves with z_t or t: they count as constant, so what is looked up "
+        "by them has derivative zero; keep real numbers if it should have one",
+        stacklevel=2,
+    )
+
+
 def refusal(name: str) -> str:
     """Return why a function is refused, and what to write instead."""
+    if name in LEAVES:
+        called = f"{name.strip('_')}()" if name.startswith("__") else f".{name}()"
+        return (
+            f"got {called} of a tensor that moves with z_t or t: its value leaves torch, where no tangent follows "
+            "it; keep it a tensor, write .detach() first if it is a constant, or derivative=FiniteDifference()"
+        )
     return REFUSED.get(name, RESHAPED.format(name))
