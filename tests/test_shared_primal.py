@@ -8,8 +8,8 @@ or a row that mixes into another one unseen, shows.
 import contextlib
 import copy
 import math
-import re
 import random
+import re
 import threading
 from dataclasses import dataclass, field
 

@@ -177,9 +177,7 @@ def summed(z, t, s, table):
     return torch.tanh(z * (1 + t[:, None]) + table.sum(0))
 
 
-@pytest.mark.parametrize(
-    ("model", "cond"), [(summed, {"table": TABLE}), *list(MIXED.values())[:4]]
-)
+@pytest.mark.parametrize(("model", "cond"), [(summed, {"table": TABLE}), *list(MIXED.values())[:4]])
 def test_trajectory_matching_gives_every_pair_the_whole_condition(model, cond):
     (z, _, _), (noise, _, _) = arguments()
     loss_fn = TrajectoryMatchingLoss(teacher=lambda z, t, **cond: -z * (1 + t)[:, None], points=4)
@@ -218,12 +216,8 @@ def mask_of_python(z):
 DRAWN = {
     "random": mask_of_python,
     "numpy": lambda z: torch.from_numpy(np.random.rand(*z.shape)),
-    "one layer less, by random": lambda z: torch.tensor(
-        float(random.random() < 0.5), dtype=z.dtype
-    ),
-    "one layer less, by numpy": lambda z: torch.tensor(
-        float(np.random.rand() < 0.5), dtype=z.dtype
-    ),
+    "one layer less, by random": lambda z: torch.tensor(float(random.random() < 0.5), dtype=z.dtype),
+    "one layer less, by numpy": lambda z: torch.tensor(float(np.random.rand() < 0.5), dtype=z.dtype),
 }
 
 
@@ -239,9 +233,7 @@ def test_what_python_and_numpy_draw_is_drawn_again(route, draw):
         after = random.getstate(), np.random.get_state()[2]
         random.seed(seed)
         np.random.seed(seed)
-        derivative, rows = derived(
-            route, lambda z, t, s: masked(z, t, s, draw(z)), primals, tangents
-        )[1:]
+        derivative, rows = derived(route, lambda z, t, s: masked(z, t, s, draw(z)), primals, tangents)[1:]
         near(derivative, wanted[rows], route)
         assert (random.getstate(), np.random.get_state()[2]) == after
 
@@ -257,12 +249,8 @@ def counter():
 
 
 REMEMBERS = {
-    "a generator of torch": lambda: (
-        lambda z, t, s: z * torch.rand(z.shape, generator=OWN, dtype=z.dtype) * t[:, None]
-    ),
-    "a generator of numpy": lambda: (
-        lambda z, t, s: z * torch.from_numpy(OWN_NUMPY.random(z.shape)) * t[:, None]
-    ),
+    "a generator of torch": lambda: lambda z, t, s: z * torch.rand(z.shape, generator=OWN, dtype=z.dtype) * t[:, None],
+    "a generator of numpy": lambda: lambda z, t, s: z * torch.from_numpy(OWN_NUMPY.random(z.shape)) * t[:, None],
     "a count of its calls": counter,
 }
 
@@ -274,9 +262,7 @@ def test_a_model_that_gives_another_value_each_time_is_refused(route, make, mask
     primals, tangents = arguments()
     if not masked:
         primals = (*primals[:2], 0.3 * primals[1])
-    with pytest.raises(
-        DerivativeError, match=r"^got .*write derivative=SharedPrimal|derivative=SharedPrimal"
-    ):
+    with pytest.raises(DerivativeError, match=r"^got .*write derivative=SharedPrimal|derivative=SharedPrimal"):
         derived(route, make(), primals, tangents)
 
 
@@ -319,9 +305,7 @@ def test_finite_differences_of_what_is_rounded_inside_are_refused(route, how):
 
     primals, tangents = arguments()
     single = [None if p is None else p.float() for p in (*primals, *tangents)]
-    with pytest.raises(
-        DerivativeError, match=r"half precision by itself.*bfloat16.*derivative=SharedPrimal"
-    ):
+    with pytest.raises(DerivativeError, match=r"half precision by itself.*bfloat16.*derivative=SharedPrimal"):
         derived(route, model, single[:3], single[3:])
 
 
@@ -600,9 +584,7 @@ def test_every_objective_keeps_its_own_times_and_states(loss_fn, model):
 
 def test_threads_take_turns_in_forward_mode():
     primals, tangents = arguments(8, 16)
-    model = nn.Sequential(
-        *(nn.Sequential(nn.Linear(16, 16), nn.GELU()) for _ in range(12))
-    ).double()
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.GELU()) for _ in range(12))).double()
 
     def timed(z, t, s):
         return model(z) * t[:, None]
@@ -656,9 +638,7 @@ def test_an_interrupt_leaves_nothing_behind(route):
     while interrupted(line):
         assert torch.is_grad_enabled() and torch._C._len_torch_function_stack() == 0
         assert torch._C._functorch.peek_interpreter_stack() is None
-        derivative, rows = derived(
-            ForwardMode(), lambda z, t, s: torch.sin(z) * t[:, None], primals, tangents
-        )[1:]
+        derivative, rows = derived(ForwardMode(), lambda z, t, s: torch.sin(z) * t[:, None], primals, tangents)[1:]
         near(derivative, wanted[rows])
         line += 7
 
@@ -780,7 +760,4 @@ def test_a_step_asks_the_device_once():
     with Transfers() as transfers:
         loss_fn(lambda z, t, s: net(z) * t[:, None], Z)
     assert transfers.names.count("aten::nonzero") == 1
-    assert (
-        "aten::_local_scalar_dense" not in transfers.names
-        and "aten::is_nonzero" not in transfers.names
-    )
+    assert "aten::_local_scalar_dense" not in transfers.names and "aten::is_nonzero" not in transfers.names

@@ -353,9 +353,7 @@ def refuse_unfit(model: Any, cond: Mapping[str, Any], error: TypeError) -> None:
 def checked_cond(cond: Any) -> dict[str, Any]:
     """Return cond as a dict, or raise InputError unless it names the model's arguments."""
     if cond is not None and not isinstance(cond, Mapping):
-        raise InputError(
-            f"cond is {type(cond).__name__}; write a dict of the model's arguments, as in {{'labels': y}}"
-        )
+        raise InputError(f"cond is {type(cond).__name__}; write a dict of the model's arguments, as in {{'labels': y}}")
     return dict(cond or {})
 
 
@@ -373,9 +371,7 @@ def check_sources(latents: Tensor, noise: Any, generator: Any) -> None:
         raise InputError(f"got noise of {came}; write real numbers of the latents' shape, or leave it out")
     is_source = generator is None or isinstance(generator, torch.Generator)
     if xp is torch_backend and not is_source:
-        raise InputError(
-            f"got generator = {generator!r}; write torch.Generator().manual_seed(0), or leave it out"
-        )
+        raise InputError(f"got generator = {generator!r}; write torch.Generator().manual_seed(0), or leave it out")
 
 
 def in_full(tensor: Tensor) -> Tensor:

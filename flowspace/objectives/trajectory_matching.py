@@ -111,9 +111,7 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
         v = (in_full(z_t) - in_full(z_s)) / over_rows(t - s, z_t)
         return self._output(f, (m - a) * f.detach() - m * wanted, z_t, v, t, s)
 
-    def _predicted(
-        self, model: Model, z_t: Tensor, t: Tensor, s: Tensor, cond: dict[str, Any], rows: int
-    ) -> Tensor:
+    def _predicted(self, model: Model, z_t: Tensor, t: Tensor, s: Tensor, cond: dict[str, Any], rows: int) -> Tensor:
         """Return what the model gives for all pairs: at once, or pair by pair where that is another value.
 
         It is where the model mixes rows, or where cond holds a tensor that all rows share and whose first
@@ -130,9 +128,7 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
                 refuse_unfit(model, cond, error)
         return torch.cat([evaluated(model, *pair, cond) for pair in pairs])
 
-    def _is_first(
-        self, f: Tensor, model: Model, pair: tuple[Tensor, Tensor, Tensor], cond: dict[str, Any]
-    ) -> bool:
+    def _is_first(self, f: Tensor, model: Model, pair: tuple[Tensor, Tensor, Tensor], cond: dict[str, Any]) -> bool:
         """Return whether the first pair's rows have the same value among all pairs and by themselves."""
         try:
             with torch.no_grad(), untouched(mixed=False) as run:

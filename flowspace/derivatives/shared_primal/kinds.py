@@ -44,10 +44,18 @@ class Plan(NamedTuple):
     """What is done about a torch function.
 
     Attributes:
-        kind: metadata: it asks for no values; rule: its rule is called beside it; python: it is written in other functions,
-            and entered; random: it draws, and may be written in others; in place: it writes into its first argument;
-            constant: its output does not move; leaves: its value leaves torch; detached: it shares memory, and does not move; higher order: it takes graphs;
-            refused: it has no tangent.
+        kind: what is done; a word of these.
+
+            * metadata: it asks for no values, and is called.
+            * rule: its rule is called beside it.
+            * python: it is written in other functions of torch, and entered.
+            * random: it draws, and may be written in others.
+            * in place: it writes into its first argument.
+            * constant: its output does not move.
+            * detached: its output shares memory, and does not move.
+            * leaves: its value leaves torch.
+            * higher order: it takes graphs.
+            * refused: it has no tangent.
         name: its plain name (add for torch.add, Tensor.add and Tensor.__add__).
     """
 
