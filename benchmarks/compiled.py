@@ -216,10 +216,10 @@ def _run_in_turn(
         for name, process in processes.items():
             found[name].steps.append(process.ask("seconds"))
     for name, process in processes.items():
-        if rows[name].route is not None:
-            found[name].error = process.figure("error")
         if options.memory:
             found[name].peak = process.figure("peak")
+        if rows[name].route is not None:
+            found[name].error = process.figure("error")
         process.end()
 
 

@@ -1,5 +1,6 @@
 """One training step of a compiled network, by a route to the derivative or by a rival."""
 
+import abc
 import copy
 import ctypes
 import functools
@@ -19,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flowspace import CrossFlowLoss, FiniteDifference, ForwardMode, SharedPrimal, TimePairs
 from flowspace.derivatives import Derivative
+from flowspace.derivatives.route import scatter
 
 __all__ = [
     "EAGER",
@@ -140,70 +142,76 @@ def value_alone(network: nn.Module, z: Tensor, t: Tensor, s: Tensor, y: Tensor) 
     return network(z, t, s, labels=y)
 
 
+@functools.cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function compiled, for sizes as they come."""
+    return torch.compile(function, dynamic=False)
+
+
 @dataclass(frozen=True)
 class CompiledRival(Derivative):
-    """The usual way to a derivative, compiled whole by hand, for a network that takes labels."""
+    """A usual way to the derivative, compiled whole by hand, for a network that takes labels."""
 
     network: nn.Module
 
-    def __call__(
+    def evaluate(
         self,
         fn: Callable[..., Tensor],
         primals: Sequence[Any],
         tangents: Sequence[Any],
-        rows: Tensor | None = None,
+        rows: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Return value and derivative."""
+        """Return value and derivative, on the rows with these indices."""
         z, t, s, cond = primals
-        return self.both((z, t, s, cond["labels"]), tangents[0], rows)
-
-    def both(self, inputs: tuple[Tensor, ...], v: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return value and derivative, on all rows or on those that move."""
-        value, moving = _program(value_alone)(self.network, *inputs), rows.nonzero().squeeze(1)
+        inputs, v = (z, t, s, cond["labels"]), tangents[0]
+        value = compiled(value_alone)(self.network, *inputs)
         with torch.no_grad():
-            few = [x[moving] for x in inputs]
-            slope = self.slope(few, v[moving], value.detach()[moving])
-        return value, torch.zeros_like(value).index_copy(0, moving, slope.to(value.dtype))
+            few = [x[rows] for x in inputs]
+            slope = self.slope(few, v[rows], value.detach()[rows])
+        return value, scatter(slope.to(value.dtype), rows, value)
 
-    def slope(self, inputs: list[Tensor], v: Tensor, value: Tensor) -> Tensor:
-        """Return the derivative on rows that move."""
-        raise NotImplementedError
-
-    def derive(self, *_: Any, **__: Any) -> Tensor:
-        """Not used: the value comes with the derivative."""
-        raise NotImplementedError
-
-
-@functools.cache
-def _program(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=False)
+    @abc.abstractmethod
+    def slope(self, inputs: Sequence[Tensor], v: Tensor, value: Tensor) -> Tensor:
+        """Return the derivative on rows that move, from their z, t, s and labels."""
 
 
 class WithGradients(CompiledRival):
     """torch.func.jvp of the whole batch with gradients on, the tangent detached."""
 
-    def both(self, inputs: tuple[Tensor, ...], v: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return value and derivative of all rows."""
+    def evaluate(
+        self,
+        fn: Callable[..., Tensor],
+        primals: Sequence[Any],
+        tangents: Sequence[Any],
+        rows: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Return value and derivative, of every row."""
+        z, t, s, cond = primals
         with sdpa_kernel(SDPBackend.MATH):
-            return _program(of_all_rows)(self.network, *inputs, v)
+            return compiled(of_all_rows)(self.network, z, t, s, cond["labels"], tangents[0])
+
+    def slope(self, *_: Any) -> Tensor:
+        """Not used: the value comes with the derivative."""
+        raise NotImplementedError
 
 
 class ForwardAndJvp(CompiledRival):
     """A forward pass, and torch.func.jvp without gradients of the rows that move."""
 
-    def slope(self, inputs: list[Tensor], v: Tensor, value: Tensor) -> Tensor:
+    def slope(self, inputs: Sequence[Tensor], v: Tensor, value: Tensor) -> Tensor:
         """Return the derivative on rows that move."""
         with sdpa_kernel(SDPBackend.MATH):
-            return _program(of_all_rows)(self.network, *inputs, v)[1]
+            return compiled(of_all_rows)(self.network, *inputs, v)[1]
 
 
 class Difference(CompiledRival):
     """A forward pass, and one more of the rows that move, a small step earlier."""
 
-    def slope(self, inputs: list[Tensor], v: Tensor, value: Tensor) -> Tensor:
+    def slope(self, inputs: Sequence[Tensor], v: Tensor, value: Tensor) -> Tensor:
         """Return the difference quotient on rows that move."""
-        (z, t, s, labels), h = inputs, FiniteDifference().step
-        earlier = _program(value_alone)(self.network, z - h * v, t - h, s, labels)
+        z, t, s, labels = inputs
+        h = FiniteDifference().step
+        earlier = compiled(value_alone)(self.network, z - h * v, t - h, s, labels)
         return (value - earlier) / h
 
 
@@ -336,7 +344,7 @@ class Step:
     def peak(self) -> float:
         """Return the peak memory of one step in bytes, over what is held before it."""
         used = []
-        for _ in range(3):
+        for _ in range(5):
             self.network.zero_grad()
             gc.collect()
             give_back_memory()

@@ -39,18 +39,18 @@ class WithGradients(Derivative):
 
     fused: bool = False
 
-    def __call__(
-        self, fn: Callable[..., Tensor], primals: Sequence[Any], tangents: Sequence[Any], rows: Tensor | None = None
+    def evaluate(
+        self,
+        fn: Callable[..., Tensor],
+        primals: Sequence[Any],
+        tangents: Sequence[Any],
+        rows: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Return value and derivative."""
-        rest = primals[2:]
+        """Return value and derivative, of every row."""
+        z, t, *rest = primals
         with nullcontext() if self.fused else sdpa_kernel(SDPBackend.MATH):
-            value, slope = torch.func.jvp(lambda z, t: fn(z, t, *rest), tuple(primals[:2]), tuple(tangents[:2]))
-        return value, slope.detach()
-
-    def derive(self, fn: Any, primals: Any, tangents: Any, value: Any, mixed: bool = False) -> Tensor:
-        """Not used: the value comes with the derivative."""
-        raise NotImplementedError
+            pair = torch.func.jvp(lambda z, t: fn(z, t, *rest), (z, t), tuple(tangents[:2]))
+        return pair[0], pair[1].detach()
 
 
 ROUTES: dict[str, Derivative] = {
