@@ -1,10 +1,12 @@
 """Run a model again: with the draws of its first run, and without a second trace in its buffers.
 
-A second run is wanted where a route evaluates the model twice, or an objective asks it for its own velocity. Dropout must then
-draw the same masks, running statistics must move once, and what a compiled part writes is put back as well.
+A second run is wanted where a route evaluates the model twice, or an objective asks it for its
+own velocity. Dropout must then draw the same masks, running statistics must move once, and what a
+compiled part writes is put back as well.
 
-Draws are repeated from the generator of the CPU, that of the device, Python's ``random`` and numpy's global state. What nobody
-can repeat, such as a generator of the model's own, `Agreement` finds: a second run at the same point must give the same value.
+Draws are repeated from the generator of the CPU, that of the device, Python's ``random`` and numpy's
+global state. What nobody can repeat, such as a generator of the model's own, `agree` finds: a second
+run at the same point must give the same value.
 """
 
 import contextlib
