@@ -28,9 +28,9 @@ class FiniteDifference(SecondRun):
 
     Args:
         step: the size h of an offset, in units of t.
-        order: 2: central, two more evaluations, error O(h^2). 1: one-sided, error O(h), two more evaluations as well, of
-            which one is at the same point: two values alone do not tell whether they are of one function. The side is
-            chosen so that t never leaves [0, 1]; near the ends order 2 takes both offsets on one side.
+        order: 2: two more evaluations, at t - h and t - 2h, error O(h^2). 1: error O(h), two more evaluations as well, of
+            which one is at the same point: two values alone do not tell whether they are of one function. Rows
+            without room towards the data step ahead, so that t never leaves [0, 1].
 
     Where the values do not lie near one line, or under autocast, the model is evaluated once more, at the same point.
 
@@ -46,7 +46,7 @@ class FiniteDifference(SecondRun):
         if not 0 < self.step <= 0.25:
             raise InputError(f"step = {self.step} came; it is a difference of times, so write 0 < step <= 0.25")
         if self.order not in (1, 2):
-            raise InputError(f"order = {self.order} came; write 1 (one-sided) or 2 (central)")
+            raise InputError(f"order = {self.order} came; write 1 or 2")
 
     def evaluate_pure(
         self, fn: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any | None]
@@ -54,7 +54,7 @@ class FiniteDifference(SecondRun):
         """Return the value with gradient and the difference quotient of a function on JAX arrays."""
         xp, value = backend_of(*primals), fn(*primals)
         known = xp.detach(value)
-        offsets, weights = self._stencil(primals, primals)
+        offsets, weights = self._stencil(primals)
         ahead = self._values(fn, primals, tangents, offsets)
         if xp.known(known) and not self._on_one_line(known, ahead, offsets) and not agree(known, fn(*primals), 4, 10.0):
             raise DerivativeError(
@@ -85,7 +85,7 @@ class FiniteDifference(SecondRun):
                 f"a state of dtype {primals[0].dtype} came, whose rounding drowns a step of {self.step}; keep latents in "
                 "float32 (with autocast for speed), or use ForwardMode()"
             )
-        offsets, weights = self._backward(primals) if mixed else self._stencil(primals, first.whole)
+        offsets, weights = self._backward(primals) if mixed else self._stencil(primals)
         ahead = self._values(fn, primals, tangents, offsets)
         known = None
         if not first.exact or several_processes() or not self._on_one_line(first.value, ahead, offsets):
@@ -163,23 +163,15 @@ class FiniteDifference(SecondRun):
             return primals[1]
         return xp.expand(xp.as_array(0.5, primals[0]), xp.flatten(primals[0])[:, 0])
 
-    def _stencil(self, primals: Sequence[Any], whole: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
+    def _stencil(self, primals: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
         """Return offsets, and the weights of f itself and of f at each offset.
 
-        They are the same for every row of the whole batch, if that fits into [0, 1], since rows may
-        mix unseen; else they are chosen for each row.
+        Each row steps towards the data, where t has room for it: rows may mix unseen, so they step alike,
+        and a row's difference does not depend on its batch.
         """
-        t, everywhere, h = self._times(primals), self._times(whole), self.step
-        xp, reach = backend_of(t), self.order * h
-        all_back, all_ahead = (everywhere - reach >= 0).all(), (everywhere + reach <= 1).all()
-        all_central = ((everywhere - h >= 0) & (everywhere + h <= 1)).all()
-        back = (t >= 0.5) if self.order == 2 else (t - h >= 0)
-        back = all_back | (~all_ahead & back)
-        central = (t - h >= 0) & (t + h <= 1) & (all_central | ~(all_back | all_ahead))
+        t, xp = self._times(primals), backend_of(*primals)
+        back = t - self.order * self.step >= 0
+        near = xp.cast(xp.where(back, -1.0, 1.0), t.dtype) * self.step
         if self.order == 1:
-            offset = xp.cast(xp.where(back, -1.0, 1.0), t.dtype) * h
-            return [offset], [-1 / offset, 1 / offset]
-        inward = xp.cast(xp.where(back, -1.0, xp.ones_like(t)), t.dtype)
-        near, far = inward * h, xp.where(central, -inward * h, 2 * inward * h)
-        here = xp.where(central, 0.0, -1.5 / near)
-        return [near, far], [here, xp.where(central, 0.5, 2.0) / near, -0.5 / near]
+            return [near], [-1 / near, 1 / near]
+        return [near, 2 * near], [-1.5 / near, 2 / near, -0.5 / near]

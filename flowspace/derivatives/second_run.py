@@ -45,12 +45,10 @@ class First(NamedTuple):
     Attributes:
         value: fn(*primals), detached.
         exact: whether it is known to full precision.
-        whole: the primals of the whole batch.
     """
 
     value: Tensor
     exact: bool
-    whole: Sequence[Any]
 
 
 class Second(NamedTuple):
@@ -81,7 +79,7 @@ class SecondRun(Derivative):
         if rows is not None and (draws.happened() or several_processes() or wrapped(value)):
             rows = None
         with torch.no_grad(), _full_precision(device) as widened, uncompiled():
-            first = First(value.detach(), not widened and value.dtype.itemsize >= 4, primals)
+            first = First(value.detach(), not widened and value.dtype.itemsize >= 4)
             attempt = _Attempt(self, draws.replay(fn), primals, tangents, first, widened)
             found = None if rows is None else attempt.on_rows(rows)
             if found is not None:
