@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import warnings
 
 import pytest
 import torch
@@ -410,3 +411,37 @@ def test_in_float32_the_derivative_is_that_of_float64(name):
     derivative = SharedPrimal()(lambda x, t: case.call(net, x, t), primals, tangents)[1]
     assert derivative.dtype == torch.float32
     assert differ(derivative.double(), reference(name)) < 1e-5
+
+
+COMPILED = [
+    "timm vit_small_patch16_224", "timm deit3_small_patch16_224", "timm eva02_tiny_patch14_224",
+    "timm vit_small_patch16_dinov3", "timm convnext_atto", "timm resnet18, training", "timm swin_tiny_patch4_window7_224",
+    "torch TransformerEncoder, tokens first", "diffusers UNet2DModel, training", "diffusers DiTTransformer2DModel",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_compiled_model_has_the_derivative_of_the_plain_one(name):
+    """By a backend that traces and does not compile; nothing falls back to running as it was written."""
+    case = MODELS[name]
+    plain, net = built(case), built(case)
+    torch._dynamo.reset()
+    net.compile(backend="aot_eager")
+    primals, tangents = inputs(case)
+    value = seeded(case.call, plain, *primals)
+    rows = torch.arange(len(primals[0])) % 2 == 0
+    torch.manual_seed(5)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*compiled part")
+        found, derivative = SharedPrimal()(lambda x, t: case.call(net, x, t), primals, tangents, rows)
+    assert differ(found.detach(), value.detach()) < 1e-7
+    assert not derivative[~rows].any()
+    assert differ(derivative[rows], reference(name)[rows]) < (1e-7 if case.single or case.random else 1e-10)
+    for mine, theirs in zip(net.state_dict().values(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+    for output in (value, found):
+        (output * torch.linspace(-1, 1, output.numel(), dtype=output.dtype).reshape(output.shape)).sum().backward()
+    for mine, theirs in zip(net.parameters(), plain.parameters(), strict=True):
+        assert (mine.grad is None) == (theirs.grad is None)
+        if mine.grad is not None:
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-7, atol=1e-7)
