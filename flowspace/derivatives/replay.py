@@ -196,7 +196,7 @@ class Untouched(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.compiler.is_dynamo_compiling():
-            return func(*args, **(kwargs or {}))
+            return hidden_calls.captured(func, args, kwargs)
         if norm := batch_statistics(func, args, kwargs or {}):
             self.mixes(func in (F.batch_norm, torch.batch_norm))
             return func(*norm)

@@ -138,7 +138,9 @@ class Carrier(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run a torch function, and its rule beside it; what torch.compile captures, it captures without tangents."""
-        if torch.compiler.is_dynamo_compiling() or self.idle:
+        if torch.compiler.is_dynamo_compiling():
+            return hidden_calls.captured(func, args, kwargs)
+        if self.idle:
             return func(*args, **(kwargs or {}))
         before = hidden_calls.capturing()
         if before is None:
