@@ -110,7 +110,7 @@ class Draws:
         """Return whether random numbers have been drawn since."""
         return not all(map(_equal, self._state(), self.before))
 
-    def replay(self, fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def replay(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """Return fn with the draws of the first call, leaving the generators as they are now.
 
         Those of Python count if they have been drawn from by now: to ask them takes longer.
@@ -122,7 +122,7 @@ class Draws:
             if i < self.torchs or not _equal(now, before)
         ]
 
-        def again(*primals: Any) -> Tensor:
+        def again(*primals: Any) -> Any:
             now = [get() for (get, _), _ in moved]
             try:
                 for (_, put), before in moved:

@@ -22,7 +22,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, _guards, fx
+from torch._dynamo.exc import RestartAnalysis
 from torch._ops import HigherOrderOperator
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -46,7 +47,7 @@ Place = tuple[int, int, int] | None
 class Moving(NamedTuple):
     """A tensor among several that has a tangent: its number, and where its rows lie."""
 
-    index: int
+    number: int
     place: Place
 
 
@@ -102,20 +103,20 @@ class Setting(NamedTuple):
     @classmethod
     def of(cls, inputs: Sequence[Any]) -> "Setting":
         """Return the setting of a capture that is going on, or one of its own, of just these inputs."""
-        context = torch._guards.TracingContext.try_get()
+        context = _guards.TracingContext.try_get()
         given = next((x.fake_mode for x in inputs if isinstance(x, torch._subclasses.FakeTensor)), None)
         fake = given or (context and context.fake_mode) or torch._subclasses.FakeTensorMode()
-        context = context or torch._guards.TracingContext(fake)
+        context = context or _guards.TracingContext(fake)
         examples = [_faked(x, fake, context) if isinstance(x, Tensor) else x for x in inputs]
         return cls(examples, fake, context)
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
         """Be in the context that dynamo captured the graph in, also after it."""
-        if torch._guards.TracingContext.try_get() is not None:
+        if _guards.TracingContext.try_get() is not None:
             yield
             return
-        with torch._guards.tracing(self.context):
+        with _guards.tracing(self.context):
             yield
 
 
@@ -149,7 +150,7 @@ class Region:
         carrier = hidden_calls.at_work()
         duals = _duals(carrier, inputs) if carrier and not carrier.lost else []
         followed = False
-        if any(duals):
+        if carrier is not None and any(duals):
             with _grad_mode() as apart:
                 program = self.program(carrier, duals, inputs)
             followed = isinstance(program, Program) and not program.lost and not apart
@@ -186,7 +187,7 @@ class Region:
         draws = replay.Draws(moving[0].primal.device)
         values = self._plain(carrier, primals)
         with torch.no_grad():
-            again = draws.replay(lambda: self._dual(carrier, program, inputs, copies, moving))()
+            again = draws.replay(self._dual)(carrier, program, inputs, copies, moving)
         return tuple(_with_tangent(carrier, *pair) for pair in zip(values, again, strict=True))
 
     def _dual(
@@ -234,7 +235,7 @@ class Region:
         Sizes that dynamo left open stay open in what is made while it captures, since it guards
         what that assumes of them. What is made later is made for the sizes of these inputs.
         """
-        capturing, sizes = torch._guards.TracingContext.try_get() is not None, ()
+        capturing, sizes = _guards.TracingContext.try_get() is not None, ()
         if (key, ()) not in self.programs and self.open and not capturing:
             sizes = tuple(tuple(x.shape) if isinstance(x, Tensor) else x for x in inputs)
         if (key, sizes) not in self.programs:
@@ -245,7 +246,7 @@ class Region:
             except DerivativeError as error:
                 self.programs[key, sizes] = error
             except Exception as error:
-                if capturing and isinstance(error, torch._dynamo.exc.RestartAnalysis):
+                if capturing and isinstance(error, RestartAnalysis):
                     raise  # dynamo captures again, with one number less left open
                 self.programs[key, sizes] = error
                 _warn_of(error)
@@ -259,7 +260,7 @@ class Region:
         """Trace a carrier over the captured graph, and have the dual graph compiled."""
         count, size = len(setting.examples), _size(rows) if rows else None
         with setting.fake:
-            given = [_example(setting.examples[m.index], m.place, size) for m in moving]
+            given = [_example(setting.examples[m.number], m.place, size) for m in moving]
             index = [torch.zeros(size, dtype=torch.int64, device=rows.chosen.device)] if rows else []  # type: ignore
         facts: list[Program] = []
 
@@ -432,7 +433,7 @@ def _place(layout: Layout | None) -> Place:
 
 def _batch(inputs: Sequence[Any], moving: Sequence[Moving]) -> Any:
     """Return the size of the batch, which may be a symbol, from an input whose rows lie somewhere."""
-    index, (axis, outer, inner) = next((m.index, m.place) for m in moving if m.place)
+    index, (axis, outer, inner) = next((m.number, m.place) for m in moving if m.place)
     return inputs[index].shape[axis] // (outer * inner)
 
 
