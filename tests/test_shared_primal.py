@@ -1928,3 +1928,19 @@ def test_rms_norm_of_bfloat16_has_the_eps_of_torch():
 
     primals, tangents = inputs((4, 6))
     close(ROUTE(fn, primals, tangents)[1], exact(fn, primals, tangents), 0.02)
+
+
+@pytest.mark.parametrize("draw", [random.random, lambda: np.random.rand(), lambda: torch.rand(()).item()])
+def test_a_second_pass_draws_what_the_first_one_drew(draw):
+    """Rows that mix need a second pass; the factor is Python's, numpy's or torch's."""
+    factors = []
+
+    def fn(z, t):
+        factors.append(1 + draw())
+        return factors[-1] * (z - z.mean(0)) * t[:, None]
+
+    primals, tangents = inputs((4, 6))
+    found = ROUTE(fn, primals, tangents, choose(4, "half"))[1]
+    assert len(factors) == 2 and factors[0] == factors[1]
+    wanted = exact(lambda z, t: factors[0] * (z - z.mean(0)) * t[:, None], primals, tangents)
+    close(found, masked(wanted, choose(4, "half")))

@@ -51,7 +51,7 @@ class SharedPrimal(Derivative):
         self, fn: Callable[..., Tensor], primals: Sequence[Any], tangents: Sequence[Tensor | None], rows: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Return the value with gradient and the derivative without."""
-        draws = Draws(primals[0].device)
+        draws = Draws(primals[0].device, of_python=True)
         few = None if rows is None else Rows.of(rows, len(primals[0]))
         versions = _versions(primals)
         value, tangent, before = run(fn, primals, tangents, few)
