@@ -12,9 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _python_dispatch as python_dispatch
-from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode
 
 if TYPE_CHECKING:
     from flowspace.derivatives.replay import Untouched
@@ -38,8 +36,8 @@ __all__ = [
     "within",
 ]
 
-STAYING = (FakeTensorMode, FlopCounterMode, _FlopCounterMode)
-"""Dispatch modes that tangents are computed in."""
+STAYING = frozenset({"FakeTensorMode", "FlopCounterMode", "_FlopCounterMode"})
+"""Dispatch modes of torch that tangents are computed in, by name: to import them takes long."""
 
 _active = threading.local()
 _lock = threading.Lock()
@@ -225,7 +223,7 @@ def outside_modes() -> contextlib.AbstractContextManager[Any]:
     Modes that count operations count tangents too, and tensors without values need theirs: these stay.
     """
     modes = python_dispatch._get_current_dispatch_mode_stack()
-    if any(isinstance(mode, STAYING) for mode in modes):
+    if any(type(mode).__name__ in STAYING for mode in modes):
         return contextlib.nullcontext()
     return python_dispatch._disable_current_modes()
 
