@@ -151,14 +151,19 @@ class Region:
         duals = _duals(carrier, inputs) if carrier and not carrier.lost else []
         followed = False
         if carrier is not None and any(duals):
-            with _grad_mode() as apart:
+            apart = torch.is_grad_enabled() and hidden_calls.recomputes()
+            with torch.no_grad() if apart else contextlib.nullcontext():
                 program = self.program(carrier, duals, inputs)
             followed = isinstance(program, Program) and not program.lost and not apart
         if not followed:
             self.programs[_PLAIN, ()] = Program(backend(graph, inputs))
 
     def __call__(self, *inputs: Any) -> Any:
-        """Run the graph, and the tangents of its inputs beside it."""
+        """Run the graph, and the tangents of its inputs beside it.
+
+        Where a checkpoint will run the plain graph again, and compare what is saved for the backward
+        pass, the value is the plain graph's, and the tangents are computed apart, without gradient.
+        """
         carrier, run = hidden_calls.at_work(), hidden_calls.second_run()
         duals = _duals(carrier, inputs)
         primals = [x if dual is None else dual.primal for x, dual in zip(inputs, duals, strict=True)]
@@ -171,7 +176,8 @@ class Region:
                 carrier.writes.remember(primals[index])
         if carrier is None or not any(duals) or carrier.lost:
             return self._plain(carrier, primals)
-        with _grad_mode() as apart:
+        apart = torch.is_grad_enabled() and hidden_calls.recomputes()
+        with torch.no_grad() if apart else contextlib.nullcontext():
             program = self.program(carrier, duals, primals)
         if isinstance(program, DerivativeError):
             raise program
@@ -235,8 +241,11 @@ class Region:
         Sizes that dynamo left open stay open in what is made while it captures, since it guards
         what that assumes of them. What is made later is made for the sizes of these inputs.
         """
+        known = self.programs.get((key, ()))
+        if known is not None:
+            return known
         capturing, sizes = _guards.TracingContext.try_get() is not None, ()
-        if (key, ()) not in self.programs and self.open and not capturing:
+        if self.open and not capturing:
             sizes = tuple(tuple(x.shape) if isinstance(x, Tensor) else x for x in inputs)
         if (key, sizes) not in self.programs:
             setting = Setting.of(inputs) if sizes else self.setting
@@ -326,17 +335,6 @@ def _carried(
             written.append(Moving(i, _place(dual.layout)))
             found.append(dual.tangent.detach())
     return [*outs, *found], Program(None, len(outs), tuple(moved), tuple(written))
-
-
-@contextlib.contextmanager
-def _grad_mode() -> Iterator[bool]:
-    """Be without gradient where a checkpoint will run the plain graph again; yields whether it will.
-
-    What it saves then must be what was saved first: the value is that of the plain graph, its tangent is computed apart.
-    """
-    apart = torch.is_grad_enabled() and hidden_calls.recomputes()
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not apart):
-        yield apart
 
 
 # --- graphs
