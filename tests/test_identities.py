@@ -206,10 +206,10 @@ def test_trajectory_matching_is_zero_for_the_exact_map_of_a_path_that_is_solved_
     """A constant velocity: Euler's steps are exact, and the average velocity is that constant."""
     constant, noise = normal(seed, 4, 3), normal(seed + 1, 4, 3)
     loss_fn = TrajectoryMatchingLoss(schedule=schedule, teacher=lambda z, t: constant, points=5, shift=2.0)
-    out = loss_fn(lambda z, t, s: constant.repeat(10, 1), noise, noise=noise)
+    out = loss_fn(lambda z, t, s: constant.repeat(len(z) // 4, 1), noise, noise=noise)
     close(out.residual, torch.zeros_like(out.residual), 1e-9)
     assert out.loss.shape == (40,) and set(out.t.tolist()) < set(loss_fn.grid(noise).tolist())
-    wrong = loss_fn(lambda z, t, s: constant.repeat(10, 1) + 0.1, noise, noise=noise)
+    wrong = loss_fn(lambda z, t, s: constant.repeat(len(z) // 4, 1) + 0.1, noise, noise=noise)
     close(wrong.loss, torch.full((40,), 0.01, dtype=torch.float64), 1e-9)
 
 
@@ -228,7 +228,8 @@ def test_random_pairs_are_distinct_and_conditions_follow_their_rows():
     noise, seen = normal(0, 3, 2), {}
 
     def model(z, t, s, y):
-        seen.update(t=t, s=s, y=y)
+        if len(z) > 3:  # the first pair is seen by itself once more
+            seen.update(t=t, s=s, y=y)
         return z
 
     loss_fn = TrajectoryMatchingLoss(teacher=lambda z, t, y: z * column(y), points=6, pairs=7, shift=3.0)
