@@ -84,6 +84,7 @@ class Backend:
 
     def __call__(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> "Region":
         """Return what runs a captured graph."""
+        _warn_of_limit()
         return Region(graph, inputs, self.backend)
 
 
@@ -466,6 +467,18 @@ def _example(primal: Tensor, place: Place, size: int | None) -> Tensor:
     if place is not None:
         shape[place[0]] = place[1] * size * place[2]  # type: ignore[operator]
     return torch.empty(shape, dtype=primal.dtype, device=primal.device)
+
+
+def _warn_of_limit() -> None:
+    """Warn where a function is captured for the last time that torch.compile allows it."""
+    capture, limit = _guards.CompileContext.current_compile_id(), torch._dynamo.config.recompile_limit
+    if capture is not None and capture.frame_compile_id == limit - 1:
+        warnings.warn(
+            f"a compiled part of the model was captured {limit} times, since what its Python depends on changes from call to "
+            "call (TORCH_LOGS=recompiles says what); torch.compile captures no more of it, and what differs again runs "
+            "uncompiled, beside its tangents; it is right, and slower",
+            stacklevel=3,
+        )
 
 
 _warned: set[str] = set()
