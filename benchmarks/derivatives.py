@@ -1,11 +1,14 @@
-"""What D_t f costs by each route: ``python benchmarks/derivatives.py`` prints the tables of the docs.
+"""What D_t f costs by each route: ``python benchmarks/derivatives.py`` prints the tables of the
+docs.
 
-Per route and setting: a whole training step and its peak memory over a plain regression step of the same network, the derivative
-over a forward pass, and the largest error against float64 forward mode. The jobs run in turn, in one process; a ratio is the
-median of the rounds' ratios, with their quartiles behind it: what differs by less is not told apart. Times are of the CPU
-where there is one thread, which neighbours on a shared machine disturb least; memory is the growth over what the process
-held before its first step, in a fresh process each. ``--plot FILE`` draws cost against tokens. On a machine with a GPU the
-same command runs there. ``--compiled`` prints what the routes cost on compiled networks instead (`compiled.py`).
+Per route and setting: a whole training step and its peak memory over a plain regression step of
+the same network, the derivative over a forward pass, and the largest error against float64 forward
+mode. The jobs run in turn, in one process; a ratio is the median of the rounds' ratios, with their
+quartiles behind it: what differs by less is not told apart. Times are of the CPU where there is
+one thread, which neighbours on a shared machine disturb least; memory is the growth over what the
+process held before its first step, in a fresh process each. ``--plot FILE`` draws cost against
+tokens. On a machine with a GPU the same command runs there. ``--compiled`` prints what the routes
+cost on compiled networks instead (`compiled.py`).
 """
 
 import argparse
@@ -35,7 +38,9 @@ from flowspace.recipes.report import markdown_table, png, write_beside
 
 @dataclass(frozen=True)
 class WithGradients(Derivative):
-    """What public ports do: torch.func.jvp of the whole batch with gradients on, the tangent detached."""
+    """What public ports do: torch.func.jvp of the whole batch with gradients on, the tangent
+    detached.
+    """
 
     fused: bool = False
 
@@ -68,7 +73,8 @@ class Setting:
     """One network and batch.
 
     Attributes:
-        network: ``adaLN ViT`` (of the digits demo), ``timm ViT`` (unmodified, times added to its input) or ``timm ViT-S``.
+        network: ``adaLN ViT`` (of the digits demo), ``timm ViT`` (unmodified, times added to its
+            input) or ``timm ViT-S``.
         width: of the tokens.
         depth: blocks.
         tokens: a square number.
@@ -91,7 +97,12 @@ class Setting:
         torch.manual_seed(0)
         if self.network == "adaLN ViT":
             net: nn.Module = SmallViT(
-                CHANNELS, side, outputs=CHANNELS, width=self.width, depth=self.depth, heads=self.width // 64
+                CHANNELS,
+                side,
+                outputs=CHANNELS,
+                width=self.width,
+                depth=self.depth,
+                heads=self.width // 64,
             )
         else:
             net = TimmViT(side, self.width, self.depth)
@@ -100,14 +111,20 @@ class Setting:
                 nn.init.normal_(parameter, std=0.02)
         return net.to(DEVICE)
 
-    def jobs(self, network: nn.Module, routes: dict[str, Derivative]) -> dict[str, Callable[[], Any]]:
-        """Return a training step by each route, after a plain regression step and a forward pass."""
+    def jobs(
+        self, network: nn.Module, routes: dict[str, Derivative]
+    ) -> dict[str, Callable[[], Any]]:
+        """Return a step by each route, after a plain regression step and a forward pass."""
         side = int(self.tokens**0.5)
         latents = torch.randn(self.batch, CHANNELS, side, side, device=DEVICE)
         cond = {"labels": torch.zeros(self.batch, dtype=torch.long, device=DEVICE)}
 
         def cast() -> Any:
-            return torch.autocast(DEVICE.type, torch.bfloat16) if self.dtype == "bfloat16" else nullcontext()
+            return (
+                torch.autocast(DEVICE.type, torch.bfloat16)
+                if self.dtype == "bfloat16"
+                else nullcontext()
+            )
 
         def forward() -> None:
             with torch.no_grad(), cast():
@@ -129,7 +146,9 @@ class Setting:
 
             return run
 
-        return {"forward": forward, "plain": plain} | {name: step(route) for name, route in routes.items()}
+        return {"forward": forward, "plain": plain} | {
+            name: step(route) for name, route in routes.items()
+        }
 
 
 def times(setting: Setting, rounds: int) -> dict[str, list[float] | str]:
@@ -152,11 +171,15 @@ def times(setting: Setting, rounds: int) -> dict[str, list[float] | str]:
 
 
 def peak(setting: Setting, name: str) -> float:
-    """Return the peak memory of one step, in bytes, over what was held before: run in a process of its own.
+    """Return the peak memory of one step, in bytes, over what was held before: run in a process of
+    its own.
 
-    Of a batch four times as large, up to 4,096 tokens in all, so that what the libraries allocate for themselves does not show.
+    Of a batch four times as large, up to 4,096 tokens in all, so that what the libraries allocate
+    for themselves does not show.
     """
-    setting = replace(setting, batch=min(4 * setting.batch, max(setting.batch, 4096 // setting.tokens)))
+    setting = replace(
+        setting, batch=min(4 * setting.batch, max(setting.batch, 4096 // setting.tokens))
+    )
     job = setting.jobs(setting.build(), {name: ROUTES[name]} if name in ROUTES else {})[name]
     if DEVICE.type == "cpu":
         small = replace(setting, tokens=4, batch=4)
@@ -165,17 +188,26 @@ def peak(setting: Setting, name: str) -> float:
 
 
 def peaks(setting: Setting, names: Sequence[str]) -> dict[str, float]:
-    """Return the peak memory of each job over the plain step's, each measured in a fresh process."""
+    """Return the peak memory of each job over the plain step's, each in a fresh process."""
     found = {}
     for name in names:
-        command = [sys.executable, __file__, "--peak", name, "--setting", json.dumps(asdict(setting))]
+        command = [
+            sys.executable,
+            __file__,
+            "--peak",
+            name,
+            "--setting",
+            json.dumps(asdict(setting)),
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         found[name] = float(done.stdout.split()[-1]) if done.returncode == 0 else float("nan")
     return {name: value / found["plain"] for name, value in found.items()}
 
 
 def errors(setting: Setting) -> dict[str, float]:
-    """Return the largest error of each route over the largest entry of the derivative, against float64 forward mode."""
+    """Return the largest error of each route over the largest entry of the derivative, against
+    float64 forward mode.
+    """
     network = setting.build()
     side = int(setting.tokens**0.5)
     rows = min(setting.batch, 4)
@@ -184,7 +216,10 @@ def errors(setting: Setting) -> dict[str, float]:
     labels = torch.zeros(rows, dtype=torch.long, device=DEVICE)
 
     def derivative(route: Derivative, net: nn.Module, dtype: torch.dtype) -> Tensor:
-        primals, tangents = (z.to(dtype), t.to(dtype)), (v.to(dtype), torch.ones_like(t, dtype=dtype))
+        primals, tangents = (
+            (z.to(dtype), t.to(dtype)),
+            (v.to(dtype), torch.ones_like(t, dtype=dtype)),
+        )
         return route(lambda z, t: net(z, t, 0.5 * t, labels=labels), primals, tangents)[1]
 
     exact = derivative(ForwardMode(), copy.deepcopy(network).double(), torch.float64)
@@ -200,7 +235,9 @@ def errors(setting: Setting) -> dict[str, float]:
 
 
 def table(setting: Setting, rounds: int, memory: bool) -> tuple[str, dict[str, float]]:
-    """Measure one setting; return its Markdown table and the steps over a plain step of the routes that ran."""
+    """Measure one setting; return its Markdown table and the steps over a plain step of the routes
+    that ran.
+    """
     seconds, wrong = times(setting, rounds), errors(setting)
     more = peaks(setting, ["plain", *ROUTES]) if memory else {}
     base, forward = seconds["plain"], seconds["forward"]
@@ -219,7 +256,13 @@ def table(setting: Setting, rounds: int, memory: bool) -> tuple[str, dict[str, f
             number(wrong[name], ".0e"),
         )
         rows.append((name, spread(steps), *cells))
-    head = ("route", "step / plain step", "derivative / forward pass", "peak memory / plain step", "largest error")
+    head = (
+        "route",
+        "step / plain step",
+        "derivative / forward pass",
+        "peak memory / plain step",
+        "largest error",
+    )
     return markdown_table(head, rows), ratio
 
 
@@ -232,7 +275,9 @@ def title(s: Setting) -> str:
 
 
 def settings(tokens: Sequence[int], network: str, equal: Sequence[float]) -> list[Setting]:
-    """Return what the docs show: shares of s = t, widths, dtypes, timm's networks where timm is installed, and tokens."""
+    """Return what the docs show: shares of s = t, widths, dtypes, timm's networks where timm is
+    installed, and tokens.
+    """
     shares = (0.0, 0.5, 0.75)
     found = [Setting(equal=equal) for equal in shares]
     if importlib.util.find_spec("timm"):
@@ -240,7 +285,9 @@ def settings(tokens: Sequence[int], network: str, equal: Sequence[float]) -> lis
         found += [Setting("timm ViT-S", 384, 12, equal=equal) for equal in shares]
     found += [Setting(width=384), Setting(dtype="bfloat16")]
     long = [(n, share) for n in tokens if n != 64 for share in equal]
-    return found + [Setting(network, tokens=n, batch=max(2, 1024 // n), equal=share) for n, share in long]
+    return found + [
+        Setting(network, tokens=n, batch=max(2, 1024 // n), equal=share) for n, share in long
+    ]
 
 
 def plot(points: dict[int, dict[str, float]]) -> bytes:
@@ -276,16 +323,34 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="*", default=[64, 256, 1024, 4096])
-    parser.add_argument("--network", default="adaLN ViT", help="of the settings with other than 64 tokens, or timm ViT")
-    parser.add_argument("--equal", type=float, nargs="*", default=[0.5], help="their shares of rows on the diagonal")
+    parser.add_argument(
+        "--network",
+        default="adaLN ViT",
+        help="of the settings with other than 64 tokens, or timm ViT",
+    )
+    parser.add_argument(
+        "--equal",
+        type=float,
+        nargs="*",
+        default=[0.5],
+        help="their shares of rows on the diagonal",
+    )
     parser.add_argument("--routes", nargs="*", default=list(ROUTES), choices=list(ROUTES))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--compiled", action="store_true", help="compiled networks, one thread")
-    parser.add_argument("--rivals", action="store_true", help="with what is usual, compiled (slow)")
+    parser.add_argument(
+        "--rivals", action="store_true", help="with what is usual, compiled (slow)"
+    )
     parser.add_argument("--no-compile-time", action="store_true", help="let torch use its caches")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", default="", help="measure the settings whose title contains this")
-    parser.add_argument("--no-memory", action="store_true", help="skip the peak memory, which starts a process each")
+    parser.add_argument(
+        "--only", default="", help="measure the settings whose title contains this"
+    )
+    parser.add_argument(
+        "--no-memory",
+        action="store_true",
+        help="skip the peak memory, which starts a process each",
+    )
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--setting", help=argparse.SUPPRESS)
@@ -299,7 +364,11 @@ def main() -> None:
         return
     for name in set(ROUTES) - set(arguments.routes):
         del ROUTES[name]
-    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {arguments.threads} thread(s)"
+    device = (
+        torch.cuda.get_device_name()
+        if DEVICE.type == "cuda"
+        else f"CPU, {arguments.threads} thread(s)"
+    )
     print(f"torch {torch.__version__}, {device}\n")
     points = {}
     for setting in settings(arguments.tokens, arguments.network, arguments.equal):

@@ -1,8 +1,9 @@
 """What flowspace adds to the ImageNet recipe, on its smoke run: ``python benchmarks/imagenet.py``.
 
-One-step generation by the pipeline over the bare call of its network; times, state, coefficients, residual, target and penalty,
-forward and backward, over a training step of both players; and how long the training waited for its pictures. CPU seconds of
-interleaved runs in one process, medians; the waiting is wall-clock, from the run's own log.
+One-step generation by the pipeline over the bare call of its network; times, state, coefficients,
+residual, target and penalty, forward and backward, over a training step of both players; and how
+long the training waited for its pictures. CPU seconds of interleaved runs in one process, medians;
+the waiting is wall-clock, from the run's own log.
 """
 
 import dataclasses
@@ -41,7 +42,10 @@ def generation(run: Run) -> float:
     """Return the pipeline's time over its network's."""
     pipeline = run.pipeline()
     c = run.config.generator
-    noise, labels = torch.randn(IMAGES, c.channels, c.grid, c.grid), torch.arange(IMAGES) % run.parts.classes
+    noise, labels = (
+        torch.randn(IMAGES, c.channels, c.grid, c.grid),
+        torch.arange(IMAGES) % run.parts.classes,
+    )
     one = torch.ones(IMAGES)
 
     @torch.no_grad()
@@ -52,7 +56,9 @@ def generation(run: Run) -> float:
 
 
 def arithmetic(run: Run) -> float:
-    """Return the objective's own time, its network known beforehand, over a training step without its optimisers."""
+    """Return the objective's own time, its network known beforehand, over a training step without
+    its optimisers.
+    """
     step, network, batch = run.step(), run.parts.generator(), run.config.training.batch
     assert isinstance(step, Adversarial)
     rows = run.parts.batches(0, batch, 0)
@@ -70,7 +76,7 @@ def arithmetic(run: Run) -> float:
 
 
 def waiting(run: Run) -> float:
-    """Return the share of the training in which it waited for pictures, its first step left out."""
+    """Return the share of the training that waited for pictures, its first step left out."""
     log = (run.config.out / "generator" / "log.jsonl").read_text().splitlines()
     found = [record for record in map(json.loads, log) if "waited" in record][1:]
     return sum(record["waited"] for record in found) / sum(record["seconds"] for record in found)
@@ -83,8 +89,16 @@ def main() -> None:
         run = Run(config)
         run.train()
         rows = [
-            ("one-step generation by the pipeline, over the bare network call", f"{generation(run):.4f}", "1.02"),
-            ("flowspace's own arithmetic, share of a training step", f"{arithmetic(run):.4f}", "0.02"),
+            (
+                "one-step generation by the pipeline, over the bare network call",
+                f"{generation(run):.4f}",
+                "1.02",
+            ),
+            (
+                "flowspace's own arithmetic, share of a training step",
+                f"{arithmetic(run):.4f}",
+                "0.02",
+            ),
             ("waiting for pictures, share of the training", f"{waiting(run):.4f}", "0"),
         ]
     print(markdown_table(("smoke.yaml", "measured", "limit"), rows))

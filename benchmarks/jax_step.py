@@ -1,7 +1,9 @@
-"""A jitted CrossFlow step on JAX over a hand-written one of the same MLP: ``python benchmarks/jax_step.py`` (extra ``jax``).
+"""A jitted CrossFlow step on JAX over a hand-written one of the same MLP: ``python
+benchmarks/jax_step.py`` (extra ``jax``).
 
-Both draw times and noise from a key, differentiate by one `jax.jvp`, and take a step of gradient descent; the hand-written step
-is for the linear schedule alone, and draws which rows lie on the diagonal by a coin each. Medians of interleaved runs.
+Both draw times and noise from a key, differentiate by one `jax.jvp`, and take a step of gradient
+descent; the hand-written step is for the linear schedule alone, and draws which rows lie on the
+diagonal by a coin each. Medians of interleaved runs.
 """
 
 import statistics
@@ -78,9 +80,14 @@ def main() -> None:
     for width, batch in ((128, 512), (512, 256), (512, 2048)):
         keys = jax.random.split(jax.random.key(0), 8)
         shapes = [(SIZE + 2, width), (width, width), (width, width), (width, SIZE)]
-        weights = [jax.random.normal(key, shape) / shape[0] ** 0.5 for key, shape in zip(keys, shapes, strict=False)]
+        weights = [
+            jax.random.normal(key, shape) / shape[0] ** 0.5
+            for key, shape in zip(keys, shapes, strict=False)
+        ]
         z, x = (jax.random.normal(key, (batch, SIZE)) for key in keys[4:6])
-        found = medians({"flowspace": step_of(by_flowspace), "hand": step_of(by_hand)}, weights, z, x, keys[7])
+        found = medians(
+            {"flowspace": step_of(by_flowspace), "hand": step_of(by_hand)}, weights, z, x, keys[7]
+        )
         ratio = found["flowspace"] / found["hand"]
         times = [f"{1000 * seconds:.2f}" for seconds in found.values()]
         rows.append((f"3 hidden layers of {width}, batch {batch}", f"{ratio:.3f}", *times))

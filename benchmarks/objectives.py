@@ -1,9 +1,11 @@
-"""The family on the same footing: ``python benchmarks/objectives.py`` prints the tables of the docs page "Which objective?".
+"""The family on the same footing: ``python benchmarks/objectives.py`` prints the tables of the
+docs page "Which objective?".
 
-``--data digits`` (default) or ``mnist``: every objective trains the same ViT for the same number of steps with the same seeds on
-the digits of ``flowspace demo`` and is judged as there, in 1, 2, 4 and 8 steps where it has them; latents are decoded by the
-autoencoder's decoder. ``--data swiss_roll``: one space of two dimensions, squared errors, sliced Wasserstein distance.
-``--data costs``: time and peak memory of a step over those of flow matching, the same network and batch.
+``--data digits`` (default) or ``mnist``: every objective trains the same ViT for the same number
+of steps with the same seeds on the digits of ``flowspace demo`` and is judged as there, in 1, 2, 4
+and 8 steps where it has them; latents are decoded by the autoencoder's decoder. ``--data
+swiss_roll``: one space of two dimensions, squared errors, sliced Wasserstein distance. ``--data
+costs``: time and peak memory of a step over those of flow matching, the same network and batch.
 """
 
 import argparse
@@ -59,8 +61,10 @@ class Entry:
 
     Attributes:
         name: its row.
-        make: from the teacher's velocity, a trained flow-matching network, and the encoder to the objective.
-        space: ``latent`` (and a decoder), ``pixels`` (no autoencoder) or ``across`` (latent to pixels).
+        make: from the teacher's velocity, a trained flow-matching network, and the encoder to the
+            objective.
+        space: ``latent`` (and a decoder), ``pixels`` (no autoencoder) or ``across`` (latent to
+            pixels).
         renoise: how several steps are taken, see `FlowMap.sample`.
         steps: the numbers of steps that it can be sampled in.
     """
@@ -80,19 +84,31 @@ FAMILY = (
     Entry("consistency", lambda *_: ConsistencyLoss(), renoise=True),
     Entry("consistency, two points", lambda *_: ConsistencyLoss(gap=0.1), renoise=True),
     Entry("consistency trajectory", lambda *_: ConsistencyLoss(times=TimePairs(equal=0.0))),
-    Entry("MeanFlow distillation", lambda teacher, _: MeanFlowDistillationLoss(teacher=teacher, times=MOST)),
-    Entry("trajectory matching", lambda teacher, _: TrajectoryMatchingLoss(teacher=teacher, points=9, pairs=1)),
+    Entry(
+        "MeanFlow distillation",
+        lambda teacher, _: MeanFlowDistillationLoss(teacher=teacher, times=MOST),
+    ),
+    Entry(
+        "trajectory matching",
+        lambda teacher, _: TrajectoryMatchingLoss(teacher=teacher, points=9, pairs=1),
+    ),
     Entry("pixel MeanFlow", lambda *_: PixelMeanFlowLoss(), "pixels"),
     Entry("CrossFlow", lambda *_: CrossFlowLoss(), "across"),
     Entry("CrossFlow, uniform times", lambda *_: CrossFlowLoss(times=TimePairs()), "across"),
-    Entry("CrossFlow, estimated velocity", lambda _, encode: CrossFlowLoss(estimate=encode), "across"),
+    Entry(
+        "CrossFlow, estimated velocity", lambda _, encode: CrossFlowLoss(estimate=encode), "across"
+    ),
     Entry("consistency, across", lambda *_: ConsistencyLoss(), "across"),
 )
 
-ONE_SPACE = {entry.name for entry in FAMILY} - {"consistency, across", "CrossFlow, estimated velocity"}
+ONE_SPACE = {entry.name for entry in FAMILY} - {
+    "consistency, across",
+    "CrossFlow, estimated velocity",
+}
 
 
-# --- digits ------------------------------------------------------------------------------------------------------------
+# --- digits
+# -------------------------------------------------------------------------------------------------
 
 
 def in_pixels(world: digits.World, patch: int) -> digits.World:
@@ -101,8 +117,12 @@ def in_pixels(world: digits.World, patch: int) -> digits.World:
     return replace(world, autoencoder=patches, latents=patches.encode(world.data.images))
 
 
-def judged(settings: digits.Settings, folder: Path, seeds: int, chosen: list[Entry]) -> tuple[dict[str, Any], bytes]:
-    """Train and judge each objective with each seed; return scores by name and number of steps, and a PNG of samples."""
+def judged(
+    settings: digits.Settings, folder: Path, seeds: int, chosen: list[Entry]
+) -> tuple[dict[str, Any], bytes]:
+    """Train and judge each objective with each seed; return scores by name and number of steps,
+    and a PNG of samples.
+    """
     found: dict[str, Any] = {}
     pictures: dict[str, Tensor] = {}
     for seed in range(seeds):
@@ -128,17 +148,27 @@ def judged(settings: digits.Settings, folder: Path, seeds: int, chosen: list[Ent
                 teacher = DiagonalVelocity(network.requires_grad_(False))
             for steps in entry.steps:
                 images, labels, cost = digits.draw(method, network, there, seed, steps)
-                found.setdefault(entry.name, {}).setdefault(steps, []).append(judge.score(images, labels, cost))
+                found.setdefault(entry.name, {}).setdefault(steps, []).append(
+                    judge.score(images, labels, cost)
+                )
                 if steps == 1:
                     pictures.setdefault(entry.name, digits.by_class(images, labels))
-            distances = ", ".join(f"{found[entry.name][n][-1].frechet:.1f} in {n}" for n in entry.steps)
-            print(f"seed {seed}: {entry.name}: Frechet distance {distances}", file=sys.stderr, flush=True)
+            distances = ", ".join(
+                f"{found[entry.name][n][-1].frechet:.1f} in {n}" for n in entry.steps
+            )
+            print(
+                f"seed {seed}: {entry.name}: Frechet distance {distances}",
+                file=sys.stderr,
+                flush=True,
+            )
     return found, png(grid(pictures, digits.CLASSES, across=5), dpi=70)
 
 
 @dataclass(frozen=True)
 class DiagonalVelocity:
-    """The velocity of a flow-matching network, which knows only s = t; runs that it teaches are continued by this name."""
+    """The velocity of a flow-matching network, which knows only s = t; runs that it teaches are
+    continued by this name.
+    """
 
     network: nn.Module = field(repr=False)
 
@@ -149,7 +179,9 @@ class DiagonalVelocity:
 
 
 def digits_table(found: dict[str, Any]) -> str:
-    """Return the table: accuracy, diversity and Frechet excess in one step, and the excess in more."""
+    """Return the table: accuracy, diversity and Frechet excess in one step, and the excess in
+    more.
+    """
 
     def mean(scores: list[digits.Scores], name: str) -> float:
         return statistics.mean(getattr(score, name) for score in scores)
@@ -158,20 +190,27 @@ def digits_table(found: dict[str, Any]) -> str:
     rows = []
     for name, by_steps in found.items():
         one = by_steps[1]
-        excess = [f"{mean(by_steps[n], 'frechet') - floor:.1f}" if n in by_steps else "" for n in STEPS]
+        excess = [
+            f"{mean(by_steps[n], 'frechet') - floor:.1f}" if n in by_steps else "" for n in STEPS
+        ]
         if name == "real":
             excess = ["", "", "", ""]
-        rows.append((name, f"{mean(one, 'accuracy'):.3f}", f"{mean(one, 'diversity'):.2f}", *excess))
+        rows.append(
+            (name, f"{mean(one, 'accuracy'):.3f}", f"{mean(one, 'diversity'):.2f}", *excess)
+        )
     head = ("objective", "accuracy", "diversity", "excess, 1 step", "2", "4", "8")
     note = f"Frechet distance of real images: {floor:.1f}; the excess is over it."
     return f"{markdown_table(head, rows)}\n\n{note}"
 
 
-# --- the Swiss roll in one space ----------------------------------------------------------------------------------------
+# --- the Swiss roll in one space
+# ----------------------------------------------------------------------------------------
 
 
 def rolled(steps: int, seeds: int, chosen: list[Entry]) -> tuple[dict[str, Any], bytes]:
-    """Train each objective on the standardised roll; return distances by name and number of steps, and a PNG of samples."""
+    """Train each objective on the standardised roll; return distances by name and number of steps,
+    and a PNG of samples.
+    """
     found: dict[str, Any] = {}
     clouds: dict[str, Tensor] = {}
     for seed in range(seeds):
@@ -179,7 +218,9 @@ def rolled(steps: int, seeds: int, chosen: list[Entry]) -> tuple[dict[str, Any],
         draw = torch.Generator().manual_seed(7000 + seed)
         real = world.latents(swiss_roll.roll(5000, draw))
         other = world.latents(swiss_roll.roll(5000, draw))
-        found.setdefault("real", {}).setdefault(1, []).append(swiss_roll.sliced_wasserstein(real, other))
+        found.setdefault("real", {}).setdefault(1, []).append(
+            swiss_roll.sliced_wasserstein(real, other)
+        )
         clouds.setdefault("real", real)
         for entry in chosen:
             objective: Any = replace(entry.make(teacher, lambda x: x), penalty=SquaredError())  # type: ignore[arg-type]
@@ -195,7 +236,11 @@ def rolled(steps: int, seeds: int, chosen: list[Entry]) -> tuple[dict[str, Any],
                 found.setdefault(entry.name, {}).setdefault(n, []).append(distance)
                 if n == 1:
                     clouds.setdefault(entry.name, samples)
-            print(f"seed {seed}: {entry.name} {found[entry.name][1][-1]:.3f}", file=sys.stderr, flush=True)
+            print(
+                f"seed {seed}: {entry.name} {found[entry.name][1][-1]:.3f}",
+                file=sys.stderr,
+                flush=True,
+            )
     return found, scatter(clouds)
 
 
@@ -243,7 +288,8 @@ def roll_table(found: dict[str, Any]) -> str:
     return markdown_table(("objective", "1 step", "2", "4", "8"), rows)
 
 
-# --- costs --------------------------------------------------------------------------------------------------------------
+# --- costs
+# -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -253,7 +299,9 @@ class Costs:
     setting: Setting = field(default_factory=lambda: Setting("timm ViT-S", 384, 12))
 
     def jobs(self) -> dict[str, Callable[[], None]]:
-        """Return one training step of each objective, and a forward pass; teachers are the network itself."""
+        """Return one training step of each objective, and a forward pass; teachers are the network
+        itself.
+        """
         network = self.setting.build()
         side = int(self.setting.tokens**0.5)
         latents = torch.randn(self.setting.batch, 16, side, side, device=DEVICE)
@@ -292,9 +340,13 @@ class Costs:
         return {name: statistics.median(values[1:]) for name, values in found.items()}
 
     def peak(self, name: str) -> float:
-        """Return the growth of this process's memory in one step, in bytes: run in a process of its own."""
+        """Return the growth of this process's memory in one step, in bytes: run in a process of
+        its own.
+        """
         big = replace(self, setting=replace(self.setting, batch=2 * self.setting.batch)).jobs()
-        replace(self, setting=replace(self.setting, tokens=4, batch=2)).jobs()[name]()  # what libraries keep
+        replace(self, setting=replace(self.setting, tokens=4, batch=2)).jobs()[
+            name
+        ]()  # what libraries keep
         Path("/proc/self/clear_refs").write_text("5")
         before = resident("VmRSS")
         big[name]()
@@ -306,26 +358,43 @@ class Costs:
         peaks = {}
         for name in seconds:
             done = subprocess.run(
-                [sys.executable, __file__, "--peak", name], capture_output=True, text=True, check=True
+                [sys.executable, __file__, "--peak", name],
+                capture_output=True,
+                text=True,
+                check=True,
             )
             peaks[name] = float(done.stdout.split()[-1])
         base, room = seconds[TEACHER], peaks[TEACHER]
-        rows = [(name, f"{seconds[name] / base:.2f}", f"{peaks[name] / room:.2f}") for name in seconds]
+        rows = [
+            (name, f"{seconds[name] / base:.2f}", f"{peaks[name] / room:.2f}") for name in seconds
+        ]
         wanted = 1 + 1.5 * seconds[FORWARD] / base
+        head = ("objective", "step / flow matching", "peak memory / flow matching")
         return (
-            f"{markdown_table(('objective', 'step / flow matching', 'peak memory / flow matching'), rows)}\n\n"
-            "By its evaluations (a teacher's, and two on a quarter of the rows) distillation by finite differences should take "
+            f"{markdown_table(head, rows)}\n\n"
+            "By its evaluations (a teacher's, and two on a quarter of the rows) distillation by "
+            "finite differences should take "
             f"{wanted:.2f}."
         )
 
 
 def main() -> None:
     """Print the table and save it, with a figure, in the folder of the run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="digits", choices=["digits", "mnist", "swiss_roll", "costs"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", default="digits", choices=["digits", "mnist", "swiss_roll", "costs"]
+    )
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--steps", type=int, help="of training (default: the recipe's; 8000 for the roll)")
-    parser.add_argument("--only", default="", help="objectives whose name contains this; the teacher is always trained")
+    parser.add_argument(
+        "--steps", type=int, help="of training (default: the recipe's; 8000 for the roll)"
+    )
+    parser.add_argument(
+        "--only",
+        default="",
+        help="objectives whose name contains this; the teacher is always trained",
+    )
     parser.add_argument("--rounds", type=int, default=15, help="of --data costs")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="default: runs/objectives-DATA")
@@ -347,15 +416,23 @@ def main() -> None:
     else:
         settings = digits.SETTINGS[options.data]
         if options.steps:
-            settings = replace(settings, generator=replace(settings.generator, steps=options.steps))
+            settings = replace(
+                settings, generator=replace(settings.generator, steps=options.steps)
+            )
         scores, picture = judged(settings, out, options.seeds, chosen)
-        found = {name: {n: [vars(s) for s in each] for n, each in by.items()} for name, by in scores.items()}
+        found = {
+            name: {n: [vars(s) for s in each] for n, each in by.items()}
+            for name, by in scores.items()
+        }
         text = digits_table(scores)
     write_beside(out / "table.md", text + "\n")
     if picture is not None:
         write_beside(out / "samples.png", picture)
         write_beside(out / "scores.json", json.dumps(found, indent=2) + "\n")
-    print(f"{text}\n\n{options.data}, {options.seeds} seed(s), {time.perf_counter() - start:.0f} s; in {out}")
+    print(
+        f"{text}\n\n{options.data}, {options.seeds} seed(s), {time.perf_counter() - start:.0f} s; "
+        f"in {out}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """What flowspace itself adds to a training step: ``python benchmarks/overhead.py``.
 
-Times, state, coefficients, residual, target and penalty, forward and backward, with the network and its derivative replaced by
-tensors computed beforehand, over a plain regression step and over a CrossFlow step of the same ViT (4 blocks of width 256, 64
-tokens, batch 64). Medians of interleaved runs in one process.
+Times, state, coefficients, residual, target and penalty, forward and backward, with the network
+and its derivative replaced by tensors computed beforehand, over a plain regression step and over a
+CrossFlow step of the same ViT (4 blocks of width 256, 64 tokens, batch 64). Medians of interleaved
+runs in one process.
 """
 
 import statistics
@@ -30,7 +31,11 @@ class Known(Derivative):
     slope: Tensor
 
     def __call__(
-        self, fn: Callable[..., Tensor], primals: Sequence[Any], tangents: Sequence[Any], rows: Tensor | None = None
+        self,
+        fn: Callable[..., Tensor],
+        primals: Sequence[Any],
+        tangents: Sequence[Any],
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return what is known."""
         return self.value, self.slope
@@ -70,9 +75,17 @@ def main() -> None:
     def overhead() -> None:
         bare(network, z, x, cond={"labels": labels}).loss.mean().backward()
 
-    found = medians({"plain regression step": plain, "CrossFlow step": cross_flow, "flowspace itself": overhead})
+    found = medians(
+        {
+            "plain regression step": plain,
+            "CrossFlow step": cross_flow,
+            "flowspace itself": overhead,
+        }
+    )
     base = found["plain regression step"]
-    rows = [(name, f"{seconds / base:.4f}", f"{1000 * seconds:.2f}") for name, seconds in found.items()]
+    rows = [
+        (name, f"{seconds / base:.4f}", f"{1000 * seconds:.2f}") for name, seconds in found.items()
+    ]
     print(markdown_table(("what", "over a plain step", "ms, this machine"), rows))
 
 

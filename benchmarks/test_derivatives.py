@@ -1,4 +1,6 @@
-"""A training step by each route: ``pytest benchmarks --benchmark-enable``; `derivatives.py` prints ratios."""
+"""A training step by each route: ``pytest benchmarks --benchmark-enable``; `derivatives.py` prints
+ratios.
+"""
 
 import shutil
 

@@ -1,11 +1,22 @@
-"""Calls of schedules and coefficients on a batch of 256: ``pytest benchmarks --benchmark-enable``."""
+"""Schedules and coefficients on a batch of 256: ``pytest benchmarks --benchmark-enable``."""
 
 import pytest
 import torch
 
-from flowspace import CosineSchedule, LinearSchedule, MatchedStatistic, PolynomialSchedule, VariancePreservingSchedule
+from flowspace import (
+    CosineSchedule,
+    LinearSchedule,
+    MatchedStatistic,
+    PolynomialSchedule,
+    VariancePreservingSchedule,
+)
 
-SCHEDULES = [LinearSchedule(), CosineSchedule(), PolynomialSchedule(2), VariancePreservingSchedule()]
+SCHEDULES = [
+    LinearSchedule(),
+    CosineSchedule(),
+    PolynomialSchedule(2),
+    VariancePreservingSchedule(),
+]
 CALLS = ["alpha", "beta", "alpha_dot", "beta_dot", "signal_to_noise", "signal_to_noise_dot"]
 
 

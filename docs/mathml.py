@@ -1,4 +1,6 @@
-"""A mkdocs hook: formulas become MathML when the pages are built, so that they need no script and no network."""
+"""A mkdocs hook: formulas become MathML when the pages are built, so that they need no script and
+no network.
+"""
 
 import html
 import re
@@ -11,4 +13,6 @@ FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>
 
 def on_page_content(content: str, **_: Any) -> str:
     """Replace every formula of a page."""
-    return FORMULA.sub(lambda m: convert(html.unescape(m[3]), "block" if m[2] == "[" else "inline"), content)
+    return FORMULA.sub(
+        lambda m: convert(html.unescape(m[3]), "block" if m[2] == "[" else "inline"), content
+    )

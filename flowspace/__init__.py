@@ -1,4 +1,5 @@
-"""Cross-space flow maps: from a schedule and a statistic to one-step images, without a velocity target.
+"""Cross-space flow maps: from a schedule and a statistic to one-step images, without a velocity
+target.
 
 Times everywhere: t = 0 is data, t = 1 is noise, s is the destination, 0 <= s <= t <= 1.
 """
@@ -40,8 +41,20 @@ from flowspace.schedules import (
     VariancePreservingSchedule,
 )
 from flowspace.solvers import DormandPrince, Euler, Heun, VelocityFlow
-from flowspace.statistics import ConsistencyStatistic, MatchedStatistic, MeanFlowStatistic, Statistic
-from flowspace.times import LogitNormalTimes, PowerTimes, ShiftedTimes, TimePairs, ToDataTimes, UniformTimes
+from flowspace.statistics import (
+    ConsistencyStatistic,
+    MatchedStatistic,
+    MeanFlowStatistic,
+    Statistic,
+)
+from flowspace.times import (
+    LogitNormalTimes,
+    PowerTimes,
+    ShiftedTimes,
+    TimePairs,
+    ToDataTimes,
+    UniformTimes,
+)
 
 __version__ = "0.1.0"
 

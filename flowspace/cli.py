@@ -1,4 +1,6 @@
-"""The command line: ``flowspace derive | demo | encode | train | sample | evaluate | export | cost``."""
+"""The command line: ``flowspace derive | demo | encode | train | sample | evaluate | export |
+cost``.
+"""
 
 import argparse
 import contextlib
@@ -19,15 +21,19 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-EVALUATED = "Samples are drawn once, over all processes, and kept; the same command goes on where it was stopped."
+EVALUATED = (
+    "Samples are drawn once, over all processes, and kept; the same command goes on where it was "
+    "stopped."
+)
 ENCODED = (
-    "Shards of latents, pictures and labels; whole ones are kept, and the same command goes on where it was stopped."
+    "Shards of latents, pictures and labels; whole ones are kept, and the same command goes on "
+    "where it was stopped."
 )
 FORMULAS = ("--alpha", "--beta", "--gamma", "--delta", "--kappa")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns 0, 1 where a criterion or a run fails, 130 where it was interrupted."""
+    """Run a command; returns 0, 1 where a criterion or a run fails, 130 if interrupted."""
     options = _parser().parse_args(_joined(sys.argv[1:] if arguments is None else arguments))
     try:
         return options.command(options)
@@ -36,18 +42,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except ModuleNotFoundError as error:
         print(
-            f"flowspace: {error.name} is not installed; write: pip install 'flowspace[{_extra(options, error.name)}]'",
+            f"flowspace: {error.name} is not installed; write: pip install "
+            f"'flowspace[{_extra(options, error.name)}]'",
             file=sys.stderr,
         )
         return 1
     except OSError as error:
         print(
-            f"flowspace: {error}; what was saved before is whole: once this is repaired, the same command continues",
+            f"flowspace: {error}; what was saved before is whole: once this is repaired, the same "
+            "command continues",
             file=sys.stderr,
         )
         return 1
     except KeyboardInterrupt:
-        print("\nflowspace: stopped; the same command continues from the last checkpoint", file=sys.stderr)
+        print(
+            "\nflowspace: stopped; the same command continues from the last checkpoint",
+            file=sys.stderr,
+        )
         return 130
 
 
@@ -58,9 +69,11 @@ def _extra(options: argparse.Namespace, name: str | None) -> str:
 
 
 def _joined(arguments: Sequence[str]) -> list[str]:
-    """Join each formula to its option, so that ``--delta -t/(t-s)`` is not read as an option named -t.
+    """Join each formula to its option, so that ``--delta -t/(t-s)`` is not read as an option named
+    -t.
 
-    What is changed in a config may stand before or after the options of ``train``, which take no values.
+    What is changed in a config may stand before or after the options of ``train``, which take no
+    values.
     """
     if arguments and arguments[0] == "train":
         return sorted(arguments, key=lambda argument: argument.startswith("-"))
@@ -74,33 +87,52 @@ def _joined(arguments: Sequence[str]) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("flowspace", description="Cross-space flow maps: derive, check, train, sample.")
+    parser = argparse.ArgumentParser(
+        "flowspace", description="Cross-space flow maps: derive, check, train, sample."
+    )
     parser.add_argument("--version", action="version", version=f"flowspace {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     derive = commands.add_parser(
         "derive",
         help="derive kappa and the residual of a schedule and a statistic, and check the criteria",
-        description="Prints kappa, the two criteria and the other properties, and the residual, also as LaTeX; exits 1 with "
-        "the reason when a criterion fails. Give --gamma or --kappa with --delta, or none of the three for the matched "
+        description="Prints kappa, the two criteria and the other properties, and the residual, "
+        "also as LaTeX; exits 1 with "
+        "the reason when a criterion fails. Give --gamma or --kappa with --delta, or none of the "
+        "three for the matched "
         "statistic.",
     )
-    derive.add_argument("--alpha", default="1 - t", help="weight of the data, a formula in t (default: %(default)s)")
-    derive.add_argument("--beta", default="t", help="weight of the noise, a formula in t (default: %(default)s)")
-    derive.add_argument("--gamma", help="weight of the state in the statistic, a formula in t and s")
+    derive.add_argument(
+        "--alpha",
+        default="1 - t",
+        help="weight of the data, a formula in t (default: %(default)s)",
+    )
+    derive.add_argument(
+        "--beta", default="t", help="weight of the noise, a formula in t (default: %(default)s)"
+    )
+    derive.add_argument(
+        "--gamma", help="weight of the state in the statistic, a formula in t and s"
+    )
     derive.add_argument("--delta", help="weight of the velocity's integral, a formula in t and s")
     derive.add_argument("--kappa", help="a formula in s, from which gamma is derived")
     derive.set_defaults(command=_derive)
     demo = commands.add_parser(
         "demo",
         help="train one-step digits from a noisy latent and report how good they are",
-        description="Real handwritten digits, two stages, one evaluation; leaves checkpoints, samples.png, metrics.json and "
+        description="Real handwritten digits, two stages, one evaluation; leaves checkpoints, "
+        "samples.png, metrics.json and "
         "report.html. Run it again to continue a run that was stopped.",
     )
-    demo.add_argument("--dataset", default="digits", choices=["digits", "mnist"], help="default: %(default)s")
-    demo.add_argument("--out", type=Path, help="where the run is kept (default: runs/DATASET)")
-    demo.add_argument("--seeds", type=int, default=1, help="how many seeds to average (default: %(default)s)")
     demo.add_argument(
-        "--baselines", action="store_true", help="also a denoiser, latent MeanFlow + decoder, decoder on noise"
+        "--dataset", default="digits", choices=["digits", "mnist"], help="default: %(default)s"
+    )
+    demo.add_argument("--out", type=Path, help="where the run is kept (default: runs/DATASET)")
+    demo.add_argument(
+        "--seeds", type=int, default=1, help="how many seeds to average (default: %(default)s)"
+    )
+    demo.add_argument(
+        "--baselines",
+        action="store_true",
+        help="also a denoiser, latent MeanFlow + decoder, decoder on noise",
     )
     demo.set_defaults(command=_demo)
     _add_recipe(commands)
@@ -111,20 +143,40 @@ def _add_recipe(commands: Any) -> None:
     """Add the commands of the ImageNet recipe."""
     train = commands.add_parser(
         "train",
-        help="train a generator from a config: stage 1 and a latent generator if it asks for them, the generator, its pipeline",
-        description="Run it again to continue a run that was stopped. For several processes: torchrun --nproc_per_node N "
+        help="train a generator from a config: stage 1 and a latent generator if it asks for "
+        "them, the generator, its pipeline",
+        description="Run it again to continue a run that was stopped. For several processes: "
+        "torchrun --nproc_per_node N "
         "-m flowspace.cli train CONFIG.",
     )
-    train.add_argument("config", type=Path, help="a YAML file, such as examples/imagenet/configs/smoke.yaml")
-    train.add_argument("changes", nargs="*", help="what differs, such as training.batch=64 out=runs/other")
-    train.add_argument("--evaluate", action="store_true", help="also draw samples, judge them, and reload the pipeline")
-    train.add_argument("--ablate", action="store_true", help="also without GAN, without perceptual, without both")
+    train.add_argument(
+        "config", type=Path, help="a YAML file, such as examples/imagenet/configs/smoke.yaml"
+    )
+    train.add_argument(
+        "changes", nargs="*", help="what differs, such as training.batch=64 out=runs/other"
+    )
+    train.add_argument(
+        "--evaluate",
+        action="store_true",
+        help="also draw samples, judge them, and reload the pipeline",
+    )
+    train.add_argument(
+        "--ablate", action="store_true", help="also without GAN, without perceptual, without both"
+    )
     train.set_defaults(command=_train)
-    encode = commands.add_parser("encode", help="compute the latents of a config's pictures once", description=ENCODED)
-    encode.add_argument("config", type=Path, help="a YAML file; data.latents names the folder (default: OUT/latents)")
+    encode = commands.add_parser(
+        "encode", help="compute the latents of a config's pictures once", description=ENCODED
+    )
+    encode.add_argument(
+        "config",
+        type=Path,
+        help="a YAML file; data.latents names the folder (default: OUT/latents)",
+    )
     encode.add_argument("changes", nargs="*", help="what differs, such as encoder.half=true")
     encode.set_defaults(command=_encode)
-    evaluate = commands.add_parser("evaluate", help="draw samples of a run and judge them", description=EVALUATED)
+    evaluate = commands.add_parser(
+        "evaluate", help="draw samples of a run and judge them", description=EVALUATED
+    )
     evaluate.add_argument("run", type=Path, help="the folder that flowspace train made")
     evaluate.set_defaults(command=_evaluate)
     sample = commands.add_parser("sample", help="draw images of a run's pipeline into a folder")
@@ -136,23 +188,32 @@ def _add_recipe(commands: Any) -> None:
     export = commands.add_parser(
         "export",
         help="write a run's generator as a program without flowspace, checked against eager",
-        description="The suffix says which: .pt2 (torch.export) or .onnx (needs the extra 'onnx').",
+        description="The suffix says which: .pt2 (torch.export) or .onnx (needs the extra "
+        "'onnx').",
     )
     export.add_argument("run", type=Path, help="the folder that flowspace train made")
     export.add_argument("out", type=Path, help="the file, .pt2 or .onnx")
     export.set_defaults(command=_export)
     cost = commands.add_parser(
         "cost",
-        help="count what a generator costs: parameters, FLOPs, memory, GPU-hours, beside other one-step methods",
+        help="count what a generator costs: parameters, FLOPs, memory, GPU-hours, beside other "
+        "one-step methods",
         description="Counted on meta tensors, without weights or a GPU; needs the extra 'vision'.",
     )
     cost.add_argument(
         "preset",
-        help="crossflow-b, crossflow-l, crossflow-xl, a config's YAML file, or a folder of configs: their table",
+        help="crossflow-b, crossflow-l, crossflow-xl, a config's YAML file, or a folder of "
+        "configs: their table",
     )
-    cost.add_argument("--equal", type=float, default=0.5, help="share of rows with s = t (default: %(default)s)")
-    cost.add_argument("--batch", type=int, default=32, help="images on one device (default: %(default)s)")
-    cost.add_argument("--devices", type=int, default=8, help="over which FSDP2 shards (default: %(default)s)")
+    cost.add_argument(
+        "--equal", type=float, default=0.5, help="share of rows with s = t (default: %(default)s)"
+    )
+    cost.add_argument(
+        "--batch", type=int, default=32, help="images on one device (default: %(default)s)"
+    )
+    cost.add_argument(
+        "--devices", type=int, default=8, help="over which FSDP2 shards (default: %(default)s)"
+    )
     cost.set_defaults(command=_cost)
 
 
@@ -169,7 +230,8 @@ def _statistic(options: argparse.Namespace, schedule: Schedule) -> Statistic:
         return MatchedStatistic()
     if options.delta is None or (options.gamma is None) == (options.kappa is None):
         raise FlowspaceError(
-            "give --delta with either --gamma or --kappa, or none of the three for the matched statistic"
+            "give --delta with either --gamma or --kappa, or none of the three for the matched "
+            "statistic"
         )
     if options.gamma is not None:
         return Statistic(options.gamma, options.delta)
@@ -179,7 +241,10 @@ def _statistic(options: argparse.Namespace, schedule: Schedule) -> Statistic:
 def _explain(report: CriteriaReport) -> int:
     for name in ("Criterion 1", "Criterion 2"):
         if report.reasons[name].startswith("FAILS"):
-            print(f"flowspace: {name}: {report.reasons[name].removeprefix('FAILS').strip()}", file=sys.stderr)
+            print(
+                f"flowspace: {name}: {report.reasons[name].removeprefix('FAILS').strip()}",
+                file=sys.stderr,
+            )
     return 1
 
 
@@ -191,15 +256,22 @@ def _demo(options: argparse.Namespace) -> int:
         raise FlowspaceError(f"--seeds {options.seeds} came; write 1 or more")
     folder = options.out or Path("runs") / options.dataset
     with _one_thread():
-        metrics = digits.run(digits.SETTINGS[options.dataset], folder, options.baselines, options.seeds)
+        metrics = digits.run(
+            digits.SETTINGS[options.dataset], folder, options.baselines, options.seeds
+        )
     print(markdown_table(digits.HEAD, digits.rows(metrics)))
-    print(f"\nmeans over {options.seeds} seed(s); pictures: {folder / 'samples.png'}, page: {folder / 'report.html'}")
+    print(
+        f"\nmeans over {options.seeds} seed(s); pictures: {folder / 'samples.png'}, page: "
+        f"{folder / 'report.html'}"
+    )
     return 0
 
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Keep small networks on one thread, unless OMP_NUM_THREADS says otherwise: more wait for each other."""
+    """Keep small networks on one thread, unless OMP_NUM_THREADS says otherwise: more wait for each
+    other.
+    """
     import torch
 
     before = torch.get_num_threads()
@@ -234,7 +306,10 @@ def _train(options: argparse.Namespace) -> int:
         _judge(run)
         if run.parts.place.rank == 0:
             same = run.same_in_a_fresh_process()
-            print(f"the pipeline in a fresh process draws {'the same images' if same else 'OTHER IMAGES'}")
+            print(
+                "the pipeline in a fresh process draws "
+                f"{'the same images' if same else 'OTHER IMAGES'}"
+            )
             return 0 if same else 1
     return 0
 
@@ -243,7 +318,10 @@ def _encode(options: argparse.Namespace) -> int:
     from flowspace.recipes.config import load
     from flowspace.recipes.imagenet import Run
 
-    print(f"latents in {Run(load(options.config, options.changes)).encode()}; train with data.latents=FOLDER")
+    print(
+        f"latents in {Run(load(options.config, options.changes)).encode()}; train with "
+        "data.latents=FOLDER"
+    )
     return 0
 
 
@@ -284,7 +362,9 @@ def _export(options: argparse.Namespace) -> int:
 
     formats = {".pt2": TorchExport, ".onnx": Onnx}
     if options.out.suffix not in formats:
-        raise FlowspaceError(f"{options.out} came; write a file that ends in {' or '.join(formats)}")
+        raise FlowspaceError(
+            f"{options.out} came; write a file that ends in {' or '.join(formats)}"
+        )
     apart = formats[options.out.suffix]()(Run.of(options.run).pipeline().generator, options.out)
     print(f"{options.out}: differs from eager by at most {apart:.1g}")
     return 0
@@ -295,7 +375,9 @@ def _cost(options: argparse.Namespace) -> int:
     from flowspace.vision.cost import HEAD, NOTE, generator_cost, report
 
     if options.batch < 1 or options.devices < 1:
-        raise FlowspaceError(f"--batch {options.batch} --devices {options.devices} came; write 1 or more of each")
+        raise FlowspaceError(
+            f"--batch {options.batch} --devices {options.devices} came; write 1 or more of each"
+        )
     if Path(options.preset).is_dir():
         from flowspace.recipes.imagenet.costs import TABLE, table
 
@@ -309,7 +391,9 @@ def _cost(options: argparse.Namespace) -> int:
     else:
         cost = generator_cost(options.preset, options.equal)
     own, beside = report(cost, options.batch, options.devices)
-    print(f"{markdown_table((options.preset, ''), own)}\n\n{markdown_table(HEAD, beside)}\n\n{NOTE}")
+    print(
+        f"{markdown_table((options.preset, ''), own)}\n\n{markdown_table(HEAD, beside)}\n\n{NOTE}"
+    )
     return 0
 
 

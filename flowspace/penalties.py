@@ -1,7 +1,8 @@
 """Penalties: a difference of shape ``(B, *)`` becomes a number per row, of shape ``(B,)``.
 
-Each is frozen and reduces over all axes but the first: to the mean, or to the sum with ``summed=True``. The choice matters
-for `Adaptive`, whose offset c is negligible beside a sum over 200,000 pixels and not beside their mean.
+Each is frozen and reduces over all axes but the first: to the mean, or to the sum with
+``summed=True``. The choice matters for `Adaptive`, whose offset c is negligible beside a sum over
+200,000 pixels and not beside their mean.
 """
 
 import abc
@@ -63,19 +64,25 @@ class HuberError(Penalty):
 
     def __post_init__(self) -> None:
         if not self.threshold > 0:
-            raise InputError(f"threshold = {self.threshold} came; write a positive number, or AbsoluteError()")
+            raise InputError(
+                f"threshold = {self.threshold} came; write a positive number, or AbsoluteError()"
+            )
 
     def __call__(self, difference: Tensor) -> Tensor:
         """Return the penalty of each row: ``(B, *)`` becomes ``(B,)``."""
         xp, size, h = backend_of(difference), abs(difference), self.threshold
-        return _over_axes(xp.where(size <= h, xp.square(size) / 2, h * (size - h / 2)), self.summed)
+        return _over_axes(
+            xp.where(size <= h, xp.square(size) / 2, h * (size - h / 2)), self.summed
+        )
 
 
 @dataclass(frozen=True)
 class Adaptive(Penalty):
-    """``L / sg((L + c)^p)`` for the penalty L of each row (Geng et al., arXiv 2505.13447: squared and summed, p = 1).
+    """``L / sg((L + c)^p)`` for the penalty L of each row (Geng et al., arXiv 2505.13447: squared
+    and summed, p = 1).
 
-    With p = 1 every row's loss is near 1 whatever it has learned, so log the plain penalty beside it.
+    With p = 1 every row's loss is near 1 whatever it has learned, so log the plain penalty beside
+    it.
 
     Raises:
         InputError: unless c is positive and p at least 0.
@@ -87,7 +94,10 @@ class Adaptive(Penalty):
 
     def __post_init__(self) -> None:
         if not isinstance(self.penalty, Penalty):
-            raise InputError(f"penalty = {self.penalty!r} came; write for example Adaptive(SquaredError(summed=True))")
+            raise InputError(
+                f"penalty = {self.penalty!r} came; write for example "
+                "Adaptive(SquaredError(summed=True))"
+            )
         if not (self.c > 0 and self.p >= 0):
             raise InputError(f"p = {self.p}, c = {self.c} came; write p >= 0 and c > 0")
 

@@ -1,10 +1,10 @@
 r"""Schedules: how much of the data and of the noise a state holds at each time.
 
 A schedule is a pair of functions with $z_t = \alpha(t) z + \beta(t) \epsilon$, velocity
-$v = \alpha'(t) z + \beta'(t) \epsilon$, and signal to noise $\lambda(t) = \alpha(t) / \beta(t)$. Time 0 is data
-and time 1 is noise: $\alpha(0) = 1, \beta(0) = 0, \alpha(1) = 0, \beta(1) = 1$; $\beta > 0$ and
-$\lambda' < 0$ on $(0, 1)$, where $\lambda'(1) = 0$ is legal. Nothing else is assumed: alpha + beta = 1
-and alpha^2 + beta^2 = 1 are examples.
+$v = \alpha'(t) z + \beta'(t) \epsilon$, and signal to noise $\lambda(t) = \alpha(t) / \beta(t)$.
+Time 0 is data and time 1 is noise: $\alpha(0) = 1, \beta(0) = 0, \alpha(1) = 0, \beta(1) = 1$;
+$\beta > 0$ and $\lambda' < 0$ on $(0, 1)$, where $\lambda'(1) = 0$ is legal. Nothing else is
+assumed: alpha + beta = 1 and alpha^2 + beta^2 = 1 are examples.
 """
 
 import math
@@ -30,30 +30,39 @@ __all__ = [
 ]
 
 TIME_FLOOR = 0.01
-"""The smallest t that is drawn: lambda is infinite at t = 0, the one singular end of every schedule."""
+"""The smallest t that is drawn: lambda is infinite at t = 0, the one singular end of every
+schedule.
+"""
 
 END_TOLERANCE = 1e-6
-"""How far alpha and beta may miss 0 and 1 at the ends: float64 rounding of any formula, far below what training sees."""
+"""How far alpha and beta may miss 0 and 1 at the ends: float64 rounding of any formula, far below
+what training sees.
+"""
 
 GRID_POINTS = 1025
 """Where a schedule is checked at construction: evenly on [TIME_FLOOR, 1], both ends included."""
 
 
 def over_rows(values: Tensor, like: Tensor) -> Tensor:
-    """View values of shape ``()`` or ``(B,)`` so that they broadcast over the rows of ``like``, of shape ``(B, *)``."""
-    return values.reshape(values.shape + (1,) * (like.ndim - values.ndim)) if values.ndim else values
+    """View values of shape ``()`` or ``(B,)`` so that they broadcast over the rows of ``like``, of
+    shape ``(B, *)``.
+    """
+    return (
+        values.reshape(values.shape + (1,) * (like.ndim - values.ndim)) if values.ndim else values
+    )
 
 
 class Schedule:
     """A noise schedule (alpha, beta), checked at construction.
 
     Args:
-        alpha: the weight of the data: text such as ``"cos(pi*t/2)"``, a sympy expression in t, or a callable on tensors.
+        alpha: the weight of the data: text such as ``"cos(pi*t/2)"``, a sympy expression in t, or
+            a callable on tensors.
         beta: the weight of the noise, likewise.
 
     Raises:
-        ScheduleError: if the ends are wrong, a value is not finite on [TIME_FLOOR, 1], or lambda does not fall; it names
-            the time and the values.
+        ScheduleError: if the ends are wrong, a value is not finite on [TIME_FLOOR, 1], or lambda
+            does not fall; it names the time and the values.
         ExpressionError: if a text is no formula in t.
     """
 
@@ -62,7 +71,9 @@ class Schedule:
         parts = ((self._alpha, t), (self._beta, t))
         slopes = ((self._alpha.dot, t), (self._beta.dot, t))
         self._ratio = combine(lambda a, b: a / b, *parts, arity=1)
-        self._ratio_dot = combine(lambda a, b, da, db: (da * b - a * db) / b**2, *parts, *slopes, arity=1)
+        self._ratio_dot = combine(
+            lambda a, b, da, db: (da * b - a * db) / b**2, *parts, *slopes, arity=1
+        )
         self._check_ends()
         self._check_inside()
 
@@ -109,20 +120,25 @@ class Schedule:
             t: times of shape ``()`` or ``(B,)``.
 
         Returns:
-            ``z_t = alpha z + beta noise`` in the latents' dtype and ``v = alpha' z + beta' noise`` in at least float32, each
-            of shape ``(B, *)``.
+            ``z_t = alpha z + beta noise`` in the latents' dtype and ``v = alpha' z + beta' noise``
+            in at least float32, each of shape ``(B, *)``.
 
         Raises:
-            InputError: if the shapes of latents and noise differ, or tensors came beside JAX arrays.
+            InputError: if the shapes of latents and noise differ, or tensors came beside JAX
+                arrays.
             TimeError: if t is of whole numbers or has another shape.
         """
         xp = one_backend(latents, noise, t)
         if noise.shape != latents.shape:
-            raise InputError(f"noise of shape {tuple(noise.shape)} came for latents of shape {tuple(latents.shape)}")
+            raise InputError(
+                f"noise of shape {tuple(noise.shape)} came for latents of shape "
+                f"{tuple(latents.shape)}"
+            )
         t = _as_times(t, latents)
         if t.ndim > 1 or (t.ndim == 1 and t.shape[0] != latents.shape[0]):
             raise TimeError(
-                f"t of shape {tuple(t.shape)} came for latents of shape {tuple(latents.shape)}; use (B,) or ()"
+                f"t of shape {tuple(t.shape)} came for latents of shape {tuple(latents.shape)}; "
+                "use (B,) or ()"
             )
 
         def mix(data: Tensor, grain: Tensor) -> Tensor:
@@ -132,7 +148,8 @@ class Schedule:
         return xp.cast(z_t, latents.dtype), v
 
     def velocity(self, latents: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
-        """Return the velocity of the path through z_t that comes from these latents: (beta'/beta) z_t + beta lambda' z.
+        """Return the velocity of the path through z_t that comes from these latents: (beta'/beta)
+        z_t + beta lambda' z.
 
         Args:
             latents: clean latents, or an estimate of them, ``(B, *)``.
@@ -143,7 +160,9 @@ class Schedule:
         return over_rows(kept, z_t) * z_t + over_rows(moved, z_t) * latents
 
     def latents(self, velocity: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
-        """Return the clean latents that a velocity at z_t points from: `velocity` solved for them; lambda'(t) < 0."""
+        """Return the clean latents that a velocity at z_t points from: `velocity` solved for them;
+        lambda'(t) < 0.
+        """
         kept, moved = (part(_as_times(t)) for part in self._velocity_parts)
         return (velocity - over_rows(kept, z_t) * z_t) / over_rows(moved, z_t)
 
@@ -155,30 +174,60 @@ class Schedule:
         return kept, combine(lambda b, m: b * m, (beta, t), (slope, t), arity=1)
 
     def _check_ends(self) -> None:
-        for name, function, ends in (("alpha", self._alpha, (1.0, 0.0)), ("beta", self._beta, (0.0, 1.0))):
+        for name, function, ends in (
+            ("alpha", self._alpha, (1.0, 0.0)),
+            ("beta", self._beta, (0.0, 1.0)),
+        ):
             for time, wanted in zip((0.0, 1.0), ends, strict=True):
                 value = float(_evaluate(function, torch.tensor(time, dtype=torch.float64), name))
                 if not abs(value - wanted) <= END_TOLERANCE:
-                    advice = _TERMINAL_ADVICE if (name, time) == ("alpha", 1.0) and 0 < value < 1 else ""
+                    advice = (
+                        _TERMINAL_ADVICE
+                        if (name, time) == ("alpha", 1.0) and 0 < value < 1
+                        else ""
+                    )
                     raise ScheduleError(
-                        f"{name}({time:g}) = {value:.6g}, but it must be {wanted:g}: t = 0 is data (alpha = 1, beta = 0) "
+                        f"{name}({time:g}) = {value:.6g}, but it must be {wanted:g}: t = 0 is "
+                        "data (alpha = 1, beta = 0) "
                         f"and t = 1 is noise (alpha = 0, beta = 1); {name} is {function}.{advice}"
                     )
 
     def _check_inside(self) -> None:
         times = torch.linspace(TIME_FLOOR, 1.0, GRID_POINTS, dtype=torch.float64)
-        named = {"alpha": self._alpha, "beta": self._beta, "alpha'": self._alpha.dot, "beta'": self._beta.dot}
+        named = {
+            "alpha": self._alpha,
+            "beta": self._beta,
+            "alpha'": self._alpha.dot,
+            "beta'": self._beta.dot,
+        }
         values = {name: _evaluate(function, times, name) for name, function in named.items()}
         for name, value in values.items():
-            _refuse(~value.isfinite(), times, value, f"{name} must be finite on [{TIME_FLOOR}, 1]", name)
-        _refuse(values["beta"] <= 0, times, values["beta"], "beta must be positive on (0, 1]", "beta")
+            _refuse(
+                ~value.isfinite(),
+                times,
+                value,
+                f"{name} must be finite on [{TIME_FLOOR}, 1]",
+                name,
+            )
+        _refuse(
+            values["beta"] <= 0, times, values["beta"], "beta must be positive on (0, 1]", "beta"
+        )
         ratio, slope = self.signal_to_noise(times), self.signal_to_noise_dot(times)
-        _refuse(slope[:-1] >= 0, times, slope, "lambda = alpha/beta must fall: lambda' < 0 on (0, 1)", "lambda'")
-        _refuse(ratio.diff() >= 0, times, ratio, "lambda = alpha/beta must fall strictly", "lambda")
+        _refuse(
+            slope[:-1] >= 0,
+            times,
+            slope,
+            "lambda = alpha/beta must fall: lambda' < 0 on (0, 1)",
+            "lambda'",
+        )
+        _refuse(
+            ratio.diff() >= 0, times, ratio, "lambda = alpha/beta must fall strictly", "lambda"
+        )
 
     def _repr_latex_(self) -> str:
         parts = [
-            r"\text{callable}" if f.expression is None else sympy.latex(f.expression) for f in (self._alpha, self._beta)
+            r"\text{callable}" if f.expression is None else sympy.latex(f.expression)
+            for f in (self._alpha, self._beta)
         ]
         return rf"$\alpha(t) = {parts[0]}, \quad \beta(t) = {parts[1]}$"
 
@@ -196,24 +245,30 @@ class Schedule:
 
 
 class LinearSchedule(Schedule):
-    """``alpha = 1 - t, beta = t``: rectified flow, flow matching's optimal-transport path (Liu et al., arXiv 2209.03003)."""
+    """``alpha = 1 - t, beta = t``: rectified flow, flow matching's optimal-transport path (Liu et
+    al., arXiv 2209.03003).
+    """
 
     def __init__(self) -> None:
         super().__init__("1 - t", "t")
 
 
 class CosineSchedule(Schedule):
-    """``alpha = cos(pi t/2), beta = sin(pi t/2)``: variance preserving, constant speed on the circle (arXiv 2303.08797)."""
+    """``alpha = cos(pi t/2), beta = sin(pi t/2)``: variance preserving, constant speed on the
+    circle (arXiv 2303.08797).
+    """
 
     def __init__(self) -> None:
         super().__init__("cos(pi*t/2)", "sin(pi*t/2)")
 
 
 class PolynomialSchedule(Schedule):
-    """``alpha = (1 - t)^n, beta = 1 - (1 - t)^n``: the convex polynomial path (Lipman et al., arXiv 2412.06264, in t -> 1 - t).
+    """``alpha = (1 - t)^n, beta = 1 - (1 - t)^n``: the convex polynomial path (Lipman et al.,
+    arXiv 2412.06264, in t -> 1 - t).
 
     Args:
-        power: n, from 1 (the linear schedule) to 64, the largest that a formula may have; for n > 1 lambda'(1) = 0.
+        power: n, from 1 (the linear schedule) to 64, the largest that a formula may have; for n >
+            1 lambda'(1) = 0.
 
     Raises:
         ScheduleError: if n < 1, where alpha' is infinite at t = 1.
@@ -222,17 +277,21 @@ class PolynomialSchedule(Schedule):
 
     def __init__(self, power: float = 2) -> None:
         if not power >= 1:
-            raise ScheduleError(f"power = {power} came; below 1 alpha' is infinite at t = 1, so write 1 or more")
+            raise ScheduleError(
+                f"power = {power} came; below 1 alpha' is infinite at t = 1, so write 1 or more"
+            )
         alpha = parse(f"(1 - t)**{power}")
         super().__init__(alpha, 1 - alpha)
 
 
 class VariancePreservingSchedule(Schedule):
-    r"""The variance-preserving diffusion of Ho et al. and Song et al. (arXiv 2011.13456), rescaled to zero terminal SNR.
+    r"""The variance-preserving diffusion of Ho et al. and Song et al. (arXiv 2011.13456), rescaled
+    to zero terminal SNR.
 
-    With $\bar\alpha(t) = \exp(-\tfrac12 \beta_{min} t - \tfrac14 (\beta_{max} - \beta_{min}) t^2)$ the raw alpha(1)
-    is not zero, so a sampler that starts at pure noise starts where training never was. As Lin et al. (arXiv 2305.08891)
-    advise, $\alpha = (\bar\alpha(t) - \bar\alpha(1)) / (1 - \bar\alpha(1))$, $\beta = \sqrt{1 - \alpha^2}$.
+    With $\bar\alpha(t) = \exp(-\tfrac12 \beta_{min} t - \tfrac14 (\beta_{max} - \beta_{min}) t^2)$
+    the raw alpha(1) is not zero, so a sampler that starts at pure noise starts where training
+    never was. As Lin et al. (arXiv 2305.08891) advise, $\alpha = (\bar\alpha(t) - \bar\alpha(1)) /
+    (1 - \bar\alpha(1))$, $\beta = \sqrt{1 - \alpha^2}$.
 
     Args:
         beta_min: the diffusion rate at t = 0, positive.
@@ -244,7 +303,10 @@ class VariancePreservingSchedule(Schedule):
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
         if not 0 < beta_min <= beta_max < math.inf:
-            raise ScheduleError(f"beta_min = {beta_min}, beta_max = {beta_max} came; write 0 < beta_min <= beta_max")
+            raise ScheduleError(
+                f"beta_min = {beta_min}, beta_max = {beta_max} came; write 0 < beta_min <= "
+                "beta_max"
+            )
         raw: Any = parse(f"exp(-{beta_min}*t/2 - ({beta_max} - {beta_min})*t**2/4)")
         end = raw.subs(t, 1)
         alpha = (raw - end) / (1 - end)
@@ -252,8 +314,10 @@ class VariancePreservingSchedule(Schedule):
 
 
 _TERMINAL_ADVICE = (
-    " A raw diffusion schedule leaves signal at t = 1, where sampling starts; rescale it to zero terminal SNR, "
-    "(alpha(t) - alpha(1))/(1 - alpha(1)) with beta = sqrt(1 - alpha**2), as VariancePreservingSchedule() does."
+    " A raw diffusion schedule leaves signal at t = 1, where sampling starts; rescale it to zero "
+    "terminal SNR, "
+    "(alpha(t) - alpha(1))/(1 - alpha(1)) with beta = sqrt(1 - alpha**2), as "
+    "VariancePreservingSchedule() does."
 )
 
 
@@ -263,7 +327,8 @@ def _as_times(t: Tensor | float, beside: Tensor | None = None) -> Tensor:
     if not xp.is_floating(times):
         hint = xp.to_float.format("t")
         raise TimeError(
-            f"times of dtype {times.dtype} came; flowspace's times are real numbers in [0, 1]: write {hint}"
+            f"times of dtype {times.dtype} came; flowspace's times are real numbers in [0, 1]: "
+            f"write {hint}"
         )
     return xp.in_full(times)
 
@@ -283,6 +348,8 @@ def _refuse(bad: Tensor, times: Tensor, values: Tensor, why: str, name: str) -> 
     if bool(bad.any()):
         at = int(bad.nonzero()[0])
         around: Any = ", ".join(
-            f"{name}({float(times[i]):.4g}) = {float(values[i]):.6g}" for i in (at, at + 1) if i < len(times)
+            f"{name}({float(times[i]):.4g}) = {float(values[i]):.6g}"
+            for i in (at, at + 1)
+            if i < len(times)
         )
         raise ScheduleError(f"{why}, but {around}")

@@ -1,7 +1,9 @@
-"""Solvers of the probability-flow ODE for plain velocity models, and the grids of times that they step on.
+"""Solvers of the probability-flow ODE for plain velocity models, and the grids of times that they
+step on.
 
-A velocity is a callable ``(z_t, t, **cond)`` on ``(B, *)`` states and ``(B,)`` times; the ODE is dz/dt = v(z, t), solved from the
-first time of a grid to its last. Heun's and the adaptive method are torchdiffeq's (extra ``ode``).
+A velocity is a callable ``(z_t, t, **cond)`` on ``(B, *)`` states and ``(B,)`` times; the ODE is
+dz/dt = v(z, t), solved from the first time of a grid to its last. Heun's and the adaptive method
+are torchdiffeq's (extra ``ode``).
 """
 
 import abc
@@ -26,7 +28,9 @@ class Solver(abc.ABC):
 
     @abc.abstractmethod
     def path(self, velocity: Velocity, z: Tensor, times: Tensor) -> Tensor:
-        """Return the states at each time of a monotone grid ``(n,)``, the first of them z: ``(n, B, *)``."""
+        """Return the states at each time of a monotone grid ``(n,)``, the first of them z: ``(n,
+        B, *)``.
+        """
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,9 @@ class Euler(Solver):
     """One evaluation a step: z_s = z_t - (t - s) v(z_t, t), first order."""
 
     def path(self, velocity: Velocity, z: Tensor, times: Tensor) -> Tensor:
-        """Return the states at each time of a monotone grid ``(n,)``, the first of them z: ``(n, B, *)``."""
+        """Return the states at each time of a monotone grid ``(n,)``, the first of them z: ``(n,
+        B, *)``.
+        """
         states = [z]
         with torch.no_grad():
             for t, s in itertools.pairwise(times):
@@ -46,14 +52,17 @@ class Euler(Solver):
 
 @dataclass(frozen=True)
 class Heun(Solver):
-    """Two evaluations a step, second order; the last one is at the last time, so v must be finite there.
+    """Two evaluations a step, second order; the last one is at the last time, so v must be finite
+    there.
 
     Raises:
         InputError: on use, if torchdiffeq (the extra ``ode``) is not installed.
     """
 
     def path(self, velocity: Velocity, z: Tensor, times: Tensor) -> Tensor:
-        """Return the states at each time of a monotone grid ``(n,)``, the first of them z: ``(n, B, *)``."""
+        """Return the states at each time of a monotone grid ``(n,)``, the first of them z: ``(n,
+        B, *)``.
+        """
         return _odeint(velocity, z, times, method="heun2")
 
 
@@ -66,7 +75,8 @@ class DormandPrince(Solver):
         atol: absolute tolerance of a step, above 0.
 
     Raises:
-        InputError: if a tolerance is not above 0; on use, if torchdiffeq (the extra ``ode``) is not installed.
+        InputError: if a tolerance is not above 0; on use, if torchdiffeq (the extra ``ode``) is
+            not installed.
     """
 
     rtol: float = 1e-5
@@ -74,10 +84,15 @@ class DormandPrince(Solver):
 
     def __post_init__(self) -> None:
         if not (self.rtol > 0 and self.atol > 0):
-            raise InputError(f"rtol = {self.rtol}, atol = {self.atol} came; tolerances are above 0, such as 1e-5")
+            raise InputError(
+                f"rtol = {self.rtol}, atol = {self.atol} came; tolerances are above 0, such as "
+                "1e-5"
+            )
 
     def path(self, velocity: Velocity, z: Tensor, times: Tensor) -> Tensor:
-        """Return the states at each time of a monotone grid ``(n,)``, the first of them z: ``(n, B, *)``."""
+        """Return the states at each time of a monotone grid ``(n,)``, the first of them z: ``(n,
+        B, *)``.
+        """
         return _odeint(velocity, z, times, method="dopri5", rtol=self.rtol, atol=self.atol)
 
 
@@ -86,11 +101,14 @@ def _odeint(velocity: Velocity, z: Tensor, times: Tensor, **options: Any) -> Ten
         from torchdiffeq import odeint  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise InputError(
-            "this solver is torchdiffeq's, which is not installed; write: pip install 'flowspace[ode]'"
+            "this solver is torchdiffeq's, which is not installed; write: pip install "
+            "'flowspace[ode]'"
         ) from error
 
     def slope(t: Tensor, state: Tensor) -> Tensor:
-        return _checked(velocity(state, t.to(times.dtype).expand(len(state)).contiguous()), state).to(state.dtype)
+        return _checked(
+            velocity(state, t.to(times.dtype).expand(len(state)).contiguous()), state
+        ).to(state.dtype)
 
     with torch.no_grad():
         return odeint(slope, z, times, **options)  # pyright: ignore[reportReturnType]
@@ -98,7 +116,9 @@ def _odeint(velocity: Velocity, z: Tensor, times: Tensor, **options: Any) -> Ten
 
 def _checked(velocity: Tensor, z: Tensor) -> Tensor:
     if velocity.shape != z.shape:
-        raise InputError(f"the velocity has shape {tuple(velocity.shape)} for states of shape {tuple(z.shape)}")
+        raise InputError(
+            f"the velocity has shape {tuple(velocity.shape)} for states of shape {tuple(z.shape)}"
+        )
     return velocity
 
 
@@ -137,22 +157,37 @@ class VelocityFlow:
         """
         given = dict(cond or {})
         velocity = self.velocity if guidance is None else guidance.apply(self.velocity)
-        return self.solver.path(lambda z, t: velocity(z, t, **given), noise, falling_grid(noise, steps, times))[-1]
+        return self.solver.path(
+            lambda z, t: velocity(z, t, **given), noise, falling_grid(noise, steps, times)
+        )[-1]
 
 
 def falling_grid(noise: Tensor, steps: int, times: Sequence[float] | Tensor | None) -> Tensor:
-    """Return the times of a sampler ``(n,)``, beside the noise: the given ones, or ``steps`` even steps from 1 to 0.
+    """Return the times of a sampler ``(n,)``, beside the noise: the given ones, or ``steps`` even
+    steps from 1 to 0.
 
     Raises:
         TimeError: if steps is no count, or given times do not fall strictly from 1 to 0.
     """
     dtype = torch.float64 if noise.dtype.itemsize == 8 else torch.float32
-    device = noise.device if isinstance(noise, Tensor) else None  # beside JAX arrays the grid is known, not traced
+    device = (
+        noise.device if isinstance(noise, Tensor) else None
+    )  # beside JAX arrays the grid is known, not traced
     if times is None:
         if not isinstance(steps, int) or steps < 1:
-            raise TimeError(f"steps = {steps} came; it counts evaluations, so write 1 or a larger integer")
+            raise TimeError(
+                f"steps = {steps} came; it counts evaluations, so write 1 or a larger integer"
+            )
         return torch.linspace(1, 0, steps + 1, device=device, dtype=dtype)
     grid = torch.as_tensor(times, device=device, dtype=dtype)
-    if grid.ndim != 1 or len(grid) < 2 or grid[0] != 1 or grid[-1] != 0 or bool((grid.diff() >= 0).any()):
-        raise TimeError(f"times = {grid.tolist()} came; the grid falls strictly from 1 to 0, as in [1, 0.5, 0]")
+    if (
+        grid.ndim != 1
+        or len(grid) < 2
+        or grid[0] != 1
+        or grid[-1] != 0
+        or bool((grid.diff() >= 0).any())
+    ):
+        raise TimeError(
+            f"times = {grid.tolist()} came; the grid falls strictly from 1 to 0, as in [1, 0.5, 0]"
+        )
     return grid

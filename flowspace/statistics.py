@@ -1,14 +1,18 @@
-r"""Statistics of the path that a network is trained to output, and the coefficients of their residual.
+r"""Statistics of the path that a network is trained to output, and the coefficients of their
+residual.
 
-A statistic $(\gamma, \delta)$ names the function $f(z_t, t, s) = \gamma z_t + \delta \int_s^t v\,d\tau$ with v the
-marginal velocity of the probability-flow ODE. Differentiating $f/\delta$ along the path gives two identities:
+A statistic $(\gamma, \delta)$ names the function $f(z_t, t, s) = \gamma z_t + \delta \int_s^t
+v\,d\tau$ with v the marginal velocity of the probability-flow ODE. Differentiating $f/\delta$
+along the path gives two identities:
 
 $$D_t(f/\delta) = (\gamma/\delta)' z_t + (1 + \gamma/\delta) v \qquad \text{(I), always}$$
 
-$$D_t(f/\delta) = \kappa(s) \lambda'(t) z \qquad \text{(II), if } \kappa = (1 + \gamma/\delta) \beta(t) \text{ has no t in it}$$
+$$D_t(f/\delta) = \kappa(s) \lambda'(t) z \qquad \text{(II), if } \kappa = (1 + \gamma/\delta)
+\beta(t) \text{ has no t in it}$$
 
-With b = 1/delta, a = b' (in t) and c = kappa lambda', (II) is the residual R = a f + b D_t f - c x. Assumed: delta is not
-zero inside ``0 < s < t < 1``. Not assumed: that gamma, delta are finite on the edges; only a, b, c are used there.
+With b = 1/delta, a = b' (in t) and c = kappa lambda', (II) is the residual R = a f + b D_t f - c
+x. Assumed: delta is not zero inside ``0 < s < t < 1``. Not assumed: that gamma, delta are finite
+on the edges; only a, b, c are used there.
 """
 
 import math
@@ -37,13 +41,21 @@ from flowspace.expressions import (
 )
 from flowspace.schedules import TIME_FLOOR, Schedule, over_rows
 
-__all__ = ["Coefficients", "ConsistencyStatistic", "MatchedStatistic", "MeanFlowStatistic", "Statistic"]
+__all__ = [
+    "Coefficients",
+    "ConsistencyStatistic",
+    "MatchedStatistic",
+    "MeanFlowStatistic",
+    "Statistic",
+]
 
 POINTS = 12
 """Random (t, s) at which a claim about formulas is tested: one wrong answer in 10^50 each."""
 
 DIAGONAL_TOLERANCE = 1e-4
-"""How far b, and a/c - 1, may be from zero on the diagonal: `NUDGE` over the smallest t, for callables that are 0/0 there."""
+"""How far b, and a/c - 1, may be from zero on the diagonal: `NUDGE` over the smallest t, for
+callables that are 0/0 there.
+"""
 
 DIAGONAL_POINTS = 64
 
@@ -56,7 +68,8 @@ NUMERIC = 1e-6
 
 @dataclass(frozen=True)
 class Coefficients:
-    """What multiplies what in the residual of one statistic under one schedule. Each is a function of (t, s).
+    """What multiplies what in the residual of one statistic under one schedule. Each is a function
+    of (t, s).
 
     Attributes:
         prediction: a = b', in front of f.
@@ -78,7 +91,9 @@ class Coefficients:
 
     @property
     def data(self) -> TimeFunction:
-        """C = kappa lambda'; raises CriterionError where Criterion 1 fails, since (II) does not hold there."""
+        """C = kappa lambda'; raises CriterionError where Criterion 1 fails, since (II) does not
+        hold there.
+        """
         if self.failure:
             raise CriterionError(f"the residual has no data term: {self.failure}")
         return self._data
@@ -90,16 +105,19 @@ class Coefficients:
 
     @property
     def data_vanishes(self) -> bool:
-        """Whether kappa is zero everywhere: the consistency family, whose residual has no data term."""
+        """Whether kappa is zero everywhere: the consistency family, whose residual has no data
+        term.
+        """
         times = torch.tensor(random_points(POINTS), dtype=torch.float64)
         return bool((self.scaled_kappa(times[:, 0], times[:, 1]).abs() < NEVER).all())
 
     def scale(self, t: Tensor, s: Tensor) -> Tensor:
-        """Return the signed scale m = sign(b) max(|a|, |b|/(t - s)) of the residual, of shape ``(B,)``.
+        """Return the signed scale m = sign(b) max(|a|, |b|/(t - s)) of the residual, of shape
+        ``(B,)``.
 
-        On the diagonal, and where b = 0, m = a. Where that is zero too nothing is to be learned: R/m = 0 by its limit, and
-        m is infinite. Dividing by m bounds what multiplies f and (t - s) D_t f by one in size; x too where c = a, as for
-        the matched statistic.
+        On the diagonal, and where b = 0, m = a. Where that is zero too nothing is to be learned:
+        R/m = 0 by its limit, and m is infinite. Dividing by m bounds what multiplies f and (t - s)
+        D_t f by one in size; x too where c = a, as for the matched statistic.
         """
         xp, a, b = backend_of(t), self.prediction(t, s), self.derivative(t, s)
         off_diagonal = xp.apart(t, s) & (b != 0)
@@ -108,31 +126,43 @@ class Coefficients:
         return xp.where(m == 0, math.inf, m)
 
     def step(self, prediction: Tensor, z_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """Return z_s = (1 + gamma/delta) z_t - f/delta, exact for the exact f: identity (I) integrated, in one space."""
+        """Return z_s = (1 + gamma/delta) z_t - f/delta, exact for the exact f: identity (I)
+        integrated, in one space.
+        """
         kept, moved = self.velocity(t, s), self.derivative(t, s)
-        return backend_of(z_t).cast(over_rows(kept, z_t) * z_t - over_rows(moved, z_t) * prediction, z_t.dtype)
+        return backend_of(z_t).cast(
+            over_rows(kept, z_t) * z_t - over_rows(moved, z_t) * prediction, z_t.dtype
+        )
 
     def prediction_of(self, z_t: Tensor, z_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """Return the f whose step takes z_t to z_s: `step` solved for f; s < t, in one space."""
-        return (over_rows(self.velocity(t, s), z_t) * z_t - z_s) / over_rows(self.derivative(t, s), z_t)
+        return (over_rows(self.velocity(t, s), z_t) * z_t - z_s) / over_rows(
+            self.derivative(t, s), z_t
+        )
 
     def diagonal_velocity(self, prediction: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
-        """Return the velocity that f(z_t, t, t) stands for, in one space: identity (I) where b(t, t) = 0.
+        """Return the velocity that f(z_t, t, t) stands for, in one space: identity (I) where b(t,
+        t) = 0.
 
         Raises:
-            CriterionError: if the statistic is not anchored; then the diagonal says nothing of the velocity.
+            CriterionError: if the statistic is not anchored; then the diagonal says nothing of the
+                velocity.
         """
         if not self.anchored:
             raise CriterionError(
-                "the statistic is not anchored, so f on the diagonal does not say what the velocity is; give a velocity of "
+                "the statistic is not anchored, so f on the diagonal does not say what the "
+                "velocity is; give a velocity of "
                 "its own, such as velocity=teacher"
             )
-        a, state, weight = (over_rows(part(t, t), z_t) for part in (self.prediction, self.state, self.velocity))
+        a, state, weight = (
+            over_rows(part(t, t), z_t) for part in (self.prediction, self.state, self.velocity)
+        )
         return (a * prediction - state * z_t) / weight
 
 
 class Statistic:
-    """A pair (gamma, delta), each text, a number, a sympy expression in t and s, or a callable on tensors.
+    """A pair (gamma, delta), each text, a number, a sympy expression in t and s, or a callable on
+    tensors.
 
     Args:
         gamma: the weight of the state z_t.
@@ -149,12 +179,14 @@ class Statistic:
         for name, function in (("gamma", self.gamma), ("delta", self.delta)):
             if not bool(function(times[:, 0], times[:, 1]).isfinite().all()):
                 raise CriterionError(
-                    f"{name} = {function} is not a finite real number everywhere inside 0 < s < t < 1; write for example "
+                    f"{name} = {function} is not a finite real number everywhere inside 0 < s < t "
+                    "< 1; write for example "
                     "gamma='1', delta='-t/(t - s)'"
                 )
         if bool((self.delta(times[:, 0], times[:, 1]).abs() < NEVER).any()):
             raise CriterionError(
-                f"delta = {self.delta} is zero inside 0 < s < t < 1, so f would not see the path and 1/delta does not "
+                f"delta = {self.delta} is zero inside 0 < s < t < 1, so f would not see the path "
+                "and 1/delta does not "
                 "exist; write for example '-t/(t - s)'"
             )
 
@@ -164,7 +196,8 @@ class Statistic:
 
         Args:
             schedule: the schedule under which kappa is meant.
-            kappa: a function of s, as text in ``s``, a number, a sympy expression or a callable of one tensor of times.
+            kappa: a function of s, as text in ``s``, a number, a sympy expression or a callable of
+                one tensor of times.
             delta: as in the constructor.
 
         Raises:
@@ -173,7 +206,10 @@ class Statistic:
         wanted = _function_of_s(kappa)
         statistic = cls(0, delta)
         gamma = combine(
-            lambda d, k, b: d * (k / b - 1), (statistic.delta, None), (wanted, None), (schedule.functions[1], t)
+            lambda d, k, b: d * (k / b - 1),
+            (statistic.delta, None),
+            (wanted, None),
+            (schedule.functions[1], t),
         )
         return cls(gamma, delta)
 
@@ -185,13 +221,16 @@ class Statistic:
         )
 
     def coefficients(self, schedule: Schedule) -> Coefficients:
-        """Derive what multiplies f, D_t f, x, z_t and v in the residual under a schedule; derived once, then remembered."""
+        """Derive what multiplies f, D_t f, x, z_t and v in the residual under a schedule; derived
+        once, then remembered.
+        """
         if not isinstance(schedule, Schedule):
             raise InputError(f"schedule = {schedule!r} came; write for example LinearSchedule()")
         return _derive(self, schedule)
 
     def kappa(self, schedule: Schedule) -> "sympy.Expr | TimeFunction":
-        """Return what Criterion 1 asks for: a sympy expression in s, or for callables a function of (t, s) that ignores t.
+        """Return what Criterion 1 asks for: a sympy expression in s, or for callables a function
+        of (t, s) that ignores t.
 
         Raises:
             CriterionError: if (1 + gamma/delta) beta(t) depends on t; it says what is left of t.
@@ -217,10 +256,12 @@ class Statistic:
 
 
 class MatchedStatistic(Statistic):
-    """The universal default: kappa(s) = beta(s) and delta = beta_t / (beta_s alpha_t - alpha_s beta_t), for any schedule.
+    """The universal default: kappa(s) = beta(s) and delta = beta_t / (beta_s alpha_t - alpha_s
+    beta_t), for any schedule.
 
-    Then b = beta_s lambda_t - alpha_s, a = c = beta_s lambda'_t and gamma/delta = beta_s/beta_t - 1: both criteria hold,
-    it is anchored and matched, and f is the clean prediction that makes a DDIM jump from t to s exact.
+    Then b = beta_s lambda_t - alpha_s, a = c = beta_s lambda'_t and gamma/delta = beta_s/beta_t -
+    1: both criteria hold, it is anchored and matched, and f is the clean prediction that makes a
+    DDIM jump from t to s exact.
     """
 
     def __init__(self) -> None:
@@ -229,19 +270,31 @@ class MatchedStatistic(Statistic):
     def __getattr__(self, name: str) -> TimeFunction:
         """Say where gamma and delta are to be found."""
         if name in ("gamma", "delta"):
-            raise CriterionError(f"{name} depends on the schedule here; write MatchedStatistic().on(schedule).{name}")
+            raise CriterionError(
+                f"{name} depends on the schedule here; write "
+                f"MatchedStatistic().on(schedule).{name}"
+            )
         raise AttributeError(name)
 
     def ratios(self, schedule: Schedule) -> tuple[TimeFunction, TimeFunction]:
         """Return b = beta_s lambda_t - alpha_s and gamma/delta = beta_s/beta_t - 1."""
         alpha, beta = schedule.functions
-        b = combine(lambda a_t, b_t, a_s, b_s: b_s * a_t / b_t - a_s, (alpha, t), (beta, t), (alpha, s), (beta, s))
+        b = combine(
+            lambda a_t, b_t, a_s, b_s: b_s * a_t / b_t - a_s,
+            (alpha, t),
+            (beta, t),
+            (alpha, s),
+            (beta, s),
+        )
         return b, combine(lambda b_t, b_s: b_s / b_t - 1, (beta, t), (beta, s))
 
     def on(self, schedule: Schedule) -> Statistic:
         """Return the same statistic with gamma and delta written out for one schedule."""
         b, ratio = self.ratios(schedule)
-        return Statistic(combine(lambda g, i: g / i, (ratio, None), (b, None)), combine(lambda i: 1 / i, (b, None)))
+        return Statistic(
+            combine(lambda g, i: g / i, (ratio, None), (b, None)),
+            combine(lambda i: 1 / i, (b, None)),
+        )
 
     def __str__(self) -> str:
         return "matched: kappa(s) = beta(s), delta = beta_t/(beta_s alpha_t - alpha_s beta_t)"
@@ -254,14 +307,18 @@ class MatchedStatistic(Statistic):
 
 
 class MeanFlowStatistic(Statistic):
-    """``gamma = 0, delta = 1/(t - s)``: f is the average velocity (Geng et al., arXiv 2505.13447). Criterion 1 fails."""
+    """``gamma = 0, delta = 1/(t - s)``: f is the average velocity (Geng et al., arXiv 2505.13447).
+    Criterion 1 fails.
+    """
 
     def __init__(self) -> None:
         super().__init__(0, "1/(t - s)")
 
 
 class ConsistencyStatistic(Statistic):
-    """``gamma = 1, delta = -1``: f = z_s (Song et al., arXiv 2303.01469; trajectory form 2310.02279). kappa = 0."""
+    """``gamma = 1, delta = -1``: f = z_s (Song et al., arXiv 2303.01469; trajectory form
+    2310.02279). kappa = 0.
+    """
 
     def __init__(self) -> None:
         super().__init__(1, -1)
@@ -279,7 +336,9 @@ def _derive(statistic: Statistic, schedule: Schedule) -> Coefficients:
 
 
 def worst_on_diagonal(function: Callable[[Tensor, Tensor], Tensor]) -> tuple[float, float]:
-    """Return the largest size of a function on the diagonal s = t, infinite where it is not finite, and where that is."""
+    """Return the largest size of a function on the diagonal s = t, infinite where it is not
+    finite, and where that is.
+    """
     times = torch.linspace(TIME_FLOOR, 1 - TIME_FLOOR, DIAGONAL_POINTS, dtype=torch.float64)
     sizes = function(times, times).abs().nan_to_num(nan=torch.inf)
     return float(sizes.max()), float(times[sizes.argmax()])
@@ -290,12 +349,16 @@ def _function_of_s(kappa: Source) -> TimeFunction:
         return TimeFunction(lambda _, s_: kappa(s_), 2)
     function = TimeFunction(kappa, 2)
     if function.expression is not None and t in function.expression.free_symbols:
-        raise CriterionError(f"kappa = {function} depends on t; Criterion 1 asks for a function of s alone")
+        raise CriterionError(
+            f"kappa = {function} depends on t; Criterion 1 asks for a function of s alone"
+        )
     return function
 
 
 def _at_noise(scaled: TimeFunction) -> TimeFunction:
-    """Return kappa as a function of s: the value of (1 + gamma/delta) beta(t) at t = 1, or its limit."""
+    """Return kappa as a function of s: the value of (1 + gamma/delta) beta(t) at t = 1, or its
+    limit.
+    """
     if scaled.expression is None:
         return TimeFunction(lambda t_, s_: scaled.raw(backend_of(t_).ones_like(t_), s_), 2)
     value: Any = scaled.expression.subs(t, 1)
@@ -305,7 +368,9 @@ def _at_noise(scaled: TimeFunction) -> TimeFunction:
 
 
 def _left_of_t(scaled: TimeFunction) -> str:
-    """Return an empty text if (1 + gamma/delta) beta(t) does not depend on t, else what is left of t."""
+    """Return an empty text if (1 + gamma/delta) beta(t) does not depend on t, else what is left of
+    t.
+    """
     points = random_points(POINTS)
     if scaled.expression is not None:
         slopes = precise_values(scaled.expression.diff(t), points)
@@ -319,7 +384,8 @@ def _left_of_t(scaled: TimeFunction) -> str:
     for (t_, s_), slope, size in zip(points, slopes, sizes, strict=True):
         if not abs(slope) <= tolerance * max(1, abs(size)) or not math.isfinite(size):
             return (
-                f"{how} must be a function of s alone, but at (t, s) = ({t_:.3f}, {s_:.3f}) it is {float(size):.5g} and "
+                f"{how} must be a function of s alone, but at (t, s) = ({t_:.3f}, {s_:.3f}) it is "
+                f"{float(size):.5g} and "
                 f"changes with t at the rate {float(slope):.5g}"
             )
     return ""

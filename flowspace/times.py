@@ -1,8 +1,9 @@
-"""How times are drawn: a `TimeSampler` draws t for each row, a `TimePairs` draws (t, s) with s <= t.
+"""How times are drawn: a `TimeSampler` draws t for each row, a `TimePairs` draws (t, s) with s <=
+t.
 
-Samplers are frozen and hold no state; the randomness comes from the generator that is passed in: one of torch draws tensors,
-a key of JAX draws arrays. Every t is at least
-`TIME_FLOOR`, since lambda is infinite at t = 0.
+Samplers are frozen and hold no state; the randomness comes from the generator that is passed in:
+one of torch draws tensors, a key of JAX draws arrays. Every t is at least `TIME_FLOOR`, since
+lambda is infinite at t = 0.
 """
 
 import abc
@@ -18,14 +19,23 @@ from flowspace.errors import TimeError
 from flowspace.schedules import TIME_FLOOR
 
 __all__ = [
-    "LogitNormalTimes", "PairSampler", "PowerTimes", "ShiftedTimes", "TimePairs", "TimeSampler", "ToDataTimes", "UniformTimes",
-]  # fmt: skip
+    "LogitNormalTimes",
+    "PairSampler",
+    "PowerTimes",
+    "ShiftedTimes",
+    "TimePairs",
+    "TimeSampler",
+    "ToDataTimes",
+    "UniformTimes",
+]
 
 How: TypeAlias = dict[str, Any]
 """The generator or key, device and dtype of a draw, as torch's random functions take them."""
 
 REFERENCE_DIM = 4096
-"""The latent size at which a shift is 1: 4 x 32 x 32, where the shift of Esser et al. (arXiv 2403.03206) was set."""
+"""The latent size at which a shift is 1: 4 x 32 x 32, where the shift of Esser et al. (arXiv
+2403.03206) was set.
+"""
 
 
 class TimeSampler(abc.ABC):
@@ -59,16 +69,21 @@ class UniformTimes(TimeSampler):
 
     def __post_init__(self) -> None:
         if not TIME_FLOOR <= self.low < self.high <= 1:
-            raise TimeError(f"low = {self.low}, high = {self.high} came; write {TIME_FLOOR} <= low < high <= 1")
+            raise TimeError(
+                f"low = {self.low}, high = {self.high} came; write {TIME_FLOOR} <= low < high <= 1"
+            )
 
     def _draw(self, rows: int, how: How) -> Tensor:
         xp = backend_of(how["generator"])
-        return xp.clamp(self.low + (self.high - self.low) * xp.uniform((rows,), how), self.low, self.high)
+        return xp.clamp(
+            self.low + (self.high - self.low) * xp.uniform((rows,), how), self.low, self.high
+        )
 
 
 @dataclass(frozen=True)
 class PowerTimes(TimeSampler):
-    """``u^power`` with u uniform on [0, 1], laid over [TIME_FLOOR, 1]: a power above 1 moves times towards the data.
+    """``u^power`` with u uniform on [0, 1], laid over [TIME_FLOOR, 1]: a power above 1 moves times
+    towards the data.
 
     With power 2 half of the times are below a quarter; the larger of two is uniform.
 
@@ -80,16 +95,22 @@ class PowerTimes(TimeSampler):
 
     def __post_init__(self) -> None:
         if not 0 < self.power < math.inf:
-            raise TimeError(f"power = {self.power} came; write a positive number, above 1 for more times near the data")
+            raise TimeError(
+                f"power = {self.power} came; write a positive number, above 1 for more times near "
+                "the data"
+            )
 
     def _draw(self, rows: int, how: How) -> Tensor:
         xp = backend_of(how["generator"])
-        return xp.clamp(TIME_FLOOR + (1 - TIME_FLOOR) * xp.uniform((rows,), how) ** self.power, TIME_FLOOR, 1.0)
+        return xp.clamp(
+            TIME_FLOOR + (1 - TIME_FLOOR) * xp.uniform((rows,), how) ** self.power, TIME_FLOOR, 1.0
+        )
 
 
 @dataclass(frozen=True)
 class LogitNormalTimes(TimeSampler):
-    """``sigmoid(mean + spread n)`` with n standard normal (Esser et al., arXiv 2403.03206), raised to TIME_FLOOR.
+    """``sigmoid(mean + spread n)`` with n standard normal (Esser et al., arXiv 2403.03206), raised
+    to TIME_FLOOR.
 
     MeanFlow draws with mean -0.4 and spread 1, pixel MeanFlow with 0.8 and 0.8.
 
@@ -102,7 +123,10 @@ class LogitNormalTimes(TimeSampler):
 
     def __post_init__(self) -> None:
         if not (0 < self.spread < math.inf and math.isfinite(self.mean)):
-            raise TimeError(f"mean = {self.mean}, spread = {self.spread} came; write finite numbers, spread above 0")
+            raise TimeError(
+                f"mean = {self.mean}, spread = {self.spread} came; write finite numbers, spread "
+                "above 0"
+            )
 
     def _draw(self, rows: int, how: How) -> Tensor:
         xp = backend_of(how["generator"])
@@ -111,10 +135,12 @@ class LogitNormalTimes(TimeSampler):
 
 @dataclass(frozen=True)
 class ShiftedTimes(TimeSampler):
-    """``t' = k t / (1 + (k - 1) t)`` with ``k = sqrt(dim / 4096)``: more noise for larger latents (arXiv 2403.03206).
+    """``t' = k t / (1 + (k - 1) t)`` with ``k = sqrt(dim / 4096)``: more noise for larger latents
+    (arXiv 2403.03206).
 
     Args:
-        dim: the number of elements of a latent, such as 32 * 16 * 16; the shift k grows with its root.
+        dim: the number of elements of a latent, such as 32 * 16 * 16; the shift k grows with its
+            root.
         times: what is shifted.
 
     Raises:
@@ -126,7 +152,10 @@ class ShiftedTimes(TimeSampler):
 
     def __post_init__(self) -> None:
         if not self.dim >= 1:
-            raise TimeError(f"dim = {self.dim} came; it is the number of elements of a latent, such as 32 * 16 * 16")
+            raise TimeError(
+                f"dim = {self.dim} came; it is the number of elements of a latent, such as 32 * "
+                "16 * 16"
+            )
 
     @property
     def shift(self) -> float:
@@ -162,9 +191,11 @@ class TimePairs(PairSampler):
 
     Args:
         times: how each of the two is drawn.
-        equal: the share of rows with s = t, in [0, 1]; which rows is random, how many is not (but for rounding).
-        mask_first: False sorts first, so that t on the diagonal is the larger of two draws (MeanFlow); True puts rows on
-            the diagonal before sorting, so that t there is a plain draw (pixel MeanFlow).
+        equal: the share of rows with s = t, in [0, 1]; which rows is random, how many is not (but
+            for rounding).
+        mask_first: False sorts first, so that t on the diagonal is the larger of two draws
+            (MeanFlow); True puts rows on the diagonal before sorting, so that t there is a plain
+            draw (pixel MeanFlow).
 
     Raises:
         TimeError: if the share is outside [0, 1].
@@ -176,9 +207,14 @@ class TimePairs(PairSampler):
 
     def __post_init__(self) -> None:
         if not isinstance(self.times, TimeSampler):
-            raise TimeError(f"times = {self.times!r} came; write for example TimePairs(UniformTimes(), equal=0.5)")
+            raise TimeError(
+                f"times = {self.times!r} came; write for example TimePairs(UniformTimes(), "
+                "equal=0.5)"
+            )
         if not 0 <= self.equal <= 1:
-            raise TimeError(f"equal = {self.equal} came; it is the share of rows with s = t, between 0 and 1")
+            raise TimeError(
+                f"equal = {self.equal} came; it is the share of rows with s = t, between 0 and 1"
+            )
 
     def _draw(self, rows: int, how: How) -> tuple[Tensor, Tensor]:
         xp = backend_of(how["generator"])

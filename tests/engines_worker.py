@@ -1,4 +1,6 @@
-"""Two processes: CrossFlowLoss under DDP or FSDP2 against one process on the whole batch. Started by test_engines.py."""
+"""Two processes: CrossFlowLoss under DDP or FSDP2 against one process on the whole batch. Started
+by test_engines.py.
+"""
 
 import copy
 import os
@@ -28,16 +30,23 @@ class Net(nn.Module):
         )
 
     def forward(self, z, t, s):
-        h = self.embed(z * (1 + t[:, None]))[:, None] + torch.arange(3)[None, :, None] * s[:, None, None]
+        h = (
+            self.embed(z * (1 + t[:, None]))[:, None]
+            + torch.arange(3)[None, :, None] * s[:, None, None]
+        )
         for block in self.blocks:
             h = block(h)
         return self.head(h.mean(1))
 
 
 def wrapped(net, how, part="nothing"):
-    """Return the net under an engine; its blocks, the net within or the engine round it may be compiled."""
+    """Return the net under an engine; its blocks, the net within or the engine round it may be
+    compiled.
+    """
     if part == "blocks":
-        for i, block in enumerate(net.blocks):  # not block.compile(): that has the hooks of FSDP2 within
+        for i, block in enumerate(
+            net.blocks
+        ):  # not block.compile(): that has the hooks of FSDP2 within
             net.blocks[i] = torch.compile(block, backend="aot_eager")
     if part == "within":
         net.compile(backend="aot_eager")
@@ -54,7 +63,10 @@ def parallel(net, how):
         for part in (*net.blocks, net):
             fully_shard(part, mesh=mesh)
         return net
-    options = {"static_graph": {"static_graph": True}, "find_unused_parameters": {"find_unused_parameters": True}}
+    options = {
+        "static_graph": {"static_graph": True},
+        "find_unused_parameters": {"find_unused_parameters": True},
+    }
     return DistributedDataParallel(net, **options.get(how, {}))
 
 
@@ -84,8 +96,12 @@ def main(case):
         z, noise, t, s = batch(step)
         model.zero_grad()
         alone.zero_grad()
-        CrossFlowLoss()(model, z[mine], noise=noise[mine], t=t[mine], s=s[mine]).loss.mean().backward()
-        CrossFlowLoss(derivative=ForwardMode())(alone, z, noise=noise, t=t, s=s).loss.mean().backward()
+        CrossFlowLoss()(
+            model, z[mine], noise=noise[mine], t=t[mine], s=s[mine]
+        ).loss.mean().backward()
+        CrossFlowLoss(derivative=ForwardMode())(
+            alone, z, noise=noise, t=t, s=s
+        ).loss.mean().backward()
         wanted = {name: p.grad for name, p in alone.named_parameters() if p.grad is not None}
         found = {
             name.replace("_orig_mod.", "").removeprefix("module."): full(p.grad)

@@ -92,7 +92,9 @@ def main():
         torch.testing.assert_close(out.residual, wanted.residual, rtol=1e-6, atol=1e-6)
         for found, parameter in zip(net.parameters(), plain.parameters(), strict=True):
             dist.all_reduce(parameter.grad)
-            torch.testing.assert_close(found.grad.full_tensor(), parameter.grad / size, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(
+                found.grad.full_tensor(), parameter.grad / size, rtol=1e-6, atol=1e-6
+            )
         print(f"{name} agrees", flush=True)
     if size == 1:
         check_buffers()

@@ -1,6 +1,7 @@
 """Hypothesis strategies: random valid schedules, statistics and times.
 
-Parameters come from short lists, and what is built from them is cached: a formula is derived once, not once a test.
+Parameters come from short lists, and what is built from them is cached: a formula is derived once,
+not once a test.
 """
 
 import functools
@@ -34,7 +35,9 @@ DELTAS = (*ANCHORED_DELTAS, "-1", "-(1 + t)/(1 + s)", "-exp(t - s)")
 
 
 def mixed_texts(w, p, u, q):
-    """alpha falls from 1 to 0 and beta rises from 0 to 1, so lambda falls: a valid schedule for every choice."""
+    """alpha falls from 1 to 0 and beta rises from 0 to 1, so lambda falls: a valid schedule for
+    every choice.
+    """
     return f"{w}*(1 - t)**{p} + {1 - w}*cos(pi*t/2)", f"{u}*t**{q} + {1 - u}*sin(pi*t/2)"
 
 
@@ -70,7 +73,9 @@ parameters = st.tuples(
 formula_schedules = st.one_of(
     st.sampled_from(list(PRESETS.values())),
     parameters.map(lambda choice: mixed(*choice)),
-    st.tuples(st.sampled_from([-0.5, 0.5, 2.0]), st.sampled_from([0, 1.0, 3.0])).map(lambda choice: rational(*choice)),
+    st.tuples(st.sampled_from([-0.5, 0.5, 2.0]), st.sampled_from([0, 1.0, 3.0])).map(
+        lambda choice: rational(*choice)
+    ),
 )
 callable_schedules = parameters.map(lambda choice: mixed_callable(*choice))
 schedules = st.one_of(formula_schedules, callable_schedules)
@@ -94,21 +99,31 @@ def cross_flow(schedule=PRESETS["linear"], statistic=None, check=False, **option
 
 def statistics_for(schedule, deltas=DELTAS):
     """Statistics that meet Criterion 1 under a schedule."""
-    made = st.tuples(st.sampled_from(KAPPAS), st.sampled_from(deltas)).map(lambda pair: derived(schedule, *pair))
+    made = st.tuples(st.sampled_from(KAPPAS), st.sampled_from(deltas)).map(
+        lambda pair: derived(schedule, *pair)
+    )
     return st.one_of(st.just(MatchedStatistic()), made)
 
 
 def any_statistics_for(schedule):
-    return st.one_of(statistics_for(schedule), st.sampled_from([MeanFlowStatistic(), ConsistencyStatistic()]))
+    return st.one_of(
+        statistics_for(schedule), st.sampled_from([MeanFlowStatistic(), ConsistencyStatistic()])
+    )
 
 
 @st.composite
 def pairs(draw, rows=4, dtype=torch.float64, gap=0.02, diagonal=False, inside=False):
-    """t and s of shape (rows,): s < t by at least the gap, or on the diagonal where asked for; the edges come often."""
+    """t and s of shape (rows,): s < t by at least the gap, or on the diagonal where asked for; the
+    edges come often.
+    """
     t_values, s_values = [], []
     for _ in range(rows):
-        time = draw(st.floats(0.1, 0.97) if inside else st.one_of(st.just(1.0), st.floats(0.1, 1.0)))
-        share = draw(st.floats(0.1, 1.0) if inside else st.one_of(st.just(0.0), st.floats(0.0, 1.0)))
+        time = draw(
+            st.floats(0.1, 0.97) if inside else st.one_of(st.just(1.0), st.floats(0.1, 1.0))
+        )
+        share = draw(
+            st.floats(0.1, 1.0) if inside else st.one_of(st.just(0.0), st.floats(0.0, 1.0))
+        )
         start = share * (time - gap)
         t_values.append(time)
         s_values.append(time if diagonal and draw(st.booleans()) else start)

@@ -11,7 +11,10 @@ from flowspace.cli import main
 
 
 def test_derive_prints_the_report_and_the_residual(capsys):
-    assert main(["derive", "--alpha", "1-t", "--beta", "t", "--gamma", "1", "--delta", "-t/(t-s)"]) == 0
+    assert (
+        main(["derive", "--alpha", "1-t", "--beta", "t", "--gamma", "1", "--delta", "-t/(t-s)"])
+        == 0
+    )
     out = capsys.readouterr().out
     for line in (
         "kappa(s)    s",
@@ -76,7 +79,10 @@ def test_a_place_that_cannot_be_written_is_one_line_on_stderr(capsys, tmp_path):
 
 def test_the_module_runs_as_a_command():
     run = subprocess.run(
-        [sys.executable, "-m", "flowspace.cli", "--version"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "flowspace.cli", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert run.stdout.strip() == f"flowspace {__version__}"
 

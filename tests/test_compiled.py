@@ -1,6 +1,8 @@
-"""SharedPrimal on compiled models: the eager route's value, derivative, gradient, draws and buffers, and never a stale graph.
+"""SharedPrimal on compiled models: the eager route's value, derivative, gradient, draws and
+buffers, and never a stale graph.
 
-The logic is tested with ``aot_eager``, which traces and partitions as inductor does and compiles nothing; few tests use inductor.
+The logic is tested with ``aot_eager``, which traces and partitions as inductor does and compiles
+nothing; few tests use inductor.
 """
 
 import copy
@@ -15,7 +17,11 @@ import torch
 import torch._dynamo
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from flowspace import (
     ConsistencyLoss,
@@ -32,7 +38,9 @@ from flowspace.derivatives import hidden_calls, shared_primal
 from flowspace.derivatives.shared_primal import compiled
 
 pytestmark = [
-    pytest.mark.skipif(not hidden_calls.compiles(), reason="torch.compile is met from torch 2.11 on"),
+    pytest.mark.skipif(
+        not hidden_calls.compiles(), reason="torch.compile is met from torch 2.11 on"
+    ),
     pytest.mark.filterwarnings("ignore:.*recompile_limit.*"),
     # torch.compile looks at the gradient of every input
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
@@ -53,7 +61,9 @@ def fresh():
 def programs(monkeypatch):
     """Every dual graph that is traced is appended."""
     made, make = [], compiled.Region._make
-    monkeypatch.setattr(compiled.Region, "_make", lambda self, *args: made.append(self) or make(self, *args))
+    monkeypatch.setattr(
+        compiled.Region, "_make", lambda self, *args: made.append(self) or make(self, *args)
+    )
     return made
 
 
@@ -62,7 +72,9 @@ def column(t):
 
 
 class Block(nn.Module):
-    """Attention with a written-out norm, whose rsqrt has no rule, and a rate of dropout that may change."""
+    """Attention with a written-out norm, whose rsqrt has no rule, and a rate of dropout that may
+    change.
+    """
 
     def __init__(self, width=8, drop=0.0):
         super().__init__()
@@ -72,7 +84,9 @@ class Block(nn.Module):
 
     def forward(self, h):
         q, k, v = self.qkv(self.norm(h)).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
-        h = h + F.dropout(self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)), self.drop)
+        h = h + F.dropout(
+            self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)), self.drop
+        )
         h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6)
         return h + F.gelu(self.mlp(h))
 
@@ -147,7 +161,13 @@ def outcome(net, given, loss=LOSS):
         out.loss.sum().backward()
     gradients = [p.grad.clone() for p in net.parameters() if p.grad is not None]
     buffers = [b.clone() for b in net.buffers()]
-    return [out.prediction.detach(), out.residual, *gradients, *buffers, torch.get_rng_state().double()]
+    return [
+        out.prediction.detach(),
+        out.residual,
+        *gradients,
+        *buffers,
+        torch.get_rng_state().double(),
+    ]
 
 
 def same(net, plain, given=None, loss=LOSS, tolerance=1e-9):
@@ -198,11 +218,15 @@ def test_the_users_backend_compiles_the_dual_graph_with_what_it_was_given():
         graphs.append((graph, note))
         return torch._dynamo.lookup_backend(EAGER)(graph, inputs)
 
-    net, plain = pair(Net(), functools.partial(compile_whole, backend=functools.partial(backend, note="kept")))
+    net, plain = pair(
+        Net(), functools.partial(compile_whole, backend=functools.partial(backend, note="kept"))
+    )
     same(net, plain)
     assert [note for _, note in graphs] == ["kept"]
     targets = {str(node.target) for node in graphs[0][0].graph.nodes}
-    assert "aten.scaled_dot_product_attention.default" in targets, "attention of the value stays one operator"
+    assert "aten.scaled_dot_product_attention.default" in targets, (
+        "attention of the value stays one operator"
+    )
     assert not any("dual" in target for target in targets)
 
 
@@ -214,7 +238,9 @@ def test_two_backends_do_not_share_a_graph():
         return torch._dynamo.lookup_backend(EAGER)(graph, inputs)
 
     for name in ("a", "b"):
-        net, plain = pair(Net(), functools.partial(compile_whole, backend=functools.partial(backend, name)))
+        net, plain = pair(
+            Net(), functools.partial(compile_whole, backend=functools.partial(backend, name))
+        )
         same(net, plain)
     assert seen == ["a", "b"]
 
@@ -251,10 +277,16 @@ def test_checkpoints_compute_again_what_was_computed(saved):
 @pytest.mark.parametrize("how", ["eager", "whole", "blocks"])
 @pytest.mark.parametrize("moving", [4, 8])
 def test_selective_checkpoints_keep_what_the_model_computed(how, moving):
-    kept = (torch.ops.aten.addmm.default, torch.ops.aten.mm.default, torch.ops.aten.native_layer_norm.default)
+    kept = (
+        torch.ops.aten.addmm.default,
+        torch.ops.aten.mm.default,
+        torch.ops.aten.native_layer_norm.default,
+    )
 
     def policy(context, operator, *args, **kwargs):
-        return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE
+        return (
+            CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE
+        )
 
     contexts = functools.partial(create_selective_checkpoint_contexts, policy)
     net, plain = pair(Net(), HOW.get(how, lambda net: net))
@@ -288,7 +320,9 @@ def test_functional_call_of_a_compiled_model():
     close(found.residual, LOSS(plain, z, **times).residual)
 
 
-@pytest.mark.parametrize("loss", [CrossFlowLoss(), ImprovedMeanFlowLoss(), PixelMeanFlowLoss(), MeanFlowLoss(gap=0.5)])
+@pytest.mark.parametrize(
+    "loss", [CrossFlowLoss(), ImprovedMeanFlowLoss(), PixelMeanFlowLoss(), MeanFlowLoss(gap=0.5)]
+)
 def test_every_objective(loss):
     same(*pair(Net(0.2)), loss=loss)
 
@@ -360,7 +394,17 @@ def to_float(*nets):
         net.float()
 
 
-CHANGES = [evaluate, set_rate, replace_weights, replace_block, tie, freeze, hook, pre_hook, other_function]
+CHANGES = [
+    evaluate,
+    set_rate,
+    replace_weights,
+    replace_block,
+    tie,
+    freeze,
+    hook,
+    pre_hook,
+    other_function,
+]
 
 
 @pytest.mark.parametrize("how", ["whole", "blocks"])
@@ -375,7 +419,10 @@ def test_a_change_is_seen(how, change):
 
 def test_a_hook_that_is_taken_away_is_seen():
     net, plain = pair(Net())
-    handles = [m.blocks[0].register_forward_hook(lambda module, args, out: 1.5 * out) for m in (net, plain)]
+    handles = [
+        m.blocks[0].register_forward_hook(lambda module, args, out: 1.5 * out)
+        for m in (net, plain)
+    ]
     same(net, plain)
     for handle in handles:
         handle.remove()
@@ -435,7 +482,9 @@ class Counting(nn.Module):
 
 
 class Masked(nn.Module):
-    """What a mask takes has a size that depends on values: it is left to Python, between two graphs."""
+    """What a mask takes has a size that depends on values: it is left to Python, between two
+    graphs.
+    """
 
     def __init__(self):
         super().__init__()
@@ -589,7 +638,9 @@ torch.testing.assert_close(found, torch.where(torch.arange(4)[:, None] < 2, want
 
 
 def test_a_model_that_compiles_on_its_way_is_met_at_once():
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", LATE], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LATE], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 

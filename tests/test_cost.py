@@ -33,7 +33,15 @@ def test_the_forward_pass_is_that_of_its_matrices_and_its_attention(preset):
 
 
 def test_a_counted_training_step_is_what_the_formula_says():
-    settings = {"channels": 16, "grid": 8, "patch": 2, "classes": 10, "depth": 4, "width": 192, "heads": 3}
+    settings = {
+        "channels": 16,
+        "grid": 8,
+        "patch": 2,
+        "classes": 10,
+        "depth": 4,
+        "width": 192,
+        "heads": 3,
+    }
     cost = generator_cost("crossflow-b", **settings)
     network, rows = CrossFlowGenerator(**settings), 8
     z, x = torch.randn(rows, 16, 8, 8), torch.randn(rows, 3, 16, 16)
@@ -44,7 +52,9 @@ def test_a_counted_training_step_is_what_the_formula_says():
             FlopCounterMode(display=False) as counter,
             sdpa_kernel(SDPBackend.MATH),
         ):  # fused kernels go uncounted on a CPU
-            CrossFlowLoss()(network, z, x, t=t, s=s, cond={"labels": torch.zeros(rows).long()}).loss.mean().backward()
+            CrossFlowLoss()(
+                network, z, x, t=t, s=s, cond={"labels": torch.zeros(rows).long()}
+            ).loss.mean().backward()
         wanted = rows * Cost("", 0, cost.forward, share, 0.0, 0).step
         assert counter.get_total_flops() == pytest.approx(wanted, rel=0.06), share
 
@@ -59,12 +69,16 @@ def test_sharding_divides_what_is_held_but_not_the_activations():
 
 
 def test_rivals_have_their_published_costs():
-    found = {name: (parameters, gflops, decoder) for name, parameters, gflops, decoder, _ in rivals()}
+    found = {
+        name: (parameters, gflops, decoder) for name, parameters, gflops, decoder, _ in rivals()
+    }
     dit = found["MeanFlow-XL/2 + SD-VAE decoder"]
     assert float(dit[1]) - float(dit[2]) == pytest.approx(2 * 118.6, rel=0.02)
     assert float(dit[2]) == pytest.approx(2 * 310, rel=0.02)
     rae = next(row for name, row in found.items() if name.startswith("MF-RAE"))
-    assert float(rae[1]) == pytest.approx(0.62 * float(dit[1]), rel=0.05)  # its abstract: 38 % fewer than MeanFlow's
+    assert float(rae[1]) == pytest.approx(
+        0.62 * float(dit[1]), rel=0.05
+    )  # its abstract: 38 % fewer than MeanFlow's
 
 
 def test_the_command_prints_the_tables_and_refuses_what_is_no_preset(capsys):
@@ -82,7 +96,9 @@ def test_a_config_is_counted_with_what_stands_beside_its_generator(tmp_path, cap
     from flowspace.recipes.imagenet.costs import cost_of
 
     configs = Path(__file__).parents[1] / "examples" / "imagenet" / "configs"
-    whole, bare = (cost_of(load(configs / f"{name}.yaml")) for name in ("crossflow-b", "b-neither"))
+    whole, bare = (
+        cost_of(load(configs / f"{name}.yaml")) for name in ("crossflow-b", "b-neither")
+    )
     assert whole.step == bare.step == generator_cost("crossflow-b").step
     assert [share.name for share in bare.beside] == ["encoder (va-vae)"] and len(whole.beside) == 4
     assert whole.whole == pytest.approx(bare.whole + sum(share.step for share in whole.beside[1:]))
@@ -93,7 +109,9 @@ def test_a_config_is_counted_with_what_stands_beside_its_generator(tmp_path, cap
 
 
 def test_an_image_loss_is_counted_as_what_it_runs():
-    """Three passes: forward on both images, and back to one of them, through weights without a gradient."""
+    """Three passes: forward on both images, and back to one of them, through weights without a
+    gradient.
+    """
     import timm
 
     from flowspace.recipes.imagenet.costs import PERCEPTUAL_PASSES, _image_loss
@@ -113,16 +131,29 @@ def test_trainings_apart_from_the_generators_are_counted():
 
     configs = ROOT / "examples" / "imagenet" / "configs"
     latent, stage, plain, adaptive = (
-        cost_of(load(configs / f"{name}.yaml")) for name in ("b-latent", "b-stage-one", "crossflow-b", "b-gan-adaptive")
+        cost_of(load(configs / f"{name}.yaml"))
+        for name in ("b-latent", "b-stage-one", "crossflow-b", "b-gan-adaptive")
     )
     assert [share.name for share in latent.apart + stage.apart] == ["latent generator", "stage 1"]
-    more = 64 * 1_281_167 * (3 * generator_cost(None, 1.0, **LIGHTNING).forward + plain.beside[0].step)
+    more = (
+        64
+        * 1_281_167
+        * (3 * generator_cost(None, 1.0, **LIGHTNING).forward + plain.beside[0].step)
+    )
     assert latent.apart[0].step == pytest.approx(more)
     assert latent.hours() - plain.hours() == pytest.approx(more / (0.4 * 989e12) / 3600)
     assert adaptive.whole > plain.whole
 
 
-LIGHTNING = {"depth": 12, "width": 768, "heads": 12, "channels": 32, "grid": 16, "patch": 1, "outputs": 32}
+LIGHTNING = {
+    "depth": 12,
+    "width": 768,
+    "heads": 12,
+    "channels": 32,
+    "grid": 16,
+    "patch": 1,
+    "outputs": 32,
+}
 
 
 def test_the_examples_page_has_the_table_that_the_command_prints(tmp_path, monkeypatch, capsys):
@@ -135,7 +166,11 @@ def test_the_examples_page_has_the_table_that_the_command_prints(tmp_path, monke
     assert capsys.readouterr().out.strip() == found[2]
     rows = [line.split(" | ") for line in found[2].splitlines()[2:]]
     assert len(rows) == len(
-        [path for path in CONFIGS if "preset: null" not in path.read_text() and path.stem != "openmoji"]
+        [
+            path
+            for path in CONFIGS
+            if "preset: null" not in path.read_text() and path.stem != "openmoji"
+        ]
     )
     (tmp_path / "runs" / "b-adamw").mkdir(parents=True)
     (tmp_path / "runs" / "b-adamw" / "metrics.json").write_text('{"values": {"FID": 3.14159}}')

@@ -7,7 +7,14 @@ import sympy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import ANCHORED_DELTAS, PRESETS, formula_schedules, mixed_callable, parameters, schedules
+from strategies import (
+    ANCHORED_DELTAS,
+    PRESETS,
+    formula_schedules,
+    mixed_callable,
+    parameters,
+    schedules,
+)
 
 from flowspace import (
     ConsistencyLoss,
@@ -43,7 +50,12 @@ KNOWN = {
     "paper, cosine": (COSINE, Statistic("1", "-t/(t-s)"), (False, True, True, False), None),
     "MeanFlow": (LINEAR, MeanFlowStatistic(), (False, False, True, False), None),
     "consistency": (LINEAR, ConsistencyStatistic(), (True, True, False, False), sympy.Integer(0)),
-    "unmatched": (LINEAR, Statistic.from_kappa(LINEAR, "pi*s/2", f"2/(pi*s*{COT})"), (True, True, True, False), None),
+    "unmatched": (
+        LINEAR,
+        Statistic.from_kappa(LINEAR, "pi*s/2", f"2/(pi*s*{COT})"),
+        (True, True, True, False),
+        None,
+    ),
     "unmatched, cosine": (
         COSINE,
         Statistic.from_kappa(COSINE, "sin(pi*s/2)", "t/(sin(pi*s/2)*(1 - t/s))"),
@@ -56,7 +68,12 @@ KNOWN = {
         (True, None, False, True),
         None,
     ),
-    "never zero": (LINEAR, Statistic.from_kappa(LINEAR, "s", "t/s"), (True, False, False, True), s),
+    "never zero": (
+        LINEAR,
+        Statistic.from_kappa(LINEAR, "s", "t/s"),
+        (True, False, False, True),
+        s,
+    ),
     "scaled": (LINEAR, Statistic("2", "-2*t/(t-s)"), (True, False, True, False), s),
     "gamma no sample": (
         LINEAR,
@@ -101,12 +118,20 @@ def test_a_callable_statistic_gets_the_answers_of_its_text():
     ]
     for text, black_box in made:
         for schedule in (LINEAR, COSINE):
-            assert answers(check_criteria(schedule, text)) == answers(check_criteria(schedule, black_box)), str(text)
+            assert answers(check_criteria(schedule, text)) == answers(
+                check_criteria(schedule, black_box)
+            ), str(text)
 
 
 @settings(max_examples=20)
-@given(formula_schedules, st.sampled_from(ANCHORED_DELTAS), st.sampled_from(["s", "s**2", "sin(pi*s/2)"]))
-def test_criterion_1_holds_for_what_was_derived_from_kappa_and_anchored_is_seen(schedule, delta, kappa):
+@given(
+    formula_schedules,
+    st.sampled_from(ANCHORED_DELTAS),
+    st.sampled_from(["s", "s**2", "sin(pi*s/2)"]),
+)
+def test_criterion_1_holds_for_what_was_derived_from_kappa_and_anchored_is_seen(
+    schedule, delta, kappa
+):
     report = check_criteria(schedule, Statistic.from_kappa(schedule, kappa, delta))
     assert report.criterion1 and report.anchored, str(report)
 
@@ -122,7 +147,11 @@ def test_criterion_2_fails_for_a_multiple_of_a_sample(schedule, factor):
 
 def test_the_report_names_the_values_of_what_fails():
     text = str(check_criteria(LINEAR, MeanFlowStatistic()))
-    assert "FAILS" in text and "changes with t at the rate" in text and "gamma(1,0) = 0, delta(1,0) = 1" in text
+    assert (
+        "FAILS" in text
+        and "changes with t at the rate" in text
+        and "gamma(1,0) = 0, delta(1,0) = 1" in text
+    )
     text = str(check_criteria(LINEAR, ConsistencyStatistic()))
     assert "b(t,t) is not 0 but 1 in size" in text
     unmatched = KNOWN["unmatched"][:2]
@@ -162,7 +191,9 @@ def test_raise_if_failed_carries_the_report_and_the_numbers_of_the_criteria():
         check_criteria(*KNOWN["scaled"][:2]).raise_if_failed()
 
 
-@pytest.mark.parametrize("name", ["paper, cosine", "MeanFlow", "scaled", "never zero", "unmatched, cosine"])
+@pytest.mark.parametrize(
+    "name", ["paper, cosine", "MeanFlow", "scaled", "never zero", "unmatched, cosine"]
+)
 def test_cross_flow_refuses_a_statistic_that_fails_with_the_report(name):
     schedule, statistic = KNOWN[name][:2]
     with pytest.raises(CriterionError, match="Criterion") as caught:
@@ -189,7 +220,9 @@ def test_the_consistency_loss_refuses_a_kappa_that_is_not_zero(statistic):
 
 
 def test_a_statistic_that_is_not_anchored_is_trained_with_a_warning():
-    """gamma/delta = (s + g)/t - 1 and 1/delta = (s - t)(1 - g)/t - g with g = s(1 - s) vanishing at s = 0."""
+    """gamma/delta = (s + g)/t - 1 and 1/delta = (s - t)(1 - g)/t - g with g = s(1 - s) vanishing
+    at s = 0.
+    """
     statistic = Statistic.from_kappa(LINEAR, "s", "1/((s - t)/t - s*(1 - s))")
     report = check_criteria(LINEAR, statistic)
     assert answers(report)[:3] == (True, True, False), str(report)
@@ -202,4 +235,6 @@ def test_the_kappa_of_a_callable_is_a_function():
     t_ = torch.linspace(0.2, 0.9, 5, dtype=torch.float64)
     assert isinstance(report.kappa, TimeFunction)
     torch.testing.assert_close(report.kappa(t_, t_ / 3), t_ / 3, rtol=1e-9, atol=1e-9)
-    assert math.isclose(float(report.coefficients.derivative(t_[:1], 0 * t_[:1])), -1, abs_tol=1e-9)
+    assert math.isclose(
+        float(report.coefficients.derivative(t_[:1], 0 * t_[:1])), -1, abs_tol=1e-9
+    )

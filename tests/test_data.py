@@ -1,4 +1,6 @@
-"""Folders of pictures: cropped as ADM does, the same for a step whatever ran before, broken files skipped and named."""
+"""Folders of pictures: cropped as ADM does, the same for a step whatever ran before, broken files
+skipped and named.
+"""
 
 import io
 import json
@@ -30,9 +32,13 @@ def reference_crop(array, size):
     """The published preprocessing, from its definition on arrays of pixels."""
     picture = Image.fromarray(array)
     while min(*picture.size) >= 2 * size:
-        picture = picture.resize(tuple(x // 2 for x in picture.size), resample=Image.Resampling.BOX)
+        picture = picture.resize(
+            tuple(x // 2 for x in picture.size), resample=Image.Resampling.BOX
+        )
     scale = size / min(*picture.size)
-    picture = picture.resize(tuple(round(x * scale) for x in picture.size), resample=Image.Resampling.BICUBIC)
+    picture = picture.resize(
+        tuple(round(x * scale) for x in picture.size), resample=Image.Resampling.BICUBIC
+    )
     pixels = np.array(picture)
     top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
     return pixels[top : top + size, left : left + size]
@@ -41,7 +47,9 @@ def reference_crop(array, size):
 @pytest.mark.parametrize("shape", [(16, 16), (40, 16), (70, 33), (15, 64), (200, 130)])
 def test_the_crop_is_that_of_the_reference(shape):
     pixels = np.random.default_rng(1).integers(0, 256, (*shape, 3), dtype=np.uint8)
-    assert np.array_equal(np.array(centre_crop(Image.fromarray(pixels), 16)), reference_crop(pixels, 16))
+    assert np.array_equal(
+        np.array(centre_crop(Image.fromarray(pixels), 16)), reference_crop(pixels, 16)
+    )
 
 
 def test_classes_are_numbered_by_name_and_images_are_in_range(folder):
@@ -49,7 +57,11 @@ def test_classes_are_numbered_by_name_and_images_are_in_range(folder):
     assert images.names == ("ape", "cat", "dog") and len(images) == 12
     assert list(images.labels) == [0] * 3 + [1] * 5 + [2] * 4
     picture, label = images[3]
-    assert picture.shape == (3, 16, 16) and label == 1 and -1 <= picture.min() < -0.5 < 0.5 < picture.max() <= 1
+    assert (
+        picture.shape == (3, 16, 16)
+        and label == 1
+        and -1 <= picture.min() < -0.5 < 0.5 < picture.max() <= 1
+    )
     assert images.report() == "12 images in 3 classes, 3 to 5 a class"
 
 
@@ -133,13 +145,21 @@ def test_what_is_no_data_set_is_refused_before_any_work(folder, tmp_path_factory
 def test_a_data_set_gives_what_the_folder_gives(folder, tmp_path, how):
     datasets = pytest.importorskip("datasets")
     plain = FolderImages(folder, 8)
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(plain.names))})
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(plain.names))}
+    )
     held = [{"path": None, "bytes": path.read_bytes()} for path in plain.paths]
-    rows = datasets.Dataset.from_dict({"image": held, "label": list(plain.labels)}, features=features)
-    rows.to_parquet(str(tmp_path / "a.parquet")) if how == "parquet" else rows.save_to_disk(str(tmp_path / "set"))
+    rows = datasets.Dataset.from_dict(
+        {"image": held, "label": list(plain.labels)}, features=features
+    )
+    rows.to_parquet(str(tmp_path / "a.parquet")) if how == "parquet" else rows.save_to_disk(
+        str(tmp_path / "set")
+    )
     images = DatasetImages(tmp_path if how == "parquet" else tmp_path / "set", 8)
     assert images.names == plain.names and images.report() == plain.report()
-    for mine, theirs in zip(FolderBatches(images)(3, 20, 1), FolderBatches(plain)(3, 20, 1), strict=True):
+    for mine, theirs in zip(
+        FolderBatches(images)(3, 20, 1), FolderBatches(plain)(3, 20, 1), strict=True
+    ):
         assert torch.equal(mine, theirs)
     with pytest.raises(RunError, match="no column 'picture'"):
         DatasetImages(images.path, 8, image="picture")
@@ -155,13 +175,17 @@ def test_a_broken_row_of_a_data_set_is_named(tmp_path):
         str(tmp_path / "a.parquet")
     )
     images = DatasetImages(tmp_path, 8)
-    with pytest.warns(UserWarning, match=r"row \d"), pytest.raises(RunError, match="none of the 2 images"):
+    with (
+        pytest.warns(UserWarning, match=r"row \d"),
+        pytest.raises(RunError, match="none of the 2 images"),
+    ):
         images[0]
     with pytest.raises(RunError, match="no parquet"):
         DatasetImages(tmp_path / "none", 8)
 
 
-# --- shards --------------------------------------------------------------------------------------------------------------
+# --- shards
+# -------------------------------------------------------------------------------------------------
 
 
 def write_shards(folder, counts, as_json=False):
@@ -176,7 +200,10 @@ def write_shards(folder, counts, as_json=False):
                 buffer = io.BytesIO()
                 Image.fromarray(pixels).save(buffer, "png")
                 text = json.dumps({"label": label}) if as_json else str(label)
-                for suffix, content in (("json" if as_json else "cls", text.encode()), ("png", buffer.getvalue())):
+                for suffix, content in (
+                    ("json" if as_json else "cls", text.encode()),
+                    ("png", buffer.getvalue()),
+                ):
                     member = tarfile.TarInfo(f"{number}/sample-{row}.{suffix}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
@@ -193,7 +220,9 @@ def test_pictures_of_shards_are_what_was_written(tmp_path, as_json):
         assert images.report() == "8 images in 3 classes, 2 to 3 a class"
         for number, (pixels, label) in enumerate(wanted):
             picture, found = images[number]
-            crop = torch.from_numpy(np.array(centre_crop(Image.fromarray(pixels), 8))).permute(2, 0, 1)
+            crop = torch.from_numpy(np.array(centre_crop(Image.fromarray(pixels), 8))).permute(
+                2, 0, 1
+            )
             assert found == label and torch.equal(picture, crop.float() / 127.5 - 1)
         assert (tmp_path / INDEX).exists()
 
@@ -208,7 +237,9 @@ def test_a_pass_over_shards_sees_every_picture_once_and_a_window_of_shards_at_a_
         assert sorted(order) == list(range(21))
         visited = [shard[row] for row in order]
         last = {k: len(visited) - visited[::-1].index(k) for k in set(visited)}
-        open_at = [sum(k in visited[:at] and last[k] > at for k in range(len(counts))) for at in range(21)]
+        open_at = [
+            sum(k in visited[:at] and last[k] > at for k in range(len(counts))) for at in range(21)
+        ]
         assert max(open_at) <= 2
     assert len({tuple(order) for order in orders}) == 4
     again = ShardImages(tmp_path, 8, window=2)
@@ -257,10 +288,18 @@ def test_shards_that_webdataset_wrote_are_read(tmp_path):
     with webdataset.ShardWriter(str(tmp_path / "part-%03d.tar"), maxcount=3, verbose=0) as sink:
         for row in range(5):
             pixels = np.full((10, 10, 3), 40 * row, dtype=np.uint8)
-            sink.write({"__key__": f"sample{row:04d}", "png": Image.fromarray(pixels), "cls": row % 2})
+            sink.write(
+                {"__key__": f"sample{row:04d}", "png": Image.fromarray(pixels), "cls": row % 2}
+            )
     images = ShardImages(tmp_path, 10, classes=2)
     assert images.labels == (0, 1, 0, 1, 0) and len(images.paths) == 2
-    assert [round(float((images[row][0].mean() + 1) * 127.5)) for row in range(5)] == [0, 40, 80, 120, 160]
+    assert [round(float((images[row][0].mean() + 1) * 127.5)) for row in range(5)] == [
+        0,
+        40,
+        80,
+        120,
+        160,
+    ]
 
 
 def test_postscript_under_the_name_of_a_picture_is_not_decoded(tmp_path):

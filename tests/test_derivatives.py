@@ -42,7 +42,9 @@ def test_forward_mode_is_the_directional_derivative(seed):
     primals, tangents = arguments(seed)
     value, derivative = ForwardMode()(smooth, primals, tangents)
     torch.testing.assert_close(value, smooth(*primals), rtol=0, atol=0)
-    torch.testing.assert_close(derivative, exact(smooth, primals, tangents), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(
+        derivative, exact(smooth, primals, tangents), rtol=1e-13, atol=1e-13
+    )
 
 
 @settings(max_examples=20)
@@ -61,7 +63,8 @@ def test_the_error_of_a_finite_difference_is_of_its_order(order):
     primals, tangents = arguments(3, rows=9)
     wanted = exact(smooth, primals, tangents)
     errors = [
-        (FiniteDifference(step, order)(smooth, primals, tangents)[1] - wanted).abs().amax(1) for step in (2e-3, 1e-3)
+        (FiniteDifference(step, order)(smooth, primals, tangents)[1] - wanted).abs().amax(1)
+        for step in (2e-3, 1e-3)
     ]
     ratio = errors[0] / errors[1]
     assert ((ratio > 2**order * 0.75) & (ratio < 2**order * 1.35)).all(), ratio
@@ -76,11 +79,17 @@ def test_order_two_is_exact_for_quadratics_also_at_the_ends(seed, step, at):
     (z, _, s), tangents = arguments(seed)
     primals = (z, torch.tensor([0.0, step / 2, at, 1 - step / 2, 1.0], dtype=torch.float64), s)
     derivative = FiniteDifference(step, 2)(quadratic, primals, tangents)[1]
-    torch.testing.assert_close(derivative, exact(quadratic, primals, tangents), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        derivative, exact(quadratic, primals, tangents), rtol=1e-10, atol=1e-10
+    )
 
 
 @settings(max_examples=30)
-@given(st.floats(1e-3, 0.25), st.sampled_from([1, 2]), st.lists(st.floats(0, 1), min_size=4, max_size=4))
+@given(
+    st.floats(1e-3, 0.25),
+    st.sampled_from([1, 2]),
+    st.lists(st.floats(0, 1), min_size=4, max_size=4),
+)
 def test_a_finite_difference_never_leaves_the_unit_interval(step, order, times):
     for dtype in (torch.float32, torch.float64):
         t = torch.tensor([0.0, 1.0, step, 1 - step, *times], dtype=dtype)
@@ -91,7 +100,9 @@ def test_a_finite_difference_never_leaves_the_unit_interval(step, order, times):
             return z * t[:, None]
 
         z = torch.ones(8, 2, dtype=dtype)
-        FiniteDifference(step, order)(model, (z, t, t / 2), (z, torch.ones_like(t), torch.zeros_like(t)))
+        FiniteDifference(step, order)(
+            model, (z, t, t / 2), (z, torch.ones_like(t), torch.zeros_like(t))
+        )
         assert len(seen) == 3 and all(bool(((times >= 0) & (times <= 1)).all()) for times in seen)
 
 
@@ -123,7 +134,9 @@ def test_a_mask_computes_only_its_rows_and_is_zero_elsewhere(route, mask):
     assert calls[0] == list(range(5))
     assert all(call == rows.nonzero().squeeze(1).tolist() for call in calls[1:])
     assert any(mask) == (len(calls) > 1)
-    torch.testing.assert_close(derivative, torch.where(rows[:, None], whole, 0.0), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(
+        derivative, torch.where(rows[:, None], whole, 0.0), rtol=1e-11, atol=1e-11
+    )
 
 
 @each_route
@@ -142,7 +155,8 @@ def test_nested_conditions_follow_their_rows_and_what_is_no_row_is_left_alone(ro
     torch.testing.assert_close(some[rows], whole[rows], rtol=1e-11, atol=1e-11)
 
 
-# --- random numbers in the model -------------------------------------------------------------------------------------
+# --- random numbers in the model
+# -------------------------------------------------------------------------------------
 
 
 class Dropped(torch.nn.Module):
@@ -168,7 +182,9 @@ def test_dropout_is_the_same_in_value_and_derivative(route, masked):
     value, derivative = route(Dropped(), primals, tangents, rows=rows)
     torch.testing.assert_close(value, fixed(*primals), rtol=1e-13, atol=1e-13)
     wanted = route(fixed, primals, tangents)[1]
-    torch.testing.assert_close(derivative, wanted if rows is None else torch.where(rows[:, None], wanted, 0.0))
+    torch.testing.assert_close(
+        derivative, wanted if rows is None else torch.where(rows[:, None], wanted, 0.0)
+    )
 
 
 @each_route
@@ -185,16 +201,21 @@ def test_the_generator_is_left_as_a_plain_forward_leaves_it(route, masked):
         assert torch.equal(torch.get_rng_state(), wanted)
 
 
-# --- attention -------------------------------------------------------------------------------------------------------
+# --- attention
+# -------------------------------------------------------------------------------------------------
 
 
 def attention(z, t, s):
-    tokens = z.reshape(len(z), 1, 3, 1) * torch.linspace(-1, 1, 8, dtype=z.dtype) + t.reshape(-1, 1, 1, 1)
+    tokens = z.reshape(len(z), 1, 3, 1) * torch.linspace(-1, 1, 8, dtype=z.dtype) + t.reshape(
+        -1, 1, 1, 1
+    )
     return F.scaled_dot_product_attention(tokens, tokens.sin(), tokens.cos()).mean((1, 3))
 
 
 def attention_by_hand(z, t, s):
-    tokens = z.reshape(len(z), 1, 3, 1) * torch.linspace(-1, 1, 8, dtype=z.dtype) + t.reshape(-1, 1, 1, 1)
+    tokens = z.reshape(len(z), 1, 3, 1) * torch.linspace(-1, 1, 8, dtype=z.dtype) + t.reshape(
+        -1, 1, 1, 1
+    )
     weights = torch.softmax(tokens @ tokens.sin().transpose(-1, -2) / math.sqrt(8), -1)
     return (weights @ tokens.cos()).mean((1, 3))
 
@@ -202,7 +223,12 @@ def attention_by_hand(z, t, s):
 def backends():
     from torch.backends import cuda
 
-    return cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()
+    return (
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+    )
 
 
 @each_route
@@ -233,7 +259,11 @@ def test_the_attention_backends_are_restored_also_after_an_error(route, fails, f
     try:
         torch.backends.cuda.enable_flash_sdp(flash)
         chosen = backends()
-        with pytest.raises(RuntimeError, match="inside the model") if fails else contextlib.nullcontext():
+        with (
+            pytest.raises(RuntimeError, match="inside the model")
+            if fails
+            else contextlib.nullcontext()
+        ):
             route(model, primals, tangents)
         assert backends() == chosen == calls[0] and len(calls) > 1
     finally:
@@ -260,7 +290,8 @@ def test_an_error_inside_the_derivative_leaves_the_generator_and_grad_mode_alone
     assert torch.is_grad_enabled() and torch.equal(torch.get_rng_state(), wanted)
 
 
-# --- half precision --------------------------------------------------------------------------------------------------
+# --- half precision
+# -------------------------------------------------------------------------------------------------
 
 
 @each_that_calls_again
@@ -298,7 +329,9 @@ def test_under_autocast_a_bfloat16_state_is_widened_for_the_derivative(route):
 
 @each_route
 def test_the_derivative_at_a_bfloat16_state_is_right_or_refused(route):
-    """The model computes in float32 whatever comes; a step of 0.005 must not drown unseen in the rounding of the state."""
+    """The model computes in float32 whatever comes; a step of 0.005 must not drown unseen in the
+    rounding of the state.
+    """
     weight = normal(7, 3, 3).float()
 
     def model(z, t, s):
@@ -314,7 +347,8 @@ def test_the_derivative_at_a_bfloat16_state_is_right_or_refused(route):
     torch.testing.assert_close(derivative.float(), wanted, rtol=5e-2, atol=5e-2)
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- what is refused
+# -------------------------------------------------------------------------------------------------
 
 
 @each_route
@@ -355,7 +389,8 @@ def test_a_route_survives_pickling(route):
     assert pickle.loads(pickle.dumps(route)) == route
 
 
-# --- shared primal ---------------------------------------------------------------------------------------------------
+# --- shared primal
+# -------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=15)
@@ -387,7 +422,9 @@ def test_a_rule_of_ones_own_is_as_the_docs_say():
             return torch.logit(torch.sigmoid(z) * 0.9) * t[:, None]
 
         derivative = SharedPrimal()(model, primals, tangents)[1]
-        torch.testing.assert_close(derivative, exact(model, primals, tangents), rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(
+            derivative, exact(model, primals, tangents), rtol=1e-11, atol=1e-11
+        )
     finally:
         rules.RULES.clear()
         rules.RULES.update(before)

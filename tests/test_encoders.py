@@ -10,7 +10,14 @@ pytest.importorskip("diffusers")
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2
 
 from flowspace import InputError, RunError
-from flowspace.vision.encoders import SOURCES, LatentEncoder, _renamed, from_ldm, load_encoder, make_buildable
+from flowspace.vision.encoders import (
+    SOURCES,
+    LatentEncoder,
+    _renamed,
+    from_ldm,
+    load_encoder,
+    make_buildable,
+)
 
 
 def images(rows=4, side=32, seed=0):
@@ -23,24 +30,39 @@ def va_vae_like(widths=(8, 8, 16), latent=4, **changes):
     settings = {
         "down_block_types": ("DownEncoderBlock2D",) * (count - 1) + ("AttnDownEncoderBlock2D",),
         "up_block_types": ("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * (count - 1),
-        "block_out_channels": widths, "layers_per_block": 2, "latent_channels": latent, "norm_num_groups": min(32, widths[0]),
-        "scaling_factor": 1.0, "force_upcast": False,
-    }  # fmt: skip
+        "block_out_channels": widths,
+        "layers_per_block": 2,
+        "latent_channels": latent,
+        "norm_num_groups": min(32, widths[0]),
+        "scaling_factor": 1.0,
+        "force_upcast": False,
+    }
     return AutoencoderKL(**(settings | changes))
 
 
 def in_ldm_layout(network):
-    """The names of the reference, written from its modules: an inverse made by hand, not from the map under test."""
+    """The names of the reference, written from its modules: an inverse made by hand, not from the
+    map under test.
+    """
     count, found = len(network.config.block_out_channels), {}
     for name, value in network.state_dict().items():
         parts = name.split(".")
         if parts[0] in ("encoder", "decoder") and parts[1] in ("down_blocks", "up_blocks"):
             level = int(parts[2]) if parts[1] == "down_blocks" else count - 1 - int(parts[2])
-            kind = {"resnets": "block", "attentions": "attn", "downsamplers": "downsample", "upsamplers": "upsample"}[
-                parts[3]
-            ]
+            kind = {
+                "resnets": "block",
+                "attentions": "attn",
+                "downsamplers": "downsample",
+                "upsamplers": "upsample",
+            }[parts[3]]
             middle = [kind] if "sample" in kind else [kind, parts[4]]
-            parts = [parts[0], {"down_blocks": "down", "up_blocks": "up"}[parts[1]], str(level), *middle, *parts[5:]]
+            parts = [
+                parts[0],
+                {"down_blocks": "down", "up_blocks": "up"}[parts[1]],
+                str(level),
+                *middle,
+                *parts[5:],
+            ]
         elif parts[1] == "mid_block":
             inner = f"block_{int(parts[3]) + 1}" if parts[2] == "resnets" else "attn_1"
             parts = [parts[0], "mid", inner, *parts[4:]]
@@ -68,7 +90,9 @@ def test_va_vaes_layout_has_the_references_size_and_every_name_has_its_place():
     old = in_ldm_layout(network)
     assert len(old) == 342 and any("down.4.attn.1.q" in name for name in old)
     wanted = {name: value.shape for name, value in network.state_dict().items()}
-    assert {(r := _renamed(name, value, 5))[0]: r[1].shape for name, value in old.items()} == wanted
+    assert {
+        (r := _renamed(name, value, 5))[0]: r[1].shape for name, value in old.items()
+    } == wanted
 
 
 def test_weights_in_the_references_layout_load_strictly_and_other_tensors_are_left_out(tmp_path):
@@ -80,13 +104,16 @@ def test_weights_in_the_references_layout_load_strictly_and_other_tensors_are_le
     }
     torch.save({"state_dict": in_ldm_layout(network) | extra}, tmp_path / "vavae-small.pt")
     torch.save(
-        {"mean": torch.full((1, 4, 1, 1), 0.3), "std": torch.full((1, 4, 1, 1), 2.0)}, tmp_path / "latents_stats.pt"
+        {"mean": torch.full((1, 4, 1, 1), 0.3), "std": torch.full((1, 4, 1, 1), 2.0)},
+        tmp_path / "latents_stats.pt",
     )
     encoder = load_encoder(tmp_path / "vavae-small.pt")
     x = images()
     raw = network.eval().encode(x).latent_dist.mode()
     torch.testing.assert_close(encoder.encode(x), (raw - 0.3) / 2, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(encoder.decode(encoder.encode(x)), network.decode(raw).sample, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        encoder.decode(encoder.encode(x)), network.decode(raw).sample, rtol=1e-4, atol=1e-5
+    )
     assert torch.equal(load_encoder(tmp_path).encode(x), encoder.encode(x))
 
 
@@ -110,34 +137,58 @@ def test_an_autoencoder_without_statistics_asks_for_them_and_fitted_latents_are_
 def test_scaling_factor_shift_and_latent_statistics_of_a_config_are_applied():
     x = images()
     network = va_vae_like(scaling_factor=0.18215)
-    torch.testing.assert_close(LatentEncoder(network).encode(x), 0.18215 * network.encode(x).latent_dist.mode())
+    torch.testing.assert_close(
+        LatentEncoder(network).encode(x), 0.18215 * network.encode(x).latent_dist.mode()
+    )
     network = va_vae_like(scaling_factor=1.5305, shift_factor=0.0609)
     torch.testing.assert_close(
         LatentEncoder(network).encode(x), 1.5305 * (network.encode(x).latent_dist.mode() - 0.0609)
     )
     network = va_vae_like(latents_mean=(1.0, 2.0, 3.0, 4.0), latents_std=(2.0,) * 4)
-    wanted = (network.encode(x).latent_dist.mode() - torch.tensor([1.0, 2.0, 3.0, 4.0]).reshape(-1, 1, 1)) / 2
+    wanted = (
+        network.encode(x).latent_dist.mode() - torch.tensor([1.0, 2.0, 3.0, 4.0]).reshape(-1, 1, 1)
+    ) / 2
     torch.testing.assert_close(LatentEncoder(network).encode(x), wanted)
 
 
 def test_flux_latents_are_packed_and_normalised_by_its_batch_norm():
     torch.manual_seed(0)
-    network = AutoencoderKLFlux2(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=8, latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2).eval()  # fmt: skip
+    network = AutoencoderKLFlux2(
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    ).eval()
     network.bn.running_mean.normal_()
     network.bn.running_var.uniform_(0.5, 2)
     encoder, x = LatentEncoder(network), images()
     raw = network.encode(x).latent_dist.mode()
     b, c, h, w = raw.shape
-    packed = raw.view(b, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(b, 4 * c, h // 2, w // 2)
+    packed = (
+        raw.view(b, c, h // 2, 2, w // 2, 2)
+        .permute(0, 1, 3, 5, 2, 4)
+        .reshape(b, 4 * c, h // 2, w // 2)
+    )
     torch.testing.assert_close(encoder.encode(x), network.bn(packed), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(encoder.decode(encoder.encode(x)), network.decode(raw).sample, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        encoder.decode(encoder.encode(x)), network.decode(raw).sample, rtol=1e-3, atol=1e-4
+    )
 
 
 def test_a_deep_compression_autoencoder_loads_from_its_folder(tmp_path):
-    AutoencoderDC(latent_channels=4, encoder_block_out_channels=(8, 16), decoder_block_out_channels=(8, 16),
-        encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1), encoder_qkv_multiscales=((), ()),
-        decoder_qkv_multiscales=((), ()), attention_head_dim=8, scaling_factor=0.5).save_pretrained(tmp_path)  # fmt: skip
+    AutoencoderDC(
+        latent_channels=4,
+        encoder_block_out_channels=(8, 16),
+        decoder_block_out_channels=(8, 16),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), ()),
+        decoder_qkv_multiscales=((), ()),
+        attention_head_dim=8,
+        scaling_factor=0.5,
+    ).save_pretrained(tmp_path)
     encoder = load_encoder(tmp_path)
     assert encoder.encode(images()).shape[:2] == (4, 4) and encoder.known
 
@@ -149,15 +200,23 @@ def rae(kind, **changes):
     make_buildable("AutoencoderRAE")
     torch.manual_seed(0)
     settings = {
-        "encoder_hidden_size": 64, "encoder_patch_size": 8, "encoder_num_hidden_layers": 2, "decoder_hidden_size": 16,
-        "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 4, "decoder_intermediate_size": 16, "patch_size": 8,
+        "encoder_hidden_size": 64,
+        "encoder_patch_size": 8,
+        "encoder_num_hidden_layers": 2,
+        "decoder_hidden_size": 16,
+        "decoder_num_hidden_layers": 1,
+        "decoder_num_attention_heads": 4,
+        "decoder_intermediate_size": 16,
+        "patch_size": 8,
         "encoder_input_size": 32,
-    }  # fmt: skip
+    }
     return AutoencoderRAE(encoder_type=kind, **settings, **changes).eval()
 
 
 @pytest.mark.parametrize("kind", ["dinov2", "mae", "siglip2"])
-def test_representation_autoencoders_take_images_from_0_and_normalise_their_latents_themselves(kind, tmp_path):
+def test_representation_autoencoders_take_images_from_0_and_normalise_their_latents_themselves(
+    kind, tmp_path
+):
     mean, std = torch.randn(64, 4, 4), torch.rand(64, 4, 4) + 0.5
     network, x = rae(kind, latents_mean=mean, latents_std=std), images()
     network.save_pretrained(tmp_path)
@@ -165,7 +224,9 @@ def test_representation_autoencoders_take_images_from_0_and_normalise_their_late
     assert encoder.known and encoder.encode(x).shape == (4, 64, 4, 4)
     torch.testing.assert_close(encoder.encode(x), network.encode((x + 1) / 2).latent)
     plain = rae(kind).encode((x + 1) / 2).latent
-    torch.testing.assert_close(encoder.encode(x), (plain - mean) / (std + 1e-5), rtol=1e-4, atol=2e-4)
+    torch.testing.assert_close(
+        encoder.encode(x), (plain - mean) / (std + 1e-5), rtol=1e-4, atol=2e-4
+    )
     z = encoder.encode(x)
     torch.testing.assert_close(encoder.decode(z), 2 * network.decode(z).sample - 1)
 
@@ -177,7 +238,9 @@ def test_a_representation_autoencoder_that_brings_no_statistics_is_fitted():
     torch.testing.assert_close(latents.mean(1), torch.zeros(64), atol=1e-4, rtol=0)
 
 
-def test_without_transformers_a_representation_autoencoder_says_what_to_install(tmp_path, monkeypatch):
+def test_without_transformers_a_representation_autoencoder_says_what_to_install(
+    tmp_path, monkeypatch
+):
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderRAE"}')
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RunError, match=r"pip install 'flowspace\[rae\]'"):
@@ -187,7 +250,9 @@ def test_without_transformers_a_representation_autoencoder_says_what_to_install(
 def test_it_is_frozen_stays_in_eval_mode_and_samples_only_where_asked():
     encoder = LatentEncoder(va_vae_like(scaling_factor=0.5))
     encoder.train()
-    assert not encoder.autoencoder.training and not any(p.requires_grad for p in encoder.parameters())
+    assert not encoder.autoencoder.training and not any(
+        p.requires_grad for p in encoder.parameters()
+    )
     x = images()
     assert torch.equal(encoder.encode(x), encoder.encode(x))
     noisy = LatentEncoder(encoder.autoencoder, sample=True)
@@ -197,13 +262,18 @@ def test_it_is_frozen_stays_in_eval_mode_and_samples_only_where_asked():
 
 def test_half_precision_gives_latents_in_float32(tmp_path):
     va_vae_like(scaling_factor=0.5).save_pretrained(tmp_path)
-    half, full = (load_encoder(tmp_path, dtype=dtype).encode(images()) for dtype in (torch.bfloat16, torch.float32))
+    half, full = (
+        load_encoder(tmp_path, dtype=dtype).encode(images())
+        for dtype in (torch.bfloat16, torch.float32)
+    )
     assert half.dtype == torch.float32
     assert (half - full).norm() < 0.03 * full.norm()
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_missing_weights_are_named_with_their_place_and_the_command_that_fetches_them(name, tmp_path, monkeypatch):
+def test_missing_weights_are_named_with_their_place_and_the_command_that_fetches_them(
+    name, tmp_path, monkeypatch
+):
     with pytest.raises(RunError, match=re.escape(f"--local-dir {tmp_path / name}")) as error:
         load_encoder(name, weights=tmp_path)
     assert (SOURCES[name].files or ("config.json",))[0] in str(error.value)

@@ -1,4 +1,6 @@
-"""CrossFlowLoss under the engines that train large models; its derivative needs nothing special of them."""
+"""CrossFlowLoss under the engines that train large models; its derivative needs nothing special of
+them.
+"""
 
 import copy
 import os
@@ -30,7 +32,9 @@ class Net(nn.Module):
 
     def forward(self, z, t, s):
         h = self.embed(z) + self.times(torch.stack([t, s], 1))
-        return self.head(checkpoint(self.block, h, use_reentrant=False) if self.checkpointed else self.block(h))
+        return self.head(
+            checkpoint(self.block, h, use_reentrant=False) if self.checkpointed else self.block(h)
+        )
 
 
 def net(seed=0, **options):
@@ -62,14 +66,26 @@ def same(first, second, tolerance=1e-12):
 COMPILED = ["ddp+blocks", "ddp+within", "ddp+round", "fsdp2+blocks"]
 
 
-@pytest.mark.parametrize("how", ["ddp", "static_graph", "find_unused_parameters", "fsdp2", *COMPILED])
+@pytest.mark.parametrize(
+    "how", ["ddp", "static_graph", "find_unused_parameters", "fsdp2", *COMPILED]
+)
 def test_two_processes_have_the_gradients_of_one(how):
     here = Path(__file__).parent
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", here / "engines_worker.py", how],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            here / "engines_worker.py",
+            how,
+        ],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count(f"{how}: 3 steps agree") == 2
 
@@ -87,7 +103,9 @@ def test_gradients_accumulate_over_parts_of_a_batch(route):
     z, rest = batch()
     model.zero_grad()
     for part in (slice(0, 8), slice(8, 16)):
-        (loss_fn(model, z[part], **{k: v[part] for k, v in rest.items()}).loss.mean() / 2).backward()
+        (
+            loss_fn(model, z[part], **{k: v[part] for k, v in rest.items()}).loss.mean() / 2
+        ).backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, whole[name], rtol=0, atol=1e-12)
 
@@ -118,7 +136,9 @@ def test_torch_func_differentiates_the_loss_and_maps_it(route):
     torch.testing.assert_close(rows, out.loss, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(("route", "bound"), [(SharedPrimal(), 0.03), (ForwardMode(), 0.03)], ids=repr)
+@pytest.mark.parametrize(
+    ("route", "bound"), [(SharedPrimal(), 0.03), (ForwardMode(), 0.03)], ids=repr
+)
 def test_under_bfloat16_autocast_the_residual_is_near_that_of_float64(route, bound):
     exact, _ = step(CrossFlowLoss(derivative=ForwardMode()), net())
     model = copy.deepcopy(net()).float()
@@ -131,7 +151,10 @@ def test_under_bfloat16_autocast_the_residual_is_near_that_of_float64(route, bou
 
 def test_under_bfloat16_autocast_the_tangent_of_shared_primal_is_within_two_percent():
     model, (z, rest) = net(), batch()
-    primals, tangents = (z, rest["t"], 0.5 * rest["t"]), (rest["noise"], torch.ones(16, dtype=torch.float64), None)
+    primals, tangents = (
+        (z, rest["t"], 0.5 * rest["t"]),
+        (rest["noise"], torch.ones(16, dtype=torch.float64), None),
+    )
     exact = ForwardMode()(model, primals, tangents)[1]
     single = [None if p is None else p.float() for p in (*primals, *tangents)]
     with torch.autocast("cpu", torch.bfloat16):
@@ -151,8 +174,9 @@ def test_a_model_with_batch_norm_moves_in_all_rows_and_its_statistics_once(route
         lambda z, t: nn.functional.batch_norm(
             plain.embed(z) + plain.times(torch.stack([t, out.s], 1)), None, None, training=True
         ),
-        (out.z_t, out.t), (rest["noise"] - z, torch.ones_like(out.t)),
-    )  # fmt: skip
+        (out.z_t, out.t),
+        (rest["noise"] - z, torch.ones_like(out.t)),
+    )
     normed = plain.norm(plain.embed(out.z_t) + plain.times(torch.stack([out.t, out.s], 1)))
     slope = torch.func.jvp(nn.functional.gelu, (normed,), (whole[1],))[1]
     moved = plain.embed.weight @ (rest["noise"] - z).T + plain.times.weight[:, :1]

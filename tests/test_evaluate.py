@@ -82,12 +82,21 @@ def test_a_sample_that_is_not_finite_is_named(tmp_path):
         plan().draw(broken, tmp_path, "a", CPU)
 
 
-@given(count=st.integers(1, 40), classes=st.integers(1, 7), first=st.integers(0, 30), seed=st.integers(0, 5))
+@given(
+    count=st.integers(1, 40),
+    classes=st.integers(1, 7),
+    first=st.integers(0, 30),
+    seed=st.integers(0, 5),
+)
 def test_a_sample_is_its_number(count, classes, first, seed):
     p = evaluate.Plan(count, classes, (2, 3), seed)
     noise, labels = p.inputs(first, first + 5)
     alone, label = p.inputs(first + 3, first + 4)
-    assert torch.equal(noise[3:4], alone) and torch.equal(labels[3:4], label) and label == (first + 3) % classes
+    assert (
+        torch.equal(noise[3:4], alone)
+        and torch.equal(labels[3:4], label)
+        and label == (first + 3) % classes
+    )
 
 
 @given(st.floats(-3, 3))
@@ -166,7 +175,11 @@ def test_weights_of_inception_are_never_unpickled(tmp_path, wrap):
 
 
 def test_weights_of_another_network_are_not_inceptions(tmp_path):
-    for value, match in (({"a": torch.ones(1)}, "does not hold"), ([torch.ones(1)], "list"), ({1: torch.ones(1)}, "1")):
+    for value, match in (
+        ({"a": torch.ones(1)}, "does not hold"),
+        ([torch.ones(1)], "list"),
+        ({1: torch.ones(1)}, "1"),
+    ):
         torch.save(value, tmp_path / "other.pth")
         with pytest.raises(RunError, match=match):
             evaluate.Inception(tmp_path / "other.pth")
@@ -174,11 +187,15 @@ def test_weights_of_another_network_are_not_inceptions(tmp_path):
 
 @pytest.mark.slow
 def test_inceptions_weights_are_loaded_from_tensors(tmp_path, monkeypatch):
-    network = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
+    network = importlib.import_module(
+        "torch_fidelity.feature_extractor_inceptionv3"
+    ).FeatureExtractorInceptionV3
     torch.save({}, tmp_path / "nothing.pth")
     with monkeypatch.context() as patched:
         patched.setattr(network, "load_state_dict", lambda self, tensors: None)
-        drawn = network("inception-v3", ["2048"], feature_extractor_weights_path=str(tmp_path / "nothing.pth"))
+        drawn = network(
+            "inception-v3", ["2048"], feature_extractor_weights_path=str(tmp_path / "nothing.pth")
+        )
     torch.save(drawn.state_dict(), tmp_path / "weights.pth")
     extractor = evaluate.Inception(tmp_path / "weights.pth")
     found = extractor.network.state_dict()

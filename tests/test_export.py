@@ -9,7 +9,16 @@ from flowspace import FlowMap, LinearSchedule, MatchedStatistic, RunError
 
 pytest.importorskip("diffusers")
 export = importlib.import_module("flowspace.vision.export")
-SMALL = {"channels": 4, "grid": 4, "patch": 2, "depth": 2, "width": 32, "heads": 2, "class_tokens": 2, "time_tokens": 2}
+SMALL = {
+    "channels": 4,
+    "grid": 4,
+    "patch": 2,
+    "depth": 2,
+    "width": 32,
+    "heads": 2,
+    "class_tokens": 2,
+    "time_tokens": 2,
+}
 
 
 def generator(**settings):
@@ -40,7 +49,10 @@ def test_onnx_draws_what_eager_draws(tmp_path, settings):
     assert export.Onnx()(network, tmp_path / "g.onnx") <= 1e-4
     inputs = export.OneStep(network).inputs(6)
     torch.testing.assert_close(
-        export.Onnx().run(tmp_path / "g.onnx", inputs), export.OneStep(network)(*inputs), rtol=0, atol=1e-4
+        export.Onnx().run(tmp_path / "g.onnx", inputs),
+        export.OneStep(network)(*inputs),
+        rtol=0,
+        atol=1e-4,
     )
     assert [path.name for path in tmp_path.iterdir()] == ["g.onnx"]
 
@@ -49,7 +61,9 @@ def test_one_step_is_the_flow_map_from_noise_to_data():
     network = generator()
     noise, labels = export.OneStep(network).inputs(3)
     with torch.no_grad():
-        sample = FlowMap(network, LinearSchedule(), MatchedStatistic()).sample(noise, cond={"labels": labels})
+        sample = FlowMap(network, LinearSchedule(), MatchedStatistic()).sample(
+            noise, cond={"labels": labels}
+        )
         torch.testing.assert_close(export.OneStep(network)(noise, labels), sample)
 
 

@@ -109,7 +109,12 @@ def test_hostile_text_is_refused_wherever_text_is_taken(name):
     with pytest.raises(ExpressionError, match="__import__"):
         Schedule(**({"alpha": "1 - t", "beta": "t"} | {name: "__import__('os')"}))
     with pytest.raises(ExpressionError, match="__import__"):
-        Statistic(**({"gamma": "1", "delta": "-1"} | {{"alpha": "gamma", "beta": "delta"}[name]: "__import__('os')"}))
+        Statistic(
+            **(
+                {"gamma": "1", "delta": "-1"}
+                | {{"alpha": "gamma", "beta": "delta"}[name]: "__import__('os')"}
+            )
+        )
 
 
 @pytest.mark.parametrize(
@@ -145,7 +150,11 @@ def test_a_text_of_1000_characters_is_read():
 @st.composite
 def formulas(draw, depth=3):
     """A text and the plain Python function that it means."""
-    kind = draw(st.sampled_from(["t", "s", "number"] + ["+", "-", "*", "/", "**", "call", "sign"] * (depth > 0)))
+    kind = draw(
+        st.sampled_from(
+            ["t", "s", "number"] + ["+", "-", "*", "/", "**", "call", "sign"] * (depth > 0)
+        )
+    )
     if kind in ("t", "s"):
         return kind, (lambda t, s: t) if kind == "t" else (lambda t, s: s)
     if kind == "number":
@@ -180,7 +189,9 @@ def test_a_text_means_what_python_means_by_it(formula, a, b):
     try:
         function = TimeFunction(text, 2)
     except ExpressionError as error:
-        assert "power tower" in str(error) or "limit" in str(error)  # exp of exp, exp of a large number
+        assert "power tower" in str(error) or "limit" in str(
+            error
+        )  # exp of exp, exp of a large number
         return
     t_, s_ = (torch.tensor([time], dtype=torch.float64) for time in (max(a, b), min(a, b) / 2))
     wanted = meaning(float(t_), float(s_))
@@ -205,7 +216,9 @@ def test_symbolic_derivative_is_autodiff_is_finite_difference(choice, at):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(), (1,), (5,)])
-@pytest.mark.parametrize("source", ["1 - t", "2", 2, sympy.Integer(3), lambda t: 1 - t, lambda t: 2.0])
+@pytest.mark.parametrize(
+    "source", ["1 - t", "2", 2, sympy.Integer(3), lambda t: 1 - t, lambda t: 2.0]
+)
 def test_shape_and_dtype_of_the_times_come_out(source, shape, dtype):
     function = TimeFunction(source)
     times = torch.full(shape, 0.3, dtype=dtype)
@@ -246,7 +259,9 @@ def test_a_removable_singularity_on_an_edge_is_filled_with_its_limit(text):
     t_ = torch.tensor([0.3, 0.8, 1.0 if edge == "t = 1" else 0.9], dtype=torch.float64)
     s_ = {"s = t": t_, "s = 0": torch.zeros_like(t_), "t = 1": t_ / 3}[edge]
     t_ = torch.ones_like(t_) if edge == "t = 1" else t_
-    torch.testing.assert_close(TimeFunction(text, 2)(t_, s_), limit(t_, s_), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        TimeFunction(text, 2)(t_, s_), limit(t_, s_), rtol=1e-12, atol=1e-12
+    )
 
 
 def test_an_infinite_limit_is_not_filled():
@@ -262,7 +277,12 @@ def test_combining_formulas_and_combining_callables_agree(a, b):
     def operation(f, g, h):
         return f * g / h - 1
 
-    formula = combine(operation, (TimeFunction("t*s", 2), None), (TimeFunction("1 - t"), S), (TimeFunction("t"), T))
+    formula = combine(
+        operation,
+        (TimeFunction("t*s", 2), None),
+        (TimeFunction("1 - t"), S),
+        (TimeFunction("t"), T),
+    )
     black_box = combine(
         operation,
         (TimeFunction(lambda t, s: t * s, 2), None),

@@ -48,7 +48,9 @@ def close(actual, wanted, tolerance=1e-8):
 
 @settings(max_examples=40)
 @given(names, schedules, seeds, st.integers(1, 6), grids)
-def test_any_number_of_steps_is_one_step_for_the_exact_statistic(name, schedule, seed, steps, grid):
+def test_any_number_of_steps_is_one_step_for_the_exact_statistic(
+    name, schedule, seed, steps, grid
+):
     data, flow_map = exact(name, schedule, seed)
     noise = normal(seed, 5, 3)
     one = torch.ones(5, dtype=torch.float64)
@@ -95,7 +97,9 @@ def test_across_spaces_the_step_is_exact_for_an_affine_encoder(schedule, seed, g
     def encode(x):
         return torch.linalg.lstsq(matrix, (x - offset).T).solution.T
 
-    flow_map = FlowMap(lambda *state: within(*state) @ matrix.T + offset, schedule, MatchedStatistic())
+    flow_map = FlowMap(
+        lambda *state: within(*state) @ matrix.T + offset, schedule, MatchedStatistic()
+    )
     noise, one = normal(seed, 5, 3), torch.ones(5, dtype=torch.float64)
     wanted = data.transported(noise, one, 0 * one) @ matrix.T + offset
     close(flow_map.sample(noise), wanted, 1e-5)
@@ -106,7 +110,9 @@ def test_renoising_keeps_the_distribution_of_the_data():
     data = Gaussian.random(LINEAR, 3)
     matrix, offset, within = normal(3, 5, 3), normal(4, 5), data.matched()
     inverse = torch.linalg.pinv(matrix)
-    flow_map = FlowMap(lambda *state: within(*state) @ matrix.T + offset, LINEAR, MatchedStatistic())
+    flow_map = FlowMap(
+        lambda *state: within(*state) @ matrix.T + offset, LINEAR, MatchedStatistic()
+    )
     images = flow_map.sample(
         normal(0, 40_000, 3),
         times=[1.0, 0.6, 0.3, 0.0],
@@ -144,7 +150,9 @@ def test_the_model_gets_times_of_one_per_row_and_its_conditions():
         assert out.dtype == dtype and len(seen) == 3
         assert all(call[2:4] == ((2,), dtype) and call[4]["labels"] is labels for call in seen)
         flow_map.step(
-            normal(0, 2, 3).to(dtype), *torch.tensor([[0.5, 0.5], [0.1, 0.1]]).to(dtype), cond={"labels": labels}
+            normal(0, 2, 3).to(dtype),
+            *torch.tensor([[0.5, 0.5], [0.1, 0.1]]).to(dtype),
+            cond={"labels": labels},
         )
         assert seen[-1][4]["labels"] is labels
 
@@ -155,8 +163,14 @@ def test_sampling_needs_no_gradient_and_no_global_randomness():
     before = torch.get_rng_state()
     generator = partial(torch.Generator().manual_seed, 1)
     noise = torch.randn(2, 3, generator=generator())
-    first, second = (flow_map.sample(noise, steps=3, encode=torch.sin, generator=generator()) for _ in range(2))
-    assert not first.requires_grad and torch.equal(first, second) and torch.equal(torch.get_rng_state(), before)
+    first, second = (
+        flow_map.sample(noise, steps=3, encode=torch.sin, generator=generator()) for _ in range(2)
+    )
+    assert (
+        not first.requires_grad
+        and torch.equal(first, second)
+        and torch.equal(torch.get_rng_state(), before)
+    )
 
 
 def test_bfloat16_noise_gives_bfloat16_samples_and_float32_times():
@@ -167,7 +181,16 @@ def test_bfloat16_noise_gives_bfloat16_samples_and_float32_times():
 
 
 @pytest.mark.parametrize(
-    "times", [[1.0], [1.0, 0.5], [0.9, 0.0], [0.0, 1.0], [1.0, 0.5, 0.5, 0.0], [1.0, 0.4, 0.6, 0.0], [[1.0, 0.0]]]
+    "times",
+    [
+        [1.0],
+        [1.0, 0.5],
+        [0.9, 0.0],
+        [0.0, 1.0],
+        [1.0, 0.5, 0.5, 0.0],
+        [1.0, 0.4, 0.6, 0.0],
+        [[1.0, 0.0]],
+    ],
 )
 def test_a_grid_that_does_not_fall_from_one_to_zero_is_refused(times):
     with pytest.raises(TimeError, match="falls strictly from 1 to 0"):
@@ -202,30 +225,40 @@ def test_a_flow_map_survives_pickling():
 
 @pytest.mark.parametrize("renoise", [True, False])
 @pytest.mark.parametrize("steps", [1, 4])
-def test_across_spaces_any_statistic_whose_step_forgets_the_state_ends_in_the_sample(renoise, steps):
+def test_across_spaces_any_statistic_whose_step_forgets_the_state_ends_in_the_sample(
+    renoise, steps
+):
     schedule = LinearSchedule()
     statistic = Statistic.from_kappa(schedule, "s", "-t**2/(t-s)")
     c, point = statistic.coefficients(schedule), torch.tensor([3.0, -2.0], dtype=torch.float64)
 
-    def exact(z, t, s):  # data that is one point: z_s = (1 - s) point + s noise, and f solves the step for it
+    def exact(
+        z, t, s
+    ):  # data that is one point: z_s = (1 - s) point + s noise, and f solves the step for it
         noise = (z - (1 - t)[:, None] * point) / t[:, None]
         z_s = (1 - s)[:, None] * point + s[:, None] * noise
         return (c.velocity(t, s)[:, None] * z - z_s) / c.derivative(t, s)[:, None]
 
     noise = torch.randn(5, 2, dtype=torch.float64)
-    samples = FlowMap(exact, schedule, statistic).sample(noise, steps=steps, encode=lambda x: x, renoise=renoise)
+    samples = FlowMap(exact, schedule, statistic).sample(
+        noise, steps=steps, encode=lambda x: x, renoise=renoise
+    )
     torch.testing.assert_close(samples, point.expand(5, 2))
 
 
 def test_a_step_that_keeps_some_of_the_state_cannot_end_in_another_space():
     with pytest.raises(InputError, match="cannot end in another space"):
-        FlowMap(lambda z, t, s: z, LinearSchedule(), MeanFlowStatistic()).sample(torch.randn(3, 2), encode=lambda x: x)
+        FlowMap(lambda z, t, s: z, LinearSchedule(), MeanFlowStatistic()).sample(
+            torch.randn(3, 2), encode=lambda x: x
+        )
 
 
 def test_a_step_takes_times_as_numbers_and_checks_them():
     flow_map, z = FlowMap(watched([], 3), LINEAR, MatchedStatistic()), normal(0, 2, 3)
     ones = torch.ones(2, dtype=torch.float64)
-    torch.testing.assert_close(flow_map.step(z, 0.9, 0.2), flow_map.step(z, 0.9 * ones, 0.2 * ones))
+    torch.testing.assert_close(
+        flow_map.step(z, 0.9, 0.2), flow_map.step(z, 0.9 * ones, 0.2 * ones)
+    )
     with pytest.raises(TimeError, match="s is out of range"):
         flow_map.step(z, 0.2, 0.9)
 

@@ -37,7 +37,9 @@ def test_the_posterior_mean_is_that_of_the_samples():
 
 @settings(max_examples=10)
 @given(formula_schedules, pairs(inside=True, gap=0.1), seeds)
-def test_across_spaces_it_is_the_integral_of_the_posterior_means_along_the_path(schedule, times, seed):
+def test_across_spaces_it_is_the_integral_of_the_posterior_means_along_the_path(
+    schedule, times, seed
+):
     """f/delta = integral_s^t kappa(s) lambda'(tau) E[x | z_tau] dtau, by Simpson's rule."""
     (t, s), data = (times[0], times[0] / 3 + times[1] / 2), Gaussian.random(schedule, seed)
     z_t = data.sample_state(t, seed)

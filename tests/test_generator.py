@@ -1,4 +1,6 @@
-"""The generator: the paper's sizes, its shapes, what it sees, and that the library's routes take it as it is."""
+"""The generator: the paper's sizes, its shapes, what it sees, and that the library's routes take
+it as it is.
+"""
 
 import warnings
 
@@ -32,13 +34,17 @@ def batch(rows=6, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("mlp", ["swiglu", "gelu"])
-@pytest.mark.parametrize(("name", "millions"), [("crossflow-b", 95), ("crossflow-l", 315), ("crossflow-xl", 461)])
+@pytest.mark.parametrize(
+    ("name", "millions"), [("crossflow-b", 95), ("crossflow-l", 315), ("crossflow-xl", 461)]
+)
 def test_the_presets_have_the_papers_sizes(name, millions, mlp):
     with torch.device("meta"):
         network = CrossFlowGenerator.from_preset(name, mlp=mlp)
     assert sum(p.numel() for p in network.parameters()) == pytest.approx(millions * 1e6, rel=5e-3)
     width, depth = network.config["width"], network.config["depth"]
-    matrices = sum(p.numel() for block in network.blocks for p in block.parameters() if p.ndim == 2)
+    matrices = sum(
+        p.numel() for block in network.blocks for p in block.parameters() if p.ndim == 2
+    )
     assert matrices == pytest.approx(12 * width**2 * depth, rel=2e-3)
     assert not [name for name, _ in network.named_parameters() if name.endswith("bias")]
 
@@ -46,7 +52,11 @@ def test_the_presets_have_the_papers_sizes(name, millions, mlp):
 def test_it_maps_a_latent_grid_to_an_image_of_256_pixels():
     with torch.device("meta"):
         network = CrossFlowGenerator.from_preset("crossflow-b", depth=1)
-        latents, time, labels = torch.empty(2, 32, 16, 16), torch.empty(2), torch.empty(2, dtype=torch.long)
+        latents, time, labels = (
+            torch.empty(2, 32, 16, 16),
+            torch.empty(2),
+            torch.empty(2, dtype=torch.long),
+        )
         assert network(latents, time, time, labels=labels).shape == (2, 3, 256, 256)
 
 
@@ -56,9 +66,13 @@ def test_it_sees_the_times_that_it_is_conditioned_on_and_no_others(condition):
     base, other = network(z, t, s, labels=y), 0.5 * t
     sees_t = not torch.equal(base, network(z, other, s, labels=y))
     sees_s = not torch.equal(base, network(z, t, 0.5 * s, labels=y))
-    assert (sees_t, sees_s) == {"s": (False, True), "t,s": (True, True), "t-s": (True, True)}[condition]
+    assert (sees_t, sees_s) == {"s": (False, True), "t,s": (True, True), "t-s": (True, True)}[
+        condition
+    ]
     if condition == "t-s":
-        torch.testing.assert_close(base, network(z, t + 0.1, s + 0.1, labels=y), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            base, network(z, t + 0.1, s + 0.1, labels=y), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_rows_do_not_mix_and_every_parameter_matters():
@@ -66,14 +80,17 @@ def test_rows_do_not_mix_and_every_parameter_matters():
     whole = network(z, t, s, labels=y)
     for i in range(len(z)):
         torch.testing.assert_close(
-            whole[i : i + 1], network(z[i : i + 1], t[i : i + 1], s[i : i + 1], labels=y[i : i + 1])
+            whole[i : i + 1],
+            network(z[i : i + 1], t[i : i + 1], s[i : i + 1], labels=y[i : i + 1]),
         )
     whole.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
 
 
 def test_rotary_positions_turn_by_the_distance_of_cells():
-    """q and k turned at two cells have a product that depends on the difference of rows and columns alone."""
+    """q and k turned at two cells have a product that depends on the difference of rows and
+    columns alone.
+    """
     cosine, sine = RotaryGrid(8)(4, 4, torch.device("cpu"))
     q, k = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
 
@@ -91,9 +108,14 @@ def test_rotary_positions_turn_by_the_distance_of_cells():
 def test_every_route_differentiates_it_in_one_objective():
     network, (z, t, s, y) = small().double(), batch(dtype=torch.float64)
     x = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    loss_fn, noise = CrossFlowLoss(), torch.randn(z.shape, generator=torch.Generator().manual_seed(3), dtype=z.dtype)
+    loss_fn, noise = (
+        CrossFlowLoss(),
+        torch.randn(z.shape, generator=torch.Generator().manual_seed(3), dtype=z.dtype),
+    )
     found = [
-        replace(loss_fn, derivative=route)(network, z, x, noise=noise, t=t, s=s, cond={"labels": y}).target
+        replace(loss_fn, derivative=route)(
+            network, z, x, noise=noise, t=t, s=s, cond={"labels": y}
+        ).target
         for route in (SharedPrimal(), ForwardMode(), FiniteDifference(1e-4))
     ]
     torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
@@ -107,7 +129,9 @@ def test_activation_checkpointing_changes_nothing():
     for on in (False, True):
         (network.enable_gradient_checkpointing if on else network.disable_gradient_checkpointing)()
         network.zero_grad()
-        out = CrossFlowLoss()(network, z, x, t=t, s=s, cond={"labels": y}, generator=torch.Generator().manual_seed(0))
+        out = CrossFlowLoss()(
+            network, z, x, t=t, s=s, cond={"labels": y}, generator=torch.Generator().manual_seed(0)
+        )
         out.loss.mean().backward()
         gradients.append([p.grad.clone() for p in network.parameters()])
     for a, b in zip(*gradients, strict=True):
@@ -117,7 +141,10 @@ def test_activation_checkpointing_changes_nothing():
 def test_saved_and_loaded_it_is_the_same_to_the_bit(tmp_path):
     network, (z, t, s, y) = small(mlp="gelu", condition="t,s").eval(), batch()
     network.save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    }
     again = CrossFlowGenerator.from_pretrained(tmp_path)
     assert torch.equal(network(z, t, s, labels=y), again(z, t, s, labels=y))
     assert dict(again.config)["condition"] == "t,s"
@@ -130,10 +157,17 @@ def test_saved_and_loaded_it_is_the_same_to_the_bit(tmp_path):
         (lambda: small(condition="s,t"), "'t,s'"),
         (lambda: small(mlp="relu"), "'swiglu' or 'gelu'"),
         (lambda: small(width=36), "multiple of 4 heads"),
-        (lambda: small()(torch.zeros(1, 3, 4, 4), *torch.ones(2, 1), labels=torch.zeros(1).long()), "takes 4 channels"),
+        (
+            lambda: small()(
+                torch.zeros(1, 3, 4, 4), *torch.ones(2, 1), labels=torch.zeros(1).long()
+            ),
+            "takes 4 channels",
+        ),
         (lambda: small()(torch.zeros(1, 4, 4, 4), *torch.ones(2, 1)), "no labels came"),
         (
-            lambda: small(classes=0)(torch.zeros(1, 4, 4, 4), *torch.ones(2, 1), labels=torch.zeros(1).long()),
+            lambda: small(classes=0)(
+                torch.zeros(1, 4, 4, 4), *torch.ones(2, 1), labels=torch.zeros(1).long()
+            ),
             "without classes",
         ),
     ],
@@ -144,13 +178,17 @@ def test_misuse_is_one_clear_error(call, says):
 
 
 def test_under_autocast_the_norms_stay_in_torchs_fused_kernel():
-    """Which warns, and falls apart into many, where a weight has another dtype than what it multiplies."""
+    """Which warns, and falls apart into many, where a weight has another dtype than what it
+    multiplies.
+    """
     norm = Norm(8)
     torch.nn.init.normal_(norm.weight)
     x = torch.randn(2, 8, dtype=torch.bfloat16)
     with warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16):
         warnings.simplefilter("error")
         found = norm(x)
-    wanted = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + norm.eps) * norm.weight
+    wanted = (
+        x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + norm.eps) * norm.weight
+    )
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), wanted, rtol=2e-2, atol=2e-2)

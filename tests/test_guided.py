@@ -34,11 +34,16 @@ class Labelled(torch.nn.Module):
 
     def __init__(self, head=False):
         super().__init__()
-        self.weight, self.table = torch.nn.Parameter(normal(0, 3, 3)), torch.nn.Parameter(normal(1, 4, 3))
+        self.weight, self.table = (
+            torch.nn.Parameter(normal(0, 3, 3)),
+            torch.nn.Parameter(normal(1, 4, 3)),
+        )
         self.head, self.seen = head, []
 
     def forward(self, z, t, s, labels, omega=None, t_min=None, t_max=None):
-        self.seen.append({"labels": labels, "omega": omega, "t_min": t_min, "t_max": t_max, "s": s, "t": t})
+        self.seen.append(
+            {"labels": labels, "omega": omega, "t_min": t_min, "t_max": t_max, "s": s, "t": t}
+        )
         f = torch.tanh(z @ self.weight) + self.table[labels] * column(1 + t - s / 2)
         f = f if omega is None else f * column(omega)
         return (f, f + 1) if self.head else f
@@ -51,19 +56,33 @@ def close(actual, wanted, tolerance=1e-10):
 def call(loss_fn, net, times, seed, rows=6):
     z, noise, labels = normal(seed, rows, 3), normal(seed + 1, rows, 3), torch.arange(rows) % 3
     draw = torch.Generator().manual_seed(seed)
-    return loss_fn(net, z, noise=noise, t=times[0], s=times[1], cond={"labels": labels}, generator=draw), z, noise
+    return (
+        loss_fn(
+            net, z, noise=noise, t=times[0], s=times[1], cond={"labels": labels}, generator=draw
+        ),
+        z,
+        noise,
+    )
 
 
 @settings(max_examples=20, deadline=None)
 @given(pairs(rows=6, diagonal=True), seeds)
-def test_the_velocity_is_mean_flows_mixture_inside_the_interval_and_untouched_elsewhere(times, seed):
-    net, guide = Labelled(), Guidance(null=NULL, omega=1.7, kappa=0.4, interval=(0.3, 0.8), drop=0.3)
+def test_the_velocity_is_mean_flows_mixture_inside_the_interval_and_untouched_elsewhere(
+    times, seed
+):
+    net, guide = (
+        Labelled(),
+        Guidance(null=NULL, omega=1.7, kappa=0.4, interval=(0.3, 0.8), drop=0.3),
+    )
     out, z, noise = call(MeanFlowLoss(guidance=guide), net, times, seed)
     t = times[0]
     z_t, v = LINEAR.perturb(z, noise, t)
     labels, plain = torch.arange(6) % 3, Labelled()
     lost = net.seen[-1]["labels"] == 3  # the model itself is evaluated last
-    free, own = plain(z_t, t, t, labels=torch.full((6,), 3)), plain(z_t, t, t, labels=torch.where(lost, 3, labels))
+    free, own = (
+        plain(z_t, t, t, labels=torch.full((6,), 3)),
+        plain(z_t, t, t, labels=torch.where(lost, 3, labels)),
+    )
     mixed = 1.7 * v + (1 - 1.7 - 0.4) * free + 0.4 * own
     guided = (t >= 0.3) & (t <= 0.8) & ~lost
     close(out.velocity, torch.where(column(guided), mixed, v).detach())
@@ -83,7 +102,9 @@ def test_without_strength_guidance_only_drops_and_costs_no_evaluation():
     t = torch.linspace(0.3, 1, 6, dtype=torch.float64)
     plain, guided = Labelled(), Labelled()
     first, _, _ = call(MeanFlowLoss(), plain, (t, t / 2), 0)
-    second, _, _ = call(MeanFlowLoss(guidance=Guidance(null=NULL, drop=0.0)), guided, (t, t / 2), 0)
+    second, _, _ = call(
+        MeanFlowLoss(guidance=Guidance(null=NULL, drop=0.0)), guided, (t, t / 2), 0
+    )
     close(first.loss, second.loss)
     assert len(plain.seen) == len(guided.seen)
 
@@ -97,8 +118,16 @@ def test_random_guidance_is_the_improved_papers_and_the_model_is_told(loss, head
     out, z, noise = call(loss(guidance=guide, head=head), net, (t, s), 3, rows=50)
     told = next(seen for seen in net.seen if torch.equal(seen["s"], s) and len(seen["s"]) == 50)
     omega, inside = told["omega"], (told["t_min"] <= t) & (t <= told["t_max"])
-    assert ((omega >= 1) & (omega <= 8)).all() and (told["t_min"] <= 0.5).all() and (told["t_max"] >= 0.5).all()
-    assert (told["t_min"][s == t] == 0).all() and (told["t_max"][s == t] == 1).all() and not inside.all()
+    assert (
+        ((omega >= 1) & (omega <= 8)).all()
+        and (told["t_min"] <= 0.5).all()
+        and (told["t_max"] >= 0.5).all()
+    )
+    assert (
+        (told["t_min"][s == t] == 0).all()
+        and (told["t_max"][s == t] == 1).all()
+        and not inside.all()
+    )
     z_t, v = LINEAR.perturb(z, noise, t)
     masked, plain = torch.where(inside, omega, torch.ones_like(t)), Labelled(head)
 
@@ -142,16 +171,25 @@ def test_at_sampling_the_scale_may_differ_by_row_and_is_one_outside_the_interval
 
 
 def test_a_flow_map_and_a_velocity_flow_take_guidance():
-    net, noise, guide = Labelled().requires_grad_(False), normal(0, 4, 3), Guidance(null=NULL, omega=2.0)
+    net, noise, guide = (
+        Labelled().requires_grad_(False),
+        normal(0, 4, 3),
+        Guidance(null=NULL, omega=2.0),
+    )
     labels = torch.tensor([0, 1, 2, 0])
     flow = FlowMap(net, LINEAR, MeanFlowLoss().statistic)
     found = flow.sample(noise, cond={"labels": labels}, guidance=guide)
     one, zero = torch.ones(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
-    with_, without = net(noise, one, zero, labels=labels), net(noise, one, zero, labels=torch.full((4,), 3))
+    with_, without = (
+        net(noise, one, zero, labels=labels),
+        net(noise, one, zero, labels=torch.full((4,), 3)),
+    )
     close(found, noise - without - 2 * (with_ - without))
     velocity = VelocityFlow(lambda z, t, labels: net(z, t, t, labels=labels))
     plain = velocity.sample(noise, cond={"labels": labels}, steps=3)
-    assert (velocity.sample(noise, cond={"labels": labels}, steps=3, guidance=guide) - plain).abs().max() > 0.01
+    assert (
+        velocity.sample(noise, cond={"labels": labels}, steps=3, guidance=guide) - plain
+    ).abs().max() > 0.01
 
 
 @pytest.mark.parametrize(
@@ -166,13 +204,22 @@ def test_a_flow_map_and_a_velocity_flow_take_guidance():
         (lambda: RandomGuidance(null=NULL).told(torch.zeros(2, 3), 9.0), "between 1 and 8"),
         (lambda: RandomGuidance(null=NULL).apply(Labelled()), "told"),
         (lambda: MeanFlowLoss(guidance=2.0), "Guidance"),
-        (lambda: MeanFlowLoss(guidance=Guidance(null=NULL))(lambda z, t, s: z, torch.zeros(2, 3)), "same names"),
         (
-            lambda: MeanFlowLoss(guidance=Guidance(null=NULL))(Labelled(), torch.zeros(2, 3), cond={"labels": [0, 1]}),
+            lambda: MeanFlowLoss(guidance=Guidance(null=NULL))(
+                lambda z, t, s: z, torch.zeros(2, 3)
+            ),
+            "same names",
+        ),
+        (
+            lambda: MeanFlowLoss(guidance=Guidance(null=NULL))(
+                Labelled(), torch.zeros(2, 3), cond={"labels": [0, 1]}
+            ),
             "list",
         ),
         (
-            lambda: CrossFlowLoss(guidance=Guidance(null=NULL))(Labelled(), torch.zeros(2, 3), torch.zeros(2, 5)),
+            lambda: CrossFlowLoss(guidance=Guidance(null=NULL))(
+                Labelled(), torch.zeros(2, 3), torch.zeros(2, 5)
+            ),
             "sampling",
         ),
     ],
@@ -189,7 +236,8 @@ def test_told_gives_the_strength_and_the_interval_of_every_row():
     close(told["t_max"], torch.full((3,), 0.7), 1e-6)
 
 
-# --- solvers ------------------------------------------------------------------------------------------------------------
+# --- solvers
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("solver", "order"), [(Euler(), 1), (Heun(), 2)])
@@ -219,7 +267,9 @@ def test_our_euler_is_torchdiffeqs():
     torchdiffeq = pytest.importorskip("torchdiffeq")
     data, noise = Gaussian.random(LINEAR, 1), normal(0, 6, 3)
     grid = torch.linspace(1, 0.1, 8, dtype=torch.float64)
-    theirs = torchdiffeq.odeint(lambda t, z: data.velocity(z, t.expand(6)), noise, grid, method="euler")
+    theirs = torchdiffeq.odeint(
+        lambda t, z: data.velocity(z, t.expand(6)), noise, grid, method="euler"
+    )
     close(Euler().path(data.velocity, noise, grid), theirs)
 
 
@@ -232,19 +282,30 @@ def test_a_flow_maps_own_velocity_carries_noise_to_data():
 
 
 def test_the_consistency_sampler_keeps_the_law_of_the_data():
-    """A step to s = 0 of the exact map and fresh noise: mean and covariance of Gaussian data, in one space and across."""
+    """A step to s = 0 of the exact map and fresh noise: mean and covariance of Gaussian data, in
+    one space and across.
+    """
     data, rows = Gaussian.random(LINEAR, 4), 40_000
     noise, covariance = normal(0, rows, 3), data.rotation * data.spread**2 @ data.rotation.T
     exact = FlowMap(
-        data.statistic(lambda t, s: torch.ones_like(t), lambda t, s: -torch.ones_like(t)), LINEAR, Statistic(1, -1)
+        data.statistic(lambda t, s: torch.ones_like(t), lambda t, s: -torch.ones_like(t)),
+        LINEAR,
+        Statistic(1, -1),
     )
-    samples = exact.sample(noise, steps=3, renoise=True, generator=torch.Generator().manual_seed(77))
+    samples = exact.sample(
+        noise, steps=3, renoise=True, generator=torch.Generator().manual_seed(77)
+    )
     assert (samples.mean(0) - data.mean).abs().max() < 0.03
     assert (torch.cov(samples.T) - covariance).abs().max() < 0.05
     matrix = normal(9, 3, 3)
-    across = FlowMap(lambda z, t, s: data.matched()(z, t, s) @ matrix.T, LINEAR, MatchedStatistic())
+    across = FlowMap(
+        lambda z, t, s: data.matched()(z, t, s) @ matrix.T, LINEAR, MatchedStatistic()
+    )
     images = across.sample(
-        noise, steps=3, encode=lambda x: torch.linalg.solve(matrix, x.T).T, generator=torch.Generator().manual_seed(77)
+        noise,
+        steps=3,
+        encode=lambda x: torch.linalg.solve(matrix, x.T).T,
+        generator=torch.Generator().manual_seed(77),
     )
     close(images.mean(0), data.mean @ matrix.T, 0.05)
     assert (torch.cov(images.T) - matrix @ covariance @ matrix.T).abs().max() < 0.3

@@ -1,4 +1,6 @@
-"""The family's identities: one formula under many names, closed forms on Gaussian data, and what distillation gains."""
+"""The family's identities: one formula under many names, closed forms on Gaussian data, and what
+distillation gains.
+"""
 
 from dataclasses import replace
 
@@ -7,7 +9,16 @@ import torch
 from gaussian import Gaussian, column
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import PRESETS, cross_flow, formula_schedules, normal, pairs, schedules, seeds, statistics_for
+from strategies import (
+    PRESETS,
+    cross_flow,
+    formula_schedules,
+    normal,
+    pairs,
+    schedules,
+    seeds,
+    statistics_for,
+)
 
 from flowspace import (
     AlphaFlowLoss,
@@ -41,7 +52,11 @@ class Net(torch.nn.Module):
         self.second = torch.nn.Parameter(normal(seed + 1, 8, dim))
 
     def forward(self, z, t, s):
-        return torch.tanh(z @ self.first + column(t) - 2 * column(s)) @ self.second * column(1 + t * s)
+        return (
+            torch.tanh(z @ self.first + column(t) - 2 * column(s))
+            @ self.second
+            * column(1 + t * s)
+        )
 
 
 def close(actual, wanted, tolerance=1e-10):
@@ -52,20 +67,26 @@ def equal(first, second, net, tolerance=1e-10):
     """Loss and gradient of two outputs of one network."""
     close(first.loss, second.loss, tolerance)
     for a, b in zip(
-        *(torch.autograd.grad(out.loss.sum(), list(net.parameters())) for out in (first, second)), strict=True
+        *(torch.autograd.grad(out.loss.sum(), list(net.parameters())) for out in (first, second)),
+        strict=True,
     ):
         close(a, b, tolerance * (1 + b.abs().max().item()))
 
 
-# --- the same thing under another name ----------------------------------------------------------------------------------
+# --- the same thing under another name
+# ----------------------------------------------------------------------------------
 
 
 @settings(max_examples=20)
 @given(pairs(rows=6, diagonal=True), seeds)
-def test_pixel_mean_flow_along_the_conditional_velocity_is_cross_flow_weighted_by_one_over_t(times, seed):
+def test_pixel_mean_flow_along_the_conditional_velocity_is_cross_flow_weighted_by_one_over_t(
+    times, seed
+):
     (t, s), net, z, noise = times, Net(), normal(seed, 6, 3), normal(seed + 1, 6, 3)
     pixel = PixelMeanFlowLoss(own_tangent=False)(net, z, noise=noise, t=t, s=s)
-    cross = CrossFlowLoss(schedule=LINEAR, weight=lambda t, s: 1 / t)(net, z, noise=noise, t=t, s=s)
+    cross = CrossFlowLoss(schedule=LINEAR, weight=lambda t, s: 1 / t)(
+        net, z, noise=noise, t=t, s=s
+    )
     close(pixel.prediction, cross.prediction)
     close(pixel.target, cross.target, 1e-9)
     equal(pixel, cross, net, 1e-9)
@@ -75,7 +96,10 @@ def test_pixel_mean_flow_along_the_conditional_velocity_is_cross_flow_weighted_b
 @given(schedules, pairs(rows=6, diagonal=True), seeds)
 def test_mean_flow_on_the_diagonal_is_flow_matching(schedule, times, seed):
     t, net, z, noise = times[0], Net(), normal(seed, 6, 3), normal(seed + 1, 6, 3)
-    mean, plain = (cls(schedule=schedule)(net, z, noise=noise, t=t, s=t) for cls in (MeanFlowLoss, FlowMatchingLoss))
+    mean, plain = (
+        cls(schedule=schedule)(net, z, noise=noise, t=t, s=t)
+        for cls in (MeanFlowLoss, FlowMatchingLoss)
+    )
     equal(mean, plain, net)
     close(mean.target, schedule.perturb(z, noise, t)[1])
 
@@ -117,7 +141,9 @@ def test_the_two_point_form_tends_to_the_derivative(draws, schedule, seed):
     b = column(loss_fn.coefficients.derivative(t, s))
     for g, out in zip((1e-3, 1e-5), near, strict=True):
         step = column(g * (t - s))
-        slope = (out.prediction - out.target) * b / step  # the difference quotient of f/delta - K, which tends to R
+        slope = (
+            (out.prediction - out.target) * b / step
+        )  # the difference quotient of f/delta - K, which tends to R
         error = (slope - exact.residual).abs().max() / (1 + exact.residual.abs().max())
         assert error < 3e3 * g, (g, error)
 
@@ -133,11 +159,14 @@ def test_the_two_point_form_for_kappa_zero_is_discrete_consistency():
         close(out.target, net(earlier, 0.8 * t, zero).detach())
 
 
-# --- Gaussian data ------------------------------------------------------------------------------------------------------
+# --- Gaussian data
+# -------------------------------------------------------------------------------------------------
 
 
 def at_means(loss_fn, data, model, t, s, seed):
-    """The residual of data and noise at their means given z_t; for affine f this is its conditional mean."""
+    """The residual of data and noise at their means given z_t; for affine f this is its
+    conditional mean.
+    """
     z_t = data.sample_state(t, seed)
     out = loss_fn(model, data.clean(z_t, t), noise=data.grain(z_t, t), t=t, s=s)
     close(out.z_t, z_t)
@@ -146,7 +175,9 @@ def at_means(loss_fn, data, model, t, s, seed):
 
 @settings(max_examples=20)
 @given(formula_schedules, pairs(rows=6, inside=True, gap=0.05), seeds)
-def test_the_exact_average_velocity_solves_improved_mean_flow_and_distillation(schedule, times, seed):
+def test_the_exact_average_velocity_solves_improved_mean_flow_and_distillation(
+    schedule, times, seed
+):
     (t, s), data = times, Gaussian.random(schedule, seed)
     exact = data.average_velocity()
     for loss_fn in (
@@ -166,7 +197,9 @@ def test_with_an_exact_teacher_the_residual_itself_vanishes(schedule, times, see
     """Not only its mean: nothing of the noise that made z_t is left in it."""
     (t, s), data = times, Gaussian.random(schedule, seed)
     loss_fn = MeanFlowDistillationLoss(schedule=schedule, teacher=data.velocity)
-    out = loss_fn(data.average_velocity(), normal(seed, 6, 3), noise=normal(seed + 1, 6, 3), t=t, s=s)
+    out = loss_fn(
+        data.average_velocity(), normal(seed, 6, 3), noise=normal(seed + 1, 6, 3), t=t, s=s
+    )
     close(out.residual, torch.zeros_like(out.residual), 1e-8)
 
 
@@ -180,7 +213,11 @@ def test_the_images_of_pixel_mean_flow_are_what_its_statistic_says(schedule, tim
     off = at_means(loss_fn, data, whole, t, s, seed)
     close(off, torch.zeros_like(off), 1e-7)
     z_t = data.sample_state(t, seed)
-    close(FlowMap(exact, schedule, loss_fn.outputs).step(z_t, t, s), data.transported(z_t, t, s), 1e-8)
+    close(
+        FlowMap(exact, schedule, loss_fn.outputs).step(z_t, t, s),
+        data.transported(z_t, t, s),
+        1e-8,
+    )
     off = at_means(loss_fn, data, lambda *x: whole(*x) + 0.1 * column(x[1]), t, s, seed)
     assert (off.abs().amax(1) > 1e-6).all()
 
@@ -202,10 +239,14 @@ def test_the_exact_trajectory_function_is_at_rest_and_at_its_boundary(schedule, 
 
 @settings(max_examples=10)
 @given(formula_schedules, seeds)
-def test_trajectory_matching_is_zero_for_the_exact_map_of_a_path_that_is_solved_exactly(schedule, seed):
+def test_trajectory_matching_is_zero_for_the_exact_map_of_a_path_that_is_solved_exactly(
+    schedule, seed
+):
     """A constant velocity: Euler's steps are exact, and the average velocity is that constant."""
     constant, noise = normal(seed, 4, 3), normal(seed + 1, 4, 3)
-    loss_fn = TrajectoryMatchingLoss(schedule=schedule, teacher=lambda z, t: constant, points=5, shift=2.0)
+    loss_fn = TrajectoryMatchingLoss(
+        schedule=schedule, teacher=lambda z, t: constant, points=5, shift=2.0
+    )
     out = loss_fn(lambda z, t, s: constant.repeat(len(z) // 4, 1), noise, noise=noise)
     close(out.residual, torch.zeros_like(out.residual), 1e-9)
     assert out.loss.shape == (40,) and set(out.t.tolist()) < set(loss_fn.grid(noise).tolist())
@@ -232,9 +273,15 @@ def test_random_pairs_are_distinct_and_conditions_follow_their_rows():
             seen.update(t=t, s=s, y=y)
         return z
 
-    loss_fn = TrajectoryMatchingLoss(teacher=lambda z, t, y: z * column(y), points=6, pairs=7, shift=3.0)
+    loss_fn = TrajectoryMatchingLoss(
+        teacher=lambda z, t, y: z * column(y), points=6, pairs=7, shift=3.0
+    )
     loss_fn(
-        model, noise, noise=noise, cond={"y": torch.arange(3.0).double()}, generator=torch.Generator().manual_seed(0)
+        model,
+        noise,
+        noise=noise,
+        cond={"y": torch.arange(3.0).double()},
+        generator=torch.Generator().manual_seed(0),
     )
     chosen = list(zip(seen["t"][::3].tolist(), seen["s"][::3].tolist(), strict=True))
     assert len(set(chosen)) == 7 and all(t > s for t, s in chosen)
@@ -243,7 +290,8 @@ def test_random_pairs_are_distinct_and_conditions_follow_their_rows():
     close(loss_fn.grid(noise), 3 * even / (1 + 2 * even))
 
 
-# --- the flow map -------------------------------------------------------------------------------------------------------
+# --- the flow map
+# -------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=20)
@@ -266,18 +314,24 @@ def test_the_flow_map_is_the_identity_on_the_diagonal_and_composes(draws, schedu
 def test_the_diagonal_of_an_anchored_statistic_is_a_velocity(draws, schedule, seed):
     data, t = Gaussian.random(schedule, seed), draws.draw(pairs(rows=4, inside=True))[0]
     z_t = data.sample_state(t, seed)
-    for model, statistic in ((data.matched(), MatchedStatistic()), (data.average_velocity(), MeanFlowLoss().statistic)):
+    for model, statistic in (
+        (data.matched(), MatchedStatistic()),
+        (data.average_velocity(), MeanFlowLoss().statistic),
+    ):
         close(FlowMap(model, schedule, statistic).velocity(z_t, t), data.velocity(z_t, t), 1e-8)
     close(schedule.velocity(data.clean(z_t, t), z_t, t), data.velocity(z_t, t), 1e-8)
     close(schedule.latents(data.velocity(z_t, t), z_t, t), data.clean(z_t, t), 1e-7)
 
 
-# --- what distillation gains ---------------------------------------------------------------------------------------------
+# --- what distillation gains
+# ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_residuals_mean_square_falls_by_that_of_what_the_noise_put_into_it(seed):
-    """E|R_MFT|^2 - E|R_MFD|^2 = E|A dv|^2, A = (t - s) df/dz - 1, dv = v - teacher; for any network, an exact teacher."""
+    """E|R_MFT|^2 - E|R_MFD|^2 = E|A dv|^2, A = (t - s) df/dz - 1, dv = v - teacher; for any
+    network, an exact teacher.
+    """
     rows, data, net = 200_000, Gaussian.random(LINEAR, seed), Net(seed=seed + 5)
     z = data.mean + (normal(seed, rows, 3) * data.spread) @ data.rotation.T
     noise = normal(seed + 1, rows, 3)
@@ -297,7 +351,8 @@ def test_the_residuals_mean_square_falls_by_that_of_what_the_noise_put_into_it(s
     assert noise_term.mean() > 50 * error
 
 
-# --- linear networks ------------------------------------------------------------------------------------------------------
+# --- linear networks
+# -------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=15)
@@ -338,21 +393,37 @@ def test_eulers_path_is_the_step_of_the_average_velocity():
 
 
 def test_published_numbers_are_the_references():
-    mean, improved, pixel = (cls.published() for cls in (MeanFlowLoss, ImprovedMeanFlowLoss, PixelMeanFlowLoss))
+    mean, improved, pixel = (
+        cls.published() for cls in (MeanFlowLoss, ImprovedMeanFlowLoss, PixelMeanFlowLoss)
+    )
     for loss_fn, share, mean_t, spread, first in (
-        (mean, 0.75, -0.4, 1.0, False), (improved, 0.5, -0.4, 1.0, False), (pixel, 0.5, 0.8, 0.8, True),
-    ):  # fmt: skip
+        (mean, 0.75, -0.4, 1.0, False),
+        (improved, 0.5, -0.4, 1.0, False),
+        (pixel, 0.5, 0.8, 0.8, True),
+    ):
         times, penalty = loss_fn.times, loss_fn.penalty
-        assert (times.equal, times.mask_first, times.times.mean, times.times.spread) == (share, first, mean_t, spread)
+        assert (times.equal, times.mask_first, times.times.mean, times.times.spread) == (
+            share,
+            first,
+            mean_t,
+            spread,
+        )
         assert (penalty.p, penalty.c, penalty.penalty.summed) == (1.0, 0.01, True)
     alpha = AlphaFlowLoss.published(gap=0.2)
-    assert (alpha.times.equal, alpha.penalty.c, alpha.penalty.penalty.summed, alpha.bound) == (0.5, 1e-3, False, 4.0)
+    assert (alpha.times.equal, alpha.penalty.c, alpha.penalty.penalty.summed, alpha.bound) == (
+        0.5,
+        1e-3,
+        False,
+        4.0,
+    )
     assert FlowMatchingLoss.published() == FlowMatchingLoss()
     matching = TrajectoryMatchingLoss.published(teacher=torch.sin)
     assert (matching.points, matching.pairs, matching.penalty) == (16, 64, SquaredError())
 
 
-@pytest.mark.parametrize("part", [{"gap": 0.1}, {"guidance": Guidance(null={"y": 0})}, {"velocity": torch.sin}])
+@pytest.mark.parametrize(
+    "part", [{"gap": 0.1}, {"guidance": Guidance(null={"y": 0})}, {"velocity": torch.sin}]
+)
 def test_trajectory_matching_refuses_what_it_would_not_use(part):
     with pytest.raises(InputError, match="guide the teacher"):
         TrajectoryMatchingLoss(teacher=torch.sin, **part)
@@ -362,14 +433,23 @@ def test_alpha_flows_targets_are_bounded_and_its_alpha_falls_from_one_to_zero():
     t, s = torch.tensor([[0.9, 0.5], [0.2, 0.5]], dtype=torch.float64)
     z, noise = normal(0, 2, 3), normal(1, 2, 3)
     free, bound = (
-        AlphaFlowLoss(gap=0.2, bound=b)(lambda z, t, s: 9 * z, z, noise=noise, t=t, s=s) for b in (torch.inf, 0.5)
+        AlphaFlowLoss(gap=0.2, bound=b)(lambda z, t, s: 9 * z, z, noise=noise, t=t, s=s)
+        for b in (torch.inf, 0.5)
     )
     close(bound.target, free.target.clamp(-0.5, 0.5))
     values = [alpha_at(i / 100) for i in range(101)]
-    assert values == sorted(values, reverse=True) and (values[0], values[50], values[-1]) == (1.0, 0.5, 0.0)
+    assert values == sorted(values, reverse=True) and (values[0], values[50], values[-1]) == (
+        1.0,
+        0.5,
+        0.0,
+    )
 
 
 def test_perceptual_losses_of_pixel_mean_flow_see_rows_near_the_data():
     loss_fn, z = PixelMeanFlowLoss(perceptual_below=0.6), normal(0, 3, 3)
     t = torch.tensor([0.5, 0.6, 0.9], dtype=torch.float64)
-    assert loss_fn.perceptual_mask(loss_fn(Net(), z, t=t, s=t / 2)).tolist() == [True, False, False]
+    assert loss_fn.perceptual_mask(loss_fn(Net(), z, t=t, s=t / 2)).tolist() == [
+        True,
+        False,
+        False,
+    ]

@@ -1,4 +1,6 @@
-"""Perceptual and adversarial losses: what they compare, whose gradient flows, and what they refuse."""
+"""Perceptual and adversarial losses: what they compare, whose gradient flows, and what they
+refuse.
+"""
 
 import pytest
 import torch
@@ -6,9 +8,22 @@ from torch import nn
 
 pytest.importorskip("timm")
 
-from flowspace import AbsoluteError, CrossFlowLoss, InputError, LinearSchedule, RunError, SquaredError
+from flowspace import (
+    AbsoluteError,
+    CrossFlowLoss,
+    InputError,
+    LinearSchedule,
+    RunError,
+    SquaredError,
+)
 from flowspace.vision.adversarial import CHANGES, AdversarialLoss, Discriminator, augment, balance
-from flowspace.vision.perceptual import LARGEST_STEP, Features, PerceptualLoss, TimmFeatures, literal_pair
+from flowspace.vision.perceptual import (
+    LARGEST_STEP,
+    Features,
+    PerceptualLoss,
+    TimmFeatures,
+    literal_pair,
+)
 
 
 class Small(Features):
@@ -32,7 +47,9 @@ def pictures(rows=4, side=16, seed=0):
 def test_the_loss_is_the_penalty_of_the_features_averaged_over_layers_and_zero_for_equal_images():
     features, x, y = Small(), pictures(), pictures(seed=1)
     loss = PerceptualLoss(features, SquaredError())
-    by_hand = [(a - b).square().flatten(1).mean(1) for a, b in zip(features(x), features(y), strict=True)]
+    by_hand = [
+        (a - b).square().flatten(1).mean(1) for a, b in zip(features(x), features(y), strict=True)
+    ]
     torch.testing.assert_close(loss(x, y), sum(by_hand) / 2)
     assert torch.equal(loss(x, x), torch.zeros(4))
 
@@ -41,7 +58,11 @@ def test_the_gradient_flows_to_the_prediction_alone():
     features = Small()
     x, y = pictures().requires_grad_(), pictures(seed=1).requires_grad_()
     PerceptualLoss(features)(x, y).sum().backward()
-    assert x.grad.abs().sum() > 0 and y.grad is None and all(p.grad is None for p in features.parameters())
+    assert (
+        x.grad.abs().sum() > 0
+        and y.grad is None
+        and all(p.grad is None for p in features.parameters())
+    )
 
 
 def test_below_counts_only_the_rows_that_are_nearer_to_the_data():
@@ -86,7 +107,9 @@ def test_timms_networks_are_frozen_features_of_normalised_images(name, tmp_path)
     assert len(found) == 2 and not features.train().network.training
     PerceptualLoss(features)(x, pictures(2, 32, 1)).sum().backward()
     assert x.grad.abs().sum() > 0
-    last = TimmFeatures(name, weights=tmp_path / "weights.pt", size=64, mean=(0.0,) * 3, std=(1.0,) * 3)
+    last = TimmFeatures(
+        name, weights=tmp_path / "weights.pt", size=64, mean=(0.0,) * 3, std=(1.0,) * 3
+    )
     wanted = last.network.forward_features(
         nn.functional.interpolate((x + 1) / 2, (64, 64), mode="bicubic", antialias=True)
     )
@@ -98,9 +121,14 @@ def test_weights_under_other_names_load_by_their_order_and_what_does_not_fit_is_
 
     torch.manual_seed(0)
     network = timm.create_model("convnext_atto")
-    torch.save({f"renamed.{i}": v for i, v in enumerate(network.state_dict().values())}, tmp_path / "renamed.pt")
+    torch.save(
+        {f"renamed.{i}": v for i, v in enumerate(network.state_dict().values())},
+        tmp_path / "renamed.pt",
+    )
     features = TimmFeatures("convnext_atto", weights=tmp_path / "renamed.pt", size=32)
-    for mine, theirs in zip(features.network.state_dict().values(), network.state_dict().values(), strict=True):
+    for mine, theirs in zip(
+        features.network.state_dict().values(), network.state_dict().values(), strict=True
+    ):
         assert torch.equal(mine, theirs)
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
     with pytest.raises(RunError, match="do not fit"):
@@ -115,7 +143,11 @@ def test_lpips_is_zero_for_equal_images_and_positive_for_others(tmp_path):
 
     torch.manual_seed(0)
     torch.save(torchvision.models.alexnet().state_dict(), tmp_path / "alexnet.pth")
-    loss, x, y = PerceptualLoss(LearnedDistance("alex", tmp_path / "alexnet.pth")), pictures(2, 64), pictures(2, 64, 1)
+    loss, x, y = (
+        PerceptualLoss(LearnedDistance("alex", tmp_path / "alexnet.pth")),
+        pictures(2, 64),
+        pictures(2, 64, 1),
+    )
     assert loss(x, x).abs().max() < 1e-6 and (loss(x, y) > 0).all() and loss(x, y).shape == (2,)
     with pytest.raises(RunError, match="right shape"):
         LearnedDistance("vgg", tmp_path / "alexnet.pth")
@@ -129,17 +161,22 @@ def test_the_literal_pair_is_the_prediction_moved_along_its_derivative_with_a_bo
         return torch.tanh(z @ weight) * (1 + t)[:, None] + s[:, None]
 
     z, x, noise = (torch.randn(5, 6, generator=draw, dtype=torch.float64) for _ in range(3))
-    t, s = torch.tensor([[0.9, 0.8, 0.5, 0.6, 1.0], [0.8, 0.1, 0.5, 0.0, 0.5]], dtype=torch.float64)
+    t, s = torch.tensor(
+        [[0.9, 0.8, 0.5, 0.6, 1.0], [0.8, 0.1, 0.5, 0.0, 0.5]], dtype=torch.float64
+    )
     out = loss_fn(model, z, x, noise=noise, t=t, s=s)
     z_t, v = LinearSchedule().perturb(z, noise, t)
-    slope = torch.func.jvp(lambda a, b: model(a, b, s), (z_t, t), (v, torch.ones_like(t)))[1].detach()
+    slope = torch.func.jvp(lambda a, b: model(a, b, s), (z_t, t), (v, torch.ones_like(t)))[
+        1
+    ].detach()
     step = torch.where(s > 0, t * (t - s) / s.clamp(min=1e-9), torch.inf).clamp(max=LARGEST_STEP)
     found, wanted = literal_pair(loss_fn, out, x)
     torch.testing.assert_close(found, out.prediction + step[:, None] * slope, rtol=1e-9, atol=1e-9)
     assert wanted is x and found.requires_grad
 
 
-# --- adversarial --------------------------------------------------------------------------------------------------------
+# --- adversarial
+# -------------------------------------------------------------------------------------------------
 
 
 def judge():
@@ -160,7 +197,9 @@ def test_hinge_losses_are_those_of_the_paper():
 @pytest.mark.parametrize("power", [0.0, 1.0, 2.5])
 def test_the_generators_weight_falls_with_the_noise(power):
     t = torch.linspace(0, 1, 9)
-    torch.testing.assert_close(AdversarialLoss(LinearSchedule(), power=power).weight(t), (1 - t) ** power)
+    torch.testing.assert_close(
+        AdversarialLoss(LinearSchedule(), power=power).weight(t), (1 - t) ** power
+    )
 
 
 def test_each_turn_moves_its_own_player_only():
@@ -195,7 +234,9 @@ def test_r1_is_half_of_the_squared_gradient_at_real_images():
     critic = judge().double().eval()
     real, fake = pictures().double(), pictures(seed=1).double()
     plain, with_r1 = (
-        AdversarialLoss(LinearSchedule(), augmented=False, r1=weight).discriminator(critic, real, fake)
+        AdversarialLoss(LinearSchedule(), augmented=False, r1=weight).discriminator(
+            critic, real, fake
+        )
         for weight in (0.0, 3.0)
     )
     real.requires_grad_()
@@ -206,7 +247,9 @@ def test_r1_is_half_of_the_squared_gradient_at_real_images():
 
 def test_augmentation_shifts_by_whole_pixels_follows_its_generator_and_has_a_gradient():
     x = pictures(8, 16).requires_grad_()
-    draws = (torch.rand(8, CHANGES, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    draws = (
+        torch.rand(8, CHANGES, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
+    )
     first, again, other = (augment(x, changes) for changes in draws)
     assert torch.equal(first, again) and not torch.equal(first, other) and first.shape == x.shape
     first.square().sum().backward()
@@ -218,9 +261,14 @@ def test_augmentation_shifts_by_whole_pixels_follows_its_generator_and_has_a_gra
 def test_the_balance_makes_both_gradients_of_an_image_equally_long_whatever_the_other_images_are():
     images = torch.randn(5, 3, 4, 4, requires_grad=True)
     main, other = images.square().flatten(1).mean(1), 0.1 * images.abs().flatten(1).sum(1)
-    slopes = [torch.autograd.grad(loss.sum(), images, retain_graph=True)[0].flatten(1) for loss in (main, other)]
+    slopes = [
+        torch.autograd.grad(loss.sum(), images, retain_graph=True)[0].flatten(1)
+        for loss in (main, other)
+    ]
     found = balance(main, other, images)
-    torch.testing.assert_close(found * slopes[1].norm(dim=1), slopes[0].norm(dim=1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        found * slopes[1].norm(dim=1), slopes[0].norm(dim=1), rtol=1e-4, atol=1e-5
+    )
     one = images[2:3].detach().requires_grad_()
     alone = balance(one.square().flatten(1).mean(1), 0.1 * one.abs().flatten(1).sum(1), one)
     torch.testing.assert_close(alone, found[2:3])

@@ -1,4 +1,6 @@
-"""The ImageNet recipe on small real pictures: the same code as the large configs, resumed, shared out, refused."""
+"""The ImageNet recipe on small real pictures: the same code as the large configs, resumed, shared
+out, refused.
+"""
 
 import dataclasses
 import importlib
@@ -33,10 +35,12 @@ CONFIGS = sorted((Path(__file__).parents[1] / "examples" / "imagenet" / "configs
 TINY = """
 data: {{path: {data}, size: 16, classes: 2, workers: 1}}
 encoder: {{name: null, stage_one: {{steps: 3, batch: 8, widths: [8, 8], channels: 4}}}}
-generator: {{preset: null, depth: 1, width: 32, heads: 2, channels: 4, grid: 8, patch: 2, class_tokens: 2, time_tokens: 2}}
+generator: {{preset: null, depth: 1, width: 32, heads: 2, channels: 4, grid: 8, patch: 2,
+             class_tokens: 2, time_tokens: 2}}
 objective: {{shifted: false}}
-training: {{steps: 6, batch: 8, warmup_epochs: 0.1, emas: [0.9, 0.5], bfloat16: false, cpu: true, checkpoint_every: 2,
-  look_every: 100, log_every: 2, tensorboard: false, optimizer: adamw, learning_rate: 1.0e-3}}
+training: {{steps: 6, batch: 8, warmup_epochs: 0.1, emas: [0.9, 0.5], bfloat16: false, cpu: true,
+            checkpoint_every: 2, look_every: 100, log_every: 2, tensorboard: false,
+            optimizer: adamw, learning_rate: 1.0e-3}}
 evaluation: {{samples: 24, batch: 8}}
 """
 
@@ -73,7 +77,10 @@ class Pixels(evaluate.Extractor):
 
 def change(config, **parts):
     """A section is changed by a mapping, or replaced."""
-    new = {k: dataclasses.replace(getattr(config, k), **v) if isinstance(v, dict) else v for k, v in parts.items()}
+    new = {
+        k: dataclasses.replace(getattr(config, k), **v) if isinstance(v, dict) else v
+        for k, v in parts.items()
+    }
     return dataclasses.replace(config, **new)
 
 
@@ -83,7 +90,9 @@ def weights(folder):
 
 
 def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
 
 
 def in_two_processes(*arguments):
@@ -100,7 +109,10 @@ def in_two_processes(*arguments):
 def test_a_run_trains_ships_and_logs(config):
     run = Run(config)
     run.train()
-    records = [json.loads(line) for line in (config.out / "generator" / "log.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line)
+        for line in (config.out / "generator" / "log.jsonl").read_text().splitlines()
+    ]
     steps = [record for record in records if "loss" in record]
     assert [record["step"] for record in steps] == [0, 2, 4, 5]
     assert set(steps[0]["raw"]) == {"flow"} and set(steps[0]["by"]) == {"t", "s"}
@@ -108,7 +120,9 @@ def test_a_run_trains_ships_and_logs(config):
     for record, taken, left in zip(steps, (1, 2, 2, 1), (5, 3, 1, 0), strict=True):
         assert record["rows_a_second"] * record["seconds"] == pytest.approx(8 * taken)
         assert record["seconds_left"] == pytest.approx(left * record["seconds"] / taken)
-    assert (config.out / "slopes.png").exists() and (config.out / "generator" / "sheet-0000006.png").exists()
+    assert (config.out / "slopes.png").exists() and (
+        config.out / "generator" / "sheet-0000006.png"
+    ).exists()
     assert run.same_in_a_fresh_process((0, 1))
     card = (config.out / "pipeline" / "README.md").read_text()
     assert "Not evaluated." in card and "24 images in 2 classes" in card and "labels=[0]" in card
@@ -127,7 +141,8 @@ from flowspace.recipes.imagenet import Run
 torch.set_num_threads(1)
 path, out, wanted = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 changes = ["training.checkpoint_every=1", "training.steps=24", "encoder.stage_one.steps=12"]
-changes += ["generator.width=256", "generator.depth=2"]  # a checkpoint of 34 MB, so that some kills meet its write
+# A checkpoint of 34 MB, so that some kills meet its write.
+changes += ["generator.width=256", "generator.depth=2"]
 
 
 def born(folder):
@@ -150,7 +165,8 @@ for _ in range(3 * wanted):
     time.sleep(draw.uniform(0, whole / 5))
     os.kill(child, signal.SIGKILL)
     killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    for file in [*out.glob("killed/encoder/training/step-*"), *out.glob("killed/generator/*.safetensors")]:
+    of = ("killed/encoder/training/step-*", "killed/generator/*.safetensors")
+    for file in [file for pattern in of for file in out.glob(pattern)]:
         with safe_open(file, "pt") as tensors:
             readable += sum(tensors.get_tensor(name).numel() > 0 for name in tensors.keys()) > 0
     if killed == wanted:
@@ -159,8 +175,9 @@ _, status = os.waitpid(born(out / "killed"), 0)
 assert status == 0, status
 print(killed, readable)
 """
-"""Trains a run to its end, then another that is killed so many times at random moments. Its children are forked, since each would
-import for seconds what is imported once."""
+"""Trains a run to its end, then another that is killed so many times at random moments. Its
+children are forked, since each would import for seconds what is imported once.
+"""
 
 
 @pytest.mark.slow
@@ -171,8 +188,13 @@ def test_a_run_killed_twenty_times_ends_with_the_same_weights(config, tmp_path):
     killed, readable = map(int, found.stdout.split()[-2:])
     assert killed == 20 and readable >= 20
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
-    assert same(*(load_file(tmp_path / name / "encoder" / ENCODER) for name in ("whole", "killed")))
-    names = [{path.name for path in (tmp_path / name / "generator").iterdir()} for name in ("whole", "killed")]
+    assert same(
+        *(load_file(tmp_path / name / "encoder" / ENCODER) for name in ("whole", "killed"))
+    )
+    names = [
+        {path.name for path in (tmp_path / name / "generator").iterdir()}
+        for name in ("whole", "killed")
+    ]
     assert names[0] == names[1]  # what torn writes left is gone
 
 
@@ -180,10 +202,14 @@ ENCODER = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_one_error_and_the_same_command_continues_once_there_is_room(config, tmp_path):
+def test_a_full_disk_is_one_error_and_the_same_command_continues_once_there_is_room(
+    config, tmp_path
+):
     disk, path = tmp_path / "disk", tmp_path / "tiny.yaml"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)], capture_output=True
+    ).returncode:
         pytest.skip("this user may not mount a small disk")
     command = [sys.executable, "-m", "flowspace.cli", "train", str(path), f"out={disk / 'run'}"]
     try:
@@ -212,18 +238,24 @@ def test_two_processes_train_what_one_does(config, tmp_path, changes, tolerance)
     """Muon's Newton-Schulz steps are in bfloat16, so its updates agree to their rounding only."""
     Run(load(tmp_path / "tiny.yaml", [f"out={config.out}", *changes])).train()
     out = tmp_path / "two"
-    found = in_two_processes("train", tmp_path / "tiny.yaml", f"out={out}", "training.processes=2", *changes)
+    found = in_two_processes(
+        "train", tmp_path / "tiny.yaml", f"out={out}", "training.processes=2", *changes
+    )
     assert found.returncode == 0, found.stderr[-2000:]
     one, two = weights(config.out), weights(out)
     assert one.keys() == two.keys()
     for name, value in one.items():
         if not name.startswith("optimizer:"):
-            torch.testing.assert_close(two[name].float(), value.float(), rtol=0, atol=tolerance, msg=name)
+            torch.testing.assert_close(
+                two[name].float(), value.float(), rtol=0, atol=tolerance, msg=name
+            )
 
 
 @pytest.mark.slow
 def test_two_processes_draw_what_one_does(config):
-    """Inception's weights cannot be had here: judging stops at their absence, after all samples were drawn."""
+    """Inception's weights cannot be had here: judging stops at their absence, after all samples
+    were drawn.
+    """
     run = Run(change(config, evaluation={"batch": 4, "shard": 2}))
     run.train()
     with pytest.raises(RunError, match="Inception"):
@@ -242,7 +274,9 @@ def test_accumulation_trains_what_one_pass_does(config, tmp_path):
     parts = dataclasses.replace(
         parts,
         out=tmp_path / "parts",
-        encoder=dataclasses.replace(config.encoder, name=str(config.out / "encoder"), stage_one=None),
+        encoder=dataclasses.replace(
+            config.encoder, name=str(config.out / "encoder"), stage_one=None
+        ),
     )
     Run(parts).train()
     one, two = weights(config.out), weights(parts.out)
@@ -256,15 +290,30 @@ def test_training_reads_the_latents_that_were_encoded(config):
     Run(cached).train()
     with pytest.raises(RunError, match="other settings"):
         Run(config).train()
-    records = [json.loads(line) for line in (config.out / "generator" / "log.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line)
+        for line in (config.out / "generator" / "log.jsonl").read_text().splitlines()
+    ]
     assert records[0]["raw"]["flow"] > 0
 
 
 def test_sigterm_saves_and_ends_with_zero(config, tmp_path):
     out = tmp_path / "stopped"
-    command = [sys.executable, "-m", "flowspace.cli", "train", str(tmp_path / "tiny.yaml"), f"out={out}"]
+    command = [
+        sys.executable,
+        "-m",
+        "flowspace.cli",
+        "train",
+        str(tmp_path / "tiny.yaml"),
+        f"out={out}",
+    ]
     process = subprocess.Popen(
-        [*command, "training.steps=100000", "training.checkpoint_every=100000", "training.log_every=1"],
+        [
+            *command,
+            "training.steps=100000",
+            "training.checkpoint_every=100000",
+            "training.log_every=1",
+        ],
         stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
     )
@@ -277,7 +326,9 @@ def test_sigterm_saves_and_ends_with_zero(config, tmp_path):
 
 
 def test_a_misspelt_key_is_named_with_its_neighbour(config, tmp_path):
-    with pytest.raises(InputError, match=r"training\.bach is not known; did you mean training\.batch"):
+    with pytest.raises(
+        InputError, match=r"training\.bach is not known; did you mean training\.batch"
+    ):
         load(tmp_path / "tiny.yaml", ["training.bach=3"])
     with pytest.raises(InputError, match=r"training\.batch = -3 came"):
         load(tmp_path / "tiny.yaml", ["training.batch=-3"])
@@ -296,15 +347,35 @@ def test_a_misspelt_key_is_named_with_its_neighbour(config, tmp_path):
     [
         ({"data": {"path": "/nowhere"}}, RunError, "no folder"),
         ({"data": {"classes": 3}}, RunError, "2 classes, 3 are expected"),
-        ({"encoder": {"name": "va-vae", "stage_one": None, "weights": Path("/nowhere")}}, RunError, "hf download"),
+        (
+            {"encoder": {"name": "va-vae", "stage_one": None, "weights": Path("/nowhere")}},
+            RunError,
+            "hf download",
+        ),
         ({"generator": {"grid": 4}}, InputError, "generator.grid=8"),
         ({"generator": {"preset": "crossflow-z"}}, InputError, "crossflow-b"),
         ({"training": {"batch": 9, "accumulate": 2}}, RunError, "multiple of 2"),
         ({"training": {"processes": 2}}, RunError, "torchrun"),
-        ({"adversarial": AdversarialConfig("resnet18", "/nowhere", size=None)}, RunError, "/nowhere cannot be read"),
-        ({"perceptual": (PerceptualConfig("resnet18", "/nowhere"),)}, RunError, "/nowhere cannot be read"),
-        ({"evaluation": {"extractor": "resnet18", "weights": "/nowhere"}}, RunError, "/nowhere cannot be read"),
-        ({"latent": LatentConfig(training=TrainingConfig(batch=9, accumulate=2, cpu=True))}, RunError, "multiple of 2"),
+        (
+            {"adversarial": AdversarialConfig("resnet18", "/nowhere", size=None)},
+            RunError,
+            "/nowhere cannot be read",
+        ),
+        (
+            {"perceptual": (PerceptualConfig("resnet18", "/nowhere"),)},
+            RunError,
+            "/nowhere cannot be read",
+        ),
+        (
+            {"evaluation": {"extractor": "resnet18", "weights": "/nowhere"}},
+            RunError,
+            "/nowhere cannot be read",
+        ),
+        (
+            {"latent": LatentConfig(training=TrainingConfig(batch=9, accumulate=2, cpu=True))},
+            RunError,
+            "multiple of 2",
+        ),
     ],
 )
 def test_what_does_not_fit_is_one_error_before_any_step(config, parts, error, words):
@@ -317,16 +388,31 @@ def test_what_does_not_fit_is_one_error_before_any_step(config, parts, error, wo
     ("part", "asked", "words"),
     [
         ("perceptual", {"layers": (9,)}, r"layers = \(9,\).* does not run on images of 16 pixels"),
-        ("perceptual", {"network": "test_resnett"}, "timm knows no network 'test_resnett'; near are test_resnet"),
-        ("adversarial", {"layers": (0, 9)}, r"layers = \(0, 9\).* does not run on images of 16 pixels"),
+        (
+            "perceptual",
+            {"network": "test_resnett"},
+            "timm knows no network 'test_resnett'; near are test_resnet",
+        ),
+        (
+            "adversarial",
+            {"layers": (0, 9)},
+            r"layers = \(0, 9\).* does not run on images of 16 pixels",
+        ),
         ("adversarial", {"channels": (1,)}, r"write adversarial.channels=\[32,32\]"),
         ("adversarial", {"channels": (32, 40)}, r"write adversarial.channels=\[32,32\]"),
     ],
 )
-def test_layers_that_a_network_has_not_are_one_error_before_any_step(config, tmp_path, part, asked, words):
+def test_layers_that_a_network_has_not_are_one_error_before_any_step(
+    config, tmp_path, part, asked, words
+):
     path = tmp_path / "judge.pt"
     torch.save(importlib.import_module("timm").create_model("test_resnet").state_dict(), path)
-    asked = {"network": "test_resnet", "weights": str(path), "size": None, "layers": (0, 1)} | asked
+    asked = {
+        "network": "test_resnet",
+        "weights": str(path),
+        "size": None,
+        "layers": (0, 1),
+    } | asked
     term = (PerceptualConfig(**asked),) if part == "perceptual" else AdversarialConfig(**asked)
     with pytest.raises(InputError, match=words):
         Run(change(config, **{part: term})).train()
@@ -336,13 +422,18 @@ def test_layers_that_a_network_has_not_are_one_error_before_any_step(config, tmp
 def test_two_perceptual_terms_of_one_network_both_count(config, tmp_path):
     path = tmp_path / "judge.pt"
     torch.save(importlib.import_module("timm").create_model("test_resnet").state_dict(), path)
-    terms = [PerceptualConfig("test_resnet", str(path), size=None, layers=(n,), unit=n > 0) for n in (0, 1)]
+    terms = [
+        PerceptualConfig("test_resnet", str(path), size=None, layers=(n,), unit=n > 0)
+        for n in (0, 1)
+    ]
     found = Run(config).parts.perceptual(tuple(terms))
     assert list(found) == ["test_resnet", "test_resnet 2"]
     assert [term.loss.unit for term in found.values()] == [False, True]
 
 
-def test_weights_that_only_judging_needs_are_asked_for_before_the_training(config, tmp_path, capsys):
+def test_weights_that_only_judging_needs_are_asked_for_before_the_training(
+    config, tmp_path, capsys
+):
     assert main(["train", str(tmp_path / "tiny.yaml"), f"out={config.out}", "--evaluate"]) == 1
     assert "Inception's weights" in capsys.readouterr().err
     assert not list(config.out.rglob("log.jsonl"))
@@ -358,7 +449,9 @@ def test_a_torch_without_muon_is_one_error_before_any_step(config, monkeypatch):
 def test_a_folder_that_cannot_be_written_to_is_one_error_before_any_step(config, tmp_path):
     (tmp_path / "file").write_text("")
     for job in (Run.train, Run.encode):
-        with pytest.raises(RunError, match=r"file/run cannot be written to \(Not a directory\); write out=FOLDER"):
+        with pytest.raises(
+            RunError, match=r"file/run cannot be written to \(Not a directory\); write out=FOLDER"
+        ):
             job(Run(dataclasses.replace(config, out=tmp_path / "file" / "run")))
     if os.getuid():
         config.out.mkdir()
@@ -396,7 +489,9 @@ def test_a_checkpoint_of_another_config_is_refused(config):
         ("encoder/config.json", "encoder/config.json"),
     ],
 )
-def test_a_torn_file_is_one_error_that_says_what_to_delete_and_is_made_again(config, torn, deleted):
+def test_a_torn_file_is_one_error_that_says_what_to_delete_and_is_made_again(
+    config, torn, deleted
+):
     Run(config).train()
     path, told = config.out / torn, config.out / deleted
     whole = path.read_bytes()
@@ -410,7 +505,10 @@ def test_a_torn_file_is_one_error_that_says_what_to_delete_and_is_made_again(con
 
 def test_weights_of_an_encoder_are_never_unpickled(config):
     run = Run(config)
-    torch.save(run.encoder.autoencoder.state_dict(), config.out / "encoder" / "diffusion_pytorch_model.bin")
+    torch.save(
+        run.encoder.autoencoder.state_dict(),
+        config.out / "encoder" / "diffusion_pytorch_model.bin",
+    )
     (config.out / "encoder" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(RunError, match="holds no autoencoder"):
         Run(config).encoder  # noqa: B018
@@ -433,7 +531,11 @@ def test_a_reference_is_of_the_size_that_the_judge_sees(config, tmp_path):
     config.out.mkdir()
     found = []
     for size in (None, 48):
-        parts = Run(change(config, evaluation={"extractor": "test_resnet", "weights": str(path), "size": size})).parts
+        parts = Run(
+            change(
+                config, evaluation={"extractor": "test_resnet", "weights": str(path), "size": size}
+            )
+        ).parts
         found.append(parts.real(parts.extractor()).features)
     assert not torch.allclose(*found)
     names = sorted(path.name for path in config.out.glob("reference-*"))
@@ -450,5 +552,7 @@ def test_every_config_is_read_and_its_objective_is_built(path):
         with torch.device("meta"):
             from flowspace.vision import CrossFlowGenerator
 
-            network = CrossFlowGenerator.from_preset(config.generator.preset, condition=config.generator.condition)
+            network = CrossFlowGenerator.from_preset(
+                config.generator.preset, condition=config.generator.condition
+            )
         assert assign(network)["muon"]

@@ -1,4 +1,6 @@
-"""Latents computed once: the same as the encoder's, whole after a kill, refused when they are others'."""
+"""Latents computed once: the same as the encoder's, whole after a kill, refused when they are
+others'.
+"""
 
 import dataclasses
 import importlib
@@ -110,4 +112,6 @@ def test_a_sampled_posterior_is_drawn_once(images, tmp_path):
         latents.encode(images, sampled, tmp_path / name, shard=5)
     assert files(tmp_path / "a") == files(tmp_path / "b")
     mean = dataclasses.replace(latents.LatentBatches(tmp_path / "a"))(0, 14, 0)[0]
-    assert not torch.allclose(mean, encoder().encode(data.FolderBatches(images)(0, 14, 0)[0]), atol=1e-2)
+    assert not torch.allclose(
+        mean, encoder().encode(data.FolderBatches(images)(0, 14, 0)[0]), atol=1e-2
+    )

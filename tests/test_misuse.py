@@ -48,7 +48,9 @@ def model(z, t, s):
     ids=lambda options: next(iter(options)),
 )
 def test_an_argument_of_the_wrong_kind_is_named_with_what_to_write(options):
-    with pytest.raises(InputError, match=f"{next(iter(options))} = .* came; .*write|it is a function"):
+    with pytest.raises(
+        InputError, match=f"{next(iter(options))} = .* came; .*write|it is a function"
+    ):
         CrossFlowLoss(**options)
 
 
@@ -117,7 +119,11 @@ def test_the_matched_statistic_says_where_its_gamma_is():
     with pytest.raises(CriterionError, match=r"on\(schedule\).gamma"):
         _ = MatchedStatistic().gamma
     assert MatchedStatistic().on(LinearSchedule()).gamma.expression == sympy.Integer(1)
-    assert copy.deepcopy(MatchedStatistic()) == pickle.loads(pickle.dumps(MatchedStatistic())) == MatchedStatistic()
+    assert (
+        copy.deepcopy(MatchedStatistic())
+        == pickle.loads(pickle.dumps(MatchedStatistic()))
+        == MatchedStatistic()
+    )
     assert MeanFlowStatistic() != MatchedStatistic()
 
 

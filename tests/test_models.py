@@ -1,4 +1,6 @@
-"""Unmodified models of other libraries: SharedPrimal gives their value, their gradient and their forward derivative."""
+"""Unmodified models of other libraries: SharedPrimal gives their value, their gradient and their
+forward derivative.
+"""
 
 import copy
 import functools
@@ -23,8 +25,9 @@ KEEP = torch.arange(5) < torch.tensor([5, 3, 2, 4])[:, None]
 class Case:
     """A model, what is called with (x, t), and how exactly the derivative is known.
 
-    ``single``: the model computes parts in float32 whatever comes. ``random``: it draws, and torch.func.jvp draws otherwise
-    than the plain program, so that finite differences are the reference.
+    ``single``: the model computes parts in float32 whatever comes. ``random``: it draws, and
+    torch.func.jvp draws otherwise than the plain program, so that finite differences are the
+    reference.
     """
 
     def __init__(self, build, shape, call, train=False, single=False, random=False):
@@ -65,12 +68,28 @@ timm(
     reg_tokens=2,
     dynamic_img_size=True,
 )
-timm("vit_base_patch16_siglip_224", title="vit, attention pool", img_size=32, depth=1, embed_dim=24, num_heads=2)
+timm(
+    "vit_base_patch16_siglip_224",
+    title="vit, attention pool",
+    img_size=32,
+    depth=1,
+    embed_dim=24,
+    num_heads=2,
+)
 timm("deit3_small_patch16_224", img_size=32, depth=2)
 timm(
-    "deit3_small_patch16_224", title="deit3, training", img_size=32, depth=2, embed_dim=24, num_heads=2, drop_path_rate=0.5,
-    proj_drop_rate=0.2, attn_drop_rate=0.2, train=True, random=True,
-)  # fmt: skip
+    "deit3_small_patch16_224",
+    title="deit3, training",
+    img_size=32,
+    depth=2,
+    embed_dim=24,
+    num_heads=2,
+    drop_path_rate=0.5,
+    proj_drop_rate=0.2,
+    attn_drop_rate=0.2,
+    train=True,
+    random=True,
+)
 timm("eva02_tiny_patch14_224", (4, 3, 28, 28), img_size=28, depth=2)
 timm("vit_small_patch16_dinov3", img_size=32, depth=2)
 timm("convnext_atto", PICTURE)
@@ -98,7 +117,9 @@ timm("ghostnet_100", (3, 3, 32, 32))
 
 
 def encoder(**options):
-    return lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, 0.1, batch_first=True, **options), 2)
+    return lambda: nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(16, 4, 32, 0.1, batch_first=True, **options), 2
+    )
 
 
 def attend(net, x, t, **options):
@@ -111,7 +132,11 @@ def tokens_first(net, x, t):
 
 
 def causal(net, x, t):
-    return net(scaled(x, t), mask=nn.Transformer.generate_square_subsequent_mask(5, dtype=x.dtype), is_causal=True)
+    return net(
+        scaled(x, t),
+        mask=nn.Transformer.generate_square_subsequent_mask(5, dtype=x.dtype),
+        is_causal=True,
+    )
 
 
 def padding(net, x, t):
@@ -126,8 +151,16 @@ def across(net, x, t):
 for training in (False, True):
     options = {"train": training, "random": training}
     mode = "training" if training else "evaluation"
-    model(f"torch TransformerEncoder, {mode}", encoder(activation="gelu"), TOKENS, picture, **options)
-    model(f"torch TransformerEncoder, norm first, {mode}", encoder(norm_first=True), TOKENS, picture, **options)
+    model(
+        f"torch TransformerEncoder, {mode}", encoder(activation="gelu"), TOKENS, picture, **options
+    )
+    model(
+        f"torch TransformerEncoder, norm first, {mode}",
+        encoder(norm_first=True),
+        TOKENS,
+        picture,
+        **options,
+    )
     model(f"torch TransformerEncoder, causal, {mode}", encoder(), TOKENS, causal, **options)
     model(f"torch TransformerEncoder, padding, {mode}", encoder(), TOKENS, padding, **options)
     attention = functools.partial(nn.MultiheadAttention, 16, 4, dropout=0.2, batch_first=True)
@@ -135,7 +168,14 @@ for training in (False, True):
     plain = functools.partial(attend, need_weights=False)
     model(f"torch MultiheadAttention, no weights, {mode}", attention, TOKENS, plain, **options)
     crossed = functools.partial(
-        nn.MultiheadAttention, 16, 4, dropout=0.2, kdim=8, vdim=8, add_bias_kv=True, add_zero_attn=True
+        nn.MultiheadAttention,
+        16,
+        4,
+        dropout=0.2,
+        kdim=8,
+        vdim=8,
+        add_bias_kv=True,
+        add_zero_attn=True,
     )
     model(f"torch MultiheadAttention, other keys, {mode}", crossed, TOKENS, across, **options)
 model(
@@ -148,9 +188,11 @@ model(
 )
 for recurrent in (nn.GRU, nn.LSTM, nn.RNN):
     model(
-        f"torch {recurrent.__name__}", functools.partial(recurrent, 16, 8, 2, batch_first=True, bidirectional=True), TOKENS,
+        f"torch {recurrent.__name__}",
+        functools.partial(recurrent, 16, 8, 2, batch_first=True, bidirectional=True),
+        TOKENS,
         lambda net, x, t: net(scaled(x, t))[0],
-    )  # fmt: skip
+    )
 model(
     "torch TransformerEncoder, tokens first",
     lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32), 2),
@@ -174,9 +216,18 @@ vision("shufflenet_v2_x0_5")
 vision("squeezenet1_0")
 vision("densenet121", (2, 3, 32, 32))
 vision(
-    "VisionTransformer", SMALL, image_size=32, patch_size=16, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=64,
-    dropout=0.2, train=True, random=True,
-)  # fmt: skip
+    "VisionTransformer",
+    SMALL,
+    image_size=32,
+    patch_size=16,
+    num_layers=2,
+    num_heads=4,
+    hidden_dim=32,
+    mlp_dim=64,
+    dropout=0.2,
+    train=True,
+    random=True,
+)
 vision(
     "SwinTransformer",
     (3, 3, 32, 32),
@@ -191,14 +242,23 @@ vision(
 # --- diffusers
 
 LATENT = (4, 4, 8, 8)
-UNET = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 4}
+UNET = {
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": 4,
+}
 
 
-def diffusers(name, call, shape=LATENT, title=None, train=False, random=False, single=False, **options):
+def diffusers(
+    name, call, shape=LATENT, title=None, train=False, random=False, single=False, **options
+):
     def build():
         return getattr(pytest.importorskip("diffusers"), name)(**options)
 
-    model(f"diffusers {title or name}", build, shape, call, train=train, random=random, single=single)
+    model(
+        f"diffusers {title or name}", build, shape, call, train=train, random=random, single=single
+    )
 
 
 def text(x):
@@ -229,7 +289,9 @@ def pooled(net, x, t):
 def flux(net, x, t):
     ids = torch.zeros(16, 3, dtype=x.dtype)
     ids[:, 1], ids[:, 2] = torch.arange(16) // 4, torch.arange(16) % 4
-    return net(x, text(x), text(x)[:, 0], t, ids, torch.zeros(5, 3, dtype=x.dtype), guidance=None).sample
+    return net(
+        x, text(x), text(x)[:, 0], t, ids, torch.zeros(5, 3, dtype=x.dtype), guidance=None
+    ).sample
 
 
 def decoded(net, x, t):
@@ -238,9 +300,15 @@ def decoded(net, x, t):
 
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 4}
 diffusers(
-    "DiTTransformer2DModel", labelled, num_layers=2, sample_size=8, patch_size=2, num_embeds_ada_norm=10,
-    norm_num_groups=4, **HEADS,
-)  # fmt: skip
+    "DiTTransformer2DModel",
+    labelled,
+    num_layers=2,
+    sample_size=8,
+    patch_size=2,
+    num_embeds_ada_norm=10,
+    norm_num_groups=4,
+    **HEADS,
+)
 SPATIAL = {
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
     "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
@@ -250,35 +318,95 @@ SPATIAL = {
     **UNET,
 }
 diffusers("UNet2DModel", timed, **SPATIAL)
-diffusers("UNet2DModel", at_a_time, title="UNet2DModel, training", dropout=0.2, train=True, random=True, **SPATIAL)
 diffusers(
-    "UNet2DConditionModel", captioned, sample_size=8, in_channels=4, out_channels=4, cross_attention_dim=16,
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), **UNET,
-)  # fmt: skip
+    "UNet2DModel",
+    at_a_time,
+    title="UNet2DModel, training",
+    dropout=0.2,
+    train=True,
+    random=True,
+    **SPATIAL,
+)
 diffusers(
-    "SD3Transformer2DModel", pooled, sample_size=8, patch_size=2, num_layers=2, joint_attention_dim=16,
-    caption_projection_dim=16, pooled_projection_dim=16, pos_embed_max_size=8, qk_norm="rms_norm", **HEADS,
-)  # fmt: skip
+    "UNet2DConditionModel",
+    captioned,
+    sample_size=8,
+    in_channels=4,
+    out_channels=4,
+    cross_attention_dim=16,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    **UNET,
+)
 diffusers(
-    "FluxTransformer2DModel", flux, (4, 16, 4), patch_size=1, in_channels=4, num_layers=1, num_single_layers=1,
-    attention_head_dim=16, num_attention_heads=2, joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=(4, 4, 8),
+    "SD3Transformer2DModel",
+    pooled,
+    sample_size=8,
+    patch_size=2,
+    num_layers=2,
+    joint_attention_dim=16,
+    caption_projection_dim=16,
+    pooled_projection_dim=16,
+    pos_embed_max_size=8,
+    qk_norm="rms_norm",
+    **HEADS,
+)
+diffusers(
+    "FluxTransformer2DModel",
+    flux,
+    (4, 16, 4),
+    patch_size=1,
+    in_channels=4,
+    num_layers=1,
+    num_single_layers=1,
+    attention_head_dim=16,
+    num_attention_heads=2,
+    joint_attention_dim=16,
+    pooled_projection_dim=16,
+    axes_dims_rope=(4, 4, 8),
     single=True,
-)  # fmt: skip
+)
 diffusers(
-    "WanTransformer3DModel", captioned, (2, 4, 2, 8, 8), patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12,
-    in_channels=4, out_channels=4, text_dim=16, freq_dim=16, ffn_dim=16, num_layers=1, rope_max_seq_len=32, single=True,
-)  # fmt: skip
+    "WanTransformer3DModel",
+    captioned,
+    (2, 4, 2, 8, 8),
+    patch_size=(1, 2, 2),
+    num_attention_heads=2,
+    attention_head_dim=12,
+    in_channels=4,
+    out_channels=4,
+    text_dim=16,
+    freq_dim=16,
+    ffn_dim=16,
+    num_layers=1,
+    rope_max_seq_len=32,
+    single=True,
+)
 for part, size in (("decoder", LATENT), ("encoder", (4, 3, 16, 16))):
     diffusers(
-        "AutoencoderKL", decoded if part == "decoder" else lambda net, x, t: net.encode(scaled(x, t)).latent_dist.mode(),
-        size, title=f"AutoencoderKL, {part}", down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4,
-        up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
-    )  # fmt: skip
+        "AutoencoderKL",
+        decoded
+        if part == "decoder"
+        else lambda net, x, t: net.encode(scaled(x, t)).latent_dist.mode(),
+        size,
+        title=f"AutoencoderKL, {part}",
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        latent_channels=4,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
 
 
 # --- transformers
 
-VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+VIT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
 LANGUAGE = {"vocab_size": 20, "max_position_embeddings": 32, **VIT}
 
 
@@ -298,7 +426,9 @@ def embedded(net, x, t):
     return net(inputs_embeds=scaled(x, t), attention_mask=KEEP.long()).last_hidden_state
 
 
-transformers("ViTModel", hidden, SMALL, image_size=32, patch_size=16, train=True, random=True, **VIT)
+transformers(
+    "ViTModel", hidden, SMALL, image_size=32, patch_size=16, train=True, random=True, **VIT
+)
 transformers("Dinov2Model", hidden, SMALL, image_size=32, patch_size=16, **VIT)
 transformers("LlamaModel", embedded, TOKENS, num_key_value_heads=1, single=True, **LANGUAGE)
 transformers("BertModel", embedded, TOKENS, **LANGUAGE)
@@ -310,7 +440,9 @@ transformers("BertModel", embedded, TOKENS, **LANGUAGE)
 def built(case, dtype=torch.float64):
     torch.manual_seed(0)
     net = case.build().to(dtype).train(case.train)
-    for weight in net.parameters():  # heads and gates that start near zero would hide what comes before
+    for (
+        weight
+    ) in net.parameters():  # heads and gates that start near zero would hide what comes before
         if weight.ndim and weight.abs().max() < 1e-3:
             nn.init.normal_(weight, std=0.2)
     return net
@@ -318,7 +450,10 @@ def built(case, dtype=torch.float64):
 
 def inputs(case, dtype=torch.float64):
     t = torch.linspace(0.1, 0.9, case.shape[0], dtype=dtype)
-    return (normal(1, *case.shape).to(dtype), t), (normal(2, *case.shape).to(dtype), torch.ones_like(t))
+    return (normal(1, *case.shape).to(dtype), t), (
+        normal(2, *case.shape).to(dtype),
+        torch.ones_like(t),
+    )
 
 
 def seeded(fn, *args):
@@ -327,7 +462,9 @@ def seeded(fn, *args):
 
 
 def exact(case, net):
-    """The derivative of the whole batch by torch.func.jvp, or by finite differences where the model draws."""
+    """The derivative of the whole batch by torch.func.jvp, or by finite differences where the
+    model draws.
+    """
     primals, tangents = inputs(case)
     still = copy.deepcopy(net)
     for part in still.modules():
@@ -337,7 +474,9 @@ def exact(case, net):
     def fn(x, t):
         return case.call(still, x, t)
 
-    if not case.random:  # with gradient, since the fast path of nn.TransformerEncoder has no forward derivative
+    if (
+        not case.random
+    ):  # with gradient, since the fast path of nn.TransformerEncoder has no forward derivative
         with sdpa_kernel(SDPBackend.MATH):
             return torch.func.jvp(fn, primals, tangents)[1].detach()
     with torch.no_grad():
@@ -379,7 +518,10 @@ def test_an_unmodified_model_has_its_value_its_gradient_and_its_forward_derivati
     for mine, theirs in zip(net.state_dict().values(), plain.state_dict().values(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
     for output in (value, found):
-        (output * torch.linspace(-1, 1, output.numel(), dtype=output.dtype).reshape(output.shape)).sum().backward()
+        (
+            output
+            * torch.linspace(-1, 1, output.numel(), dtype=output.dtype).reshape(output.shape)
+        ).sum().backward()
     for mine, theirs in zip(net.parameters(), plain.parameters(), strict=True):
         assert (mine.grad is None) == (theirs.grad is None)
         if mine.grad is not None:
@@ -397,7 +539,9 @@ def test_half_of_the_rows_have_the_derivative_of_the_whole_batch(name):
     torch.manual_seed(5)
     derivative = SharedPrimal()(lambda x, t: case.call(net, x, t), primals, tangents, rows)[1]
     assert not derivative[~rows].any()
-    assert differ(derivative[rows], reference(name)[rows]) < (1e-7 if case.single or case.random else 1e-12)
+    assert differ(derivative[rows], reference(name)[rows]) < (
+        1e-7 if case.single or case.random else 1e-12
+    )
     for mine, theirs in zip(net.state_dict().values(), plain.state_dict().values(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 
@@ -414,15 +558,24 @@ def test_in_float32_the_derivative_is_that_of_float64(name):
 
 
 COMPILED = [
-    "timm vit_small_patch16_224", "timm deit3_small_patch16_224", "timm eva02_tiny_patch14_224",
-    "timm vit_small_patch16_dinov3", "timm convnext_atto", "timm resnet18, training", "timm swin_tiny_patch4_window7_224",
-    "torch TransformerEncoder, tokens first", "diffusers UNet2DModel, training", "diffusers DiTTransformer2DModel",
-]  # fmt: skip
+    "timm vit_small_patch16_224",
+    "timm deit3_small_patch16_224",
+    "timm eva02_tiny_patch14_224",
+    "timm vit_small_patch16_dinov3",
+    "timm convnext_atto",
+    "timm resnet18, training",
+    "timm swin_tiny_patch4_window7_224",
+    "torch TransformerEncoder, tokens first",
+    "diffusers UNet2DModel, training",
+    "diffusers DiTTransformer2DModel",
+]
 
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_a_compiled_model_has_the_derivative_of_the_plain_one(name):
-    """By a backend that traces and does not compile; nothing falls back to running as it was written."""
+    """By a backend that traces and does not compile; nothing falls back to running as it was
+    written.
+    """
     case = MODELS[name]
     plain, net = built(case), built(case)
     torch._dynamo.reset()
@@ -433,14 +586,21 @@ def test_a_compiled_model_has_the_derivative_of_the_plain_one(name):
     torch.manual_seed(5)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*compiled part")
-        found, derivative = SharedPrimal()(lambda x, t: case.call(net, x, t), primals, tangents, rows)
+        found, derivative = SharedPrimal()(
+            lambda x, t: case.call(net, x, t), primals, tangents, rows
+        )
     assert differ(found.detach(), value.detach()) < 1e-7
     assert not derivative[~rows].any()
-    assert differ(derivative[rows], reference(name)[rows]) < (1e-7 if case.single or case.random else 1e-10)
+    assert differ(derivative[rows], reference(name)[rows]) < (
+        1e-7 if case.single or case.random else 1e-10
+    )
     for mine, theirs in zip(net.state_dict().values(), plain.state_dict().values(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
     for output in (value, found):
-        (output * torch.linspace(-1, 1, output.numel(), dtype=output.dtype).reshape(output.shape)).sum().backward()
+        (
+            output
+            * torch.linspace(-1, 1, output.numel(), dtype=output.dtype).reshape(output.shape)
+        ).sum().backward()
     for mine, theirs in zip(net.parameters(), plain.parameters(), strict=True):
         assert (mine.grad is None) == (theirs.grad is None)
         if mine.grad is not None:

@@ -1,4 +1,6 @@
-"""The laws of the losses: what the residual, the target and the gradient are, for every statistic and schedule."""
+"""The laws of the losses: what the residual, the target and the gradient are, for every statistic
+and schedule.
+"""
 
 import math
 import pickle
@@ -83,10 +85,12 @@ def total_derivative(net, z_t, v, t, s):
     return torch.func.jvp(lambda z, u: net(z, u, s), (z_t, t), (v, torch.ones_like(t)))[1].detach()
 
 
-# --- Gaussian data: the exact f has a residual of zero conditional mean ----------------------------------------------
+# --- Gaussian data: the exact f has a residual of zero conditional mean
+# ----------------------------------------------
 #
-# f of a Gaussian is affine in z_t, so the conditional mean of the residual given z_t is the residual at the conditional means:
-# with E[z | z_t] for the latents and E[eps | z_t] for the noise, the state is z_t itself and its velocity the marginal one.
+# f of a Gaussian is affine in z_t, so the conditional mean of the residual given z_t is the
+# residual at the conditional means: with E[z | z_t] for the latents and E[eps | z_t] for the
+# noise, the state is z_t itself and its velocity the marginal one.
 
 
 def mean_residual(loss_fn, data, model, t, s, seed, targets=lambda clean: clean):
@@ -99,14 +103,21 @@ def mean_residual(loss_fn, data, model, t, s, seed, targets=lambda clean: clean)
 
 @settings(max_examples=40)
 @given(st.data(), schedules, seeds)
-def test_the_exact_statistic_has_a_residual_of_zero_mean_and_a_perturbed_one_has_not(draws, schedule, seed):
+def test_the_exact_statistic_has_a_residual_of_zero_mean_and_a_perturbed_one_has_not(
+    draws, schedule, seed
+):
     t, s = draws.draw(pairs(rows=6, diagonal=True))
     data, loss_fn = Gaussian.random(schedule, seed), cross_flow(schedule)
     residual = mean_residual(loss_fn, data, data.matched(), t, s, seed)
     close(residual, torch.zeros_like(residual), 1e-6)
     exact = data.matched()
-    perturbed = mean_residual(loss_fn, data, lambda z, t, s: exact(z, t, s) + 0.1 * column(1 + t), t, s, seed)
-    moves = loss_fn.coefficients.prediction(t, s).abs() + loss_fn.coefficients.derivative(t, s).abs() > 1e-6
+    perturbed = mean_residual(
+        loss_fn, data, lambda z, t, s: exact(z, t, s) + 0.1 * column(1 + t), t, s, seed
+    )
+    moves = (
+        loss_fn.coefficients.prediction(t, s).abs() + loss_fn.coefficients.derivative(t, s).abs()
+        > 1e-6
+    )
     assert (perturbed.abs().amax(1)[moves] > 1e-3).all()
 
 
@@ -120,7 +131,9 @@ def test_so_has_every_statistic_that_meets_criterion_1(draws, schedule, seed):
     model = data.statistic(written.gamma, written.delta)
     residual = mean_residual(cross_flow(schedule, statistic), data, model, t, s, seed)
     close(residual, torch.zeros_like(residual), 1e-6)
-    wrong = mean_residual(cross_flow(schedule, statistic), data, lambda *x: 1.1 * model(*x), t, s, seed)
+    wrong = mean_residual(
+        cross_flow(schedule, statistic), data, lambda *x: 1.1 * model(*x), t, s, seed
+    )
     assert (wrong.abs().amax(1) > 1e-4).all()
 
 
@@ -129,22 +142,32 @@ def test_so_has_every_statistic_that_meets_criterion_1(draws, schedule, seed):
 def test_so_has_every_statistic_by_identity_one(draws, schedule, seed):
     statistic = draws.draw(any_statistics_for(schedule))
     t, s = draws.draw(pairs(inside=True, gap=0.05))
-    data, loss_fn = Gaussian.random(schedule, seed), MeanFlowLoss(schedule=schedule, statistic=statistic)
+    data, loss_fn = (
+        Gaussian.random(schedule, seed),
+        MeanFlowLoss(schedule=schedule, statistic=statistic),
+    )
     written = statistic.on(schedule) if isinstance(statistic, MatchedStatistic) else statistic
-    residual = mean_residual(loss_fn, data, data.statistic(written.gamma, written.delta), t, s, seed)
+    residual = mean_residual(
+        loss_fn, data, data.statistic(written.gamma, written.delta), t, s, seed
+    )
     close(residual, torch.zeros_like(residual), 1e-6)
 
 
 @settings(max_examples=30)
 @given(st.data(), schedules, seeds)
-def test_so_have_the_average_velocity_the_velocity_and_the_consistency_function(draws, schedule, seed):
+def test_so_have_the_average_velocity_the_velocity_and_the_consistency_function(
+    draws, schedule, seed
+):
     t, s = draws.draw(pairs(rows=6, diagonal=True))
     data = Gaussian.random(schedule, seed)
     average = data.average_velocity()
     for loss_fn, model in (
         (MeanFlowLoss(schedule=schedule), average),
         (FlowMatchingLoss(schedule=schedule), lambda z, t, s: data.velocity(z, t)),
-        (ConsistencyLoss(schedule=schedule, boundary=0.0), lambda z, t, s: data.transported(z, t, s.detach())),
+        (
+            ConsistencyLoss(schedule=schedule, boundary=0.0),
+            lambda z, t, s: data.transported(z, t, s.detach()),
+        ),
     ):
         here = t if isinstance(loss_fn, FlowMatchingLoss) else s
         residual = mean_residual(loss_fn, data, model, t, here, seed)
@@ -153,7 +176,9 @@ def test_so_have_the_average_velocity_the_velocity_and_the_consistency_function(
 
 @settings(max_examples=40)
 @given(st.data(), schedules, seeds)
-def test_so_has_the_matched_statistic_of_images_in_a_space_of_other_dimension(draws, schedule, seed):
+def test_so_has_the_matched_statistic_of_images_in_a_space_of_other_dimension(
+    draws, schedule, seed
+):
     t, s = draws.draw(pairs(rows=6, diagonal=True))
     data, exact = Gaussian.random(schedule, seed), Gaussian.random(schedule, seed).matched()
     matrix, offset = normal(seed + 3, 5, 3), normal(seed + 4, 5)
@@ -165,13 +190,19 @@ def test_so_has_the_matched_statistic_of_images_in_a_space_of_other_dimension(dr
     residual = mean_residual(loss_fn, data, lambda z, t, s: lift(exact(z, t, s)), t, s, seed, lift)
     assert residual.shape == (6, 5)
     close(residual, torch.zeros_like(residual), 1e-6)
-    wrong = mean_residual(loss_fn, data, lambda z, t, s: lift(exact(z, t, s)) - 0.1 * offset, t, s, seed, lift)
+    wrong = mean_residual(
+        loss_fn, data, lambda z, t, s: lift(exact(z, t, s)) - 0.1 * offset, t, s, seed, lift
+    )
     assert (wrong.abs().amax(1)[loss_fn.coefficients.prediction(t, s).abs() > 1e-3] > 1e-6).all()
 
 
 @settings(max_examples=40)
 @given(
-    st.data(), schedules, seeds, st.sampled_from(ANCHORED_DELTAS), st.sampled_from(["s", "sin(pi*s/2)", "(1 + s)/2"])
+    st.data(),
+    schedules,
+    seeds,
+    st.sampled_from(ANCHORED_DELTAS),
+    st.sampled_from(["s", "sin(pi*s/2)", "(1 + s)/2"]),
 )
 def test_so_has_every_anchored_statistic_there(draws, schedule, seed, delta, kappa):
     statistic = derived(schedule, kappa, delta)
@@ -185,17 +216,23 @@ def test_so_has_every_anchored_statistic_there(draws, schedule, seed, delta, kap
 
 
 def test_for_the_exact_statistic_the_mean_over_samples_vanishes_too():
-    """The same by plain averaging of the loss's own samples: E[R | z_t] = 0 makes E[R z_t] and E[R] zero."""
+    """The same by plain averaging of the loss's own samples: E[R | z_t] = 0 makes E[R z_t] and
+    E[R] zero.
+    """
     data, rows = Gaussian.random(LINEAR, 0), 200_000
     latents = data.mean + (normal(1, rows, 3) * data.spread) @ data.rotation.T
-    t, s = torch.full((rows,), 0.6, dtype=torch.float64), torch.full((rows,), 0.2, dtype=torch.float64)
+    t, s = (
+        torch.full((rows,), 0.6, dtype=torch.float64),
+        torch.full((rows,), 0.2, dtype=torch.float64),
+    )
     out = CrossFlowLoss()(data.matched(), latents, noise=normal(2, rows, 3), t=t, s=s)
     for moment in (out.residual, out.residual * out.z_t, out.residual * out.z_t.square()):
         assert (moment.mean(0).abs() < 5 * moment.std(0) / math.sqrt(rows)).all()
     assert out.residual.std() > 0.1
 
 
-# --- rows ------------------------------------------------------------------------------------------------------------
+# --- rows
+# -------------------------------------------------------------------------------------------------
 
 
 @each_loss
@@ -208,10 +245,22 @@ def test_a_batch_of_different_times_is_a_loop_over_single_times(loss_fn, times, 
     for i in range(5):
         row = slice(i, i + 1)
         alone = loss_fn(
-            net, z[row], x[row], noise=noise[row], t=times[0][row], s=times[1][row], cond={"shift": shift[row]}
+            net,
+            z[row],
+            x[row],
+            noise=noise[row],
+            t=times[0][row],
+            s=times[1][row],
+            cond={"shift": shift[row]},
         )
         scalar = loss_fn(
-            net, z[row], x[row], noise=noise[row], t=times[0][i], s=times[1][i], cond={"shift": shift[row]}
+            net,
+            z[row],
+            x[row],
+            noise=noise[row],
+            t=times[0][i],
+            s=times[1][i],
+            cond={"shift": shift[row]},
         )
         for name, whole in zip(out._fields, out, strict=True):
             close(whole[row], getattr(alone, name), 1e-11)
@@ -257,7 +306,9 @@ def test_a_statistic_that_is_not_anchored_is_differentiated_on_the_diagonal():
 
 @pytest.mark.parametrize("derivative", [ForwardMode(), FiniteDifference()], ids=repr)
 def test_the_destination_is_a_constant_of_the_derivative(derivative):
-    """The tangent is (v, 1, 0): a model with an infinite slope in s, such as sqrt(s) at s = 0, has a finite D_t f."""
+    """The tangent is (v, 1, 0): a model with an infinite slope in s, such as sqrt(s) at s = 0, has
+    a finite D_t f.
+    """
     t, s = tensor(0.5, 1.0), tensor(0.0, 0.0)
     loss_fn, z = CrossFlowLoss(derivative=derivative), normal(0, 2, 3)
     out = loss_fn(lambda z, t, s: z * column(1 + s.sqrt()), z, t=t, s=s)
@@ -271,7 +322,14 @@ def test_one_time_for_all_rows_is_that_time_in_every_row(loss_fn, derivative):
     for schedule in (LINEAR, Schedule(lambda t: 1 - t, lambda t: t)):
         made = replace(loss_fn, schedule=schedule)
         one = made(net, z, x, noise=noise, t=tensor(0.5)[0], s=tensor(0.25)[0])
-        each = made(net, z, x, noise=noise, t=torch.full((4,), 0.5).double(), s=torch.full((4,), 0.25).double())
+        each = made(
+            net,
+            z,
+            x,
+            noise=noise,
+            t=torch.full((4,), 0.5).double(),
+            s=torch.full((4,), 0.25).double(),
+        )
         for a, b in zip(one, each, strict=True):
             close(a, b, 1e-12)
 
@@ -281,27 +339,42 @@ def test_one_time_for_all_rows_is_that_time_in_every_row(loss_fn, derivative):
 def test_the_routes_agree_in_the_loss(schedule, times, seed):
     net, (z, x, noise) = Net(), batch(seed, 5)
     exact, near = (
-        cross_flow(schedule, None, derivative=route)(net, z, x, noise=noise, t=times[0], s=times[1])
+        cross_flow(schedule, None, derivative=route)(
+            net, z, x, noise=noise, t=times[0], s=times[1]
+        )
         for route in (ForwardMode(), FiniteDifference(1e-4))
     )
     close(near.target, exact.target, 1e-4)
 
 
-# --- the target form -------------------------------------------------------------------------------------------------
+# --- the target form
+# -------------------------------------------------------------------------------------------------
 
 WEIGHTS = [None, lambda t, s: 1 + t - s]
-PENALTIES = [SquaredError(), AbsoluteError(), HuberError(0.5), Adaptive(), SquaredError(summed=True)]
+PENALTIES = [
+    SquaredError(),
+    AbsoluteError(),
+    HuberError(0.5),
+    Adaptive(),
+    SquaredError(summed=True),
+]
 
 
 @settings(max_examples=40)
 @given(st.data(), schedules, seeds, st.sampled_from(WEIGHTS), st.sampled_from(PENALTIES))
-def test_the_gradient_is_that_of_a_distance_to_a_constant_target(draws, schedule, seed, weight, penalty):
+def test_the_gradient_is_that_of_a_distance_to_a_constant_target(
+    draws, schedule, seed, weight, penalty
+):
     statistic = draws.draw(statistics_for(schedule))
     t, s = draws.draw(pairs(rows=5, inside=True))
     net, (z, x, noise) = Net(), batch(seed, 5)
     loss_fn = replace(cross_flow(schedule, statistic), weight=weight, penalty=penalty)
     out = loss_fn(net, z, x, noise=noise, t=t, s=s)
-    assert not out.target.requires_grad and not out.residual.requires_grad and out.prediction.requires_grad
+    assert (
+        not out.target.requires_grad
+        and not out.residual.requires_grad
+        and out.prediction.requires_grad
+    )
     target = out.target.clone()
     c = coefficients(schedule, statistic)
     close(target, out.prediction.detach() - out.residual / column(c.scale(t, s)), 1e-12)
@@ -314,11 +387,15 @@ def test_the_gradient_is_that_of_a_distance_to_a_constant_target(draws, schedule
 
 @settings(max_examples=30)
 @given(st.data(), schedules, seeds, st.sampled_from(WEIGHTS), st.sampled_from(PENALTIES))
-def test_in_the_literal_form_the_gradient_flows_through_a_f_alone(draws, schedule, seed, weight, penalty):
+def test_in_the_literal_form_the_gradient_flows_through_a_f_alone(
+    draws, schedule, seed, weight, penalty
+):
     statistic = draws.draw(statistics_for(schedule))
     t, s = draws.draw(pairs(rows=5, inside=True))
     net, (z, x, noise) = Net(), batch(seed, 5)
-    loss_fn = replace(cross_flow(schedule, statistic), weight=weight, penalty=penalty, literal=True)
+    loss_fn = replace(
+        cross_flow(schedule, statistic), weight=weight, penalty=penalty, literal=True
+    )
     out = loss_fn(net, z, x, noise=noise, t=t, s=s)
     z_t, v = schedule.perturb(z, noise, t)
     c = coefficients(schedule, statistic)
@@ -342,7 +419,9 @@ def test_the_literal_form_of_the_linear_schedule_is_the_papers_loss():
     for found, asked in zip(gradients(out.loss, net), gradients(wanted, net), strict=True):
         close(found, asked)
     at_zero = gradients(out.loss[2], net)
-    assert all((gradient == 0).all() for gradient in at_zero)  # the factor a vanishes where one samples
+    assert all(
+        (gradient == 0).all() for gradient in at_zero
+    )  # the factor a vanishes where one samples
 
 
 @settings(max_examples=30)
@@ -352,7 +431,11 @@ def test_the_linear_target_mixes_the_data_with_the_prediction_one_time_ahead(tim
     net, (z, x, noise) = Net(), batch(seed, 6)
     out = CrossFlowLoss()(net, z, x, noise=noise, t=t, s=s)
     z_t = column(1 - t) * z + column(t) * noise
-    f, df, share = net(z_t, t, s).detach(), total_derivative(net, z_t, noise - z, t, s), column(s / t)
+    f, df, share = (
+        net(z_t, t, s).detach(),
+        total_derivative(net, z_t, noise - z, t, s),
+        column(s / t),
+    )
     close(out.z_t, z_t, 1e-12)
     close(out.target, share * x + (1 - share) * (f - column(t) * df))
     close(-out.residual, column(s / t**2) * (f - x) + (1 - share) * df)
@@ -367,7 +450,8 @@ def test_the_target_on_the_diagonal_is_the_data(schedule, times, seed):
     close(out.target, x, 1e-5 if schedule.functions[0].expression is None else 1e-9)
 
 
-# --- the statistics of the table -------------------------------------------------------------------------------------
+# --- the statistics of the table
+# -------------------------------------------------------------------------------------
 
 
 @settings(max_examples=20)
@@ -411,7 +495,10 @@ def test_consistency(schedule, times, seed):
 def test_the_boundary_of_consistency_ties_it_to_the_data():
     net, (z, x, noise) = Net(out=4), batch(0, 3, out=4)
     t, s = torch.tensor([0.3, 0.6, 1.0]).double(), torch.zeros(3).double()
-    plain, tied = (ConsistencyLoss(boundary=weight)(net, z, x, noise=noise, t=t, s=s).loss for weight in (0.0, 0.5))
+    plain, tied = (
+        ConsistencyLoss(boundary=weight)(net, z, x, noise=noise, t=t, s=s).loss
+        for weight in (0.0, 0.5)
+    )
     floor = torch.full((3,), 0.01, dtype=torch.float64)
     edge = net(0.99 * z + 0.01 * noise, floor, 0 * floor) - x
     close(tied - plain, 0.5 * edge.square().mean(1))
@@ -432,23 +519,35 @@ def test_a_velocity_replaces_the_conditional_one_in_target_and_tangent():
     z_t, _ = LINEAR.perturb(z, noise, t)
     v = teacher(z_t, t, shift)
     close(out.target, v - column(t - s) * total_derivative(net, z_t, v, t, s))
-    shifted = CrossFlowLoss(velocity=teacher)(student, z, noise=noise, t=t, s=s, cond={"shift": shift})
+    shifted = CrossFlowLoss(velocity=teacher)(
+        student, z, noise=noise, t=t, s=s, cond={"shift": shift}
+    )
     f, share = net(z_t, t, s).detach(), column(s / t)
-    close(shifted.target, share * z + (1 - share) * (f - column(t) * total_derivative(net, z_t, v, t, s)))
+    close(
+        shifted.target,
+        share * z + (1 - share) * (f - column(t) * total_derivative(net, z_t, v, t, s)),
+    )
 
 
-# --- invariances -----------------------------------------------------------------------------------------------------
+# --- invariances
+# -------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=30)
 @given(schedules, pairs(rows=5, diagonal=True), seeds, st.sampled_from([-2.0, -1.0, 0.25, 3.0]))
-def test_a_statistic_scaled_by_a_constant_scales_f_and_its_target_and_nothing_else(schedule, times, seed, factor):
-    """gamma, delta -> k gamma, k delta: the same network times k has the same residual, and k times the target."""
+def test_a_statistic_scaled_by_a_constant_scales_f_and_its_target_and_nothing_else(
+    schedule, times, seed, factor
+):
+    """gamma, delta -> k gamma, k delta: the same network times k has the same residual, and k
+    times the target.
+    """
     written = derived(schedule, "s", "-t/(t - s)")
     if written.gamma.expression is not None:
         scaled = Statistic(factor * written.gamma.expression, factor * written.delta.expression)
     else:
-        scaled = Statistic(lambda t, s: factor * written.gamma(t, s), lambda t, s: factor * written.delta(t, s))
+        scaled = Statistic(
+            lambda t, s: factor * written.gamma(t, s), lambda t, s: factor * written.delta(t, s)
+        )
     net, (z, x, noise) = Net(), batch(seed, 5)
     options = {"noise": noise, "t": times[0], "s": times[1]}
     plain = cross_flow(schedule, written)(net, z, x, **options)
@@ -478,26 +577,37 @@ def test_the_target_does_not_depend_on_kappa_and_the_literal_residual_is_proport
     net, (z, x, noise) = Net(), batch(seed, 5)
     options = {"noise": noise, "t": times[0], "s": times[1]}
     outs = [
-        cross_flow(schedule, derived(schedule, weight, f"1/(({weight})*{h})"))(net, z, x, **options)
+        cross_flow(schedule, derived(schedule, weight, f"1/(({weight})*{h})"))(
+            net, z, x, **options
+        )
         for weight in (kappa, "1")
     ]
     close(outs[0].target, outs[1].target, 1e-7)
-    weight = column(coefficients(schedule, derived(schedule, kappa, f"1/(({kappa})*{h})")).scaled_kappa(*times))
+    weight = column(
+        coefficients(schedule, derived(schedule, kappa, f"1/(({kappa})*{h})")).scaled_kappa(*times)
+    )
     close(outs[0].residual, weight * outs[1].residual, 1e-7)
 
 
 @settings(max_examples=20)
 @given(schedules, pairs(rows=5, diagonal=True), seeds)
-def test_the_target_is_bounded_by_the_data_the_prediction_and_its_derivative(schedule, times, seed):
+def test_the_target_is_bounded_by_the_data_the_prediction_and_its_derivative(
+    schedule, times, seed
+):
     t, s = times
     net, (z, x, noise) = Net(), batch(seed, 5)
     out = cross_flow(schedule)(net, z, x, noise=noise, t=t, s=s)
     z_t, v = schedule.perturb(z, noise, t)
-    size = x.abs() + 2 * out.prediction.detach().abs() + column(t - s) * total_derivative(net, z_t, v, t, s).abs()
+    size = (
+        x.abs()
+        + 2 * out.prediction.detach().abs()
+        + column(t - s) * total_derivative(net, z_t, v, t, s).abs()
+    )
     assert (out.target.abs() <= size * (1 + 1e-5) + 1e-9).all()
 
 
-# --- dtypes ----------------------------------------------------------------------------------------------------------
+# --- dtypes
+# -------------------------------------------------------------------------------------------------
 
 
 class Half(torch.nn.Module):
@@ -523,9 +633,15 @@ def test_bfloat16_latents_give_a_float32_residual_and_target(loss_fn):
 
 @each_loss
 @pytest.mark.parametrize("derivative", [ForwardMode(), FiniteDifference()], ids=repr)
-def test_under_autocast_residual_and_target_are_float32_and_near_those_without(loss_fn, derivative):
+def test_under_autocast_residual_and_target_are_float32_and_near_those_without(
+    loss_fn, derivative
+):
     torch.manual_seed(0)
-    loss_fn, net, (z, _, noise) = replace(loss_fn, derivative=derivative), Half(torch.float32), batch(0, 8)
+    loss_fn, net, (z, _, noise) = (
+        replace(loss_fn, derivative=derivative),
+        Half(torch.float32),
+        batch(0, 8),
+    )
     z, noise = z.float(), noise.float()
     t = torch.linspace(0.2, 1, 8)
     options = {"noise": noise, "t": t, "s": t / 2}
@@ -546,7 +662,8 @@ def test_the_dtype_of_the_latents_comes_out(loss_fn, dtype):
     assert out.loss.shape == out.t.shape == out.s.shape == (6,)
 
 
-# --- conditions and randomness ---------------------------------------------------------------------------------------
+# --- conditions and randomness
+# ---------------------------------------------------------------------------------------
 
 
 @each_loss
@@ -556,7 +673,15 @@ def test_conditions_follow_their_rows(loss_fn):
     s = torch.where(torch.arange(6) % 2 == 0, t, t / 2)
     shift, order = normal(8, 6, 3), torch.tensor([3, 1, 5, 0, 2, 4])
     straight = loss_fn(net, z, x, noise=noise, t=t, s=s, cond={"shift": shift})
-    turned = loss_fn(net, z[order], x[order], noise=noise[order], t=t[order], s=s[order], cond={"shift": shift[order]})
+    turned = loss_fn(
+        net,
+        z[order],
+        x[order],
+        noise=noise[order],
+        t=t[order],
+        s=s[order],
+        cond={"shift": shift[order]},
+    )
     close(turned.target, straight.target[order], 1e-12)
     close(turned.loss, straight.loss[order], 1e-12)
     other = loss_fn(net, z, x, noise=noise, t=t, s=s, cond={"shift": shift + 1})
@@ -577,31 +702,56 @@ def test_the_generator_alone_decides_times_and_noise(loss_fn):
 
 def test_the_times_are_those_of_the_sampler():
     sampler = TimePairs(LogitNormalTimes(), 0.25)
-    out = CrossFlowLoss(times=sampler)(Net(), normal(0, 32, 3), generator=torch.Generator().manual_seed(3))
+    out = CrossFlowLoss(times=sampler)(
+        Net(), normal(0, 32, 3), generator=torch.Generator().manual_seed(3)
+    )
     wanted = sampler(32, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     assert torch.equal(out.t, wanted[0]) and torch.equal(out.s, wanted[1])
 
 
 def test_the_defaults_are_those_of_the_contract():
     loss_fn = CrossFlowLoss()
-    assert loss_fn.schedule == LINEAR and loss_fn.statistic == MatchedStatistic() and not loss_fn.literal
-    assert loss_fn.penalty == SquaredError() and isinstance(loss_fn.times, TimePairs) and loss_fn.check
-    explicit = CrossFlowLoss(schedule=LINEAR, statistic=None, times=None, penalty=None, weight=None, derivative=None)
+    assert (
+        loss_fn.schedule == LINEAR
+        and loss_fn.statistic == MatchedStatistic()
+        and not loss_fn.literal
+    )
+    assert (
+        loss_fn.penalty == SquaredError()
+        and isinstance(loss_fn.times, TimePairs)
+        and loss_fn.check
+    )
+    explicit = CrossFlowLoss(
+        schedule=LINEAR, statistic=None, times=None, penalty=None, weight=None, derivative=None
+    )
     assert explicit == loss_fn
-    assert MeanFlowLoss().statistic == MeanFlowStatistic() and ConsistencyLoss().statistic == ConsistencyStatistic()
+    assert (
+        MeanFlowLoss().statistic == MeanFlowStatistic()
+        and ConsistencyLoss().statistic == ConsistencyStatistic()
+    )
 
 
 def test_a_model_may_return_another_shape_than_its_state():
     images = normal(0, 4, 1, 5, 5)
 
     def model(z, t, s):
-        return z.mean(1).reshape(-1, 1, 1, 1) * torch.ones(1, 1, 5, 5, dtype=z.dtype) * t.reshape(-1, 1, 1, 1)
+        return (
+            z.mean(1).reshape(-1, 1, 1, 1)
+            * torch.ones(1, 1, 5, 5, dtype=z.dtype)
+            * t.reshape(-1, 1, 1, 1)
+        )
 
-    out = CrossFlowLoss()(model, normal(1, 4, 3), images, generator=torch.Generator().manual_seed(0))
-    assert out.target.shape == out.prediction.shape == out.residual.shape == images.shape and out.z_t.shape == (4, 3)
+    out = CrossFlowLoss()(
+        model, normal(1, 4, 3), images, generator=torch.Generator().manual_seed(0)
+    )
+    assert (
+        out.target.shape == out.prediction.shape == out.residual.shape == images.shape
+        and out.z_t.shape == (4, 3)
+    )
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- what is refused
+# -------------------------------------------------------------------------------------------------
 
 
 def tensor(*values):
@@ -615,7 +765,10 @@ BAD_TIMES = {
     "t no number": ((tensor(0.5, math.nan), tensor(0.1, 0.1)), "t = nan"),
     "s no number": ((tensor(0.5, 0.5), tensor(0.1, math.nan)), "s = nan"),
     "s below zero": ((tensor(0.5, 0.5), tensor(0.1, -0.125)), r"s = -0\.125"),
-    "s above t": ((tensor(0.5, 0.5), tensor(0.1, 0.75)), r"t = 0\.5, s = 0\.75 came in row 1; s is out of range"),
+    "s above t": (
+        (tensor(0.5, 0.5), tensor(0.1, 0.75)),
+        r"t = 0\.5, s = 0\.75 came in row 1; s is out of range",
+    ),
     "whole t": ((torch.tensor([1, 1]), tensor(0.1, 0.1)), "t of dtype torch.int64"),
     "whole s": ((tensor(0.5, 0.5), torch.tensor([0, 0])), "s of dtype torch.int64"),
     "t too long": ((tensor(0.5, 0.5, 0.5), tensor(0.1, 0.1)), r"t of shape \(3,\)"),
@@ -717,19 +870,28 @@ def test_settings_that_make_no_sense_are_refused():
         CrossFlowLoss(schedule=Schedule("1 - t", "t"), statistic=Statistic("1", "-1"))
 
 
-# --- objects ---------------------------------------------------------------------------------------------------------
+# --- objects
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "loss_fn",
-    [*LOSSES, CrossFlowLoss(schedule=COSINE, penalty=Adaptive(), derivative=FiniteDifference(), literal=True)],
+    [
+        *LOSSES,
+        CrossFlowLoss(
+            schedule=COSINE, penalty=Adaptive(), derivative=FiniteDifference(), literal=True
+        ),
+    ],
     ids=lambda loss_fn: type(loss_fn).__name__,
 )
 def test_an_objective_survives_pickling(loss_fn):
     again = pickle.loads(pickle.dumps(loss_fn))
     assert again == loss_fn
     net, z = Net(), normal(0, 8, 3)
-    for a, b in zip(*(fn(net, z, generator=torch.Generator().manual_seed(0)) for fn in (loss_fn, again)), strict=True):
+    for a, b in zip(
+        *(fn(net, z, generator=torch.Generator().manual_seed(0)) for fn in (loss_fn, again)),
+        strict=True,
+    ):
         assert torch.equal(a, b)
 
 

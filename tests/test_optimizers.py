@@ -8,7 +8,9 @@ from flowspace import InputError
 from flowspace.recipes.networks import SmallViT
 from flowspace.training import LoopSettings, MuonAdamW, TensorBatches, Together, assign, train
 
-pytestmark = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9"
+)
 
 
 class Net(nn.Module):
@@ -17,8 +19,12 @@ class Net(nn.Module):
         torch.manual_seed(0)
         self.embed, self.label = nn.Linear(4, 8), nn.Embedding(3, 8)
         self.tokens = nn.Parameter(torch.randn(2, 8))
-        self.blocks = nn.ModuleList(nn.ModuleDict({"norm": nn.LayerNorm(8), "mlp": nn.Linear(8, 8), "table": nn.Embedding(3, 8)})
-                                    for _ in range(2))  # fmt: skip
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict(
+                {"norm": nn.LayerNorm(8), "mlp": nn.Linear(8, 8), "table": nn.Embedding(3, 8)}
+            )
+            for _ in range(2)
+        )
         self.head = nn.Linear(8, 4)
 
     def forward(self, x):
@@ -32,11 +38,21 @@ def test_muon_gets_the_matrices_of_the_blocks_and_nothing_else():
     found = assign(Net())
     assert found["muon"] == ["blocks.0.mlp.weight", "blocks.1.mlp.weight"]
     assert found["adamw"] == [
-        "tokens", "embed.weight", "embed.bias", "label.weight",
-        "blocks.0.norm.weight", "blocks.0.norm.bias", "blocks.0.mlp.bias", "blocks.0.table.weight",
-        "blocks.1.norm.weight", "blocks.1.norm.bias", "blocks.1.mlp.bias", "blocks.1.table.weight",
-        "head.weight", "head.bias",
-    ]  # fmt: skip
+        "tokens",
+        "embed.weight",
+        "embed.bias",
+        "label.weight",
+        "blocks.0.norm.weight",
+        "blocks.0.norm.bias",
+        "blocks.0.mlp.bias",
+        "blocks.0.table.weight",
+        "blocks.1.norm.weight",
+        "blocks.1.norm.bias",
+        "blocks.1.mlp.bias",
+        "blocks.1.table.weight",
+        "head.weight",
+        "head.bias",
+    ]
 
 
 def test_every_parameter_of_the_generator_is_in_its_group():
@@ -48,14 +64,26 @@ def test_every_parameter_of_the_generator_is_in_its_group():
         network = CrossFlowGenerator.from_preset("crossflow-b", depth=1)
     found = assign(network)
     assert found["muon"] == [
-        "blocks.0.qkv.weight", "blocks.0.proj.weight",
-        "blocks.0.mlp.fc1_g.weight", "blocks.0.mlp.fc1_x.weight", "blocks.0.mlp.fc2.weight",
-    ]  # fmt: skip
+        "blocks.0.qkv.weight",
+        "blocks.0.proj.weight",
+        "blocks.0.mlp.fc1_g.weight",
+        "blocks.0.mlp.fc1_x.weight",
+        "blocks.0.mlp.fc2.weight",
+    ]
     assert found["adamw"] == [
-        "position", "time_token", "embed.weight", "label.weight", "times.s.first.weight", "times.s.second.weight",
-        "blocks.0.norm1.weight", "blocks.0.norm2.weight", "blocks.0.q_norm.weight", "blocks.0.k_norm.weight",
-        "norm.weight", "head.weight",
-    ]  # fmt: skip
+        "position",
+        "time_token",
+        "embed.weight",
+        "label.weight",
+        "times.s.first.weight",
+        "times.s.second.weight",
+        "blocks.0.norm1.weight",
+        "blocks.0.norm2.weight",
+        "blocks.0.q_norm.weight",
+        "blocks.0.k_norm.weight",
+        "norm.weight",
+        "head.weight",
+    ]
 
 
 def test_one_step_is_that_of_torchs_own_optimisers():
@@ -65,9 +93,14 @@ def test_one_step_is_that_of_torchs_own_optimisers():
     parameters = dict(theirs.named_parameters())
     apart = [
         torch.optim.Muon(
-            [parameters[n] for n in names["muon"]], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+            [parameters[n] for n in names["muon"]],
+            lr=1e-2,
+            weight_decay=0.1,
+            adjust_lr_fn="match_rms_adamw",
         ),
-        torch.optim.AdamW([parameters[n] for n in names["adamw"]], lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95)),
+        torch.optim.AdamW(
+            [parameters[n] for n in names["adamw"]], lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95)
+        ),
     ]
     for _ in range(3):
         for network, optimizers in ((mine, [both]), (theirs, apart)):
@@ -102,7 +135,9 @@ def test_a_run_with_both_that_was_stopped_continues_to_the_same_weights(tmp_path
         train("a", stopped, batches, loss, settings, tmp_path, optimizer=MuonAdamW())
     again = Net()
     train("a", again, batches, loss, settings, tmp_path, optimizer=MuonAdamW())
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True)
+    )
 
 
 def test_the_rates_of_both_follow_the_warm_up_and_the_decay():
@@ -119,12 +154,20 @@ def test_the_rates_of_both_follow_the_warm_up_and_the_decay():
     def loss(net, batch, draws):
         return net(batch[0]).square().mean()
 
-    train("a", Net(), batches, loss, settings, None, optimizer=lambda net: Watched(MuonAdamW(1e-3)(net).optimizers))
+    train(
+        "a",
+        Net(),
+        batches,
+        loss,
+        settings,
+        None,
+        optimizer=lambda net: Watched(MuonAdamW(1e-3)(net).optimizers),
+    )
     assert all(len(rates) == 1 for rates in seen)
     rates = [rate for (rate,) in seen]
-    assert rates[:4] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3]) and rates == rates[:4] + sorted(
-        rates[4:], reverse=True
-    )
+    assert rates[:4] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3]) and rates == rates[
+        :4
+    ] + sorted(rates[4:], reverse=True)
 
 
 def test_it_trains_a_small_vit():

@@ -32,7 +32,9 @@ def test_a_penalty_is_its_formula(name, summed, shape, seed):
     difference = 2 * normal(seed, *shape)
     for row, value in zip(difference, make(summed=summed)(difference), strict=True):
         entries = [formula(float(d)) for d in row.flatten()]
-        assert float(value) == pytest.approx(sum(entries) / (1 if summed else len(entries)), rel=1e-12)
+        assert float(value) == pytest.approx(
+            sum(entries) / (1 if summed else len(entries)), rel=1e-12
+        )
 
 
 @settings(max_examples=40)
@@ -54,7 +56,9 @@ def test_no_difference_costs_nothing(penalty):
 @given(st.sampled_from([0.1, 1.0, 3.0]), seeds)
 def test_huber_is_torchs_and_meets_itself_at_the_threshold(threshold, seed):
     d = 4 * normal(seed, 3, 7)
-    wanted = torch.nn.functional.huber_loss(d, torch.zeros_like(d), reduction="none", delta=threshold).mean(1)
+    wanted = torch.nn.functional.huber_loss(
+        d, torch.zeros_like(d), reduction="none", delta=threshold
+    ).mean(1)
     torch.testing.assert_close(HuberError(threshold)(d), wanted, rtol=1e-13, atol=1e-13)
 
 

@@ -1,4 +1,6 @@
-"""The pipeline and the decoder: one evaluation, the same after saving and loading elsewhere, at home in diffusers."""
+"""The pipeline and the decoder: one evaluation, the same after saving and loading elsewhere, at
+home in diffusers.
+"""
 
 import base64
 import json
@@ -21,7 +23,15 @@ from flowspace.vision.pipeline import CrossFlowDecoder, CrossFlowPipeline
 
 def network(**changes):
     torch.manual_seed(0)
-    settings = {"channels": 4, "grid": 4, "patch": 2, "classes": 5, "depth": 2, "width": 32, "heads": 4}
+    settings = {
+        "channels": 4,
+        "grid": 4,
+        "patch": 2,
+        "classes": 5,
+        "depth": 2,
+        "width": 32,
+        "heads": 4,
+    }
     made = CrossFlowGenerator(**(settings | changes)).eval()
     torch.nn.init.normal_(made.head.weight, std=0.1)
     return made
@@ -38,7 +48,9 @@ def test_one_call_is_one_evaluation_of_the_generator_at_pure_noise():
     images = pipeline(labels=[0, 3], generator=draw(), output_type="pt").images
     assert len(calls) == 1
     noise = torch.randn(2, 4, 4, 4, generator=draw())
-    wanted = FlowMap(made, LinearSchedule(), MatchedStatistic()).sample(noise, cond={"labels": torch.tensor([0, 3])})
+    wanted = FlowMap(made, LinearSchedule(), MatchedStatistic()).sample(
+        noise, cond={"labels": torch.tensor([0, 3])}
+    )
     torch.testing.assert_close(images, wanted)
 
 
@@ -49,7 +61,9 @@ def test_pictures_come_as_pil_numpy_or_tensors():
     array = pipeline(labels=[1], generator=draw(), output_type="np").images
     assert array.shape == (1, 8, 8, 3) and array.min() >= 0 and array.max() <= 1
     (tensor,) = pipeline(labels=[1], generator=draw(), output_type="pt", return_dict=False)
-    torch.testing.assert_close(torch.tensor(array).permute(0, 3, 1, 2), (tensor.clamp(-1, 1) + 1) / 2)
+    torch.testing.assert_close(
+        torch.tensor(array).permute(0, 3, 1, 2), (tensor.clamp(-1, 1) + 1) / 2
+    )
 
 
 def test_with_a_generator_for_each_image_an_image_does_not_depend_on_its_batch():
@@ -68,11 +82,15 @@ def test_a_saved_pipeline_gives_the_same_samples_in_a_fresh_process(tmp_path):
 import torch
 from flowspace.vision.pipeline import CrossFlowPipeline
 pipeline = CrossFlowPipeline.from_pretrained({str(tmp_path)!r})
-images = pipeline(labels=[0, 1], generator=torch.Generator().manual_seed(0), output_type="pt").images
+draw = torch.Generator().manual_seed(0)
+images = pipeline(labels=[0, 1], generator=draw, output_type="pt").images
 assert torch.equal(images, torch.load({str(tmp_path / "images.pt")!r}, weights_only=True))
-assert str(pipeline.schedule) == "alpha(t) = cos(pi*t/2), beta(t) = sin(pi*t/2)", str(pipeline.schedule)
+schedule = str(pipeline.schedule)
+assert schedule == "alpha(t) = cos(pi*t/2), beta(t) = sin(pi*t/2)", schedule
 print("equal")"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300
+    )
     assert done.stdout.strip().endswith("equal"), done.stderr
 
 
@@ -82,18 +100,27 @@ def test_several_steps_encode_and_guidance_takes_two_evaluations():
     made.register_forward_hook(lambda *_: calls.append(1))
 
     def encode(images):
-        return torch.nn.functional.avg_pool2d(images, 2).mean(1, keepdim=True).expand(-1, 4, -1, -1)
+        return (
+            torch.nn.functional.avg_pool2d(images, 2).mean(1, keepdim=True).expand(-1, 4, -1, -1)
+        )
 
     pipeline(labels=[0], steps=3, encode=encode, output_type="pt")
     assert len(calls) == 3
     guided = pipeline(labels=[0], generator=draw(), scale=2.0, output_type="pt").images
     assert len(calls) == 5
-    one, none = (pipeline(labels=[label], generator=draw(), output_type="pt").images for label in (0, 5))
+    one, none = (
+        pipeline(labels=[label], generator=draw(), output_type="pt").images for label in (0, 5)
+    )
     torch.testing.assert_close(guided, none + 2 * (one - none))
 
 
 def test_a_generator_without_classes_counts_images():
-    assert CrossFlowPipeline(network(classes=0))(count=3, output_type="pt").images.shape == (3, 3, 8, 8)
+    assert CrossFlowPipeline(network(classes=0))(count=3, output_type="pt").images.shape == (
+        3,
+        3,
+        8,
+        8,
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,7 +139,8 @@ def test_misuse_is_one_clear_error(call, says):
         call(CrossFlowPipeline(network()))
 
 
-# --- the decoder ----------------------------------------------------------------------------------------------------------
+# --- the decoder
+# -------------------------------------------------------------------------------------------------
 
 
 def test_the_decoder_tells_the_generator_how_noisy_its_latents_are():
@@ -126,7 +154,9 @@ def test_the_decoder_tells_the_generator_how_noisy_its_latents_are():
     (free,) = decoder.decode(z, return_dict=False)
     torch.testing.assert_close(free, made(z, level, zero, labels=torch.full((3,), 5)))
     scaled = CrossFlowDecoder.of(made, t=0.2, rescale=True)
-    torch.testing.assert_close(scaled.decode(z, labels=y).sample, made(0.8 * z, level, zero, labels=y))
+    torch.testing.assert_close(
+        scaled.decode(z, labels=y).sample, made(0.8 * z, level, zero, labels=y)
+    )
     for bad in (0.0, 1.5):
         with pytest.raises(InputError, match="noise level"):
             decoder.decode(z, t=bad)
@@ -136,7 +166,9 @@ def test_the_decoder_is_saved_and_loaded(tmp_path):
     decoder, z = CrossFlowDecoder.of(network(), t=0.3), torch.randn(2, 4, 4, 4)
     decoder.save_pretrained(tmp_path)
     again = CrossFlowDecoder.from_pretrained(tmp_path)
-    assert torch.equal(decoder.decode(z).sample, again.decode(z).sample) and again.config["t"] == 0.3
+    assert (
+        torch.equal(decoder.decode(z).sample, again.decode(z).sample) and again.config["t"] == 0.3
+    )
 
 
 def test_it_is_the_vae_of_diffusers_dit_pipeline():
@@ -144,13 +176,24 @@ def test_it_is_the_vae_of_diffusers_dit_pipeline():
 
     torch.manual_seed(0)
     transformer = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=1, sample_size=4,
-        patch_size=2, num_embeds_ada_norm=5, norm_type="ada_norm_zero",
-    )  # fmt: skip
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        sample_size=4,
+        patch_size=2,
+        num_embeds_ada_norm=5,
+        norm_type="ada_norm_zero",
+    )
     pipeline = DiTPipeline(transformer, CrossFlowDecoder.of(network()), DDIMScheduler())
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(
-        class_labels=[0, 1], guidance_scale=1.0, generator=draw(), num_inference_steps=2, output_type="np"
+        class_labels=[0, 1],
+        guidance_scale=1.0,
+        generator=draw(),
+        num_inference_steps=2,
+        output_type="np",
     ).images
     assert images.shape == (2, 8, 8, 3)
 
@@ -167,14 +210,19 @@ class Hub(BaseHTTPRequestHandler):
             answer = {"url": f"{host}/somebody/emoji"}
         elif self.path.endswith("/preupload/main"):
             files = [
-                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for f in json.loads(body)["files"]
             ]
             answer = {"files": files}
         elif self.path.endswith("/commit/main"):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.kept[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            answer = {"commitUrl": f"{host}/somebody/emoji/commit/{'0' * 40}", "commitOid": "0" * 40, "success": True}
+            answer = {
+                "commitUrl": f"{host}/somebody/emoji/commit/{'0' * 40}",
+                "commitOid": "0" * 40,
+                "success": True,
+            }
         else:
             answer = {}
         text = json.dumps(answer).encode()
@@ -195,7 +243,8 @@ pipeline = CrossFlowPipeline.from_pretrained(sys.argv[1])
 if sys.argv[2] == "push":
     pipeline.push_to_hub("somebody/emoji", token="hf_none")
 else:
-    pipeline.save_pretrained(sys.argv[1] + "/again", push_to_hub=True, repo_id="somebody/emoji", token="hf_none")
+    again, name = sys.argv[1] + "/again", "somebody/emoji"
+    pipeline.save_pretrained(again, push_to_hub=True, repo_id=name, token="hf_none")
 """
 
 

@@ -1,4 +1,6 @@
-"""The recipes: metrics against closed forms, data that nothing is judged by, a whole small run from the outside."""
+"""The recipes: metrics against closed forms, data that nothing is judged by, a whole small run
+from the outside.
+"""
 
 import dataclasses
 import html.parser
@@ -18,17 +20,27 @@ from flowspace.training import LoopSettings
 
 def test_frechet_distance_of_gaussians_is_the_closed_form():
     generator = torch.Generator().manual_seed(0)
-    first = torch.randn(200_000, 3, generator=generator, dtype=torch.float64) * torch.tensor([1.0, 2.0, 0.5]) + 1
-    second = torch.randn(200_000, 3, generator=generator, dtype=torch.float64) * torch.tensor([2.0, 1.0, 0.5])
+    first = (
+        torch.randn(200_000, 3, generator=generator, dtype=torch.float64)
+        * torch.tensor([1.0, 2.0, 0.5])
+        + 1
+    )
+    second = torch.randn(200_000, 3, generator=generator, dtype=torch.float64) * torch.tensor(
+        [2.0, 1.0, 0.5]
+    )
     assert metrics.frechet_distance(first, second) == pytest.approx(3 + 1 + 1, rel=0.01)
 
 
 @given(st.integers(0, 100))
 def test_frechet_distance_is_symmetric_shift_invariant_and_zero_for_equals(seed):
-    a, b = torch.randn(2, 50, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    a, b = torch.randn(
+        2, 50, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
     assert metrics.frechet_distance(a, b) == pytest.approx(metrics.frechet_distance(b, a))
-    assert metrics.frechet_distance(a + 5, b + 5) == pytest.approx(metrics.frechet_distance(a, b), abs=1e-9)
+    assert metrics.frechet_distance(a + 5, b + 5) == pytest.approx(
+        metrics.frechet_distance(a, b), abs=1e-9
+    )
 
 
 def test_diversity_scales_with_the_images_and_is_zero_for_copies():
@@ -55,7 +67,9 @@ def test_the_roll_is_lifted_without_distortion():
     assert latents.square().mean() == pytest.approx(1, abs=0.03)
 
 
-@pytest.mark.parametrize("variant", swiss_roll.VARIANTS, ids=lambda v: f"{v.schedule}, {v.property}")
+@pytest.mark.parametrize(
+    "variant", swiss_roll.VARIANTS, ids=lambda v: f"{v.schedule}, {v.property}"
+)
 @pytest.mark.parametrize("literal", [False, True])
 def test_every_variant_of_the_roll_can_be_trained(variant, literal):
     result = swiss_roll.train(variant, literal, seed=0, steps=2, batch=32)
@@ -73,8 +87,15 @@ def test_the_matched_statistic_learns_the_roll_and_an_unanchored_one_does_not():
 def test_nothing_is_judged_by_what_it_was_trained_on():
     data = digits.load("digits")
     assert len(data.images) + len(data.test_images) == 1797
-    rows = {name: {tuple(image.flatten().tolist()) for image in images} for name, images in (
-        ("test", data.test_images), ("first", data.half(0)[0]), ("second", data.half(1)[0]), ("all", data.images))}  # fmt: skip
+    rows = {
+        name: {tuple(image.flatten().tolist()) for image in images}
+        for name, images in (
+            ("test", data.test_images),
+            ("first", data.half(0)[0]),
+            ("second", data.half(1)[0]),
+            ("all", data.images),
+        )
+    }
     assert not rows["first"] & rows["second"]
     assert not rows["test"] & rows["all"]
     assert rows["first"] | rows["second"] == rows["all"]
@@ -172,7 +193,9 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
         digits.run(dataclasses.replace(TINY, generator=LoopSettings(steps=4, batch=8)), tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"perceptual": 0.0}, {"width": 32}, {"channels": 2}, {"patch": 2}])
+@pytest.mark.parametrize(
+    "change", [{"perceptual": 0.0}, {"width": 32}, {"channels": 2}, {"patch": 2}]
+)
 def test_weights_are_not_taken_from_a_run_with_other_settings(tmp_path, change):
     digits.run(TINY, tmp_path)
     with pytest.raises(RunError, match=f"{next(iter(change))}: .* there, .* now"):
@@ -185,4 +208,6 @@ def test_a_table_has_a_column_for_each_heading():
 
 
 def test_the_page_escapes_what_it_is_given():
-    assert "<script>" not in report.page("<script>", ["<script>", (("<script>",), [("<script>",)])])
+    assert "<script>" not in report.page(
+        "<script>", ["<script>", (("<script>",), [("<script>",)])]
+    )

@@ -66,8 +66,17 @@ def test_every_derivative_is_that_of_autodiff_and_of_a_finite_difference(schedul
 @given(parameters)
 def test_text_and_callable_are_the_same_schedule(choice):
     text, black_box = mixed(*choice), mixed_callable(*choice)
-    for name in ("alpha", "beta", "alpha_dot", "beta_dot", "signal_to_noise", "signal_to_noise_dot"):
-        torch.testing.assert_close(getattr(text, name)(GRID), getattr(black_box, name)(GRID), rtol=1e-12, atol=1e-12)
+    for name in (
+        "alpha",
+        "beta",
+        "alpha_dot",
+        "beta_dot",
+        "signal_to_noise",
+        "signal_to_noise_dot",
+    ):
+        torch.testing.assert_close(
+            getattr(text, name)(GRID), getattr(black_box, name)(GRID), rtol=1e-12, atol=1e-12
+        )
 
 
 @settings(max_examples=20)
@@ -78,7 +87,9 @@ def test_perturb_mixes_and_its_velocity_is_the_derivative_of_the_state(schedule,
     z_t, velocity = schedule.perturb(latents, noise, t)
     alpha, beta = (weight(t).reshape(5, 1, 1) for weight in (schedule.alpha, schedule.beta))
     torch.testing.assert_close(z_t, alpha * latents + beta * noise, rtol=1e-14, atol=1e-14)
-    moved = torch.func.jvp(lambda u: schedule.perturb(latents, noise, u)[0], (t,), (torch.ones_like(t),))[1]
+    moved = torch.func.jvp(
+        lambda u: schedule.perturb(latents, noise, u)[0], (t,), (torch.ones_like(t),)
+    )[1]
     torch.testing.assert_close(velocity, moved, rtol=1e-10, atol=1e-10)
 
 
@@ -86,15 +97,26 @@ def test_perturb_mixes_and_its_velocity_is_the_derivative_of_the_state(schedule,
 def test_one_time_for_all_rows_is_that_time_in_every_row(schedule):
     latents, noise = normal(0, 4, 3), normal(1, 4, 3)
     one, each = torch.tensor(0.3, dtype=torch.float64), torch.full((4,), 0.3, dtype=torch.float64)
-    for a, b in zip(schedule.perturb(latents, noise, one), schedule.perturb(latents, noise, each), strict=True):
+    for a, b in zip(
+        schedule.perturb(latents, noise, one), schedule.perturb(latents, noise, each), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-14)
 
 
 @settings(max_examples=20)
-@given(schedules, st.sampled_from([torch.float32, torch.float64]), st.sampled_from([(), (1,), (7,)]))
+@given(
+    schedules, st.sampled_from([torch.float32, torch.float64]), st.sampled_from([(), (1,), (7,)])
+)
 def test_shape_and_dtype_of_the_times_come_out(schedule, dtype, shape):
     t = torch.full(shape, 0.4, dtype=dtype)
-    for name in ("alpha", "beta", "alpha_dot", "beta_dot", "signal_to_noise", "signal_to_noise_dot"):
+    for name in (
+        "alpha",
+        "beta",
+        "alpha_dot",
+        "beta_dot",
+        "signal_to_noise",
+        "signal_to_noise_dot",
+    ):
         value = getattr(schedule, name)(t)
         assert value.shape == t.shape and value.dtype == dtype
 
@@ -144,7 +166,9 @@ def test_a_polynomial_of_power_one_is_linear_and_of_more_ends_flat(power):
 @given(st.floats(0.05, 1), st.floats(1, 30))
 def test_variance_preserving_preserves_variance(low, high):
     schedule = VariancePreservingSchedule(low, high)
-    torch.testing.assert_close(schedule.alpha(GRID) ** 2 + schedule.beta(GRID) ** 2, torch.ones_like(GRID))
+    torch.testing.assert_close(
+        schedule.alpha(GRID) ** 2 + schedule.beta(GRID) ** 2, torch.ones_like(GRID)
+    )
 
 
 INVALID = {
@@ -157,7 +181,10 @@ INVALID = {
     "rising in the middle": (("1 - t + 0.5*sin(2*pi*t)**2*sin(6*pi*t)", "t"), "lambda"),
     "beta negative": (("1 - t", "t - 3*sin(pi*t)*t"), "beta must be positive"),
     "derivative not finite": (("1 - t", "1 - sqrt(1 - t)"), "beta' must be finite"),
-    "value not finite": (("(1 - t)*sin(t - 0.505)/(t - 0.505)/sin(0.505)*0.505", "t"), r"alpha must be finite.*0.505"),
+    "value not finite": (
+        ("(1 - t)*sin(t - 0.505)/(t - 0.505)/sin(0.505)*0.505", "t"),
+        r"alpha must be finite.*0.505",
+    ),
 }
 
 
@@ -171,7 +198,9 @@ def test_what_is_no_schedule_is_refused_with_the_time_and_the_values(case):
 
 def test_a_derivative_that_is_not_a_number_is_refused():
     def kinked(t):
-        return torch.where(t > 2, torch.sqrt(t - 1.5), 1 - t)  # nan in the branch not taken: a nan derivative
+        return torch.where(
+            t > 2, torch.sqrt(t - 1.5), 1 - t
+        )  # nan in the branch not taken: a nan derivative
 
     class Broken(torch.autograd.Function):
         generate_vmap_rule = False
@@ -207,7 +236,9 @@ def test_a_callable_that_fails_is_reported_as_such():
 
 
 def test_a_raw_diffusion_schedule_is_refused_with_the_advice_to_rescale():
-    with pytest.raises(ScheduleError, match=r"alpha\(1\) = 0.0065.*zero terminal SNR.*VariancePreservingSchedule"):
+    with pytest.raises(
+        ScheduleError, match=r"alpha\(1\) = 0.0065.*zero terminal SNR.*VariancePreservingSchedule"
+    ):
         Schedule("exp(-0.1*t/2 - 19.9*t**2/4)", "sqrt(1 - exp(-0.1*t - 19.9*t**2/2))")
 
 
@@ -274,7 +305,11 @@ def test_different_schedules_are_different():
 
 def test_sympy_text_and_callable_give_one_schedule():
     t = sympy.Symbol("t")
-    made = [Schedule("(1 - t)**2", "t"), Schedule((1 - t) ** 2, t), Schedule(lambda u: (1 - u) ** 2, lambda u: u)]
+    made = [
+        Schedule("(1 - t)**2", "t"),
+        Schedule((1 - t) ** 2, t),
+        Schedule(lambda u: (1 - u) ** 2, lambda u: u),
+    ]
     values = [schedule.signal_to_noise_dot(GRID) for schedule in made]
     for value in values[1:]:
         torch.testing.assert_close(value, values[0], rtol=1e-12, atol=1e-12)

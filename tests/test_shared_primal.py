@@ -1,8 +1,10 @@
-"""SharedPrimal gives the value of the plain program, its gradient and its forward derivative, whatever the program is.
+"""SharedPrimal gives the value of the plain program, its gradient and its forward derivative,
+whatever the program is.
 
-Programs are generated: a list of steps on a tensor (B, N, C), each inside frames that lay the tensor out in another way. The
-derivative is compared with torch.func.jvp of the whole batch, masked afterwards, so that a rule which loses track of the rows,
-or a row that mixes into another one unseen, shows.
+Programs are generated: a list of steps on a tensor (B, N, C), each inside frames that lay the
+tensor out in another way. The derivative is compared with torch.func.jvp of the whole batch,
+masked afterwards, so that a rule which loses track of the rows, or a row that mixes into another
+one unseen, shows.
 """
 
 import contextlib
@@ -33,14 +35,23 @@ ROUTE = SharedPrimal()
 DOUBLE = torch.float64
 
 
-# --- generated programs ------------------------------------------------------------------------------------------------
+# --- generated programs
+# ------------------------------------------------------------------------------------------------
 
 
 class Draw:
-    """What a program draws while it is built: constants, weights and choices, the same at every call."""
+    """What a program draws while it is built: constants, weights and choices, the same at every
+    call.
+    """
 
     def __init__(self, seed, weights, axis):
-        self.random, self.seed, self.count, self.weights, self.axis = random.Random(seed), seed, 0, weights, axis
+        self.random, self.seed, self.count, self.weights, self.axis = (
+            random.Random(seed),
+            seed,
+            0,
+            weights,
+            axis,
+        )
 
     def const(self, *shape):
         self.count += 1
@@ -51,7 +62,9 @@ class Draw:
         key = self.seed, self.count, shape
         if key not in self.weights:
             scale = math.sqrt(max(1, shape[-1] if shape else 1))
-            self.weights[key] = (normal(hash((self.seed, self.count)) % 2**31, *shape) / scale).requires_grad_()
+            self.weights[key] = (
+                normal(hash((self.seed, self.count)) % 2**31, *shape) / scale
+            ).requires_grad_()
         return self.weights[key]
 
     def mask(self, *shape):
@@ -89,7 +102,9 @@ def steps(group):
 
 
 def frame(function):
-    """Register a function of (x, draw, inner) that lays x out in another way, calls inner(x, axis), and lays it back."""
+    """Register a function of (x, draw, inner) that lays x out in another way, calls inner(x,
+    axis), and lays it back.
+    """
     FRAMES[function.__name__] = function
     return function
 
@@ -108,7 +123,13 @@ def permuted(x, draw, inner):
     draw.random.shuffle(order)
     back = [order.index(i) for i in range(x.ndim)]
     how = draw.below(4)
-    there = x.permute(order) if how == 0 else x.permute(*order) if how == 1 else torch.permute(x, order)
+    there = (
+        x.permute(order)
+        if how == 0
+        else x.permute(*order)
+        if how == 1
+        else torch.permute(x, order)
+    )
     there = there.contiguous() if draw.below(2) else there
     axis = None if draw.axis is None else back[draw.axis]
     out = inner(there, axis)
@@ -137,9 +158,15 @@ def merged(x, draw, inner):
     if axis is not None and axis > i:
         axis = i if axis <= j else axis - (j - i)
     shape = x.shape
-    out = inner(x.flatten(i, j) if draw.below(2) else x.reshape(*shape[:i], -1, *shape[j + 1 :]), axis)
+    out = inner(
+        x.flatten(i, j) if draw.below(2) else x.reshape(*shape[:i], -1, *shape[j + 1 :]), axis
+    )
     return (
-        out.unflatten(i, shape[i : j + 1]) if draw.below(2) else out.reshape_as(x) if draw.below(2) else out.view(shape)
+        out.unflatten(i, shape[i : j + 1])
+        if draw.below(2)
+        else out.reshape_as(x)
+        if draw.below(2)
+        else out.view(shape)
     )
 
 
@@ -166,7 +193,10 @@ def with_an_axis(x, draw, inner):
         return inner(x.unsqueeze(i), axis).squeeze(i)
     if how == 1:
         return inner(x[(slice(None),) * i + (None,)], axis).select(i, 0)
-    return inner(x[(Ellipsis, *[None] * (i == x.ndim))] if i == x.ndim else x.unsqueeze(i - x.ndim - 1), axis).sum(i)
+    return inner(
+        x[(Ellipsis, *[None] * (i == x.ndim))] if i == x.ndim else x.unsqueeze(i - x.ndim - 1),
+        axis,
+    ).sum(i)
 
 
 @frame
@@ -179,7 +209,13 @@ def expanded(x, draw, inner):
 def repeated(x, draw, inner):
     dim = draw.dim(x)
     counts = [1 + (i == dim % x.ndim) for i in range(x.ndim)]
-    twice = x.repeat(counts) if draw.below(2) else x.tile(counts) if draw.below(2) else x.repeat_interleave(2, dim)
+    twice = (
+        x.repeat(counts)
+        if draw.below(2)
+        else x.tile(counts)
+        if draw.below(2)
+        else x.repeat_interleave(2, dim)
+    )
     out = inner(twice, draw.axis)
     return out.narrow(dim, 0, x.shape[dim]) if draw.below(2) else out.chunk(2, dim)[1]
 
@@ -264,12 +300,27 @@ elementwise(
     ("divide", lambda x, draw: x / (2 + x.cos()) + 1 / (3 + x.sin())),
     ("clamp", lambda x, draw: x.clamp(-0.5, 1) + x.clamp_min(0.2) + torch.maximum(x, -x)),
     ("root", lambda x, draw: torch.sqrt(x**2 + 1) + (x**2 + 1).rsqrt() + torch.log1p(x**2)),
-    ("alpha", lambda x, draw: torch.add(x, x.sin(), alpha=0.3) - torch.sub(draw.const(*x.shape), x, alpha=2)),
+    (
+        "alpha",
+        lambda x, draw: (
+            torch.add(x, x.sin(), alpha=0.3) - torch.sub(draw.const(*x.shape), x, alpha=2)
+        ),
+    ),
     ("detach", lambda x, draw: x * x.detach() + x.detach().sin()),
-    ("copies", lambda x, draw: x.clone() + x.to(torch.float64) * x.double().contiguous() + torch.zeros_like(x)),
+    (
+        "copies",
+        lambda x, draw: (
+            x.clone() + x.to(torch.float64) * x.double().contiguous() + torch.zeros_like(x)
+        ),
+    ),
     (
         "steps",
-        lambda x, draw: x * (x > 0.1) + x.round() + (x * 2).floor() * x + (4 * x).to(torch.int64).to(x.dtype) * x,
+        lambda x, draw: (
+            x * (x > 0.1)
+            + x.round()
+            + (x * 2).floor() * x
+            + (4 * x).to(torch.int64).to(x.dtype) * x
+        ),
     ),
     ("item", lambda x, draw: x * len(x) / max(x.shape)),
 )
@@ -292,14 +343,16 @@ def scale(x, draw):
 
 @steps("elementwise")
 def quotient(x, draw):
-    return x / (draw.const(*draw.broadcast(x)) ** 2 + 1) + draw.const(*draw.broadcast(x)) / (x**2 + 1)
+    return x / (draw.const(*draw.broadcast(x)) ** 2 + 1) + draw.const(*draw.broadcast(x)) / (
+        x**2 + 1
+    )
 
 
 @steps("elementwise")
 def where(x, draw):
-    return torch.where(draw.mask(*draw.broadcast(x)), x, draw.const(*draw.broadcast(x))) + torch.where(
-        x > 0, x.sin(), x
-    )
+    return torch.where(
+        draw.mask(*draw.broadcast(x)), x, draw.const(*draw.broadcast(x))
+    ) + torch.where(x > 0, x.sin(), x)
 
 
 @steps("elementwise")
@@ -309,7 +362,9 @@ def masked_fill(x, draw):
 
 @steps("elementwise")
 def lerp(x, draw):
-    return torch.lerp(x, draw.const(*x.shape), 0.3) + torch.addcmul(x, x, draw.const(*draw.broadcast(x)), value=0.5)
+    return torch.lerp(x, draw.const(*x.shape), 0.3) + torch.addcmul(
+        x, x, draw.const(*draw.broadcast(x)), value=0.5
+    )
 
 
 @steps("elementwise")
@@ -344,7 +399,11 @@ def centre(x, draw):
 @steps("along")
 def extremes(x, draw):
     dim = draw.dim(x)
-    return x * x.amax(dim, keepdim=True) + x.max(dim, keepdim=True).values + x.min(dim, keepdim=True)[0] * x
+    return (
+        x * x.amax(dim, keepdim=True)
+        + x.max(dim, keepdim=True).values
+        + x.min(dim, keepdim=True)[0] * x
+    )
 
 
 @steps("along")
@@ -359,7 +418,11 @@ def spread(x, draw):
 @steps("along")
 def norms(x, draw):
     dim = draw.dim(x)
-    return x / (x.norm(dim=dim, keepdim=True) + 1) + torch.logsumexp(x, dim, keepdim=True) + F.normalize(x + 2, dim=dim)
+    return (
+        x / (x.norm(dim=dim, keepdim=True) + 1)
+        + torch.logsumexp(x, dim, keepdim=True)
+        + F.normalize(x + 2, dim=dim)
+    )
 
 
 @steps("along")
@@ -377,7 +440,11 @@ def running(x, draw):
 @steps("along")
 def rolled(x, draw):
     dim = draw.dim(x)
-    return x.roll(1, dim) * x.flip(dim) if draw.below(3) else torch.roll(x, (1, 2), (dim, draw.dim(x)))
+    return (
+        x.roll(1, dim) * x.flip(dim)
+        if draw.below(3)
+        else torch.roll(x, (1, 2), (dim, draw.dim(x)))
+    )
 
 
 @steps("along")
@@ -395,7 +462,9 @@ def differences(x, draw):
 @steps("along")
 def gathered(x, draw):
     dim = draw.dim(x)
-    index = torch.randint(x.shape[dim], x.shape, generator=torch.Generator().manual_seed(draw.seed))
+    index = torch.randint(
+        x.shape[dim], x.shape, generator=torch.Generator().manual_seed(draw.seed)
+    )
     return x.gather(dim, index)
 
 
@@ -415,7 +484,9 @@ def indexed(x, draw):
 def unbound(x, draw):
     dim = draw.dim(x)
     parts = x.unbind(dim)
-    return torch.stack([parts[-1], *parts[:-1]], dim) + torch.stack([p * i for i, p in enumerate(parts)], dim=dim)
+    return torch.stack([parts[-1], *parts[:-1]], dim) + torch.stack(
+        [p * i for i, p in enumerate(parts)], dim=dim
+    )
 
 
 @steps("along")
@@ -433,14 +504,19 @@ def rotary(x, draw):
         return x
     first, second = x.chunk(2, dim)
     angle = draw.const(*first.shape[-1:])
-    return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], dim)
+    return torch.cat(
+        [first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()],
+        dim,
+    )
 
 
 @steps("along")
 def fourier(x, draw):
     dim = draw.dim(x)
     spectrum = torch.fft.rfft(x, dim=dim, norm="ortho")
-    return torch.fft.irfft(spectrum * draw.const(*spectrum.shape[-1:]), n=x.shape[dim], dim=dim, norm="ortho")
+    return torch.fft.irfft(
+        spectrum * draw.const(*spectrum.shape[-1:]), n=x.shape[dim], dim=dim, norm="ortho"
+    )
 
 
 # --- steps that mix features
@@ -455,7 +531,11 @@ def linear(x, draw):
 @steps("mixing")
 def product(x, draw):
     width = x.shape[-1]
-    return x @ draw.weight(width, width) if draw.below(2) else torch.matmul(x, draw.const(width)).unsqueeze(-1) * x
+    return (
+        x @ draw.weight(width, width)
+        if draw.below(2)
+        else torch.matmul(x, draw.const(width)).unsqueeze(-1) * x
+    )
 
 
 @steps("mixing")
@@ -484,7 +564,9 @@ def batched_product(x, draw):
 def bmm(x, draw):
     if x.ndim != 3:
         return x
-    scores = torch.baddbmm(draw.const(*x.shape[:2], x.shape[1]), x, x.mT, beta=draw.one(0, 1), alpha=0.3)
+    scores = torch.baddbmm(
+        draw.const(*x.shape[:2], x.shape[1]), x, x.mT, beta=draw.one(0, 1), alpha=0.3
+    )
     return torch.bmm(scores, x) + torch.bmm(x, draw.const(len(x), x.shape[2], x.shape[2]))
 
 
@@ -553,7 +635,9 @@ def batch_norm(x, draw):
     channels = x.shape[1]
     running = draw.const(channels), draw.const(channels) ** 2
     train = draw.below(4) == 0
-    return F.batch_norm(x, *((None, None) if train else running), draw.weight(channels), None, train, 0.1, 1e-2)
+    return F.batch_norm(
+        x, *((None, None) if train else running), draw.weight(channels), None, train, 0.1, 1e-2
+    )
 
 
 @steps("mixing")
@@ -566,11 +650,15 @@ def attention(x, draw):
     if kind == 1:
         options["is_causal"] = True
     elif kind == 2:
-        options["attn_mask"] = draw.mask(*[n if draw.below(2) else 1 for n in x.shape[:-2]], tokens, tokens)
+        options["attn_mask"] = draw.mask(
+            *[n if draw.below(2) else 1 for n in x.shape[:-2]], tokens, tokens
+        )
     elif kind == 3:
         options["attn_mask"] = draw.const(tokens, tokens)
     q, k, v = (
-        (x, x.sin(), x.cos()) if draw.below(2) else F.linear(x, draw.weight(3 * x.shape[-1], x.shape[-1])).chunk(3, -1)
+        (x, x.sin(), x.cos())
+        if draw.below(2)
+        else F.linear(x, draw.weight(3 * x.shape[-1], x.shape[-1])).chunk(3, -1)
     )
     k = draw.const(*x.shape) if draw.below(4) == 0 else k
     v = draw.const(*x.shape) if draw.below(4) == 0 else v
@@ -596,7 +684,12 @@ def grouped_heads(x, draw):
         return x
     rows, tokens, width = x.shape
     q = F.linear(x, draw.weight(8, width)).view(rows, tokens, 4, 2).transpose(1, 2)
-    k, v = F.linear(x, draw.weight(8, width)).view(rows, tokens, 2, 2, 2).permute(2, 0, 3, 1, 4).unbind(0)
+    k, v = (
+        F.linear(x, draw.weight(8, width))
+        .view(rows, tokens, 2, 2, 2)
+        .permute(2, 0, 3, 1, 4)
+        .unbind(0)
+    )
     out = F.scaled_dot_product_attention(q, k, v, is_causal=draw.below(2) == 0, enable_gqa=True)
     return x + F.linear(out.transpose(1, 2).flatten(2), draw.weight(width, 8))
 
@@ -624,16 +717,22 @@ def pooling(x, draw):
     if x.ndim == 3:
         return F.avg_pool1d(x, 3, 1, 1) + F.max_pool1d(x, 3, 1, 1) + F.adaptive_avg_pool1d(x, 1)
     if x.ndim == 4:
-        return F.avg_pool2d(x, 3, 1, 1) + F.max_pool2d(x, 3, 1, 1) + F.adaptive_avg_pool2d(x, (1, 1))
+        return (
+            F.avg_pool2d(x, 3, 1, 1) + F.max_pool2d(x, 3, 1, 1) + F.adaptive_avg_pool2d(x, (1, 1))
+        )
     return x
 
 
 @steps("mixing")
 def resized(x, draw):
     if x.ndim == 3:
-        return F.interpolate(x, scale_factor=2.0)[..., ::2] + F.interpolate(x, x.shape[-1], mode="linear")
+        return F.interpolate(x, scale_factor=2.0)[..., ::2] + F.interpolate(
+            x, x.shape[-1], mode="linear"
+        )
     if x.ndim == 4:
-        return F.interpolate(F.interpolate(x, scale_factor=2.0, mode="bilinear"), x.shape[2:], mode="nearest")
+        return F.interpolate(
+            F.interpolate(x, scale_factor=2.0, mode="bilinear"), x.shape[2:], mode="nearest"
+        )
     return x
 
 
@@ -660,7 +759,9 @@ def labels(x, draw):
     index = torch.arange(x.shape[draw.axis]) % 5
     if draw.axis == x.ndim - 1:
         return x
-    return x * F.embedding(index, table).reshape(x.shape[draw.axis], *[1] * (x.ndim - draw.axis - 2), x.shape[-1])
+    return x * F.embedding(index, table).reshape(
+        x.shape[draw.axis], *[1] * (x.ndim - draw.axis - 2), x.shape[-1]
+    )
 
 
 @steps("mixing")
@@ -724,7 +825,10 @@ def assignment(x, draw):
 @steps("writing")
 def fresh_buffer(x, draw):
     y = draw.one(
-        torch.zeros_like, torch.empty_like, lambda x: x.new_zeros(x.shape), lambda x: torch.zeros(*x.shape).double()
+        torch.zeros_like,
+        torch.empty_like,
+        lambda x: x.new_zeros(x.shape),
+        lambda x: torch.zeros(*x.shape).double(),
     )(x)
     dim = draw.dim(x) % x.ndim
     head = (slice(None),) * dim
@@ -762,7 +866,9 @@ def rescaled(x):
 
 @dataclass
 class Program:
-    """A function of z of shape (B, N, C) and t of shape (B,), as a list of (frames, group, step, seed); bare: unscaled."""
+    """A function of z of shape (B, N, C) and t of shape (B,), as a list of (frames, group, step,
+    seed); bare: unscaled.
+    """
 
     shape: tuple
     plan: tuple
@@ -773,24 +879,39 @@ class Program:
         draw = Draw(seed, self.weights, axis)
         if not frames:
             return STEPS[group][name](x, draw)
-        return FRAMES[frames[0]](x, draw, lambda y, at: self.step(y, at, frames[1:], group, name, seed + 1))
+        return FRAMES[frames[0]](
+            x, draw, lambda y, at: self.step(y, at, frames[1:], group, name, seed + 1)
+        )
 
     def __call__(self, z, t):
         h = z + 0.1 * t.sin()[:, None, None]
         for i, (frames, group, name, seed) in enumerate(self.plan):
-            h = self.step(rescaled(h * (1 + t)[:, None, None]) if i else h, 0, frames, group, name, seed)
+            h = self.step(
+                rescaled(h * (1 + t)[:, None, None]) if i else h, 0, frames, group, name, seed
+            )
         return h if self.bare else rescaled(h)
 
 
 def drawn(seed, names, most=1, bare=False):
-    """A program of these steps with its inputs and its mask; every choice is as likely as any other."""
+    """A program of these steps with its inputs and its mask; every choice is as likely as any
+    other.
+    """
     pick = random.Random(seed)
     shape = pick.choice([2, 3, 4, 6]), pick.choice([1, 2, 3, 4]), pick.choice([2, 3, 4, 6])
-    frames = [tuple(pick.choices(sorted(FRAMES), k=pick.randrange(3))) for _ in range(1 + pick.randrange(most))]
-    program = Program(shape, tuple((lays, *pick.choice(names), pick.randrange(10**6)) for lays in frames), bare)
+    frames = [
+        tuple(pick.choices(sorted(FRAMES), k=pick.randrange(3)))
+        for _ in range(1 + pick.randrange(most))
+    ]
+    program = Program(
+        shape, tuple((lays, *pick.choice(names), pick.randrange(10**6)) for lays in frames), bare
+    )
     note(f"{program}")
     program(*inputs(shape)[0])  # which makes its weights
-    return program, *inputs(shape, pick.randrange(10**6)), choose(shape[0], pick.choice([*WHICH, "one", "half"]))
+    return (
+        program,
+        *inputs(shape, pick.randrange(10**6)),
+        choose(shape[0], pick.choice([*WHICH, "one", "half"])),
+    )
 
 
 def choose(rows, which):
@@ -809,12 +930,17 @@ WHICH = [None, "all", "one", "half", "none"]
 
 def inputs(shape, seed=0, dtype=DOUBLE):
     t = torch.linspace(0.1, 0.9, shape[0], dtype=dtype)
-    return (normal(seed, *shape).to(dtype), t), (normal(seed + 1, *shape).to(dtype), torch.ones_like(t))
+    return (normal(seed, *shape).to(dtype), t), (
+        normal(seed + 1, *shape).to(dtype),
+        torch.ones_like(t),
+    )
 
 
 def exact(fn, primals, tangents):
     with sdpa_kernel(SDPBackend.MATH):
-        return torch.func.jvp(fn, tuple(x.clone() for x in primals), tuple(x.clone() for x in tangents))[1].detach()
+        return torch.func.jvp(
+            fn, tuple(x.clone() for x in primals), tuple(x.clone() for x in tangents)
+        )[1].detach()
 
 
 def by_differences(fn, primals, tangents, step=1e-4):
@@ -824,13 +950,19 @@ def by_differences(fn, primals, tangents, step=1e-4):
         torch.set_rng_state(start)
         with torch.no_grad():
             there = copy.deepcopy(fn) if isinstance(fn, nn.Module) else fn
-            total = total + weight / step * there(*(p + h * step * v for p, v in zip(primals, tangents, strict=True)))
+            total = total + weight / step * there(
+                *(p + h * step * v for p, v in zip(primals, tangents, strict=True))
+            )
     return total
 
 
 def state():
     """What a pass may not change."""
-    unseen = torch.autograd.Function.__dict__["apply"], torch._C.ScriptMethod.__call__, torch._C.ScriptFunction.__call__
+    unseen = (
+        torch.autograd.Function.__dict__["apply"],
+        torch._C.ScriptMethod.__call__,
+        torch._C.ScriptFunction.__call__,
+    )
     return *unseen, torch.is_grad_enabled(), torch._C._len_torch_function_stack()
 
 
@@ -844,16 +976,24 @@ def untouched():
 
 
 def masked(derivative, rows):
-    return derivative if rows is None else torch.where(rows.reshape(-1, *[1] * (derivative.ndim - 1)), derivative, 0.0)
+    return (
+        derivative
+        if rows is None
+        else torch.where(rows.reshape(-1, *[1] * (derivative.ndim - 1)), derivative, 0.0)
+    )
 
 
 def close(found, wanted, tolerance=1e-11):
     size = float(wanted.detach().abs().max()) if wanted.numel() else 0.0
-    torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * max(1.0, size), equal_nan=True)
+    torch.testing.assert_close(
+        found, wanted, rtol=0, atol=tolerance * max(1.0, size), equal_nan=True
+    )
 
 
 def check(fn, primals, tangents, rows, weights=(), wanted=None, tolerance=1e-11):
-    """Assert that value, derivative, gradient and random state are those of the plain program; return how often fn ran."""
+    """Assert that value, derivative, gradient and random state are those of the plain program;
+    return how often fn ran.
+    """
     calls = []
 
     def counted(*args):
@@ -874,7 +1014,10 @@ def check(fn, primals, tangents, rows, weights=(), wanted=None, tolerance=1e-11)
     close(derivative, masked(wanted, rows), tolerance)
     if weights and value.requires_grad:
         probe = torch.linspace(-1, 1, value.numel(), dtype=value.dtype).reshape(value.shape)
-        gradients = (torch.autograd.grad((v * probe).sum(), weights, allow_unused=True) for v in (found, value))
+        gradients = (
+            torch.autograd.grad((v * probe).sum(), weights, allow_unused=True)
+            for v in (found, value)
+        )
         for mine, theirs in zip(*gradients, strict=True):
             assert (mine is None) == (theirs is None)
             if mine is not None:
@@ -883,7 +1026,9 @@ def check(fn, primals, tangents, rows, weights=(), wanted=None, tolerance=1e-11)
 
 
 def check_seeded(fn, rows, wanted=exact, weights=(), tolerance=1e-11, shape=(4, 6)):
-    """Check a program of z of shape (4, 6) and t against a reference that is given the random state of the program."""
+    """Check a program of z of shape (4, 6) and t against a reference that is given the random
+    state of the program.
+    """
     torch.manual_seed(5)
     primals, tangents = inputs(shape)
     reference = wanted(fn, primals, tangents)
@@ -901,7 +1046,9 @@ AT_ONCE = [pair for pair in NAMES if pair[0] != "writing"]
 @pytest.mark.parametrize(("group", "name"), AT_ONCE, ids=[name for _, name in AT_ONCE])
 @settings(max_examples=25)
 @given(seeds)
-def test_every_step_in_any_frame_has_the_value_tangent_and_gradient_of_the_plain_program(group, name, seed):
+def test_every_step_in_any_frame_has_the_value_tangent_and_gradient_of_the_plain_program(
+    group, name, seed
+):
     program, primals, tangents, rows = drawn(seed, [(group, name)], bare=True)
     check(program, primals, tangents, rows, tuple(program.weights.values()))
 
@@ -922,15 +1069,24 @@ def test_a_generated_program_has_the_value_tangent_and_gradient_of_the_plain_one
 def test_large_rows_are_worked_on_where_they_lie(function, which, large, monkeypatch):
     gathered, restrict = [], duals.restrict
     monkeypatch.setattr(duals, "LARGE_ROW", large)
-    monkeypatch.setattr(duals, "restrict", lambda x, layout: gathered.append(x.ndim) or restrict(x, layout))
-    assert check_seeded(lambda z, t: function((z * t[:, None])[:, None] * WIDE[:, :1]).sum(1), choose(4, which)) == 1
+    monkeypatch.setattr(
+        duals, "restrict", lambda x, layout: gathered.append(x.ndim) or restrict(x, layout)
+    )
+    assert (
+        check_seeded(
+            lambda z, t: function((z * t[:, None])[:, None] * WIDE[:, :1]).sum(1), choose(4, which)
+        )
+        == 1
+    )
     assert (3 in gathered) == (large > 1)
 
 
 @settings(max_examples=200)
 @given(seeds)
 def test_a_program_that_writes_has_the_value_tangent_and_gradient_of_the_plain_one(seed):
-    program, primals, tangents, rows = drawn(seed, [pair for pair in NAMES if pair[0] == "writing"], most=3)
+    program, primals, tangents, rows = drawn(
+        seed, [pair for pair in NAMES if pair[0] == "writing"], most=3
+    )
     check(program, primals, tangents, rows, tuple(program.weights.values()), tolerance=1e-10)
 
 
@@ -961,7 +1117,10 @@ def test_nothing_is_left_behind(seed):
 def rotated(z, t):
     first, second = z.chunk(2, -1)
     angle = t[:, None] * torch.arange(3)
-    return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], -1)
+    return torch.cat(
+        [first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()],
+        -1,
+    )
 
 
 def transformed(z, t):
@@ -999,38 +1158,60 @@ def assigned_in_another_order(z, t):
 ONE_PASS = {
     "rotary": rotated,
     "attention": transformed,
-    "time first": lambda z, t: z.reshape(-1, 2, 3).transpose(0, 1).flatten(0, 1).sin().view(2, -1, 3).sum(0),
+    "time first": lambda z, t: (
+        z.reshape(-1, 2, 3).transpose(0, 1).flatten(0, 1).sin().view(2, -1, 3).sum(0)
+    ),
     "convolution": lambda z, t: F.group_norm(F.conv1d(z[:, None], normal(1, 4, 1, 3)), 2).mean(1),
-    "pooling": lambda z, t: F.interpolate(F.avg_pool1d(z[:, None], 2), scale_factor=2)[:, 0] * t[:, None],
+    "pooling": lambda z, t: (
+        F.interpolate(F.avg_pool1d(z[:, None], 2), scale_factor=2)[:, 0] * t[:, None]
+    ),
     "embedding": lambda z, t: z * F.embedding(torch.arange(len(z)) % 3, normal(2, 3, 6)),
     "conditions": lambda z, t: torch.where(normal(3, len(z), 1) > 0, z, t[:, None]),
     "einsum": lambda z, t: torch.einsum("bi,bj,bij->bj", z, z, normal(4, len(z), 6, 6)),
-    "sinusoids": lambda z, t: z * torch.cat([(t[:, None] * normal(5, 3)).sin(), (t[:, None] * normal(5, 3)).cos()], 1),
+    "sinusoids": lambda z, t: (
+        z * torch.cat([(t[:, None] * normal(5, 3)).sin(), (t[:, None] * normal(5, 3)).cos()], 1)
+    ),
     "batch norm": lambda z, t: F.batch_norm(z, normal(6, 6), normal(6, 6) ** 2),
     "spectrum": lambda z, t: torch.fft.irfft(torch.fft.rfft(z) * t[:, None], n=6),
     "dropout": lambda z, t: F.dropout(z, 0.5),
     "in place": lambda z, t: F.hardswish((2 * z).mul_(t[:, None]).relu_(), inplace=True),
     "assigned": assigned,
     "by name": lambda z, t: (
-        normal(1, len(z), 1, 6).baddbmm(batch2=z[:, :, None] * SQUARE, batch1=z[:, None], alpha=0.5, beta=2).flatten(1)
-        + F.group_norm(F.layer_norm(z, normalized_shape=(6,), weight=SQUARE[0]), num_groups=2) * t[:, None]
+        normal(1, len(z), 1, 6)
+        .baddbmm(batch2=z[:, :, None] * SQUARE, batch1=z[:, None], alpha=0.5, beta=2)
+        .flatten(1)
+        + F.group_norm(F.layer_norm(z, normalized_shape=(6,), weight=SQUARE[0]), num_groups=2)
+        * t[:, None]
     ),
-    "copied": lambda z, t: (2 * z).copy_(z.sin(), True) * torch.ones_like(z).mul(z).copy_(t[:, None]),
+    "copied": lambda z, t: (
+        (2 * z).copy_(z.sin(), True) * torch.ones_like(z).mul(z).copy_(t[:, None])
+    ),
     "dropout in place": lambda z, t: F.dropout(2 * z, 0.5, inplace=True) * t[:, None],
     "what torch calls not elementwise": lambda z, t: (
-        torch.polar(F.hardswish(z).square() + 1, z).real * torch.complex(z, t[:, None].expand_as(z)).imag
+        torch.polar(F.hardswish(z).square() + 1, z).real
+        * torch.complex(z, t[:, None].expand_as(z)).imag
         + F.logsigmoid(z)
     ),
     "along an axis": lambda z, t: (
-        z.logcumsumexp(1) + z.cummax(1)[0] * t[:, None] + z.quantile(0.3, 1, keepdim=True) + z.nanmean(1, keepdim=True)
+        z.logcumsumexp(1)
+        + z.cummax(1)[0] * t[:, None]
+        + z.quantile(0.3, 1, keepdim=True)
+        + z.nanmean(1, keepdim=True)
     ),
-    "similarity": lambda z, t: z * F.cosine_similarity(z[:, None], normal(1, 1, 5, 6), dim=2).sum(1, keepdim=True),
+    "similarity": lambda z, t: (
+        z * F.cosine_similarity(z[:, None], normal(1, 1, 5, 6), dim=2).sum(1, keepdim=True)
+    ),
     "spectrum of all but the rows": lambda z, t: (
         torch.fft.ifftn(
-            torch.fft.ifftshift(torch.fft.fftshift(torch.fft.fftn(z * t[:, None], dim=(-1,)), dim=1), dim=1), dim=(1,)
+            torch.fft.ifftshift(
+                torch.fft.fftshift(torch.fft.fftn(z * t[:, None], dim=(-1,)), dim=1), dim=1
+            ),
+            dim=(1,),
         ).real
     ),
-    "two batches in one": lambda z, t: (torch.cat([z, z * t[:, None]]).sin().unflatten(0, (2, -1))).sum(0),
+    "two batches in one": lambda z, t: (
+        torch.cat([z, z * t[:, None]]).sin().unflatten(0, (2, -1))
+    ).sum(0),
     "joined and parted": lambda z, t: (
         sum(torch.cat([z, z.sin(), z.cos(), z.exp()]).chunk(2)).split(len(z))[1] * t[:, None]
     ),
@@ -1039,7 +1220,9 @@ ONE_PASS = {
         * z.repeat(2, 3).sin().view(2, -1, 18)[1, :, 5:11]
         * torch.tile(t, (5,)).view(5, -1, 1).sum(0)
     ),
-    "two batches in the last axis": lambda z, t: torch.cat([z.T, z.T.cos()], 1).exp().view(6, 2, -1)[:, 1].T,
+    "two batches in the last axis": lambda z, t: (
+        torch.cat([z.T, z.T.cos()], 1).exp().view(6, 2, -1)[:, 1].T
+    ),
 }
 MIXED = {
     "mean": lambda z, t: z - z.mean(0),
@@ -1055,8 +1238,12 @@ MIXED = {
     "assigned in another order": assigned_in_another_order,
     "assigned to one row": lambda z, t: (z * 2).index_put_((torch.tensor(0),), z[1]),
     "across": lambda z, t: z.reshape(2, -1, 6).flip(0).reshape(-1, 6),
-    "parted otherwise than joined": lambda z, t: torch.cat([z, z.sin(), z.cos()]).chunk(2)[1].mul(2)[: len(z)],
-    "repeated unevenly": lambda z, t: z.repeat_interleave(torch.arange(len(z)) % 2 + 1, 0).sum(0) * z,
+    "parted otherwise than joined": lambda z, t: (
+        torch.cat([z, z.sin(), z.cos()]).chunk(2)[1].mul(2)[: len(z)]
+    ),
+    "repeated unevenly": lambda z, t: (
+        z.repeat_interleave(torch.arange(len(z)) % 2 + 1, 0).sum(0) * z
+    ),
     "turned to the other axis": lambda z, t: z[:, :4].T,
     "tokens": lambda z, t: F.scaled_dot_product_attention(z, z, z),
     "normalised last": lambda z, t: F.layer_norm(z - z.mean(0), (6,), SQUARE[0]),
@@ -1090,14 +1277,20 @@ BLOCKS = {
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("which", [None, "one", "half"])
 @pytest.mark.parametrize("elements", [1, 100 * 64 * 3, 1 << 20])
-def test_the_tangent_of_attention_does_not_depend_on_its_blocks(name, which, elements, monkeypatch):
+def test_the_tangent_of_attention_does_not_depend_on_its_blocks(
+    name, which, elements, monkeypatch
+):
     monkeypatch.setattr(rules.attention, "BLOCK_ELEMENTS", elements)
 
     def fn(z, t):
         moved = z * t[:, None]
         q = (moved @ normal(1, 6, 100 * 4 * 2)).reshape(-1, 100, 4, 2).transpose(1, 2)
         heads = 2 if name == "few keys and heads" else 4
-        k, v = (moved @ normal(2, 6, 2 * 100 * heads * 2)).reshape(-1, 2, 100, heads, 2).permute(1, 0, 3, 2, 4)
+        k, v = (
+            (moved @ normal(2, 6, 2 * 100 * heads * 2))
+            .reshape(-1, 2, 100, heads, 2)
+            .permute(1, 0, 3, 2, 4)
+        )
         return F.scaled_dot_product_attention(q, k, v, **BLOCKS[name]).transpose(1, 2).flatten(2)
 
     assert check_seeded(fn, choose(4, which)) == 1
@@ -1117,16 +1310,24 @@ DRAWING = {
     "alpha dropout": lambda z, t: (
         F.alpha_dropout(z, 0.4, True) * F.feature_alpha_dropout(z[..., None], 0.4, True)[..., 0]
     ),
-    "dropout2d in place": lambda z, t: F.dropout2d((z @ SQUARE)[:, :, None, None], 0.4, inplace=True).flatten(1),
+    "dropout2d in place": lambda z, t: F.dropout2d(
+        (z @ SQUARE)[:, :, None, None], 0.4, inplace=True
+    ).flatten(1),
     "attention where all is masked": lambda z, t: F.scaled_dot_product_attention(
-        tokens(z), tokens(z), tokens(z), dropout_p=0.4, attn_mask=torch.tensor([[True] * 3, [False] * 3, [True] * 3])
+        tokens(z),
+        tokens(z),
+        tokens(z),
+        dropout_p=0.4,
+        attn_mask=torch.tensor([[True] * 3, [False] * 3, [True] * 3]),
     ).flatten(1),
     "nn.Dropout": lambda z, t: nn.Dropout(0.3)(z @ SQUARE).sin() * t[:, None],
     "dropout in place": lambda z, t: F.dropout(z @ SQUARE, 0.3, inplace=True).sin(),
     "dropout1d": lambda z, t: F.dropout1d((z @ SQUARE)[:, :, None], 0.4)[..., 0],
     "dropout2d": lambda z, t: F.dropout2d((z @ SQUARE)[:, :, None, None], 0.4).flatten(1),
     "of a transposed tensor": lambda z, t: F.dropout((z @ SQUARE).T, 0.4).T,
-    "attention": lambda z, t: F.scaled_dot_product_attention(tokens(z), tokens(z), tokens(z), dropout_p=0.4).flatten(1),
+    "attention": lambda z, t: F.scaled_dot_product_attention(
+        tokens(z), tokens(z), tokens(z), dropout_p=0.4
+    ).flatten(1),
     "causal attention": lambda z, t: F.scaled_dot_product_attention(
         tokens(z), tokens(z).sin(), tokens(z), dropout_p=0.4, is_causal=True, scale=0.3
     ).flatten(1),
@@ -1209,8 +1410,14 @@ class Numpy(torch.autograd.Function):
 
 CUSTOM = {
     "one output": (lambda z, t: Sine.apply(z @ LEAF), lambda z, t: torch.sin(z @ LEAF)),
-    "of the input": (lambda z, t: Sine.apply(z) * t[:, None], lambda z, t: torch.sin(z) * t[:, None]),
-    "two outputs": (lambda z, t: sum(Both.apply(z @ LEAF, z)), lambda z, t: (z @ LEAF) * z + z @ LEAF + z.sin()),
+    "of the input": (
+        lambda z, t: Sine.apply(z) * t[:, None],
+        lambda z, t: torch.sin(z) * t[:, None],
+    ),
+    "two outputs": (
+        lambda z, t: sum(Both.apply(z @ LEAF, z)),
+        lambda z, t: (z @ LEAF) * z + z @ LEAF + z.sin(),
+    ),
     "identity": (lambda z, t: Reversal.apply(z @ LEAF).sin(), lambda z, t: (z @ LEAF).sin()),
     "rows that mix": (lambda z, t: Sums.apply(z @ LEAF), lambda z, t: (z @ LEAF).cumsum(0)),
 }
@@ -1219,7 +1426,9 @@ LEAF = normal(10, 6, 6).requires_grad_()
 
 @pytest.mark.parametrize("name", CUSTOM)
 @pytest.mark.parametrize("which", WHICH)
-def test_an_autograd_function_of_torch_functions_is_differentiated_by_its_forward_pass(name, which):
+def test_an_autograd_function_of_torch_functions_is_differentiated_by_its_forward_pass(
+    name, which
+):
     fn, same = CUSTOM[name]
     check_seeded(fn, choose(4, which), wanted=lambda fn, *args: exact(same, *args), weights=[LEAF])
 
@@ -1227,7 +1436,10 @@ def test_an_autograd_function_of_torch_functions_is_differentiated_by_its_forwar
 @pytest.mark.parametrize("which", [None, "half"])
 @pytest.mark.parametrize("enabled", [True, False])
 def test_an_autograd_function_that_leaves_torch_is_refused_by_name(which, enabled):
-    with torch.set_grad_enabled(enabled), pytest.raises(DerivativeError, match=r"Numpy.*FiniteDifference"):
+    with (
+        torch.set_grad_enabled(enabled),
+        pytest.raises(DerivativeError, match=r"Numpy.*FiniteDifference"),
+    ):
         ROUTE(lambda z, t: Numpy.apply(z @ LEAF), *inputs((4, 6)), choose(4, which))
 
 
@@ -1240,10 +1452,17 @@ def test_scripted_and_traced_code_is_differentiated(which):
 
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.LayerNorm(6)).double()
-    module, traced = torch.jit.script(net.requires_grad_(False)), torch.jit.trace(net, torch.zeros(4, 6, dtype=DOUBLE))
-    assert check_seeded(lambda z, t: scripted(z @ LEAF, y=z), choose(4, which), weights=[LEAF]) <= 2
+    module, traced = (
+        torch.jit.script(net.requires_grad_(False)),
+        torch.jit.trace(net, torch.zeros(4, 6, dtype=DOUBLE)),
+    )
+    assert (
+        check_seeded(lambda z, t: scripted(z @ LEAF, y=z), choose(4, which), weights=[LEAF]) <= 2
+    )
     for made in (module, traced):
-        check_seeded(lambda z, t, made=made: made(z @ LEAF) * t[:, None], choose(4, which), weights=[LEAF])
+        check_seeded(
+            lambda z, t, made=made: made(z @ LEAF) * t[:, None], choose(4, which), weights=[LEAF]
+        )
 
 
 TRANSFORMS = {
@@ -1266,7 +1485,9 @@ def test_a_transform_inside_the_model_is_refused_and_forward_mode_named(name, wh
 @pytest.mark.parametrize("which", WHICH)
 def test_a_transform_of_constants_inside_the_model_is_none_of_its_business(which):
     def fn(z, t):
-        mask = torch.func.vmap(torch.cos)(normal(1, 4, 6)) + torch.func.grad(lambda x: x.sum() ** 2)(normal(2, 6))
+        mask = torch.func.vmap(torch.cos)(normal(1, 4, 6)) + torch.func.grad(
+            lambda x: x.sum() ** 2
+        )(normal(2, 6))
         return z * mask * t[:, None]
 
     assert check_seeded(fn, choose(4, which)) == 1
@@ -1312,7 +1533,9 @@ def test_a_checkpointed_block_is_that_block(name, which):
         h = F.layer_norm(h @ LEAF, (6,)).sin() * t[:, None]
         h = F.dropout(h, 0.4) if name == "dropout" else h
         p = 0.4 if name == "attention dropout" else 0.0
-        h = h + F.scaled_dot_product_attention(tokens(h), tokens(h).sin(), tokens(h), dropout_p=p).flatten(1)
+        h = h + F.scaled_dot_product_attention(
+            tokens(h), tokens(h).sin(), tokens(h), dropout_p=p
+        ).flatten(1)
         return h - h.mean(0) if name == "rows that mix" else F.gelu(h)
 
     def fn(z, t):
@@ -1435,7 +1658,13 @@ def test_arguments_may_be_nested_and_only_those_with_a_tangent_move(which):
     rows = choose(4, which)
     value, derivative = ROUTE(fn, (z, t, conditions, t / 2), (v, u, None, None), rows)
     close(value, fn(z, t, conditions, t / 2))
-    close(derivative, masked(exact(lambda z, t: fn(z, t, conditions, inputs((4, 6))[0][1] / 2), (z, t), (v, u)), rows))
+    close(
+        derivative,
+        masked(
+            exact(lambda z, t: fn(z, t, conditions, inputs((4, 6))[0][1] / 2), (z, t), (v, u)),
+            rows,
+        ),
+    )
 
 
 RESULTS = {
@@ -1445,7 +1674,9 @@ RESULTS = {
     "one number a row": lambda z, t: z.sum(-1) * t,
     "a constant": lambda z, t: normal(1, 4, 6),
     "float32": lambda z, t: (z @ SQUARE).float(),
-    "whole numbers on the way": lambda z, t: z * F.embedding((t * 5).to(torch.long), SQUARE) + (z * 3).to(torch.int32),
+    "whole numbers on the way": lambda z, t: (
+        z * F.embedding((t * 5).to(torch.long), SQUARE) + (z * 3).to(torch.int32)
+    ),
 }
 
 
@@ -1503,12 +1734,16 @@ def fails_at(call):
 
 @pytest.mark.parametrize(("call", "which"), [(1, None), (1, "half"), (2, "half")])
 @pytest.mark.parametrize("enabled", [True, False])
-def test_an_exception_inside_the_model_comes_through_and_everything_is_as_before(call, which, enabled):
+def test_an_exception_inside_the_model_comes_through_and_everything_is_as_before(
+    call, which, enabled
+):
     with torch.set_grad_enabled(enabled), untouched(), pytest.raises(Failure):
         ROUTE(fails_at(call), *inputs((4, 6)), choose(4, which))
 
 
-@pytest.mark.parametrize("fn", [lambda z, t: z @ SQUARE[:5], lambda z, t: F.linear(z, SQUARE[:, :5])])
+@pytest.mark.parametrize(
+    "fn", [lambda z, t: z @ SQUARE[:5], lambda z, t: F.linear(z, SQUARE[:, :5])]
+)
 def test_an_error_of_the_plain_program_is_that_error(fn):
     with pytest.raises(RuntimeError) as plain:
         fn(*inputs((4, 6))[0])
@@ -1519,7 +1754,10 @@ def test_an_error_of_the_plain_program_is_that_error(fn):
 
 
 REFUSED = {
-    "cdist": (lambda z, t: torch.cdist(z[:, None], z[:, None] * 2)[:, 0], "cdist.*FiniteDifference"),
+    "cdist": (
+        lambda z, t: torch.cdist(z[:, None], z[:, None] * 2)[:, 0],
+        "cdist.*FiniteDifference",
+    ),
     "unsqueeze_": (lambda z, t: (z * 2).unsqueeze_(0)[0], r"unsqueeze_.*ForwardMode\(\)"),
 }
 
@@ -1580,7 +1818,9 @@ def from_nothing(z, t):
 
 
 def squares(z, t, **options):
-    return F.scaled_dot_product_attention(query=tokens(z), key=tokens(z), value=tokens(z).sin(), **options).flatten(1)
+    return F.scaled_dot_product_attention(
+        query=tokens(z), key=tokens(z), value=tokens(z).sin(), **options
+    ).flatten(1)
 
 
 RARER = {
@@ -1596,24 +1836,38 @@ RARER = {
     "tanh of complex numbers": lambda z, t: torch.complex(z, z.sin()).tanh().real,
     "sigmoid of complex numbers": lambda z, t: torch.complex(z, z.sin()).sigmoid().imag,
     "fill_ with a number that moves": lambda z, t: (z * 1).fill_(z.mean()) * z,
-    "silu in place": lambda z, t: F.silu(z @ SQUARE, inplace=True) + F.relu6(z @ SQUARE, inplace=True),
-    "hardswish in place": lambda z, t: F.hardswish(z @ SQUARE, inplace=True) + F.leaky_relu(z * 2, 0.2, inplace=True),
+    "silu in place": lambda z, t: (
+        F.silu(z @ SQUARE, inplace=True) + F.relu6(z @ SQUARE, inplace=True)
+    ),
+    "hardswish in place": lambda z, t: (
+        F.hardswish(z @ SQUARE, inplace=True) + F.leaky_relu(z * 2, 0.2, inplace=True)
+    ),
     "attention by keywords": squares,
     "attention of a negative scale": lambda z, t: squares(z, t, scale=-0.4),
     "causal attention by keywords": lambda z, t: squares(z, t, is_causal=True, scale=0.4),
     "linear by keywords": lambda z, t: F.linear(input=z, weight=SQUARE),
-    "convolution by keywords": lambda z, t: F.conv1d(input=z[:, None], weight=normal(1, 2, 1, 3)).flatten(1),
-    "arithmetic by keywords": lambda z, t: torch.add(z, other=z.sin(), alpha=2) * torch.mul(input=z, other=z),
+    "convolution by keywords": lambda z, t: F.conv1d(
+        input=z[:, None], weight=normal(1, 2, 1, 3)
+    ).flatten(1),
+    "arithmetic by keywords": lambda z, t: (
+        torch.add(z, other=z.sin(), alpha=2) * torch.mul(input=z, other=z)
+    ),
     "cat along an axis=": lambda z, t: torch.cat([z, z.sin()], axis=1),
     "tile by keyword": lambda z, t: torch.tile(z, dims=(1, 2)) + z.repeat(repeats=(1, 2)),
     "view_as": lambda z, t: normal(1, 24).view_as(z) * z + normal(2, 24).reshape_as(z),
     "float32 plus a float64 constant": lambda z, t: F.linear(z.float() + normal(1, 4, 6), SQUARE),
-    "cat of two types": lambda z, t: F.linear(torch.cat([z[:, :3].float(), normal(1, 4, 3)], 1), SQUARE),
+    "cat of two types": lambda z, t: F.linear(
+        torch.cat([z[:, :3].float(), normal(1, 4, 3)], 1), SQUARE
+    ),
     "einsum of one row": lambda z, t: torch.einsum("bi,bi->bi", z, normal(1, 1, 6)),
-    "selected": lambda z, t: z.select(1, 0)[:, None] * z.narrow(1, 1, 4) + z.unfold(1, 2, 1).sum(-1)[:, :4],
+    "selected": lambda z, t: (
+        z.select(1, 0)[:, None] * z.narrow(1, 1, 4) + z.unfold(1, 2, 1).sum(-1)[:, :4]
+    ),
     "rows by index": lambda z, t: z[torch.arange(4), torch.tensor([0, 2, 1, 5])][:, None] * z,
     "recurrent": lambda z, t: torch.gru_cell(z, z.sin(), normal(1, 18, 6), normal(2, 18, 6)),
-    "linear algebra": lambda z, t: torch.linalg.solve(z[:, :, None] * z[:, None] + torch.eye(6, dtype=z.dtype), z),
+    "linear algebra": lambda z, t: torch.linalg.solve(
+        z[:, :, None] * z[:, None] + torch.eye(6, dtype=z.dtype), z
+    ),
     "weights that move": lambda z, t: F.linear(z, z.T @ z) + F.layer_norm(z, (6,), z[0], z[1]),
     "numbers that are read": lambda z, t: z * z[0, 0].detach().item() + float(z.detach().sum()),
 }
@@ -1622,7 +1876,11 @@ RARER = {
 @pytest.mark.parametrize("name", RARER)
 @pytest.mark.parametrize("which", [None, "one", "half"])
 def test_rarer_functions_and_ways_to_call_them_are_right_too(name, which):
-    check_seeded(RARER[name], choose(4, which), tolerance=1e-6 if "float32" in name or "types" in name else 1e-11)
+    check_seeded(
+        RARER[name],
+        choose(4, which),
+        tolerance=1e-6 if "float32" in name or "types" in name else 1e-11,
+    )
 
 
 LEAVING = {
@@ -1636,7 +1894,9 @@ LEAVING = {
 
 @pytest.mark.parametrize("name", LEAVING)
 def test_a_value_that_leaves_torch_is_refused_by_the_name_of_what_took_it(name):
-    with pytest.raises(DerivativeError, match=r"got " + re.escape(name) + r".* write \.detach\(\) first"):
+    with pytest.raises(
+        DerivativeError, match=r"got " + re.escape(name) + r".* write \.detach\(\) first"
+    ):
         ROUTE(LEAVING[name], *inputs((4, 6)))
 
 
@@ -1705,7 +1965,9 @@ def test_gradients_inside_the_model_are_refused(which):
 def test_a_function_of_constants_that_closes_over_a_moving_tensor_is_refused(which):
     with untouched(), pytest.raises(DerivativeError, match=r"ForwardMode\(\)"):
         ROUTE(
-            lambda z, t: torch.func.vmap(lambda a: a * z)(normal(1, 3, 4, 6)).sum(0), *inputs((4, 6)), choose(4, which)
+            lambda z, t: torch.func.vmap(lambda a: a * z)(normal(1, 3, 4, 6)).sum(0),
+            *inputs((4, 6)),
+            choose(4, which),
         )
 
 
@@ -1814,8 +2076,14 @@ FAULTS = {
     "a conjugate of what is written": (conjugate_of_what_is_written, exact),
     "torch.Tensor of a tensor": (lambda z, t: torch.Tensor(z.float() * 2) * z, exact),
     "as_subclass": (lambda z, t: (z * 2).as_subclass(torch.Tensor) * z, exact),
-    "requires_grad_": (lambda z, t: (z @ LEAF).requires_grad_() * 2, lambda fn, z, v: 2 * v[0] @ LEAF.detach()),
-    "backward": (backward_inside, lambda fn, z, v: (torch.cos(z[0] @ SQUARE) * v[1][:, None]) @ SQUARE.T),
+    "requires_grad_": (
+        lambda z, t: (z @ LEAF).requires_grad_() * 2,
+        lambda fn, z, v: 2 * v[0] @ LEAF.detach(),
+    ),
+    "backward": (
+        backward_inside,
+        lambda fn, z, v: (torch.cos(z[0] @ SQUARE) * v[1][:, None]) @ SQUARE.T,
+    ),
     "rrelu": (lambda z, t: F.rrelu(z, training=True), by_differences),
     "einsum with a diagonal": (lambda z, t: torch.einsum("bb,bi->bi", normal(1, 4, 4), z), exact),
     "nothing, reshaped": (lambda z, t: z + z[:, :0].T.reshape(4, 0).sum(1, keepdim=True), exact),
@@ -1824,13 +2092,18 @@ FAULTS = {
 
 
 STILL = (
-    "the real part assigned", "a part of what is detached, after a write", "a conjugate of what is written",
-    "torch.Tensor of a tensor", "as_subclass",
-)  # fmt: skip
+    "the real part assigned",
+    "a part of what is detached, after a write",
+    "a conjugate of what is written",
+    "torch.Tensor of a tensor",
+    "as_subclass",
+)
 WRONG = pytest.mark.xfail(strict=True, reason="known fault")
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=WRONG if name in STILL else ()) for name in FAULTS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=WRONG if name in STILL else ()) for name in FAULTS]
+)
 def test_programs_with_a_known_fault_are_right_or_refused(name):
     fn, wanted = FAULTS[name]
     for which in (None, "one", "half"):
@@ -1868,11 +2141,17 @@ RUNNING_WRONGLY = {
     "assignment": by_assignment,
     "foreach": lambda net, z: torch._foreach_add_([net.mean], [z.detach().mean(0)]),
 }
-KNOWN = pytest.mark.xfail(strict=True, reason="known fault: of what is not seen to be written there is no memory")
+KNOWN = pytest.mark.xfail(
+    strict=True, reason="known fault: of what is not seen to be written there is no memory"
+)
 
 
-@pytest.mark.parametrize("name", [*RUNNING, *(pytest.param(name, marks=KNOWN) for name in RUNNING_WRONGLY)])
-def test_a_running_mean_that_the_model_writes_takes_one_step_and_the_derivative_is_at_that_step(name):
+@pytest.mark.parametrize(
+    "name", [*RUNNING, *(pytest.param(name, marks=KNOWN) for name in RUNNING_WRONGLY)]
+)
+def test_a_running_mean_that_the_model_writes_takes_one_step_and_the_derivative_is_at_that_step(
+    name,
+):
     add, (primals, tangents) = {**RUNNING, **RUNNING_WRONGLY}[name], inputs((4, 6))
     for which in WHICH:
         net, plain = Averaged(add), Averaged(add)
@@ -1881,7 +2160,9 @@ def test_a_running_mean_that_the_model_writes_takes_one_step_and_the_derivative_
         close(found, value)
         close(net.mean.detach(), plain.mean.detach())
         mean = plain.mean.detach()
-        wanted = exact(lambda z, t, mean=mean: z * mean + z.mean(0) * t[:, None], primals, tangents)
+        wanted = exact(
+            lambda z, t, mean=mean: z * mean + z.mean(0) * t[:, None], primals, tangents
+        )
         close(derivative, masked(wanted, choose(4, which)))
 
 
@@ -1930,7 +2211,9 @@ def test_rms_norm_of_bfloat16_has_the_eps_of_torch():
     close(ROUTE(fn, primals, tangents)[1], exact(fn, primals, tangents), 0.02)
 
 
-@pytest.mark.parametrize("draw", [random.random, lambda: np.random.rand(), lambda: torch.rand(()).item()])
+@pytest.mark.parametrize(
+    "draw", [random.random, lambda: np.random.rand(), lambda: torch.rand(()).item()]
+)
 def test_a_second_pass_draws_what_the_first_one_drew(draw):
     """Rows that mix need a second pass; the factor is Python's, numpy's or torch's."""
     factors = []

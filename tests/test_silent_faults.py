@@ -1,4 +1,6 @@
-"""What was wrong without a word is right, or refused by name: each test has the right value beside it."""
+"""What was wrong without a word is right, or refused by name: each test has the right value beside
+it.
+"""
 
 import os
 import random
@@ -67,7 +69,8 @@ def derived(route, model, primals, tangents, **cond):
     return value, derivative[rows], rows
 
 
-# --- rows that need each other ---------------------------------------------------------------------------------------
+# --- rows that need each other
+# ---------------------------------------------------------------------------------------
 
 GRAPH = torch.tensor([0, 0, 0, 1, 1, 2])
 TABLE = torch.linspace(-1, 1, 18, dtype=torch.float64).reshape(6, 3)
@@ -177,7 +180,9 @@ def summed(z, t, s, table):
     return torch.tanh(z * (1 + t[:, None]) + table.sum(0))
 
 
-@pytest.mark.parametrize(("model", "cond"), [(summed, {"table": TABLE}), *list(MIXED.values())[:4]])
+@pytest.mark.parametrize(
+    ("model", "cond"), [(summed, {"table": TABLE}), *list(MIXED.values())[:4]]
+)
 def test_trajectory_matching_gives_every_pair_the_whole_condition(model, cond):
     (z, _, _), (noise, _, _) = arguments()
     loss_fn = TrajectoryMatchingLoss(teacher=lambda z, t, **cond: -z * (1 + t)[:, None], points=4)
@@ -199,7 +204,8 @@ def test_trajectory_matching_takes_all_pairs_at_once_where_it_may():
     assert sizes == [36, 6]
 
 
-# --- a second run that is not the first one --------------------------------------------------------------------------
+# --- a second run that is not the first one
+# --------------------------------------------------------------------------
 
 OWN = torch.Generator()
 OWN_NUMPY = np.random.default_rng(0)
@@ -216,8 +222,12 @@ def mask_of_python(z):
 DRAWN = {
     "random": mask_of_python,
     "numpy": lambda z: torch.from_numpy(np.random.rand(*z.shape)),
-    "one layer less, by random": lambda z: torch.tensor(float(random.random() < 0.5), dtype=z.dtype),
-    "one layer less, by numpy": lambda z: torch.tensor(float(np.random.rand() < 0.5), dtype=z.dtype),
+    "one layer less, by random": lambda z: torch.tensor(
+        float(random.random() < 0.5), dtype=z.dtype
+    ),
+    "one layer less, by numpy": lambda z: torch.tensor(
+        float(np.random.rand() < 0.5), dtype=z.dtype
+    ),
 }
 
 
@@ -233,7 +243,9 @@ def test_what_python_and_numpy_draw_is_drawn_again(route, draw):
         after = random.getstate(), np.random.get_state()[2]
         random.seed(seed)
         np.random.seed(seed)
-        derivative, rows = derived(route, lambda z, t, s: masked(z, t, s, draw(z)), primals, tangents)[1:]
+        derivative, rows = derived(
+            route, lambda z, t, s: masked(z, t, s, draw(z)), primals, tangents
+        )[1:]
         near(derivative, wanted[rows], route)
         assert (random.getstate(), np.random.get_state()[2]) == after
 
@@ -249,8 +261,12 @@ def counter():
 
 
 REMEMBERS = {
-    "a generator of torch": lambda: lambda z, t, s: z * torch.rand(z.shape, generator=OWN, dtype=z.dtype) * t[:, None],
-    "a generator of numpy": lambda: lambda z, t, s: z * torch.from_numpy(OWN_NUMPY.random(z.shape)) * t[:, None],
+    "a generator of torch": lambda: (
+        lambda z, t, s: z * torch.rand(z.shape, generator=OWN, dtype=z.dtype) * t[:, None]
+    ),
+    "a generator of numpy": lambda: (
+        lambda z, t, s: z * torch.from_numpy(OWN_NUMPY.random(z.shape)) * t[:, None]
+    ),
     "a count of its calls": counter,
 }
 
@@ -262,7 +278,9 @@ def test_a_model_that_gives_another_value_each_time_is_refused(route, make, mask
     primals, tangents = arguments()
     if not masked:
         primals = (*primals[:2], 0.3 * primals[1])
-    with pytest.raises(DerivativeError, match=r"^got .*write derivative=SharedPrimal|derivative=SharedPrimal"):
+    with pytest.raises(
+        DerivativeError, match=r"^got .*write derivative=SharedPrimal|derivative=SharedPrimal"
+    ):
         derived(route, make(), primals, tangents)
 
 
@@ -305,7 +323,9 @@ def test_finite_differences_of_what_is_rounded_inside_are_refused(route, how):
 
     primals, tangents = arguments()
     single = [None if p is None else p.float() for p in (*primals, *tangents)]
-    with pytest.raises(DerivativeError, match=r"half precision by itself.*bfloat16.*derivative=SharedPrimal"):
+    with pytest.raises(
+        DerivativeError, match=r"half precision by itself.*bfloat16.*derivative=SharedPrimal"
+    ):
         derived(route, model, single[:3], single[3:])
 
 
@@ -357,7 +377,8 @@ def test_arrays_of_jax_from_a_model_that_remembers_are_refused():
             FiniteDifference(order=order)(model, (z, t, t), (z, jax.numpy.ones_like(t), None))
 
 
-# --- what a second run leaves behind ---------------------------------------------------------------------------------
+# --- what a second run leaves behind
+# ---------------------------------------------------------------------------------
 
 
 class Queue(nn.Module):
@@ -405,7 +426,9 @@ def test_forward_mode_reads_what_was_written():
 
 
 def test_what_autograd_does_not_see_is_an_engines_and_stays():
-    """FSDP2 fills memory that it has kept, out of autograd's sight, and frees it before the run ends."""
+    """FSDP2 fills memory that it has kept, out of autograd's sight, and frees it before the run
+    ends.
+    """
     filled, freed, held = torch.zeros(3), torch.zeros(3), torch.zeros(3)
     with replay.untouched():
         for tensor in (filled, freed):
@@ -420,10 +443,20 @@ def started(script, *args, processes=1):
     """Run a script beside this file, in that many processes."""
     here = Path(__file__).parent
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", here / script, *args],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={processes}",
+            here / script,
+            *args,
+        ],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def test_fsdp2_on_one_process_is_exact():
@@ -438,7 +471,8 @@ def test_no_process_waits_for_one_whose_rows_all_lie_on_the_diagonal():
     assert done.stdout.count("agrees") == 2 * 8
 
 
-# --- what forward mode cannot follow ---------------------------------------------------------------------------------
+# --- what forward mode cannot follow
+# ---------------------------------------------------------------------------------
 
 
 def flex(z, t, s):
@@ -512,7 +546,8 @@ def test_what_stands_still_on_purpose_is_followed():
     near(ForwardMode()(model, primals, tangents)[1], exact(model, primals, tangents)[1])
 
 
-# --- models that write into what they are given ----------------------------------------------------------------------
+# --- models that write into what they are given
+# ----------------------------------------------------------------------
 
 
 def writes_times(z, t, s):
@@ -579,12 +614,15 @@ def test_every_objective_keeps_its_own_times_and_states(loss_fn, model):
         assert torch.equal(given, before)
 
 
-# --- threads and interrupts ------------------------------------------------------------------------------------------
+# --- threads and interrupts
+# ------------------------------------------------------------------------------------------
 
 
 def test_threads_take_turns_in_forward_mode():
     primals, tangents = arguments(8, 16)
-    model = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.GELU()) for _ in range(12))).double()
+    model = nn.Sequential(
+        *(nn.Sequential(nn.Linear(16, 16), nn.GELU()) for _ in range(12))
+    ).double()
 
     def timed(z, t, s):
         return model(z) * t[:, None]
@@ -622,8 +660,14 @@ def test_an_interrupt_leaves_nothing_behind(route):
                 if seen[0] == line:
                     sys.settrace(None)
                     raise KeyboardInterrupt
-            return trace if "eager_transforms" in frame.f_code.co_filename or "forward_mode" in frame.f_code.co_filename \
-                or "second_run" in frame.f_code.co_filename or "forward_ad" in frame.f_code.co_filename else None  # fmt: skip
+            return (
+                trace
+                if "eager_transforms" in frame.f_code.co_filename
+                or "forward_mode" in frame.f_code.co_filename
+                or "second_run" in frame.f_code.co_filename
+                or "forward_ad" in frame.f_code.co_filename
+                else None
+            )
 
         sys.settrace(trace)
         try:
@@ -638,12 +682,15 @@ def test_an_interrupt_leaves_nothing_behind(route):
     while interrupted(line):
         assert torch.is_grad_enabled() and torch._C._len_torch_function_stack() == 0
         assert torch._C._functorch.peek_interpreter_stack() is None
-        derivative, rows = derived(ForwardMode(), lambda z, t, s: torch.sin(z) * t[:, None], primals, tangents)[1:]
+        derivative, rows = derived(
+            ForwardMode(), lambda z, t, s: torch.sin(z) * t[:, None], primals, tangents
+        )[1:]
         near(derivative, wanted[rows])
         line += 7
 
 
-# --- inputs ----------------------------------------------------------------------------------------------------------
+# --- inputs
+# -------------------------------------------------------------------------------------------------
 
 
 @each_route
@@ -760,4 +807,7 @@ def test_a_step_asks_the_device_once():
     with Transfers() as transfers:
         loss_fn(lambda z, t, s: net(z) * t[:, None], Z)
     assert transfers.names.count("aten::nonzero") == 1
-    assert "aten::_local_scalar_dense" not in transfers.names and "aten::is_nonzero" not in transfers.names
+    assert (
+        "aten::_local_scalar_dense" not in transfers.names
+        and "aten::is_nonzero" not in transfers.names
+    )

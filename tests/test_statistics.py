@@ -48,7 +48,10 @@ POINTS = [(0.9, 0.05), (0.83, 0.8), (0.31, 0.07), (0.5, 0.25)]
 
 def vanishes(expression):
     """Zero with 50 digits at several points inside the triangle."""
-    values = [expression.subs({t: sympy.Float(a, 60), s: sympy.Float(b, 60)}).evalf(50) for a, b in POINTS]
+    values = [
+        expression.subs({t: sympy.Float(a, 60), s: sympy.Float(b, 60)}).evalf(50)
+        for a, b in POINTS
+    ]
     return all(abs(value) < 1e-40 for value in values)
 
 
@@ -56,7 +59,8 @@ def close(actual, wanted, tolerance=1e-10):
     torch.testing.assert_close(actual, wanted, rtol=tolerance, atol=tolerance)
 
 
-# --- kappa -----------------------------------------------------------------------------------------------------------
+# --- kappa
+# -------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=40)
@@ -104,10 +108,13 @@ def test_kappa_of_the_matched_statistic_is_beta_of_s(schedule, at):
 
 
 @pytest.mark.parametrize("schedule", PRESETS.values(), ids=PRESETS)
-@pytest.mark.parametrize("statistic", [MeanFlowStatistic(), Statistic("t", "-1"), Statistic("1", "-1/(t-s)")])
+@pytest.mark.parametrize(
+    "statistic", [MeanFlowStatistic(), Statistic("t", "-1"), Statistic("1", "-1/(t-s)")]
+)
 def test_a_kappa_that_depends_on_t_is_refused_with_what_is_left_of_t(schedule, statistic):
     with pytest.raises(
-        CriterionError, match=r"function of s alone, but at \(t, s\) = \(0\.\d+, 0\.\d+\) it is .* rate"
+        CriterionError,
+        match=r"function of s alone, but at \(t, s\) = \(0\.\d+, 0\.\d+\) it is .* rate",
     ):
         statistic.kappa(schedule)
 
@@ -128,7 +135,8 @@ def test_there_is_no_data_term_without_criterion_1():
         coefficients(LINEAR, MeanFlowStatistic()).data  # noqa: B018
 
 
-# --- the identities --------------------------------------------------------------------------------------------------
+# --- the identities
+# -------------------------------------------------------------------------------------------------
 
 SYMBOLIC = {
     "matched": lambda schedule: MatchedStatistic(),
@@ -150,7 +158,9 @@ def test_identities_one_and_two_hold_symbolically(name, schedule):
     assert vanishes(c.derivative.expression - 1 / delta)
     assert vanishes(c.prediction.expression - sympy.diff(1 / delta, t))
     state, velocity = c.state.expression, c.velocity.expression
-    assert vanishes(state - sympy.diff(gamma / delta, t)) and vanishes(velocity - 1 - gamma / delta)  # (I)
+    assert vanishes(state - sympy.diff(gamma / delta, t)) and vanishes(
+        velocity - 1 - gamma / delta
+    )  # (I)
     noise_left = state * beta + velocity * beta.diff(t)
     if name == "MeanFlow" or (name == "paper" and schedule != LINEAR):
         assert c.failure and not vanishes(noise_left)
@@ -164,7 +174,9 @@ def test_identities_one_and_two_hold_symbolically(name, schedule):
 @settings(max_examples=40)
 @given(st.data(), schedules)
 def test_identity_one_holds_numerically(data, schedule):
-    """D_t(f/delta) for f/delta = (gamma/delta) z_t + I with D_t z_t = D_t I = v, by autodiff of the library's own ratios."""
+    """D_t(f/delta) for f/delta = (gamma/delta) z_t + I with D_t z_t = D_t I = v, by autodiff of
+    the library's own ratios.
+    """
     statistic = data.draw(any_statistics_for(schedule))
     t_, s_ = data.draw(pairs(inside=True))
     c = coefficients(schedule, statistic)
@@ -173,13 +185,17 @@ def test_identity_one_holds_numerically(data, schedule):
     close(c.state(t_, s_), slope, 1e-7)
     close(c.velocity(t_, s_), 1 + ratio(t_, s_))
     close(c.derivative(t_, s_), inverse(t_, s_))
-    close(c.prediction(t_, s_), torch.func.jvp(lambda u: inverse(u, s_), (t_,), (ONE[:4],))[1], 1e-7)
+    close(
+        c.prediction(t_, s_), torch.func.jvp(lambda u: inverse(u, s_), (t_,), (ONE[:4],))[1], 1e-7
+    )
 
 
 @settings(max_examples=40)
 @given(st.data(), schedules)
 def test_identity_two_holds_numerically(data, schedule):
-    """(gamma/delta)' z_t + (1 + gamma/delta) v = c z for every z and noise: compare what multiplies each."""
+    """(gamma/delta)' z_t + (1 + gamma/delta) v = c z for every z and noise: compare what
+    multiplies each.
+    """
     statistic = data.draw(statistics_for(schedule))
     t_, s_ = data.draw(pairs(inside=True))
     c = coefficients(schedule, statistic)
@@ -216,7 +232,8 @@ def test_callables_give_the_coefficients_of_their_formulas(times, delta):
         close(getattr(found, name)(t_, s_), getattr(wanted, name)(t_, s_), 1e-6)
 
 
-# --- the matched statistic, in closed form ---------------------------------------------------------------------------
+# --- the matched statistic, in closed form
+# ---------------------------------------------------------------------------
 
 
 @settings(max_examples=30)
@@ -225,7 +242,11 @@ def test_the_matched_coefficients_are_their_closed_form(schedule, times):
     t_, s_ = times
     c = coefficients(schedule, MatchedStatistic())
     tolerance = 1e-9
-    close(c.derivative(t_, s_), schedule.beta(s_) * schedule.signal_to_noise(t_) - schedule.alpha(s_), tolerance)
+    close(
+        c.derivative(t_, s_),
+        schedule.beta(s_) * schedule.signal_to_noise(t_) - schedule.alpha(s_),
+        tolerance,
+    )
     close(c.prediction(t_, s_), schedule.beta(s_) * schedule.signal_to_noise_dot(t_), tolerance)
     close(c.data(t_, s_), c.prediction(t_, s_), tolerance)
     close(c.velocity(t_, s_), schedule.beta(s_) / schedule.beta(t_), tolerance)
@@ -245,14 +266,19 @@ def test_the_matched_step_is_a_ddim_jump(data, schedule):
 @given(formula_schedules, pairs(gap=0.05))
 def test_the_matched_statistic_written_out_is_the_same(schedule, times):
     t_, s_ = times
-    written, short = coefficients(schedule, MatchedStatistic().on(schedule)), coefficients(schedule, MatchedStatistic())
+    written, short = (
+        coefficients(schedule, MatchedStatistic().on(schedule)),
+        coefficients(schedule, MatchedStatistic()),
+    )
     for name in ("prediction", "derivative", "data", "state", "velocity"):
         close(getattr(written, name)(t_, s_), getattr(short, name)(t_, s_), 1e-8)
 
 
 def test_the_matched_statistic_of_the_linear_schedule_is_the_papers():
     statistic = MatchedStatistic().on(LINEAR)
-    assert vanishes(statistic.gamma.expression - 1) and vanishes(statistic.delta.expression + t / (t - s))
+    assert vanishes(statistic.gamma.expression - 1) and vanishes(
+        statistic.delta.expression + t / (t - s)
+    )
 
 
 def test_the_matched_statistic_of_the_cosine_schedule_is_that_of_the_table():
@@ -260,7 +286,8 @@ def test_the_matched_statistic_of_the_cosine_schedule_is_that_of_the_table():
     assert vanishes(delta - sympy.sin(sympy.pi * t / 2) / sympy.sin(sympy.pi * (s - t) / 2))
 
 
-# --- the edges -------------------------------------------------------------------------------------------------------
+# --- the edges
+# -------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=30)
@@ -269,7 +296,11 @@ def test_matched_coefficients_are_exact_on_the_diagonal(schedule):
     c = coefficients(schedule, MatchedStatistic())
     inner = TIMES[:-1]
     assert torch.allclose(c.derivative(inner, inner), ZERO[:-1], rtol=0, atol=1e-13)
-    close(c.prediction(TIMES, TIMES), schedule.beta(TIMES) * schedule.signal_to_noise_dot(TIMES), 1e-9)
+    close(
+        c.prediction(TIMES, TIMES),
+        schedule.beta(TIMES) * schedule.signal_to_noise_dot(TIMES),
+        1e-9,
+    )
     close(c.data(TIMES, TIMES), c.prediction(TIMES, TIMES), 1e-12)
 
 
@@ -283,7 +314,9 @@ def test_matched_coefficients_are_exact_at_s_zero_and_at_t_one(schedule):
     close(c.velocity(TIMES, ZERO), ZERO, 1e-13)
     starts = torch.linspace(0, 0.99, 25, dtype=torch.float64)
     close(c.derivative(ONE, starts), -schedule.alpha(starts), 1e-12)
-    close(c.prediction(ONE, starts), schedule.beta(starts) * schedule.alpha_dot(1.0).double(), 1e-6)
+    close(
+        c.prediction(ONE, starts), schedule.beta(starts) * schedule.alpha_dot(1.0).double(), 1e-6
+    )
     close(c.velocity(ONE, starts), schedule.beta(starts), 1e-12)
 
 
@@ -304,7 +337,9 @@ UNMATCHED = Statistic.from_kappa(LINEAR, "pi*s/2", "2/(pi*s*(cot(pi*t/2) - cot(p
 
 
 def test_an_unmatched_statistic_is_exact_at_s_zero():
-    """h = cot(pi t/2) - cot(pi s/2), kappa = pi s/2: kappa cot(pi s/2) -> 1 for s -> 0, so b(t, 0) = -1."""
+    """h = cot(pi t/2) - cot(pi s/2), kappa = pi s/2: kappa cot(pi s/2) -> 1 for s -> 0, so b(t, 0)
+    = -1.
+    """
     c = coefficients(LINEAR, UNMATCHED)
     close(c.derivative(TIMES, ZERO), -ONE, 1e-12)
     close(c.prediction(TIMES, ZERO), ZERO, 1e-12)
@@ -316,7 +351,11 @@ def test_an_unmatched_statistic_is_exact_on_the_diagonal_and_at_t_one():
     c = coefficients(LINEAR, UNMATCHED)
     inner = TIMES[:-1]
     close(c.derivative(inner, inner), ZERO[:-1], 1e-12)
-    close(c.prediction(inner, inner), -(math.pi**2) / 4 * inner / torch.sin(math.pi * inner / 2) ** 2, 1e-9)
+    close(
+        c.prediction(inner, inner),
+        -(math.pi**2) / 4 * inner / torch.sin(math.pi * inner / 2) ** 2,
+        1e-9,
+    )
     close(c.data(TIMES, TIMES), -math.pi / 2 / TIMES, 1e-9)
     wanted = -(math.pi * inner / 2) / torch.tan(math.pi * inner / 2)
     close(c.derivative(ONE[:-1], inner), wanted, 1e-9)
@@ -334,14 +373,17 @@ def test_matched_coefficients_of_callables_are_right_on_the_edges(schedule):
 
 
 def test_a_delta_that_is_infinite_on_the_diagonal_as_a_callable_is_as_the_text():
-    black_box = Statistic(lambda t, s: torch.ones_like(t), lambda t, s: -t / (t - s)).coefficients(LINEAR)
+    black_box = Statistic(lambda t, s: torch.ones_like(t), lambda t, s: -t / (t - s)).coefficients(
+        LINEAR
+    )
     text = Statistic("1", "-t/(t-s)").coefficients(LINEAR)
     for t_, s_ in ((TIMES, TIMES), (TIMES, ZERO), (ONE, TIMES)):
         for name in ("prediction", "derivative", "data"):
             close(getattr(black_box, name)(t_, s_), getattr(text, name)(t_, s_), 2e-5)
 
 
-# --- the scale -------------------------------------------------------------------------------------------------------
+# --- the scale
+# -------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60)
@@ -377,10 +419,13 @@ def test_the_scales_of_the_table(times):
     close(coefficients(LINEAR, MeanFlowStatistic()).scale(t_, s_), torch.ones_like(t_), 1e-9)
 
 
-# --- construction ----------------------------------------------------------------------------------------------------
+# --- construction
+# -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("delta", ["0", 0, "t - t", lambda t, s: torch.zeros_like(t), "sin(pi*t)*0"])
+@pytest.mark.parametrize(
+    "delta", ["0", 0, "t - t", lambda t, s: torch.zeros_like(t), "sin(pi*t)*0"]
+)
 def test_a_delta_of_zero_is_refused(delta):
     with pytest.raises(CriterionError, match="zero inside"):
         Statistic("1", delta)
@@ -429,7 +474,9 @@ def test_statistics_differ_where_they_differ():
 def test_the_coefficients_are_precise_in_float32(power):
     schedule = PolynomialSchedule(power)
     c = MatchedStatistic().coefficients(schedule)
-    pair = torch.rand(2, 20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64).clamp(min=0.01)
+    pair = torch.rand(
+        2, 20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    ).clamp(min=0.01)
     t, s = pair.max(0).values.float(), pair.min(0).values.float()
     u, r = 1 - t.double(), 1 - s.double()
     alpha_t, beta_t, alpha_s, beta_s = u**power, 1 - u**power, r**power, 1 - r**power

@@ -53,7 +53,11 @@ def test_times_are_between_the_floor_and_one(sampler, seed, dtype, rows):
 
 
 @settings(max_examples=60)
-@given(st.one_of(PAIRS, st.builds(ToDataTimes, samplers)), seeds, st.sampled_from([torch.float32, torch.float64]))
+@given(
+    st.one_of(PAIRS, st.builds(ToDataTimes, samplers)),
+    seeds,
+    st.sampled_from([torch.float32, torch.float64]),
+)
 def test_pairs_are_ordered(sampler, seed, dtype):
     t, s = sampler(64, generator=generator(seed), dtype=dtype)
     assert t.shape == s.shape == (64,) and t.dtype == s.dtype == dtype
@@ -71,13 +75,17 @@ def test_the_same_seed_draws_the_same_and_the_global_generator_is_left_alone(sam
 
 
 def test_another_seed_draws_something_else():
-    assert not torch.equal(UniformTimes()(32, generator=generator(0)), UniformTimes()(32, generator=generator(1)))
+    assert not torch.equal(
+        UniformTimes()(32, generator=generator(0)), UniformTimes()(32, generator=generator(1))
+    )
 
 
 @settings(max_examples=40)
 @given(seeds, st.integers(1, 200), st.floats(0, 1), st.booleans())
 def test_the_share_on_the_diagonal_is_the_one_asked_for(seed, rows, equal, mask_first):
-    t, s = TimePairs(equal=equal, mask_first=mask_first)(rows, generator=generator(seed), dtype=torch.float64)
+    t, s = TimePairs(equal=equal, mask_first=mask_first)(
+        rows, generator=generator(seed), dtype=torch.float64
+    )
     assert abs(int((t == s).sum()) - equal * rows) < 1
 
 
@@ -89,16 +97,28 @@ def test_the_share_is_met_on_average_where_it_is_no_whole_number_of_rows():
 
 def test_which_rows_are_on_the_diagonal_is_random():
     draw = generator(0)
-    share = sum(torch.eq(*TimePairs(equal=0.5)(8, generator=draw)).double() for _ in range(2000)) / 2000
+    share = (
+        sum(torch.eq(*TimePairs(equal=0.5)(8, generator=draw)).double() for _ in range(2000))
+        / 2000
+    )
     assert ((share - 0.5).abs() < 0.06).all()
 
 
-@pytest.mark.parametrize(("mask_first", "mean", "median"), [(False, 2 / 3, math.sqrt(0.5)), (True, 1 / 2, 1 / 2)])
-def test_masked_before_sorting_the_diagonal_is_a_plain_draw_and_after_it_the_larger_of_two(mask_first, mean, median):
-    t, s = TimePairs(UniformTimes(TIME_FLOOR, 1), 0.5, mask_first)(40_000, generator=generator(0), dtype=torch.float64)
+@pytest.mark.parametrize(
+    ("mask_first", "mean", "median"), [(False, 2 / 3, math.sqrt(0.5)), (True, 1 / 2, 1 / 2)]
+)
+def test_masked_before_sorting_the_diagonal_is_a_plain_draw_and_after_it_the_larger_of_two(
+    mask_first, mean, median
+):
+    t, s = TimePairs(UniformTimes(TIME_FLOOR, 1), 0.5, mask_first)(
+        40_000, generator=generator(0), dtype=torch.float64
+    )
     unit = (t - TIME_FLOOR) / (1 - TIME_FLOOR)
     on = t == s
-    assert abs(float(unit[on].mean()) - mean) < 0.01 and abs(float(unit[on].median()) - median) < 0.015
+    assert (
+        abs(float(unit[on].mean()) - mean) < 0.01
+        and abs(float(unit[on].median()) - median) < 0.015
+    )
     assert abs(float(unit[~on].mean()) - 2 / 3) < 0.01
     assert abs(float(((s - TIME_FLOOR) / (1 - TIME_FLOOR))[~on].mean()) - 1 / 3) < 0.01
 
@@ -115,15 +135,22 @@ def test_shifted_times_are_their_formula(seed, dim, inner):
 
 def test_a_shift_of_one_changes_nothing_and_a_larger_latent_is_noisier():
     plain = UniformTimes()(64, generator=generator(0), dtype=torch.float64)
-    same, more = (ShiftedTimes(dim)(64, generator=generator(0), dtype=torch.float64) for dim in (4096, 8192))
+    same, more = (
+        ShiftedTimes(dim)(64, generator=generator(0), dtype=torch.float64) for dim in (4096, 8192)
+    )
     torch.testing.assert_close(same, plain)
     assert ShiftedTimes(4096).shift == 1 and (more[plain < 1] > plain[plain < 1]).all()
 
 
 def test_the_distributions_are_those_of_their_names():
     uniform = UniformTimes(0.2, 0.6)(40_000, generator=generator(0), dtype=torch.float64)
-    assert abs(float(uniform.mean()) - 0.4) < 0.003 and abs(float(uniform.std()) - 0.4 / math.sqrt(12)) < 0.002
-    logit = torch.logit(LogitNormalTimes(0.8, 0.8)(40_000, generator=generator(0), dtype=torch.float64))
+    assert (
+        abs(float(uniform.mean()) - 0.4) < 0.003
+        and abs(float(uniform.std()) - 0.4 / math.sqrt(12)) < 0.002
+    )
+    logit = torch.logit(
+        LogitNormalTimes(0.8, 0.8)(40_000, generator=generator(0), dtype=torch.float64)
+    )
     assert abs(float(logit.mean()) - 0.8) < 0.02 and abs(float(logit.std()) - 0.8) < 0.02
 
 
@@ -132,13 +159,18 @@ def test_the_distributions_are_those_of_their_names():
 def test_a_power_of_uniform_times_has_the_distribution_of_its_formula(power, seed):
     draws = PowerTimes(power)(4000, generator=generator(seed), dtype=torch.float64)
     unit = ((draws - TIME_FLOOR) / (1 - TIME_FLOOR)).clamp(0, 1) ** (1 / power)
-    assert (unit.sort().values - torch.linspace(0, 1, 4000, dtype=torch.float64)).abs().max() < 0.045
+    assert (
+        unit.sort().values - torch.linspace(0, 1, 4000, dtype=torch.float64)
+    ).abs().max() < 0.045
 
 
 def test_the_larger_of_two_squared_times_is_uniform():
     t, s = TimePairs(PowerTimes(2), 0.0)(40_000, generator=generator(0), dtype=torch.float64)
     low, high = ((x - TIME_FLOOR) / (1 - TIME_FLOOR) for x in (s, t))
-    assert abs(float(high.mean()) - 1 / 2) < 0.006 and abs(float(high.std()) - 1 / math.sqrt(12)) < 0.004
+    assert (
+        abs(float(high.mean()) - 1 / 2) < 0.006
+        and abs(float(high.std()) - 1 / math.sqrt(12)) < 0.004
+    )
     assert abs(float(((low / high) < 0.25).double().mean()) - 1 / 2) < 0.01
 
 
@@ -184,7 +216,11 @@ def test_settings_that_make_no_sense_are_refused_with_their_values(make, named):
 
 
 def test_a_misspelt_keyword_is_a_type_error():
-    for make in (lambda: TimePairs(equals=0.5), lambda: UniformTimes(lo=0.1), lambda: ShiftedTimes(dims=4)):
+    for make in (
+        lambda: TimePairs(equals=0.5),
+        lambda: UniformTimes(lo=0.1),
+        lambda: ShiftedTimes(dims=4),
+    ):
         with pytest.raises(TypeError):
             make()
 

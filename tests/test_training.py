@@ -1,4 +1,6 @@
-"""The training loop: what a killed run leaves continues to the same weights; checkpoints are whole or absent."""
+"""The training loop: what a killed run leaves continues to the same weights; checkpoints are whole
+or absent.
+"""
 
 import dataclasses
 import itertools
@@ -52,7 +54,8 @@ def data():
 
 def equal(first, second):
     return all(
-        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
     )
 
 
@@ -137,7 +140,14 @@ def test_a_torn_checkpoint_is_passed_over_for_the_one_before(tmp_path):
 def test_other_settings_are_refused_and_the_difference_is_named(tmp_path):
     train("a", network(), data(), loss, SETTINGS, tmp_path)
     with pytest.raises(RunError, match="batch: 16 there, 8 now"):
-        train("a", network(), data(), loss, LoopSettings(steps=40, batch=8, warmup=5, checkpoint_every=7), tmp_path)
+        train(
+            "a",
+            network(),
+            data(),
+            loss,
+            LoopSettings(steps=40, batch=8, warmup=5, checkpoint_every=7),
+            tmp_path,
+        )
 
 
 def test_only_unreadable_checkpoints_are_an_error(tmp_path):
@@ -178,7 +188,9 @@ def test_only_the_latest_are_kept(tmp_path):
     checkpoints = Checkpoints(tmp_path, {}, keep=2)
     for step in range(5):
         checkpoints.save(step, {"a": torch.full((2,), float(step))})
-    assert [path.name for path in sorted(tmp_path.iterdir())] == [f"step-{step:08d}.safetensors" for step in (3, 4)]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [
+        f"step-{step:08d}.safetensors" for step in (3, 4)
+    ]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_where():
@@ -186,7 +198,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where():
         return net(batch[0]).sum() * torch.nan
 
     settings = dataclasses.replace(SETTINGS, skips=2)
-    with pytest.warns(UserWarning, match=r"nan at step \d"), pytest.raises(RunError, match=r"nan at step 2.*skips = 2"):
+    with (
+        pytest.warns(UserWarning, match=r"nan at step \d"),
+        pytest.raises(RunError, match=r"nan at step 2.*skips = 2"),
+    ):
         train("a", network(), data(), lost, settings, None)
 
 
@@ -213,9 +228,13 @@ def test_a_line_that_a_killed_run_left_unfinished_costs_no_other(tmp_path, cut):
 @given(rows=st.integers(1, 40), size=st.integers(1, 60), seed=st.integers(0, 9))
 def test_every_pass_over_the_data_sees_every_row_once(rows, size, seed):
     batches: Batches = TensorBatches((torch.arange(rows),))
-    stream = torch.cat([batches(step * size, (step + 1) * size, seed)[0] for step in range(3 * rows // size + 1)])
+    stream = torch.cat(
+        [batches(step * size, (step + 1) * size, seed)[0] for step in range(3 * rows // size + 1)]
+    )
     for number in range(len(stream) // rows):
-        assert torch.equal(stream[number * rows : (number + 1) * rows].sort().values, torch.arange(rows))
+        assert torch.equal(
+            stream[number * rows : (number + 1) * rows].sort().values, torch.arange(rows)
+        )
 
 
 def test_seeds_of_neighbouring_steps_differ():
@@ -249,7 +268,9 @@ def test_the_averaged_weights_follow_their_recursion():
 
 
 class Duel(Game):
-    """A network that pulls its outputs to those the opponent likes; the opponent tells outputs from inputs."""
+    """A network that pulls its outputs to those the opponent likes; the opponent tells outputs
+    from inputs.
+    """
 
     def __init__(self):
         torch.manual_seed(5)
@@ -290,7 +311,11 @@ def test_both_players_continue_to_the_same_weights(tmp_path, at):
         train("a", plain(), data(), Stopped(), SETTINGS, tmp_path)
     resumed, again = plain(), Duel()
     continued = train("a", resumed, data(), again, SETTINGS, tmp_path)
-    assert equal(whole, resumed) and equal(average, continued) and equal(game.opponent, again.opponent)
+    assert (
+        equal(whole, resumed)
+        and equal(average, continued)
+        and equal(game.opponent, again.opponent)
+    )
 
 
 def test_the_opponent_learns_only_from_its_start_and_only_in_its_turn():
@@ -318,7 +343,9 @@ def test_the_log_has_the_gradient_of_each_part_at_the_prediction_by_time(tmp_pat
     assert record["slopes"]["near"] == pytest.approx(float(slopes.mean()), rel=1e-5)
     bins = [b for b in record["slopes_by"]["t"]["near"] if b is not None]
     assert min(bins) <= record["slopes"]["near"] <= max(bins)
-    assert record["raw"]["near"] + record["raw"]["liked"] == pytest.approx(record["loss"], rel=1e-5)
+    assert record["raw"]["near"] + record["raw"]["liked"] == pytest.approx(
+        record["loss"], rel=1e-5
+    )
 
 
 @given(step=st.integers(0, 9), cut=st.integers(1, 7), seed=st.integers(0, 3))
@@ -327,8 +354,14 @@ def test_rows_draw_the_same_however_the_batch_is_cut(step, cut, seed):
         return torch.randn(rows, 3, generator=generator), torch.rand(rows, generator=generator)
 
     whole = Draws(seed, step, 0, 8, 8, torch.device("cpu")).rows(draw, 2)
-    parts = [Draws(seed, step, a, b, 8, torch.device("cpu")).rows(draw, 2) for a, b in ((0, cut), (cut, 8))]
-    assert all(torch.equal(torch.cat(both), w) for both, w in zip(zip(*parts, strict=True), whole, strict=True))
+    parts = [
+        Draws(seed, step, a, b, 8, torch.device("cpu")).rows(draw, 2)
+        for a, b in ((0, cut), (cut, 8))
+    ]
+    assert all(
+        torch.equal(torch.cat(both), w)
+        for both, w in zip(zip(*parts, strict=True), whole, strict=True)
+    )
 
 
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path):
@@ -347,7 +380,10 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path):
     with pytest.warns(UserWarning, match="nan at step 7"):
         train("a", network(), data(), lost, SETTINGS, tmp_path, watch=Look())
     assert torch.equal(seen[6], seen[7]) and not torch.equal(seen[7], seen[8])
-    assert any("nan" in json.loads(line).get("why", "") for line in (tmp_path / "log.jsonl").read_text().splitlines())
+    assert any(
+        "nan" in json.loads(line).get("why", "")
+        for line in (tmp_path / "log.jsonl").read_text().splitlines()
+    )
 
 
 def test_the_best_is_the_one_with_the_lowest_score(tmp_path):

@@ -1,7 +1,9 @@
-"""What differs between torch and JAX: two modules of the same functions, of which the arrays pick one.
+"""What differs between torch and JAX: two modules of the same functions, of which the arrays pick
+one.
 
-A module stands for its library as an array namespace does, so everything above is written once, as ``xp = backend_of(t)`` and
-``xp.where(...)``. JAX is imported when an array of it is seen for the first time, never before.
+A module stands for its library as an array namespace does, so everything above is written once, as
+``xp = backend_of(t)`` and ``xp.where(...)``. JAX is imported when an array of it is seen for the
+first time, never before.
 """
 
 import sys
@@ -39,15 +41,22 @@ def one_backend(*arrays: Any) -> Any:
     tensors = [isinstance(array, (Tensor, torch.Generator)) for array in arrays]
     if any(tensors) and not torch.compiler.is_compiling() and any(map(_is_jax, arrays)):
         raise InputError(
-            "tensors of torch and arrays of JAX came together; write all of them in one library, generator included: "
+            "tensors of torch and arrays of JAX came together; write all of them in one library, "
+            "generator included: "
             "generator=torch.Generator() or generator=jax.random.key(0)"
         )
     return xp
 
 
 def handed_over(function: Callable[..., Any], times: tuple[Any, ...], error: Exception) -> Any:
-    """Evaluate a function that failed on tensors on JAX arrays, for it may be written in JAX, or raise the error."""
-    if "jax" not in sys.modules or not isinstance(times[0], Tensor) or not torch_backend.known(times[0]):
+    """Evaluate a function that failed on tensors on JAX arrays, for it may be written in JAX, or
+    raise the error.
+    """
+    if (
+        "jax" not in sys.modules
+        or not isinstance(times[0], Tensor)
+        or not torch_backend.known(times[0])
+    ):
         raise error
     from flowspace.backends import jax_backend
 

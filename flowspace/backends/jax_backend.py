@@ -1,4 +1,6 @@
-"""JAX: arrays may be traced, randomness comes from a key, and nothing depends on values that are not known yet."""
+"""JAX: arrays may be traced, randomness comes from a key, and nothing depends on values that are
+not known yet.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,17 +17,47 @@ from jax.numpy import isfinite, maximum, minimum, ones_like, sign, square, where
 from flowspace.errors import DerivativeError, InputError
 
 __all__ = [
-    "apart", "as_array", "cast", "clamp", "detach", "device", "elementwise", "expand", "flatten", "in_full",
-    "is_array", "is_floating", "isfinite", "known", "maximum", "minimum", "normal", "on_tensors", "ones_like",
-    "repeated", "sigmoid", "sign", "slope", "split", "square", "time_dtype", "to_float", "uniform",
-    "value_and_derivative", "where", "wide", "zeros_like",
-]  # fmt: skip
+    "apart",
+    "as_array",
+    "cast",
+    "clamp",
+    "detach",
+    "device",
+    "elementwise",
+    "expand",
+    "flatten",
+    "in_full",
+    "is_array",
+    "is_floating",
+    "isfinite",
+    "known",
+    "maximum",
+    "minimum",
+    "normal",
+    "on_tensors",
+    "ones_like",
+    "repeated",
+    "sigmoid",
+    "sign",
+    "slope",
+    "split",
+    "square",
+    "time_dtype",
+    "to_float",
+    "uniform",
+    "value_and_derivative",
+    "where",
+    "wide",
+    "zeros_like",
+]
 
 to_float = "{}.astype(float)"
 """How a user makes real numbers of whole ones; for messages."""
 
 RESOLUTION = 1e-5
-"""How far apart t and s must be for b, a difference of numbers near 1 in float32, to have its sign."""
+"""How far apart t and s must be for b, a difference of numbers near 1 in float32, to have its
+sign.
+"""
 
 
 def is_array(value: Any) -> bool:
@@ -40,7 +72,9 @@ def is_floating(array: Any) -> bool:
 
 def as_array(value: Any, like: Any = None) -> Any:
     """Return a number or array as an array; a number in the dtype of another."""
-    return jnp.asarray(value, like.dtype if isinstance(value, float) and like is not None else None)
+    return jnp.asarray(
+        value, like.dtype if isinstance(value, float) and like is not None else None
+    )
 
 
 def cast(array: Any, dtype: Any) -> Any:
@@ -68,14 +102,18 @@ def device(array: Any) -> None:
 
 
 def expand(value: Any, like: Any, dtype: Any = None) -> Any:
-    """Return a number or array in the shape of another, in its own dtype or the one given; a number in the other's."""
+    """Return a number or array in the shape of another, in its own dtype or the one given; a
+    number in the other's.
+    """
     if not isinstance(value, jax.Array):
         return jnp.full_like(like, float(value))
     return jnp.broadcast_to(value if dtype is None else value.astype(dtype), like.shape)
 
 
 def repeated(time: Any, rows: int) -> Any:
-    """Return an array of shape ``()`` or ``(rows,)``, or a tensor of one known time, in shape ``(rows,)``."""
+    """Return an array of shape ``()`` or ``(rows,)``, or a tensor of one known time, in shape
+    ``(rows,)``.
+    """
     return jnp.broadcast_to(time.numpy() if isinstance(time, torch.Tensor) else time, (rows,))
 
 
@@ -112,7 +150,9 @@ def slope(function: Callable[..., Any], time: Any, *rest: Any) -> Any:
 def value_and_derivative(
     fn: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any | None]
 ) -> tuple[Any, Any]:
-    """Return fn(*primals) with gradient and its directional derivative without, in one pass; None is a constant."""
+    """Return fn(*primals) with gradient and its directional derivative without, in one pass; None
+    is a constant.
+    """
     moving = [i for i, tangent in enumerate(tangents) if tangent is not None]
 
     def of_moving(*inputs: Any) -> Any:
@@ -128,13 +168,15 @@ def value_and_derivative(
     except Exception as error:
         if type(error).__name__ == "TraceContextError":
             raise DerivativeError(
-                "got a model that changes a state of flax.nnx within the derivative, such as the counter of its Dropout's "
+                "got a model that changes a state of flax.nnx within the derivative, such as the "
+                "counter of its Dropout's "
                 "draws; pass what it draws in cond, or switch it off by model.eval()"
             ) from error
         if not isinstance(error, TypeError) or "custom_vjp" not in str(error):
             raise
         raise DerivativeError(
-            "the model has a jax.custom_vjp function, which has no forward derivative; define it by jax.custom_jvp, or "
+            "the model has a jax.custom_vjp function, which has no forward derivative; define it "
+            "by jax.custom_jvp, or "
             "write derivative=FiniteDifference()"
         ) from error
     return value, jax.tree.map(detach, derivative)
@@ -147,12 +189,19 @@ def split(generator: Any, count: int) -> tuple[Any, ...]:
         InputError: unless one key came.
     """
     is_key = isinstance(generator, jax.Array) and (
-        generator.ndim == 0 if jnp.issubdtype(generator.dtype, jax.dtypes.prng_key) else generator.dtype == jnp.uint32
+        generator.ndim == 0
+        if jnp.issubdtype(generator.dtype, jax.dtypes.prng_key)
+        else generator.dtype == jnp.uint32
     )
     if not is_key:
-        came = f"{generator.dtype} of shape {generator.shape}" if isinstance(generator, jax.Array) else repr(generator)
+        came = (
+            f"{generator.dtype} of shape {generator.shape}"
+            if isinstance(generator, jax.Array)
+            else repr(generator)
+        )
         raise InputError(
-            f"generator = {came} came, but times or noise are to be drawn and JAX draws from one key, given each time; write "
+            f"generator = {came} came, but times or noise are to be drawn and JAX draws from one "
+            "key, given each time; write "
             "generator=jax.random.key(0), split anew for every step"
         )
     return tuple(jax.random.split(generator, count))
@@ -170,11 +219,15 @@ def normal(shape: tuple[int, ...], how: dict[str, Any]) -> Any:
 
 def _dtype(how: dict[str, Any]) -> Any:
     dtype = how["dtype"]
-    return jnp.dtype(str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype)
+    return jnp.dtype(
+        str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+    )
 
 
 def on_tensors(function: Callable[..., Any], tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Evaluate a function that is written in JAX on tensors, in float64, also while JAX traces something else."""
+    """Evaluate a function that is written in JAX on tensors, in float64, also while JAX traces
+    something else.
+    """
     precise = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64  # type: ignore[attr-defined]
     with jax.ensure_compile_time_eval(), precise(True):
         value = function(*(jnp.asarray(tensor.detach().cpu().numpy()) for tensor in tensors))

@@ -1,4 +1,6 @@
-"""What concerns the whole process rather than one call: threads that share it, processes that wait for it."""
+"""What concerns the whole process rather than one call: threads that share it, processes that wait
+for it.
+"""
 
 import threading
 
@@ -11,6 +13,6 @@ forward_mode_lock = threading.RLock()
 
 
 def several_processes() -> bool:
-    """Return whether others may wait for this one: then each must evaluate a model equally often."""
+    """Return whether others may wait for this one: all then evaluate a model equally often."""
     ready = distributed.is_available() and distributed.is_initialized()
     return ready and distributed.get_world_size() > 1

@@ -1,4 +1,6 @@
-"""torch: arrays are tensors, randomness comes from a generator, which moves on as it is drawn from."""
+"""torch: arrays are tensors, randomness comes from a generator, which moves on as it is drawn
+from.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,11 +24,37 @@ from torch.overrides import handle_torch_function, has_torch_function
 from flowspace.backends.process import forward_mode_lock
 
 __all__ = [
-    "apart", "as_array", "cast", "clamp", "detach", "device", "elementwise", "expand", "flatten",
-    "in_full", "is_array", "is_floating", "isfinite", "known", "maximum",
-    "minimum", "normal", "ones_like", "repeated", "sigmoid", "sign", "slope",
-    "split", "square", "time_dtype", "to_float", "uniform", "where", "wide", "zeros_like",
-]  # fmt: skip
+    "apart",
+    "as_array",
+    "cast",
+    "clamp",
+    "detach",
+    "device",
+    "elementwise",
+    "expand",
+    "flatten",
+    "in_full",
+    "is_array",
+    "is_floating",
+    "isfinite",
+    "known",
+    "maximum",
+    "minimum",
+    "normal",
+    "ones_like",
+    "repeated",
+    "sigmoid",
+    "sign",
+    "slope",
+    "split",
+    "square",
+    "time_dtype",
+    "to_float",
+    "uniform",
+    "where",
+    "wide",
+    "zeros_like",
+]
 
 to_float = "{}.float()"
 """How a user makes real numbers of whole ones; for messages."""
@@ -75,7 +103,9 @@ def device(array: Tensor) -> torch.device:
 
 
 def expand(value: Any, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return a number or tensor in the shape of another, in its own dtype or the one given; a number in the other's."""
+    """Return a number or tensor in the shape of another, in its own dtype or the one given; a
+    number in the other's.
+    """
     if not isinstance(value, Tensor):
         return torch.full_like(like, float(value))
     return (value if dtype is None else value.to(dtype)).expand_as(like)
@@ -107,13 +137,19 @@ def detach(array: Tensor) -> Tensor:
 
 
 def known(array: Tensor) -> bool:
-    """Return whether a tensor has values to ask for: not if it belongs to a transform of torch.func."""
-    return torch.compiler.is_compiling() or not torch._C._functorch.is_functorch_wrapped_tensor(array)  # pyright: ignore
+    """Return whether a tensor has values to ask for: not if it belongs to a transform of
+    torch.func.
+    """
+    return torch.compiler.is_compiling() or not torch._C._functorch.is_functorch_wrapped_tensor(
+        array
+    )  # pyright: ignore
 
 
 def slope(function: Callable[..., Tensor], time: Tensor, *rest: Tensor) -> Tensor:
     """Return the derivative of an elementwise function in its first argument."""
-    if has_torch_function((time,)):  # a route may differentiate this in turn: as one function, it can
+    if has_torch_function(
+        (time,)
+    ):  # a route may differentiate this in turn: as one function, it can
         return handle_torch_function(slope, (time,), function, time, *rest)
     time = time.contiguous()
     with forward_mode_lock:

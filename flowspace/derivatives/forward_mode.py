@@ -20,7 +20,9 @@ from flowspace.errors import DerivativeError
 __all__ = ["ForwardMode"]
 
 STOPS = CONSTANT | {"detach", "detach_", "where"}
-"""Functions whose output may stand still though their input moves; where: only its condition may move."""
+"""Functions whose output may stand still though their input moves; where: only its condition may
+move.
+"""
 
 LEAVES = frozenset({"item", "tolist", "numpy", "__array__", "__float__", "__complex__"})
 """Functions that hand a value out of torch, where nothing follows it."""
@@ -48,8 +50,8 @@ class ForwardMode(SecondRun):
     whole process.
 
     Raises:
-        DerivativeError: where the model calls what has no forward derivative, or hands a value that
-            moves out of torch.
+        DerivativeError: where the model calls what has no forward derivative, or hands a value
+            that moves out of torch.
     """
 
     def derive(
@@ -80,13 +82,16 @@ class ForwardMode(SecondRun):
                 raise
             raise DerivativeError(
                 f"got a model that torch.func.jvp cannot differentiate ({_reason(error)}); write "
-                "derivative=SharedPrimal(), or FiniteDifference(), which needs no forward derivatives"
+                "derivative=SharedPrimal(), or FiniteDifference(), which needs no forward "
+                "derivatives"
             ) from error
         return Second(derivative=found[1], value=found[0])
 
 
 class _Followed(TorchFunctionMode):
-    """Raises DerivativeError where a tangent ends without a word: torch.func.jvp goes on with zeros."""
+    """Raises DerivativeError where a tangent ends without a word: torch.func.jvp goes on with
+    zeros.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,8 +114,10 @@ class _Followed(TorchFunctionMode):
         parts = [part for part in _tensors((out,)) if differentiable(part) and part.numel()]
         if parts and name not in STOPS and not any(map(_moves, parts)):
             raise DerivativeError(
-                f"got {_called(func)}, which has no forward derivative, of a tensor that moves with z_t "
-                "or t; write derivative=FiniteDifference(), which needs none, or .detach() first if it "
+                f"got {_called(func)}, which has no forward derivative, of a tensor that moves "
+                "with z_t "
+                "or t; write derivative=FiniteDifference(), which needs none, or .detach() first "
+                "if it "
                 "is a constant"
             )
         return out
@@ -139,7 +146,9 @@ def _moves(tensor: Tensor) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """Return the first line of what torch says; of operators that take functions it says a key alone."""
+    """Return the first line of what torch says; of operators that take functions it says a key
+    alone.
+    """
     if isinstance(error, KeyError):
         return "it calls an operator that takes a function, such as flex_attention, scan or cond"
     if "captured Tensor" in str(error):
@@ -152,7 +161,7 @@ def _reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
-    """Keep other threads out, and leave no level of forward mode behind, whatever interrupts it."""
+    """Keep other threads out, and leave no level of forward mode behind, come what may."""
     with forward_mode_lock:
         outermost = forward_ad._current_level < 0
         try:
@@ -164,7 +173,9 @@ def _alone() -> Iterator[None]:
 
 
 def _close_level() -> None:
-    """Close the level of forward mode that an interrupt may have left open, in torch's own count or in Python's."""
+    """Close the level of forward mode that an interrupt may have left open, in torch's own count
+    or in Python's.
+    """
     while torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore
         torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(0)  # pyright: ignore
     try:

@@ -1,7 +1,9 @@
-"""Calls that no function mode sees: autograd.Function, functions of torch.jit, what torch.compile compiled.
+"""Calls that no function mode sees: autograd.Function, functions of torch.jit, what torch.compile
+compiled.
 
-This is the one place that changes torch for the whole process, and it does so only while a carrier is at work in some thread:
-other threads, and this one outside its carrier, pass through what stands there.
+This is the one place that changes torch for the whole process, and it does so only while a carrier
+is at work in some thread: other threads, and this one outside its carrier, pass through what
+stands there.
 """
 
 import contextlib
@@ -93,7 +95,9 @@ def within(run: "Untouched") -> Iterator[None]:
 
 @contextlib.contextmanager
 def met(mode: type) -> Iterator[None]:
-    """Meet calls that no function mode sees, for as long as any mode of ours is at work in any thread."""
+    """Meet calls that no function mode sees, for as long as any mode of ours is at work in any
+    thread.
+    """
     with _lock:
         if not _users:
             _patch()
@@ -160,7 +164,9 @@ def loaded() -> bool:
 
 
 def compiles() -> bool:
-    """Return whether this torch has what compiled parts need to be met: 2.11 does, and the newest tried, 2.14."""
+    """Return whether this torch has what compiled parts need to be met: 2.11 does, and the newest
+    tried, 2.14.
+    """
     frames = torch.__dict__.get("_dynamo")
     return frames is not None and all(
         hasattr(frames.eval_frame, name)
@@ -172,7 +178,9 @@ _dual_callbacks: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary
 
 
 def _callback(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Have what torch.compile compiles be compiled with its tangents, or run without a trace in its buffers."""
+    """Have what torch.compile compiles be compiled with its tangents, or run without a trace in
+    its buffers.
+    """
 
     def callback_from_stance(callback: Any) -> Any:
         callback = original(callback)
@@ -195,7 +203,9 @@ def _dual_callback(callback: Any) -> Any:
 
 
 class _Callback:
-    """Compiles a frame, with guards on hooks of modules, which torch.compile leaves out by default."""
+    """Compiles a frame, with guards on hooks of modules, which torch.compile leaves out by
+    default.
+    """
 
     def __init__(self, backend: Any) -> None:
         self._torchdynamo_orig_backend = torch._dynamo.eval_frame._create_wrapped_callback(backend)
@@ -206,7 +216,9 @@ class _Callback:
 
 
 capturing = torch._C._dynamo.eval_frame.get_eval_frame_callback  # pyright: ignore
-"""Returns what torch.compile captures frames with in this thread, or None; a builtin, so that it is none itself."""
+"""Returns what torch.compile captures frames with in this thread, or None; a builtin, so that it
+is none itself.
+"""
 
 capture_by = torch._C._dynamo.eval_frame.set_eval_frame  # pyright: ignore
 """Sets what torch.compile captures frames with in this thread; None: it captures nothing."""
@@ -218,9 +230,11 @@ def dispatched() -> bool:
 
 
 def outside_modes() -> contextlib.AbstractContextManager[Any]:
-    """Leave every dispatch mode: selective checkpointing caches what is called in its own, by the order of calls.
+    """Leave every dispatch mode: selective checkpointing caches what is called in its own, by the
+    order of calls.
 
-    Modes that count operations count tangents too, and tensors without values need theirs: these stay.
+    Modes that count operations count tangents too, and tensors without values need theirs: these
+    stay.
     """
     modes = python_dispatch._get_current_dispatch_mode_stack()
     if any(type(mode).__name__ in STAYING for mode in modes):
@@ -228,20 +242,30 @@ def outside_modes() -> contextlib.AbstractContextManager[Any]:
     return python_dispatch._disable_current_modes()
 
 
-def captured(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
-    """Call a function as torch.compile captures it from within a mode of ours: as if that were not there."""
-    if func is torch.Tensor.unflatten:  # written in Python, with super(), which torch 2.11 does not see through
+def captured(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None
+) -> Any:
+    """Call a function as torch.compile captures it from within a mode of ours: as if that were not
+    there.
+    """
+    if (
+        func is torch.Tensor.unflatten
+    ):  # written in Python, with super(), which torch 2.11 does not see through
         return torch.unflatten(*args, **(kwargs or {}))
     return func(*args, **(kwargs or {}))
 
 
 def recomputes() -> bool:
-    """Return whether what autograd saves is packed by hooks: a checkpoint computes it again and compares."""
+    """Return whether what autograd saves is packed by hooks: a checkpoint computes it again and
+    compares.
+    """
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # pyright: ignore
 
 
 def captured_as_outside(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that torch.compile captures as it captures the step round it, from where it was told not to."""
+    """Return a function that torch.compile captures as it captures the step round it, from where
+    it was told not to.
+    """
     callback = _callback_outside()
     if callback is None:
         return fn
@@ -259,7 +283,9 @@ def captured_as_outside(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _callback_outside() -> Any:
-    """Return what captures frames in the nearest call of something compiled, among those that led here."""
+    """Return what captures frames in the nearest call of something compiled, among those that led
+    here.
+    """
     frame = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == "compile_wrapper" and "callback" in frame.f_locals:

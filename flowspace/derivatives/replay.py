@@ -4,9 +4,9 @@ A second run is wanted where a route evaluates the model twice, or an objective 
 own velocity. Dropout must then draw the same masks, running statistics must move once, and what a
 compiled part writes is put back as well.
 
-Draws are repeated from the generator of the CPU, that of the device, Python's ``random`` and numpy's
-global state. What nobody can repeat, such as a generator of the model's own, `agree` finds: a second
-run at the same point must give the same value.
+Draws are repeated from the generator of the CPU, that of the device, Python's ``random`` and
+numpy's global state. What nobody can repeat, such as a generator of the model's own, `agree`
+finds: a second run at the same point must give the same value.
 """
 
 import contextlib
@@ -44,12 +44,16 @@ __all__ = [
 
 
 def wrapped(tensor: Tensor) -> bool:
-    """Return whether a tensor belongs to a transform of torch.func, and so has no values to ask for."""
+    """Return whether a tensor belongs to a transform of torch.func, and so has no values to ask
+    for.
+    """
     return not torch_backend.known(tensor)
 
 
 def on_copies(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return fn of copies of its tensors, so that a model which writes into its times or latents changes nobody else's."""
+    """Return fn of copies of its tensors, so that a model which writes into its times or latents
+    changes nobody else's.
+    """
 
     def of_copies(*primals: Any) -> Tensor:
         return fn(*(p.clone() if isinstance(p, Tensor) else p for p in primals))
@@ -59,7 +63,9 @@ def on_copies(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 TOLERANCES = {8: 1e-6, 4: 1e-3, 2: 5e-2}
-"""How far two evaluations at one point may lie apart, over the largest value, by the bytes of the numbers in them."""
+"""How far two evaluations at one point may lie apart, over the largest value, by the bytes of the
+numbers in them.
+"""
 
 
 def agree(first: Tensor, second: Tensor, itemsize: int, slack: float = 1.0) -> bool:
@@ -82,11 +88,13 @@ def agree(first: Tensor, second: Tensor, itemsize: int, slack: float = 1.0) -> b
 
 
 class Draws:
-    """The state of the random generators before a run, to see whether it drew and to let it draw the same again.
+    """The state of the random generators before a run, to see whether it drew and to let it draw
+    the same again.
 
     Args:
         device: whose generator counts beside the CPU's.
-        of_python: whether those of Python's ``random`` and of numpy count too; they cost more to ask than torch's.
+        of_python: whether those of Python's ``random`` and of numpy count too; they cost more to
+            ask than torch's.
     """
 
     def __init__(self, device: torch.device, of_python: bool = False) -> None:
@@ -136,23 +144,33 @@ class Draws:
         return again
 
 
-def _of_device(module: Any, device: torch.device) -> tuple[Callable[[], Any], Callable[[Any], None]]:
-    """Return how the state of a device's generator is read and set; not every device's functions take the device."""
+def _of_device(
+    module: Any, device: torch.device
+) -> tuple[Callable[[], Any], Callable[[Any], None]]:
+    """Return how the state of a device's generator is read and set; not every device's functions
+    take the device.
+    """
     if not inspect.signature(module.get_rng_state).parameters:
         return module.get_rng_state, module.set_rng_state
     return lambda: module.get_rng_state(device), lambda state: module.set_rng_state(state, device)
 
 
 def _equal(first: Any, second: Any) -> bool:
-    """Return whether two states of a generator are the same: each a tensor, or a tuple that may hold an array."""
+    """Return whether two states of a generator are the same: each a tensor, or a tuple that may
+    hold an array.
+    """
     if isinstance(first, Tensor):
         return torch.equal(first, second)
     same = (a == b for a, b in zip(first, second, strict=True))
     return all(bool(part.all()) if hasattr(part, "all") else part for part in same)
 
 
-def batch_statistics(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
-    """Return the arguments, less the running statistics, of a norm that uses the batch's; None for any other function."""
+def batch_statistics(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, ...] | None:
+    """Return the arguments, less the running statistics, of a norm that uses the batch's; None for
+    any other function.
+    """
     if func in (F.batch_norm, F.instance_norm):
         bound = inspect.signature(func).bind(*args, **kwargs)
         bound.apply_defaults()
@@ -176,14 +194,18 @@ class RowsMixError(Exception):
 
 
 class Untouched(TorchFunctionMode):
-    """Keeps what a run writes into: running statistics are not given, other tensors are remembered as long as they live.
+    """Keeps what a run writes into: running statistics are not given, other tensors are remembered
+    as long as they live.
 
     Attributes:
         mixed: whether rows are known to mix.
-        written: what tensors held before they were first written to, and how often autograd had seen them written.
-        replaced: what stands for tensors that were written to inside torch.func.jvp, which refuses to write to what is held.
+        written: what tensors held before they were first written to, and how often autograd had
+            seen them written.
+        replaced: what stands for tensors that were written to inside torch.func.jvp, which refuses
+            to write to what is held.
         halved: the first function that returned numbers of half precision, or None.
-        own_generator: a generator of the model's own that was drawn from in a state which a second run cannot know, or None.
+        own_generator: a generator of the model's own that was drawn from in a state which a second
+            run cannot know, or None.
     """
 
     def __init__(self, mixed: bool) -> None:
@@ -207,7 +229,9 @@ class Untouched(TorchFunctionMode):
             if not wrapped(args[0]) and torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore
                 if not any(isinstance(value, Tensor) and wrapped(value) for value in args[1:]):
                     self.remember(args[0])
-                    with temporarily_clear_interpreter_stack():  # which refuses to write into what a function holds
+                    with (
+                        temporarily_clear_interpreter_stack()
+                    ):  # which refuses to write into what a function holds
                         return func(*args, **(kwargs or {}))
                 args = (self._written_inside(args[0]), *args[1:])
             else:
@@ -227,16 +251,21 @@ class Untouched(TorchFunctionMode):
             raise RowsMixError(self)
 
     def draws(self, generator: torch.Generator) -> None:
-        """Note a generator of the model's own, unless it was seeded just before: then it draws the same each time."""
+        """Note a generator of the model's own, unless it was seeded just before: then it draws the
+        same each time.
+        """
         fresh = torch.Generator(generator.device).manual_seed(generator.initial_seed())
         if not torch.equal(fresh.get_state(), generator.get_state()):
             self.own_generator = generator
 
     def _written_inside(self, target: Tensor) -> Tensor:
-        """Return a copy that is written to instead of a tensor that the model holds, and is read instead from then on."""
+        """Return a copy that is written to instead of a tensor that the model holds, and is read
+        instead from then on.
+        """
         if target._is_view():
             raise DerivativeError(
-                "the model writes what moves into a part of a tensor that it holds, which torch.func.jvp cannot follow; "
+                "the model writes what moves into a part of a tensor that it holds, which "
+                "torch.func.jvp cannot follow; "
                 "write derivative=SharedPrimal(), or build that tensor anew in each call"
             )
         copy = target.clone()
@@ -259,7 +288,9 @@ class Untouched(TorchFunctionMode):
             self.written[key] = gone, target.detach().clone(), _version(target)
 
     def restore(self) -> None:
-        """Write the remembered values back, but for memory that an engine fills and frees unseen by autograd."""
+        """Write the remembered values back, but for memory that an engine fills and frees unseen
+        by autograd.
+        """
         with torch.no_grad():
             for reference, before, version in list(self.written.values()):
                 target = reference()
@@ -283,7 +314,9 @@ def _version(tensor: Tensor) -> int:
 
 
 def _alive(tensor: Tensor) -> bool:
-    """Return whether a tensor still has its memory: FSDP2 frees that of whole parameters between uses."""
+    """Return whether a tensor still has its memory: FSDP2 frees that of whole parameters between
+    uses.
+    """
     try:
         held = tensor.untyped_storage().nbytes()
     except (
@@ -310,7 +343,9 @@ def untouched(mixed: bool = True) -> Iterator[Untouched]:
 
 
 def unseen(function: Callable[[], Any], beside: Tensor) -> Any:
-    """Evaluate a function of arrays beside these without gradient, and without a trace in the buffers of its modules."""
+    """Evaluate a function of arrays beside these without gradient, and without a trace in the
+    buffers of its modules.
+    """
     if (xp := backend_of(beside)) is not torch_backend:
         return xp.detach(function())
     with torch.no_grad(), untouched():
@@ -318,7 +353,9 @@ def unseen(function: Callable[[], Any], beside: Tensor) -> Any:
 
 
 def uncompiled() -> contextlib.AbstractContextManager[Any]:
-    """Run what torch.compile compiled as it was written: its kernels know nothing of forward-mode levels."""
+    """Run what torch.compile compiled as it was written: its kernels know nothing of forward-mode
+    levels.
+    """
     if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
         return contextlib.nullcontext()
     return torch.compiler.set_stance("force_eager")

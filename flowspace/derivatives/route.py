@@ -1,10 +1,12 @@
-"""What every route to a derivative has in common: one value with gradient, one derivative without, on the rows asked for.
+"""What every route to a derivative has in common: one value with gradient, one derivative without,
+on the rows asked for.
 
-The value is ``fn(*primals)`` as it stands. The derivative is computed only on the rows that need it;
-where processes wait for each other, each evaluates fn as often as the others, also without such a
-row. Routes that evaluate fn again are in `flowspace.derivatives.second_run`.
+The value is ``fn(*primals)`` as it stands. The derivative is computed only on the rows that need
+it; where processes wait for each other, each evaluates fn as often as the others, also without
+such a row. Routes that evaluate fn again are in `flowspace.derivatives.second_run`.
 
-On JAX arrays nothing depends on values: every row is differentiated, and the exact routes are one: jax.jvp, in one pass.
+On JAX arrays nothing depends on values: every row is differentiated, and the exact routes are one:
+jax.jvp, in one pass.
 """
 
 import abc
@@ -37,31 +39,43 @@ class Derivative(abc.ABC):
 
         Args:
             fn: a function of the primals that returns one tensor of shape ``(B, *)``.
-            primals: its arguments; by convention the second, where there is one, is t. An argument may be any nesting of
-                dicts and lists of tensors; a tensor in it whose first axis is B belongs to the rows.
+            primals: its arguments; by convention the second, where there is one, is t. An argument
+                may be any nesting of dicts and lists of tensors; a tensor in it whose first axis
+                is B belongs to the rows.
             tangents: one for each primal, of its shape, or None where it is constant.
-            rows: a mask of shape ``(B,)``: where the derivative is wanted; elsewhere it is zero. None: everywhere. Under
-                torch.func.vmap, where a mask has no values yet, and on JAX arrays all are computed.
+            rows: a mask of shape ``(B,)``: where the derivative is wanted; elsewhere it is zero.
+                None: everywhere. Under torch.func.vmap, where a mask has no values yet, and on JAX
+                arrays all are computed.
 
         Raises:
             InputError: if there are not as many tangents as primals, or fn returns no tensor.
             DerivativeError: if the route cannot differentiate fn.
         """
         if len(primals) != len(tangents):
-            raise InputError(f"{len(primals)} primals and {len(tangents)} tangents came; write None for a constant")
+            raise InputError(
+                f"{len(primals)} primals and {len(tangents)} tangents came; write None for a "
+                "constant"
+            )
         for p, v in zip(primals, tangents, strict=True):
             if v is not None and v.shape != p.shape:
-                raise InputError(f"a tangent of shape {tuple(v.shape)} came for a primal of shape {tuple(p.shape)}")
+                raise InputError(
+                    f"a tangent of shape {tuple(v.shape)} came for a primal of shape "
+                    f"{tuple(p.shape)}"
+                )
         if (xp := one_backend(*primals, *tangents)) is not torch_backend:
             value, derivative = self.evaluate_pure(fn, primals, tangents)
             checked(value, primals)
-            return value, derivative if rows is None else xp.where(over_rows(rows, derivative), derivative, 0.0)
+            return value, derivative if rows is None else xp.where(
+                over_rows(rows, derivative), derivative, 0.0
+            )
         if torch.compiler.is_compiling():
             return torch.compiler.disable(self._captured_rows)(fn, primals, tangents, rows)  # pyright: ignore
         return self._evaluate_rows(fn, primals, tangents, rows)
 
     def _captured_rows(self, fn: Callable[..., Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
-        """Evaluate within a step that torch.compile captures: it captures the model, as a graph of its own."""
+        """Evaluate within a step that torch.compile captures: it captures the model, as a graph of
+        its own.
+        """
         return self._evaluate_rows(hidden_calls.captured_as_outside(fn), *rest)
 
     def _evaluate_rows(
@@ -79,14 +93,17 @@ class Derivative(abc.ABC):
         value, derivative = self.evaluate(fn, primals, tangents, chosen)
         checked(value, primals)
         if rows is not None:
-            derivative = torch.where(rows.reshape(-1, *[1] * (derivative.ndim - 1)), derivative, 0.0)
+            derivative = torch.where(
+                rows.reshape(-1, *[1] * (derivative.ndim - 1)), derivative, 0.0
+            )
         return value, derivative
 
     def _chosen(self, rows: Tensor) -> Tensor | None:
-        """Return the indices of a mask's rows, None for all; among several processes always indices.
+        """Return the indices of a mask's rows, None for all; among several processes always
+        indices.
 
-        A model whose rows mix is evaluated once more where only some of them are asked for, and other
-        processes wait for that.
+        A model whose rows mix is evaluated once more where only some of them are asked for, and
+        other processes wait for that.
         """
         chosen = rows.nonzero().squeeze(1)
         if several_processes():
@@ -101,25 +118,35 @@ class Derivative(abc.ABC):
         tangents: Sequence[Tensor | None],
         rows: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the value with gradient and the derivative; ``rows`` are the indices where it is wanted, None all."""
+        """Return the value with gradient and the derivative; ``rows`` are the indices where it is
+        wanted, None all.
+        """
 
     def evaluate_pure(
         self, fn: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any | None]
     ) -> tuple[Any, Any]:
-        """Return the value with gradient and the derivative of a function on JAX arrays, which has no side effects."""
+        """Return the value with gradient and the derivative of a function on JAX arrays, which has
+        no side effects.
+        """
         return backend_of(*primals).value_and_derivative(fn, primals, tangents)
 
 
 def checked(value: Any, primals: Sequence[Any]) -> Tensor:
-    """Return what a model returned, or raise InputError unless it is one array of shape ``(B, *)``."""
+    """Return what a model returned, or raise InputError unless it is one array of shape ``(B,
+    *)``.
+    """
     is_array = backend_of(*primals).is_array(value)
     if not is_array or value.ndim < 1 or len(value) != len(primals[0]):
         came = f"shape {tuple(value.shape)}" if is_array else type(value).__name__
-        raise InputError(f"the model returned {came}; wrap it so that it returns one tensor of shape (B, *)")
+        raise InputError(
+            f"the model returned {came}; wrap it so that it returns one tensor of shape (B, *)"
+        )
     return value
 
 
 def scatter(found: Tensor, rows: Tensor, value: Tensor) -> Tensor:
-    """Return a derivative on the rows with these indices as one of the whole batch, zero elsewhere."""
+    """Return a derivative on the rows with these indices as one of the whole batch, zero
+    elsewhere.
+    """
     everywhere = torch.zeros(value.shape, dtype=found.dtype, device=found.device)
     return everywhere.index_copy(0, rows, found)

@@ -5,9 +5,9 @@ without gradient and outside autocast, with the same draws, so that dropout mask
 the model's buffers as the first run left them. It is made on the rows alone that need a derivative
 where that changes nothing. If fn drew random numbers, these belong to the whole batch; if it mixes
 rows, or is given a tensor that all rows share and whose first axis is B, its value on some rows is
-another one, which the route finds by comparing it with the first run's. Then all rows are evaluated,
-as they are where other processes wait for this one. If the second run on all rows differs too, it is
-not the first one, and the route refuses.
+another one, which the route finds by comparing it with the first run's. Then all rows are
+evaluated, as they are where other processes wait for this one. If the second run on all rows
+differs too, it is not the first one, and the route refuses.
 """
 
 import abc
@@ -36,7 +36,9 @@ from flowspace.errors import DerivativeError, FlowspaceError
 __all__ = ["First", "Second", "SecondRun"]
 
 REFUSAL_SLACK = 10.0
-"""A second run on all rows is refused where it differs by more than this times what sends one on some rows to all rows."""
+"""A second run on all rows is refused where it differs by more than this times what sends one on
+some rows to all rows.
+"""
 
 
 class First(NamedTuple):
@@ -52,7 +54,9 @@ class First(NamedTuple):
 
 
 class Second(NamedTuple):
-    """What the second run gave: the derivative, and the value at the same point, or None where it was not evaluated there."""
+    """What the second run gave: the derivative, and the value at the same point, or None where it
+    was not evaluated there.
+    """
 
     derivative: Tensor
     value: Tensor | None
@@ -68,10 +72,12 @@ class SecondRun(Derivative):
         tangents: Sequence[Tensor | None],
         rows: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the value with gradient and the derivative; ``rows`` are the indices where it is wanted, None all.
+        """Return the value with gradient and the derivative; ``rows`` are the indices where it is
+        wanted, None all.
 
         Raises:
-            DerivativeError: if the second run is not the first one, or the route cannot differentiate fn.
+            DerivativeError: if the second run is not the first one, or the route cannot
+                differentiate fn.
         """
         fn, device = on_copies(fn), primals[0].device
         draws = Draws(device, of_python=True)
@@ -88,10 +94,15 @@ class SecondRun(Derivative):
 
     @abc.abstractmethod
     def derive(
-        self, fn: Callable[..., Tensor], primals: Sequence[Any], tangents: Sequence[Tensor | None], first: First,
+        self,
+        fn: Callable[..., Tensor],
+        primals: Sequence[Any],
+        tangents: Sequence[Tensor | None],
+        first: First,
         mixed: bool,
-    ) -> Second:  # fmt: skip
-        """Return the derivative on the given rows, and the value there where it was evaluated again.
+    ) -> Second:
+        """Return the derivative on the given rows, and the value there where it was evaluated
+        again.
 
         ``first`` is what the first run gave there; ``mixed`` says that fn may mix the rows.
         """
@@ -104,9 +115,14 @@ class _Attempt:
     """The second run of one function at one point."""
 
     def __init__(
-        self, route: SecondRun, fn: Callable[..., Tensor], primals: Sequence[Any], tangents: Sequence[Any],
-        first: First, widened: bool,
-    ) -> None:  # fmt: skip
+        self,
+        route: SecondRun,
+        fn: Callable[..., Tensor],
+        primals: Sequence[Any],
+        tangents: Sequence[Any],
+        first: First,
+        widened: bool,
+    ) -> None:
         self.route, self.fn, self.first, self.widened = route, fn, first, widened
         self.primals, self.tangents = primals, tangents
 
@@ -117,9 +133,8 @@ class _Attempt:
             second, itemsize = self._run(first, rows, mixed=False)
         except FlowspaceError:
             raise
-        except (
-            Exception
-        ):  # whatever a model raises that needs all rows: on all rows it is raised again, if it is its own
+        # Whatever a model raises that needs all rows: what is its own is raised again on all rows.
+        except Exception:
             return None
         if second.derivative.shape != first.value.shape:
             return None
@@ -137,14 +152,20 @@ class _Attempt:
         if second.value is None or agree(self.first.value, second.value, itemsize, REFUSAL_SLACK):
             return second.derivative
         raise DerivativeError(
-            f"got another value from the model when it was evaluated again at the same point, which {self.route!r} needs to do; "
-            "it draws from a generator of its own, or remembers its calls: draw from torch's generator, or write "
+            "got another value from the model when it was evaluated again at the same point, "
+            f"which {self.route!r} needs to do; "
+            "it draws from a generator of its own, or remembers its calls: draw from torch's "
+            "generator, or write "
             "derivative=SharedPrimal(), which evaluates the model once"
         )
 
     def _run(self, first: First, rows: Tensor | None, mixed: bool) -> tuple[Second, int]:
-        """Return what a second run gives, and the bytes of the least precise numbers in either run."""
-        inputs, directions = take((self.primals, self.tangents), rows, len(self.first.value), self.widened)
+        """Return what a second run gives, and the bytes of the least precise numbers in either
+        run.
+        """
+        inputs, directions = take(
+            (self.primals, self.tangents), rows, len(self.first.value), self.widened
+        )
         with untouched(mixed) as run:
             second = self.route.derive(self.fn, inputs, directions, first, mixed)
         self.route.check_run(run)
@@ -169,6 +190,8 @@ def take(tree: Any, chosen: Tensor | None, batch: int, widen: bool) -> Any:
         leaf = leaf.detach()
         if widen and leaf.is_floating_point() and leaf.dtype.itemsize < 4:
             leaf = leaf.float()
-        return leaf[chosen] if chosen is not None and leaf.ndim and leaf.shape[0] == batch else leaf
+        return (
+            leaf[chosen] if chosen is not None and leaf.ndim and leaf.shape[0] == batch else leaf
+        )
 
     return pytree.tree_map(one, tree)

@@ -1,4 +1,6 @@
-"""Consistency: kappa = 0, tied to the data by a boundary loss (Song et al., arXiv 2303.01469; continuous time)."""
+"""Consistency: kappa = 0, tied to the data by a boundary loss (Song et al., arXiv 2303.01469;
+continuous time).
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +9,14 @@ from torch import Tensor
 
 from flowspace.backends import backend_of
 from flowspace.errors import CriterionError, InputError
-from flowspace.objectives.engine import LossOutput, Model, Objective, draw_noise, evaluated, in_full
+from flowspace.objectives.engine import (
+    LossOutput,
+    Model,
+    Objective,
+    draw_noise,
+    evaluated,
+    in_full,
+)
 from flowspace.schedules import TIME_FLOOR
 from flowspace.statistics import ConsistencyStatistic, Statistic
 from flowspace.times import PairSampler, ToDataTimes
@@ -19,10 +28,12 @@ __all__ = ["ConsistencyLoss"]
 class ConsistencyLoss(Objective):
     """R = -D_t f: f = z_s is constant along the path, plus a boundary loss where the path meets s.
 
-    The target form is y* = sg(f - (t - s) D_t f); with ``gap`` the discrete two-point form, y* = sg f(z_r, r, s). The boundary
-    loss is the penalty of f(z_u, u, s) - z_s at u = max(s, TIME_FLOOR), on one path with noise of its own, added to each row.
-    With s = 0 (the default) f is the consistency model and z_s the data. Where targets are given, of another space, the
-    boundary is theirs, at s = 0. With ``times=TimePairs()``, any s, f is the consistency trajectory model, in one space.
+    The target form is y* = sg(f - (t - s) D_t f); with ``gap`` the discrete two-point form, y* =
+    sg f(z_r, r, s). The boundary loss is the penalty of f(z_u, u, s) - z_s at u = max(s,
+    TIME_FLOOR), on one path with noise of its own, added to each row. With s = 0 (the default) f
+    is the consistency model and z_s the data. Where targets are given, of another space, the
+    boundary is theirs, at s = 0. With ``times=TimePairs()``, any s, f is the consistency
+    trajectory model, in one space.
 
     Args:
         boundary: what the boundary loss is multiplied by; not negative.
@@ -41,22 +52,32 @@ class ConsistencyLoss(Objective):
     def check_statistic(self) -> None:
         """Refuse a statistic whose kappa is not zero, and a negative boundary weight."""
         if not self.boundary >= 0:
-            raise InputError(f"boundary = {self.boundary} came; it weighs a loss, so write 0 or more")
+            raise InputError(
+                f"boundary = {self.boundary} came; it weighs a loss, so write 0 or more"
+            )
         if self.literal:
-            raise CriterionError("a = 0 for kappa = 0, so the literal form has no gradient; write literal=False")
+            raise CriterionError(
+                "a = 0 for kappa = 0, so the literal form has no gradient; write literal=False"
+            )
         c = self.statistic.coefficients(self.schedule)  # type: ignore[union-attr]
         if c.failure or not c.data_vanishes:
-            raise CriterionError(f"kappa is not 0 for {self.statistic}; use CrossFlowLoss(statistic=...) for it")
+            raise CriterionError(
+                f"kappa is not 0 for {self.statistic}; use CrossFlowLoss(statistic=...) for it"
+            )
 
     def known(self, x: Tensor, z_t: Tensor, v: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """Return zero: with kappa = 0 nothing of the data is left."""
         return backend_of(x).zeros_like(x)
 
-    def known_between(self, x: Tensor, z_t: Tensor, z_r: Tensor, t: Tensor, r: Tensor, s: Tensor) -> Tensor:
+    def known_between(
+        self, x: Tensor, z_t: Tensor, z_r: Tensor, t: Tensor, r: Tensor, s: Tensor
+    ) -> Tensor:
         """Return zero."""
         return backend_of(x).zeros_like(x)
 
-    def __call__(self, model: Model, latents: Tensor, targets: Tensor | None = None, **options: Any) -> LossOutput:
+    def __call__(
+        self, model: Model, latents: Tensor, targets: Tensor | None = None, **options: Any
+    ) -> LossOutput:
         """Return the loss of each row, boundary included; see `Objective.__call__`."""
         out = super().__call__(model, latents, targets, **options)
         if not self.boundary:

@@ -1,4 +1,6 @@
-"""Flow matching: MeanFlow on the diagonal, where the average velocity is the velocity (Lipman et al., arXiv 2210.02747)."""
+"""Flow matching: MeanFlow on the diagonal, where the average velocity is the velocity (Lipman et
+al., arXiv 2210.02747).
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +22,8 @@ class FlowMatchingLoss(MeanFlowLoss):
         """Return it with the paper's numbers, its own defaults: uniform times, mean squares."""
         return cls(**changes)
 
-    def _pair(self, latents: Tensor, t: Tensor | None, s: Tensor | None, generator: Any) -> tuple[Tensor, Tensor]:
+    def _pair(
+        self, latents: Tensor, t: Tensor | None, s: Tensor | None, generator: Any
+    ) -> tuple[Tensor, Tensor]:
         t, _ = Objective._pair(self, latents, t, t, generator)
         return t, t

@@ -1,4 +1,6 @@
-"""Improved MeanFlow: a regression on the velocity, along the network's own velocity (Geng et al., arXiv 2512.02012)."""
+"""Improved MeanFlow: a regression on the velocity, along the network's own velocity (Geng et al.,
+arXiv 2512.02012).
+"""
 
 import inspect
 from dataclasses import dataclass
@@ -10,7 +12,14 @@ from flowspace.backends import backend_of, torch_backend
 from flowspace.derivatives.replay import on_copies, unseen
 from flowspace.derivatives.route import checked
 from flowspace.errors import InputError
-from flowspace.objectives.engine import LossOutput, Model, check_model, evaluated, in_full, signature_of
+from flowspace.objectives.engine import (
+    LossOutput,
+    Model,
+    check_model,
+    evaluated,
+    in_full,
+    signature_of,
+)
 from flowspace.objectives.mean_flow import MeanFlowLoss
 from flowspace.penalties import Adaptive
 from flowspace.times import LogitNormalTimes, TimePairs
@@ -20,16 +29,19 @@ __all__ = ["ImprovedMeanFlowLoss"]
 
 @dataclass(frozen=True, kw_only=True)
 class ImprovedMeanFlowLoss(MeanFlowLoss):
-    """V = u + (t - s) sg(D_t u) is regressed on v: MeanFlow's target form, with D_t u along the network's own velocity.
+    """V = u + (t - s) sg(D_t u) is regressed on v: MeanFlow's target form, with D_t u along the
+    network's own velocity.
 
-    The tangent is then a function of z_t alone, as it is for the exact u, and not of the noise that made z_t. It is taken on all
-    rows, as in the reference: the value of a model that mixes its rows is another one on some of them, and nothing would tell.
+    The tangent is then a function of z_t alone, as it is for the exact u, and not of the noise
+    that made z_t. It is taken on all rows, as in the reference: the value of a model that mixes
+    its rows is another one on some of them, and nothing would tell.
 
     Args:
-        own_tangent: differentiate along the network's own velocity; False: along the one in the target, as
-            MeanFlow does.
-        head: the model returns a pair (u, v), v of an auxiliary head: it is regressed on the same velocity, its loss is
-            added, and it is the network's own velocity. Without, that is u(z_t, t, t). For sampling return u alone.
+        own_tangent: differentiate along the network's own velocity; False: along the one in the
+            target, as MeanFlow does.
+        head: the model returns a pair (u, v), v of an auxiliary head: it is regressed on the same
+            velocity, its loss is added, and it is the network's own velocity. Without, that is
+            u(z_t, t, t). For sampling return u alone.
     """
 
     own_tangent: bool = True
@@ -37,7 +49,9 @@ class ImprovedMeanFlowLoss(MeanFlowLoss):
 
     @classmethod
     def published(cls, **changes: Any) -> "ImprovedMeanFlowLoss":
-        """Return it with the paper's numbers: logit-normal times (-0.4, 1), sorted, half on s = t, L / sg(L + 0.01), summed."""
+        """Return it with the paper's numbers: logit-normal times (-0.4, 1), sorted, half on s = t,
+        L / sg(L + 0.01), summed.
+        """
         settings = {"times": TimePairs(LogitNormalTimes(-0.4, 1.0)), "penalty": Adaptive()}
         return cls(**(settings | changes))
 
@@ -53,19 +67,35 @@ class ImprovedMeanFlowLoss(MeanFlowLoss):
         return output
 
     def velocities(
-        self, model: Model, z_t: Tensor, v: Tensor, t: Tensor, s: Tensor, cond: dict[str, Any], dropped: Tensor | None
+        self,
+        model: Model,
+        z_t: Tensor,
+        v: Tensor,
+        t: Tensor,
+        s: Tensor,
+        cond: dict[str, Any],
+        dropped: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the network's own velocity, under its condition, for the tangent, and the one to regress on."""
+        """Return the network's own velocity, under its condition, for the tangent, and the one to
+        regress on.
+        """
         tangent, v = super().velocities(model, z_t, v, t, s, cond, dropped)
         if self.own_tangent:
             seen = self.guidance.seen(t, cond) if self.guidance else cond
             tangent = self.own_velocity(model, z_t, t, seen)
         return tangent, v
 
-    def __call__(self, model: Model, latents: Tensor, targets: Tensor | None = None, **options: Any) -> LossOutput:
-        """Return the loss of each row, that of the auxiliary head included; see `Objective.__call__`."""
+    def __call__(
+        self, model: Model, latents: Tensor, targets: Tensor | None = None, **options: Any
+    ) -> LossOutput:
+        """Return the loss of each row, that of the auxiliary head included; see
+        `Objective.__call__`.
+        """
         if self.head and backend_of(latents) is not torch_backend:
-            raise InputError("head=True came with JAX arrays, where a second output cannot be kept; write head=False")
+            raise InputError(
+                "head=True came with JAX arrays, where a second output cannot be kept; write "
+                "head=False"
+            )
         check_model(model)
         trunk = _Trunk(model, self)
         out = super().__call__(trunk, latents, targets, **options)
@@ -75,7 +105,9 @@ class ImprovedMeanFlowLoss(MeanFlowLoss):
 
 
 class _Trunk:
-    """The model as a function that returns the average velocity; what the auxiliary head returned is kept in ``heads``."""
+    """The model as a function that returns the average velocity; what the auxiliary head returned
+    is kept in ``heads``.
+    """
 
     def __init__(self, model: Model, objective: ImprovedMeanFlowLoss) -> None:
         self.model, self.objective = model, objective
@@ -96,6 +128,7 @@ class _Trunk:
 def _pair(output: Any) -> tuple[Tensor, Tensor]:
     if not (isinstance(output, tuple | list) and len(output) == 2):
         raise InputError(
-            f"head=True came, but the model returned {type(output).__name__}; return (u, v), or write head=False"
+            f"head=True came, but the model returned {type(output).__name__}; return (u, v), or "
+            "write head=False"
         )
     return output[0], output[1]

@@ -23,8 +23,13 @@ class MeanFlowLoss(Objective):
 
     @classmethod
     def published(cls, **changes: Any) -> "MeanFlowLoss":
-        """Return it with the paper's numbers: logit-normal times (-0.4, 1), sorted, 3/4 on s = t, L / sg(L + 0.01), summed."""
-        settings = {"times": TimePairs(LogitNormalTimes(-0.4, 1.0), equal=0.75), "penalty": Adaptive()}
+        """Return it with the paper's numbers: logit-normal times (-0.4, 1), sorted, 3/4 on s = t,
+        L / sg(L + 0.01), summed.
+        """
+        settings = {
+            "times": TimePairs(LogitNormalTimes(-0.4, 1.0), equal=0.75),
+            "penalty": Adaptive(),
+        }
         return cls(**(settings | changes))
 
     def default_statistic(self) -> Statistic:
@@ -36,7 +41,9 @@ class MeanFlowLoss(Objective):
         c = self.coefficients
         return over_rows(c.state(t, s), z_t) * z_t + over_rows(c.velocity(t, s), v) * v
 
-    def known_between(self, x: Tensor, z_t: Tensor, z_r: Tensor, t: Tensor, r: Tensor, s: Tensor) -> Tensor:
+    def known_between(
+        self, x: Tensor, z_t: Tensor, z_r: Tensor, t: Tensor, r: Tensor, s: Tensor
+    ) -> Tensor:
         """Return (1 + gamma/delta) z_t - (1 + gamma/delta) z_r: identity (I), integrated."""
         weight = self.coefficients.velocity
         return over_rows(weight(t, s), z_t) * z_t - over_rows(weight(r, s), z_r) * z_r

@@ -1,4 +1,6 @@
-"""Trajectory matching: consistency mid-training on a teacher's Euler trajectory (Hu et al., arXiv 2509.24526)."""
+"""Trajectory matching: consistency mid-training on a teacher's Euler trajectory (Hu et al., arXiv
+2509.24526).
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,15 +33,19 @@ __all__ = ["TrajectoryMatchingLoss"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrajectoryMatchingLoss(MeanFlowLoss):
-    """f is regressed on what makes its step exact on a teacher's trajectory: (x_i - x_j)/(t_i - t_j) for the average velocity.
+    """f is regressed on what makes its step exact on a teacher's trajectory: (x_i - x_j)/(t_i -
+    t_j) for the average velocity.
 
-    The labels of the model are the times of the points themselves, on the shifted grid on which the teacher was solved.
+    The labels of the model are the times of the points themselves, on the shifted grid on which
+    the teacher was solved.
 
     Args:
-        teacher: a callable ``(z_t, t, **cond)``, such as a flow-matching network at s = t, or `Guidance.apply` of one.
+        teacher: a callable ``(z_t, t, **cond)``, such as a flow-matching network at s = t, or
+            `Guidance.apply` of one.
         points: of the trajectory, from noise to data, both ends included; 16 in the reference.
         pairs: how many of the pairs t_i > t_j are drawn for a batch; None takes all.
-        shift: k of the grid t' = k t / (1 + (k - 1) t), such as ``ShiftedTimes(dim).shift``; 1 leaves it even.
+        shift: k of the grid t' = k t / (1 + (k - 1) t), such as ``ShiftedTimes(dim).shift``; 1
+            leaves it even.
     """
 
     teacher: Callable[..., Tensor]
@@ -49,25 +55,38 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
 
     @classmethod
     def published(cls, **changes: Any) -> "TrajectoryMatchingLoss":
-        """Return it with the reference's numbers: 16 points, 64 of their pairs, mean squares; give ``teacher`` and ``shift``."""
+        """Return it with the reference's numbers: 16 points, 64 of their pairs, mean squares; give
+        ``teacher`` and ``shift``.
+        """
         settings: dict[str, Any] = {"pairs": 64}
         return cls(**(settings | changes))
 
     def check_statistic(self) -> None:
-        """Refuse what is no teacher, too few points, more pairs than there are, a shift that is not positive, unused parts."""
+        """Refuse what is no teacher, too few points, more pairs than there are, a shift that is
+        not positive, unused parts.
+        """
         if self.gap is not None or self.guidance is not None or self.velocity is not None:
-            raise InputError("gap, guidance or velocity came; leave it out, and guide the teacher: Guidance.apply")
+            raise InputError(
+                "gap, guidance or velocity came; leave it out, and guide the teacher: "
+                "Guidance.apply"
+            )
         if not callable(self.teacher):
-            raise InputError(f"teacher = {self.teacher!r} came; write a function (z_t, t, **cond) of the velocity")
+            raise InputError(
+                f"teacher = {self.teacher!r} came; write a function (z_t, t, **cond) of the "
+                "velocity"
+            )
         if self.points < 2:
             raise InputError(f"points = {self.points} came; a trajectory has at least 2")
         most = self.points * (self.points - 1) // 2
         if self.pairs is not None and not 1 <= self.pairs <= most:
             raise InputError(
-                f"pairs = {self.pairs} came; {self.points} points make {most} pairs, so write that many at most, or None for all"
+                f"pairs = {self.pairs} came; {self.points} points make {most} pairs, so write "
+                "that many at most, or None for all"
             )
         if not self.shift > 0:
-            raise InputError(f"shift = {self.shift} came; write more than 0, as ShiftedTimes(dim).shift")
+            raise InputError(
+                f"shift = {self.shift} came; write more than 0, as ShiftedTimes(dim).shift"
+            )
 
     def grid(self, like: Tensor) -> Tensor:
         """Return the times of the points, ``(points,)``, falling from 1 to 0."""
@@ -75,26 +94,39 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
         t = torch.linspace(1, 0, self.points, device=like.device, dtype=dtype)
         return self.shift * t / (1 + (self.shift - 1) * t)
 
-    def __call__(self, model: Model, latents: Tensor, targets: Tensor | None = None, **options: Any) -> LossOutput:
-        """Return the loss of each pair of each row: every field has B rows for the first pair, then B for the next, ...
+    def __call__(
+        self, model: Model, latents: Tensor, targets: Tensor | None = None, **options: Any
+    ) -> LossOutput:
+        """Return the loss of each pair of each row: every field has B rows for the first pair,
+        then B for the next, ...
 
         Args:
             model: any callable ``model(z_t, t, s, **cond)``.
-            latents: of shape ``(B, *)``; only their shape, dtype and device count, since the teacher makes the path.
+            latents: of shape ``(B, *)``; only their shape, dtype and device count, since the
+                teacher makes the path.
             targets: accepted and ignored.
-            options: cond, noise and generator as for every objective; t and s are refused: the grid has them.
+            options: cond, noise and generator as for every objective; t and s are refused: the
+                grid has them.
         """
         cond, noise, generator = (options.get(name) for name in ("cond", "noise", "generator"))
         check_batch(latents, latents)
         check_model(model)
         check_sources(latents, noise, generator)
         if backend_of(latents, noise) is not torch_backend:
-            raise InputError("JAX arrays came, but trajectory matching is written for tensors of torch; pass tensors")
+            raise InputError(
+                "JAX arrays came, but trajectory matching is written for tensors of torch; pass "
+                "tensors"
+            )
         if options.get("t") is not None or options.get("s") is not None:
-            raise TimeError("t or s came; trajectory matching takes its times from the teacher's grid: leave them out")
+            raise TimeError(
+                "t or s came; trajectory matching takes its times from the teacher's grid: leave "
+                "them out"
+            )
         cond = checked_cond(cond)
         if noise is None:
-            noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+            noise = torch.randn(
+                latents.shape, generator=generator, device=latents.device, dtype=latents.dtype
+            )
         times = self.grid(noise)
         try:
             path = Euler().path(lambda z, t: self.teacher(z, t, **cond), noise, times)
@@ -107,15 +139,21 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
         z_t, z_s = (path[index].flatten(0, 1) for index in (early, late))
         f = in_full(self._predicted(model, z_t, t, s, cond, rows))
         wanted = self.coefficients.prediction_of(in_full(z_t), in_full(z_s), t, s)
-        a, m = (over_rows(part(t, s), f) for part in (self.coefficients.prediction, self.coefficients.scale))
+        a, m = (
+            over_rows(part(t, s), f)
+            for part in (self.coefficients.prediction, self.coefficients.scale)
+        )
         v = (in_full(z_t) - in_full(z_s)) / over_rows(t - s, z_t)
         return self._output(f, (m - a) * f.detach() - m * wanted, z_t, v, t, s)
 
-    def _predicted(self, model: Model, z_t: Tensor, t: Tensor, s: Tensor, cond: dict[str, Any], rows: int) -> Tensor:
-        """Return what the model gives for all pairs: at once, or pair by pair where that is another value.
+    def _predicted(
+        self, model: Model, z_t: Tensor, t: Tensor, s: Tensor, cond: dict[str, Any], rows: int
+    ) -> Tensor:
+        """Return what the model gives for all pairs: at once, or pair by pair where that is
+        another value.
 
-        It is where the model mixes rows, or where cond holds a tensor that all rows share and whose first
-        axis is B; batch norm in train mode sees all pairs at once.
+        It is where the model mixes rows, or where cond holds a tensor that all rows share and
+        whose first axis is B; batch norm in train mode sees all pairs at once.
         """
         pairs = list(zip(z_t.split(rows), t.split(rows), s.split(rows), strict=True))
         draws = Draws(z_t.device, of_python=True)
@@ -128,8 +166,12 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
                 refuse_unfit(model, cond, error)
         return torch.cat([evaluated(model, *pair, cond) for pair in pairs])
 
-    def _is_first(self, f: Tensor, model: Model, pair: tuple[Tensor, Tensor, Tensor], cond: dict[str, Any]) -> bool:
-        """Return whether the first pair's rows have the same value among all pairs and by themselves."""
+    def _is_first(
+        self, f: Tensor, model: Model, pair: tuple[Tensor, Tensor, Tensor], cond: dict[str, Any]
+    ) -> bool:
+        """Return whether the first pair's rows have the same value among all pairs and by
+        themselves.
+        """
         try:
             with torch.no_grad(), untouched(mixed=False) as run:
                 alone = evaluated(model, *pair, cond)
@@ -140,7 +182,9 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
         halved = run.halved is not None or f.dtype.itemsize < 4
         return agree(f[: len(alone)].detach(), alone, 2 if halved else f.dtype.itemsize)
 
-    def _pairs(self, generator: torch.Generator | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _pairs(
+        self, generator: torch.Generator | None, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
         """Return the indices of the pairs' two points, the earlier on the path first."""
         early, late = torch.triu_indices(self.points, self.points, 1, device=device)
         if self.pairs is None:

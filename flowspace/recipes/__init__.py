@@ -1,1 +1,3 @@
-"""What the commands build and run; importable, so that a wheel can run them without the repository."""
+"""What the commands build and run; importable, so that a wheel can run them without the
+repository.
+"""

@@ -1,4 +1,5 @@
-"""What a run of the ImageNet recipe is made of, as typed dataclasses, and how they are read from YAML (pydantic checks them).
+"""What a run of the ImageNet recipe is made of, as typed dataclasses, and how they are read from
+YAML (pydantic checks them).
 
 A config may name another one as its ``base`` and say only what differs.
 """
@@ -30,10 +31,11 @@ Level = Annotated[float, Field(ge=TIME_FLOOR, le=1)]
 
 @dataclass(frozen=True, config=STRICT)
 class DataConfig:
-    """Pictures: a folder of one folder a class (or ``openmoji``, drawn from the package), their size, how many classes.
+    """Pictures: a folder of one folder a class (or ``openmoji``, drawn from the package), their
+    size, how many classes.
 
-    ``source`` says whether the path is such a folder, a Hugging Face data set, or webdataset's shards; ``latents`` is the folder
-    of ``flowspace encode``, read instead of running the encoder.
+    ``source`` says whether the path is such a folder, a Hugging Face data set, or webdataset's
+    shards; ``latents`` is the folder of ``flowspace encode``, read instead of running the encoder.
     """
 
     path: str = "data/imagenet/train"
@@ -47,7 +49,8 @@ class DataConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class PerceptualConfig:
-    """A perceptual term: a timm network (or ``lpips``), its weights (a file, or ``package:NAME``), layers and weight.
+    """A perceptual term: a timm network (or ``lpips``), its weights (a file, or ``package:NAME``),
+    layers and weight.
 
     ``unit`` scales the features of each place to length 1, as LPIPS does.
     """
@@ -101,7 +104,8 @@ class StageOneConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class EncoderConfig:
-    """A name or path for `load_encoder`, or ``stage_one`` to train one; ``fit`` images estimate unknown statistics.
+    """A name or path for `load_encoder`, or ``stage_one`` to train one; ``fit`` images estimate
+    unknown statistics.
 
     ``pack`` makes one cell of pack x pack cells.
     """
@@ -137,7 +141,8 @@ class GeneratorConfig:
 class ObjectiveConfig:
     """Which objective, its schedule, how often s = t, and how many labels are dropped.
 
-    ``consistency`` is kappa = 0 with its boundary loss; ``estimated`` differentiates along the estimated marginal velocity.
+    ``consistency`` is kappa = 0 with its boundary loss; ``estimated`` differentiates along the
+    estimated marginal velocity.
     """
 
     kind: Literal["crossflow", "consistency"] = "crossflow"
@@ -181,9 +186,11 @@ class TrainingConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class EvaluationConfig:
-    """How many samples are judged, by what (``inception``, or a timm network) and against which folder.
+    """How many samples are judged, by what (``inception``, or a timm network) and against which
+    folder.
 
-    ``pinned`` is the SHA-256 that the reference's features must have; a file of samples holds ``shard`` batches.
+    ``pinned`` is the SHA-256 that the reference's features must have; a file of samples holds
+    ``shard`` batches.
     """
 
     samples: Count = 50_000
@@ -198,11 +205,13 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class LatentConfig:
-    """A latent generator by flow matching, in the blocks of `CrossFlowGenerator` (LightningDiT-B/1's size by default).
+    """A latent generator by flow matching, in the blocks of `CrossFlowGenerator`
+    (LightningDiT-B/1's size by default).
 
-    It is trained once the run is finished, and its samples are decoded by the autoencoder's decoder and by `CrossFlowDecoder` at
-    each of the noise ``levels``; ``evaluations`` is of its ODE, by Heun's rule two a step. A generator that sees s alone is told
-    the level by ``rescale``, which multiplies latents by alpha(level).
+    It is trained once the run is finished, and its samples are decoded by the autoencoder's
+    decoder and by `CrossFlowDecoder` at each of the noise ``levels``; ``evaluations`` is of its
+    ODE, by Heun's rule two a step. A generator that sees s alone is told the level by ``rescale``,
+    which multiplies latents by alpha(level).
     """
 
     depth: Count = 12
@@ -252,7 +261,9 @@ def load(path: Path, changes: Sequence[str] = ()) -> Config:
             nested: Any = yaml.safe_load(value)
         except yaml.YAMLError as error:
             problem = getattr(error, "problem", error)
-            raise InputError(f"{change!r} came, whose value is not YAML ({problem}); is it in quotes?") from None
+            raise InputError(
+                f"{change!r} came, whose value is not YAML ({problem}); is it in quotes?"
+            ) from None
         for key in reversed(keys.split(".")):
             nested = {key: nested}
         found = _merged(found, nested)
@@ -270,11 +281,15 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise RunError(f"{path} cannot be read ({error.strerror}); write the path of a config in YAML") from None
+        raise RunError(
+            f"{path} cannot be read ({error.strerror}); write the path of a config in YAML"
+        ) from None
     except yaml.YAMLError as error:
         raise RunError(f"{path} is not YAML: {error}") from None
     if not isinstance(found, dict):
-        raise RunError(f"{path} holds {type(found).__name__}; a config is a mapping of keys to values")
+        raise RunError(
+            f"{path} holds {type(found).__name__}; a config is a mapping of keys to values"
+        )
     base = found.pop("base", None)
     return _merged(_read(path.parent / base), found) if base else found
 

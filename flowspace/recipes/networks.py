@@ -1,4 +1,6 @@
-"""Small networks for small pictures: an autoencoder, a ViT from noisy latent to pixels, and two unlike classifiers."""
+"""Small networks for small pictures: an autoencoder, a ViT from noisy latent to pixels, and two
+unlike classifiers.
+"""
 
 import math
 
@@ -16,7 +18,8 @@ __all__ = [
 
 
 class Autoencoder(nn.Module):
-    """Maps ``(B, 1, H, H)`` pictures to ``(B, channels, side, side)``, standardised per channel by `fit_latents`, and back.
+    """Maps ``(B, 1, H, H)`` pictures to ``(B, channels, side, side)``, standardised per channel by
+    `fit_latents`, and back.
 
     Every number sees the whole picture: the grid is only how the ViT takes them.
 
@@ -31,19 +34,34 @@ class Autoencoder(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, pixels: int, channels: int, side: int, width: int = 32, hidden: int = 256) -> None:
+    def __init__(
+        self, pixels: int, channels: int, side: int, width: int = 32, hidden: int = 256
+    ) -> None:
         super().__init__()
         grid, numbers = pixels // 2, channels * side * side
         self.encoder = nn.Sequential(
-            nn.Conv2d(1, width, 3, 1, 1), nn.SiLU(), nn.Conv2d(width, width, 4, 2, 1), nn.SiLU(), nn.Flatten(),
-            nn.Linear(width * grid**2, hidden), nn.SiLU(), nn.Linear(hidden, numbers),
-            nn.LayerNorm(numbers, elementwise_affine=False), nn.Unflatten(1, (channels, side, side)),
-        )  # fmt: skip
+            nn.Conv2d(1, width, 3, 1, 1),
+            nn.SiLU(),
+            nn.Conv2d(width, width, 4, 2, 1),
+            nn.SiLU(),
+            nn.Flatten(),
+            nn.Linear(width * grid**2, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, numbers),
+            nn.LayerNorm(numbers, elementwise_affine=False),
+            nn.Unflatten(1, (channels, side, side)),
+        )
         self.decoder = nn.Sequential(
-            nn.Flatten(), nn.Linear(numbers, hidden), nn.SiLU(), nn.Linear(hidden, width * grid**2), nn.SiLU(),
-            nn.Unflatten(1, (width, grid, grid)), nn.ConvTranspose2d(width, width, 4, 2, 1), nn.SiLU(),
+            nn.Flatten(),
+            nn.Linear(numbers, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, width * grid**2),
+            nn.SiLU(),
+            nn.Unflatten(1, (width, grid, grid)),
+            nn.ConvTranspose2d(width, width, 4, 2, 1),
+            nn.SiLU(),
             nn.Conv2d(width, 1, 3, 1, 1),
-        )  # fmt: skip
+        )
         self.register_buffer("mean", torch.zeros(1, channels, 1, 1))
         self.register_buffer("std", torch.ones(1, channels, 1, 1))
 
@@ -74,29 +92,39 @@ def fourier(time: Tensor, size: int) -> Tensor:
 
 
 class Block(nn.Module):
-    """A transformer block whose norms are scaled and shifted by the condition (adaLN, Peebles & Xie, arXiv 2212.09748)."""
+    """A transformer block whose norms are scaled and shifted by the condition (adaLN, Peebles &
+    Xie, arXiv 2212.09748).
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
         self.modulation = nn.Linear(width, 6 * width)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """Map ``(B, N, width)`` tokens under a ``(B, width)`` condition."""
-        scale1, shift1, gate1, scale2, shift2, gate2 = self.modulation(F.silu(condition))[:, None].chunk(6, -1)
+        scale1, shift1, gate1, scale2, shift2, gate2 = self.modulation(F.silu(condition))[
+            :, None
+        ].chunk(6, -1)
         h = F.layer_norm(x, x.shape[-1:]) * (1 + scale1) + shift1
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(h).chunk(3, -1))
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in self.qkv(h).chunk(3, -1)
+        )
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = x + (1 + gate1) * self.out(attended)
         return x + (1 + gate2) * self.mlp(F.layer_norm(x, x.shape[-1:]) * (1 + scale2) + shift2)
 
 
 class SmallViT(nn.Module):
-    """A ViT over the latent grid; each token becomes a patch of ``outputs`` channels and ``patch`` pixels a side.
+    """A ViT over the latent grid; each token becomes a patch of ``outputs`` channels and ``patch``
+    pixels a side.
 
     Args:
         channels: of the latent.
@@ -131,9 +159,13 @@ class SmallViT(nn.Module):
         nn.init.zeros_(self.head.weight)
 
     def forward(self, z: Tensor, t: Tensor, s: Tensor, labels: Tensor) -> Tensor:
-        """Map ``(B, channels, side, side)`` states, ``(B,)`` times and labels to ``(B, outputs, side*patch, side*patch)``."""
+        """Map ``(B, channels, side, side)`` states, ``(B,)`` times and labels to ``(B, outputs,
+        side*patch, side*patch)``.
+        """
         width = self.embed.out_features
-        condition = self.times(torch.cat([fourier(t, width), fourier(s, width)], 1)) + self.label(labels)
+        condition = self.times(torch.cat([fourier(t, width), fourier(s, width)], 1)) + self.label(
+            labels
+        )
         x = self.embed(z.flatten(2).transpose(1, 2)) + self.position
         for block in self.blocks:
             x = block(x, condition)
@@ -142,7 +174,7 @@ class SmallViT(nn.Module):
 
 
 class Patches(nn.Module):
-    """An autoencoder without loss and without weights: a square of pixels is a cell of its latent."""
+    """An autoencoder without loss or weights: a square of pixels is a cell of its latent."""
 
     def __init__(self, patch: int) -> None:
         super().__init__()
@@ -158,15 +190,26 @@ class Patches(nn.Module):
 
 
 class JudgeClassifier(nn.Module):
-    """A convolutional classifier that judges samples; `features` is its last hidden layer, ``(B, 64)``."""
+    """A convolutional classifier that judges samples; `features` is its last hidden layer, ``(B,
+    64)``.
+    """
 
     def __init__(self, side: int, classes: int = 10, width: int = 32) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(1, width, 3, 1, 1), nn.ReLU(), nn.Conv2d(width, width, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(width, 2 * width, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(0.3),
-            nn.Linear(2 * width * (side // 4) ** 2, 64), nn.ReLU(),
-        )  # fmt: skip
+            nn.Conv2d(1, width, 3, 1, 1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, 1, 1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(width, 2 * width, 3, 1, 1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Dropout(0.3),
+            nn.Linear(2 * width * (side // 4) ** 2, 64),
+            nn.ReLU(),
+        )
         self.head = nn.Linear(64, classes)
 
     def features(self, images: Tensor) -> Tensor:
@@ -179,14 +222,20 @@ class JudgeClassifier(nn.Module):
 
 
 class FeatureClassifier(nn.Module):
-    """A residual, strided classifier without pooling, GELU and group norms: its stages are the perceptual features."""
+    """A residual, strided classifier without pooling, GELU and group norms: its stages are the
+    perceptual features.
+    """
 
     def __init__(self, side: int, classes: int = 10, width: int = 24) -> None:
         super().__init__()
         self.stem = nn.Conv2d(1, width, 3, 1, 1)
         self.stages = nn.ModuleList(
             nn.Sequential(
-                nn.GroupNorm(4, w), nn.GELU(), nn.Conv2d(w, 2 * w, 3, 2, 1), nn.GELU(), nn.Conv2d(2 * w, 2 * w, 3, 1, 1)
+                nn.GroupNorm(4, w),
+                nn.GELU(),
+                nn.Conv2d(w, 2 * w, 3, 2, 1),
+                nn.GELU(),
+                nn.Conv2d(2 * w, 2 * w, 3, 1, 1),
             )
             for w in (width, 2 * width)
         )

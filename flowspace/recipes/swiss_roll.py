@@ -1,7 +1,9 @@
-"""The Swiss roll: which statistics train, and which do not (the experiment of CrossFlow's appendix C).
+"""The Swiss roll: which statistics train, and which do not (the experiment of CrossFlow's appendix
+C).
 
-A latent of two dimensions (the standardised, rotated roll) is mapped to "pixels" of sixteen (the roll lifted by a random
-orthonormal matrix) in one step. What a variant chooses is h = b / kappa, where b = 1/delta; everything else is equal.
+A latent of two dimensions (the standardised, rotated roll) is mapped to "pixels" of sixteen (the
+roll lifted by a random orthonormal matrix) in one step. What a variant chooses is h = b / kappa,
+where b = 1/delta; everything else is equal.
 """
 
 import argparse
@@ -47,10 +49,16 @@ class Variant:
     property: str
 
     def objective(self, literal: bool) -> Objective:
-        """Build the objective; the literal form takes absolute errors, as the paper does, the target form squared ones."""
+        """Build the objective; the literal form takes absolute errors, as the paper does, the
+        target form squared ones.
+        """
         schedule: Schedule = {"linear": LinearSchedule, "cosine": CosineSchedule}[self.schedule]()
         times = UniformTimes(low=EARLIEST)
-        common = {"schedule": schedule, "penalty": AbsoluteError() if literal else SquaredError(), "literal": literal}
+        common = {
+            "schedule": schedule,
+            "penalty": AbsoluteError() if literal else SquaredError(),
+            "literal": literal,
+        }
         if self.property == "kappa = 0, clean boundary":
             return ConsistencyLoss(times=ToDataTimes(times), check=False, **common)
         kappa = {"linear": "s", "cosine": "sin(pi*s/2)"}[self.schedule]
@@ -88,7 +96,9 @@ class Result:
 
 
 def roll(count: int, generator: torch.Generator) -> Tensor:
-    """Draw points of the noisy Swiss roll: angle 1.5 pi (1 + 2u), radius the angle over 7.5, noise 0.02; ``(count, 2)``."""
+    """Draw points of the noisy Swiss roll: angle 1.5 pi (1 + 2u), radius the angle over 7.5, noise
+    0.02; ``(count, 2)``.
+    """
     angle = 1.5 * math.pi * (1 + 2 * torch.rand(count, generator=generator))
     points = torch.stack([angle * angle.cos(), angle * angle.sin()], 1) / 7.5
     return points + 0.02 * torch.randn(count, 2, generator=generator)
@@ -110,7 +120,9 @@ class World:
         lift = torch.linalg.qr(torch.randn(PIXELS, 2, generator=generator))[0]
         points = roll(20_000, generator)
         angle = torch.tensor(math.pi / 5)
-        turn = torch.stack([torch.stack([angle.cos(), -angle.sin()]), torch.stack([angle.sin(), angle.cos()])])
+        turn = torch.stack(
+            [torch.stack([angle.cos(), -angle.sin()]), torch.stack([angle.sin(), angle.cos()])]
+        )
         return cls(lift, points.mean(0), points.std(0), turn)
 
     def latents(self, points: Tensor) -> Tensor:
@@ -128,7 +140,9 @@ class Network(nn.Module):
     def __init__(self, outputs: int = PIXELS, width: int = 128) -> None:
         super().__init__()
         sizes = [4, width, width, width]
-        layers = [layer for pair in itertools.pairwise(sizes) for layer in (nn.Linear(*pair), nn.SiLU())]
+        layers = [
+            layer for pair in itertools.pairwise(sizes) for layer in (nn.Linear(*pair), nn.SiLU())
+        ]
         self.net = nn.Sequential(*layers, nn.Linear(width, outputs))
 
     def forward(self, z: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -136,15 +150,23 @@ class Network(nn.Module):
         return self.net(torch.cat([z, t[:, None], s[:, None]], 1))
 
 
-def sliced_wasserstein(first: Tensor, second: Tensor, projections: int = 256, seed: int = 0) -> float:
-    """Return the mean absolute difference of sorted projections of two clouds of the same shape ``(N, D)``."""
+def sliced_wasserstein(
+    first: Tensor, second: Tensor, projections: int = 256, seed: int = 0
+) -> float:
+    """Return the mean absolute difference of sorted projections of two clouds of the same shape
+    ``(N, D)``.
+    """
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(first.shape[1], projections, generator=generator)
     directions = directions / directions.norm(dim=0)
-    return float(((first @ directions).sort(0).values - (second @ directions).sort(0).values).abs().mean())
+    return float(
+        ((first @ directions).sort(0).values - (second @ directions).sort(0).values).abs().mean()
+    )
 
 
-def train(variant: Variant, literal: bool, seed: int, steps: int = 800, batch: int = 512) -> Result:
+def train(
+    variant: Variant, literal: bool, seed: int, steps: int = 800, batch: int = 512
+) -> Result:
     """Train one network and measure its one-step samples, t = 1 to s = 0.02."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(1000 + seed)
@@ -152,7 +174,9 @@ def train(variant: Variant, literal: bool, seed: int, steps: int = 800, batch: i
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     for _ in range(steps):
         points = roll(batch, generator)
-        loss = objective(network, world.latents(points), world.images(points), generator=generator).loss.mean()
+        loss = objective(
+            network, world.latents(points), world.images(points), generator=generator
+        ).loss.mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -178,9 +202,13 @@ def measure(
 
 
 def floor(seed: int, count: int = 5000) -> float:
-    """Return the distance between two independent real samples: no model can be expected to do better."""
+    """Return the distance between two independent real samples: no model can be expected to do
+    better.
+    """
     generator, world = torch.Generator().manual_seed(seed), World.of(seed)
-    return sliced_wasserstein(world.images(roll(count, generator)), world.images(roll(count, generator)))
+    return sliced_wasserstein(
+        world.images(roll(count, generator)), world.images(roll(count, generator))
+    )
 
 
 HEAD = ("schedule", "h = b/kappa", "", "target form", "literal form")
@@ -205,13 +233,20 @@ def _spread(distances: list[float]) -> str:
 
 
 def figure(results: Iterable[Result]) -> Figure:
-    """Draw the first seed's samples of every variant, the target form above the literal form, beside a real roll."""
+    """Draw the first seed's samples of every variant, the target form above the literal form,
+    beside a real roll.
+    """
     first = {(r.variant, r.literal): r for r in results if r.seed == 0}
     shown = [v for v in VARIANTS if (v, False) in first]
-    fig, axes = plt.subplots(2, len(shown) + 1, figsize=(1.9 * (len(shown) + 1), 4.4), layout="constrained")
+    fig, axes = plt.subplots(
+        2, len(shown) + 1, figsize=(1.9 * (len(shown) + 1), 4.4), layout="constrained"
+    )
     real = roll(5000, torch.Generator().manual_seed(0))
     for row, literal in enumerate((False, True)):
-        clouds = [("real", real), *((f"{v.schedule}\n{v.property}", first[v, literal].samples) for v in shown)]
+        clouds = [
+            ("real", real),
+            *((f"{v.schedule}\n{v.property}", first[v, literal].samples) for v in shown),
+        ]
         for axis, (title, points) in zip(axes[row], clouds, strict=True):
             axis.scatter(*points.T, s=0.3, color="#1f4e79", rasterized=True)
             axis.set(xlim=(-2.2, 2.2), ylim=(-2.2, 2.2), xticks=[], yticks=[], aspect="equal")
@@ -222,19 +257,27 @@ def figure(results: Iterable[Result]) -> Figure:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train every variant with every seed, print the table and save the table and the figure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="one thread each")
+    parser.add_argument(
+        "--processes", type=int, default=os.cpu_count() or 1, help="one thread each"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/swiss_roll"))
     options = parser.parse_args(arguments)
     total = 2 * len(VARIANTS) * options.seeds
-    results = list(tqdm(run(options.seeds, options.steps, options.processes), "swiss roll", total, unit="run"))
+    results = list(
+        tqdm(run(options.seeds, options.steps, options.processes), "swiss roll", total, unit="run")
+    )
     floors = [floor(seed) for seed in range(options.seeds)]
     text = (
         markdown_table(HEAD, rows(results)) + "\n\n"
-        f"One step from t = 1 to s = {EARLIEST}, {options.steps} training steps; sliced Wasserstein distance, mean over "
-        f"{options.seeds} seeds ± half of their range. Real against real: {statistics.mean(floors):.4f}.\n"
+        f"One step from t = 1 to s = {EARLIEST}, {options.steps} training steps; sliced "
+        "Wasserstein distance, mean over "
+        f"{options.seeds} seeds ± half of their range. Real against real: "
+        f"{statistics.mean(floors):.4f}.\n"
     )
     write_beside(options.out / "table.md", text)
     write_beside(options.out / "rolls.png", png(figure(results)))
@@ -249,9 +292,14 @@ def _one(job: tuple[Variant, bool, int, int]) -> Result:
 def run(
     seeds: int = 3, steps: int = 800, processes: int = 2, variants: Iterable[Variant] = VARIANTS
 ) -> Iterator[Result]:
-    """Train every variant in both forms with every seed, one thread a process; yields results as they come."""
+    """Train every variant in both forms with every seed, one thread a process; yields results as
+    they come.
+    """
     jobs = [
-        (variant, literal, seed, steps) for variant in variants for literal in (False, True) for seed in range(seeds)
+        (variant, literal, seed, steps)
+        for variant in variants
+        for literal in (False, True)
+        for seed in range(seeds)
     ]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, context) as pool:

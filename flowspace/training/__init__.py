@@ -1,4 +1,6 @@
-"""The one training loop, with EMA, checkpoints and logs; used by every recipe, imported only by them."""
+"""The one training loop, with EMA, checkpoints and logs; used by every recipe, imported only by
+them.
+"""
 
 from flowspace.training.batches import Batches, TensorBatches
 from flowspace.training.checkpoints import Checkpoints

@@ -1,4 +1,6 @@
-"""Where batches come from: an endless shuffled stream, of which anyone may ask for any rows at any time."""
+"""Where batches come from: an endless shuffled stream, of which anyone may ask for any rows at any
+time.
+"""
 
 import abc
 import time
@@ -17,7 +19,9 @@ Batch = tuple[Tensor, ...]
 
 
 class Batches(abc.ABC):
-    """An endless stream of rows; a row depends on nothing but the seed and its place in the stream."""
+    """An endless stream of rows; a row depends on nothing but the seed and its place in the
+    stream.
+    """
 
     @abc.abstractmethod
     def __call__(self, first: int, last: int, seed: int) -> Batch:
@@ -39,7 +43,9 @@ class TensorBatches(Batches):
 
     @staticmethod
     def _order(seed: int, number: int, rows: int) -> Tensor:
-        return torch.randperm(rows, generator=torch.Generator().manual_seed(seed_of(seed, number, 1)))
+        return torch.randperm(
+            rows, generator=torch.Generator().manual_seed(seed_of(seed, number, 1))
+        )
 
 
 @dataclass
@@ -68,7 +74,9 @@ class Ahead:
             coming: list[Future[Batch]] = []
             for number in range(len(self.ranges)):
                 wanted = self.ranges[number + len(coming) : number + self.depth + 1]
-                coming += [pool.submit(self.batches, first, last, self.seed) for first, last in wanted]
+                coming += [
+                    pool.submit(self.batches, first, last, self.seed) for first, last in wanted
+                ]
                 try:
                     yield self._taken(coming.pop(0))
                 except BaseException:

@@ -21,7 +21,9 @@ from flowspace.training.place import alike
 __all__ = ["Checkpoints", "flatten_optimizer", "restore_optimizer"]
 
 LEFT_OVER = (".tmp*", "*.partial")
-"""What a write that was killed leaves beside the checkpoints: the temporary file of safetensors, and ours."""
+"""What a write that was killed leaves beside the checkpoints: the temporary file of safetensors,
+and ours.
+"""
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,13 @@ class Checkpoints:
     @property
     def fingerprint(self) -> str:
         """A digest of the settings."""
-        return hashlib.sha256(json.dumps(self.settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        return hashlib.sha256(
+            json.dumps(self.settings, sort_keys=True, default=str).encode()
+        ).hexdigest()[:16]
 
     def save(self, step: int, tensors: Mapping[str, Tensor]) -> Path:
-        """Write one checkpoint beside and rename it, so that an interrupted write leaves the earlier ones.
+        """Write one checkpoint beside and rename it, so that an interrupted write leaves the
+        earlier ones.
 
         What interrupted writes left is removed; nobody else writes into the folder.
         """
@@ -56,7 +61,9 @@ class Checkpoints:
         return path
 
     def keep_best(self, step: int, tensors: Mapping[str, Tensor], score: float) -> bool:
-        """Write ``best.safetensors`` if the score is lower than that of the one there; returns whether it was."""
+        """Write ``best.safetensors`` if the score is lower than that of the one there; returns
+        whether it was.
+        """
         path = self.folder / "best.safetensors"
         try:
             with safe_open(path, "pt") as file:
@@ -68,7 +75,9 @@ class Checkpoints:
         self._write(path, step, tensors, {"score": repr(score)})
         return True
 
-    def _write(self, path: Path, step: int, tensors: Mapping[str, Tensor], more: Mapping[str, str]) -> Path:
+    def _write(
+        self, path: Path, step: int, tensors: Mapping[str, Tensor], more: Mapping[str, str]
+    ) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         metadata = {
@@ -77,19 +86,24 @@ class Checkpoints:
             "settings": json.dumps(self.settings, default=str),
             **more,
         }
-        held = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        held = {
+            name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()
+        }
         try:
             save_file(held, partial, metadata)
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
         except (SafetensorError, OSError) as error:
             partial.unlink(missing_ok=True)
-            raise OSError(f"{path} cannot be written ({error}); the checkpoints before it are whole") from error
+            raise OSError(
+                f"{path} cannot be written ({error}); the checkpoints before it are whole"
+            ) from error
         partial.replace(path)
         return path
 
     def latest(self) -> tuple[int, dict[str, Tensor]] | None:
-        """Return the step and tensors of the latest readable checkpoint, or None where there is none.
+        """Return the step and tensors of the latest readable checkpoint, or None where there is
+        none.
 
         Raises:
             RunError: if it belongs to other settings, or none of several can be read.
@@ -101,13 +115,16 @@ class Checkpoints:
                     metadata = file.metadata() or {}
                     tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             except (SafetensorError, OSError) as error:
-                warnings.warn(f"{path} cannot be read ({error}); trying the one before", stacklevel=2)
+                warnings.warn(
+                    f"{path} cannot be read ({error}); trying the one before", stacklevel=2
+                )
                 continue
             self._check_settings(path, metadata)
             return int(metadata["step"]), tensors
         if paths:
             raise RunError(
-                f"none of the {len(paths)} checkpoints in {self.folder} can be read; delete the folder to begin anew"
+                f"none of the {len(paths)} checkpoints in {self.folder} can be read; delete the "
+                "folder to begin anew"
             )
         return None
 
@@ -116,9 +133,12 @@ class Checkpoints:
             theirs = json.loads(metadata.get("settings", "{}"))
             ours = json.loads(json.dumps(self.settings, default=str))
             names = sorted(k for k in {*theirs, *ours} if theirs.get(k) != ours.get(k))
-            changes = ", ".join(f"{k}: {theirs.get(k)!r} there, {ours.get(k)!r} now" for k in names)
+            changes = ", ".join(
+                f"{k}: {theirs.get(k)!r} there, {ours.get(k)!r} now" for k in names
+            )
             raise RunError(
-                f"{path} belongs to a run with other settings ({changes or 'unknown'}); choose another folder, delete this "
+                f"{path} belongs to a run with other settings ({changes or 'unknown'}); choose "
+                "another folder, delete this "
                 "one to begin anew, or run with its settings to continue"
             )
 
@@ -126,7 +146,9 @@ class Checkpoints:
         return sorted(self.folder.glob("step-*.safetensors"))
 
 
-def flatten_optimizer(optimizer: torch.optim.Optimizer | Together, network: nn.Module) -> dict[str, Tensor]:
+def flatten_optimizer(
+    optimizer: torch.optim.Optimizer | Together, network: nn.Module
+) -> dict[str, Tensor]:
     """Return the optimizer's state as tensors named by parameter and slot."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in network.named_parameters()}
     return {

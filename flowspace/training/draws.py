@@ -1,4 +1,6 @@
-"""Randomness of a run: everything random in a step follows from (seed, step, row), so any number of processes draw the same."""
+"""Randomness of a run: everything random in a step follows from (seed, step, row), so any number
+of processes draw the same.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,14 +50,19 @@ class Draws:
         return self._seeded(*((self.first,) if self.first else ()))
 
     def rows(self, draw: Callable[[int, torch.Generator], Any], stream: int) -> Any:
-        """Return these rows of what is drawn for the whole batch: the same numbers in one process as in many.
+        """Return these rows of what is drawn for the whole batch: the same numbers in one process
+        as in many.
 
         Args:
-            draw: a function of the number of rows and a generator; returns a tensor, or a tuple of them, of that many rows.
+            draw: a function of the number of rows and a generator; returns a tensor, or a tuple of
+                them, of that many rows.
             stream: keeps different draws of a step apart.
         """
         whole = draw(self.batch, self._seeded(ROWS, stream))
-        parts = tuple(part[self.first : self.last] for part in (whole if isinstance(whole, tuple) else (whole,)))
+        parts = tuple(
+            part[self.first : self.last]
+            for part in (whole if isinstance(whole, tuple) else (whole,))
+        )
         return parts if isinstance(whole, tuple) else parts[0]
 
     def _seeded(self, *more: int) -> torch.Generator:

@@ -20,7 +20,9 @@ BINS = 10
 
 
 class Tracker(Protocol):
-    """What shows numbers over steps, such as accelerate's ``TensorBoardTracker`` and ``WandBTracker``."""
+    """What shows numbers over steps, such as accelerate's ``TensorBoardTracker`` and
+    ``WandBTracker``.
+    """
 
     def log(self, values: dict[str, Any], step: int | None) -> None:
         """Take the numbers of a step."""
@@ -54,7 +56,8 @@ class Journal:
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    """Return the records of a run's log in the order they were written, without lines that a killed run left unfinished.
+    """Return the records of a run's log in the order they were written, without lines that a
+    killed run left unfinished.
 
     A run that was continued wrote the steps after its checkpoint twice.
     """
@@ -78,7 +81,9 @@ def _flat(record: Mapping[str, Any], before: str = "") -> list[tuple[str, float]
 
 
 def by_bins(values: Tensor, times: Tensor) -> list[float | None]:
-    """Return the mean of the values ``(B,)`` in each of `BINS` equal bins of the times ``(B,)``; None where a bin is empty."""
+    """Return the mean of the values ``(B,)`` in each of `BINS` equal bins of the times ``(B,)``;
+    None where a bin is empty.
+    """
     number = (times * BINS).long().clamp(max=BINS - 1)
     count = torch.bincount(number, minlength=BINS)
     total = torch.bincount(number, weights=values.double(), minlength=BINS)

@@ -1,8 +1,9 @@
-"""The training loop: one step is one batch, its loss, its gradient, clipped; EMA beside it; checkpoints and logs.
+"""The training loop: one step is one batch, its loss, its gradient, clipped; EMA beside it;
+checkpoints and logs.
 
-Everything random in a step follows from (seed, step, row): which rows, their noise and times, dropout. So a run that was killed
-continues from its last checkpoint to the same weights, bit for bit, as one that was not; and several processes train what one
-would with the whole batch.
+Everything random in a step follows from (seed, step, row): which rows, their noise and times,
+dropout. So a run that was killed continues from its last checkpoint to the same weights, bit for
+bit, as one that was not; and several processes train what one would with the whole batch.
 """
 
 import abc
@@ -60,8 +61,10 @@ class LoopSettings:
         checkpoint_every: steps between checkpoints.
         accumulate: parts that a process takes its rows in, to need less memory.
         log_every: steps between records of the log.
-        bfloat16: run networks under autocast; objectives form coefficients and targets in float32 all the same.
-        skips: steps whose loss or gradient is not finite are skipped; one more than so many ends the run.
+        bfloat16: run networks under autocast; objectives form coefficients and targets in float32
+            all the same.
+        skips: steps whose loss or gradient is not finite are skipped; one more than so many ends
+            the run.
     """
 
     steps: int
@@ -109,9 +112,13 @@ class Terms:
             return {}
         found = {}
         for name, part in self.parts.items():
-            (slope,) = torch.autograd.grad(part.sum(), self.prediction, retain_graph=True, allow_unused=True)
+            (slope,) = torch.autograd.grad(
+                part.sum(), self.prediction, retain_graph=True, allow_unused=True
+            )
             found[name] = (
-                torch.zeros_like(part, dtype=torch.float32) if slope is None else slope.float().flatten(1).norm(dim=1)
+                torch.zeros_like(part, dtype=torch.float32)
+                if slope is None
+                else slope.float().flatten(1).norm(dim=1)
             )
         return found
 
@@ -160,14 +167,17 @@ class Watch(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, step: int, averaged: nn.Module) -> Mapping[str, float]:
-        """Return what is logged; under ``"score"``, if it is there, lower is better, and the best is kept.
+        """Return what is logged; under ``"score"``, if it is there, lower is better, and the best
+        is kept.
 
         Called in the first process only.
         """
 
 
 def cosine_decay(step: int, settings: LoopSettings) -> float:
-    """Return the factor of the learning rate: a linear rise, then half a cosine down to ``final_rate``."""
+    """Return the factor of the learning rate: a linear rise, then half a cosine down to
+    ``final_rate``.
+    """
     if step < settings.warmup:
         return (step + 1) / settings.warmup
     progress = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
@@ -194,27 +204,34 @@ def train(
         name: what the progress bar and the log call it.
         network: the module to train; on resuming its weights are replaced.
         batches: where batches come from.
-        loss: a function of (network, batch, draws) that returns the loss of each row, its mean, or `Terms`; or a `Game`.
+        loss: a function of (network, batch, draws) that returns the loss of each row, its mean, or
+            `Terms`; or a `Game`.
         settings: how long and how fast.
-        folder: where checkpoints and ``log.jsonl`` go, and from where the run continues; None keeps nothing.
-        context: what else the weights depend on, such as the data set; a run of another context is not continued.
-        optimizer: builds the optimiser of a network, such as `MuonAdamW()`; by default Adam. Its rates follow the same
-            warm-up and decay, from the ones that it was built with.
+        folder: where checkpoints and ``log.jsonl`` go, and from where the run continues; None
+            keeps nothing.
+        context: what else the weights depend on, such as the data set; a run of another context is
+            not continued.
+        optimizer: builds the optimiser of a network, such as `MuonAdamW()`; by default Adam. Its
+            rates follow the same warm-up and decay, from the ones that it was built with.
         place: the processes that share the batch; by default this one alone.
         watch: looks at the averaged network now and then.
         trackers: told every number of the log.
         begun: told the first step, once what the folder holds is accepted as this run's.
 
     Raises:
-        RunError: if too many losses are not finite, the folder holds a run with other settings, or the batch cannot be
-            shared by the processes.
+        RunError: if too many losses are not finite, the folder holds a run with other settings, or
+            the batch cannot be shared by the processes.
         SystemExit: with code 0, when SIGTERM came; the step was finished and saved.
     """
     weighty = {key: value for key, value in asdict(settings).items() if key not in HARMLESS}
-    plan = {"name": name, **weighty, **(context or {})} | ({"optimizer": repr(optimizer)} if optimizer else {})
+    plan = {"name": name, **weighty, **(context or {})} | (
+        {"optimizer": repr(optimizer)} if optimizer else {}
+    )
     make = optimizer or (lambda net: torch.optim.Adam(net.parameters(), lr=settings.learning_rate))
     run = _Run(name, network, loss, settings, make, place or OneProcess(), folder, plan)
-    run.journal = Journal(folder if run.place.rank == 0 else None, trackers if run.place.rank == 0 else ())
+    run.journal = Journal(
+        folder if run.place.rank == 0 else None, trackers if run.place.rank == 0 else ()
+    )
     start = run.resume()
     if begun:
         begun(start)
@@ -246,7 +263,9 @@ class _Run:
         self.network, self.wrapped = network, place.wrap(network, sharded=True)
         self.optimizer = make(network)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
-        self.averages = {str(decay): _held(network) for decay in (settings.ema, *settings.more_emas)}
+        self.averages = {
+            str(decay): _held(network) for decay in (settings.ema, *settings.more_emas)
+        }
         self.game = loss if isinstance(loss, Game) else None
         if self.game:
             self.opponent = place.wrap(self.game.opponent)
@@ -255,19 +274,26 @@ class _Run:
         self.checkpoints = Checkpoints(folder, plan) if folder else None
         self.journal = Journal(None)
 
-    # --- one step ------------------------------------------------------------------------------------------------------
+    # --- one step
+    # ---------------------------------------------------------------------------------------------
 
     def steps(self, start: int, batches: Batches, watch: Watch | None) -> Iterator[int]:
         """Train from a step on, and yield each one that is done."""
         s = self.settings
         self.network.train()
-        ranges = [(step * s.batch + a, step * s.batch + b) for step in range(start, s.steps) for a, b in self.parts]
+        ranges = [
+            (step * s.batch + a, step * s.batch + b)
+            for step in range(start, s.steps)
+            for a, b in self.parts
+        ]
         ahead = Ahead(batches, s.seed, ranges)
         stream = iter(ahead)
         pace = 0.5 if sys.stderr.isatty() else LOGGED_PACE
         shown = {"mininterval": pace, "maxinterval": 20 * pace, "disable": self.place.rank > 0}
         began, waited, since = time.perf_counter(), 0.0, start
-        with tqdm(range(start, s.steps), self.name, s.steps, initial=start, unit="step", **shown) as bar:
+        with tqdm(
+            range(start, s.steps), self.name, s.steps, initial=start, unit="step", **shown
+        ) as bar:
             for step in bar:
                 last = step + 1 == s.steps
                 logged = step % s.log_every == 0 or last
@@ -276,7 +302,10 @@ class _Run:
                     seconds, began = time.perf_counter() - began, time.perf_counter()
                     each, since = seconds / (step + 1 - since), step + 1
                     speed = {"seconds": seconds, "waited": ahead.waited - waited}
-                    speed |= {"rows_a_second": s.batch / each, "seconds_left": each * (s.steps - step - 1)}
+                    speed |= {
+                        "rows_a_second": s.batch / each,
+                        "seconds_left": each * (s.steps - step - 1),
+                    }
                     waited = ahead.waited
                     bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
                     self.journal.write({"name": self.name, "step": step, **record, **speed})
@@ -300,7 +329,9 @@ class _Run:
         for number, (first, last) in enumerate(self.parts):
             draws = Draws(s.seed, step, first, last, s.batch, self.place.device)
             torch.manual_seed(seed_of(s.seed, step, *((first,) if first else ())))
-            batch = tuple(tensor.to(self.place.device, non_blocking=True) for tensor in next(stream))
+            batch = tuple(
+                tensor.to(self.place.device, non_blocking=True) for tensor in next(stream)
+            )
             closing = number + 1 == len(self.parts)
             terms = self.forward(batch, draws)
             seen.append((_detached(terms), terms.slopes() if logged else {}))
@@ -326,7 +357,9 @@ class _Run:
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context that networks are called in."""
-        return torch.autocast(self.place.device.type, torch.bfloat16, enabled=self.settings.bfloat16)
+        return torch.autocast(
+            self.place.device.type, torch.bfloat16, enabled=self.settings.bfloat16
+        )
 
     def backward(self, wrapped: nn.Module, value: Tensor, closing: bool) -> None:
         """Add to the gradients; the processes exchange them after the last part."""
@@ -341,9 +374,15 @@ class _Run:
         rows = torch.cat([terms.rows.reshape(-1) for terms, _ in seen])
         norm = norm_of(self.network.parameters(), s.clip)
         value = float(self.place.mean(rows.mean()))
-        other = norm_of(self.game.opponent.parameters(), self.game.clip) if self.game and plays else norm.new_zeros(())
+        other = (
+            norm_of(self.game.opponent.parameters(), self.game.clip)
+            if self.game and plays
+            else norm.new_zeros(())
+        )
         record: dict[str, Any] = {"loss": value, "gradient_norm": float(norm)}
-        if not (math.isfinite(value) and math.isfinite(float(norm)) and math.isfinite(float(other))):
+        if not (
+            math.isfinite(value) and math.isfinite(float(norm)) and math.isfinite(float(other))
+        ):
             self.skip(step, value, float(norm), rows, seen)
         else:
             self.optimizer.step()
@@ -353,7 +392,11 @@ class _Run:
                 self.answering.step()
                 record["opponent_norm"] = float(other)
         if logged:
-            record |= {"rate": self.optimizer.param_groups[0]["lr"], "skipped": self.skipped, **self.details(seen)}
+            record |= {
+                "rate": self.optimizer.param_groups[0]["lr"],
+                "skipped": self.skipped,
+                **self.details(seen),
+            }
         return record
 
     def skip(self, step: int, value: float, norm: float, rows: Tensor, seen: list[Any]) -> None:
@@ -362,24 +405,37 @@ class _Run:
         times = {k: torch.cat([terms.times[k] for terms, _ in seen]) for k in seen[0][0].times}
         every = {k: self.place.gather(v.contiguous()) for k, v in times.items()}
         bad = (~self.place.gather(rows.contiguous()).isfinite()).nonzero().flatten()[:3].tolist()
-        where = "; ".join(", ".join(f"{k} = {float(v[row]):.4g}" for k, v in every.items()) for row in bad if every)
-        text = f"the loss is {value} at step {step}, its gradient's norm {norm}" + (f", at {where}" if where else "")
+        where = "; ".join(
+            ", ".join(f"{k} = {float(v[row]):.4g}" for k, v in every.items())
+            for row in bad
+            if every
+        )
+        text = f"the loss is {value} at step {step}, its gradient's norm {norm}" + (
+            f", at {where}" if where else ""
+        )
         self.journal.write({"name": self.name, "step": step, "skipped": self.skipped, "why": text})
         if self.skipped > self.settings.skips:
             raise RunError(
-                f"{text}; {self.skipped} steps were not finite, more than skips = {self.settings.skips}: lower learning_rate "
+                f"{text}; {self.skipped} steps were not finite, more than skips = "
+                f"{self.settings.skips}: lower learning_rate "
                 f"= {self.settings.learning_rate}"
             )
         if self.place.rank == 0:
             warnings.warn(f"{text}; the step is skipped ({self.skipped} so far)", stacklevel=2)
 
     def details(self, seen: list[tuple[Terms, dict[str, Tensor]]]) -> dict[str, Any]:
-        """Return the means of each part, raw and weighted, and the losses and slopes by bins of the times."""
+        """Return the means of each part, raw and weighted, and the losses and slopes by bins of
+        the times.
+        """
 
-        def joined(pick: Callable[[Terms, dict[str, Tensor]], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        def joined(
+            pick: Callable[[Terms, dict[str, Tensor]], Mapping[str, Tensor]],
+        ) -> dict[str, Tensor]:
             picked = [pick(*both) for both in seen]
             return {
-                k: self.place.gather(torch.cat([one[k].detach().float().reshape(-1) for one in picked]).contiguous())
+                k: self.place.gather(
+                    torch.cat([one[k].detach().float().reshape(-1) for one in picked]).contiguous()
+                )
                 for k in picked[0]
             }
 
@@ -391,12 +447,16 @@ class _Run:
             "raw": {k: float(v.mean()) for k, v in raw.items()},
             "slopes": {k: float(v.mean()) for k, v in slopes.items()},
             "by": {
-                time: {k: by_bins(v, at) for k, v in binned.items() if len(v) == len(at)} for time, at in times.items()
+                time: {k: by_bins(v, at) for k, v in binned.items() if len(v) == len(at)}
+                for time, at in times.items()
             },
-            "slopes_by": {time: {k: by_bins(v, at) for k, v in slopes.items()} for time, at in times.items()},
+            "slopes_by": {
+                time: {k: by_bins(v, at) for k, v in slopes.items()} for time, at in times.items()
+            },
         }
 
-    # --- what is kept --------------------------------------------------------------------------------------------------
+    # --- what is kept
+    # ---------------------------------------------------------------------------------------------
 
     def averaged(self, number: int = 0) -> nn.Module:
         """Return a copy of the network with the averaged weights; all processes must call."""
@@ -441,7 +501,11 @@ class _Run:
         if self.game:
             parts["opponent"] = self.game.kept()
             parts["answering"] = flatten_optimizer(self.answering, self.game.opponent)
-        return {f"{part}:{key}": whole(value) for part, tensors in parts.items() for key, value in tensors.items()}
+        return {
+            f"{part}:{key}": whole(value)
+            for part, tensors in parts.items()
+            for key, value in tensors.items()
+        }
 
     def resume(self) -> int:
         """Put back the latest checkpoint; returns the step that comes next."""
@@ -476,7 +540,8 @@ class _Run:
         if others:
             where = self.checkpoints.folder if self.checkpoints else "the folder"
             raise RunError(
-                f"{where} holds another network: {', '.join(others[:3])} differ ({len(others)} in all); choose another folder "
+                f"{where} holds another network: {', '.join(others[:3])} differ ({len(others)} in "
+                "all); choose another folder "
                 "or delete it"
             )
         for name, tensor in state.items():
@@ -494,8 +559,13 @@ def _average(held: Mapping[str, Tensor], network: nn.Module, decay: float) -> No
 
 
 def _detached(terms: Terms) -> Terms:
-    """Return terms without their graph, so that a step's parts do not keep one another's in memory."""
-    parts, raw, times = ({k: v.detach() for k, v in found.items()} for found in (terms.parts, terms.raw, terms.times))
+    """Return terms without their graph, so that a step's parts do not keep one another's in
+    memory.
+    """
+    parts, raw, times = (
+        {k: v.detach() for k, v in found.items()}
+        for found in (terms.parts, terms.raw, terms.times)
+    )
     return Terms(parts, raw, times, None, terms.shown)
 
 
@@ -508,7 +578,9 @@ def _trained(network: nn.Module, optimizer: Optimizer) -> None:
 
 @contextlib.contextmanager
 def _stopped_by(number: int) -> Iterator[list[int]]:
-    """Collect a signal instead of dying of it; in a thread other than the main one, leave it alone."""
+    """Collect a signal instead of dying of it; in a thread other than the main one, leave it
+    alone.
+    """
     came: list[int] = []
 
     def note(which: int, frame: FrameType | None) -> None:

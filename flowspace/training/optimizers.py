@@ -1,8 +1,10 @@
-"""Which optimiser trains which parameter: Muon for the matrices inside blocks, AdamW for everything else.
+"""Which optimiser trains which parameter: Muon for the matrices inside blocks, AdamW for
+everything else.
 
-Muon orthogonalises the update of a matrix (Jordan et al., 2024), which means something for a linear map between features and
-nothing for an embedding, a table of tokens or the first and last layer, whatever their shape. So a parameter is Muon's if it is
-the weight of a linear layer inside one of the named containers, and only then.
+Muon orthogonalises the update of a matrix (Jordan et al., 2024), which means something for a
+linear map between features and nothing for an embedding, a table of tokens or the first and last
+layer, whatever their shape. So a parameter is Muon's if it is the weight of a linear layer inside
+one of the named containers, and only then.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +20,8 @@ __all__ = ["MuonAdamW", "PlainAdamW", "Together", "assign"]
 
 
 def assign(network: nn.Module, inside: Sequence[str] = ("blocks",)) -> dict[str, list[str]]:
-    """Return the names of the parameters that ``muon`` and ``adamw`` train, in the network's order.
+    """Return the names of the parameters that ``muon`` and ``adamw`` train, in the network's
+    order.
 
     Args:
         network: any module.
@@ -36,7 +39,10 @@ def assign(network: nn.Module, inside: Sequence[str] = ("blocks",)) -> dict[str,
         found["muon" if matrix and within else "adamw"].append(name)
     for container in inside:
         if not any(name.startswith(f"{container}.") for name in found["muon"]):
-            raise InputError(f"the network has no linear layer inside {container!r}; name the containers of its blocks")
+            raise InputError(
+                f"the network has no linear layer inside {container!r}; name the containers of "
+                "its blocks"
+            )
     return found
 
 
@@ -57,7 +63,9 @@ class PlainAdamW:
     def __call__(self, network: nn.Module) -> torch.optim.Optimizer:
         """Return the optimiser of a network's parameters that ask for a gradient."""
         held = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        return torch.optim.AdamW(held, self.learning_rate, self.betas, weight_decay=self.weight_decay)
+        return torch.optim.AdamW(
+            held, self.learning_rate, self.betas, weight_decay=self.weight_decay
+        )
 
 
 @dataclass(frozen=True)
@@ -65,14 +73,16 @@ class MuonAdamW:
     """Builds both optimisers for a network: what a training loop is given.
 
     Args:
-        learning_rate: of both; Muon's update is scaled to the size of Adam's (``match_rms_adamw``), so one rate serves.
+        learning_rate: of both; Muon's update is scaled to the size of Adam's
+            (``match_rms_adamw``), so one rate serves.
         weight_decay: of both.
         betas: of AdamW.
         momentum: of Muon.
         inside: see `assign`.
 
     Raises:
-        InputError: if the rate is not positive or the decay negative, or torch has no Muon, which came with 2.9.
+        InputError: if the rate is not positive or the decay negative, or torch has no Muon, which
+            came with 2.9.
     """
 
     learning_rate: float = 8e-4
@@ -83,10 +93,13 @@ class MuonAdamW:
 
     def __post_init__(self) -> None:
         if not hasattr(torch.optim, "Muon"):
-            raise InputError(f"torch {torch.__version__} has no torch.optim.Muon; install torch 2.9 or newer")
+            raise InputError(
+                f"torch {torch.__version__} has no torch.optim.Muon; install torch 2.9 or newer"
+            )
         if not (self.learning_rate > 0 and self.weight_decay >= 0):
             raise InputError(
-                f"learning_rate = {self.learning_rate}, weight_decay = {self.weight_decay} came; write > 0 and >= 0"
+                f"learning_rate = {self.learning_rate}, weight_decay = {self.weight_decay} came; "
+                "write > 0 and >= 0"
             )
 
     def __call__(self, network: nn.Module) -> "Together":
@@ -116,7 +129,9 @@ class Together:
         self.optimizers = list(optimizers)
         held = [parameter for group in self.param_groups for parameter in group["params"]]
         if len(held) != len(set(held)):
-            raise InputError("a parameter is held by two optimisers; each parameter belongs to one")
+            raise InputError(
+                "a parameter is held by two optimisers; each parameter belongs to one"
+            )
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -126,7 +141,11 @@ class Together:
     @property
     def state(self) -> dict[Tensor, dict[str, Any]]:
         """The state of each parameter, of whichever optimiser holds it."""
-        return {parameter: slots for optimizer in self.optimizers for parameter, slots in optimizer.state.items()}
+        return {
+            parameter: slots
+            for optimizer in self.optimizers
+            for parameter, slots in optimizer.state.items()
+        }
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients."""
@@ -136,14 +155,18 @@ class Together:
     def step(self, closure: Callable[[], float] | None = None) -> None:
         """Take one step of each."""
         if closure is not None:
-            raise InputError("a closure came; these optimisers evaluate nothing again: call step()")
+            raise InputError(
+                "a closure came; these optimisers evaluate nothing again: call step()"
+            )
         for optimizer in self.optimizers:
             optimizer.step()
 
     def put(self, parameter: Tensor, slot: str, value: Tensor) -> None:
         """Set one slot of a parameter's state in the optimiser that holds it."""
         for optimizer in self.optimizers:
-            if any(parameter is held for group in optimizer.param_groups for held in group["params"]):
+            if any(
+                parameter is held for group in optimizer.param_groups for held in group["params"]
+            ):
                 optimizer.state[parameter][slot] = value
                 return
         raise InputError("the parameter belongs to none of the optimisers")

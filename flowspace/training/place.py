@@ -32,7 +32,8 @@ class Place(abc.ABC):
 
         Args:
             network: changed in place.
-            sharded: whether it may be shared out, where the place does so at all; else each process has all of it.
+            sharded: whether it may be shared out, where the place does so at all; else each
+                process has all of it.
         """
 
     @abc.abstractmethod
@@ -48,7 +49,7 @@ class Place(abc.ABC):
         """Wait for all processes."""
 
     def quiet(self, wrapped: nn.Module) -> contextlib.AbstractContextManager[Any]:
-        """Return a context in which a backward pass adds to the gradients without exchanging them."""
+        """Return a context in which a backward pass does not exchange the gradients."""
         return getattr(wrapped, "no_sync", contextlib.nullcontext)()
 
     def range(self, batch: int, parts: int) -> list[tuple[int, int]]:
@@ -60,10 +61,14 @@ class Place(abc.ABC):
         shares = self.ranks * parts
         if batch % shares:
             raise RunError(
-                f"batch = {batch} came for {self.ranks} process(es) with accumulate = {parts}; write a multiple of {shares}"
+                f"batch = {batch} came for {self.ranks} process(es) with accumulate = {parts}; "
+                f"write a multiple of {shares}"
             )
         size = batch // shares
-        return [((self.rank * parts + p) * size, (self.rank * parts + p + 1) * size) for p in range(parts)]
+        return [
+            ((self.rank * parts + p) * size, (self.rank * parts + p + 1) * size)
+            for p in range(parts)
+        ]
 
 
 class OneProcess(Place):
@@ -96,18 +101,23 @@ class OneProcess(Place):
 
 
 class Processes(Place):
-    """The processes that ``torchrun`` or ``accelerate launch`` started, by accelerate; one where none was started.
+    """The processes that ``torchrun`` or ``accelerate launch`` started, by accelerate; one where
+    none was started.
 
     Args:
-        expected: how many there must be; None takes what there is. `accelerate launch --cpu` starts one whatever it is told.
-        sharded: share out the weights, gradients and optimiser states of networks that may be (FSDP2); else DDP.
+        expected: how many there must be; None takes what there is. `accelerate launch --cpu`
+            starts one whatever it is told.
+        sharded: share out the weights, gradients and optimiser states of networks that may be
+            (FSDP2); else DDP.
         cpu: stay on the CPU.
 
     Raises:
         RunError: if another number of processes runs.
     """
 
-    def __init__(self, expected: int | None = None, sharded: bool = False, cpu: bool = False) -> None:
+    def __init__(
+        self, expected: int | None = None, sharded: bool = False, cpu: bool = False
+    ) -> None:
         from accelerate import Accelerator
 
         self.accelerator = Accelerator(cpu=cpu or not torch.cuda.is_available())
@@ -115,12 +125,15 @@ class Processes(Place):
         self.device, self.sharded = self.accelerator.device, sharded
         if expected is not None and self.ranks != expected:
             raise RunError(
-                f"{self.ranks} process(es) run, {expected} are expected; start them with: torchrun --nproc_per_node "
+                f"{self.ranks} process(es) run, {expected} are expected; start them with: "
+                "torchrun --nproc_per_node "
                 f"{expected} -m flowspace.cli train ..."
             )
 
     def wrap(self, network: nn.Module, sharded: bool = False) -> nn.Module:
-        """Return the network under DDP, or sharded by FSDP2: each of its repeated blocks, and the rest."""
+        """Return the network under DDP, or sharded by FSDP2: each of its repeated blocks, and the
+        rest.
+        """
         if not (sharded and self.sharded and self.ranks > 1):
             return self.accelerator.prepare_model(network)
         from torch.distributed.device_mesh import init_device_mesh
@@ -129,7 +142,10 @@ class Processes(Place):
         network.to(self.device)
         mesh = init_device_mesh(self.device.type, (self.ranks,))
         blocks = getattr(network, "_no_split_modules", None) or ()
-        for part in (*(module for module in network.modules() if type(module).__name__ in blocks), network):
+        for part in (
+            *(module for module in network.modules() if type(module).__name__ in blocks),
+            network,
+        ):
             fully_shard(part, mesh=mesh)
         return network
 

@@ -1,4 +1,6 @@
-"""The image side (extra ``vision``): generators, encoders, data, image losses, pipelines; each imported when it is asked for."""
+"""The image side (extra ``vision``): generators, encoders, data, image losses, pipelines; each
+imported when it is asked for.
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -50,7 +52,8 @@ def __getattr__(name: str) -> Any:
                 return getattr(importlib.import_module(f"flowspace.vision.{place}"), name)
             except ModuleNotFoundError as error:
                 raise ModuleNotFoundError(
-                    f"{name} needs {error.name}, which is not installed; write: pip install 'flowspace[vision]'",
+                    f"{name} needs {error.name}, which is not installed; write: pip install "
+                    "'flowspace[vision]'",
                     name=error.name,
                 ) from error
     raise AttributeError(f"flowspace.vision has no {name}; it has {', '.join(__all__)}")

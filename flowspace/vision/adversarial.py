@@ -1,7 +1,8 @@
-"""The adversarial loss: a hinge GAN whose discriminator is small heads on frozen features (as in Sauer et al., arXiv 2111.01007).
+"""The adversarial loss: a hinge GAN whose discriminator is small heads on frozen features (as in
+Sauer et al., arXiv 2111.01007).
 
-The generator's weight falls with the noise as w(t) = alpha(t)^p: an image that is mostly guessed cannot be judged as real. The
-paper's own formula is missing from its text; p is an option.
+The generator's weight falls with the noise as w(t) = alpha(t)^p: an image that is mostly guessed
+cannot be judged as real. The paper's own formula is missing from its text; p is an option.
 """
 
 from collections.abc import Sequence
@@ -25,14 +26,16 @@ SMALLEST_SLOPE = 1e-6
 """Added to the adversarial gradient's norm, which may vanish."""
 
 LARGEST_BALANCE = 1e4
-"""The bound of the adaptive weight, as in latent diffusion and RAE: where the adversarial gradient vanishes it means nothing."""
+"""The bound of the adaptive weight, as in latent diffusion and RAE: where the adversarial gradient
+vanishes it means nothing.
+"""
 
 
 class Discriminator(nn.Module):
     """Spectral-norm heads on the layers of frozen features: real is above 0, fake below.
 
-    For distributed training, wrap it and call the wrapper where its own weights are trained, or their gradients are not
-    synchronised.
+    For distributed training, wrap it and call the wrapper where its own weights are trained, or
+    their gradients are not synchronised.
 
     Args:
         features: frozen; only the heads are trained.
@@ -41,7 +44,9 @@ class Discriminator(nn.Module):
         kernel: of the heads' spatial convolution, odd.
     """
 
-    def __init__(self, features: Features, channels: Sequence[int], width: int = 64, kernel: int = 9) -> None:
+    def __init__(
+        self, features: Features, channels: Sequence[int], width: int = 64, kernel: int = 9
+    ) -> None:
         super().__init__()
         self.features = features
         self.heads = nn.ModuleList(Head(count, width, kernel) for count in channels)
@@ -51,13 +56,22 @@ class Discriminator(nn.Module):
         return super().train(mode)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits ``(B, N)`` of images ``(B, 3, H, W)`` in [-1, 1], over all positions of all heads."""
+        """Return logits ``(B, N)`` of images ``(B, 3, H, W)`` in [-1, 1], over all positions of
+        all heads.
+        """
         layers = self.features(images)
         if len(layers) != len(self.heads):
             raise InputError(
-                f"the features have {len(layers)} layers for {len(self.heads)} heads; give channels of each"
+                f"the features have {len(layers)} layers for {len(self.heads)} heads; give "
+                "channels of each"
             )
-        return torch.cat([head(tokens_of(layer)).flatten(1) for head, layer in zip(self.heads, layers, strict=True)], 1)
+        return torch.cat(
+            [
+                head(tokens_of(layer)).flatten(1)
+                for head, layer in zip(self.heads, layers, strict=True)
+            ],
+            1,
+        )
 
 
 class Head(nn.Module):
@@ -66,7 +80,10 @@ class Head(nn.Module):
     def __init__(self, channels: int, width: int, kernel: int) -> None:
         super().__init__()
         if kernel % 2 == 0:
-            raise InputError(f"kernel = {kernel} came; write an odd number, so that positions stay where they are")
+            raise InputError(
+                f"kernel = {kernel} came; write an odd number, so that positions stay where they "
+                "are"
+            )
         self.first = spectral_norm(nn.Conv1d(channels, width, 1))
         self.kernel = kernel
         self.second = spectral_norm(nn.Conv1d(width, width, kernel))
@@ -75,14 +92,23 @@ class Head(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Map ``(B, C, N)`` to ``(B, 1, N)``."""
         x = F.leaky_relu(self.first(F.layer_norm(tokens.mT, tokens.shape[1:2]).mT), 0.2)
-        around = torch.arange(-(self.kernel // 2), x.shape[2] + self.kernel // 2, device=x.device) % x.shape[2]
+        around = (
+            torch.arange(-(self.kernel // 2), x.shape[2] + self.kernel // 2, device=x.device)
+            % x.shape[2]
+        )
         x = (x + F.leaky_relu(self.second(x[:, :, around]), 0.2)) / 2**0.5
         return self.last(x)
 
 
 def tokens_of(layer: Tensor) -> Tensor:
     """Return features as ``(B, C, N)``: of a map ``(B, C, h, w)``, or of tokens ``(B, N, C)``."""
-    return layer.flatten(2) if layer.ndim == 4 else layer.mT if layer.ndim == 3 else layer.unsqueeze(2)
+    return (
+        layer.flatten(2)
+        if layer.ndim == 4
+        else layer.mT
+        if layer.ndim == 3
+        else layer.unsqueeze(2)
+    )
 
 
 @dataclass(frozen=True)
@@ -92,9 +118,12 @@ class AdversarialLoss:
     Args:
         schedule: whose alpha weighs the generator's loss.
         power: p of w(t) = alpha(t)^p, at least 0; 0 weighs all times alike.
-        augmented: the same random changes for real and fake images (DiffAug, Zhao et al., arXiv 2006.10738).
-        penalty: weight of LeCam's regularisation towards the other side's mean logit (arXiv 2104.03310); 0 leaves it out.
-        r1: weight of the squared gradient at real images (Mescheder et al., arXiv 1801.04406); 0 leaves it out.
+        augmented: the same random changes for real and fake images (DiffAug, Zhao et al., arXiv
+            2006.10738).
+        penalty: weight of LeCam's regularisation towards the other side's mean logit (arXiv
+            2104.03310); 0 leaves it out.
+        r1: weight of the squared gradient at real images (Mescheder et al., arXiv 1801.04406); 0
+            leaves it out.
 
     Raises:
         InputError: if a number is negative.
@@ -115,24 +144,35 @@ class AdversarialLoss:
         """Return w(t) = alpha(t)^p, of t's shape."""
         return self.schedule.alpha(t).clamp(min=0) ** self.power
 
-    def opinion(self, discriminator: nn.Module, fake: Tensor, changes: Tensor | None = None) -> Tensor:
-        """Return what the generator's loss of each row ``(B,)`` is before w(t): minus the mean logit."""
+    def opinion(
+        self, discriminator: nn.Module, fake: Tensor, changes: Tensor | None = None
+    ) -> Tensor:
+        """Return what the generator's loss of each row ``(B,)`` is before w(t): minus the mean
+        logit.
+        """
         return -discriminator(augment(fake, changes) if self.augmented else fake).mean(1)
 
-    def generator(self, discriminator: nn.Module, fake: Tensor, t: Tensor, changes: Tensor | None = None) -> Tensor:
-        """Return the generator's loss of each row ``(B,)``, -w(t) mean logit; the discriminator's own gradient is unused."""
+    def generator(
+        self, discriminator: nn.Module, fake: Tensor, t: Tensor, changes: Tensor | None = None
+    ) -> Tensor:
+        """Return the generator's loss of each row ``(B,)``, -w(t) mean logit; the discriminator's
+        own gradient is unused.
+        """
         opinion = self.opinion(discriminator, fake, changes)
         return self.weight(t).to(opinion.dtype) * opinion
 
     def discriminator(
         self, discriminator: nn.Module, real: Tensor, fake: Tensor, changes: Tensor | None = None
     ) -> Tensor:
-        """Return the discriminator's loss of each row ``(B,)``, half of both hinges, in one call of it.
+        """Return the discriminator's loss of each row ``(B,)``, half of both hinges, in one call
+        of it.
 
         Args:
-            discriminator: called once, on real and fake images together, so that a wrapper synchronises one gradient.
+            discriminator: called once, on real and fake images together, so that a wrapper
+                synchronises one gradient.
             real: images in [-1, 1].
-            fake: images of the generator; detached, clamped to [-1, 1] and rounded to 255 levels, as stored images are.
+            fake: images of the generator; detached, clamped to [-1, 1] and rounded to 255 levels,
+                as stored images are.
             changes: see `augment`; a real and a fake image of one row are changed alike.
         """
         stored = ((fake.detach().clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
@@ -143,7 +183,9 @@ class AdversarialLoss:
         on_real, on_fake = discriminator(images).chunk(2)
         loss = 0.5 * (F.relu(1 - on_real).mean(1) + F.relu(1 + on_fake).mean(1))
         if self.penalty:
-            apart = (on_real - on_fake.mean().detach()).square() + (on_fake - on_real.mean().detach()).square()
+            apart = (on_real - on_fake.mean().detach()).square() + (
+                on_fake - on_real.mean().detach()
+            ).square()
             loss = loss + self.penalty * apart.mean(1)
         if self.r1:
             (slope,) = torch.autograd.grad(on_real.mean(1).sum(), real, create_graph=True)
@@ -152,7 +194,8 @@ class AdversarialLoss:
 
 
 def augment(images: Tensor, changes: Tensor | None = None) -> Tensor:
-    """Shift by up to an eighth, change brightness, saturation and contrast: DiffAug without cutout, differentiable.
+    """Shift by up to an eighth, change brightness, saturation and contrast: DiffAug without
+    cutout, differentiable.
 
     Args:
         images: ``(B, 3, H, W)``.
@@ -167,29 +210,37 @@ def augment(images: Tensor, changes: Tensor | None = None) -> Tensor:
     middle = x.mean((1, 2, 3), keepdim=True)
     x = middle + (0.5 + unit[2]) * (x - middle)
     down, right = (
-        ((2 * unit[3 + i, :, :, 0, 0] - 1) * size / 8).round().long() for i, size in enumerate((height, width))
+        ((2 * unit[3 + i, :, :, 0, 0] - 1) * size / 8).round().long()
+        for i, size in enumerate((height, width))
     )
     row = torch.arange(height, device=x.device) + down
     column = torch.arange(width, device=x.device) + right
-    inside = (row.clamp(0, height - 1) == row)[:, None, :, None] & (column.clamp(0, width - 1) == column)[
-        :, None, None, :
-    ]
+    inside = (row.clamp(0, height - 1) == row)[:, None, :, None] & (
+        column.clamp(0, width - 1) == column
+    )[:, None, None, :]
     batch = torch.arange(rows, device=x.device)[:, None, None]
-    moved = x.movedim(1, -1)[batch, row.clamp(0, height - 1)[:, :, None], column.clamp(0, width - 1)[:, None, :]]
+    moved = x.movedim(1, -1)[
+        batch, row.clamp(0, height - 1)[:, :, None], column.clamp(0, width - 1)[:, None, :]
+    ]
     return torch.where(inside, moved.movedim(-1, 1), 0.0)
 
 
 def balance(main: Tensor, adversarial: Tensor, images: Tensor) -> Tensor:
-    """Return the adaptive weight |grad main| / |grad adversarial| of each row ``(B,)``, detached, at most `LARGEST_BALANCE`.
+    """Return the adaptive weight |grad main| / |grad adversarial| of each row ``(B,)``, detached,
+    at most `LARGEST_BALANCE`.
 
-    Esser et al. (arXiv 2012.09841) compare the gradients of the last layer's weights over a batch. Here each row's are compared
-    at its image, so that the weight depends neither on the other rows nor on how they are shared out, and weights may be sharded.
+    Esser et al. (arXiv 2012.09841) compare the gradients of the last layer's weights over a batch.
+    Here each row's are compared at its image, so that the weight depends neither on the other rows
+    nor on how they are shared out, and weights may be sharded.
 
     Args:
         main: the other losses of each row ``(B,)``.
         adversarial: the adversarial loss of each row ``(B,)``, before w(t).
         images: that both judge, ``(B, 3, H, W)``.
     """
-    slopes = [torch.autograd.grad(loss.sum(), images, retain_graph=True)[0].float() for loss in (main, adversarial)]
+    slopes = [
+        torch.autograd.grad(loss.sum(), images, retain_graph=True)[0].float()
+        for loss in (main, adversarial)
+    ]
     norms = [slope.flatten(1).norm(dim=1) for slope in slopes]
     return (norms[0] / (norms[1] + SMALLEST_SLOPE)).clamp(max=LARGEST_BALANCE)

@@ -1,4 +1,6 @@
-"""The model card of a pipeline: what it is, how it is used, what it was trained and judged on; nothing that was not given."""
+"""The model card of a pipeline: what it is, how it is used, what it was trained and judged on;
+nothing that was not given.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,8 +20,9 @@ tags: [flowspace, crossflow, one-step]
 
 # {name}
 
-A cross-space flow map (CrossFlow, arXiv 2606.19970): from a noisy latent of {channels} x {grid} x {grid} to an image of
-{side} x {side} pixels in one evaluation, without a decoder. Trained and shipped with flowspace.
+A cross-space flow map (CrossFlow, arXiv 2606.19970): from a noisy latent of {channels} x {grid}
+x {grid} to an image of {side} x {side} pixels in one evaluation, without a decoder. Trained and
+shipped with flowspace.
 
 ```python
 import torch
@@ -31,7 +34,8 @@ image = pipeline({call}, generator=torch.Generator().manual_seed(0)).images[0]
 
 ## Model
 
-{size}, {parameters:.1f} million parameters, conditioned on {condition}; schedule alpha = {alpha}, beta = {beta}.
+{size}, {parameters:.1f} million parameters, conditioned on {condition};
+schedule alpha = {alpha}, beta = {beta}.
 
 ## Training
 
@@ -68,7 +72,11 @@ def model_card(
     c = generator.config
     listed = "\n".join(f"- {key}: {value}" for key, value in (training or {}).items())
     table = "\n".join(
-        ["| measure | value |", "| --- | ---: |", *(f"| {k} | {v:.4g} |" for k, v in (scores or {}).items())]
+        [
+            "| measure | value |",
+            "| --- | ---: |",
+            *(f"| {k} | {v:.4g} |" for k, v in (scores or {}).items()),
+        ]
     )
     return TEXT.format(
         name=name,

@@ -1,7 +1,8 @@
 """Frozen encoders: images in [-1, 1] become latents of mean 0 and spread 1, and back.
 
-`load_encoder` takes a name, a folder in diffusers' layout, or the file of VA-VAE. What an autoencoder's own pipeline does around
-it (scaling, patches, normalisation, the range of its input) is done here, so that every latent looks alike to the generator.
+`load_encoder` takes a name, a folder in diffusers' layout, or the file of VA-VAE. What an
+autoencoder's own pipeline does around it (scaling, patches, normalisation, the range of its input)
+is done here, so that every latent looks alike to the generator.
 """
 
 import importlib.util
@@ -21,7 +22,9 @@ from flowspace.vision.weights import read_tensors
 __all__ = ["SOURCES", "LatentEncoder", "from_ldm", "load_encoder"]
 
 SMALLEST_SPREAD = 1e-6
-"""A latent channel that varies less than this over the data is constant; dividing by its spread would be noise."""
+"""A latent channel that varies less than this over the data is constant; dividing by its spread
+would be noise.
+"""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class Source:
 
 SOURCES = {
     "va-vae": Source(
-        "hustvl/vavae-imagenet256-f16d32-dinov2", ("vavae-imagenet256-f16d32-dinov2.pt", "latents_stats.pt")
+        "hustvl/vavae-imagenet256-f16d32-dinov2",
+        ("vavae-imagenet256-f16d32-dinov2.pt", "latents_stats.pt"),
     ),
     "sd-vae": Source("stabilityai/sd-vae-ft-ema"),
     "sd3-vae": Source("stabilityai/stable-diffusion-3-medium-diffusers", subfolder="vae"),
@@ -62,8 +66,9 @@ class LatentEncoder(nn.Module):
         mean: per channel of the latent, or None where the autoencoder says itself.
         std: likewise.
         sample: draw from the posterior; False takes its mean.
-        pack: squares of so many cells a side become one cell of as many more channels, before the normalisation; None is the
-            autoencoder's own (FLUX.2's pipeline packs 2 x 2, the others do not).
+        pack: squares of so many cells a side become one cell of as many more channels, before the
+            normalisation; None is the autoencoder's own (FLUX.2's pipeline packs 2 x 2, the others
+            do not).
 
     Attributes:
         mean: ``(C, 1, 1)``, subtracted from latents.
@@ -85,16 +90,26 @@ class LatentEncoder(nn.Module):
         super().__init__()
         self.autoencoder, self.sample = autoencoder, sample
         self.patch = pack or _patch(autoencoder)
-        found = (mean, std) if mean is not None and std is not None else _own_statistics(autoencoder)
+        found = (
+            (mean, std) if mean is not None and std is not None else _own_statistics(autoencoder)
+        )
         self.known = found is not None
-        for name, value in zip(("mean", "std"), found or (torch.zeros(1), torch.ones(1)), strict=True):
+        for name, value in zip(
+            ("mean", "std"), found or (torch.zeros(1), torch.ones(1)), strict=True
+        ):
             self.register_buffer(name, self._packed(value.float(), pack or 1).reshape(-1, 1, 1))
         self.requires_grad_(False).eval()
 
     def _packed(self, value: Tensor, pack: int) -> Tensor:
-        """Return a statistic of each of the autoencoder's channels for the channels of packed cells."""
+        """Return a statistic of each of the autoencoder's channels for the channels of packed
+        cells.
+        """
         config: Any = self.autoencoder.config
-        return value.repeat_interleave(pack**2) if value.numel() == config.get("latent_channels") else value
+        return (
+            value.repeat_interleave(pack**2)
+            if value.numel() == config.get("latent_channels")
+            else value
+        )
 
     def train(self, mode: bool = True) -> "LatentEncoder":
         """Stay in eval mode: the encoder is frozen."""
@@ -109,7 +124,8 @@ class LatentEncoder(nn.Module):
         """
         if not self.known:
             raise InputError(
-                "the mean and spread of the latents are not known; call fit(batches of images) once, or give them"
+                "the mean and spread of the latents are not known; call fit(batches of images) "
+                "once, or give them"
             )
         return (self._raw(images, generator) - self.mean) / self.std
 
@@ -129,7 +145,11 @@ class LatentEncoder(nn.Module):
         Raises:
             InputError: if there are no images, or a channel is constant.
         """
-        count, total, squares = 0, torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        count, total, squares = (
+            0,
+            torch.zeros(1, dtype=torch.float64),
+            torch.zeros(1, dtype=torch.float64),
+        )
         for images in batches:
             flat = self._raw(images, None).transpose(0, 1).flatten(1).double()
             count += flat.shape[1]
@@ -140,7 +160,8 @@ class LatentEncoder(nn.Module):
         std = (squares / count - mean.square()).clamp(min=0).sqrt()
         if bool((std < SMALLEST_SPREAD).any()):
             raise InputError(
-                f"channel {int(std.argmin())} of the latents is constant over {count} cells; give other images"
+                f"channel {int(std.argmin())} of the latents is constant over {count} cells; give "
+                "other images"
             )
         self.set_statistics(mean, std)
         return self
@@ -154,7 +175,9 @@ class LatentEncoder(nn.Module):
     def _raw(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
         low, high = float(images.min()), float(images.max())
         if low < -1.01 or high > 1.01:
-            raise InputError(f"images between {low:.3g} and {high:.3g} came; the encoder takes [-1, 1]")
+            raise InputError(
+                f"images between {low:.3g} and {high:.3g} came; the encoder takes [-1, 1]"
+            )
         given = (images + 1) / 2 if _from_zero(self.autoencoder) else images
         out: Any = self.autoencoder.encode(given.to(_dtype(self.autoencoder)))  # type: ignore[operator]
         if hasattr(out, "latent_dist"):
@@ -183,14 +206,18 @@ def _patch(autoencoder: nn.Module) -> int:
 
 
 def _own_statistics(autoencoder: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """Return the mean and spread that the autoencoder brings: of its batch norm, its config, or its scaling factor."""
+    """Return the mean and spread that the autoencoder brings: of its batch norm, its config, or
+    its scaling factor.
+    """
     config: Any = autoencoder.config
     if _kind(autoencoder) == "AutoencoderKLFlux2":
         norm: Any = autoencoder.bn
         return norm.running_mean, (norm.running_var + config.batch_norm_eps).sqrt()
     if _kind(autoencoder) == "AutoencoderRAE":
         normalised = autoencoder._latents_mean.numel() > 1  # type: ignore[union-attr, operator]
-        return (torch.zeros(1), torch.ones(1)) if normalised else None  # its encode() normalises, where it knows how
+        return (
+            (torch.zeros(1), torch.ones(1)) if normalised else None
+        )  # its encode() normalises, where it knows how
     mean, std = (config.get(name) for name in ("latents_mean", "latents_std"))
     if mean is not None and std is not None:
         return torch.tensor(mean), torch.tensor(std)
@@ -200,7 +227,8 @@ def _own_statistics(autoencoder: nn.Module) -> tuple[Tensor, Tensor] | None:
     return torch.tensor([config.get("shift_factor") or 0.0]), torch.tensor([1 / scale])
 
 
-# --- loading ----------------------------------------------------------------------------------------------------------
+# --- loading
+# -------------------------------------------------------------------------------------------------
 
 
 def load_encoder(
@@ -214,14 +242,17 @@ def load_encoder(
     """Load a frozen encoder.
 
     Args:
-        name_or_path: a name of `SOURCES`; a folder in diffusers' layout; or VA-VAE's ``.pt``, beside its ``latents_stats.pt``.
+        name_or_path: a name of `SOURCES`; a folder in diffusers' layout; or VA-VAE's ``.pt``,
+            beside its ``latents_stats.pt``.
         sample: draw from the posterior; False takes its mean.
         dtype: of the autoencoder; latents are float32.
-        weights: the folder that holds ``NAME/`` for names; by default the hub's cache is asked, never the network.
+        weights: the folder that holds ``NAME/`` for names; by default the hub's cache is asked,
+            never the network.
         pack: see `LatentEncoder`.
 
     Raises:
-        RunError: if weights are missing; it names the file, where it goes and the command that fetches it.
+        RunError: if weights are missing; it names the file, where it goes and the command that
+            fetches it.
     """
     path = Path(name_or_path)
     if str(name_or_path) in SOURCES:
@@ -233,7 +264,9 @@ def load_encoder(
     elif path.is_file():
         autoencoder, statistics = from_ldm(read_tensors(path)), _statistics_beside(path)
     else:
-        raise RunError(f"{name_or_path} is neither a folder, a file nor one of {', '.join(SOURCES)}")
+        raise RunError(
+            f"{name_or_path} is neither a folder, a file nor one of {', '.join(SOURCES)}"
+        )
     mean, std = statistics or (None, None)
     cast = (
         autoencoder if _dtype(autoencoder) == dtype else autoencoder.to(dtype)
@@ -245,7 +278,9 @@ def _find(name: str, weights: Path | None) -> Path:
     source = SOURCES[name]
     if weights is not None:
         place = weights / name
-        missing = [file for file in source.files or ("config.json",) if not (place / file).exists()]
+        missing = [
+            file for file in source.files or ("config.json",) if not (place / file).exists()
+        ]
         if not missing:
             return place
         raise RunError(f"{place / missing[0]} is missing; {_fetch(name, place)}")
@@ -254,10 +289,15 @@ def _find(name: str, weights: Path | None) -> Path:
 
         wanted = list(source.files) or [f"{source.subfolder}/*" if source.subfolder else "*"]
         found = (
-            Path(snapshot_download(source.repository, allow_patterns=wanted, local_files_only=True)) / source.subfolder
+            Path(
+                snapshot_download(source.repository, allow_patterns=wanted, local_files_only=True)
+            )
+            / source.subfolder
         )
     except (ImportError, OSError, ValueError) as error:
-        raise RunError(f"the weights of {name} are not on this machine; {_fetch(name, None)}") from error
+        raise RunError(
+            f"the weights of {name} are not on this machine; {_fetch(name, None)}"
+        ) from error
     missing = [file for file in source.files or ("config.json",) if not (found / file).exists()]
     if missing:
         raise RunError(f"{found / missing[0]} is missing; {_fetch(name, None)}")
@@ -266,9 +306,13 @@ def _find(name: str, weights: Path | None) -> Path:
 
 def _fetch(name: str, place: Path | None) -> str:
     source = SOURCES[name]
-    what = " ".join(source.files) or (f'--include "{source.subfolder}/*"' if source.subfolder else "")
+    what = " ".join(source.files) or (
+        f'--include "{source.subfolder}/*"' if source.subfolder else ""
+    )
     where = "into the hub's cache" if place is None else f"into {place}"
-    command = f"hf download {source.repository} {what}".strip() + ("" if place is None else f" --local-dir {place}")
+    command = f"hf download {source.repository} {what}".strip() + (
+        "" if place is None else f" --local-dir {place}"
+    )
     return f"fetch it {where} with: {command}"
 
 
@@ -280,7 +324,9 @@ def _from_folder(path: Path) -> nn.Module:
     try:
         name = json.loads((path / "config.json").read_text())["_class_name"]
         make_buildable(name)
-        return getattr(diffusers, name).from_pretrained(path, local_files_only=True, use_safetensors=True)
+        return getattr(diffusers, name).from_pretrained(
+            path, local_files_only=True, use_safetensors=True
+        )
     except (OSError, KeyError, ValueError, AttributeError) as error:
         raise RunError(f"{path} holds no autoencoder that diffusers can load: {error}") from error
 
@@ -294,13 +340,16 @@ def make_buildable(kind: str) -> None:
     if kind == "AutoencoderRAE":
         if importlib.util.find_spec("transformers") is None:
             raise RunError(
-                "RAE's encoders are those of transformers, which is missing; write: pip install 'flowspace[rae]'"
+                "RAE's encoders are those of transformers, which is missing; write: pip install "
+                "'flowspace[rae]'"
             )
         _nest_siglip()
 
 
 class _Nested(nn.Module):
-    """A vision model one level down, where diffusers (0.42) looks for it and RAE's weights have it."""
+    """A vision model one level down, where diffusers (0.42) looks for it and RAE's weights have
+    it.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -353,9 +402,11 @@ ATTENTION = "Attn"
 
 
 def from_ldm(tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Build diffusers' AutoencoderKL from weights in the layout of latent diffusion, such as VA-VAE's.
+    """Build diffusers' AutoencoderKL from weights in the layout of latent diffusion, such as
+    VA-VAE's.
 
-    Widths, blocks and attention are read off the tensors; other tensors (losses, foundation models) are left out.
+    Widths, blocks and attention are read off the tensors; other tensors (losses, foundation
+    models) are left out.
 
     Raises:
         RunError: if names or shapes do not make an autoencoder.
@@ -363,16 +414,29 @@ def from_ldm(tensors: Mapping[str, Tensor]) -> nn.Module:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     tensors = {name: value for name, value in tensors.items() if name.startswith(KEPT)}
-    levels = {int(found[1]) for name in tensors if (found := re.match(r"encoder\.down\.(\d+)\.", name))}
+    levels = {
+        int(found[1]) for name in tensors if (found := re.match(r"encoder\.down\.(\d+)\.", name))
+    }
     if not levels:
-        raise RunError("the file holds no encoder.down.*: not an autoencoder in the layout of latent diffusion")
+        raise RunError(
+            "the file holds no encoder.down.*: not an autoencoder in the layout of latent "
+            "diffusion"
+        )
     count = len(levels)
-    attends = [any(name.startswith(f"encoder.down.{i}.attn.") for name in tensors) for i in range(count)]
-    widths = tuple(tensors[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(count))
-    blocks = len({name.split(".")[4] for name in tensors if name.startswith("encoder.down.0.block.")})
+    attends = [
+        any(name.startswith(f"encoder.down.{i}.attn.") for name in tensors) for i in range(count)
+    ]
+    widths = tuple(
+        tensors[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(count)
+    )
+    blocks = len(
+        {name.split(".")[4] for name in tensors if name.startswith("encoder.down.0.block.")}
+    )
     settings: dict[str, Any] = {
         "down_block_types": tuple(f"{ATTENTION * attend}DownEncoderBlock2D" for attend in attends),
-        "up_block_types": tuple(f"{ATTENTION * attend}UpDecoderBlock2D" for attend in reversed(attends)),
+        "up_block_types": tuple(
+            f"{ATTENTION * attend}UpDecoderBlock2D" for attend in reversed(attends)
+        ),
         "block_out_channels": widths,
         "layers_per_block": blocks,
         "latent_channels": tensors["quant_conv.weight"].shape[0] // 2,
@@ -386,14 +450,20 @@ def from_ldm(tensors: Mapping[str, Tensor]) -> nn.Module:
     try:
         network.load_state_dict(renamed)
     except RuntimeError as error:
-        raise RunError(f"the file is not an autoencoder in the layout of latent diffusion: {error}") from error
+        raise RunError(
+            f"the file is not an autoencoder in the layout of latent diffusion: {error}"
+        ) from error
     return network
 
 
 def _renamed(name: str, value: Tensor, levels: int) -> tuple[str, Tensor]:
-    """Return the name in diffusers' layout, and the value: attention's 1 x 1 convolutions are linear layers there."""
+    """Return the name in diffusers' layout, and the value: attention's 1 x 1 convolutions are
+    linear layers there.
+    """
     if found := re.match(r"decoder\.up\.(\d+)\.", name):
-        rest = name[found.end() :].replace("block.", "resnets.", 1).replace("attn.", "attentions.", 1)
+        rest = (
+            name[found.end() :].replace("block.", "resnets.", 1).replace("attn.", "attentions.", 1)
+        )
         rest = rest.replace("upsample.", "upsamplers.0.", 1)
         name = f"decoder.up_blocks.{levels - 1 - int(found[1])}.{rest}"
     for pattern, replacement in RENAMED:

@@ -16,21 +16,29 @@ from flowspace.vision.generator import CrossFlowGenerator
 __all__ = ["Export", "OneStep", "Onnx", "TorchExport"]
 
 TOLERANCE = 1e-3
-"""The largest difference from eager that an export may have, of images in [-1, 1]: well under half of one of 255 levels."""
+"""The largest difference from eager that an export may have, of images in [-1, 1]: well under half
+of one of 255 levels.
+"""
 
 EXAMPLE, CHECKED = 2, 3
-"""Rows of the traced batch, and of the one that is compared: another number, so that a batch that was frozen in is found."""
+"""Rows of the traced batch, and of the one that is compared: another number, so that a batch that
+was frozen in is found.
+"""
 
 
 class OneStep(nn.Module):
-    """From noise and labels to images: the generator at t = 1, s = 0, where the matched statistic's sample is its output."""
+    """From noise and labels to images: the generator at t = 1, s = 0, where the matched
+    statistic's sample is its output.
+    """
 
     def __init__(self, generator: CrossFlowGenerator) -> None:
         super().__init__()
         self.generator = generator
 
     def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return images ``(B, outputs, H, W)`` of noise ``(B, channels, grid, grid)`` and classes ``(B,)``."""
+        """Return images ``(B, outputs, H, W)`` of noise ``(B, channels, grid, grid)`` and classes
+        ``(B,)``.
+        """
         one = torch.ones_like(noise[:, 0, 0, 0])
         return self.generator(noise, one, torch.zeros_like(one), labels=labels)
 
@@ -43,10 +51,13 @@ class OneStep(nn.Module):
 
 
 class Export(abc.ABC):
-    """A format; calling it writes a generator to a file, checked against eager and renamed into place only then."""
+    """A format; calling it writes a generator to a file, checked against eager and renamed into
+    place only then.
+    """
 
     def __call__(self, generator: CrossFlowGenerator, path: Path) -> float:
-        """Write the program, for any number of rows, in float32 on the CPU; returns its largest difference from eager.
+        """Write the program, for any number of rows, in float32 on the CPU; returns its largest
+        difference from eager.
 
         Raises:
             RunError: if what was written draws other images.
@@ -61,7 +72,9 @@ class Export(abc.ABC):
                 inputs = network.inputs(CHECKED)
                 apart = float((self.run(partial, inputs) - network(*inputs)).abs().max())
             if not apart <= TOLERANCE:
-                raise RunError(f"the program of {path} differs from eager by {apart:.2g}; nothing was kept")
+                raise RunError(
+                    f"the program of {path} differs from eager by {apart:.2g}; nothing was kept"
+                )
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
@@ -95,7 +108,7 @@ class TorchExport(Export):
 
 
 class Onnx(Export):
-    """ONNX with its weights in the same file; inputs ``noise`` and ``labels``, output ``images``."""
+    """ONNX with its weights in one file; inputs ``noise`` and ``labels``, output ``images``."""
 
     def write(self, network: OneStep, path: Path) -> None:
         """Write the model."""
@@ -117,5 +130,8 @@ class Onnx(Export):
         import onnxruntime
 
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        given = {one.name: value.numpy() for one, value in zip(session.get_inputs(), inputs, strict=True)}
+        given = {
+            one.name: value.numpy()
+            for one, value in zip(session.get_inputs(), inputs, strict=True)
+        }
         return torch.from_numpy(session.run(None, given)[0])

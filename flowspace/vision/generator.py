@@ -1,9 +1,10 @@
 """The generator: a vision transformer from a noisy latent grid to pixels in one evaluation.
 
-Each cell of the latent is a token and becomes a square of pixels. Before the cells stand context tokens: a few learned ones for
-the class and a few that carry the time. Blocks are pre-norm: RMS norm, attention with normalised queries and keys and rotary
-positions on the cells, and an MLP; no linear layer in them has a bias, so that a block of width d holds 12 d^2 numbers
-(CrossFlow, arXiv 2606.19970: 95, 315 and 461 million parameters).
+Each cell of the latent is a token and becomes a square of pixels. Before the cells stand context
+tokens: a few learned ones for the class and a few that carry the time. Blocks are pre-norm: RMS
+norm, attention with normalised queries and keys and rotary positions on the cells, and an MLP; no
+linear layer in them has a bias, so that a block of width d holds 12 d^2 numbers (CrossFlow, arXiv
+2606.19970: 95, 315 and 461 million parameters).
 """
 
 import math
@@ -38,14 +39,16 @@ SLOWEST = 1e4
 
 
 class CrossFlowGenerator(ModelMixin, ConfigMixin):
-    """Maps latents ``(B, channels, grid, grid)`` to images ``(B, outputs, grid patch, grid patch)``.
+    """Maps latents ``(B, channels, grid, grid)`` to images ``(B, outputs, grid patch, grid
+    patch)``.
 
     Args:
         channels: of the latent; 32 for VA-VAE.
         grid: cells a side that positions are learned for.
         patch: pixels a side of one cell.
         outputs: channels of the image.
-        classes: labels run from 0 to classes - 1; label ``classes`` is the null class of guidance. 0: unconditional.
+        classes: labels run from 0 to classes - 1; label ``classes`` is the null class of guidance.
+            0: unconditional.
         depth: blocks.
         width: of the tokens; a multiple of 4 heads.
         heads: of the attention.
@@ -80,10 +83,13 @@ class CrossFlowGenerator(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         if condition not in CONDITIONS:
-            raise InputError(f"condition = {condition!r} came; write one of {', '.join(map(repr, CONDITIONS))}")
+            raise InputError(
+                f"condition = {condition!r} came; write one of {', '.join(map(repr, CONDITIONS))}"
+            )
         if width % (4 * heads):
             raise InputError(
-                f"width = {width}, heads = {heads} came; rotary positions need a width that is a multiple of 4 heads"
+                f"width = {width}, heads = {heads} came; rotary positions need a width that is a "
+                "multiple of 4 heads"
             )
         self.gradient_checkpointing = False
         self.embed = nn.Linear(channels, width, bias=False)
@@ -110,8 +116,11 @@ class CrossFlowGenerator(ModelMixin, ConfigMixin):
             raise InputError(f"preset {name!r} came; write one of {', '.join(PRESETS)}")
         return cls(**(PRESETS[name] | changes))
 
-    def forward(self, latents: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return images for latents ``(B, channels, h, w)``, times ``(B,)`` in [0, 1] and labels ``(B,)``.
+    def forward(
+        self, latents: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None
+    ) -> Tensor:
+        """Return images for latents ``(B, channels, h, w)``, times ``(B,)`` in [0, 1] and labels
+        ``(B,)``.
 
         Raises:
             InputError: if the latents' channels, the labels or the grid do not fit.
@@ -128,7 +137,9 @@ class CrossFlowGenerator(ModelMixin, ConfigMixin):
             else:
                 x = block(x, *turn)
         x = self.head(self.norm(x[:, context.shape[1] :]))
-        return F.pixel_shuffle(x.transpose(1, 2).reshape(batch, -1, height, width), self.config["patch"])
+        return F.pixel_shuffle(
+            x.transpose(1, 2).reshape(batch, -1, height, width), self.config["patch"]
+        )
 
     def _context(self, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         values = {"s": s, "t": t, "t_minus_s": t - s}
@@ -143,21 +154,25 @@ class CrossFlowGenerator(ModelMixin, ConfigMixin):
         c = self.config
         if channels != c["channels"] or cells != c["grid"] ** 2:
             raise InputError(
-                f"a latent of {channels} channels and {cells} cells came; this generator takes {c['channels']} channels on "
+                f"a latent of {channels} channels and {cells} cells came; this generator takes "
+                f"{c['channels']} channels on "
                 f"{c['grid']} x {c['grid']}"
             )
         if (self.label is None) != (labels is None):
             raise InputError(
                 "labels came for a generator without classes"
                 if self.label is None
-                else f"no labels came; write labels= with classes from 0 to {c['classes'] - 1}, or {c['classes']} for none"
+                else f"no labels came; write labels= with classes from 0 to {c['classes'] - 1}, "
+                f"or {c['classes']} for none"
             )
 
     def _initialise(self) -> None:
         """Small linear layers, and a head of zeros, so that training begins at the grey image."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=min(0.02, 1 / math.sqrt(module.in_features)))
+                nn.init.trunc_normal_(
+                    module.weight, std=min(0.02, 1 / math.sqrt(module.in_features))
+                )
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         if self.label is not None:
@@ -175,21 +190,25 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, time: Tensor) -> Tensor:
         """Map ``(B,)`` to ``(B, width)``; periods from 10 down to 1/16, formed in float32."""
-        rates = torch.logspace(math.log10(0.2 * math.pi), math.log10(32 * math.pi), FREQUENCIES, device=time.device)
+        rates = torch.logspace(
+            math.log10(0.2 * math.pi), math.log10(32 * math.pi), FREQUENCIES, device=time.device
+        )
         angle = time.float()[:, None] * rates
         waves = torch.cat([angle.cos(), angle.sin()], 1).to(self.first.weight.dtype)
         return self.second(F.silu(self.first(waves)))
 
 
 class RotaryGrid(nn.Module):
-    """Rotary positions of the cells of a grid, in real arithmetic: half of a head for rows, half for columns."""
+    """Rotary positions of the cells of a grid, in real arithmetic: half of a head for rows, half
+    for columns.
+    """
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self.size = size
 
     def forward(self, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines ``(height width, size)``; pairs (i, i + size/2) turn together."""
+        """Return cosines and sines ``(height width, size)``; (i, i + size/2) turn together."""
         quarter = self.size // 4
         rates = SLOWEST ** (-torch.arange(quarter, device=device) / quarter)
         row, column = (torch.arange(n, device=device)[:, None] * rates for n in (height, width))
@@ -198,7 +217,9 @@ class RotaryGrid(nn.Module):
 
 
 class Norm(RmsNorm):
-    """An RMS norm whose weight is cast to its input's dtype: under autocast torch's fused kernel takes no other."""
+    """An RMS norm whose weight is cast to its input's dtype: under autocast torch's fused kernel
+    takes no other.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x / sqrt(mean(x^2) + eps) * weight``, over the last axis."""
@@ -226,7 +247,10 @@ class Block(nn.Module):
 
     def _attention(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = (_turned(norm(part), cosine, sine).to(v.dtype) for norm, part in ((self.q_norm, q), (self.k_norm, k)))
+        q, k = (
+            _turned(norm(part), cosine, sine).to(v.dtype)
+            for norm, part in ((self.q_norm, q), (self.k_norm, k))
+        )
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 

@@ -1,7 +1,8 @@
-"""Perceptual losses: distances of the features of a frozen network, between ``out.prediction`` and ``out.target``.
+"""Perceptual losses: distances of the features of a frozen network, between ``out.prediction`` and
+``out.target``.
 
-Images are in [-1, 1] everywhere; each network gets the range and normalisation that it was trained with. A gradient flows to the
-prediction only: the network is frozen and the target detached.
+Images are in [-1, 1] everywhere; each network gets the range and normalisation that it was trained
+with. A gradient flows to the prediction only: the network is frozen and the target detached.
 """
 
 import abc
@@ -21,13 +22,24 @@ from flowspace.penalties import HuberError, Penalty
 from flowspace.schedules import over_rows
 from flowspace.vision.weights import read_tensors
 
-__all__ = ["LARGEST_STEP", "Features", "LearnedDistance", "PerceptualLoss", "TimmFeatures", "literal_pair"]
+__all__ = [
+    "LARGEST_STEP",
+    "Features",
+    "LearnedDistance",
+    "PerceptualLoss",
+    "TimmFeatures",
+    "literal_pair",
+]
 
 LARGEST_STEP = 1.0
-"""The bound of |b/a| in the literal form: unbounded, t (t - s)/s for the linear schedule, it blows up near s = 0."""
+"""The bound of |b/a| in the literal form: unbounded, t (t - s)/s for the linear schedule, it blows
+up near s = 0.
+"""
 
 RANGE_SLACK = 1.5
-"""Predictions may leave [-1, 1] while they are learned, real images never do: a real one beyond this has another range."""
+"""Predictions may leave [-1, 1] while they are learned, real images never do: a real one beyond
+this has another range.
+"""
 
 
 class Features(nn.Module, abc.ABC):
@@ -43,18 +55,21 @@ class Features(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Return features ``(B, ...)`` of images ``(B, 3, H, W)`` in [-1, 1], one tensor a layer."""
+        """Return features ``(B, ...)`` of images ``(B, 3, H, W)`` in [-1, 1], one a layer."""
 
 
 class TimmFeatures(Features):
     """Feature maps of a timm network.
 
     Args:
-        name: timm's name, such as ``convnextv2_base.fcmae_ft_in22k_in1k`` or ``vit_base_patch16_dinov3``.
-        weights: a file of weights; None takes timm's pretrained ones from the hub's cache or the network.
+        name: timm's name, such as ``convnextv2_base.fcmae_ft_in22k_in1k`` or
+            ``vit_base_patch16_dinov3``.
+        weights: a file of weights; None takes timm's pretrained ones from the hub's cache or the
+            network.
         size: images are resized to this many pixels a side; None leaves them.
         layers: indices of the intermediate layers; None takes the last one's tokens or map.
-        mean: what the network's inputs are normalised by, in [0, 1] units; None takes timm's own for the name.
+        mean: what the network's inputs are normalised by, in [0, 1] units; None takes timm's own
+            for the name.
         std: likewise.
 
     Raises:
@@ -83,7 +98,9 @@ class TimmFeatures(Features):
         """Return the features of each chosen layer."""
         x = (images + 1) / 2
         if self.size is not None and x.shape[-1] != self.size:
-            x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True, align_corners=False)
+            x = F.interpolate(
+                x, (self.size, self.size), mode="bicubic", antialias=True, align_corners=False
+            )
         x = (x - self.mean) / self.std  # type: ignore[operator]
         network: Any = self.network
         if self.layers is None:
@@ -97,7 +114,8 @@ def _timm(name: str, weights: str | Path | None, size: int | None) -> nn.Module:
     if ":" not in name and not timm.is_model(name):  # hf-hub:NAME is a network elsewhere
         near = difflib.get_close_matches(name, timm.list_models(), 3)
         raise InputError(
-            f"timm knows no network {name!r}; " + (f"near are {', '.join(near)}" if near else "see timm.list_models()")
+            f"timm knows no network {name!r}; "
+            + (f"near are {', '.join(near)}" if near else "see timm.list_models()")
         )
     sized: dict[str, Any] = {"img_size": size} if size is not None and "vit" in name else {}
     try:
@@ -106,15 +124,18 @@ def _timm(name: str, weights: str | Path | None, size: int | None) -> nn.Module:
         network = timm.create_model(name, pretrained=False, **sized)
     except Exception as error:
         raise RunError(
-            f"timm has no weights of {name} on this machine ({type(error).__name__}: {error}); fetch them where there is a "
-            f"network with: python -c \"import timm; timm.create_model('{name}', pretrained=True)\", or give weights=FILE"
+            f"timm has no weights of {name} on this machine ({type(error).__name__}: {error}); "
+            "fetch them where there is a "
+            f"network with: python -c \"import timm; timm.create_model('{name}', "
+            'pretrained=True)", or give weights=FILE'
         ) from error
     load_in_order(network, Path(weights))
     return network
 
 
 def load_in_order(network: nn.Module, path: Path) -> None:
-    """Load weights by name or, where another code named the same tensors otherwise, by their order and shapes.
+    """Load weights by name or, where another code named the same tensors otherwise, by their order
+    and shapes.
 
     Raises:
         RunError: if neither fits.
@@ -122,18 +143,23 @@ def load_in_order(network: nn.Module, path: Path) -> None:
     tensors = read_tensors(path)
     own = network.state_dict()
     if tensors.keys() != own.keys():
-        theirs = [value for name, value in tensors.items() if not name.endswith("num_batches_tracked")]
+        theirs = [
+            value for name, value in tensors.items() if not name.endswith("num_batches_tracked")
+        ]
         names = [name for name in own if not name.endswith("num_batches_tracked")]
         fits = [value.shape for value in theirs] == [own[name].shape for name in names]
         if not fits:
             raise RunError(
-                f"{path} holds {len(theirs)} tensors that do not fit the network's {len(names)}, in name or order"
+                f"{path} holds {len(theirs)} tensors that do not fit the network's {len(names)}, "
+                "in name or order"
             )
         tensors = dict(zip(names, theirs, strict=True))
     try:
         network.load_state_dict(dict(tensors), strict=False)
     except RuntimeError as error:
-        raise RunError(f"{path} holds tensors of other shapes than the network's: {error}") from error
+        raise RunError(
+            f"{path} holds tensors of other shapes than the network's: {error}"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -143,7 +169,8 @@ class PerceptualLoss:
     Args:
         features: whose features are compared; LPIPS is `LearnedDistance`.
         penalty: of the difference of one layer; `HuberError()`, as the paper takes it.
-        below: only rows with t below it count, the others are 0; 1 (with t = 1) and more takes all.
+        below: only rows with t below it count, the others are 0; 1 (with t = 1) and more takes
+            all.
         unit: scale each feature vector to length 1 along its channels, as LPIPS does.
     """
 
@@ -161,13 +188,17 @@ class PerceptualLoss:
             t: times ``(B,)``, where ``below`` is used.
 
         Raises:
-            InputError: if shapes differ, a target is far out of [-1, 1], or ``below`` has no times.
+            InputError: if shapes differ, a target is far out of [-1, 1], or ``below`` has no
+                times.
         """
         _check_images(prediction, target)
         if self.below > 1:
             return self._distance(prediction, target)
         if t is None:
-            raise InputError(f"below = {self.below} came without times; write loss(out.prediction, out.target, out.t)")
+            raise InputError(
+                f"below = {self.below} came without times; write loss(out.prediction, out.target, "
+                "out.t)"
+            )
         rows = (t < self.below).nonzero().squeeze(1)
         found = prediction.new_zeros(len(prediction))
         if not len(rows):
@@ -180,7 +211,10 @@ class PerceptualLoss:
         with torch.no_grad():
             wanted = self.features(target)
         found = self.features(prediction)
-        pairs = [(_unit(a), _unit(b)) if self.unit else (a, b) for a, b in zip(found, wanted, strict=True)]
+        pairs = [
+            (_unit(a), _unit(b)) if self.unit else (a, b)
+            for a, b in zip(found, wanted, strict=True)
+        ]
         return torch.stack([self.penalty(a - b) for a, b in pairs]).mean(0)
 
 
@@ -189,7 +223,8 @@ class LearnedDistance(Features):
 
     Args:
         net: the trunk, ``"vgg"``, ``"alex"`` or ``"squeeze"``.
-        weights: a state dict of the trunk in torchvision's layout; None downloads it as lpips does.
+        weights: a state dict of the trunk in torchvision's layout; None downloads it as lpips
+            does.
 
     Raises:
         RunError: if the trunk's weights are missing.
@@ -207,7 +242,8 @@ class LearnedDistance(Features):
                 self.distance = lpips.LPIPS(net=net, pnet_rand=weights is not None, verbose=False)
         except OSError as error:
             raise RunError(
-                f"the trunk of LPIPS ({net}) is not on this machine and cannot be fetched ({error}); give its torchvision "
+                f"the trunk of LPIPS ({net}) is not on this machine and cannot be fetched "
+                f"({error}); give its torchvision "
                 "weights: LearnedDistance(net, weights='vgg16.pth')"
             ) from error
         if weights is not None:
@@ -218,7 +254,8 @@ class LearnedDistance(Features):
         """Return the distance of each row ``(B,)``."""
         if others is None:
             raise InputError(
-                "LPIPS is a distance of two images; write PerceptualLoss(LearnedDistance())(prediction, target)"
+                "LPIPS is a distance of two images; write "
+                "PerceptualLoss(LearnedDistance())(prediction, target)"
             )
         return self.distance(images, others).flatten()
 
@@ -228,18 +265,23 @@ def _load_trunk(trunk: nn.Module, path: Path) -> None:
     tensors = read_tensors(path)
     own = trunk.state_dict()
     wanted = {name: tensors.get(f"features.{name.split('.', 1)[1]}") for name in own}
-    missing = [name for name, value in wanted.items() if value is None or value.shape != own[name].shape]
+    missing = [
+        name for name, value in wanted.items() if value is None or value.shape != own[name].shape
+    ]
     if missing:
         raise RunError(
-            f"{path} has no {missing[0]} of the right shape; torchvision's weights of the same trunk are needed"
+            f"{path} has no {missing[0]} of the right shape; torchvision's weights of the same "
+            "trunk are needed"
         )
     trunk.load_state_dict(wanted)
 
 
 def literal_pair(objective: Objective, out: LossOutput, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what the paper's perceptual loss compares: f + (b/a) sg(D_t f), with |b/a| at most `LARGEST_STEP`, and the image.
+    """Return what the paper's perceptual loss compares: f + (b/a) sg(D_t f), with |b/a| at most
+    `LARGEST_STEP`, and the image.
 
-    Where a = 0 (s = 0 for the matched statistic) b/a is infinite, from above since b is the integral of a, and so at its bound.
+    Where a = 0 (s = 0 for the matched statistic) b/a is infinite, from above since b is the
+    integral of a, and so at its bound.
 
     Args:
         objective: of a statistic with identity (II), such as `CrossFlowLoss`.
@@ -247,10 +289,16 @@ def literal_pair(objective: Objective, out: LossOutput, images: Tensor) -> tuple
         images: the targets it was given.
     """
     c = objective.coefficients
-    a, b, data = (over_rows(part(out.t, out.s), images) for part in (c.prediction, c.derivative, c.data))
+    a, b, data = (
+        over_rows(part(out.t, out.s), images) for part in (c.prediction, c.derivative, c.data)
+    )
     f = out.prediction
-    slope = torch.where(b == 0, 0.0, (out.residual - a * f.detach() + data * images) / torch.where(b == 0, 1.0, b))
-    step = torch.where(a == 0, LARGEST_STEP, b / torch.where(a == 0, 1.0, a)).clamp(-LARGEST_STEP, LARGEST_STEP)
+    slope = torch.where(
+        b == 0, 0.0, (out.residual - a * f.detach() + data * images) / torch.where(b == 0, 1.0, b)
+    )
+    step = torch.where(a == 0, LARGEST_STEP, b / torch.where(a == 0, 1.0, a)).clamp(
+        -LARGEST_STEP, LARGEST_STEP
+    )
     return f + (step * slope).detach(), images
 
 
@@ -261,7 +309,13 @@ def _unit(features: Tensor) -> Tensor:
 
 def _check_images(prediction: Tensor, target: Tensor) -> None:
     if prediction.shape != target.shape:
-        raise InputError(f"a prediction of shape {tuple(prediction.shape)} came for a target of {tuple(target.shape)}")
+        raise InputError(
+            f"a prediction of shape {tuple(prediction.shape)} came for a target of "
+            f"{tuple(target.shape)}"
+        )
     size = float(target.detach().abs().mean())
     if size > RANGE_SLACK:
-        raise InputError(f"targets of mean size {size:.3g} came; images are in [-1, 1]: write images / 127.5 - 1")
+        raise InputError(
+            f"targets of mean size {size:.3g} came; images are in [-1, 1]: write images / 127.5 - "
+            "1"
+        )

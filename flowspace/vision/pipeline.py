@@ -1,4 +1,6 @@
-"""What one ships: a pipeline from labels to images in one evaluation, and the generator as a decoder of noisy latents."""
+"""What one ships: a pipeline from labels to images in one evaluation, and the generator as a
+decoder of noisy latents.
+"""
 
 import os
 import tempfile
@@ -29,9 +31,11 @@ UPLOAD = ("commit_message", "private", "token", "create_pr")
 
 
 class CrossFlowPipeline(DiffusionPipeline):
-    """Images of classes from noise, in one evaluation of a trained generator of the matched statistic.
+    """Images of classes from noise, in one evaluation of a trained generator of the matched
+    statistic.
 
-    Saved and loaded as diffusers does; the schedule is kept with the pipeline as formulas, and its model card as ``README.md``.
+    Saved and loaded as diffusers does; the schedule is kept with the pipeline as formulas, and its
+    model card as ``README.md``.
 
     Args:
         generator: the trained network.
@@ -39,12 +43,15 @@ class CrossFlowPipeline(DiffusionPipeline):
         beta: likewise.
 
     Attributes:
-        card: the model card; None, until one is given or loaded, for one that tells the sizes alone.
+        card: the model card; None, until one is given or loaded, for one that tells the sizes
+            alone.
     """
 
     model_cpu_offload_seq = "generator"
 
-    def __init__(self, generator: CrossFlowGenerator, alpha: str = "1 - t", beta: str = "t") -> None:
+    def __init__(
+        self, generator: CrossFlowGenerator, alpha: str = "1 - t", beta: str = "t"
+    ) -> None:
         super().__init__()
         self.register_modules(generator=generator)
         self.register_to_config(alpha=alpha, beta=beta)
@@ -55,7 +62,9 @@ class CrossFlowPipeline(DiffusionPipeline):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> "CrossFlowPipeline":
-        """Load a pipeline as diffusers does, from a folder or the hub, with the card of the folder."""
+        """Load a pipeline as diffusers does, from a folder or the hub, with the card of the
+        folder.
+        """
         found = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         card = Path(pretrained_model_name_or_path) / "README.md"
         found.card = card.read_text() if card.is_file() else None
@@ -75,7 +84,9 @@ class CrossFlowPipeline(DiffusionPipeline):
         repository = kwargs.pop("repo_id", Path(save_directory).name)
         super().save_pretrained(save_directory, **kwargs)
         config = self.config
-        card = self.card or model_card("CrossFlow", self.generator, config["alpha"], config["beta"])
+        card = self.card or model_card(
+            "CrossFlow", self.generator, config["alpha"], config["beta"]
+        )
         (Path(save_directory) / "README.md").write_text(card)
         if push_to_hub:
             self.push_to_hub(repository, **upload)
@@ -89,7 +100,8 @@ class CrossFlowPipeline(DiffusionPipeline):
         create_pr: bool = False,
         **kwargs: Any,
     ) -> str:
-        """Upload the pipeline and its card; diffusers' own method would put an empty card in its place.
+        """Upload the pipeline and its card; diffusers' own method would put an empty card in its
+        place.
 
         Args:
             repo_id: of the repository, made if it is not there.
@@ -127,35 +139,52 @@ class CrossFlowPipeline(DiffusionPipeline):
         Args:
             labels: classes; None for a generator without classes.
             count: how many images a generator without classes draws.
-            generator: the source of the noise: one, or one for each image, which makes an image independent of its batch.
+            generator: the source of the noise: one, or one for each image, which makes an image
+                independent of its batch.
             latents: the noise itself, ``(B, channels, grid, grid)``, instead of ``generator``.
             steps: evaluations; more than one needs ``encode``.
             encode: from images to latents, such as ``load_encoder(...).encode``.
-            scale: of classifier-free guidance, for a generator trained with dropped labels; above 1 costs a second evaluation.
-            output_type: ``"pil"``, ``"np"`` (floats in [0, 1], channels last) or ``"pt"`` (in [-1, 1]).
+            scale: of classifier-free guidance, for a generator trained with dropped labels; above
+                1 costs a second evaluation.
+            output_type: ``"pil"``, ``"np"`` (floats in [0, 1], channels last) or ``"pt"`` (in [-1,
+                1]).
             return_dict: False returns a tuple.
 
         Raises:
-            InputError: if labels are missing or out of range, the noise has another shape, or steps need an encoder.
+            InputError: if labels are missing or out of range, the noise has another shape, or
+                steps need an encoder.
         """
         if output_type not in OUTPUTS:
-            raise InputError(f"output_type = {output_type!r} came; write one of {', '.join(map(repr, OUTPUTS))}")
+            raise InputError(
+                f"output_type = {output_type!r} came; write one of {', '.join(map(repr, OUTPUTS))}"
+            )
         network: CrossFlowGenerator = self.generator
         classes = self._classes(labels)
         rows = count if classes is None else len(classes)
         shape = (rows, network.config["channels"], network.config["grid"], network.config["grid"])
         if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=network.device, dtype=network.dtype)  # type: ignore[arg-type]
+            latents = randn_tensor(
+                shape, generator=generator, device=network.device, dtype=network.dtype
+            )  # type: ignore[arg-type]
         if tuple(latents.shape) != shape:
-            raise InputError(f"latents of shape {tuple(latents.shape)} came; this generator takes {shape}")
+            raise InputError(
+                f"latents of shape {tuple(latents.shape)} came; this generator takes {shape}"
+            )
         if steps > 1 and encode is None:
             raise InputError(
-                f"steps = {steps} came without encode=, a function from images to latents such as an encoder's"
+                f"steps = {steps} came without encode=, a function from images to latents such as "
+                "an encoder's"
             )
         cond = {} if classes is None else {"labels": classes}
-        guidance = None if scale == 1 else Guidance(null={"labels": network.config["classes"]}, omega=scale)
+        guidance = (
+            None
+            if scale == 1
+            else Guidance(null={"labels": network.config["classes"]}, omega=scale)
+        )
         flow_map = FlowMap(network, self.schedule, MatchedStatistic())
-        images = flow_map.sample(latents.to(network.device), cond=cond, steps=steps, encode=encode, guidance=guidance)
+        images = flow_map.sample(
+            latents.to(network.device), cond=cond, steps=steps, encode=encode, guidance=guidance
+        )
         return self._finished(images.float(), output_type, return_dict)
 
     def _classes(self, labels: Sequence[int] | Tensor | None) -> Tensor | None:
@@ -169,13 +198,20 @@ class CrossFlowPipeline(DiffusionPipeline):
         if labels is None:
             return None
         classes = torch.as_tensor(labels, device=self.generator.device)
-        if classes.ndim != 1 or classes.is_floating_point() or bool(((classes < 0) | (classes > count)).any()):
+        if (
+            classes.ndim != 1
+            or classes.is_floating_point()
+            or bool(((classes < 0) | (classes > count)).any())
+        ):
             raise InputError(
-                f"labels = {classes.tolist()} came; write integers from 0 to {count - 1}, or {count} for no class"
+                f"labels = {classes.tolist()} came; write integers from 0 to {count - 1}, or "
+                f"{count} for no class"
             )
         return classes
 
-    def _finished(self, images: Tensor, output_type: str, return_dict: bool) -> "ImagePipelineOutput | tuple[Any]":
+    def _finished(
+        self, images: Tensor, output_type: str, return_dict: bool
+    ) -> "ImagePipelineOutput | tuple[Any]":
         found: Any = images
         if output_type != "pt":
             found = (images.clamp(-1, 1) / 2 + 0.5).permute(0, 2, 3, 1).cpu().numpy()
@@ -185,17 +221,21 @@ class CrossFlowPipeline(DiffusionPipeline):
 
 
 class CrossFlowDecoder(ModelMixin, ConfigMixin):
-    """The generator where a pipeline expects an autoencoder's decoder: ``decode(latents, t)`` for latents that may be noisy.
+    """The generator where a pipeline expects an autoencoder's decoder: ``decode(latents, t)`` for
+    latents that may be noisy.
 
-    A latent that another model sampled is not clean; the generator was trained to map noisy ones, and is told how noisy this
-    one is believed to be. So it may be the ``vae`` of diffusers' ``DiTPipeline``.
+    A latent that another model sampled is not clean; the generator was trained to map noisy ones,
+    and is told how noisy this one is believed to be. So it may be the ``vae`` of diffusers'
+    ``DiTPipeline``.
 
     Args:
         generator: the trained network.
-        t: the noise level that latents are believed to have where the caller does not say, in [TIME_FLOOR, 1].
+        t: the noise level that latents are believed to have where the caller does not say, in
+            [TIME_FLOOR, 1].
         alpha: the schedule, a formula in t.
         beta: likewise.
-        rescale: multiply latents by alpha(t) first, so that a clean latent lies where a noisy one of that level has its mean.
+        rescale: multiply latents by alpha(t) first, so that a clean latent lies where a noisy one
+            of that level has its mean.
     """
 
     config_name = "config.json"
@@ -245,7 +285,9 @@ class CrossFlowDecoder(ModelMixin, ConfigMixin):
         Raises:
             InputError: if t is outside [TIME_FLOOR, 1].
         """
-        level = torch.as_tensor(self.config["t"] if t is None else t, device=z.device, dtype=torch.float32)
+        level = torch.as_tensor(
+            self.config["t"] if t is None else t, device=z.device, dtype=torch.float32
+        )
         _checked_level(level)
         level = level.expand(len(z)).contiguous()
         classes = self.generator.config["classes"]
@@ -253,11 +295,15 @@ class CrossFlowDecoder(ModelMixin, ConfigMixin):
             labels = torch.full((len(z),), classes, device=z.device)
         if self.config["rescale"]:
             z = z * self.schedule.alpha(level).reshape(-1, 1, 1, 1).to(z.dtype)
-        images = self.generator(z.to(self.generator.dtype), level, torch.zeros_like(level), labels=labels)
+        images = self.generator(
+            z.to(self.generator.dtype), level, torch.zeros_like(level), labels=labels
+        )
         return DecoderOutput(sample=images) if return_dict else (images,)
 
 
 def _checked_level(t: "float | Tensor") -> None:
     level = torch.as_tensor(t)
     if not bool(((level >= TIME_FLOOR) & (level <= 1)).all()):
-        raise InputError(f"t = {t} came; the noise level of a latent is between {TIME_FLOOR} and 1")
+        raise InputError(
+            f"t = {t} came; the noise level of a latent is between {TIME_FLOOR} and 1"
+        )

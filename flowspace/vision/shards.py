@@ -1,9 +1,11 @@
-"""Pictures in tar files, as webdataset stores them: read in place, shard after shard, by any number of machines.
+"""Pictures in tar files, as webdataset stores them: read in place, shard after shard, by any
+number of machines.
 
-A sample is the files of one key: a picture (``KEY.jpg``) and its class, an integer (``KEY.cls``, or ``label`` of ``KEY.json``).
-A tar file is not compressed, so a picture is read where it lies, and any row of the stream can be asked for: a run continues bit
-for bit, and every process reads its own rows. In a pass shards come in random order, and pictures are shuffled within a window of
-a few, so that a disk or a network reads each shard once.
+A sample is the files of one key: a picture (``KEY.jpg``) and its class, an integer (``KEY.cls``,
+or ``label`` of ``KEY.json``). A tar file is not compressed, so a picture is read where it lies,
+and any row of the stream can be asked for: a run continues bit for bit, and every process reads
+its own rows. In a pass shards come in random order, and pictures are shuffled within a window of a
+few, so that a disk or a network reads each shard once.
 """
 
 import functools
@@ -30,7 +32,9 @@ from flowspace.vision.data import FORMATS, SUFFIXES, Images
 __all__ = ["ShardImages"]
 
 INDEX = "flowspace-index.safetensors"
-"""Where each picture lies, kept beside the shards: reading the headers of a million pictures takes a minute."""
+"""Where each picture lies, kept beside the shards: reading the headers of a million pictures takes
+a minute.
+"""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,8 @@ class ShardImages(Images):
         broken: what could not be read so far, by name, and why.
 
     Raises:
-        RunError: if there are no shards, a shard is torn, a picture has no class, or a class is not below ``classes``.
+        RunError: if there are no shards, a shard is torn, a picture has no class, or a class is
+            not below ``classes``.
         InputError: if size or window is not positive.
     """
 
@@ -66,15 +71,22 @@ class ShardImages(Images):
 
     def __post_init__(self) -> None:
         if min(self.size, self.window) < 1:
-            raise InputError(f"size = {self.size}, window = {self.window} came; write 1 or more of each")
+            raise InputError(
+                f"size = {self.size}, window = {self.window} came; write 1 or more of each"
+            )
         paths = tuple(sorted(Path(self.root).glob("*.tar")))
         if not paths:
-            raise RunError(f"{self.root} holds no shards; give the folder that holds webdataset's *.tar")
+            raise RunError(
+                f"{self.root} holds no shards; give the folder that holds webdataset's *.tar"
+            )
         places = _index(Path(self.root), paths)
         labels = tuple(places[:, 3].tolist())
         count = self.classes or max(labels) + 1
         if not 0 <= min(labels) <= max(labels) < count:
-            raise RunError(f"{self.root} holds classes {min(labels)} to {max(labels)}, 0 to {count - 1} are expected")
+            raise RunError(
+                f"{self.root} holds classes {min(labels)} to {max(labels)}, 0 to {count - 1} are "
+                "expected"
+            )
         counts = tuple(torch.bincount(places[:, 0], minlength=len(paths)).tolist())
         found = {"labels": labels, "names": tuple(map(str, range(count))), "paths": paths}
         for name, value in (found | {"places": places, "counts": counts}).items():
@@ -93,7 +105,9 @@ class ShardImages(Images):
         return f"{self.paths[shard]}, byte {offset}"
 
     def order(self, seed: int, number: int) -> Sequence[int]:
-        """Return the order of a pass: shards at random, pictures at random within a window of them."""
+        """Return the order of a pass: shards at random, pictures at random within a window of
+        them.
+        """
         return _order(seed, number, self.counts, self.window)
 
 
@@ -104,14 +118,20 @@ def _order(seed: int, number: int, counts: tuple[int, ...], window: int) -> Sequ
     shards = torch.randperm(len(counts), generator=draw).tolist()
     found: list[int] = []
     for first in range(0, len(shards), window):
-        rows = torch.cat([torch.arange(starts[k], starts[k + 1]) for k in shards[first : first + window]])
+        rows = torch.cat(
+            [torch.arange(starts[k], starts[k + 1]) for k in shards[first : first + window]]
+        )
         found += rows[torch.randperm(len(rows), generator=draw)].tolist()
     return found
 
 
 def _index(root: Path, paths: Sequence[Path]) -> Tensor:
-    """Return shard, offset, length and label of every picture, ``(N, 4)``; kept in a file where the folder can be written."""
-    shards = json.dumps([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths])
+    """Return shard, offset, length and label of every picture, ``(N, 4)``; kept in a file where
+    the folder can be written.
+    """
+    shards = json.dumps(
+        [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    )
     try:
         with safe_open(root / INDEX, "pt") as file:
             if (file.metadata() or {}).get("shards") == shards:
@@ -120,14 +140,19 @@ def _index(root: Path, paths: Sequence[Path]) -> Tensor:
         pass  # there is none yet, or not a whole one
     rows = [(number, *row) for number, path in enumerate(paths) for row in _pictures(path)]
     if not rows:
-        raise RunError(f"{root} holds shards without pictures; known are {', '.join(sorted(SUFFIXES))}")
+        raise RunError(
+            f"{root} holds shards without pictures; known are {', '.join(sorted(SUFFIXES))}"
+        )
     places = torch.tensor(rows)
     partial = root / f"{INDEX}.{os.getpid()}.partial"
     try:
         save_file({"places": places}, partial, {"shards": shards})
         os.replace(partial, root / INDEX)
     except (SafetensorError, OSError) as error:
-        warnings.warn(f"{root / INDEX} cannot be kept ({error}); the shards are read again each time", stacklevel=2)
+        warnings.warn(
+            f"{root / INDEX} cannot be kept ({error}); the shards are read again each time",
+            stacklevel=2,
+        )
     return places
 
 
@@ -145,14 +170,20 @@ def _pictures(path: Path) -> list[tuple[int, int, int]]:
                     label = _label(tar.extractfile(member).read(), suffix)  # type: ignore[union-attr]
                     labels |= {} if label is None else {key: label}
     except (tarfile.TarError, OSError, ValueError) as error:
-        raise RunError(f"{path} is no whole shard ({error}); fetch it again, or take it away") from error
+        raise RunError(
+            f"{path} is no whole shard ({error}); fetch it again, or take it away"
+        ) from error
     end = max((offset + length for offset, length in pictures.values()), default=0)
     if end > path.stat().st_size:
-        raise RunError(f"{path} is cut off: its last picture ends at byte {end}; fetch it again, or take it away")
+        raise RunError(
+            f"{path} is cut off: its last picture ends at byte {end}; fetch it again, or take it "
+            "away"
+        )
     missing = sorted(pictures.keys() - labels.keys())
     if missing:
         raise RunError(
-            f"{path}: {missing[0]} has no class ({len(missing)} in all); write KEY.cls, or label in KEY.json"
+            f"{path}: {missing[0]} has no class ({len(missing)} in all); write KEY.cls, or label "
+            "in KEY.json"
         )
     return [(*place, labels[key]) for key, place in pictures.items()]
 

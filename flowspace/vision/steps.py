@@ -1,4 +1,4 @@
-"""What one training step of an image model is made of: the flow, perceptual and adversarial terms."""
+"""Terms of one training step of an image model: flow, perceptual and adversarial."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,7 +45,8 @@ class Perceptual:
     Args:
         loss: the distance.
         weight: of it.
-        literal: compare what the paper writes, f + (b/a) sg(D_t f) with the image, instead of prediction and target.
+        literal: compare what the paper writes, f + (b/a) sg(D_t f) with the image, instead of
+            prediction and target.
     """
 
     loss: PerceptualLoss
@@ -59,11 +60,13 @@ class FlowStep:
 
     Args:
         objective: such as `CrossFlowLoss`.
-        encode: from images ``(B, 3, H, W)`` to latents; None where the batch brings both, latents first.
+        encode: from images ``(B, 3, H, W)`` to latents; None where the batch brings both, latents
+            first.
         perceptual: terms by name.
         drop: the share of labels that are replaced by ``null``, for guidance.
         null: the label of no class.
-        across: whether the network returns images; False trains one that stays in the latents' space.
+        across: whether the network returns images; False trains one that stays in the latents'
+            space.
     """
 
     objective: Objective
@@ -77,18 +80,38 @@ class FlowStep:
         """Return what the network made of (images, labels) or (latents, images, labels)."""
         *latents, images, labels = batch
         z = latents[0] if self.encode is None else self.encode(images)
-        noise = draws.rows(lambda rows, g: torch.randn(rows, *z.shape[1:], generator=g, device=draws.device), NOISE)
-        t, s = draws.rows(lambda rows, g: self.objective.times(rows, generator=g, device=draws.device), TIMES)  # type: ignore[misc]
+        noise = draws.rows(
+            lambda rows, g: torch.randn(rows, *z.shape[1:], generator=g, device=draws.device),
+            NOISE,
+        )
+        t, s = draws.rows(
+            lambda rows, g: self.objective.times(rows, generator=g, device=draws.device), TIMES
+        )  # type: ignore[misc]
         if self.drop:
-            gone = draws.rows(lambda rows, g: torch.rand(rows, generator=g, device=draws.device), DROPPED) < self.drop
+            gone = (
+                draws.rows(
+                    lambda rows, g: torch.rand(rows, generator=g, device=draws.device), DROPPED
+                )
+                < self.drop
+            )
             labels = torch.where(gone, self.null, labels)
         out = self.objective(
-            network, z, images if self.across else None, cond={"labels": labels}, noise=noise, t=t, s=s
+            network,
+            z,
+            images if self.across else None,
+            cond={"labels": labels},
+            noise=noise,
+            t=t,
+            s=s,
         )
         raw = {"flow": out.loss}
         weights = {"flow": 1.0}
         for name, term in self.perceptual.items():
-            pair = literal_pair(self.objective, out, images) if term.literal else (out.prediction, out.target)
+            pair = (
+                literal_pair(self.objective, out, images)
+                if term.literal
+                else (out.prediction, out.target)
+            )
             raw[name], weights[name] = term.loss(*pair, out.t), term.weight
         parts = {name: weights[name] * value for name, value in raw.items()}
         return Made(Terms(parts, raw, {"t": t, "s": s}, out.prediction), out.prediction, images, t)
@@ -100,7 +123,8 @@ class FlowStep:
 
 @dataclass(frozen=True)
 class ReconstructionStep:
-    """Stage 1: an `Autoencoding` network by absolute error, the divergence of its posterior, and perceptual terms.
+    """Stage 1: an `Autoencoding` network by absolute error, the divergence of its posterior, and
+    perceptual terms.
 
     Args:
         kl: weight of the divergence from a standard normal, per element of the latent.
@@ -130,7 +154,9 @@ class ReconstructionStep:
 
 
 class Autoencoding(nn.Module):
-    """One of diffusers' autoencoders as one call, from images to the posterior and a reconstruction of a draw of it."""
+    """One of diffusers' autoencoders as one call, from images to the posterior and a
+    reconstruction of a draw of it.
+    """
 
     def __init__(self, autoencoder: nn.Module) -> None:
         super().__init__()
@@ -140,7 +166,9 @@ class Autoencoding(nn.Module):
         """Return the posterior and the reconstruction ``(B, 3, H, W)``."""
         posterior = self.autoencoder.encode(images).latent_dist  # type: ignore[operator]
         shape = posterior.mean.shape[1:]
-        noise = draws.rows(lambda rows, g: torch.randn(rows, *shape, generator=g, device=draws.device), stream)
+        noise = draws.rows(
+            lambda rows, g: torch.randn(rows, *shape, generator=g, device=draws.device), stream
+        )
         return posterior, self.autoencoder.decode(posterior.mean + posterior.std * noise).sample  # type: ignore[operator]
 
 
@@ -154,7 +182,8 @@ class Adversarial(Game):
         weight: of the generator's adversarial term.
         start: the step from which the discriminator is trained and, one step later, heard.
         learning_rate: of the heads, by AdamW.
-        adaptive: also weigh it by `balance`, so that its gradient at an image is as long as the other terms'.
+        adaptive: also weigh it by `balance`, so that its gradient at an image is as long as the
+            other terms'.
     """
 
     def __init__(
@@ -173,14 +202,18 @@ class Adversarial(Game):
 
     def kept(self) -> dict[str, Tensor]:
         """Return the heads' tensors: the frozen features are loaded, not kept."""
-        return {k: v for k, v in self.opponent.state_dict().items() if not k.startswith("features.")}
+        return {
+            k: v for k, v in self.opponent.state_dict().items() if not k.startswith("features.")
+        }
 
     def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
         """Build the heads' AdamW, with the betas of GANs."""
         heads = [parameter for parameter in network.parameters() if parameter.requires_grad]
         return torch.optim.AdamW(heads, self.learning_rate, (0.0, 0.99), weight_decay=0.0)
 
-    def loss(self, network: nn.Module, opponent: nn.Module, batch: Sequence[Tensor], draws: Draws) -> Terms:
+    def loss(
+        self, network: nn.Module, opponent: nn.Module, batch: Sequence[Tensor], draws: Draws
+    ) -> Terms:
         """Return the step's terms and, once the discriminator has begun, its opinion."""
         made = self.make(network, batch, draws)
         parts, raw = dict(made.terms.parts), dict(made.terms.raw)
@@ -190,7 +223,9 @@ class Adversarial(Game):
             factor = balance(made.terms.rows, opinion, made.images) if self.adaptive else 1.0
             raw["adversarial"] = self.judge.weight(made.t).to(opinion.dtype) * opinion
             parts["adversarial"] = self.weight * factor * raw["adversarial"]
-        return Terms(parts, raw, made.terms.times, made.terms.prediction, (made.real, made.images.detach()))
+        return Terms(
+            parts, raw, made.terms.times, made.terms.prediction, (made.real, made.images.detach())
+        )
 
     def answer(self, opponent: nn.Module, terms: Terms, draws: Draws) -> Tensor:
         """Return the discriminator's loss of each row."""
@@ -199,4 +234,6 @@ class Adversarial(Game):
 
     @staticmethod
     def _changes(draws: Draws, stream: int) -> Tensor:
-        return draws.rows(lambda rows, g: torch.rand(rows, CHANGES, generator=g, device=draws.device), stream)
+        return draws.rows(
+            lambda rows, g: torch.rand(rows, CHANGES, generator=g, device=draws.device), stream
+        )

@@ -13,7 +13,8 @@ __all__ = ["read_tensors"]
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file, or of a checkpoint of torch, in which nothing else is unpickled.
+    """Read the tensors of a safetensors file, or of a checkpoint of torch, in which nothing else
+    is unpickled.
 
     Args:
         path: the file; a checkpoint may hold its tensors under ``state_dict``.
@@ -29,14 +30,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise RunError(
-            f"{path} cannot be read as weights, which are tensors and nothing else: {_first_line(error)}"
+            f"{path} cannot be read as weights, which are tensors and nothing else: "
+            f"{_first_line(error)}"
         ) from error
     table = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else loaded
     if not isinstance(table, Mapping) or not table:
         raise RunError(f"{path} holds {type(table).__name__}, not a table of tensors by name")
     for name, tensor in table.items():
         if not (isinstance(name, str) and isinstance(tensor, Tensor)):
-            raise RunError(f"{path} holds {type(tensor).__name__} under {name!r}, where a tensor by name belongs")
+            raise RunError(
+                f"{path} holds {type(tensor).__name__} under {name!r}, where a tensor by name "
+                "belongs"
+            )
     return dict(table)
 
 

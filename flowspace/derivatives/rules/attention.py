@@ -102,7 +102,9 @@ def _four_axes(x: Tensor | None, lead: Sequence[int], dtype: torch.dtype) -> Ten
     return x.reshape(-1, *x.shape[-3:]).expand(math.prod(lead[:-1]), lead[-1], -1, -1)
 
 
-def _attention_tangent(primals: Operands, tangents: Operands, found: Tensor, causal: bool, scale: float) -> None:
+def _attention_tangent(
+    primals: Operands, tangents: Operands, found: Tensor, causal: bool, scale: float
+) -> None:
     """Write the tangent in blocks of rows and queries of one head; operands have four axes."""
     q, k, v, mask = primals
     tq, tk, tv, tmask = tangents
@@ -147,7 +149,9 @@ def _queries(x: Tensor | None, queries: slice | None) -> Tensor | None:
     return x[:, :, queries]
 
 
-def _formula(primals: Operands, tangents: Operands, causal: bool, scale: float, first: int) -> Tensor:
+def _formula(
+    primals: Operands, tangents: Operands, causal: bool, scale: float, first: int
+) -> Tensor:
     """Return dP v + P dv for the queries from the first on."""
     q, k, v, mask = primals
     tq, tk, tv, tmask = tangents
@@ -221,7 +225,9 @@ def _later(scores: Tensor, first: int) -> Tensor:
     return ones.triu(1 + first)
 
 
-def _sum_products(total: Tensor, added: bool, scale: float, *pairs: tuple[Tensor | None, Tensor | None]) -> bool:
+def _sum_products(
+    total: Tensor, added: bool, scale: float, *pairs: tuple[Tensor | None, Tensor | None]
+) -> bool:
     """Write the scaled sum of the products of these pairs, added to what is there if `added`.
 
     A pair with None is passed over. Returns whether the total holds anything by now.

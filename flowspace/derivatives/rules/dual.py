@@ -111,7 +111,9 @@ class Dual:
 
     __slots__ = ("layout", "owner", "primal", "tangent")
 
-    def __init__(self, primal: Tensor, tangent: Tensor, layout: Layout | None, owner: object = None) -> None:
+    def __init__(
+        self, primal: Tensor, tangent: Tensor, layout: Layout | None, owner: object = None
+    ) -> None:
         self.primal, self.tangent, self.layout, self.owner = primal, tangent, layout, owner
 
     @property

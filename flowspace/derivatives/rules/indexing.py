@@ -89,7 +89,9 @@ def repeat(call: Call, x: Dual, *sizes: Any) -> At:
 
 
 @rule("repeat_interleave")
-def repeat_interleave(call: Call, x: Dual, repeats: Any, dim: Any = None, *, output_size: Any = None) -> At:
+def repeat_interleave(
+    call: Call, x: Dual, repeats: Any, dim: Any = None, *, output_size: Any = None
+) -> At:
     """The tangent is dx with its entries repeated; along the batch axis each row gets more."""
     layout = x.layout
     if layout is not None and (dim is None or dim % x.ndim == layout.axis):

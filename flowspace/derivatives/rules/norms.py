@@ -60,7 +60,9 @@ def layer_norm(
         rows, tangent = rows.to(call.out.dtype), tangent.to(call.out.dtype)
         mean, scale = torch.native_layer_norm(rows, normalized_shape, None, None, eps)[1:]
     else:
-        call.out, mean, scale = call.run(torch.native_layer_norm, x.primal, normalized_shape, weight, bias, eps)
+        call.out, mean, scale = call.run(
+            torch.native_layer_norm, x.primal, normalized_shape, weight, bias, eps
+        )
         mean, scale = restrict(mean.detach(), x.layout), restrict(scale.detach(), x.layout)
     found = torch.ops.aten.native_layer_norm_backward(
         tangent, rows, normalized_shape, mean, scale, None, None, INPUT_ONLY
@@ -82,7 +84,9 @@ def rms_norm(
     dims = list(range(-len(normalized_shape), 0))
     x.untouched(*dims)
     rows, tangent = x.rows, x.tangent
-    dtype = torch.promote_types(rows.dtype, torch.float32)  # as torch forms it, default eps included
+    dtype = torch.promote_types(
+        rows.dtype, torch.float32
+    )  # as torch forms it, default eps included
     if rows.dtype != dtype:
         rows, tangent = rows.to(dtype), tangent.to(dtype)
     eps = torch.finfo(dtype).eps if eps is None else eps
@@ -181,5 +185,7 @@ def _grouped(x: Dual, groups: int, weight: Tensor | None, eps: float) -> Tensor:
     rows, tangent = x.rows.contiguous(), x.tangent.to(x.primal.dtype).contiguous()
     sizes = len(rows), rows.shape[1], math.prod(rows.shape[2:])
     mean, scale = torch.native_group_norm(rows, None, None, *sizes, groups, eps)[1:]
-    found = torch.ops.aten.native_group_norm_backward(tangent, rows, mean, scale, None, *sizes, groups, INPUT_ONLY)[0]
+    found = torch.ops.aten.native_group_norm_backward(
+        tangent, rows, mean, scale, None, *sizes, groups, INPUT_ONLY
+    )[0]
     return _scaled(found, weight, x.ndim)

@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowspace.derivatives.rules.dual import Dual, Layout, LostRowsError, restrict, same, shared_rows
+from flowspace.derivatives.rules.dual import (
+    Dual,
+    Layout,
+    LostRowsError,
+    restrict,
+    same,
+    shared_rows,
+)
 from flowspace.derivatives.rules.registry import (
     At,
     Call,
@@ -45,7 +52,9 @@ def matmul(call: Call, x: Any, y: Any) -> Tensor:
 
 
 @rule("baddbmm addmm")
-def baddbmm(call: Call, start: Any, *factors: Any, beta: float = 1, alpha: float = 1, **named: Any) -> Tensor:
+def baddbmm(
+    call: Call, start: Any, *factors: Any, beta: float = 1, alpha: float = 1, **named: Any
+) -> Tensor:
     """d(beta start + alpha x y) = alpha (dx y + x dy) where start does not move."""
     if isinstance(start, Dual):
         return forward(call)  # type: ignore[return-value]

@@ -20,7 +20,9 @@ RANDOM = frozenset(
 """Functions that may have to be written in others, see `decompositions`."""
 
 
-def decompositions(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
+def decompositions(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Callable[..., Any] | None:
     """Return the function, written in others, that stands for one that draws random numbers.
 
     It is None for attention without dropout, which draws none.

@@ -136,7 +136,8 @@ def is_pointwise(name: str) -> bool:
     """
     packet = getattr(torch.ops.aten, name, None)
     return name in UNTAGGED or (
-        packet is not None and any(torch.Tag.pointwise in getattr(packet, o).tags for o in packet.overloads())
+        packet is not None
+        and any(torch.Tag.pointwise in getattr(packet, o).tags for o in packet.overloads())
     )
 
 

@@ -33,7 +33,9 @@ def view(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
         return []
     shape, layout = call.out.shape, x.layout
     if call.out.dtype != x.primal.dtype:
-        raise DerivativeError("a view of the bits of a number has no derivative; write x.to(dtype) for x.view(dtype)")
+        raise DerivativeError(
+            "a view of the bits of a number has no derivative; write x.to(dtype) for x.view(dtype)"
+        )
     if layout is None:
         return x.tangent.reshape(shape)
     if 0 in shape:
@@ -72,7 +74,9 @@ def expand(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 @rule("pad")
-def pad(call: Call, x: Dual, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor:
+def pad(
+    call: Call, x: Dual, pad: Sequence[int], mode: str = "constant", value: float | None = None
+) -> Tensor:
     """The tangent is dx, padded alike, with zeros where x is padded with a constant."""
     x.untouched(*range(-(len(pad) // 2), 0))
     return call.func(x.tangent, pad, mode)

@@ -1,12 +1,13 @@
 """The carrier: a function mode that runs each torch function as it is, and its rule beside it.
 
-A tensor that carries a tangent is an alias of its primal with one attribute more, a `Dual`. For a function that is called with
-such aliases the carrier
+A tensor that carries a tangent is an alias of its primal with one attribute more, a `Dual`. For a
+function that is called with such aliases the carrier
 
 1. unpacks the arguments, into duals for the rule and primals for the function (`Carrier.unpack`),
-2. decides by the function's kind (`kinds.plan_of`): enter it, run it with its rule, write in place, refuse it,
-3. runs the function on the primals, with gradient, and the rule on the duals, without (`Carrier.ruled`),
-4. wraps the outputs in aliases again, each with its tangent and where its rows lie (`Carrier.wrap_output`).
+2. decides by the function's kind (`kinds.plan_of`): enter it, run it with its rule, write in
+place, refuse it, 3. runs the function on the primals, with gradient, and the rule on the duals,
+without (`Carrier.ruled`), 4. wraps the outputs in aliases again, each with its tangent and where
+its rows lie (`Carrier.wrap_output`).
 
 Autograd saves primals and never aliases, so a tangent is freed when the model lets go of it.
 """
@@ -25,7 +26,14 @@ from flowspace.derivatives import hidden_calls, rules
 from flowspace.derivatives.replay import Draws, wrapped
 from flowspace.derivatives.rules.dual import Dual, Layout, LostRowsError
 from flowspace.derivatives.shared_primal import higher_order
-from flowspace.derivatives.shared_primal.kinds import TRANSFORMED, WHOLE, Plan, plan_of, refusal, warn_of_whole_numbers
+from flowspace.derivatives.shared_primal.kinds import (
+    TRANSFORMED,
+    WHOLE,
+    Plan,
+    plan_of,
+    refusal,
+    warn_of_whole_numbers,
+)
 from flowspace.derivatives.shared_primal.writes import Writes
 from flowspace.errors import DerivativeError
 
@@ -89,14 +97,18 @@ class Carrier(TorchFunctionMode):
         return held
 
     def _refuse_transforms(self, tensor: Tensor) -> None:
-        """Raise DerivativeError for a tensor that carries a tangent inside torch.func.vmap, grad or jvp."""
+        """Raise DerivativeError for a tensor that carries a tangent inside torch.func.vmap, grad
+        or jvp.
+        """
         while wrapped(tensor):
             tensor = torch._C._functorch.get_unwrapped(tensor)  # pyright: ignore
             if getattr(tensor, FIELD, None) is not None and getattr(tensor, FIELD).owner is self:
                 raise DerivativeError(TRANSFORMED)
 
     def _detached(self, tensor: Tensor) -> Tensor:
-        """Mark a tensor that shares memory with one that carries a tangent, and carries none itself."""
+        """Mark a tensor that shares memory with one that carries a tangent, and carries none
+        itself.
+        """
         setattr(tensor, FIELD, Dual(tensor, None, None, self))  # type: ignore[arg-type]
         self.live[id(tensor)] = weakref.ref(tensor)
         return tensor
@@ -112,11 +124,16 @@ class Carrier(TorchFunctionMode):
         """Iterate over the tensors that carry a tangent."""
         for reference in list(self.live.values()):
             alias = reference()
-            if alias is not None and getattr(getattr(alias, FIELD, None), "tangent", None) is not None:
+            if (
+                alias is not None
+                and getattr(getattr(alias, FIELD, None), "tangent", None) is not None
+            ):
                 yield alias
 
     def unpack(self, value: Any, duals: list[Dual]) -> tuple[Any, Any]:
-        """Return an argument with duals in place of the tensors that carry a tangent, and with their primals."""
+        """Return an argument with duals in place of the tensors that carry a tangent, and with
+        their primals.
+        """
         if isinstance(value, Tensor):
             dual = self.dual(value)
             if dual is None:
@@ -135,9 +152,15 @@ class Carrier(TorchFunctionMode):
     # --- one function
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run a torch function, and its rule beside it; what torch.compile captures, it captures without tangents."""
+        """Run a torch function, and its rule beside it; what torch.compile captures, it captures
+        without tangents.
+        """
         if torch.compiler.is_dynamo_compiling():
             return hidden_calls.captured(func, args, kwargs)
         if self.idle:
@@ -151,7 +174,9 @@ class Carrier(TorchFunctionMode):
         finally:
             hidden_calls.capture_by(before)
 
-    def carry(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def carry(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Run a torch function, and its rule beside it."""
         plan = plan_of(func)
         if plan.kind == "metadata":
@@ -165,7 +190,9 @@ class Carrier(TorchFunctionMode):
         for key, value in kwargs.items():
             named[key], options[key] = self.unpack(value, duals)
         if plan.kind == "higher order" and self.traced and not self.lost:
-            return higher_order.run(self, rules.Call(func, given, named, primals, options, duals), plan.name, args)
+            return higher_order.run(
+                self, rules.Call(func, given, named, primals, options, duals), plan.name, args
+            )
         if not duals:
             if plan.kind == "in place" or isinstance(kwargs.get("out"), Tensor):
                 self.writes.remember(kwargs.get("out", args[0] if args else None))
@@ -182,13 +209,19 @@ class Carrier(TorchFunctionMode):
             self.lost = True
             return call.evaluate()
 
-    def _planned(self, call: rules.Call, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _planned(
+        self, call: rules.Call, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Do what the function's kind asks for."""
         func, (kind, name) = call.func, plan
         if kind == "rule" or (kind == "python" and func in self.inside):
             return self.ruled(call, name)
         if kind == "python":
-            if func is F.dropout and not (kwargs["training"] and kwargs["p"]) and not kwargs["inplace"]:
+            if (
+                func is F.dropout
+                and not (kwargs["training"] and kwargs["p"])
+                and not kwargs["inplace"]
+            ):
                 return args[0]
             return self._enter(func, _unchecked(func), args, kwargs)
         if kind == "random" and (parts := rules.decompositions(name, args, kwargs)):
@@ -227,7 +260,8 @@ class Carrier(TorchFunctionMode):
         return self._wrap_outputs(call, found)
 
     def _tangents(self, call: rules.Call, rule: Any) -> Any:
-        """Call a rule, unseen by function modes, and by dispatch modes of the user, who would take it for the model.
+        """Call a rule, unseen by function modes, and by dispatch modes of the user, who would take
+        it for the model.
 
         A trace records no switch of the grad mode: its tangents are detached.
         """
@@ -244,7 +278,9 @@ class Carrier(TorchFunctionMode):
         finally:
             torch._C._set_grad_enabled(call.grad)
 
-    def _enter(self, func: Any, body: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _enter(
+        self, func: Any, body: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Run a function that is written in others, with the carrier inside it."""
         self.inside.append(func)
         try:
@@ -262,59 +298,89 @@ class Carrier(TorchFunctionMode):
         tangents = iter(found)
 
         def wrap(x: Any) -> Any:
-            return self.wrap_output(call, x, next(tangents, None)) if rules.differentiable(x) else x
+            return (
+                self.wrap_output(call, x, next(tangents, None)) if rules.differentiable(x) else x
+            )
 
         if type(out) in (tuple, list):
             return type(out)([wrap(x) for x in out])
         return pytree.tree_map(wrap, out)
 
     def wrap_output(self, call: rules.Call, out: Tensor, tangent: Any) -> Tensor:
-        """Return an output with its tangent; where its rows lie is told by the rule, or found by its shape."""
+        """Return an output with its tangent; where its rows lie is told by the rule, or found by
+        its shape.
+        """
         if tangent is None:
             return out
         if isinstance(tangent, rules.At):
             return self.wrap(out, tangent.tangent, tangent.layout)
         layout = call.duals[0].layout
-        if layout is None or (tangent.ndim > layout.axis and tangent.shape == torch.Size(layout.shape(out.shape))):
+        if layout is None or (
+            tangent.ndim > layout.axis and tangent.shape == torch.Size(layout.shape(out.shape))
+        ):
             return self.wrap(out, tangent, layout)
         if out.ndim != tangent.ndim:
             raise LostRowsError
-        moved = [axis for axis, (full, few) in enumerate(zip(out.shape, tangent.shape, strict=True)) if full != few]
-        if len(moved) != 1 or (out.shape[moved[0]], tangent.shape[moved[0]]) != (layout.size, layout.chosen):
+        moved = [
+            axis
+            for axis, (full, few) in enumerate(zip(out.shape, tangent.shape, strict=True))
+            if full != few
+        ]
+        if len(moved) != 1 or (out.shape[moved[0]], tangent.shape[moved[0]]) != (
+            layout.size,
+            layout.chosen,
+        ):
             raise LostRowsError
         return self.wrap(out, tangent, layout.on(moved[0]))
 
     # --- what no function mode sees
 
     def through_function(self, cls: type, args: tuple[Any, ...], outs: Any) -> Any:
-        """Return the outputs of a custom function with the tangents that its forward pass gave them."""
-        given = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor) and self.dual(leaf)]
+        """Return the outputs of a custom function with the tangents that its forward pass gave
+        them.
+        """
+        given = [
+            leaf
+            for leaf in pytree.tree_leaves(args)
+            if isinstance(leaf, Tensor) and self.dual(leaf)
+        ]
         if not given or self.lost:
             return outs
 
         def one(out: Any) -> Any:
             if not rules.differentiable(out) or not out.numel():
                 return out
-            if torch.is_grad_enabled() and not out.requires_grad and any(x.requires_grad for x in given):
+            if (
+                torch.is_grad_enabled()
+                and not out.requires_grad
+                and any(x.requires_grad for x in given)
+            ):
                 return out  # marked as not differentiable
             dual = self.dual(out)
             if dual is None:
-                same = [x for x in given if x.shape == out.shape and x.data_ptr() == out.data_ptr()]
+                same = [
+                    x for x in given if x.shape == out.shape and x.data_ptr() == out.data_ptr()
+                ]
                 if not same:
                     raise DerivativeError(
-                        f"{cls.__name__} is an autograd.Function whose forward pass is not made of torch functions; write "
+                        f"{cls.__name__} is an autograd.Function whose forward pass is not made "
+                        "of torch functions; write "
                         "derivative=FiniteDifference(), or ForwardMode() if it defines jvp"
                     )
                 dual = self.dual(same[0])
             elif hasattr(out, FIELD):
                 delattr(out, FIELD)
                 if cls.__module__.partition(".")[0] != "torch":  # torch's own hand their inputs on
-                    out = out.clone()  # of a view that was made without gradient, and so could not be written to
+                    out = (
+                        out.clone()
+                    )  # of a view that was made without gradient, and so could not be written to
             return self.wrap(out, dual.tangent, dual.layout)  # type: ignore[union-attr]
 
         return pytree.tree_map(one, outs)
 
-    def through_script(self, original: Callable[..., Any], function: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+    def through_script(
+        self, original: Callable[..., Any], function: Any, args: tuple[Any, ...], kwargs: Any
+    ) -> Any:
         """Run a function of torch.jit and differentiate it as one."""
 
         def script(*inputs: Any, **options: Any) -> Any:
@@ -334,7 +400,11 @@ def _copy_unchecked(func: Any) -> Callable[..., Any]:
     names = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
     return_false = dict.fromkeys(names, lambda *_: False)
     copy = type(func)(
-        func.__code__, {**func.__globals__, **return_false}, func.__name__, func.__defaults__, func.__closure__
+        func.__code__,
+        {**func.__globals__, **return_false},
+        func.__name__,
+        func.__defaults__,
+        func.__closure__,
     )
     copy.__kwdefaults__ = func.__kwdefaults__
     return copy
@@ -344,7 +414,9 @@ _copies: dict[Any, Callable[..., Any]] = {}
 
 
 def _unchecked(func: Any) -> Callable[..., Any]:
-    """Return a Python function of torch without its first question, whether somebody intercepts it."""
+    """Return a Python function of torch without its first question, whether somebody intercepts
+    it.
+    """
     if func not in _copies:
         _copies[func] = _copy_unchecked(func)
     return _copies[func]

@@ -1,18 +1,23 @@
-"""Compiled parts of a model, run with their tangents: value and tangent as one graph, compiled by the user's own backend.
+"""Compiled parts of a model, run with their tangents: value and tangent as one graph, compiled by
+the user's own backend.
 
-torch.compile captures a function as a graph of torch functions, and guards everything that its Python depended on: shapes,
-dtypes, train or eval, attributes, hooks, grad mode, autocast. None of that is done again here. While a carrier is at work, the
-backend that the user chose is handed another graph than the captured one:
+torch.compile captures a function as a graph of torch functions, and guards everything that its
+Python depended on: shapes, dtypes, train or eval, attributes, hooks, grad mode, autocast. None of
+that is done again here. While a carrier is at work, the backend that the user chose is handed
+another graph than the captured one:
 
-    captured graph    inputs                           -> outputs                     torch functions, by dynamo
-    dual graph        inputs, tangents, moving rows    -> outputs, their tangents     a carrier run over it, by make_fx
+    captured graph    inputs                           -> outputs                     torch
+    functions, by dynamo dual graph        inputs, tangents, moving rows    -> outputs, their
+    tangents     a carrier run over it, by make_fx
 
-No dual tensor is left in it, only arithmetic: the backend fuses, plans and partitions it as it would the captured one,
-attention of the value stays fused, and gradients flow through the value alone. What dynamo leaves to Python between two graphs
-goes on by the carrier, function by function.
+No dual tensor is left in it, only arithmetic: the backend fuses, plans and partitions it as it
+would the captured one, attention of the value stays fused, and gradients flow through the value
+alone. What dynamo leaves to Python between two graphs goes on by the carrier, function by
+function.
 
-A graph is traced again for another set of inputs that move, and for more moving rows than it has room for; fewer are padded.
-What cannot be traced runs as it was captured, function by function, with one warning.
+A graph is traced again for another set of inputs that move, and for more moving rows than it has
+room for; fewer are padded. What cannot be traced runs as it was captured, function by function,
+with one warning.
 """
 
 import contextlib
@@ -35,13 +40,16 @@ from flowspace.errors import DerivativeError
 __all__ = ["Backend", "Region"]
 
 SHARES = 4
-"""A graph has room for a number of moving rows that is a multiple of this share of the batch, or for just those asked for."""
+"""A graph has room for a number of moving rows that is a multiple of this share of the batch, or
+for just those asked for.
+"""
 
 _PLAIN = "plain"
 """The key of the graph as it was captured."""
 
 Place = tuple[int, int, int] | None
-"""Where the batch lies in a tensor that moves, as in a `Layout`; None: its tangent has every row."""
+"""Where the batch lies in a tensor that moves, as in a `Layout`; None: its tangent has every row.
+"""
 
 
 class Moving(NamedTuple):
@@ -55,12 +63,14 @@ class Program(NamedTuple):
     """A dual graph, compiled.
 
     Attributes:
-        run: takes inputs, tangents of those that move, and the moving rows, if not all do; returns outputs, tangents of those
-            that move, and the new tangents of inputs that were written to.
+        run: takes inputs, tangents of those that move, and the moving rows, if not all do; returns
+            outputs, tangents of those that move, and the new tangents of inputs that were written
+            to.
         outputs: how many outputs the captured graph has.
         moving: those that move.
         written: the inputs that have another tangent afterwards.
-        lost: rows mix, or a tangent lies where it cannot be followed: there is no dual graph for some of the rows.
+        lost: rows mix, or a tangent lies where it cannot be followed: there is no dual graph for
+            some of the rows.
     """
 
     run: Callable[..., Any] | None
@@ -71,7 +81,9 @@ class Program(NamedTuple):
 
 
 class Backend:
-    """A backend of torch.compile that has dual graphs compiled by another one; equal to others of an equal one."""
+    """A backend of torch.compile that has dual graphs compiled by another one; equal to others of
+    an equal one.
+    """
 
     def __init__(self, backend: Callable[..., Any]) -> None:
         self.backend = backend
@@ -103,9 +115,13 @@ class Setting(NamedTuple):
 
     @classmethod
     def of(cls, inputs: Sequence[Any]) -> "Setting":
-        """Return the setting of a capture that is going on, or one of its own, of just these inputs."""
+        """Return the setting of a capture that is going on, or one of its own, of just these
+        inputs.
+        """
         context = _guards.TracingContext.try_get()
-        given = next((x.fake_mode for x in inputs if isinstance(x, torch._subclasses.FakeTensor)), None)
+        given = next(
+            (x.fake_mode for x in inputs if isinstance(x, torch._subclasses.FakeTensor)), None
+        )
         fake = given or (context and context.fake_mode) or torch._subclasses.FakeTensorMode()
         context = context or _guards.TracingContext(fake)
         examples = [_faked(x, fake, context) if isinstance(x, Tensor) else x for x in inputs]
@@ -140,7 +156,9 @@ def _has_symbols(value: Any) -> bool:
 class Region:
     """A captured graph, with the programs that were made of it."""
 
-    def __init__(self, graph: fx.GraphModule, inputs: Sequence[Any], backend: Callable[..., Any]) -> None:
+    def __init__(
+        self, graph: fx.GraphModule, inputs: Sequence[Any], backend: Callable[..., Any]
+    ) -> None:
         self.backend = backend
         self.captured = _copied(graph)
         self.setting = Setting.of(inputs)
@@ -162,12 +180,15 @@ class Region:
     def __call__(self, *inputs: Any) -> Any:
         """Run the graph, and the tangents of its inputs beside it.
 
-        Where a checkpoint will run the plain graph again, and compare what is saved for the backward
-        pass, the value is the plain graph's, and the tangents are computed apart, without gradient.
+        Where a checkpoint will run the plain graph again, and compare what is saved for the
+        backward pass, the value is the plain graph's, and the tangents are computed apart, without
+        gradient.
         """
         carrier, run = hidden_calls.at_work(), hidden_calls.second_run()
         duals = _duals(carrier, inputs)
-        primals = [x if dual is None else dual.primal for x, dual in zip(inputs, duals, strict=True)]
+        primals = [
+            x if dual is None else dual.primal for x, dual in zip(inputs, duals, strict=True)
+        ]
         if run is not None:
             run.mixes(self.mixes)
         for index in self.writes:
@@ -198,9 +219,16 @@ class Region:
         return tuple(_with_tangent(carrier, *pair) for pair in zip(values, again, strict=True))
 
     def _dual(
-        self, carrier: Carrier, program: Program, inputs: Sequence[Any], primals: list[Any], duals: list[Dual]
+        self,
+        carrier: Carrier,
+        program: Program,
+        inputs: Sequence[Any],
+        primals: list[Any],
+        duals: list[Dual],
     ) -> tuple[Any, ...]:
-        """Run a program; return the outputs with their tangents, and give inputs that were written to their new ones."""
+        """Run a program; return the outputs with their tangents, and give inputs that were written
+        to their new ones.
+        """
         rows = _rows(duals)
         size = _size(rows) if rows else None
         with hidden_calls.off_duty(carrier), torch._C.DisableTorchFunction():  # pyright: ignore
@@ -210,11 +238,15 @@ class Region:
         values, rest = list(out[: program.outputs]), iter(out[program.outputs :])
         for index, place in program.moving:
             layout = Layout(*place, rows) if place and rows else None
-            values[index] = carrier.wrap(values[index], _resized(next(rest), layout, size, back=True), layout)
+            values[index] = carrier.wrap(
+                values[index], _resized(next(rest), layout, size, back=True), layout
+            )
         for index, place in program.written:
             layout = Layout(*place, rows) if place and rows else None
             try:
-                carrier.writes.put(inputs[index], _resized(next(rest), layout, size, back=True), layout)
+                carrier.writes.put(
+                    inputs[index], _resized(next(rest), layout, size, back=True), layout
+                )
             except LostRowsError:
                 carrier.lost = True
         return tuple(values)
@@ -228,7 +260,9 @@ class Region:
 
     # --- making programs
 
-    def program(self, carrier: Carrier, duals: Sequence[Dual | None], inputs: Sequence[Any]) -> Program | Exception:
+    def program(
+        self, carrier: Carrier, duals: Sequence[Dual | None], inputs: Sequence[Any]
+    ) -> Program | Exception:
         """Return the program for the inputs that move, or why there is none."""
         moving = tuple(Moving(i, _place(dual.layout)) for i, dual in enumerate(duals) if dual)
         rows = _rows([dual for dual in duals if dual])
@@ -236,7 +270,9 @@ class Region:
         with hidden_calls.off_duty(carrier):
             return self._kept(key, inputs, lambda setting: self._make(setting, moving, rows))
 
-    def _kept(self, key: Any, inputs: Sequence[Any], make: Callable[["Setting"], Program]) -> Program | Exception:
+    def _kept(
+        self, key: Any, inputs: Sequence[Any], make: Callable[["Setting"], Program]
+    ) -> Program | Exception:
         """Return the program of a key, made once; or why it could not be made.
 
         Sizes that dynamo left open stay open in what is made while it captures, since it guards
@@ -271,7 +307,9 @@ class Region:
         count, size = len(setting.examples), _size(rows) if rows else None
         with setting.fake:
             given = [_example(setting.examples[m.number], m.place, size) for m in moving]
-            index = [torch.zeros(size, dtype=torch.int64, device=rows.chosen.device)] if rows else []  # type: ignore
+            index = (
+                [torch.zeros(size, dtype=torch.int64, device=rows.chosen.device)] if rows else []
+            )  # type: ignore
         facts: list[Program] = []
 
         def dual_graph(*flat: Any) -> list[Any]:
@@ -293,7 +331,9 @@ class Region:
 
 
 class _Steps(fx.Interpreter):
-    """Runs a graph; shows a carrier the operators that take graphs, some of which no function mode sees."""
+    """Runs a graph; shows a carrier the operators that take graphs, some of which no function mode
+    sees.
+    """
 
     def __init__(self, graph: fx.GraphModule, carrier: Carrier) -> None:
         super().__init__(graph)
@@ -307,9 +347,15 @@ class _Steps(fx.Interpreter):
 
 
 def _carried(
-    captured: fx.GraphModule, inputs: list[Any], moving: Sequence[Moving], tangents: Sequence[Tensor], rows: Rows | None
+    captured: fx.GraphModule,
+    inputs: list[Any],
+    moving: Sequence[Moving],
+    tangents: Sequence[Tensor],
+    rows: Rows | None,
 ) -> tuple[list[Any], Program]:
-    """Run a captured graph under a carrier; return outputs and tangents, and what is to be known of them."""
+    """Run a captured graph under a carrier; return outputs and tangents, and what is to be known
+    of them.
+    """
     carrier = Carrier(traced=True)
     first: dict[int, Tensor] = {}
     for (index, place), tangent in zip(moving, tangents, strict=False):
@@ -347,20 +393,25 @@ def _unpacked() -> Any:
 
 
 def _copied(graph: fx.GraphModule) -> fx.GraphModule:
-    """Return a graph that a backend may change without changing this one; what it holds is shared."""
+    """Return a graph that a backend may change without changing this one."""
     copied = fx.GraphModule(graph, copy.deepcopy(graph.graph))
     _tell_origin(graph, copied)
     return copied
 
 
 def _tell_origin(captured: fx.GraphModule, other: fx.GraphModule) -> None:
-    """Tell a backend what dynamo told it of the inputs: above all which are parameters, whose memory stays where it is."""
+    """Tell a backend what dynamo told it of the inputs: above all which are parameters, whose
+    memory stays where it is.
+    """
     known = getattr(captured, "_param_name_to_source", None)
     held = [name for name, _ in (*other.named_parameters(), *other.named_buffers())]
     if known is None or any(name not in known for name in held):
         return
     other.meta, other._param_name_to_source = dict(captured.meta), known
-    theirs, ours = captured.graph.find_nodes(op="placeholder"), other.graph.find_nodes(op="placeholder")
+    theirs, ours = (
+        captured.graph.find_nodes(op="placeholder"),
+        other.graph.find_nodes(op="placeholder"),
+    )
     for node in ours:
         node._dynamo_source = None
     for old, new in zip(theirs, ours, strict=False):
@@ -370,7 +421,9 @@ def _tell_origin(captured: fx.GraphModule, other: fx.GraphModule) -> None:
 
 
 def _refuse_constants(traced: fx.GraphModule) -> None:
-    """Raise if a tensor without values became a constant of a trace, which would be a tangent that was not followed."""
+    """Raise if a tensor without values became a constant of a trace, which would be a tangent that
+    was not followed.
+    """
     for node in traced.graph.find_nodes(op="get_attr"):
         value = getattr(traced, str(node.target), None)
         if isinstance(value, torch._subclasses.FakeTensor):
@@ -381,13 +434,20 @@ def _written_inputs(captured: fx.GraphModule, setting: Setting) -> list[int]:
     """Return the inputs that a graph writes into."""
     examples = setting.examples
     holders = {node: i for i, node in enumerate(captured.graph.find_nodes(op="placeholder"))}
-    norms = [node for node in captured.graph.nodes if replay.batch_statistics(node.target, node.args, node.kwargs)]
+    norms = [
+        node
+        for node in captured.graph.nodes
+        if replay.batch_statistics(node.target, node.args, node.kwargs)
+    ]
     found = {holders[x] for node in norms for x in node.all_input_nodes[1:3] if x in holders}
     before = [x._version if isinstance(x, Tensor) else 0 for x in examples]
     if any(str(node.target).rstrip("'>").endswith("_") for node in captured.graph.nodes):
         with setting.fake, torch.no_grad(), contextlib.suppress(Exception):
             captured(*examples)
-    return sorted(found | {i for i, x in enumerate(examples) if isinstance(x, Tensor) and x._version != before[i]})
+    return sorted(
+        found
+        | {i for i, x in enumerate(examples) if isinstance(x, Tensor) and x._version != before[i]}
+    )
 
 
 def _mixes(captured: fx.GraphModule) -> bool:
@@ -424,20 +484,22 @@ def _place(layout: Layout | None) -> Place:
     """
     if layout is None:
         return None
-    outer, inner = (x.node.maybe_as_int() if isinstance(x, torch.SymInt) else x for x in layout[1:3])
+    outer, inner = (
+        x.node.maybe_as_int() if isinstance(x, torch.SymInt) else x for x in layout[1:3]
+    )
     if outer is None or inner is None:
         raise ValueError("rows lie in blocks of a size that torch.compile left open")
     return layout.axis, outer, inner
 
 
 def _batch(inputs: Sequence[Any], moving: Sequence[Moving]) -> Any:
-    """Return the size of the batch, which may be a symbol, from an input whose rows lie somewhere."""
+    """Return the batch's size, which may be a symbol, from an input with a known batch axis."""
     index, (axis, outer, inner) = next((m.number, m.place) for m in moving if m.place)
     return inputs[index].shape[axis] // (outer * inner)
 
 
 def _size(rows: Rows) -> int:
-    """Return for how many moving rows a graph is made: the next multiple of a share of the batch."""
+    """Return how many moving rows a graph has: the next multiple of a share of the batch."""
     share = max(1, rows.batch // SHARES)
     return min(rows.batch, -(-rows.few // share) * share)
 
@@ -449,7 +511,9 @@ def _padded(chosen: Tensor, size: int | None) -> Tensor:
     return torch.cat([chosen, chosen[-1:].expand(size - len(chosen))])
 
 
-def _resized(tangent: Tensor, layout: Layout | None, size: int | None, back: bool = False) -> Tensor:
+def _resized(
+    tangent: Tensor, layout: Layout | None, size: int | None, back: bool = False
+) -> Tensor:
     """Return a tangent with room for as many rows, or shortened back to those that move."""
     if layout is None or size is None or size == layout.rows.few:
         return tangent
@@ -471,11 +535,16 @@ def _example(primal: Tensor, place: Place, size: int | None) -> Tensor:
 
 def _warn_of_limit() -> None:
     """Warn where a function is captured for the last time that torch.compile allows it."""
-    capture, limit = _guards.CompileContext.current_compile_id(), torch._dynamo.config.recompile_limit
+    capture, limit = (
+        _guards.CompileContext.current_compile_id(),
+        torch._dynamo.config.recompile_limit,
+    )
     if capture is not None and capture.frame_compile_id == limit - 1:
         warnings.warn(
-            f"a compiled part of the model was captured {limit} times, since what its Python depends on changes from call to "
-            "call (TORCH_LOGS=recompiles says what); torch.compile captures no more of it, and what differs again runs "
+            f"a compiled part of the model was captured {limit} times, since what its Python "
+            "depends on changes from call to "
+            "call (TORCH_LOGS=recompiles says what); torch.compile captures no more of it, and "
+            "what differs again runs "
             "uncompiled, beside its tangents; it is right, and slower",
             stacklevel=3,
         )
@@ -490,6 +559,7 @@ def _warn_of(error: Exception) -> None:
     if reason not in _warned:
         _warned.add(reason)
         warnings.warn(
-            f"a compiled part of the model runs uncompiled, beside its tangents ({reason}); it is right, and slower",
+            f"a compiled part of the model runs uncompiled, beside its tangents ({reason}); it is "
+            "right, and slower",
             stacklevel=3,
         )

@@ -1,8 +1,10 @@
-"""Operators that take graphs: what torch.compile makes of checkpoints and of custom functions, and what torch has of its own.
+"""Operators that take graphs: what torch.compile makes of checkpoints and of custom functions, and
+what torch has of its own.
 
-A body that only stands for itself is run under the carrier. A checkpoint's body is too, and what is traced of it is marked to
-be computed again. A custom function keeps its own backward pass: it stays one operator for the value, and its tangent is that
-of its forward pass. The others (flex_attention, scan, cond, map) are refused by name: they have no tangent.
+A body that only stands for itself is run under the carrier. A checkpoint's body is too, and what
+is traced of it is marked to be computed again. A custom function keeps its own backward pass: it
+stays one operator for the value, and its tangent is that of its forward pass. The others
+(flex_attention, scan, cond, map) are refused by name: they have no tangent.
 """
 
 import itertools
@@ -38,7 +40,10 @@ def run(carrier: "Carrier", call: rules.Call, name: str, args: tuple[Any, ...]) 
     if body is None and not call.duals:
         return call.evaluate()
     if body is None:
-        raise DerivativeError(f"torch's operator {name} has no forward derivative; write derivative=FiniteDifference()")
+        raise DerivativeError(
+            f"torch's operator {name} has no forward derivative; write "
+            "derivative=FiniteDifference()"
+        )
     graph, operands = body(args)
     before = _traced_nodes()
     with carrier:
@@ -71,7 +76,9 @@ def _traced_nodes() -> int:
 
 
 def _mark_recomputed(before: int) -> None:
-    """Mark what was traced since as torch marks a checkpoint's body, for the partition of forward and backward pass."""
+    """Mark what was traced since as torch marks a checkpoint's body, for the partition of forward
+    and backward pass.
+    """
     tracer, number = _tracer(), next(_checkpoints)
     if tracer is None:
         return
@@ -81,7 +88,9 @@ def _mark_recomputed(before: int) -> None:
 
 
 def _custom_function(carrier: "Carrier", call: rules.Call, args: tuple[Any, ...]) -> Any:
-    """Run a captured autograd.Function on the primals, and its forward pass on aliases for their tangents."""
+    """Run a captured autograd.Function on the primals, and its forward pass on aliases for their
+    tangents.
+    """
     forward, backward, *inputs = args
     values = _recorded(call, (forward, backward, *call.primals[2:]))
     with carrier, torch.no_grad():
@@ -94,7 +103,10 @@ def _custom_function(carrier: "Carrier", call: rules.Call, args: tuple[Any, ...]
         dual = carrier.dual(output) if isinstance(output, Tensor) and number not in fixed else None
         return value if dual is None else carrier.wrap(value, dual.tangent, dual.layout)
 
-    outs = [wrap(i, *pair) for i, pair in enumerate(zip([values] if single else values, found, strict=True))]
+    outs = [
+        wrap(i, *pair)
+        for i, pair in enumerate(zip([values] if single else values, found, strict=True))
+    ]
     return outs[0] if single else tuple(outs)
 
 

@@ -14,18 +14,32 @@ from flowspace.derivatives import rules
 
 __all__ = ["TRANSFORMED", "WHOLE", "Plan", "plan_of", "refusal", "warn_of_whole_numbers"]
 
-TRANSFORMED = "the model calls a transform of torch.func, where tangents cannot follow; write derivative=ForwardMode()"
+TRANSFORMED = (
+    "the model calls a transform of torch.func, where tangents cannot follow; write "
+    "derivative=ForwardMode()"
+)
 DROPPED = "the model calls autograd, which drops tangents; write FiniteDifference()"
-RESHAPED = "{} writes in place, where the tangent cannot follow; write a new tensor for it, or derivative=ForwardMode()"
-REFUSED = {"_make_dual": TRANSFORMED, "_unpack_dual": TRANSFORMED, "grad": DROPPED, "backward": DROPPED}
+RESHAPED = (
+    "{} writes in place, where the tangent cannot follow; write a new tensor for it, or "
+    "derivative=ForwardMode()"
+)
+REFUSED = {
+    "_make_dual": TRANSFORMED,
+    "_unpack_dual": TRANSFORMED,
+    "grad": DROPPED,
+    "backward": DROPPED,
+}
 
 METADATA = frozenset(
-    "size dim ndimension numel nelement stride storage_offset is_floating_point is_complex is_contiguous get_device "
+    "size dim ndimension numel nelement stride storage_offset is_floating_point is_complex "
+    "is_contiguous get_device "
     "element_size __len__".split()
 )
 AUTOGRAD = frozenset(
-    "register_hook register_post_accumulate_grad_hook retain_grad requires_grad_ grad_fn grad _grad _backward_hooks "
-    "_post_accumulate_grad_hooks is_leaf output_nr _base _version _register_hook_dict __repr__ __format__ __reduce_ex__".split()
+    "register_hook register_post_accumulate_grad_hook retain_grad requires_grad_ grad_fn grad "
+    "_grad _backward_hooks "
+    "_post_accumulate_grad_hooks is_leaf output_nr _base _version _register_hook_dict __repr__ "
+    "__format__ __reduce_ex__".split()
 )
 LEAVES = frozenset("item tolist numpy __array__ __float__ __complex__".split())
 """Functions that hand a value out of torch, where no tangent follows it."""
@@ -35,9 +49,31 @@ WHOLE = frozenset("long int short char byte to type".split())
 
 AS_BUILTIN = frozenset((F.layer_norm, F.group_norm, F.rms_norm, F.softmax, F.log_softmax))
 TENSORS = frozenset("T mT H mH real imag data".split())
-RESHAPING = {"transpose_", "t_", "squeeze_", "unsqueeze_", "swapaxes_", "swapdims_", "resize_", "set_", "resize_as_"}
-OPERATORS = {"iadd": "add_", "isub": "sub_", "imul": "mul_", "itruediv": "div_", "idiv": "div_", "ipow": "pow_"}
-BUILTIN = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType)
+RESHAPING = {
+    "transpose_",
+    "t_",
+    "squeeze_",
+    "unsqueeze_",
+    "swapaxes_",
+    "swapdims_",
+    "resize_",
+    "set_",
+    "resize_as_",
+}
+OPERATORS = {
+    "iadd": "add_",
+    "isub": "sub_",
+    "imul": "mul_",
+    "itruediv": "div_",
+    "idiv": "div_",
+    "ipow": "pow_",
+}
+BUILTIN = (
+    types.BuiltinFunctionType,
+    types.MethodDescriptorType,
+    types.WrapperDescriptorType,
+    types.MethodWrapperType,
+)
 
 
 class Plan(NamedTuple):
@@ -67,7 +103,8 @@ class Plan(NamedTuple):
 def plan_of(func: Any) -> Plan:
     """Return what is done about a torch function.
 
-    A Python function of torch is entered; when it then calls the builtin of its own name, it is seen again, and stands for that.
+    A Python function of torch is entered; when it then calls the builtin of its own name, it is
+    seen again, and stands for that.
     """
     name = getattr(func, "__name__", "")
     field = func.__self__.__name__ if name in ("__get__", "__set__") else ""  # type: ignore[union-attr]
@@ -109,9 +146,12 @@ def _kind(name: str) -> str:
 
 @functools.cache
 def warn_of_whole_numbers(name: str) -> None:
-    """Warn, once, of whole numbers made of what moves: a table of times looked up by them has no derivative."""
+    """Warn, once, of whole numbers made of what moves: a table of times looked up by them has no
+    derivative.
+    """
     warnings.warn(
-        f"got whole numbers, by .{name}(), of a tensor that moves with z_t or t: they count as constant, so what is looked up "
+        f"got whole numbers, by .{name}(), of a tensor that moves with z_t or t: they count as "
+        "constant, so what is looked up "
         "by them has derivative zero; keep real numbers if it should have one",
         stacklevel=2,
     )
@@ -122,7 +162,9 @@ def refusal(name: str) -> str:
     if name in LEAVES:
         called = f"{name.strip('_')}()" if name.startswith("__") else f".{name}()"
         return (
-            f"got {called} of a tensor that moves with z_t or t: its value leaves torch, where no tangent follows "
-            "it; keep it a tensor, write .detach() first if it is a constant, or derivative=FiniteDifference()"
+            f"got {called} of a tensor that moves with z_t or t: its value leaves torch, where no "
+            "tangent follows "
+            "it; keep it a tensor, write .detach() first if it is a constant, or "
+            "derivative=FiniteDifference()"
         )
     return REFUSED.get(name, RESHAPED.format(name))

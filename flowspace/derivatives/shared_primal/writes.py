@@ -1,7 +1,8 @@
 """Functions that write in place: what becomes of tangents whose primals share memory.
 
-A tensor that is alone in its memory gets its new tangent. Where others share it, a mirror of the whole memory holds the
-tangents from then on, laid out as the primals are, and every view reads its own from there.
+A tensor that is alone in its memory gets its new tangent. Where others share it, a mirror of the
+whole memory holds the tangents from then on, laid out as the primals are, and every view reads its
+own from there.
 """
 
 from collections.abc import Callable
@@ -26,8 +27,10 @@ class Writes:
     """What a model wrote into while a carrier was at work.
 
     Attributes:
-        mirrors: by memory, the tangents of all that shares it, and the memory, held lest its place be given away.
-        before: what tensors without a tangent held before they were first written to, should the model be run again.
+        mirrors: by memory, the tangents of all that shares it, and the memory, held lest its place
+            be given away.
+        before: what tensors without a tangent held before they were first written to, should the
+            model be run again.
     """
 
     def __init__(self, carrier: "Carrier") -> None:
@@ -38,7 +41,8 @@ class Writes:
     def remember(self, target: Any) -> None:
         """Keep what a tensor without a tangent held before the model first wrote to it.
 
-        Once tangents are lost, results of this pass are among these tensors; those that autograd knows are left alone.
+        Once tangents are lost, results of this pass are among these tensors; those that autograd
+        knows are left alone.
         """
         if not isinstance(target, Tensor) or id(target) in self.before or wrapped(target):
             return
@@ -46,7 +50,7 @@ class Writes:
             self.before[id(target)] = target, target.detach().clone()
 
     def mirrored(self, tensor: Tensor) -> Tensor | None:
-        """Return the tangent that a tensor's memory holds, if anything there was written with one."""
+        """Return the tangent that a tensor's memory holds, if one was written there."""
         if tensor.layout != torch.strided or not rules.differentiable(tensor):
             return None
         flat, _ = self.mirrors.get(memory(tensor), (None, None))
@@ -61,15 +65,24 @@ class Writes:
         self.put(target, tangent, layout, call.evaluate)
         return None if name == "setitem" else target
 
-    def put(self, target: Tensor, tangent: Tensor, layout: Layout | None, run: Callable[[], Any] | None = None) -> None:
+    def put(
+        self,
+        target: Tensor,
+        tangent: Tensor,
+        layout: Layout | None,
+        run: Callable[[], Any] | None = None,
+    ) -> None:
         """Give a tensor another tangent, before or after ``run`` writes its primal.
 
         Raises:
-            LostRowsError: if the tensor shares memory, or its rows lie elsewhere, and the tangent has not every row.
+            LostRowsError: if the tensor shares memory, or its rows lie elsewhere, and the tangent
+                has not every row.
         """
         dual = self.carrier.dual(target)
         shared = self._shared(target)
-        if layout is not None and (shared or dual is None or layout[:3] != (dual.layout or ())[:3]):
+        if layout is not None and (
+            shared or dual is None or layout[:3] != (dual.layout or ())[:3]
+        ):
             raise LostRowsError
         with torch._C.DisableTorchFunction():  # pyright: ignore
             alone = layout is not None or not (shared or dual is None or self.mirrors)
@@ -94,18 +107,29 @@ class Writes:
         if name in rules.CONSTANT or (name == "fill_" and not isinstance(call.args[-1], Dual)):
             return torch.zeros_like(target.tangent), layout
         if name in ("copy_", "fill_", "setitem"):
-            index, source = call.args[1:3] if name == "setitem" else (..., [*call.args[1:], *call.kwargs.values()][0])
+            index, source = (
+                call.args[1:3]
+                if name == "setitem"
+                else (..., [*call.args[1:], *call.kwargs.values()][0])
+            )
             return rules.assigned(target, index, source), layout
         holders = (torch.Tensor, torch, torch._C._nn, F)  # pyright: ignore
-        plain = next((getattr(holder, name[:-1]) for holder in holders if hasattr(holder, name[:-1])), None)
+        plain = next(
+            (getattr(holder, name[:-1]) for holder in holders if hasattr(holder, name[:-1])), None
+        )
         rule = rules.rule_of(name[:-1])
         if plain is None:
-            raise DerivativeError(f"{name} writes in place and has no other form; write derivative=FiniteDifference()")
+            raise DerivativeError(
+                f"{name} writes in place and has no other form; write "
+                "derivative=FiniteDifference()"
+            )
         other = rules.Call(plain, call.args, call.kwargs, call.primals, call.options, call.duals)
         other.traced = call.traced
         other.evaluate()
         found = rule(other, *other.args, **other.kwargs) if rule else rules.forward(other)
-        alias = self.carrier.wrap_output(other, other.out, found[0] if isinstance(found, list) else found)
+        alias = self.carrier.wrap_output(
+            other, other.out, found[0] if isinstance(found, list) else found
+        )
         dual = self.carrier.held(alias)
         return dual.tangent.to(primal.dtype), dual.layout
 
@@ -114,7 +138,8 @@ class Writes:
         key = memory(target)
         if wrapped(target):
             raise DerivativeError(
-                "inside torch.func a tensor is written to that has other views; write derivative=ForwardMode()"
+                "inside torch.func a tensor is written to that has other views; write "
+                "derivative=ForwardMode()"
             )
         if key not in self.mirrors:
             count = target.untyped_storage().nbytes() // target.element_size()
@@ -128,7 +153,9 @@ class Writes:
     def _copy(self, dual: Dual, flat: Tensor) -> None:
         """Copy a tangent to its place in a mirror; an expanded axis is there once."""
         if dual.primal.dtype != flat.dtype:
-            raise DerivativeError("a view of another dtype is written to; write derivative=ForwardMode()")
+            raise DerivativeError(
+                "a view of another dtype is written to; write derivative=ForwardMode()"
+            )
         shown, tangent = dual.primal, dual.tangent
         for axis, stride in enumerate(shown.stride()):
             if stride == 0 and shown.shape[axis] > 1:
@@ -137,7 +164,9 @@ class Writes:
 
 
 def memory(tensor: Tensor) -> int:
-    """Return a number for the memory that a tensor and its views share; a fake tensor, which has none, has one too."""
+    """Return a number for the memory that a tensor and its views share; a fake tensor, which has
+    none, has one too.
+    """
     while wrapped(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)  # pyright: ignore
     return tensor.untyped_storage()._cdata

@@ -21,7 +21,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 
 def ablate(config: Config) -> dict[str, Scores]:
-    """Train and judge the full recipe and what is left without its image losses, on one encoder."""
+    """Train and judge the full recipe, and without its image losses, on one encoder."""
     Run(config).encoder  # noqa: B018  # trained once, for all arms
     arms = {}
     for name, changes in ABLATIONS.items():
@@ -29,11 +29,15 @@ def ablate(config: Config) -> dict[str, Scores]:
         if changes:
             encoder = replace(config.encoder, name=str(config.out / "encoder"), stage_one=None)
             encoder = encoder if config.encoder.stage_one else config.encoder
-            arm = replace(config, **changes, encoder=encoder, out=config.out / name.replace(" ", "-"))
+            arm = replace(
+                config, **changes, encoder=encoder, out=config.out / name.replace(" ", "-")
+            )
         run = Run(arm)
         run.train()
         arms[name] = run.evaluate()
-    write_beside(config.out / "ablation.html", page(f"{config.name}: image losses", [_lines(arms)]))
+    write_beside(
+        config.out / "ablation.html", page(f"{config.name}: image losses", [_lines(arms)])
+    )
     return arms
 
 
@@ -44,4 +48,6 @@ def ablation_table(arms: Mapping[str, Scores]) -> str:
 
 def _lines(arms: Mapping[str, Scores]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     names = tuple(next(iter(arms.values())).values)
-    return ("recipe", *names), [(arm, *(f"{s.values[n]:.4g}" for n in names)) for arm, s in arms.items()]
+    return ("recipe", *names), [
+        (arm, *(f"{s.values[n]:.4g}" for n in names)) for arm, s in arms.items()
+    ]

@@ -1,4 +1,6 @@
-"""What a config costs: its generator, its encoder, its image losses and other trainings, counted on meta tensors."""
+"""What a config costs: its generator, its encoder, its image losses and other trainings, counted
+on meta tensors.
+"""
 
 import json
 from functools import cache
@@ -9,17 +11,27 @@ import torch
 from torch import nn
 
 from flowspace.errors import RunError
-from flowspace.recipes.config import AdversarialConfig, Config, EncoderConfig, PerceptualConfig, load
+from flowspace.recipes.config import (
+    AdversarialConfig,
+    Config,
+    EncoderConfig,
+    PerceptualConfig,
+    load,
+)
 from flowspace.vision.cost import IMAGENET, Cost, Share, counted, generator_cost
 from flowspace.vision.encoders import load_encoder, make_buildable
 
 __all__ = ["TABLE", "cost_of", "table"]
 
 PERCEPTUAL_PASSES = 3
-"""Of a perceptual network: forward on the prediction, back to it, forward on the target. Its weights have no gradient."""
+"""Of a perceptual network: forward on the prediction, back to it, forward on the target. Its
+weights have no gradient.
+"""
 
 ADVERSARIAL_PASSES = 4
-"""Of the discriminator's features: forward on the prediction and back to it, then forward on the real and the made image."""
+"""Of the discriminator's features: forward on the prediction and back to it, then forward on the
+real and the made image.
+"""
 
 ADAPTIVE_PASSES = 1
 """More of each image loss, backward, where their gradients are compared at the image."""
@@ -31,7 +43,11 @@ STAGES = {
 }
 """Widths and latent channels of the published autoencoders of the layout of latent diffusion."""
 
-DEFAULTS = {"flux2": "AutoencoderKLFlux2", "dc-ae": "AutoencoderDC", "rae-dinov2": "AutoencoderRAE"}
+DEFAULTS = {
+    "flux2": "AutoencoderKLFlux2",
+    "dc-ae": "AutoencoderDC",
+    "rae-dinov2": "AutoencoderRAE",
+}
 """Published autoencoders that diffusers' classes build by default."""
 
 PAPER = {"crossflow-xl": 1.62, "crossflow-xl-literal": 1.62}
@@ -48,13 +64,23 @@ def cost_of(config: Config) -> Cost:
         InputError: if its preset is not known.
     """
     g, c = config.generator, config
-    sizes = {name: getattr(g, name) for name in ("depth", "width", "heads") if getattr(g, name) is not None}
+    sizes = {
+        name: getattr(g, name)
+        for name in ("depth", "width", "heads")
+        if getattr(g, name) is not None
+    }
     names = ("channels", "grid", "patch", "mlp", "condition", "class_tokens", "time_tokens")
     settings = {name: getattr(g, name) for name in names}
-    own = generator_cost(g.preset, c.objective.equal, classes=c.data.classes or 1000, **sizes, **settings)
+    own = generator_cost(
+        g.preset, c.objective.equal, classes=c.data.classes or 1000, **sizes, **settings
+    )
     beside = [] if c.data.latents else [_encoder(c.encoder, c.data.size)]
     if c.objective.estimated and beside:
-        beside.append(Share("velocity's estimate", 0, (1 - c.objective.equal) * (own.forward + beside[0].step)))
+        beside.append(
+            Share(
+                "velocity's estimate", 0, (1 - c.objective.equal) * (own.forward + beside[0].step)
+            )
+        )
     beside += _image_losses(c.perceptual, c.adversarial, c.data.size)
     return Cost(
         own.name,
@@ -69,35 +95,57 @@ def cost_of(config: Config) -> Cost:
     )
 
 
-def _image_losses(perceptual: tuple[PerceptualConfig, ...], a: AdversarialConfig | None, size: int) -> list[Share]:
+def _image_losses(
+    perceptual: tuple[PerceptualConfig, ...], a: AdversarialConfig | None, size: int
+) -> list[Share]:
     more = ADAPTIVE_PASSES if a and a.adaptive else 0
     sides = {
         p.network: size if p.network == "lpips" else p.size or size for p in perceptual
     }  # LPIPS takes images as they are
-    found = [_image_loss(name, side, PERCEPTUAL_PASSES + more, name) for name, side in sides.items()]
+    found = [
+        _image_loss(name, side, PERCEPTUAL_PASSES + more, name) for name, side in sides.items()
+    ]
     if a:
-        found.append(_image_loss(a.network, a.size or size, ADVERSARIAL_PASSES + more, f"GAN on {a.network}"))
+        found.append(
+            _image_loss(
+                a.network, a.size or size, ADVERSARIAL_PASSES + more, f"GAN on {a.network}"
+            )
+        )
     return found
 
 
 def _apart(c: Config) -> list[Share]:
-    """Count the trainings beside the generator's: stage 1, with its image losses, and a latent generator."""
+    """Count the trainings beside the generator's: stage 1, with its image losses, and a latent
+    generator.
+    """
     found = []
     if c.encoder.stage_one:
         stage = c.encoder.stage_one
-        parameters, forward = counted(lambda: (_autoencoder(c.encoder), (_picture(c.data.size),), {}))
-        image = 3 * forward + sum(s.step for s in _image_losses(c.perceptual, stage.adversarial, c.data.size))
+        parameters, forward = counted(
+            lambda: (_autoencoder(c.encoder), (_picture(c.data.size),), {})
+        )
+        image = 3 * forward + sum(
+            s.step for s in _image_losses(c.perceptual, stage.adversarial, c.data.size)
+        )
         found.append(Share("stage 1", parameters, stage.steps * stage.batch * image))
     if c.latent:
         g, latent = c.generator, c.latent
         sizes = {"depth": latent.depth, "width": latent.width, "heads": latent.heads, "mlp": g.mlp}
         cells = {"channels": g.channels, "grid": g.grid, "patch": 1, "outputs": g.channels}
-        tokens = {"class_tokens": g.class_tokens, "time_tokens": g.time_tokens, "classes": c.data.classes or 1000}
+        tokens = {
+            "class_tokens": g.class_tokens,
+            "time_tokens": g.time_tokens,
+            "classes": c.data.classes or 1000,
+        }
         own = generator_cost(None, 1.0, **sizes, **cells, **tokens)
         image = own.step + (0 if c.data.latents else _encoder(c.encoder, c.data.size).step)
         t = latent.training
         found.append(
-            Share("latent generator", own.parameters, (t.steps * t.batch if t.steps else t.epochs * IMAGENET) * image)
+            Share(
+                "latent generator",
+                own.parameters,
+                (t.steps * t.batch if t.steps else t.epochs * IMAGENET) * image,
+            )
         )
     return found
 
@@ -118,9 +166,14 @@ def table(folder: Path) -> list[tuple[str, ...]]:
         about = path.read_text().splitlines()[0].strip("# .")
         paper = PAPER.get(path.stem)
         hours = f"{cost_of(config).hours():.0f}"
-        rows.append((f"`flowspace train {path}`", about, f"{paper or ''}", _ours(config.out), hours))
+        rows.append(
+            (f"`flowspace train {path}`", about, f"{paper or ''}", _ours(config.out), hours)
+        )
     if not rows:
-        raise RunError(f"{folder} holds no configs with a preset; write a folder such as examples/imagenet/configs")
+        raise RunError(
+            f"{folder} holds no configs with a preset; write a folder such as "
+            "examples/imagenet/configs"
+        )
     return rows
 
 

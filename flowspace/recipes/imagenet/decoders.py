@@ -1,7 +1,8 @@
 """The generator as a decoder of latents that another model sampled (section 4.4 of the paper).
 
-A latent generator is trained by flow matching in the encoder's space. While it learns, its samples are decoded by the
-autoencoder's own decoder and by the finished run's generator at several noise levels, and judged alike.
+A latent generator is trained by flow matching in the encoder's space. While it learns, its samples
+are decoded by the autoencoder's own decoder and by the finished run's generator at several noise
+levels, and judged alike.
 """
 
 from collections.abc import Mapping
@@ -97,18 +98,24 @@ class DecoderRun:
         generator = self.run.pipeline().generator
         found: dict[str, Any] = {OWN: lambda z, labels: self.run.encoder.decode(z)}
         for level in self.latent.levels:
-            decoder = CrossFlowDecoder.of(generator, t=level, alpha=o.alpha, beta=o.beta, rescale=self.latent.rescale)
-            found[f"CrossFlowDecoder, t = {level:g}"] = lambda z, labels, d=decoder: d.decode(z, False, labels=labels)[
-                0
-            ]
+            decoder = CrossFlowDecoder.of(
+                generator, t=level, alpha=o.alpha, beta=o.beta, rescale=self.latent.rescale
+            )
+            found[f"CrossFlowDecoder, t = {level:g}"] = lambda z, labels, d=decoder: d.decode(
+                z, False, labels=labels
+            )[0]
         return found
 
     def train(self) -> dict[str, float]:
-        """Train what is left to train, draw ``decoders.png``, and return KID by decoder at the end."""
+        """Train what is left to train, draw ``decoders.png``, and return KID by decoder at the
+        end.
+        """
         c, parts, latent = self.run.config, self.run.parts, self.latent
         folder = c.out / "latent"
         encoded = None if parts.cached else self.run.encoder.encode
-        step = FlowStep(self.objective, encoded, {}, c.objective.drop_labels, parts.classes, across=False)
+        step = FlowStep(
+            self.objective, encoded, {}, c.objective.drop_labels, parts.classes, across=False
+        )
         train(
             "latent",
             self.network(),
@@ -116,7 +123,8 @@ class DecoderRun:
             step.loss,
             parts.settings(latent.training),
             folder,
-            parts.context("data", "encoder") | {"latent": [latent.depth, latent.width, latent.heads]},
+            parts.context("data", "encoder")
+            | {"latent": [latent.depth, latent.width, latent.heads]},
             optimizer_of(latent.training),
             parts.place,
             Decoded(self, latent.training.look_every),
@@ -129,7 +137,9 @@ class DecoderRun:
         return {name: points[-1][1] for name, points in curves.items()}
 
     def curves(self) -> dict[str, list[tuple[int, float]]]:
-        """Return (step, KID) by decoder and judge, from the log: another judge of the same run has other numbers."""
+        """Return (step, KID) by decoder and judge, from the log: another judge of the same run has
+        other numbers.
+        """
         found: dict[str, dict[int, float]] = {}
         for record in records(self.run.config.out / "latent"):
             for name, value in record.get("watch", {}).items():
@@ -168,9 +178,12 @@ class Decoded(Watch):
         real, found = parts.real(extractor), {}
         for number, (name, made) in enumerate(images.items()):
             write_beside(
-                c.out / "latent" / f"decoder-{number}-{step + 1:07d}.png", sheet(torch.cat(made), parts.classes)
+                c.out / "latent" / f"decoder-{number}-{step + 1:07d}.png",
+                sheet(torch.cat(made), parts.classes),
             )
-            found[f"{name} ({extractor.name})"] = judge(extractor, features_of(extractor, made), real).kid
+            found[f"{name} ({extractor.name})"] = judge(
+                extractor, features_of(extractor, made), real
+            ).kid
         return found
 
 
@@ -179,7 +192,9 @@ def _figure(curves: Mapping[str, list[tuple[int, float]]]) -> bytes:
 
     figure, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
     for name, points in curves.items():
-        axis.semilogy([step for step, _ in points], [kid for _, kid in points], marker="o", label=name)
+        axis.semilogy(
+            [step for step, _ in points], [kid for _, kid in points], marker="o", label=name
+        )
     axis.set_xlabel("training steps of the latent generator")
     axis.set_ylabel("KID")
     axis.legend(fontsize=7)

@@ -1,4 +1,6 @@
-"""What one sees of a run: sheets of samples, a few scores while it trains, the gradients of each term by t."""
+"""What one sees of a run: sheets of samples, a few scores while it trains, the gradients of each
+term by t.
+"""
 
 import io
 import math
@@ -46,18 +48,26 @@ class Look(Watch):
             for first in range(0, plan.count, plan.batch):
                 noise, labels = plan.inputs(first, min(first + plan.batch, plan.count))
                 one = noise.new_ones(len(noise)).to(device)
-                found.append(rounded(averaged(noise.to(device), one, 0 * one, labels=labels.to(device))).cpu())
+                found.append(
+                    rounded(
+                        averaged(noise.to(device), one, 0 * one, labels=labels.to(device))
+                    ).cpu()
+                )
         images = torch.cat(found)
-        write_beside(c.out / "generator" / f"sheet-{step + 1:07d}.png", sheet(images, parts.classes))
+        write_beside(
+            c.out / "generator" / f"sheet-{step + 1:07d}.png", sheet(images, parts.classes)
+        )
         if c.evaluation.extractor == "inception":
             return {}
         extractor = parts.extractor()
-        scores = judge(extractor, features_of(extractor, images.split(plan.batch)), parts.real(extractor))
+        scores = judge(
+            extractor, features_of(extractor, images.split(plan.batch)), parts.real(extractor)
+        )
         return scores.values | {"score": scores.kid}
 
 
 def sheet(images: Tensor, classes: int) -> bytes:
-    """Return a PNG of uint8 images whose classes take turns: a row for each of the first classes."""
+    """Return a PNG of uint8 images whose classes take turns: a row for each class."""
     from torchvision.transforms.functional import to_pil_image
     from torchvision.utils import make_grid
 
@@ -68,7 +78,9 @@ def sheet(images: Tensor, classes: int) -> bytes:
 
 
 def slopes(log: Sequence[Mapping[str, Any]]) -> bytes:
-    """Plot the norms of each term's gradient at the prediction by t, over the second half of a log (the paper's figure 7)."""
+    """Plot the norms of each term's gradient at the prediction by t, over the second half of a log
+    (the paper's figure 7).
+    """
     from matplotlib import pyplot as plt
 
     found = [line["slopes_by"]["t"] for line in log if line.get("slopes_by")]
@@ -76,7 +88,11 @@ def slopes(log: Sequence[Mapping[str, Any]]) -> bytes:
     figure, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
     for name in found[-1] if found else ():
         rows = torch.tensor(
-            [[math.nan if v is None else v for v in record[name]] for record in found if name in record]
+            [
+                [math.nan if v is None else v for v in record[name]]
+                for record in found
+                if name in record
+            ]
         )
         middles = (torch.arange(rows.shape[1]) + 0.5) / rows.shape[1]
         axis.semilogy(middles, rows.nanmean(0), marker="o", label=name)

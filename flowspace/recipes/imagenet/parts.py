@@ -25,7 +25,14 @@ from flowspace.times import PairSampler, ShiftedTimes, TimePairs, UniformTimes
 from flowspace.training import LoopSettings, MuonAdamW, Place, PlainAdamW, Processes
 from flowspace.vision.adversarial import AdversarialLoss, Discriminator, tokens_of
 from flowspace.vision.data import DatasetImages, FolderBatches, FolderImages, Images
-from flowspace.vision.evaluate import Extractor, Features, Inception, TimmExtractor, features_of, rounded
+from flowspace.vision.evaluate import (
+    Extractor,
+    Features,
+    Inception,
+    TimmExtractor,
+    features_of,
+    rounded,
+)
 from flowspace.vision.generator import PRESETS, CrossFlowGenerator
 from flowspace.vision.latents import LatentBatches
 from flowspace.vision.perceptual import LearnedDistance, PerceptualLoss, TimmFeatures
@@ -67,7 +74,9 @@ def weights_of(name: str | None) -> Path | None:
     try:
         module: Any = importlib.import_module(known[0])
     except ModuleNotFoundError as error:
-        raise InputError(f"{name} needs {error.name}; write: pip install 'flowspace[smoke]'") from None
+        raise InputError(
+            f"{name} needs {error.name}; write: pip install 'flowspace[smoke]'"
+        ) from None
     return Path(getattr(module, known[1]).get_model_file_path())
 
 
@@ -113,7 +122,9 @@ class Parts:
 
     @cached_property
     def cached(self) -> LatentBatches | None:
-        """The stream of latents, pictures and labels that were encoded before, where the config names it."""
+        """The stream of latents, pictures and labels that were encoded before, where the config
+        names it.
+        """
         d = self.config.data
         return LatentBatches(Path(d.latents), d.flip) if d.latents else None
 
@@ -127,14 +138,17 @@ class Parts:
         g = self.config.generator
         sizes = {"depth": g.depth, "width": g.width, "heads": g.heads}
         if g.preset is not None and g.preset not in PRESETS:
-            raise InputError(f"generator.preset = {g.preset!r} came; write one of {', '.join(PRESETS)}, or null")
+            raise InputError(
+                f"generator.preset = {g.preset!r} came; write one of {', '.join(PRESETS)}, or null"
+            )
         known = {
             **PRESETS.get(g.preset or "", {}),
             **{name: value for name, value in sizes.items() if value is not None},
         }
         if len(known) < len(sizes):
             raise InputError(
-                f"preset = {g.preset!r} came; write one of {', '.join(PRESETS)}, or depth, width and heads"
+                f"preset = {g.preset!r} came; write one of {', '.join(PRESETS)}, or depth, width "
+                "and heads"
             )
         torch.manual_seed(self.config.training.seed)
         network = CrossFlowGenerator(
@@ -162,7 +176,11 @@ class Parts:
         times: PairSampler = TimePairs(
             ShiftedTimes(g.channels * g.grid**2) if o.shifted else UniformTimes(), equal=o.equal
         )
-        common: dict[str, Any] = {"schedule": self.schedule, "penalty": PENALTIES[o.penalty](), "times": times}
+        common: dict[str, Any] = {
+            "schedule": self.schedule,
+            "penalty": PENALTIES[o.penalty](),
+            "times": times,
+        }
         if o.kind == "consistency":
             return ConsistencyLoss(**common)
         return CrossFlowLoss(literal=o.literal, estimate=encode, **common)
@@ -184,7 +202,9 @@ class Parts:
             found[name] = Perceptual(loss, p.weight, p.literal)
         return found
 
-    def _layers(self, features: TimmFeatures, asked: PerceptualConfig | AdversarialConfig) -> list[int]:
+    def _layers(
+        self, features: TimmFeatures, asked: PerceptualConfig | AdversarialConfig
+    ) -> list[int]:
         """Return the channels of the layers that a network gives of the run's images.
 
         Raises:
@@ -196,25 +216,34 @@ class Parts:
                 layers = features(torch.zeros(1, 3, size, size, device=self.place.device))
         except (RuntimeError, AssertionError, IndexError, ValueError) as error:
             raise InputError(
-                f"{asked.network} with layers = {asked.layers}, size = {asked.size} came, which does not run on images of {size} "
-                f"pixels ({str(error).strip() or type(error).__name__}); write layers that it has and a size that it takes"
+                f"{asked.network} with layers = {asked.layers}, size = {asked.size} came, which "
+                f"does not run on images of {size} "
+                f"pixels ({str(error).strip() or type(error).__name__}); write layers that it has "
+                "and a size that it takes"
             ) from error
         return [tokens_of(layer).shape[1] for layer in layers]
 
     def opponent(self, a: AdversarialConfig) -> Callable[[Make], Adversarial]:
         """Build a discriminator; returns what sets it against a step."""
-        features = TimmFeatures(a.network, weights=weights_of(a.weights), size=a.size, layers=a.layers)
+        features = TimmFeatures(
+            a.network, weights=weights_of(a.weights), size=a.size, layers=a.layers
+        )
         channels = self._layers(features.to(self.place.device), a)
         if channels != list(a.channels):
             fitting = str(channels).replace(" ", "")
             raise InputError(
-                f"adversarial.channels = {a.channels} came for layers = {a.layers} of {a.network}; write "
+                f"adversarial.channels = {a.channels} came for layers = {a.layers} of "
+                f"{a.network}; write "
                 f"adversarial.channels={fitting}"
             )
         torch.manual_seed(self.config.training.seed + 1)
-        discriminator = Discriminator(features, a.channels, a.width, a.kernel).to(self.place.device)
+        discriminator = Discriminator(features, a.channels, a.width, a.kernel).to(
+            self.place.device
+        )
         loss = AdversarialLoss(self.schedule, a.power, a.augmented, a.penalty, a.r1)
-        return lambda make: Adversarial(make, loss, discriminator, a.weight, a.start, a.learning_rate, a.adaptive)
+        return lambda make: Adversarial(
+            make, loss, discriminator, a.weight, a.start, a.learning_rate, a.adaptive
+        )
 
     def context(self, *names: str) -> dict[str, Any]:
         """Return the sections of the config that weights depend on."""
@@ -222,7 +251,8 @@ class Parts:
         found["data"].pop("workers")
         return {name: found[name] for name in names}
 
-    # --- the loop ------------------------------------------------------------------------------------------------------
+    # --- the loop
+    # ---------------------------------------------------------------------------------------------
 
     def steps(self, t: TrainingConfig) -> int:
         """Return how many steps a training takes."""
@@ -257,11 +287,14 @@ class Parts:
                 found.append(TensorBoardTracker("tensorboard", str(folder)))
                 found[-1].start()
             if t.wandb:
-                found.append(WandBTracker("flowspace", name=self.config.name, config=asdict(self.config)))
+                found.append(
+                    WandBTracker("flowspace", name=self.config.name, config=asdict(self.config))
+                )
                 found[-1].start()
         return found
 
-    # --- the judge -----------------------------------------------------------------------------------------------------
+    # --- the judge
+    # ---------------------------------------------------------------------------------------------
 
     def extractor(self) -> Extractor:
         """Return the network that judges."""
@@ -269,7 +302,10 @@ class Parts:
         weights = weights_of(e.weights)
         if e.extractor == "inception":
             return Inception(weights)
-        return TimmExtractor(TimmFeatures(e.extractor, weights=weights, size=e.size).to(self.place.device), e.extractor)
+        return TimmExtractor(
+            TimmFeatures(e.extractor, weights=weights, size=e.size).to(self.place.device),
+            e.extractor,
+        )
 
     def real(self, extractor: Extractor) -> Features:
         """Return the features of the real images, kept in the run's folder."""
@@ -280,8 +316,12 @@ class Parts:
         images = self.folder_images(e.reference) if e.reference else self.images
         batches = FolderBatches(images, flip=False, workers=self.config.data.workers)
         starts = range(0, len(images), e.batch)
-        found = features_of(extractor, (rounded(batches(s, min(s + e.batch, len(images)), 0)[0]) for s in starts))
-        partial = path.with_suffix(f".{self.place.rank}.partial")  # every process needs them, and makes the same
+        found = features_of(
+            extractor, (rounded(batches(s, min(s + e.batch, len(images)), 0)[0]) for s in starts)
+        )
+        partial = path.with_suffix(
+            f".{self.place.rank}.partial"
+        )  # every process needs them, and makes the same
         save_file({"features": found.features.contiguous()}, partial)
         os.replace(partial, path)
         return Features(found.features, None)

@@ -59,7 +59,9 @@ class Run:
         try:
             found = json.loads((folder / "config.json").read_text())
         except (OSError, ValueError) as error:
-            raise RunError(f"{folder} is no run ({error}); write the folder that flowspace train made") from None
+            raise RunError(
+                f"{folder} is no run ({error}); write the folder that flowspace train made"
+            ) from None
         return cls(TypeAdapter(Config).validate_python(found | {"out": str(folder)}))
 
     @cached_property
@@ -75,10 +77,13 @@ class Run:
     @cached_property
     def objective(self) -> Objective:
         """The objective."""
-        return self.parts.objective(self.encoder.encode if self.config.objective.estimated else None)
+        return self.parts.objective(
+            self.encoder.encode if self.config.objective.estimated else None
+        )
 
     def step(self) -> Any:
-        """Return what a training step is: the flow step, with an opponent where there is a discriminator.
+        """Return what a training step is: the flow step, with an opponent where there is a
+        discriminator.
 
         The networks of the losses are built first, since the encoder may have to be trained.
         """
@@ -86,7 +91,9 @@ class Run:
         perceptual = parts.perceptual(c.perceptual)
         opposed = parts.opponent(c.adversarial) if c.adversarial else None
         encoded = None if parts.cached else self.encoder.encode
-        flow = FlowStep(self.objective, encoded, perceptual, c.objective.drop_labels, parts.classes)
+        flow = FlowStep(
+            self.objective, encoded, perceptual, c.objective.drop_labels, parts.classes
+        )
         return opposed(flow) if opposed else flow.loss
 
     def encode(self) -> Path:
@@ -95,7 +102,14 @@ class Run:
         d = self.config.data
         folder = Path(d.latents) if d.latents else self.config.out / "latents"
         place = self.parts.place
-        encode(self.parts.images, self.encoder, folder, flip=d.flip, rank=place.rank, ranks=place.ranks)
+        encode(
+            self.parts.images,
+            self.encoder,
+            folder,
+            flip=d.flip,
+            rank=place.rank,
+            ranks=place.ranks,
+        )
         place.wait()
         return folder
 
@@ -116,7 +130,9 @@ class Run:
             step,
             self.parts.settings(c.training),
             c.out / "generator",
-            self.parts.context("data", "encoder", "generator", "objective", "perceptual", "adversarial"),
+            self.parts.context(
+                "data", "encoder", "generator", "objective", "perceptual", "adversarial"
+            ),
             optimizer_of(c.training),
             self.parts.place,
             Look(self.parts, c.training.look_every),
@@ -135,14 +151,16 @@ class Run:
             write_beside(self.config.out / "config.json", text)
 
     def check(self, judged: bool = False) -> None:
-        """See that the run can be made, before any step of stage 1 or of the generator is paid for.
+        """See that the run can be made, before any step of stage 1 or of the generator is paid
+        for.
 
         Args:
             judged: whether `evaluate` will follow.
 
         Raises:
             InputError: if the sizes of encoder, generator and pictures do not fit.
-            RunError: if pictures or weights are missing, the folder cannot be written to, or the batch cannot be shared.
+            RunError: if pictures or weights are missing, the folder cannot be written to, or the
+                batch cannot be shared.
         """
         c, parts = self.config, self.parts
         _check_folder(c.out)
@@ -162,7 +180,8 @@ class Run:
         g, size = self.config.generator, self.config.data.size
         if latent != (g.channels, g.grid, g.grid) or g.grid * g.patch != size:
             raise InputError(
-                f"the encoder makes latents of {latent} of images of {size}; write generator.channels={latent[0]} "
+                f"the encoder makes latents of {latent} of images of {size}; write "
+                f"generator.channels={latent[0]} "
                 f"generator.grid={latent[1]} generator.patch={size // latent[1]}"
             )
 
@@ -182,12 +201,18 @@ class Run:
         training = {
             "pictures": f"{self.parts.images.report()}, {c.data.size} pixels",
             "encoder": c.encoder.name or "trained on the spot",
-            "objective": f"{c.objective.kind}{', literal' if c.objective.literal else ''}, {c.objective.equal:.0%} on s = t",
+            "objective": f"{c.objective.kind}{', literal' if c.objective.literal else ''}, "
+            f"{c.objective.equal:.0%} on s = t",
             "perceptual": ", ".join(p.network for p in c.perceptual) or "none",
             "adversarial": c.adversarial.network if c.adversarial else "none",
-            "optimiser": f"{t.optimizer}, {self.parts.steps(t)} steps of {t.batch}, rate {t.learning_rate}, average {t.emas[0]}",
+            "optimiser": f"{t.optimizer}, {self.parts.steps(t)} steps of {t.batch}, rate "
+            f"{t.learning_rate}, average {t.emas[0]}",
         }
-        judged = {f"{name}, {scores.count} samples": v for name, v in scores.values.items()} if scores else None
+        judged = (
+            {f"{name}, {scores.count} samples": v for name, v in scores.values.items()}
+            if scores
+            else None
+        )
         return model_card(c.name, generator, c.objective.alpha, c.objective.beta, training, judged)
 
     def pipeline(self) -> CrossFlowPipeline:
@@ -198,21 +223,41 @@ class Run:
         """
         folder = self.config.out / "pipeline"
         if not (folder / "model_index.json").exists():
-            raise RunError(f"{folder} is missing: the run is not finished; flowspace train continues it")
-        try:
-            found = CrossFlowPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise RunError(
-                f"{folder} cannot be read ({error}); delete it: flowspace train ships it again from the last checkpoint"
+                f"{folder} is missing: the run is not finished; flowspace train continues it"
+            )
+        try:
+            found = CrossFlowPipeline.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True
+            )
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            SafetensorError,
+        ) as error:
+            raise RunError(
+                f"{folder} cannot be read ({error}); delete it: flowspace train ships it again "
+                "from the last checkpoint"
             ) from error
         return found.to(self.parts.place.device)
 
     def evaluate(self) -> Scores:
-        """Draw the samples that are missing, over all processes, and judge them; leaves ``metrics.json``."""
+        """Draw the samples that are missing, over all processes, and judge them; leaves
+        ``metrics.json``.
+        """
         e, folder = self.config.evaluation, self.config.out / "samples"
         pipeline = self.pipeline()
         c = pipeline.generator.config
-        plan = Plan(e.samples, self.parts.classes, (c["channels"], c["grid"], c["grid"]), batch=e.batch, shard=e.shard)
+        plan = Plan(
+            e.samples,
+            self.parts.classes,
+            (c["channels"], c["grid"], c["grid"]),
+            batch=e.batch,
+            shard=e.shard,
+        )
         maker = digest(pipeline.generator)
 
         def sample(noise: Tensor, labels: Tensor) -> Tensor:
@@ -222,10 +267,19 @@ class Run:
         plan.draw(sample, folder, maker, place.device, place.rank, place.ranks)
         place.wait()
         images, extractor = plan.read(folder, maker), self.parts.extractor()
-        scores = judge(extractor, features_of(extractor, images.split(e.batch)), self.parts.real(extractor), e.pinned)
+        scores = judge(
+            extractor,
+            features_of(extractor, images.split(e.batch)),
+            self.parts.real(extractor),
+            e.pinned,
+        )
         if place.rank == 0:
-            write_beside(self.config.out / "metrics.json", json.dumps(asdict(scores), indent=2) + "\n")
-            write_beside(self.config.out / "pipeline" / "README.md", self.card(pipeline.generator, scores))
+            write_beside(
+                self.config.out / "metrics.json", json.dumps(asdict(scores), indent=2) + "\n"
+            )
+            write_beside(
+                self.config.out / "pipeline" / "README.md", self.card(pipeline.generator, scores)
+            )
             write_beside(self.config.out / "samples.png", sheet(images, self.parts.classes))
         return scores
 
@@ -233,12 +287,18 @@ class Run:
         """Whether the shipped pipeline draws the same images here and in a new process."""
         folder, out = self.config.out / "pipeline", self.config.out / "fresh.safetensors"
         text = (
-            "import sys, torch; from safetensors.torch import save_file; from flowspace.vision import CrossFlowPipeline\n"
+            "import sys, torch; from safetensors.torch import save_file; from flowspace.vision "
+            "import CrossFlowPipeline\n"
             "pipeline = CrossFlowPipeline.from_pretrained(sys.argv[1])\n"
-            f"images = pipeline(labels={list(labels)}, generator=torch.Generator().manual_seed(7), output_type='pt').images\n"
+            f"images = pipeline(labels={list(labels)}, "
+            "generator=torch.Generator().manual_seed(7), output_type='pt').images\n"
             "save_file({'images': images.contiguous()}, sys.argv[2])"
         )
-        subprocess.run([sys.executable, "-c", text, str(folder), str(out)], check=True, stderr=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, "-c", text, str(folder), str(out)],
+            check=True,
+            stderr=subprocess.DEVNULL,
+        )
         here = self.pipeline().to("cpu")(
             labels=list(labels), generator=torch.Generator().manual_seed(7), output_type="pt"
         )
@@ -254,7 +314,9 @@ def _check_folder(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise RunError(f"{folder} cannot be written to ({error.strerror}); write out=FOLDER, another one") from None
+        raise RunError(
+            f"{folder} cannot be written to ({error.strerror}); write out=FOLDER, another one"
+        ) from None
 
 
 def digest(network: nn.Module) -> str:

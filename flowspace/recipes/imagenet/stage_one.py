@@ -1,4 +1,4 @@
-"""Stage 1: the frozen encoder, loaded or trained on the spot, and the statistics of its latents."""
+"""Stage 1: the frozen encoder, loaded or trained on the spot, and its latents' statistics."""
 
 import os
 import shutil
@@ -23,7 +23,8 @@ MEASURED = 32
 
 
 def encoder_of(parts: Parts) -> LatentEncoder:
-    """Return the encoder of a config, with the statistics of its latents; an autoencoder is trained first where it asks so.
+    """Return the encoder of a config, with the statistics of its latents; an autoencoder is
+    trained first where it asks so.
 
     Raises:
         InputError: if the config names no encoder.
@@ -38,19 +39,24 @@ def encoder_of(parts: Parts) -> LatentEncoder:
             return load_encoder(folder, sample=e.sample, pack=e.pack).to(device)
         except RunError as error:
             raise RunError(
-                f"{error}; delete {folder / 'config.json'}: it is written again from stage 1's checkpoint"
+                f"{error}; delete {folder / 'config.json'}: it is written again from stage 1's "
+                "checkpoint"
             ) from error
     if e.name is None:
-        raise InputError("encoder.name is empty; write a name such as va-vae, a path, or encoder.stage_one")
+        raise InputError(
+            "encoder.name is empty; write a name such as va-vae, a path, or encoder.stage_one"
+        )
     dtype = torch.bfloat16 if e.half else torch.float32
-    encoder = load_encoder(e.name, sample=e.sample, dtype=dtype, weights=e.weights, pack=e.pack).to(device)
+    encoder = load_encoder(
+        e.name, sample=e.sample, dtype=dtype, weights=e.weights, pack=e.pack
+    ).to(device)
     if not encoder.known:
         _fit(parts, encoder, parts.config.out / "latents.safetensors")
     return encoder
 
 
 def _train(parts: Parts, stage: StageOneConfig, folder: Path) -> None:
-    """Train diffusers' autoencoder and leave it in the folder, with the statistics of its latents."""
+    """Train diffusers' autoencoder and leave it in the folder, with its latents' statistics."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     c, place = parts.config, parts.place
@@ -94,7 +100,9 @@ def _train(parts: Parts, stage: StageOneConfig, folder: Path) -> None:
     if place.rank == 0:
         partial = folder / "partial"
         network.autoencoder.save_pretrained(partial)
-        for path in sorted(partial.iterdir(), reverse=True):  # the config last: it says that all is there
+        for path in sorted(
+            partial.iterdir(), reverse=True
+        ):  # the config last: it says that all is there
             os.replace(path, folder / path.name)
         shutil.rmtree(partial)
     place.wait()
@@ -104,7 +112,9 @@ def _measure(parts: Parts, encoder: LatentEncoder) -> None:
     """Estimate the statistics of the latents from the first pictures."""
     count = min(parts.config.encoder.fit, len(parts.images))
     starts = range(0, count, MEASURED)
-    encoder.fit(parts.batches(s, min(s + MEASURED, count), 0)[0].to(parts.place.device) for s in starts)
+    encoder.fit(
+        parts.batches(s, min(s + MEASURED, count), 0)[0].to(parts.place.device) for s in starts
+    )
 
 
 def _fit(parts: Parts, encoder: LatentEncoder, path: Path) -> None:
@@ -120,5 +130,7 @@ def _fit(parts: Parts, encoder: LatentEncoder, path: Path) -> None:
     try:
         found = load_file(path)
     except SafetensorError as error:
-        raise RunError(f"{path} cannot be read ({error}); delete it: the statistics are measured again") from error
+        raise RunError(
+            f"{path} cannot be read ({error}); delete it: the statistics are measured again"
+        ) from error
     encoder.set_statistics(found["mean"], found["std"])
