@@ -342,7 +342,7 @@ class TimeFunction:
         there are only B of them. JAX has float64 only where it is switched on.
         """
         xp, like = backend_of(*times), times[0]
-        return xp.expand(self._evaluate(*(xp.wide(time) for time in times)), like, like.dtype)
+        return xp.like(self._evaluate(*(xp.as_float64(time) for time in times)), like, like.dtype)
 
     @cached_property
     def dot(self) -> "TimeFunction":
@@ -353,12 +353,12 @@ class TimeFunction:
             return TimeFunction(tidy(self.expression.diff(t)), self.arity)
 
         def derivative(time: Tensor, *rest: Tensor) -> Tensor:
-            return backend_of(time).slope(self._call, time, *rest)
+            return backend_of(time).time_derivative(self._call, time, *rest)
 
         return TimeFunction(derivative, self.arity)
 
     def _call(self, *times: Tensor) -> Tensor:
-        return backend_of(*times).expand(self.source(*times), times[0])  # type: ignore[operator]
+        return backend_of(*times).like(self.source(*times), times[0])  # type: ignore[operator]
 
     def _call_anywhere(self, *times: Tensor) -> Tensor:
         """Call on tensors or arrays; a callable that fails on tensors may be written in JAX, so it
@@ -437,8 +437,9 @@ def combine(
     """
     if all(f.expression is not None for f, _ in functions):
         expressions = [
-            f.expression if at is None else f.expression.subs(t, at) for f, at in functions
-        ]  # type: ignore[union-attr]
+            f.expression if at is None else f.expression.subs(t, at)  # type: ignore[union-attr]
+            for f, at in functions
+        ]
         return TimeFunction(tidy(sympy.sympify(operation(*expressions))), arity)
 
     def call(*times: Tensor) -> Tensor:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowspace.arrays import Model, checked_times, draw_noise, over_rows
 from flowspace.backends import backend_of, torch_backend
 from flowspace.errors import InputError
 from flowspace.guidance import Guidance
-from flowspace.objectives.engine import Model, check_times, draw_noise
-from flowspace.schedules import TIME_FLOOR, Schedule, over_rows
+from flowspace.schedules import TIME_FLOOR, Schedule
 from flowspace.solvers import falling_grid
 from flowspace.statistics import Statistic
 
@@ -70,7 +70,7 @@ class FlowMap:
             TimeError: if times are of the wrong type, shape or range.
             InputError: if the model returns another shape than the states'.
         """
-        t, s = check_times(t, s, z_t)
+        t, s = checked_times(t, s, z_t)
         prediction = self._predict(z_t, t, s, dict(cond or {}))
         if prediction.shape != z_t.shape:
             raise InputError(
@@ -183,7 +183,7 @@ class FlowMap:
         )
         for (t, s), draw in zip(itertools.pairwise(grid), draws, strict=False):
             last = bool(s == 0)
-            t, s = xp.repeated(t, len(z)), xp.repeated(s, len(z))
+            t, s = xp.one_per_row(t, len(z)), xp.one_per_row(s, len(z))
             end = xp.zeros_like(s) if renoise else s
             prediction = self._predict(z, t, end, cond)
             if prediction.shape != z.shape and encode is None and not last:
@@ -212,7 +212,7 @@ class FlowMap:
         c, xp = self.statistic.coefficients(self.schedule), backend_of(prediction)
         zero = xp.zeros_like(t)
         left = abs(c.velocity(t, zero)).max()
-        if xp.known(left) and bool(left > NOTHING_LEFT):
+        if xp.has_values(left) and bool(left > NOTHING_LEFT):
             raise InputError(
                 f"the step to s = 0 keeps some of z_t for {self.statistic}, so it cannot end in "
                 "another space; use a statistic "

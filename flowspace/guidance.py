@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowspace.arrays import over_rows
 from flowspace.backends.process import several_processes
 from flowspace.errors import InputError
-from flowspace.schedules import over_rows
 
 __all__ = ["Guidance", "RandomGuidance"]
 

@@ -15,6 +15,7 @@ import sympy
 import torch
 from torch import Tensor
 
+from flowspace.arrays import over_rows
 from flowspace.backends import backend_of, one_backend
 from flowspace.errors import ExpressionError, InputError, ScheduleError, TimeError
 from flowspace.expressions import Source, TimeFunction, combine, parse, t
@@ -41,15 +42,6 @@ what training sees.
 
 GRID_POINTS = 1025
 """Where a schedule is checked at construction: evenly on [TIME_FLOOR, 1], both ends included."""
-
-
-def over_rows(values: Tensor, like: Tensor) -> Tensor:
-    """View values of shape ``()`` or ``(B,)`` so that they broadcast over the rows of ``like``, of
-    shape ``(B, *)``.
-    """
-    return (
-        values.reshape(values.shape + (1,) * (like.ndim - values.ndim)) if values.ndim else values
-    )
 
 
 class Schedule:
@@ -330,7 +322,7 @@ def _as_times(t: Tensor | float, beside: Tensor | None = None) -> Tensor:
             f"times of dtype {times.dtype} came; flowspace's times are real numbers in [0, 1]: "
             f"write {hint}"
         )
-    return xp.in_full(times)
+    return xp.at_least_float32(times)
 
 
 def _evaluate(function: TimeFunction, times: Tensor, name: str) -> Tensor:

@@ -25,6 +25,7 @@ import sympy
 import torch
 from torch import Tensor
 
+from flowspace.arrays import over_rows
 from flowspace.backends import backend_of
 from flowspace.errors import CriterionError, InputError
 from flowspace.expressions import (
@@ -39,7 +40,7 @@ from flowspace.expressions import (
     s,
     t,
 )
-from flowspace.schedules import TIME_FLOOR, Schedule, over_rows
+from flowspace.schedules import TIME_FLOOR, Schedule
 
 __all__ = [
     "Coefficients",
@@ -120,7 +121,7 @@ class Coefficients:
         D_t f by one in size; x too where c = a, as for the matched statistic.
         """
         xp, a, b = backend_of(t), self.prediction(t, s), self.derivative(t, s)
-        off_diagonal = xp.apart(t, s) & (b != 0)
+        off_diagonal = xp.off_diagonal(t, s) & (b != 0)
         gap = xp.where(off_diagonal, t - s, 1.0)
         m = xp.where(off_diagonal, xp.sign(b) * xp.maximum(abs(a), abs(b) / gap), a)
         return xp.where(m == 0, math.inf, m)

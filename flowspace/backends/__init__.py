@@ -55,7 +55,7 @@ def handed_over(function: Callable[..., Any], times: tuple[Any, ...], error: Exc
     if (
         "jax" not in sys.modules
         or not isinstance(times[0], Tensor)
-        or not torch_backend.known(times[0])
+        or not torch_backend.has_values(times[0])
     ):
         raise error
     from flowspace.backends import jax_backend

@@ -17,37 +17,37 @@ from jax.numpy import isfinite, maximum, minimum, ones_like, sign, square, where
 from flowspace.errors import DerivativeError, InputError
 
 __all__ = [
-    "apart",
     "as_array",
+    "as_float64",
+    "at_least_float32",
     "cast",
     "clamp",
     "detach",
     "device",
     "elementwise",
-    "expand",
     "flatten",
-    "in_full",
+    "has_values",
     "is_array",
     "is_floating",
     "isfinite",
-    "known",
+    "like",
     "maximum",
     "minimum",
     "normal",
+    "off_diagonal",
     "on_tensors",
+    "one_per_row",
     "ones_like",
-    "repeated",
     "sigmoid",
     "sign",
-    "slope",
     "split",
     "square",
+    "time_derivative",
     "time_dtype",
     "to_float",
     "uniform",
     "value_and_derivative",
     "where",
-    "wide",
     "zeros_like",
 ]
 
@@ -82,12 +82,12 @@ def cast(array: Any, dtype: Any) -> Any:
     return array.astype(dtype)
 
 
-def in_full(array: Any) -> Any:
+def at_least_float32(array: Any) -> Any:
     """Return an array in at least float32."""
     return array if array.dtype.itemsize >= 4 else array.astype(jnp.float32)
 
 
-def wide(array: Any) -> Any:
+def as_float64(array: Any) -> Any:
     """Return an array in float64, or in float32 where JAX has no float64 switched on."""
     return array.astype(jnp.result_type(float))
 
@@ -101,7 +101,7 @@ def device(array: Any) -> None:
     """Return None: JAX places what it computes by itself."""
 
 
-def expand(value: Any, like: Any, dtype: Any = None) -> Any:
+def like(value: Any, like: Any, dtype: Any = None) -> Any:
     """Return a number or array in the shape of another, in its own dtype or the one given; a
     number in the other's.
     """
@@ -110,7 +110,7 @@ def expand(value: Any, like: Any, dtype: Any = None) -> Any:
     return jnp.broadcast_to(value if dtype is None else value.astype(dtype), like.shape)
 
 
-def repeated(time: Any, rows: int) -> Any:
+def one_per_row(time: Any, rows: int) -> Any:
     """Return an array of shape ``()`` or ``(rows,)``, or a tensor of one known time, in shape
     ``(rows,)``.
     """
@@ -132,17 +132,17 @@ def elementwise(name: str, array: Any) -> Any:
     return jax.scipy.special.erf(array) if name == "erf" else getattr(jnp, name)(array)
 
 
-def apart(t: Any, s: Any) -> Any:
+def off_diagonal(t: Any, s: Any) -> Any:
     """Return where t is so far above s that b(t, s), rounded, has its sign."""
     return s < t if jnp.result_type(float) == "float64" else t - s > RESOLUTION
 
 
-def known(array: Any) -> bool:
+def has_values(array: Any) -> bool:
     """Return whether an array has values to ask for: not while JAX traces."""
     return not isinstance(array, Tracer)
 
 
-def slope(function: Callable[..., Any], time: Any, *rest: Any) -> Any:
+def time_derivative(function: Callable[..., Any], time: Any, *rest: Any) -> Any:
     """Return the derivative of an elementwise function in its first argument."""
     return jax.jvp(lambda u: function(u, *rest), (time,), (jnp.ones_like(time),))[1]
 

@@ -24,35 +24,35 @@ from torch.overrides import handle_torch_function, has_torch_function
 from flowspace.backends.process import forward_mode_lock
 
 __all__ = [
-    "apart",
     "as_array",
+    "as_float64",
+    "at_least_float32",
     "cast",
     "clamp",
     "detach",
     "device",
     "elementwise",
-    "expand",
     "flatten",
-    "in_full",
+    "has_values",
     "is_array",
     "is_floating",
     "isfinite",
-    "known",
+    "like",
     "maximum",
     "minimum",
     "normal",
+    "off_diagonal",
+    "one_per_row",
     "ones_like",
-    "repeated",
     "sigmoid",
     "sign",
-    "slope",
     "split",
     "square",
+    "time_derivative",
     "time_dtype",
     "to_float",
     "uniform",
     "where",
-    "wide",
     "zeros_like",
 ]
 
@@ -82,12 +82,12 @@ def cast(array: Tensor, dtype: torch.dtype) -> Tensor:
     return array.to(dtype)
 
 
-def in_full(array: Tensor) -> Tensor:
+def at_least_float32(array: Tensor) -> Tensor:
     """Return a tensor in at least float32."""
     return array if array.dtype.itemsize >= 4 else array.float()
 
 
-def wide(array: Tensor) -> Tensor:
+def as_float64(array: Tensor) -> Tensor:
     """Return a tensor in float64."""
     return array.double()
 
@@ -102,7 +102,7 @@ def device(array: Tensor) -> torch.device:
     return array.device
 
 
-def expand(value: Any, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def like(value: Any, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return a number or tensor in the shape of another, in its own dtype or the one given; a
     number in the other's.
     """
@@ -111,7 +111,7 @@ def expand(value: Any, like: Tensor, dtype: torch.dtype | None = None) -> Tensor
     return (value if dtype is None else value.to(dtype)).expand_as(like)
 
 
-def repeated(time: Tensor, rows: int) -> Tensor:
+def one_per_row(time: Tensor, rows: int) -> Tensor:
     """Return a tensor of shape ``()`` or ``(rows,)`` in shape ``(rows,)``."""
     return time.expand(rows).contiguous()
 
@@ -126,7 +126,7 @@ def elementwise(name: str, array: Tensor) -> Tensor:
     return getattr(torch, name)(array)
 
 
-def apart(t: Tensor, s: Tensor) -> Tensor:
+def off_diagonal(t: Tensor, s: Tensor) -> Tensor:
     """Return where t is so far above s that b(t, s), rounded, has its sign."""
     return s < t
 
@@ -136,21 +136,21 @@ def detach(array: Tensor) -> Tensor:
     return array.detach()
 
 
-def known(array: Tensor) -> bool:
+def has_values(array: Tensor) -> bool:
     """Return whether a tensor has values to ask for: not if it belongs to a transform of
     torch.func.
     """
-    return torch.compiler.is_compiling() or not torch._C._functorch.is_functorch_wrapped_tensor(
-        array
-    )  # pyright: ignore
+    if torch.compiler.is_compiling():
+        return True
+    return not torch._C._functorch.is_functorch_wrapped_tensor(array)  # pyright: ignore
 
 
-def slope(function: Callable[..., Tensor], time: Tensor, *rest: Tensor) -> Tensor:
+def time_derivative(function: Callable[..., Tensor], time: Tensor, *rest: Tensor) -> Tensor:
     """Return the derivative of an elementwise function in its first argument."""
     if has_torch_function(
         (time,)
     ):  # a route may differentiate this in turn: as one function, it can
-        return handle_torch_function(slope, (time,), function, time, *rest)
+        return handle_torch_function(time_derivative, (time,), function, time, *rest)
     time = time.contiguous()
     with forward_mode_lock:
         return torch.func.jvp(lambda u: function(u, *rest), (time,), (torch.ones_like(time),))[1]

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowspace.arrays import over_rows
 from flowspace.backends import backend_of
 from flowspace.derivatives.replay import Untouched, agree, several_processes
 from flowspace.derivatives.second_run import First, Second, SecondRun
 from flowspace.errors import DerivativeError, InputError
-from flowspace.schedules import over_rows
 
 __all__ = ["FiniteDifference"]
 
@@ -66,7 +66,7 @@ class FiniteDifference(SecondRun):
         offsets, weights = self._stencil(primals)
         ahead = self._values(fn, primals, tangents, offsets)
         if (
-            xp.known(known)
+            xp.has_values(known)
             and not self._on_one_line(known, ahead, offsets)
             and not agree(known, fn(*primals), 4, 10.0)
         ):
@@ -165,7 +165,7 @@ class FiniteDifference(SecondRun):
         """
         if self.order == 1 or any(values.shape != value.shape for values in ahead):
             return False
-        if not all(map(backend_of(value).known, (value, *ahead))):
+        if not all(map(backend_of(value).has_values, (value, *ahead))):
             return True
         ratio = over_rows(offsets[1] / offsets[0], value)
         off = abs(ahead[1] - value - ratio * (ahead[0] - value)).max()
@@ -191,7 +191,7 @@ class FiniteDifference(SecondRun):
         xp = backend_of(*primals)
         if len(primals) > 1 and xp.is_array(primals[1]) and xp.is_floating(primals[1]):
             return primals[1]
-        return xp.expand(xp.as_array(0.5, primals[0]), xp.flatten(primals[0])[:, 0])
+        return xp.like(xp.as_array(0.5, primals[0]), xp.flatten(primals[0])[:, 0])
 
     def _stencil(self, primals: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
         """Return offsets, and the weights of f itself and of f at each offset.

@@ -47,7 +47,7 @@ def wrapped(tensor: Tensor) -> bool:
     """Return whether a tensor belongs to a transform of torch.func, and so has no values to ask
     for.
     """
-    return not torch_backend.known(tensor)
+    return not torch_backend.has_values(tensor)
 
 
 def on_copies(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -80,7 +80,7 @@ def agree(first: Tensor, second: Tensor, itemsize: int, slack: float = 1.0) -> b
     if first.shape != second.shape:
         return False
     xp = backend_of(first)
-    if 0 in first.shape or not (xp.known(first) and xp.known(second)):
+    if 0 in first.shape or not (xp.has_values(first) and xp.has_values(second)):
         return True
     tolerance = slack * TOLERANCES[max(2, min(itemsize, 8))]
     near = abs(first - second).max() <= tolerance * abs(first).max()

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowspace.arrays import over_rows
 from flowspace.backends import backend_of, one_backend, torch_backend
 from flowspace.derivatives import hidden_calls
 from flowspace.derivatives.replay import several_processes, wrapped
 from flowspace.errors import InputError
-from flowspace.schedules import over_rows
 
 __all__ = ["Derivative", "checked", "scatter"]
 

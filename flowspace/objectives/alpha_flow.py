@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
+from flowspace.arrays import over_rows
 from flowspace.backends import backend_of
 from flowspace.errors import InputError
 from flowspace.objectives.engine import LossOutput
 from flowspace.objectives.mean_flow import MeanFlowLoss
 from flowspace.penalties import Adaptive, SquaredError
-from flowspace.schedules import over_rows
 from flowspace.times import LogitNormalTimes, TimePairs
 
 __all__ = ["AlphaFlowLoss", "alpha_at"]

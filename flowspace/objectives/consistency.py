@@ -7,16 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from flowspace.arrays import Model, at_least_float32, draw_noise
 from flowspace.backends import backend_of
 from flowspace.errors import CriterionError, InputError
-from flowspace.objectives.engine import (
-    LossOutput,
-    Model,
-    Objective,
-    draw_noise,
-    evaluated,
-    in_full,
-)
+from flowspace.objectives.engine import LossOutput, Objective, evaluated
 from flowspace.schedules import TIME_FLOOR
 from flowspace.statistics import ConsistencyStatistic, Statistic
 from flowspace.times import PairSampler, ToDataTimes
@@ -88,5 +82,7 @@ class ConsistencyLoss(Objective):
         s = out.s if targets is None else xp.zeros_like(out.s)
         z_u, _ = self.schedule.perturb(latents, noise, u := xp.clamp(s, TIME_FLOOR))
         x = self.schedule.perturb(latents, noise, s)[0] if targets is None else targets
-        edge = in_full(evaluated(model, z_u, u, s, options.get("cond") or {})) - in_full(x)
+        edge = at_least_float32(
+            evaluated(model, z_u, u, s, options.get("cond") or {})
+        ) - at_least_float32(x)
         return out._replace(loss=out.loss + self.boundary * self.penalty(edge))  # type: ignore[misc]

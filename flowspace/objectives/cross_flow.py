@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from flowspace.arrays import Model, at_least_float32, over_rows
 from flowspace.criteria import check_criteria
 from flowspace.derivatives.replay import unseen
 from flowspace.errors import CriterionError, InputError
-from flowspace.objectives.engine import LossOutput, Model, Objective, evaluated, in_full
-from flowspace.schedules import over_rows
+from flowspace.objectives.engine import LossOutput, Objective, evaluated
 from flowspace.statistics import MatchedStatistic, Statistic
 from flowspace.times import PairSampler, PowerTimes, TimePairs
 
@@ -103,11 +103,11 @@ class CrossFlowLoss(Objective):
         ratio, estimate = c.prediction(t, t) / c.data(t, t), self.estimate
 
         def cleaned() -> Tensor:
-            f = in_full(evaluated(model, z_t, t, t, cond))
+            f = at_least_float32(evaluated(model, z_t, t, t, cond))
             return estimate(over_rows(ratio, f) * f)
 
         clean = unseen(cleaned, z_t)
-        return self.schedule.velocity(in_full(clean), in_full(z_t), t)
+        return self.schedule.velocity(at_least_float32(clean), at_least_float32(z_t), t)
 
     def velocities(
         self,

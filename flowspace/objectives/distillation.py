@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from flowspace.arrays import Model
 from flowspace.backends import backend_of
 from flowspace.errors import InputError
-from flowspace.objectives.engine import Model
 from flowspace.objectives.mean_flow import MeanFlowLoss
 from flowspace.penalties import SquaredError
 from flowspace.times import TimePairs

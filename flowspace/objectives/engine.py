@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flowspace.arrays import Model, at_least_float32, checked_times, draw_noise, over_rows
 from flowspace.backends import backend_of, one_backend, torch_backend
 from flowspace.derivatives import Derivative, SharedPrimal
 from flowspace.derivatives.replay import Draws, on_copies, unseen
@@ -34,13 +35,11 @@ from flowspace.derivatives.route import checked
 from flowspace.errors import InputError, TimeError
 from flowspace.guidance import Guidance
 from flowspace.penalties import Penalty, SquaredError
-from flowspace.schedules import LinearSchedule, Schedule, over_rows
+from flowspace.schedules import LinearSchedule, Schedule
 from flowspace.statistics import Coefficients, Statistic
 from flowspace.times import PairSampler, TimePairs
 
 __all__ = ["LossOutput", "Model", "Objective"]
-
-Model = Callable[..., Tensor]
 
 
 class LossOutput(NamedTuple):
@@ -189,7 +188,9 @@ class Objective(abc.ABC):
                 f"{tuple(z_t.shape)}, so it has no velocity of "
                 "its own to be guided by; guide at sampling: FlowMap.sample(..., guidance=...)"
             )
-        return self.coefficients.diagonal_velocity(in_full(prediction), in_full(z_t), t)
+        return self.coefficients.diagonal_velocity(
+            at_least_float32(prediction), at_least_float32(z_t), t
+        )
 
     def velocities(
         self,
@@ -271,7 +272,7 @@ class Objective(abc.ABC):
             cond, dropped = self.guidance.begin(cond, t, s, generator)
         try:
             tangent, v = self.velocities(model, z_t, conditional, t, s, cond, dropped)
-            x, v = in_full(x), in_full(v)
+            x, v = at_least_float32(x), at_least_float32(v)
             if self.gap is not None:
                 r = xp.where(s < t, t - self.gap * (t - s), t)
                 z_r = self.schedule.perturb(latents, noise, r)[0] + over_rows(t - r, v) * (
@@ -299,8 +300,10 @@ class Objective(abc.ABC):
         cond: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
         """Return f and what the residual is without a f: b D_t f - K."""
-        f, df = (in_full(tensor) for tensor in self._derive(model, z_t, tangent, t, s, cond))
-        known = self.known(x, in_full(z_t), v, t, s)
+        f, df = (
+            at_least_float32(tensor) for tensor in self._derive(model, z_t, tangent, t, s, cond)
+        )
+        known = self.known(x, at_least_float32(z_t), v, t, s)
         _check_shape(f, known)
         return f, over_rows(self.coefficients.derivative(t, s), f) * df - known
 
@@ -320,9 +323,9 @@ class Objective(abc.ABC):
         t, r, s = times
         c, xp = self.coefficients, backend_of(z_t)
         again = Draws(z_t.device).replay if xp is torch_backend else lambda function: function
-        f = in_full(evaluated(model, z_t, t, s, cond))
-        earlier = in_full(unseen(again(lambda: evaluated(model, z_r, r, s, cond)), z_t))
-        between = self.known_between(x, in_full(z_t), in_full(z_r), t, r, s)
+        f = at_least_float32(evaluated(model, z_t, t, s, cond))
+        earlier = at_least_float32(unseen(again(lambda: evaluated(model, z_r, r, s, cond)), z_t))
+        between = self.known_between(x, at_least_float32(z_t), at_least_float32(z_r), t, r, s)
         _check_shape(f, between)
         a, b, before, m = (
             over_rows(part, f)
@@ -331,7 +334,9 @@ class Objective(abc.ABC):
         apart = over_rows(s < t, f)
         target = (before * earlier + between) / xp.where(apart, b, 1.0)
         return f, xp.where(
-            apart, (m - a) * xp.detach(f) - m * target, -self.known(x, in_full(z_t), v, t, s)
+            apart,
+            (m - a) * xp.detach(f) - m * target,
+            -self.known(x, at_least_float32(z_t), v, t, s),
         )
 
     def _output(
@@ -370,7 +375,7 @@ class Objective(abc.ABC):
             return self.times(len(latents), generator=generator, **where)  # type: ignore[misc]
         if t is None or s is None:
             raise TimeError("only one of t and s came; give both, or neither to have them drawn")
-        return check_times(t, s, latents)
+        return checked_times(t, s, latents)
 
 
 _EXAMPLES = {
@@ -453,19 +458,6 @@ def check_sources(latents: Tensor, noise: Any, generator: Any) -> None:
         )
 
 
-def in_full(tensor: Tensor) -> Tensor:
-    """Return a tensor in at least float32."""
-    return backend_of(tensor).in_full(tensor)
-
-
-def draw_noise(like: Tensor, generator: Any) -> Tensor:
-    """Draw standard normal noise of the shape, dtype and device of latents."""
-    xp = backend_of(like)
-    return xp.normal(
-        like.shape, {"generator": generator, "device": xp.device(like), "dtype": like.dtype}
-    )
-
-
 def _check_shape(f: Tensor, known: Tensor) -> None:
     if f.shape != known.shape:
         raise InputError(
@@ -496,43 +488,3 @@ def check_batch(latents: Tensor, targets: Tensor) -> None:
         raise InputError(
             f"{len(latents)} latents and {len(targets)} targets came; each row needs its pair"
         )
-
-
-def check_times(t: Tensor | float, s: Tensor | float, states: Tensor) -> tuple[Tensor, Tensor]:
-    """Return given times as ``(B,)`` tensors beside the states, or raise TimeError unless 0 <= s
-    <= t, 0 < t <= 1.
-    """
-    pair: list[Tensor] = []
-    xp, rows = backend_of(states), len(states)
-    for name, time in (("t", t), ("s", s)):
-        if not (isinstance(time, float) or xp.is_array(time)):
-            raise TimeError(
-                f"{name} = {time!r} came; times are tensors of real numbers of shape () or (B,)"
-            )
-        time = xp.as_array(time, states)
-        if not xp.is_floating(time):
-            hint = xp.to_float.format(name)
-            raise TimeError(
-                f"{name} of dtype {time.dtype} came; times are real numbers in [0, 1]: write "
-                f"{hint}"
-            )
-        if time.shape not in ((), (rows,)):
-            raise TimeError(
-                f"{name} of shape {tuple(time.shape)} came; it must be () or ({rows},), one time "
-                "per row"
-            )
-        pair.append(xp.repeated(xp.cast(time, xp.time_dtype(states)), rows))
-    above, below = pair
-    for name, bad in (
-        ("t", ~((above > 0) & (above <= 1))),
-        ("s", ~((below >= 0) & (below <= above))),
-    ):
-        if xp.known(bad) and bool(bad.any()):
-            row = bad.tolist().index(True)
-            raise TimeError(
-                f"t = {float(above[row]):.6g}, s = {float(below[row]):.6g} came in row {row}; "
-                f"{name} is out of range: times obey "
-                "0 <= s <= t <= 1 with t > 0, where t = 0 is data (lambda is infinite there) and "
-                "t = 1 is noise"
-            )
-    return above, below

@@ -8,18 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
+from flowspace.arrays import Model, at_least_float32
 from flowspace.backends import backend_of, torch_backend
 from flowspace.derivatives.replay import on_copies, unseen
 from flowspace.derivatives.route import checked
 from flowspace.errors import InputError
-from flowspace.objectives.engine import (
-    LossOutput,
-    Model,
-    check_model,
-    evaluated,
-    in_full,
-    signature_of,
-)
+from flowspace.objectives.engine import LossOutput, check_model, evaluated, signature_of
 from flowspace.objectives.mean_flow import MeanFlowLoss
 from flowspace.penalties import Adaptive
 from flowspace.times import LogitNormalTimes, TimePairs
@@ -60,7 +54,7 @@ class ImprovedMeanFlowLoss(MeanFlowLoss):
         if not isinstance(model, _Trunk):
             return super().own_velocity(model, z_t, t, cond)
         velocity = unseen(lambda: evaluated(model, z_t, t, t, cond), z_t)
-        return in_full(model.heads.pop() if self.head else velocity)
+        return at_least_float32(model.heads.pop() if self.head else velocity)
 
     def to_velocity(self, output: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
         """Return the velocity that an output of the model stands for: itself."""
@@ -101,7 +95,9 @@ class ImprovedMeanFlowLoss(MeanFlowLoss):
         out = super().__call__(trunk, latents, targets, **options)
         if not self.head:
             return out
-        return out._replace(loss=out.loss + self.penalty(in_full(trunk.heads[0]) - out.velocity))  # type: ignore[misc]
+        return out._replace(
+            loss=out.loss + self.penalty(at_least_float32(trunk.heads[0]) - out.velocity)
+        )  # type: ignore[misc]
 
 
 class _Trunk:

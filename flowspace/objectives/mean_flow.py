@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
+from flowspace.arrays import over_rows
 from flowspace.objectives.engine import Objective
 from flowspace.penalties import Adaptive
-from flowspace.schedules import over_rows
 from flowspace.statistics import MeanFlowStatistic, Statistic
 from flowspace.times import LogitNormalTimes, TimePairs
 

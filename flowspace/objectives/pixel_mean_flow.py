@@ -8,13 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
+from flowspace.arrays import Model, over_rows
 from flowspace.backends import backend_of
 from flowspace.errors import InputError
 from flowspace.expressions import combine, t
-from flowspace.objectives.engine import LossOutput, Model
+from flowspace.objectives.engine import (
+    LossOutput,
+)
 from flowspace.objectives.improved_mean_flow import ImprovedMeanFlowLoss
 from flowspace.penalties import Adaptive
-from flowspace.schedules import over_rows
 from flowspace.statistics import Statistic
 from flowspace.times import LogitNormalTimes, TimePairs
 

@@ -10,22 +10,20 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from flowspace.arrays import Model, at_least_float32, over_rows
 from flowspace.backends import backend_of, torch_backend
 from flowspace.derivatives.replay import Draws, RowsMixError, agree, untouched
 from flowspace.errors import InputError, TimeError
 from flowspace.objectives.engine import (
     LossOutput,
-    Model,
     check_batch,
     check_model,
     check_sources,
     checked_cond,
     evaluated,
-    in_full,
     refuse_unfit,
 )
 from flowspace.objectives.mean_flow import MeanFlowLoss
-from flowspace.schedules import over_rows
 from flowspace.solvers import Euler
 
 __all__ = ["TrajectoryMatchingLoss"]
@@ -137,13 +135,15 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
         rows = len(noise)
         t, s = (times[index].repeat_interleave(rows) for index in (early, late))
         z_t, z_s = (path[index].flatten(0, 1) for index in (early, late))
-        f = in_full(self._predicted(model, z_t, t, s, cond, rows))
-        wanted = self.coefficients.prediction_of(in_full(z_t), in_full(z_s), t, s)
+        f = at_least_float32(self._predicted(model, z_t, t, s, cond, rows))
+        wanted = self.coefficients.prediction_of(
+            at_least_float32(z_t), at_least_float32(z_s), t, s
+        )
         a, m = (
             over_rows(part(t, s), f)
             for part in (self.coefficients.prediction, self.coefficients.scale)
         )
-        v = (in_full(z_t) - in_full(z_s)) / over_rows(t - s, z_t)
+        v = (at_least_float32(z_t) - at_least_float32(z_s)) / over_rows(t - s, z_t)
         return self._output(f, (m - a) * f.detach() - m * wanted, z_t, v, t, s)
 
     def _predicted(

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowspace.arrays import over_rows
 from flowspace.errors import InputError, RunError
 from flowspace.objectives import LossOutput, Objective
 from flowspace.penalties import HuberError, Penalty
-from flowspace.schedules import over_rows
 from flowspace.vision.weights import read_tensors
 
 __all__ = [

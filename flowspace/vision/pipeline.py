@@ -163,9 +163,8 @@ class CrossFlowPipeline(DiffusionPipeline):
         rows = count if classes is None else len(classes)
         shape = (rows, network.config["channels"], network.config["grid"], network.config["grid"])
         if latents is None:
-            latents = randn_tensor(
-                shape, generator=generator, device=network.device, dtype=network.dtype
-            )  # type: ignore[arg-type]
+            where = {"device": network.device, "dtype": network.dtype}
+            latents = randn_tensor(shape, generator=generator, **where)  # type: ignore[arg-type]
         if tuple(latents.shape) != shape:
             raise InputError(
                 f"latents of shape {tuple(latents.shape)} came; this generator takes {shape}"

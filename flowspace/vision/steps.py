@@ -85,8 +85,11 @@ class FlowStep:
             NOISE,
         )
         t, s = draws.rows(
-            lambda rows, g: self.objective.times(rows, generator=g, device=draws.device), TIMES
-        )  # type: ignore[misc]
+            lambda rows, g: self.objective.times(  # type: ignore[misc]
+                rows, generator=g, device=draws.device
+            ),
+            TIMES,
+        )
         if self.drop:
             gone = (
                 draws.rows(

@@ -95,7 +95,7 @@ def rowwise(
     first = layout is not None and layout[:3] == (0, 1, 1) and not layout.rows.traced
     first = first and tangent.device.type == "cpu"
     large = first and tangent.numel() >= LARGE_ROW * len(tangent)
-    if not large or not all(map(torch_backend.known, (tangent, primal))):
+    if not large or not all(map(torch_backend.has_values, (tangent, primal))):
         return function(tangent, restrict(primal, layout))
     found = torch.empty_like(tangent)
     for row, there in enumerate(layout.rows.chosen.tolist()):  # type: ignore[union-attr]

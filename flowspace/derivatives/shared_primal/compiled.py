@@ -307,9 +307,10 @@ class Region:
         count, size = len(setting.examples), _size(rows) if rows else None
         with setting.fake:
             given = [_example(setting.examples[m.number], m.place, size) for m in moving]
-            index = (
-                [torch.zeros(size, dtype=torch.int64, device=rows.chosen.device)] if rows else []
-            )  # type: ignore
+            index = []
+            if rows:
+                where = rows.chosen.device
+                index.append(torch.zeros(size, dtype=torch.int64, device=where))  # type: ignore
         facts: list[Program] = []
 
         def dual_graph(*flat: Any) -> list[Any]:
