@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 import torch
@@ -47,6 +47,7 @@ __all__ = [
     "ConsistencyStatistic",
     "MatchedStatistic",
     "MeanFlowStatistic",
+    "PointCoefficients",
     "Statistic",
 ]
 
@@ -65,6 +66,22 @@ NEVER = 1e-15
 
 NUMERIC = 1e-6
 """What counts as zero for callables, whose derivative is automatic, in float64."""
+
+
+class PointCoefficients(NamedTuple):
+    """What multiplies what in the residual at given times.
+
+    Attributes:
+        prediction: a, in front of f.
+        derivative: b, in front of D_t f.
+        scale: m = sign(b) max(|a|, |b|/(t - s)). Dividing the residual by it bounds what
+            multiplies f and (t - s) D_t f by one in size; x too where c = a, as for the matched
+            statistic.
+    """
+
+    prediction: Tensor
+    derivative: Tensor
+    scale: Tensor
 
 
 @dataclass(frozen=True)
@@ -112,19 +129,21 @@ class Coefficients:
         times = torch.tensor(random_points(POINTS), dtype=torch.float64)
         return bool((self.scaled_kappa(times[:, 0], times[:, 1]).abs() < NEVER).all())
 
-    def scale(self, t: Tensor, s: Tensor) -> Tensor:
-        """Return the signed scale m = sign(b) max(|a|, |b|/(t - s)) of the residual, of shape
-        ``(B,)``.
+    def at(self, t: Tensor, s: Tensor) -> PointCoefficients:
+        """Return a, b and m at (t, s), of shape ``(B,)`` each; a and b are evaluated once.
 
         On the diagonal, and where b = 0, m = a. Where that is zero too nothing is to be learned:
-        R/m = 0 by its limit, and m is infinite. Dividing by m bounds what multiplies f and (t - s)
-        D_t f by one in size; x too where c = a, as for the matched statistic.
+        R/m = 0 by its limit, and m is infinite.
         """
         xp, a, b = backend_of(t), self.prediction(t, s), self.derivative(t, s)
         off_diagonal = xp.off_diagonal(t, s) & (b != 0)
         gap = xp.where(off_diagonal, t - s, 1.0)
         m = xp.where(off_diagonal, xp.sign(b) * xp.maximum(abs(a), abs(b) / gap), a)
-        return xp.where(m == 0, math.inf, m)
+        return PointCoefficients(a, b, xp.where(m == 0, math.inf, m))
+
+    def scale(self, t: Tensor, s: Tensor) -> Tensor:
+        """Return m alone, see `at`."""
+        return self.at(t, s).scale
 
     def step(self, prediction: Tensor, z_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """Return z_s = (1 + gamma/delta) z_t - f/delta, exact for the exact f: identity (I)

@@ -1,5 +1,6 @@
 """kappa and back, the two identities, and coefficients that are exact on every edge."""
 
+import dataclasses
 import math
 import pickle
 
@@ -417,6 +418,47 @@ def test_the_scales_of_the_table(times):
     t_, s_ = times
     close(coefficients(LINEAR, MatchedStatistic()).scale(t_, s_), -1 / t_, 1e-9)
     close(coefficients(LINEAR, MeanFlowStatistic()).scale(t_, s_), torch.ones_like(t_), 1e-9)
+
+
+@settings(max_examples=20)
+@given(st.data(), schedules)
+def test_the_coefficients_at_a_point_are_those_of_the_functions(data, schedule):
+    c = coefficients(schedule, data.draw(any_statistics_for(schedule)))
+    t_, s_ = data.draw(pairs(rows=8, diagonal=True))
+    at = c.at(t_, s_)
+    close(at.prediction, c.prediction(t_, s_), 0)
+    close(at.derivative, c.derivative(t_, s_), 0)
+    close(at.scale, c.scale(t_, s_), 0)
+
+
+class Counted:
+    """A function of time that counts its evaluations."""
+
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, *times):
+        self.calls += 1
+        return self.function(*times)
+
+
+def test_at_a_point_a_and_b_are_evaluated_once_and_the_data_not_at_all():
+    c = coefficients(LINEAR, MatchedStatistic())
+    names = ("prediction", "derivative", "_data")
+    counted = {name: Counted(getattr(c, name)) for name in names}
+    at = dataclasses.replace(c, **counted).at(TIMES, ZERO)
+    assert {name: f.calls for name, f in counted.items()} == {
+        "prediction": 1,
+        "derivative": 1,
+        "_data": 0,
+    }
+    close(at.scale, -1 / TIMES)
+
+
+def test_the_coefficients_at_a_point_need_no_criterion():
+    at = coefficients(LINEAR, MeanFlowStatistic()).at(TIMES, ZERO)
+    close(at.prediction, ONE)
+    close(at.derivative, TIMES)
 
 
 # --- construction
