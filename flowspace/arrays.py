@@ -4,6 +4,8 @@ Each function asks once which library its arrays are of; whatever differs betwee
 in `flowspace.backends`.
 """
 
+import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -12,69 +14,86 @@ from torch import Tensor
 from flowspace.backends import backend_of
 from flowspace.errors import TimeError
 
-__all__ = ["Model", "at_least_float32", "checked_times", "draw_noise", "over_rows"]
+__all__ = ["Model", "at_least_float32", "checked_times", "draw_noise", "is_number", "over_rows"]
+
+SINGLE = 4
+"""Bytes of a number in float32."""
 
 Model = Callable[..., Tensor]
 """Any callable ``model(z_t, t, s, **cond)`` on ``(B, *)`` states and ``(B,)`` times."""
 
 
+def is_number(value: Any) -> bool:
+    """Return whether a setting is a real number: no text, no truth value, not NaN."""
+    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_real and not math.isnan(value)
+
+
 def over_rows(values: Tensor, like: Tensor) -> Tensor:
-    """View values of shape ``()`` or ``(B,)`` so that they broadcast over the rows of ``like``, of
-    shape ``(B, *)``.
-    """
-    return (
-        values.reshape(values.shape + (1,) * (like.ndim - values.ndim)) if values.ndim else values
-    )
+    """View values of shape ``()`` or ``(B,)`` to broadcast over rows of shape ``(B, *)``."""
+    if not values.ndim:
+        return values
+    return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
 
 
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """Return a tensor in at least float32."""
-    return backend_of(tensor).at_least_float32(tensor)
+def at_least_float32(array: Tensor) -> Tensor:
+    """Return an array in its own precision, or in float32 if that is lower."""
+    if array.dtype.itemsize >= SINGLE:
+        return array
+    return backend_of(array).at_least_float32(array)
 
 
 def draw_noise(like: Tensor, generator: Any) -> Tensor:
     """Draw standard normal noise of the shape, dtype and device of latents."""
     xp = backend_of(like)
-    return xp.normal(
-        like.shape, {"generator": generator, "device": xp.device(like), "dtype": like.dtype}
-    )
+    how = {"generator": generator, "device": xp.device(like), "dtype": like.dtype}
+    return xp.normal(like.shape, how)
 
 
 def checked_times(t: Tensor | float, s: Tensor | float, states: Tensor) -> tuple[Tensor, Tensor]:
-    """Return given times as ``(B,)`` tensors beside the states, or raise TimeError unless 0 <= s
-    <= t, 0 < t <= 1.
+    """Return given times, one for each row.
+
+    Args:
+        t: times in (0, 1], of shape ``()`` or ``(B,)``.
+        s: destinations in [0, t], likewise.
+        states: of shape ``(B, *)``, beside which they are: their library, device and precision.
+
+    Raises:
+        TimeError: if they are of another type, shape or range. This waits for the device.
     """
-    pair: list[Tensor] = []
-    xp, rows = backend_of(states), len(states)
-    for name, time in (("t", t), ("s", s)):
-        if not (isinstance(time, float) or xp.is_array(time)):
-            raise TimeError(
-                f"{name} = {time!r} came; times are tensors of real numbers of shape () or (B,)"
-            )
-        time = xp.as_array(time, states)
-        if not xp.is_floating(time):
-            hint = xp.to_float.format(name)
-            raise TimeError(
-                f"{name} of dtype {time.dtype} came; times are real numbers in [0, 1]: write "
-                f"{hint}"
-            )
-        if time.shape not in ((), (rows,)):
-            raise TimeError(
-                f"{name} of shape {tuple(time.shape)} came; it must be () or ({rows},), one time "
-                "per row"
-            )
-        pair.append(xp.one_per_row(xp.cast(time, xp.time_dtype(states)), rows))
-    above, below = pair
-    for name, bad in (
-        ("t", ~((above > 0) & (above <= 1))),
-        ("s", ~((below >= 0) & (below <= above))),
-    ):
-        if xp.has_values(bad) and bool(bad.any()):
-            row = bad.tolist().index(True)
-            raise TimeError(
-                f"t = {float(above[row]):.6g}, s = {float(below[row]):.6g} came in row {row}; "
-                f"{name} is out of range: times obey "
-                "0 <= s <= t <= 1 with t > 0, where t = 0 is data (lambda is infinite there) and "
-                "t = 1 is noise"
-            )
+    above = _one_per_row("t", t, states)
+    below = _one_per_row("s", s, states)
+    _check_range("t", (above > 0) & (above <= 1), above, below)
+    _check_range("s", (below >= 0) & (below <= above), above, below)
     return above, below
+
+
+def _one_per_row(name: str, time: Tensor | float, states: Tensor) -> Tensor:
+    xp, rows = backend_of(states), len(states)
+    if not isinstance(time, float) and not xp.is_array(time):
+        raise TimeError(
+            f"got {name} = {time!r}; times are tensors of real numbers of shape () or (B,)"
+        )
+    array: Tensor = xp.as_array(time, states)
+    if not xp.is_floating(array):
+        raise TimeError(
+            f"got {name} of dtype {array.dtype}; times are real numbers in [0, 1]: write "
+            f"{xp.to_float.format(name)}"
+        )
+    if array.shape not in ((), (rows,)):
+        raise TimeError(
+            f"got {name} of shape {tuple(array.shape)}; it must be () or ({rows},), one time per "
+            "row"
+        )
+    return xp.one_per_row(xp.cast(array, xp.time_dtype(states)), rows)
+
+
+def _check_range(name: str, holds: Tensor, t: Tensor, s: Tensor) -> None:
+    if not backend_of(holds).has_values(holds) or bool(holds.all()):
+        return
+    row = holds.tolist().index(False)
+    raise TimeError(
+        f"got t = {float(t[row]):.6g}, s = {float(s[row]):.6g} in row {row}; {name} is out of "
+        "range: times obey 0 <= s <= t <= 1 with t > 0, where t = 0 is data (lambda is infinite "
+        "there) and t = 1 is noise"
+    )

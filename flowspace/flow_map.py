@@ -1,6 +1,5 @@
 """Sampling with a flow map: one evaluation, or several by the step of its statistic."""
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,9 +13,12 @@ from flowspace.errors import InputError
 from flowspace.guidance import Guidance
 from flowspace.schedules import TIME_FLOOR, Schedule
 from flowspace.solvers import falling_grid
-from flowspace.statistics import Statistic
+from flowspace.statistics import Coefficients, Statistic
 
 __all__ = ["FlowMap"]
+
+Encode = Callable[[Tensor], Tensor]
+"""From the model's output to latents."""
 
 NOTHING_LEFT = 1e-4
 """What counts as zero for the weight of z_t in the step to s = 0; callables are 0/0 there and
@@ -40,15 +42,21 @@ class FlowMap:
     statistic: Statistic
 
     def __post_init__(self) -> None:
-        for name, kind, example in (
-            ("schedule", Schedule, "LinearSchedule()"),
-            ("statistic", Statistic, "MatchedStatistic()"),
-        ):
-            if not isinstance(value := getattr(self, name), kind):
-                raise InputError(
-                    f"{name} = {value!r} came; write for example FlowMap(model, ..., "
-                    f"{name}={example})"
-                )
+        if not isinstance(self.schedule, Schedule):
+            raise InputError(
+                f"got schedule = {self.schedule!r}; write for example FlowMap(model, "
+                "schedule=LinearSchedule(), statistic=MatchedStatistic())"
+            )
+        if not isinstance(self.statistic, Statistic):
+            raise InputError(
+                f"got statistic = {self.statistic!r}; write for example FlowMap(model, "
+                "schedule=LinearSchedule(), statistic=MatchedStatistic())"
+            )
+
+    @property
+    def coefficients(self) -> Coefficients:
+        """What multiplies what in the step of the statistic under the schedule."""
+        return self.statistic.coefficients(self.schedule)
 
     def step(
         self,
@@ -57,8 +65,9 @@ class FlowMap:
         s: Tensor | float,
         cond: Mapping[str, Any] | None = None,
     ) -> Tensor:
-        """Return z_s = (1 + gamma/delta) z_t - f(z_t, t, s)/delta, in one space; the times are
-        checked, which costs a sync.
+        """Return z_s = (1 + gamma/delta) z_t - f(z_t, t, s)/delta, in one space.
+
+        The times are checked, which waits for the device.
 
         Args:
             z_t: states of shape ``(B, *)``.
@@ -72,19 +81,14 @@ class FlowMap:
         """
         t, s = checked_times(t, s, z_t)
         prediction = self._predict(z_t, t, s, dict(cond or {}))
-        if prediction.shape != z_t.shape:
-            raise InputError(
-                f"the model returns shape {tuple(prediction.shape)} for states of "
-                f"{tuple(z_t.shape)}; several steps "
-                "across spaces need encode=, a function from images to latents"
-            )
-        return self.statistic.coefficients(self.schedule).step(prediction, z_t, t, s)
+        _check_one_space(prediction, z_t)
+        return self.coefficients.step(prediction, z_t, t, s)
 
     def velocity(self, z_t: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        """Return the velocity at z_t that the model stands for on the diagonal s = t, in one
-        space: an ODE's right-hand side.
+        """Return the velocity at z_t that the model stands for on the diagonal s = t.
 
-        Times below TIME_FLOOR, where an image says nothing of the velocity, are taken for it.
+        It is an ODE's right-hand side, in one space. Times below TIME_FLOOR, where an image says
+        nothing of the velocity, are taken for it.
 
         Args:
             z_t: states of shape ``(B, *)``.
@@ -99,29 +103,29 @@ class FlowMap:
         prediction = self._predict(z_t, t, t, cond)
         if prediction.shape != z_t.shape:
             raise InputError(
-                f"the model returns shape {tuple(prediction.shape)} for states of "
+                f"got shape {tuple(prediction.shape)} from the model for states of "
                 f"{tuple(z_t.shape)}; a velocity needs one space"
             )
-        return self.statistic.coefficients(self.schedule).diagonal_velocity(prediction, z_t, t)
+        return self.coefficients.diagonal_velocity(prediction, z_t, t)
 
     def _predict(self, z: Tensor, t: Tensor, s: Tensor, cond: dict[str, Any]) -> Tensor:
         prediction = self.model(z, t, s, **cond)
         if not backend_of(z).is_array(prediction):
             raise InputError(
-                f"the model returned {type(prediction).__name__}; wrap it so that it returns one "
+                f"got {type(prediction).__name__} from the model; wrap it so that it returns one "
                 "tensor"
             )
         return prediction
 
     @torch.no_grad()
-    def sample(
+    def sample(  # the public door: each argument has its name
         self,
         noise: Tensor,
         *,
         cond: Mapping[str, Any] | None = None,
         steps: int = 1,
         times: Sequence[float] | Tensor | None = None,
-        encode: Callable[[Tensor], Tensor] | None = None,
+        encode: Encode | None = None,
         renoise: bool | None = None,
         guidance: Guidance | None = None,
         generator: Any = None,
@@ -155,69 +159,84 @@ class FlowMap:
         """
         if guidance is not None and backend_of(noise) is not torch_backend:
             raise InputError(
-                "guidance came with JAX arrays, which it does not know; guide inside the model"
+                "got guidance with JAX arrays, which it does not know; guide inside the model"
             )
         grid = falling_grid(noise, steps, times)
-        flow = self if guidance is None else replace(self, model=guidance.apply(self.model))
-        return flow._walk(
-            noise,
-            grid,
-            dict(cond or {}),
-            encode,
-            encode is not None if renoise is None else renoise,
-            generator,
-        )
+        flow = self
+        if guidance is not None:
+            flow = replace(self, model=guidance.apply(self.model))
+        arguments = dict(cond or {})
+        if renoise is None:
+            renoise = encode is not None
+        xp, times_left = backend_of(noise), len(grid) - 2
+        draws: tuple[Any, ...] = (None,) * times_left
+        if renoise and times_left:
+            draws = xp.split(generator, len(grid))[:times_left]
+        z = noise
+        for index, draw in enumerate(draws):
+            t = xp.one_per_row(grid[index], len(z))
+            s = xp.one_per_row(grid[index + 1], len(z))
+            if renoise:
+                clean = flow._clean_latents(z, t, arguments, encode)
+                z = self.schedule.perturb(clean, draw_noise(z, draw), s)[0]
+            else:
+                z = flow._moved(z, t, s, arguments, encode)
+        return flow._sample_at_data(z, xp.one_per_row(grid[-2], len(z)), arguments, encode)
 
-    def _walk(
-        self,
-        z: Tensor,
-        grid: Tensor,
-        cond: dict[str, Any],
-        encode: Callable[[Tensor], Tensor] | None,
-        renoise: bool,
-        generator: Any,
+    def _moved(
+        self, z: Tensor, t: Tensor, s: Tensor, cond: dict[str, Any], encode: Encode | None
     ) -> Tensor:
-        xp, c = backend_of(z), self.statistic.coefficients(self.schedule)
-        draws = (
-            xp.split(generator, len(grid)) if renoise and len(grid) > 2 else (None,) * len(grid)
-        )
-        for (t, s), draw in zip(itertools.pairwise(grid), draws, strict=False):
-            last = bool(s == 0)
-            t, s = xp.one_per_row(t, len(z)), xp.one_per_row(s, len(z))
-            end = xp.zeros_like(s) if renoise else s
-            prediction = self._predict(z, t, end, cond)
-            if prediction.shape != z.shape and encode is None and not last:
-                raise InputError(
-                    f"the model returns shape {tuple(prediction.shape)} for states of "
-                    f"{tuple(z.shape)}; several steps "
-                    "across spaces need encode=, a function from images to latents"
-                )
-            if last and (encode is not None or prediction.shape != z.shape):
-                return self._clean(prediction, t)
-            if not renoise or last:
-                z = c.step(encode(prediction) if encode else prediction, z, t, s)
-                continue
-            clean = (
-                c.step(prediction, z, t, end)
-                if encode is None
-                else encode(self._clean(prediction, t))
-            )
-            z, _ = self.schedule.perturb(xp.cast(clean, z.dtype), draw_noise(z, draw), s)
-        return z
+        """Return z_s by the statistic's step, with f re-encoded where it is of another space."""
+        prediction = self._predict(z, t, s, cond)
+        if encode is not None:
+            prediction = encode(prediction)
+        _check_one_space(prediction, z)
+        return self.coefficients.step(prediction, z, t, s)
+
+    def _clean_latents(
+        self, z: Tensor, t: Tensor, cond: dict[str, Any], encode: Encode | None
+    ) -> Tensor:
+        """Return the latents at s = 0, re-encoded where f is of another space."""
+        zero = backend_of(t).zeros_like(t)
+        prediction = self._predict(z, t, zero, cond)
+        if encode is not None:
+            return backend_of(z).cast(encode(self._clean(prediction, t)), z.dtype)
+        _check_one_space(prediction, z)
+        return self.coefficients.step(prediction, z, t, zero)
+
+    def _sample_at_data(
+        self, z: Tensor, t: Tensor, cond: dict[str, Any], encode: Encode | None
+    ) -> Tensor:
+        """Return the sample of the last evaluation, in the space of the model's output."""
+        zero = backend_of(t).zeros_like(t)
+        prediction = self._predict(z, t, zero, cond)
+        if encode is not None or prediction.shape != z.shape:
+            return self._clean(prediction, t)
+        return self.coefficients.step(prediction, z, t, zero)
 
     def _clean(self, prediction: Tensor, t: Tensor) -> Tensor:
-        """Return the step to s = 0 across spaces, -f/delta(t, 0): nothing of z_t may be left in
-        it.
+        """Return the step to s = 0 across spaces, -f/delta(t, 0).
+
+        Raises:
+            InputError: if some of z_t is left in it, as far as that can be seen.
         """
-        c, xp = self.statistic.coefficients(self.schedule), backend_of(prediction)
+        c, xp = self.coefficients, backend_of(prediction)
         zero = xp.zeros_like(t)
         left = abs(c.velocity(t, zero)).max()
         if xp.has_values(left) and bool(left > NOTHING_LEFT):
             raise InputError(
-                f"the step to s = 0 keeps some of z_t for {self.statistic}, so it cannot end in "
-                "another space; use a statistic "
-                "with kappa(0) = 0, such as MatchedStatistic()"
+                f"got {self.statistic}, whose step to s = 0 keeps some of z_t, so it cannot end "
+                "in another space; use a statistic with kappa(0) = 0, such as MatchedStatistic(), "
+                "or the sampler of the objective, loss_fn.flow_map(model)"
             )
-        return xp.cast(
-            -over_rows(c.derivative(t, zero), prediction) * prediction, prediction.dtype
+        sample = -over_rows(c.derivative(t, zero), prediction) * prediction
+        return xp.cast(sample, prediction.dtype)
+
+
+def _check_one_space(prediction: Tensor, states: Tensor) -> None:
+    if prediction.shape != states.shape:
+        raise InputError(
+            f"got shape {tuple(prediction.shape)} from the model for states of "
+            f"{tuple(states.shape)}; several steps across spaces need encode=, a function from "
+            "images to latents"
         )

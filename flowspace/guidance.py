@@ -12,14 +12,14 @@ sampling a prediction becomes f(null) + scale (f(cond) - f(null)). Improved Mean
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowspace.arrays import over_rows
+from flowspace.arrays import is_number, over_rows
 from flowspace.backends.process import several_processes
 from flowspace.errors import InputError
 
@@ -35,8 +35,9 @@ class Guidance:
     Args:
         omega: the weight of the velocity itself, a number from 0 up or, for sampling, one for each
             row, of shape ``(B,)``.
-        kappa: the weight of the network's own conditional velocity, in [0, 1); sampling knows only
-            omega / (1 - kappa).
+        own_weight: the paper's kappa, the weight of the network's own conditional velocity, in
+            [0, 1); sampling knows only
+            omega / (1 - own_weight).
         interval: the times that are guided, both ends included, within [0, 1].
         null: the model's arguments when it is unconditional, such as ``{"labels": 1000}``; a
             number or tensor for each.
@@ -49,46 +50,43 @@ class Guidance:
 
     null: Mapping[str, Any]
     omega: float | Tensor = 1.0
-    kappa: float = 0.0
+    own_weight: float = 0.0
     interval: tuple[float, float] = (0.0, 1.0)
     drop: float = 0.1
 
     def __post_init__(self) -> None:
         if not isinstance(self.null, Mapping) or not self.null:
             raise InputError(
-                f"null = {self.null!r} came; it names what the model is given instead, as "
-                f"{{'labels': 1000}}"
+                f"got null = {self.null!r}; it names what the model is given instead, as "
+                "{'labels': 1000}"
             )
-        if not bool(
-            torch.as_tensor(
-                (torch.as_tensor(self.omega) >= 0) & torch.as_tensor(self.omega).isfinite()
-            ).all()
-        ):
+        if not _is_strength(self.omega):
             raise InputError(
-                f"omega = {self.omega} came; write 1 for no guidance and more for stronger "
+                f"got omega = {self.omega!r}; write 1 for no guidance and more for stronger "
                 "guidance"
             )
-        if not 0 <= self.kappa < 1:
+        if not (is_number(self.own_weight) and 0 <= self.own_weight < 1):
             raise InputError(
-                f"kappa = {self.kappa} came; the effective scale is omega / (1 - kappa), so 0 <= "
-                "kappa < 1"
+                f"got own_weight = {self.own_weight!r}; the effective scale is omega / (1 - "
+                "own_weight), so write 0 <= own_weight < 1"
             )
-        if not 0 <= self.interval[0] < self.interval[1] <= 1:
+        _check_interval(self.interval)
+        if not (is_number(self.drop) and 0 <= self.drop <= 1):
             raise InputError(
-                f"interval = {self.interval} came; write times with 0 <= low < high <= 1, as "
-                "(0.1, 0.7)"
-            )
-        if not 0 <= self.drop <= 1:
-            raise InputError(
-                f"drop = {self.drop} came; it is the share of rows without their condition, in "
+                f"got drop = {self.drop!r}; it is the share of rows without their condition, in "
                 "[0, 1]"
             )
 
-    def begin(
+    def drop_condition(
         self, cond: Cond, t: Tensor, s: Tensor, generator: torch.Generator | None
     ) -> tuple[Cond, Tensor]:
-        """Return the condition that a training step uses throughout, and the mask ``(B,)`` of rows
-        that lost theirs.
+        """Return the condition of a training step, and the mask ``(B,)`` of rows that lost theirs.
+
+        Args:
+            cond: the model's arguments as the caller gave them.
+            t: times ``(B,)``.
+            s: destinations ``(B,)``.
+            generator: the source of the mask.
         """
         dropped = torch.rand(t.shape, generator=generator, device=t.device) < self.drop
         return self._without(cond, dropped), dropped
@@ -102,20 +100,21 @@ class Guidance:
             v: the velocity that would be learned without guidance, ``(B, *)``.
             own: from a condition to the network's velocity at (z_t, t), without gradient.
             t: times ``(B,)``.
-            cond: from `begin`.
-            dropped: from `begin`; these rows are not guided.
+            cond: from `drop_condition`.
+            dropped: from `drop_condition`; these rows are not guided.
         """
         weights = self._weights(t, cond)
         if weights is None:
             return v
-        omega, kappa = (
-            over_rows(torch.where(dropped, idle, w), v)
-            for w, idle in zip(weights, (1.0, 0.0), strict=True)
-        )
-        mixed = omega * v + (1 - omega - kappa) * own(self._without(self.seen(t, cond)))
-        return mixed + kappa * own(self.seen(t, cond)) if self._mixes else mixed
+        omega = over_rows(torch.where(dropped, 1.0, weights[0]), v)
+        kappa = over_rows(torch.where(dropped, 0.0, weights[1]), v)
+        condition = self.own_condition(t, cond)
+        mixed = omega * v + (1 - omega - kappa) * own(self._without(condition))
+        if self._mixes:
+            mixed = mixed + kappa * own(condition)
+        return mixed
 
-    def seen(self, t: Tensor, cond: Cond) -> Cond:
+    def own_condition(self, t: Tensor, cond: Cond) -> Cond:
         """Return the condition under which the network's own velocity is taken."""
         return cond
 
@@ -128,11 +127,13 @@ class Guidance:
         """
 
         def guided(z: Tensor, t: Tensor, *rest: Tensor, **cond: Any) -> Tensor:
-            inside = (self.interval[0] <= t) & (t <= self.interval[1])
+            inside = self._inside(t)
             with_condition = predict(z, t, *rest, **cond)
             if not several_processes() and not bool(inside.any()):
                 return with_condition
-            scale = torch.as_tensor(self.omega, device=t.device, dtype=t.dtype) / (1 - self.kappa)
+            scale = torch.as_tensor(self.omega, device=t.device, dtype=t.dtype) / (
+                1 - self.own_weight
+            )
             without = predict(z, t, *rest, **self._without(cond))
             scale = over_rows(torch.where(inside, scale, 1.0), without).to(without.dtype)
             return without + scale * (with_condition - without)
@@ -141,35 +142,37 @@ class Guidance:
 
     @property
     def _mixes(self) -> bool:
-        return self.kappa > 0
+        return self.own_weight > 0
+
+    def _inside(self, t: Tensor) -> Tensor:
+        """Return the mask ``(B,)`` of times within the interval."""
+        return (self.interval[0] <= t) & (t <= self.interval[1])
 
     def _weights(self, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor] | None:
         """Return omega and kappa of each row, or None where nothing is guided."""
-        if not isinstance(self.omega, Tensor) and self.omega == 1 and self.kappa == 0:
+        if not isinstance(self.omega, Tensor) and self.omega == 1 and self.own_weight == 0:
             return None
-        inside = (self.interval[0] <= t) & (t <= self.interval[1])
+        inside = self._inside(t)
         omega = torch.as_tensor(self.omega, device=t.device, dtype=t.dtype)
-        return torch.where(inside, omega, 1.0), torch.where(
-            inside, self.kappa, torch.zeros_like(t)
-        )
+        kappa = torch.where(inside, self.own_weight, torch.zeros_like(t))
+        return torch.where(inside, omega, 1.0), kappa
 
     def _without(self, cond: Cond, rows: Tensor | None = None) -> Cond:
         """Return the condition with the null values in the masked rows, None: in all."""
         missing = self.null.keys() - cond.keys()
         if missing:
             raise InputError(
-                f"guidance has a null value for {', '.join(sorted(missing))}, but cond has "
+                f"got a null value for {', '.join(sorted(missing))}, but cond has "
                 f"{', '.join(sorted(cond)) or 'nothing'}; give cond the same names"
             )
-        return cond | {
-            name: self._nulled(cond[name], value, rows) for name, value in self.null.items()
-        }
+        replaced = {name: self._nulled(cond[name], null, rows) for name, null in self.null.items()}
+        return cond | replaced
 
     @staticmethod
     def _nulled(given: Any, null: Any, rows: Tensor | None) -> Any:
         if not isinstance(given, Tensor):
             raise InputError(
-                f"cond holds {type(given).__name__} where guidance drops rows; give a tensor of "
+                f"got {type(given).__name__} in cond where guidance drops rows; give a tensor of "
                 "shape (B, *)"
             )
         replacement = torch.as_tensor(null, dtype=given.dtype, device=given.device)
@@ -180,13 +183,14 @@ class Guidance:
 
 @dataclass(frozen=True, kw_only=True)
 class RandomGuidance(Guidance):
-    """Guidance whose strength and interval are drawn for each row and told to the model (improved
-    and pixel MeanFlow).
+    """Guidance whose strength and interval are drawn for each row, as conditions of the model.
+
+    This is improved and pixel MeanFlow's.
 
     The model is given ``omega``, ``t_min`` and ``t_max``, each ``(B,)``, beside its other
     arguments, so that one network can be sampled at any strength, at one evaluation a step: see
-    `told`. The weight has a density proportional to omega^-power on [1, largest]; t_min is uniform
-    on [0, 0.5], t_max on [0.5, 1]; rows on the diagonal see the whole interval.
+    `sampling_condition`. The weight has a density proportional to omega^-power on [1, largest];
+    t_min is uniform on [0, 0.5], t_max on [0.5, 1]; rows on the diagonal see the whole interval.
 
     Args:
         largest: the largest omega that is drawn, above 1; 8 in the reference.
@@ -199,31 +203,36 @@ class RandomGuidance(Guidance):
     largest: float = 8.0
     power: float = 1.0
     omega: float | Tensor = field(default=1.0, init=False)
-    kappa: float = field(default=0.0, init=False)
+    own_weight: float = field(default=0.0, init=False)
     interval: tuple[float, float] = field(default=(0.0, 1.0), init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 < self.largest < math.inf:
+        if not (is_number(self.largest) and 1 < self.largest < math.inf):
             raise InputError(
-                f"largest = {self.largest} came; omega is drawn between 1 and it, so write more "
+                f"got largest = {self.largest!r}; omega is drawn between 1 and it, so write more "
                 "than 1"
             )
+        if not (is_number(self.power) and 0 <= self.power < math.inf):
+            raise InputError(
+                f"got power = {self.power!r}; omega has a density of omega^-power, so write 0 or "
+                "more, 1 for log-uniform"
+            )
 
-    def begin(
+    def drop_condition(
         self, cond: Cond, t: Tensor, s: Tensor, generator: torch.Generator | None
     ) -> tuple[Cond, Tensor]:
         """Return the condition with omega, t_min, t_max, and the mask of rows that lost theirs."""
-        cond, dropped = super().begin(cond, t, s, generator)
-        unit, low, high = torch.rand(
-            3, len(t), generator=generator, device=t.device, dtype=t.dtype
-        ).unbind()
+        cond, dropped = super().drop_condition(cond, t, s, generator)
+        numbers = torch.rand(3, len(t), generator=generator, device=t.device, dtype=t.dtype)
+        unit, low, high = numbers.unbind()
         diagonal = s == t
-        return cond | {
+        drawn = {
             "omega": self.strength(unit),
             "t_min": torch.where(diagonal, 0.0, 0.5 * low),
             "t_max": torch.where(diagonal, 1.0, 0.5 + 0.5 * high),
-        }, dropped
+        }
+        return cond | drawn, dropped
 
     def strength(self, unit: Tensor) -> Tensor:
         """Return the quantile of omega, in [1, largest], at numbers in [0, 1]."""
@@ -233,43 +242,45 @@ class RandomGuidance(Guidance):
         bent = 1 - self.power
         return (torch.log1p(unit * math.expm1(bent * span)) / bent).exp().clamp(1, self.largest)
 
-    def seen(self, t: Tensor, cond: Cond) -> Cond:
+    def own_condition(self, t: Tensor, cond: Cond) -> Cond:
         """Return the condition with omega = 1 outside each row's interval."""
         inside = (cond["t_min"] <= t) & (t <= cond["t_max"])
         whole = {"t_min": torch.zeros_like(t), "t_max": torch.ones_like(t)}
         return cond | {"omega": torch.where(inside, cond["omega"], 1.0)} | whole
 
-    def told(
+    def sampling_condition(
         self, like: Tensor, omega: float | Tensor, interval: tuple[float, float] = (0.0, 1.0)
     ) -> dict[str, Tensor]:
-        """Return what to add to cond when sampling: omega, t_min and t_max, each ``(B,)``, beside
-        the noise.
+        """Return what to add to cond when sampling: omega, t_min and t_max, each ``(B,)``.
+
+        Args:
+            like: the noise, ``(B, *)``: how many rows, and where.
+            omega: the strength, a number or one for each row, ``(B,)``, in [1, largest].
+            interval: the times that are guided, within [0, 1].
 
         Raises:
             InputError: if omega is outside [1, largest], where the model was not trained, or the
                 interval is none.
         """
-        strengths = (
-            torch.as_tensor(omega, device=like.device, dtype=torch.float32)
-            .expand(len(like))
-            .contiguous()
-        )
+        omega_ = torch.as_tensor(omega, device=like.device, dtype=torch.float32)
+        strengths = omega_.expand(len(like)).contiguous()
         if not bool(((strengths >= 1) & (strengths <= self.largest)).all()):
             raise InputError(
-                f"omega = {omega} came; the model was trained between 1 and {self.largest}"
+                f"got omega = {omega}; the model was trained between 1 and {self.largest}"
             )
-        if not 0 <= interval[0] < interval[1] <= 1:
-            raise InputError(
-                f"interval = {interval} came; write times with 0 <= low < high <= 1, as (0.1, 0.7)"
-            )
-        low, high = (torch.full_like(strengths, end) for end in interval)
-        return {"omega": strengths, "t_min": low, "t_max": high}
+        _check_interval(interval)
+        low, high = interval
+        return {
+            "omega": strengths,
+            "t_min": torch.full_like(strengths, low),
+            "t_max": torch.full_like(strengths, high),
+        }
 
     def apply(self, predict: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Refuse: the model takes its guidance as a condition."""
         raise InputError(
-            "a model trained with RandomGuidance takes its strength as a condition; add "
-            "told(noise, omega) to cond"
+            "got RandomGuidance to sample with, whose model takes its strength as a condition; "
+            "add sampling_condition(noise, omega) to cond"
         )
 
     @property
@@ -277,12 +288,28 @@ class RandomGuidance(Guidance):
         return True
 
     def _weights(self, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
-        return torch.ones_like(t), 1 - 1 / self.seen(t, cond)["omega"].to(t.dtype)
+        return torch.ones_like(t), 1 - 1 / self.own_condition(t, cond)["omega"].to(t.dtype)
 
     def _without(self, cond: Cond, rows: Tensor | None = None) -> Cond:
         free = super()._without(cond, rows)
-        return (
-            free | {"omega": torch.ones_like(cond["omega"])}
-            if rows is None and "omega" in cond
-            else free
+        if rows is not None or "omega" not in cond:
+            return free
+        return free | {"omega": torch.ones_like(cond["omega"])}
+
+
+def _is_strength(omega: Any) -> bool:
+    """Return whether omega is a number, or a tensor of numbers, from 0 up and finite."""
+    if isinstance(omega, Tensor):
+        return bool(((omega >= 0) & omega.isfinite()).all())
+    return is_number(omega) and 0 <= omega < math.inf
+
+
+def _check_interval(interval: Any) -> None:
+    """Raise InputError unless an interval of times lies in [0, 1]."""
+    is_pair = isinstance(interval, Sequence) and len(interval) == 2
+    if not is_pair or not is_number(interval[0]) or not is_number(interval[1]):
+        raise InputError(f"got interval = {interval!r}; write two times, as (0.1, 0.7)")
+    if not 0 <= interval[0] < interval[1] <= 1:
+        raise InputError(
+            f"got interval = {interval}; write times with 0 <= low < high <= 1, as (0.1, 0.7)"
         )

@@ -6,10 +6,13 @@ Each is frozen and reduces over all axes but the first: to the mean, or to the s
 """
 
 import abc
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from flowspace.arrays import is_number
 from flowspace.backends import backend_of
 from flowspace.errors import InputError
 
@@ -63,9 +66,9 @@ class HuberError(Penalty):
     summed: bool = False
 
     def __post_init__(self) -> None:
-        if not self.threshold > 0:
+        if not (is_number(self.threshold) and self.threshold > 0):
             raise InputError(
-                f"threshold = {self.threshold} came; write a positive number, or AbsoluteError()"
+                f"got threshold = {self.threshold}; write a positive number, or AbsoluteError()"
             )
 
     def __call__(self, difference: Tensor) -> Tensor:
@@ -88,18 +91,19 @@ class Adaptive(Penalty):
         InputError: unless c is positive and p at least 0.
     """
 
-    penalty: Penalty = field(default_factory=lambda: SquaredError(summed=True))
+    penalty: Callable[[Tensor], Tensor] = SquaredError(summed=True)
     p: float = 1.0
     c: float = 0.01
 
     def __post_init__(self) -> None:
-        if not isinstance(self.penalty, Penalty):
+        if not callable(self.penalty) or isinstance(self.penalty, type):
             raise InputError(
-                f"penalty = {self.penalty!r} came; write for example "
+                f"got penalty = {self.penalty!r}; write for example "
                 "Adaptive(SquaredError(summed=True))"
             )
-        if not (self.c > 0 and self.p >= 0):
-            raise InputError(f"p = {self.p}, c = {self.c} came; write p >= 0 and c > 0")
+        are_numbers = is_number(self.p) and is_number(self.c)
+        if not (are_numbers and 0 < self.c < math.inf and 0 <= self.p < math.inf):
+            raise InputError(f"got p = {self.p}, c = {self.c}; write p >= 0 and c > 0")
 
     def __call__(self, difference: Tensor) -> Tensor:
         """Return the penalty of each row: ``(B, *)`` becomes ``(B,)``."""

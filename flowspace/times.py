@@ -1,5 +1,4 @@
-"""How times are drawn: a `TimeSampler` draws t for each row, a `TimePairs` draws (t, s) with s <=
-t.
+"""How times are drawn: a `TimeSampler` draws t for each row, a `PairSampler` draws (t, s).
 
 Samplers are frozen and hold no state; the randomness comes from the generator that is passed in:
 one of torch draws tensors, a key of JAX draws arrays. Every t is at least `TIME_FLOOR`, since
@@ -8,20 +7,23 @@ lambda is infinite at t = 0.
 
 import abc
 import math
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from flowspace.arrays import is_number
 from flowspace.backends import backend_of
 from flowspace.errors import TimeError
 from flowspace.schedules import TIME_FLOOR
 
 __all__ = [
+    "KarrasTimes",
     "LogitNormalTimes",
     "PairSampler",
     "PowerTimes",
+    "RandomSource",
     "ShiftedTimes",
     "TimePairs",
     "TimeSampler",
@@ -29,17 +31,41 @@ __all__ = [
     "UniformTimes",
 ]
 
-How: TypeAlias = dict[str, Any]
-"""The generator or key, device and dtype of a draw, as torch's random functions take them."""
-
 REFERENCE_DIM = 4096
 """The latent size at which a shift is 1: 4 x 32 x 32, where the shift of Esser et al. (arXiv
 2403.03206) was set.
 """
 
 
+class RandomSource(NamedTuple):
+    """Where random numbers come from: tensors from a generator of torch, arrays from a JAX key.
+
+    Attributes:
+        generator: a torch.Generator, None for torch's own, or a key of JAX.
+        device: where tensors are drawn.
+        dtype: of what is drawn.
+    """
+
+    generator: Any
+    device: torch.device | str | None
+    dtype: Any
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Draw uniformly from [0, 1)."""
+        return backend_of(self.generator).uniform(shape, self._asdict())
+
+    def normal(self, *shape: int) -> Tensor:
+        """Draw standard normal numbers."""
+        return backend_of(self.generator).normal(shape, self._asdict())
+
+    def split(self, count: int) -> "list[RandomSource]":
+        """Return that many sources of independent numbers, to be used in their order."""
+        generators = backend_of(self.generator).split(self.generator, count)
+        return [self._replace(generator=generator) for generator in generators]
+
+
 class TimeSampler(abc.ABC):
-    """Draws one time per row, in [TIME_FLOOR, 1]."""
+    """Draws one time per row, in [TIME_FLOOR, 1]; a subclass says how in `draw`."""
 
     def __call__(
         self,
@@ -50,10 +76,11 @@ class TimeSampler(abc.ABC):
         dtype: Any = torch.float32,
     ) -> Tensor:
         """Return times of shape ``(rows,)``."""
-        return self._draw(rows, {"generator": generator, "device": device, "dtype": dtype})
+        return self.draw(rows, RandomSource(generator, device, dtype))
 
     @abc.abstractmethod
-    def _draw(self, rows: int, how: How) -> Tensor: ...
+    def draw(self, rows: int, source: RandomSource) -> Tensor:
+        """Return times of shape ``(rows,)``, drawn from a source."""
 
 
 @dataclass(frozen=True)
@@ -68,16 +95,16 @@ class UniformTimes(TimeSampler):
     high: float = 1.0
 
     def __post_init__(self) -> None:
-        if not TIME_FLOOR <= self.low < self.high <= 1:
+        are_numbers = is_number(self.low) and is_number(self.high)
+        if not (are_numbers and TIME_FLOOR <= self.low < self.high <= 1):
             raise TimeError(
-                f"low = {self.low}, high = {self.high} came; write {TIME_FLOOR} <= low < high <= 1"
+                f"got low = {self.low}, high = {self.high}; write {TIME_FLOOR} <= low < high <= 1"
             )
 
-    def _draw(self, rows: int, how: How) -> Tensor:
-        xp = backend_of(how["generator"])
-        return xp.clamp(
-            self.low + (self.high - self.low) * xp.uniform((rows,), how), self.low, self.high
-        )
+    def draw(self, rows: int, source: RandomSource) -> Tensor:
+        """Return times of shape ``(rows,)``."""
+        t = self.low + (self.high - self.low) * source.uniform(rows)
+        return backend_of(t).clamp(t, self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -94,17 +121,16 @@ class PowerTimes(TimeSampler):
     power: float = 2.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.power < math.inf:
+        if not (is_number(self.power) and 0 < self.power < math.inf):
             raise TimeError(
-                f"power = {self.power} came; write a positive number, above 1 for more times near "
+                f"got power = {self.power}; write a positive number, above 1 for more times near "
                 "the data"
             )
 
-    def _draw(self, rows: int, how: How) -> Tensor:
-        xp = backend_of(how["generator"])
-        return xp.clamp(
-            TIME_FLOOR + (1 - TIME_FLOOR) * xp.uniform((rows,), how) ** self.power, TIME_FLOOR, 1.0
-        )
+    def draw(self, rows: int, source: RandomSource) -> Tensor:
+        """Return times of shape ``(rows,)``."""
+        t = TIME_FLOOR + (1 - TIME_FLOOR) * source.uniform(rows) ** self.power
+        return backend_of(t).clamp(t, TIME_FLOOR, 1.0)
 
 
 @dataclass(frozen=True)
@@ -122,15 +148,18 @@ class LogitNormalTimes(TimeSampler):
     spread: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (0 < self.spread < math.inf and math.isfinite(self.mean)):
+        are_numbers = is_number(self.mean) and is_number(self.spread)
+        if not (are_numbers and 0 < self.spread < math.inf and math.isfinite(self.mean)):
             raise TimeError(
-                f"mean = {self.mean}, spread = {self.spread} came; write finite numbers, spread "
+                f"got mean = {self.mean}, spread = {self.spread}; write finite numbers, spread "
                 "above 0"
             )
 
-    def _draw(self, rows: int, how: How) -> Tensor:
-        xp = backend_of(how["generator"])
-        return xp.clamp(xp.sigmoid(self.mean + self.spread * xp.normal((rows,), how)), TIME_FLOOR)
+    def draw(self, rows: int, source: RandomSource) -> Tensor:
+        """Return times of shape ``(rows,)``."""
+        logit = self.mean + self.spread * source.normal(rows)
+        xp = backend_of(logit)
+        return xp.clamp(xp.sigmoid(logit), TIME_FLOOR)
 
 
 @dataclass(frozen=True)
@@ -148,27 +177,73 @@ class ShiftedTimes(TimeSampler):
     """
 
     dim: int
-    times: TimeSampler = field(default_factory=UniformTimes)
+    times: TimeSampler = UniformTimes()
 
     def __post_init__(self) -> None:
-        if not self.dim >= 1:
+        if not isinstance(self.times, TimeSampler):
             raise TimeError(
-                f"dim = {self.dim} came; it is the number of elements of a latent, such as 32 * "
+                f"got times = {self.times!r}; write for example ShiftedTimes(dim, UniformTimes())"
+            )
+        if not (is_number(self.dim) and 1 <= self.dim < math.inf):
+            raise TimeError(
+                f"got dim = {self.dim}; it is the number of elements of a latent, such as 32 * "
                 "16 * 16"
             )
 
     @property
     def shift(self) -> float:
-        """K, above 1 where times move towards the noise."""
+        """The factor k, above 1 where times move towards the noise."""
         return math.sqrt(self.dim / REFERENCE_DIM)
 
-    def _draw(self, rows: int, how: How) -> Tensor:
-        t = self.times(rows, **how)
-        return backend_of(t).clamp(self.shift * t / (1 + (self.shift - 1) * t), TIME_FLOOR, 1.0)
+    def draw(self, rows: int, source: RandomSource) -> Tensor:
+        """Return times of shape ``(rows,)``."""
+        t = self.times.draw(rows, source)
+        shifted = self.shift * t / (1 + (self.shift - 1) * t)
+        return backend_of(t).clamp(shifted, TIME_FLOOR, 1.0)
+
+
+@dataclass(frozen=True)
+class KarrasTimes(TimeSampler):
+    """Noise levels uniform on the grid of Karras et al. (arXiv 2206.00364, eq. 5).
+
+    With u uniform on [0, 1] the level is (lowest^(1/r) + u (highest^(1/r) - lowest^(1/r)))^r, and
+    t = level/(1 + level), at which the linear schedule has it; raised to TIME_FLOOR.
+
+    Args:
+        lowest: the lowest level, positive.
+        highest: the highest level, above the lowest.
+        rho: r, positive.
+
+    Raises:
+        TimeError: if a number is out of its range.
+    """
+
+    lowest: float = 0.002
+    highest: float = 80.0
+    rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        are_numbers = is_number(self.lowest) and is_number(self.highest)
+        if not (are_numbers and 0 < self.lowest < self.highest < math.inf):
+            raise TimeError(
+                f"got lowest = {self.lowest}, highest = {self.highest}; write 0 < lowest < highest"
+            )
+        if not (is_number(self.rho) and 0 < self.rho < math.inf):
+            raise TimeError(f"got rho = {self.rho}; write a positive number, such as 7")
+
+    def draw(self, rows: int, source: RandomSource) -> Tensor:
+        """Return times of shape ``(rows,)``."""
+        low, high = self.lowest ** (1 / self.rho), self.highest ** (1 / self.rho)
+        level = (low + (high - low) * source.uniform(rows)) ** self.rho
+        t = level / (1 + level)
+        return backend_of(t).clamp(t, TIME_FLOOR)
 
 
 class PairSampler(abc.ABC):
-    """Draws (t, s) for each row, with TIME_FLOOR <= t <= 1 and 0 <= s <= t."""
+    """Draws (t, s) for each row, with TIME_FLOOR <= t <= 1 and 0 <= s <= t.
+
+    A subclass says how in `draw`.
+    """
 
     def __call__(
         self,
@@ -179,10 +254,11 @@ class PairSampler(abc.ABC):
         dtype: Any = torch.float32,
     ) -> tuple[Tensor, Tensor]:
         """Return t and s, each of shape ``(rows,)``."""
-        return self._draw(rows, {"generator": generator, "device": device, "dtype": dtype})
+        return self.draw(rows, RandomSource(generator, device, dtype))
 
     @abc.abstractmethod
-    def _draw(self, rows: int, how: How) -> tuple[Tensor, Tensor]: ...
+    def draw(self, rows: int, source: RandomSource) -> tuple[Tensor, Tensor]:
+        """Return t and s, each of shape ``(rows,)``, drawn from a source."""
 
 
 @dataclass(frozen=True)
@@ -201,27 +277,28 @@ class TimePairs(PairSampler):
         TimeError: if the share is outside [0, 1].
     """
 
-    times: TimeSampler = field(default_factory=UniformTimes)
+    times: TimeSampler = UniformTimes()
     equal: float = 0.5
     mask_first: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.times, TimeSampler):
             raise TimeError(
-                f"times = {self.times!r} came; write for example TimePairs(UniformTimes(), "
+                f"got times = {self.times!r}; write for example TimePairs(UniformTimes(), "
                 "equal=0.5)"
             )
-        if not 0 <= self.equal <= 1:
+        if not (is_number(self.equal) and 0 <= self.equal <= 1):
             raise TimeError(
-                f"equal = {self.equal} came; it is the share of rows with s = t, between 0 and 1"
+                f"got equal = {self.equal}; it is the share of rows with s = t, between 0 and 1"
             )
 
-    def _draw(self, rows: int, how: How) -> tuple[Tensor, Tensor]:
-        xp = backend_of(how["generator"])
-        hows: list[How] = [how | {"generator": draw} for draw in xp.split(how["generator"], 4)]
-        first, second = (self.times(rows, **how) for how in hows[:2])
-        rank = xp.uniform((rows,), hows[2]).argsort().argsort()
-        diagonal = rank + xp.uniform((), hows[3]) < self.equal * rows
+    def draw(self, rows: int, source: RandomSource) -> tuple[Tensor, Tensor]:
+        """Return t and s, each of shape ``(rows,)``."""
+        for_first, for_second, for_rank, for_rounding = source.split(4)
+        first, second = self.times.draw(rows, for_first), self.times.draw(rows, for_second)
+        rank = for_rank.uniform(rows).argsort().argsort()
+        diagonal = rank + for_rounding.uniform() < self.equal * rows
+        xp = backend_of(first)
         if self.mask_first:
             second = xp.where(diagonal, first, second)
         t, s = xp.maximum(first, second), xp.minimum(first, second)
@@ -232,8 +309,15 @@ class TimePairs(PairSampler):
 class ToDataTimes(PairSampler):
     """t as drawn and s = 0 in every row: the pairs of consistency models."""
 
-    times: TimeSampler = field(default_factory=UniformTimes)
+    times: TimeSampler = UniformTimes()
 
-    def _draw(self, rows: int, how: How) -> tuple[Tensor, Tensor]:
-        t = self.times(rows, **how)
+    def __post_init__(self) -> None:
+        if not isinstance(self.times, TimeSampler):
+            raise TimeError(
+                f"got times = {self.times!r}; write for example ToDataTimes(UniformTimes())"
+            )
+
+    def draw(self, rows: int, source: RandomSource) -> tuple[Tensor, Tensor]:
+        """Return t and s = 0, each of shape ``(rows,)``."""
+        t = self.times.draw(rows, source)
         return t, backend_of(t).zeros_like(t)

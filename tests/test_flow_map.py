@@ -264,5 +264,5 @@ def test_a_step_takes_times_as_numbers_and_checks_them():
 
 
 def test_a_model_that_returns_a_tuple_is_refused():
-    with pytest.raises(InputError, match="returned tuple"):
+    with pytest.raises(InputError, match="got tuple from the model"):
         FlowMap(lambda z, t, s: (z, z), LINEAR, MatchedStatistic()).sample(normal(0, 2, 3))

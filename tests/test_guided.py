@@ -72,7 +72,7 @@ def test_the_velocity_is_mean_flows_mixture_inside_the_interval_and_untouched_el
 ):
     net, guide = (
         Labelled(),
-        Guidance(null=NULL, omega=1.7, kappa=0.4, interval=(0.3, 0.8), drop=0.3),
+        Guidance(null=NULL, omega=1.7, own_weight=0.4, interval=(0.3, 0.8), drop=0.3),
     )
     out, z, noise = call(MeanFlowLoss(guidance=guide), net, times, seed)
     t = times[0]
@@ -89,7 +89,7 @@ def test_the_velocity_is_mean_flows_mixture_inside_the_interval_and_untouched_el
 
 
 def test_one_mask_of_dropped_rows_serves_every_evaluation_of_a_step():
-    net, guide = Labelled(), Guidance(null=NULL, omega=2.0, kappa=0.3, drop=0.5)
+    net, guide = Labelled(), Guidance(null=NULL, omega=2.0, own_weight=0.3, drop=0.5)
     t = torch.linspace(0.3, 1, 40, dtype=torch.float64)
     call(MeanFlowLoss(guidance=guide), net, (t, t / 2), 0, rows=40)
     masks = [seen["labels"] == 3 for seen in net.seen]
@@ -160,7 +160,7 @@ def test_at_sampling_the_scale_may_differ_by_row_and_is_one_outside_the_interval
         torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64),
         torch.tensor([0.5, 0.5, 0.9, 0.5], dtype=torch.float64),
     )
-    guided = Guidance(null=NULL, omega=omega, kappa=0.5, interval=(0.2, 0.8)).apply(net)
+    guided = Guidance(null=NULL, omega=omega, own_weight=0.5, interval=(0.2, 0.8)).apply(net)
     labels = torch.tensor([0, 1, 2, 0])
     with_, without = net(noise, t, t, labels=labels), net(noise, t, t, labels=torch.full((4,), 3))
     scale = torch.tensor([2.0, 4.0, 1.0, 8.0], dtype=torch.float64)
@@ -197,12 +197,15 @@ def test_a_flow_map_and_a_velocity_flow_take_guidance():
     [
         (lambda: Guidance(null={}), "labels"),
         (lambda: Guidance(null=NULL, omega=-1.0), "omega"),
-        (lambda: Guidance(null=NULL, kappa=1.0), "kappa"),
+        (lambda: Guidance(null=NULL, own_weight=1.0), "own_weight"),
         (lambda: Guidance(null=NULL, interval=(0.7, 0.2)), "interval"),
         (lambda: Guidance(null=NULL, drop=1.5), "drop"),
         (lambda: RandomGuidance(null=NULL, largest=1.0), "largest"),
-        (lambda: RandomGuidance(null=NULL).told(torch.zeros(2, 3), 9.0), "between 1 and 8"),
-        (lambda: RandomGuidance(null=NULL).apply(Labelled()), "told"),
+        (
+            lambda: RandomGuidance(null=NULL).sampling_condition(torch.zeros(2, 3), 9.0),
+            "between 1 and 8",
+        ),
+        (lambda: RandomGuidance(null=NULL).apply(Labelled()), "sampling_condition"),
         (lambda: MeanFlowLoss(guidance=2.0), "Guidance"),
         (
             lambda: MeanFlowLoss(guidance=Guidance(null=NULL))(
@@ -230,7 +233,7 @@ def test_misuse_is_one_clear_error(make, says):
 
 
 def test_told_gives_the_strength_and_the_interval_of_every_row():
-    told = RandomGuidance(null=NULL).told(torch.zeros(3, 2), 4.0, (0.1, 0.7))
+    told = RandomGuidance(null=NULL).sampling_condition(torch.zeros(3, 2), 4.0, (0.1, 0.7))
     assert told["omega"].tolist() == [4.0] * 3
     close(told["t_min"], torch.full((3,), 0.1), 1e-6)
     close(told["t_max"], torch.full((3,), 0.7), 1e-6)

@@ -680,13 +680,16 @@ def test_a_key_is_needed_where_something_is_drawn_and_only_there():
     weights, latents, _, key = setting()
     t, s, noise = jnp.full(ROWS, 0.5), jnp.zeros(ROWS), jnp.ones_like(latents)
     for options in ({}, {"noise": noise}, {"t": t, "s": s}):
-        refused(InputError, r"None came.*generator=jax\.random\.key\(0\)", **options)
+        refused(InputError, r"got generator = None.*generator=jax\.random\.key\(0\)", **options)
         refused(
-            InputError, r"None came.*generator=jax\.random\.key\(0\)", ConsistencyLoss(), **options
+            InputError,
+            r"got generator = None.*generator=jax\.random\.key\(0\)",
+            ConsistencyLoss(),
+            **options,
         )
     CrossFlowLoss()(mlp(jnp, weights), latents, noise=noise, t=t, s=s)
     refused(InputError, r"shape \(3,\).*one key", generator=jax.random.split(key, 3))
-    refused(InputError, "7 came", generator=7)
+    refused(InputError, "got generator = 7", generator=7)
 
 
 def test_times_and_noise_come_from_independent_keys():
@@ -741,7 +744,7 @@ def test_given_times_have_their_shape_and_type_checked_also_while_traced():
 
 def test_arrays_of_both_libraries_do_not_mix():
     _, latents, _, key = setting()
-    match = "tensors of torch and arrays of JAX came together"
+    match = "got tensors of torch and arrays of JAX together"
     refused(InputError, match, noise=torch.zeros(ROWS, SIZE), generator=key)
     refused(InputError, match, generator=torch.Generator())
     refused(InputError, match, t=torch.ones(ROWS), s=jnp.zeros(ROWS), generator=key)
@@ -755,7 +758,7 @@ def test_arrays_of_both_libraries_do_not_mix():
 
 def test_what_does_not_fit_is_refused_with_the_words_of_torch():
     weights, latents, _, key = setting()
-    refused(InputError, r"returned shape \(16, 3\)", model=lambda z, t, s: z[:, :3], generator=key)
+    refused(InputError, r"got shape \(16, 3\)", model=lambda z, t, s: z[:, :3], generator=key)
     refused(InputError, "returned shape", model=lambda z, t, s: z.sum(), generator=key)
     refused(InputError, "returned tuple", model=lambda z, t, s: (z, z), generator=key)
     refused(InputError, "noise of shape", noise=jnp.ones((2, 2)), generator=key)

@@ -49,7 +49,7 @@ def model(z, t, s):
 )
 def test_an_argument_of_the_wrong_kind_is_named_with_what_to_write(options):
     with pytest.raises(
-        InputError, match=f"{next(iter(options))} = .* came; .*write|it is a function"
+        InputError, match=f"got {next(iter(options))} = .*; .*write|it is a function"
     ):
         CrossFlowLoss(**options)
 
@@ -92,12 +92,12 @@ def test_cond_is_a_dict():
 
 
 def test_a_velocity_of_another_shape_is_refused():
-    with pytest.raises(InputError, match="velocity returned shape"):
+    with pytest.raises(InputError, match="from velocity for states"):
         CrossFlowLoss(velocity=lambda z, t: z[:, :1])(model, Z)
 
 
 def test_times_that_are_text_are_refused():
-    with pytest.raises(TimeError, match=r"t = '0\.5' came"):
+    with pytest.raises(TimeError, match=r"got t = '0\.5'"):
         CrossFlowLoss()(model, Z, t="0.5", s=torch.tensor(0.1))
 
 

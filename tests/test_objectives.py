@@ -759,15 +759,15 @@ def tensor(*values):
 
 
 BAD_TIMES = {
-    "t above one": ((tensor(0.5, 1.25), tensor(0.1, 0.1)), r"t = 1\.25, s = 0\.1 came in row 1"),
-    "t of zero": ((tensor(0.0, 0.5), tensor(0.0, 0.1)), r"t = 0, s = 0 came in row 0"),
+    "t above one": ((tensor(0.5, 1.25), tensor(0.1, 0.1)), r"got t = 1\.25, s = 0\.1 in row 1"),
+    "t of zero": ((tensor(0.0, 0.5), tensor(0.0, 0.1)), r"got t = 0, s = 0 in row 0"),
     "t below zero": ((tensor(-0.5, 0.5), tensor(0.0, 0.1)), r"t = -0\.5"),
     "t no number": ((tensor(0.5, math.nan), tensor(0.1, 0.1)), "t = nan"),
     "s no number": ((tensor(0.5, 0.5), tensor(0.1, math.nan)), "s = nan"),
     "s below zero": ((tensor(0.5, 0.5), tensor(0.1, -0.125)), r"s = -0\.125"),
     "s above t": (
         (tensor(0.5, 0.5), tensor(0.1, 0.75)),
-        r"t = 0\.5, s = 0\.75 came in row 1; s is out of range",
+        r"got t = 0\.5, s = 0\.75 in row 1; s is out of range",
     ),
     "whole t": ((torch.tensor([1, 1]), tensor(0.1, 0.1)), "t of dtype torch.int64"),
     "whole s": ((tensor(0.5, 0.5), torch.tensor([0, 0])), "s of dtype torch.int64"),
@@ -809,11 +809,11 @@ def test_the_ends_of_the_triangle_are_legal_times():
 @pytest.mark.parametrize(
     ("latents", "targets", "named"),
     [
-        (torch.zeros(2, 3, dtype=torch.int64), None, "latents: torch.int64"),
-        (torch.tensor(1.0), None, r"latents: torch.float32 of shape \(\)"),
-        ([1.0, 2.0], None, "latents: list"),
+        (torch.zeros(2, 3, dtype=torch.int64), None, "got latents of torch.int64"),
+        (torch.tensor(1.0), None, r"got latents of torch.float32 and shape \(\)"),
+        ([1.0, 2.0], None, "got latents of type list"),
         (torch.zeros(2, 3), torch.zeros(3, 3), "2 latents and 3 targets"),
-        (torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.uint8), "targets: torch.uint8"),
+        (torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.uint8), "got targets of torch.uint8"),
     ],
 )
 def test_batches_that_do_not_fit_are_refused(loss_fn, latents, targets, named):
@@ -847,7 +847,7 @@ def test_noise_and_predictions_of_another_shape_are_refused(loss_fn):
 )
 def test_an_option_of_another_kind_is_refused_with_what_to_write(loss_fn, options):
     (name,) = options
-    with pytest.raises(InputError, match=f"{name} = .* came; .*write"):
+    with pytest.raises(InputError, match=f"got {name} = .*; .*write"):
         type(loss_fn)(**options)
 
 

@@ -72,9 +72,9 @@ def is_floating(array: Any) -> bool:
 
 def as_array(value: Any, like: Any = None) -> Any:
     """Return a number or array as an array; a number in the dtype of another."""
-    return jnp.asarray(
-        value, like.dtype if isinstance(value, float) and like is not None else None
-    )
+    if isinstance(value, float) and like is not None:
+        return jnp.asarray(value, like.dtype)
+    return jnp.asarray(value)
 
 
 def cast(array: Any, dtype: Any) -> Any:
@@ -84,7 +84,9 @@ def cast(array: Any, dtype: Any) -> Any:
 
 def at_least_float32(array: Any) -> Any:
     """Return an array in at least float32."""
-    return array if array.dtype.itemsize >= 4 else array.astype(jnp.float32)
+    if array.dtype.itemsize >= 4:
+        return array
+    return array.astype(jnp.float32)
 
 
 def as_float64(array: Any) -> Any:
@@ -107,14 +109,18 @@ def like(value: Any, like: Any, dtype: Any = None) -> Any:
     """
     if not isinstance(value, jax.Array):
         return jnp.full_like(like, float(value))
-    return jnp.broadcast_to(value if dtype is None else value.astype(dtype), like.shape)
+    if dtype is not None:
+        value = value.astype(dtype)
+    return jnp.broadcast_to(value, like.shape)
 
 
 def one_per_row(time: Any, rows: int) -> Any:
     """Return an array of shape ``()`` or ``(rows,)``, or a tensor of one known time, in shape
     ``(rows,)``.
     """
-    return jnp.broadcast_to(time.numpy() if isinstance(time, torch.Tensor) else time, (rows,))
+    if isinstance(time, torch.Tensor):
+        time = time.numpy()
+    return jnp.broadcast_to(time, (rows,))
 
 
 def flatten(array: Any) -> Any:
@@ -129,12 +135,16 @@ def clamp(array: Any, low: float | None = None, high: float | None = None) -> An
 
 def elementwise(name: str, array: Any) -> Any:
     """Apply a function of math, by its name, to each element."""
-    return jax.scipy.special.erf(array) if name == "erf" else getattr(jnp, name)(array)
+    if name == "erf":
+        return jax.scipy.special.erf(array)
+    return getattr(jnp, name)(array)
 
 
 def off_diagonal(t: Any, s: Any) -> Any:
     """Return where t is so far above s that b(t, s), rounded, has its sign."""
-    return s < t if jnp.result_type(float) == "float64" else t - s > RESOLUTION
+    if jnp.result_type(float) == "float64":
+        return s < t
+    return t - s > RESOLUTION
 
 
 def has_values(array: Any) -> bool:
@@ -188,23 +198,27 @@ def split(generator: Any, count: int) -> tuple[Any, ...]:
     Raises:
         InputError: unless one key came.
     """
-    is_key = isinstance(generator, jax.Array) and (
-        generator.ndim == 0
-        if jnp.issubdtype(generator.dtype, jax.dtypes.prng_key)
-        else generator.dtype == jnp.uint32
-    )
-    if not is_key:
-        came = (
-            f"{generator.dtype} of shape {generator.shape}"
-            if isinstance(generator, jax.Array)
-            else repr(generator)
-        )
+    if not _is_key(generator):
         raise InputError(
-            f"generator = {came} came, but times or noise are to be drawn and JAX draws from one "
-            "key, given each time; write "
-            "generator=jax.random.key(0), split anew for every step"
+            f"got generator = {_described(generator)}, but times or noise are to be drawn and JAX "
+            "draws from one key, given each time; write generator=jax.random.key(0), split anew "
+            "for every step"
         )
     return tuple(jax.random.split(generator, count))
+
+
+def _is_key(value: Any) -> bool:
+    if not isinstance(value, jax.Array):
+        return False
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return value.ndim == 0
+    return value.dtype == jnp.uint32
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, jax.Array):
+        return f"{value.dtype} of shape {value.shape}"
+    return repr(value)
 
 
 def uniform(shape: tuple[int, ...], how: dict[str, Any]) -> Any:
@@ -219,16 +233,17 @@ def normal(shape: tuple[int, ...], how: dict[str, Any]) -> Any:
 
 def _dtype(how: dict[str, Any]) -> Any:
     dtype = how["dtype"]
-    return jnp.dtype(
-        str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
-    )
+    if isinstance(dtype, torch.dtype):
+        dtype = str(dtype).removeprefix("torch.")
+    return jnp.dtype(dtype)
 
 
 def on_tensors(function: Callable[..., Any], tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Evaluate a function that is written in JAX on tensors, in float64, also while JAX traces
     something else.
     """
-    precise = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64  # type: ignore[attr-defined]
-    with jax.ensure_compile_time_eval(), precise(True):
+    # JAX before 0.8 has it among its experiments.
+    home: Any = jax if hasattr(jax, "enable_x64") else jax.experimental  # type: ignore
+    with jax.ensure_compile_time_eval(), home.enable_x64(True):
         value = function(*(jnp.asarray(tensor.detach().cpu().numpy()) for tensor in tensors))
         return torch.as_tensor(np.array(value), device=tensors[0].device)

@@ -72,9 +72,9 @@ def is_floating(array: Tensor) -> bool:
 
 def as_array(value: Any, like: Any = None) -> Tensor:
     """Return a number or tensor as a tensor, on the device of another."""
-    if like is None:
-        return value if isinstance(value, Tensor) else torch.as_tensor(value)
-    return torch.as_tensor(value, device=like.device)
+    if like is not None:
+        return torch.as_tensor(value, device=like.device)
+    return torch.as_tensor(value)
 
 
 def cast(array: Tensor, dtype: torch.dtype) -> Tensor:
@@ -84,7 +84,9 @@ def cast(array: Tensor, dtype: torch.dtype) -> Tensor:
 
 def at_least_float32(array: Tensor) -> Tensor:
     """Return a tensor in at least float32."""
-    return array if array.dtype.itemsize >= 4 else array.float()
+    if array.dtype.itemsize >= 4:
+        return array
+    return array.float()
 
 
 def as_float64(array: Tensor) -> Tensor:
@@ -108,7 +110,9 @@ def like(value: Any, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """
     if not isinstance(value, Tensor):
         return torch.full_like(like, float(value))
-    return (value if dtype is None else value.to(dtype)).expand_as(like)
+    if dtype is not None:
+        value = value.to(dtype)
+    return value.expand_as(like)
 
 
 def one_per_row(time: Tensor, rows: int) -> Tensor:
@@ -118,7 +122,9 @@ def one_per_row(time: Tensor, rows: int) -> Tensor:
 
 def flatten(array: Tensor) -> Tensor:
     """Return a tensor of shape ``(B, *)`` in shape ``(B, n)``."""
-    return array.flatten(1) if array.ndim > 1 else array.unsqueeze(1)
+    if array.ndim > 1:
+        return array.flatten(1)
+    return array.unsqueeze(1)
 
 
 def elementwise(name: str, array: Tensor) -> Tensor:
@@ -147,9 +153,8 @@ def has_values(array: Tensor) -> bool:
 
 def time_derivative(function: Callable[..., Tensor], time: Tensor, *rest: Tensor) -> Tensor:
     """Return the derivative of an elementwise function in its first argument."""
-    if has_torch_function(
-        (time,)
-    ):  # a route may differentiate this in turn: as one function, it can
+    if has_torch_function((time,)):
+        # A route may differentiate this in turn: as one function, it can.
         return handle_torch_function(time_derivative, (time,), function, time, *rest)
     time = time.contiguous()
     with forward_mode_lock:

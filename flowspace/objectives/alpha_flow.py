@@ -1,5 +1,6 @@
-"""alpha-Flow: MeanFlow's target in its two-point form, from flow matching to MeanFlow (Zhang et
-al., arXiv 2510.20771).
+"""alpha-Flow: MeanFlow's target in its two-point form (Zhang et al., arXiv 2510.20771).
+
+It leads from flow matching to MeanFlow.
 """
 
 import math
@@ -8,12 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from flowspace.arrays import over_rows
+from flowspace.arrays import is_number, over_rows
 from flowspace.backends import backend_of
 from flowspace.errors import InputError
-from flowspace.objectives.engine import LossOutput
+from flowspace.objectives.engine import LossOutput, PathPoint
+from flowspace.objectives.inputs import Batch, require, warn_once
 from flowspace.objectives.mean_flow import MeanFlowLoss
 from flowspace.penalties import Adaptive, SquaredError
+from flowspace.statistics import PointCoefficients
 from flowspace.times import LogitNormalTimes, TimePairs
 
 __all__ = ["AlphaFlowLoss", "alpha_at"]
@@ -21,11 +24,13 @@ __all__ = ["AlphaFlowLoss", "alpha_at"]
 SNAP = 0.005
 """An alpha this near 0 or 1 is taken for it; the reference's."""
 
+LARGEST_EXPONENT = 700
+"""exp of more overflows in float64."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AlphaFlowLoss(MeanFlowLoss):
-    """y* = g v + (1 - g) sg u(z_r, r, s) with r = t - g (t - s), where ``gap`` = g is the paper's
-    alpha.
+    """y* = g v + (1 - g) sg u(z_r, r, s) with r = t - g (t - s); ``gap`` = g is the paper's alpha.
 
     1 is flow matching of pairs, None or g -> 0 is MeanFlow. Rows off the diagonal are weighted by
     g, as in the reference. Over training replace it: ``dataclasses.replace(loss_fn,
@@ -33,14 +38,18 @@ class AlphaFlowLoss(MeanFlowLoss):
 
     Args:
         bound: the largest size of a target's element; the reference clamps at 4.
+
+    Warns:
+        UserWarning: once, when called without ``gap``, which is MeanFlow.
     """
 
     bound: float = math.inf
 
     @classmethod
     def published(cls, **changes: Any) -> "AlphaFlowLoss":
-        """Return it with the reference's numbers: half on s = t, mean square / sg(it + 0.001),
-        targets within 4.
+        """Return it with the reference's numbers; give ``gap``, or replace it over training.
+
+        Half of the rows on s = t, mean square / sg(it + 0.001), targets within 4.
         """
         settings = {
             "times": TimePairs(LogitNormalTimes(-0.4, 1.0)),
@@ -49,46 +58,66 @@ class AlphaFlowLoss(MeanFlowLoss):
         }
         return cls(**(settings | changes))
 
-    def check_statistic(self) -> None:
+    def check_settings(self) -> None:
         """Refuse a bound that is not positive."""
-        if not self.bound > 0:
-            raise InputError(
-                f"bound = {self.bound} came; it bounds the size of targets, so write 4.0 or "
-                "another above 0"
+        require(
+            is_number(self.bound) and self.bound > 0,
+            "bound",
+            self.bound,
+            "it bounds the size of targets, so write 4.0 or another above 0",
+        )
+
+    def check_call(self, batch: Batch) -> None:
+        """Say that without ``gap`` this is MeanFlow."""
+        super().check_call(batch)
+        if self.gap is None:
+            warn_once(
+                "AlphaFlowLoss without gap trains MeanFlow, as at the end of its schedule; before "
+                "that write dataclasses.replace(loss_fn, gap=alpha_at(step / steps) or None)"
             )
 
     def _output(
-        self, f: Tensor, rest: Tensor, z_t: Tensor, v: Tensor, t: Tensor, s: Tensor
+        self, f: Tensor, rest: Tensor, at: PathPoint, weights: PointCoefficients
     ) -> LossOutput:
         xp = backend_of(f)
         if self.bound < math.inf:
-            c = self.coefficients
-            a, m = (over_rows(part(t, s), f) for part in (c.prediction, c.scale))
+            a, m = over_rows(weights.prediction, f), over_rows(weights.scale, f)
             fixed = xp.detach(f)
             target = xp.clamp(fixed - (a * fixed + rest) / m, -self.bound, self.bound)
             rest = m * (fixed - target) - a * fixed
-        out = super()._output(f, rest, z_t, v, t, s)
+        out = super()._output(f, rest, at, weights)
         if self.gap is None:
             return out
-        return out._replace(loss=xp.where(s < t, self.gap, xp.ones_like(out.loss)) * out.loss)
+        share = xp.where(at.s < at.t, self.gap, xp.ones_like(out.loss))
+        return out._replace(loss=share * out.loss)
 
 
 def alpha_at(
     progress: float, start: float = 0.0, end: float = 1.0, steepness: float = 25.0
 ) -> float:
-    """Return the reference's alpha: a sigmoid that falls from 1 to 0 over [start, end] of
-    training, snapped at the ends.
+    """Return the reference's alpha: a sigmoid that falls from 1 to 0, snapped at the ends.
 
     Args:
         progress: the share of training that is done, in [0, 1].
         start: where the fall begins.
         end: where it is over, above start.
-        steepness: of the sigmoid.
+        steepness: of the sigmoid, positive.
+
+    Raises:
+        InputError: if start is not below end, or a number is not finite or in its range.
     """
-    if not start < end:
+    if not math.isfinite(progress):
+        raise InputError(f"got progress = {progress}; it is a share of training, in [0, 1]")
+    if not (start < end and math.isfinite(end - start)):
         raise InputError(
-            f"start = {start}, end = {end} came; alpha falls between them, so write start < end"
+            f"got start = {start}, end = {end}; alpha falls between them, so write start < end"
         )
+    if not 0 < steepness < math.inf:
+        raise InputError(f"got steepness = {steepness}; write a positive number, such as 25")
     inside = (progress - start) / (end - start)
-    alpha = 1 / (1 + math.exp(min(steepness * (inside - 0.5), 700)))
-    return 1.0 if alpha > 1 - SNAP else 0.0 if alpha < SNAP else alpha
+    alpha = 1 / (1 + math.exp(min(steepness * (inside - 0.5), LARGEST_EXPONENT)))
+    if alpha > 1 - SNAP:
+        return 1.0
+    if alpha < SNAP:
+        return 0.0
+    return alpha

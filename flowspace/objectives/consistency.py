@@ -1,19 +1,20 @@
-"""Consistency: kappa = 0, tied to the data by a boundary loss (Song et al., arXiv 2303.01469;
-continuous time).
-"""
+"""Consistency in continuous time: kappa = 0, and a boundary loss (Song et al., 2303.01469)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from flowspace.arrays import Model, at_least_float32, draw_noise
+from flowspace.arrays import Model, at_least_float32, draw_noise, is_number
 from flowspace.backends import backend_of
-from flowspace.errors import CriterionError, InputError
-from flowspace.objectives.engine import LossOutput, Objective, evaluated
+from flowspace.errors import CriterionError
+from flowspace.objectives.engine import LossOutput, Objective, PathPoint
+from flowspace.objectives.inputs import Batch, evaluated, require
+from flowspace.penalties import SquaredError
 from flowspace.schedules import TIME_FLOOR
 from flowspace.statistics import ConsistencyStatistic, Statistic
-from flowspace.times import PairSampler, ToDataTimes
+from flowspace.times import KarrasTimes, ToDataTimes
 
 __all__ = ["ConsistencyLoss"]
 
@@ -33,56 +34,65 @@ class ConsistencyLoss(Objective):
         boundary: what the boundary loss is multiplied by; not negative.
     """
 
+    statistic: Statistic = ConsistencyStatistic()
+    times: Callable[..., tuple[Tensor, Tensor]] = ToDataTimes()
     boundary: float = 1.0
 
-    def default_statistic(self) -> Statistic:
-        """Return gamma = 1, delta = -1."""
-        return ConsistencyStatistic()
+    @classmethod
+    def published(cls, **changes: Any) -> "ConsistencyLoss":
+        """Return it with the numbers of consistency training (arXiv 2303.01469, section 5).
 
-    def default_times(self) -> PairSampler:
-        """Return t uniform and s = 0."""
-        return ToDataTimes()
+        Noise levels uniform on the grid of Karras et al. (rho = 7, from 0.002 to 80), s = 0, and
+        summed squares. Its growing number of steps is ``gap``, which here may be None.
+        """
+        settings = {"times": ToDataTimes(KarrasTimes()), "penalty": SquaredError(summed=True)}
+        return cls(**(settings | changes))
 
-    def check_statistic(self) -> None:
-        """Refuse a statistic whose kappa is not zero, and a negative boundary weight."""
-        if not self.boundary >= 0:
-            raise InputError(
-                f"boundary = {self.boundary} came; it weighs a loss, so write 0 or more"
-            )
+    def check_settings(self) -> None:
+        """Refuse a negative boundary weight, and the literal form, which has no gradient."""
+        require(
+            is_number(self.boundary) and 0 <= self.boundary < float("inf"),
+            "boundary",
+            self.boundary,
+            "it weighs a loss, so write 0 or more",
+        )
         if self.literal:
             raise CriterionError(
-                "a = 0 for kappa = 0, so the literal form has no gradient; write literal=False"
+                "got literal=True, but a = 0 for kappa = 0, so the literal form has no gradient; "
+                "write literal=False"
             )
-        c = self.statistic.coefficients(self.schedule)  # type: ignore[union-attr]
-        if c.failure or not c.data_vanishes:
+
+    def check_statistic(self) -> None:
+        """Refuse a statistic whose kappa is not zero."""
+        if self.coefficients.failure or not self.coefficients.data_vanishes:
             raise CriterionError(
-                f"kappa is not 0 for {self.statistic}; use CrossFlowLoss(statistic=...) for it"
+                f"got {self.statistic}, whose kappa is not 0; use CrossFlowLoss(statistic=...) "
+                "for it"
             )
 
-    def known(self, x: Tensor, z_t: Tensor, v: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    def known_part(self, at: PathPoint) -> Tensor:
         """Return zero: with kappa = 0 nothing of the data is left."""
-        return backend_of(x).zeros_like(x)
+        return backend_of(at.data).zeros_like(at.data)
 
-    def known_between(
-        self, x: Tensor, z_t: Tensor, z_r: Tensor, t: Tensor, r: Tensor, s: Tensor
-    ) -> Tensor:
-        """Return zero."""
-        return backend_of(x).zeros_like(x)
+    def known_part_between(self, at: PathPoint, earlier: PathPoint) -> Tensor:
+        """Return zero: with kappa = 0 nothing of the data is left."""
+        return backend_of(at.data).zeros_like(at.data)
 
-    def __call__(
-        self, model: Model, latents: Tensor, targets: Tensor | None = None, **options: Any
-    ) -> LossOutput:
-        """Return the loss of each row, boundary included; see `Objective.__call__`."""
-        out = super().__call__(model, latents, targets, **options)
+    def completed(self, out: LossOutput, model: Model, batch: Batch) -> LossOutput:
+        """Return the output with the boundary loss added to each row."""
         if not self.boundary:
             return out
-        xp, noise = backend_of(latents), options.get("noise")
+        xp, noise = backend_of(batch.latents), batch.noise
         if noise is None:
-            noise = draw_noise(latents, xp.split(options.get("generator"), 3)[2])
-        s = out.s if targets is None else xp.zeros_like(out.s)
-        z_u, _ = self.schedule.perturb(latents, noise, u := xp.clamp(s, TIME_FLOOR))
-        x = self.schedule.perturb(latents, noise, s)[0] if targets is None else targets
-        edge = at_least_float32(
-            evaluated(model, z_u, u, s, options.get("cond") or {})
-        ) - at_least_float32(x)
-        return out._replace(loss=out.loss + self.boundary * self.penalty(edge))  # type: ignore[misc]
+            noise = draw_noise(batch.latents, xp.split(batch.generator, 3)[2])
+        s = out.s
+        edge = batch.targets
+        if edge is None:
+            edge = self.schedule.perturb(batch.latents, noise, s)[0]
+        else:
+            s = xp.zeros_like(s)
+        u = xp.clamp(s, TIME_FLOOR)
+        z_u = self.schedule.perturb(batch.latents, noise, u)[0]
+        f = at_least_float32(evaluated(model, z_u, u, s, batch.cond))
+        boundary = self._penalised(f - at_least_float32(edge))
+        return out._replace(loss=out.loss + self.boundary * boundary)

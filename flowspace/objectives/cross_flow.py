@@ -11,19 +11,21 @@ from flowspace.arrays import Model, at_least_float32, over_rows
 from flowspace.criteria import check_criteria
 from flowspace.derivatives.replay import unseen
 from flowspace.errors import CriterionError, InputError
-from flowspace.objectives.engine import LossOutput, Objective, evaluated
+from flowspace.objectives.engine import Objective, PathPoint
+from flowspace.objectives.inputs import Batch, evaluated, require
 from flowspace.statistics import MatchedStatistic, Statistic
-from flowspace.times import PairSampler, PowerTimes, TimePairs
+from flowspace.times import PowerTimes, ShiftedTimes, TimePairs
 
 __all__ = ["CrossFlowLoss"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CrossFlowLoss(Objective):
-    """R = a f + b D_t f - c x, with z replaced by its paired image x: f may live in another space
-    than z_t.
+    """R = a f + b D_t f - c x, with z replaced by its paired image x.
 
-    For the linear schedule and the matched statistic y* = (s/t) x + (1 - s/t) sg(f - t D_t f).
+    f may live in another space than z_t. For the linear schedule and the matched statistic
+    y* = (s/t) x + (1 - s/t) sg(f - t D_t f). By default times are squared uniform draws, half of
+    the rows on s = t: what is sampled, s = 0, is tied to the data at small times.
 
     Args:
         estimate: None differentiates f along the conditional velocity; a function from the model's
@@ -39,102 +41,103 @@ class CrossFlowLoss(Objective):
         UserWarning: if the statistic is not anchored.
     """
 
+    statistic: Statistic = MatchedStatistic()
+    times: Callable[..., tuple[Tensor, Tensor]] = TimePairs(PowerTimes(2.0), mask_first=True)
     estimate: Callable[[Tensor], Tensor] | None = None
 
-    def default_statistic(self) -> Statistic:
-        """Return the universal default."""
-        return MatchedStatistic()
+    @classmethod
+    def published(cls, dim: int, **changes: Any) -> "CrossFlowLoss":
+        """Return it with the paper's choices: the literal form and shifted uniform times.
 
-    def default_times(self) -> PairSampler:
-        """Return squared uniform draws, half of the rows on s = t: what is sampled, s = 0, is tied
-        to the data at small times.
+        Half of the rows lie on s = t with one draw each; elsewhere two draws are sorted (appendix
+        B.3).
+
+        Args:
+            dim: the number of elements of a latent, such as 32 * 16 * 16: times are shifted by
+                sqrt(dim / 4096).
+            changes: any field of the objective.
         """
-        return TimePairs(PowerTimes(2.0), mask_first=True)
+        settings = {"literal": True, "times": TimePairs(ShiftedTimes(dim), mask_first=True)}
+        return cls(**(settings | changes))
+
+    def check_settings(self) -> None:
+        """Refuse an estimate that is no function, and gap = 1."""
+        require(
+            self.estimate is None or callable(self.estimate),
+            "estimate",
+            self.estimate,
+            "it is a function from the model's output to latents, in one space lambda x: x",
+        )
+        if self.gap == 1:
+            raise InputError("got gap = 1; at r = s = 0 lambda is infinite, so write less than 1")
 
     def check_statistic(self) -> None:
-        """Refuse a statistic that fails a criterion or has no data term; warn of one that is not
-        anchored.
+        """Refuse a statistic that fails a criterion or has no data term.
+
+        Warns:
+            UserWarning: of a statistic that is not anchored.
         """
-        if self.gap == 1:
-            raise InputError("gap = 1 came; at r = s = 0 lambda is infinite, so write less than 1")
-        report = check_criteria(self.schedule, self.statistic)  # type: ignore[arg-type]
+        report = check_criteria(self.schedule, self.statistic)
         if report.criterion1 and report.coefficients.data_vanishes:
             raise CriterionError(
-                "kappa = 0, so the data term vanishes and nothing ties f to the data; use "
-                "ConsistencyLoss(), which adds "
-                f"the boundary loss that this family needs.\n{report}"
+                "got kappa = 0, so the data term vanishes and nothing ties f to the data; use "
+                "ConsistencyLoss(), which adds the boundary loss that this family needs."
+                f"\n{report}"
             )
         report.raise_if_failed()
         if not report.anchored:
             warnings.warn(
                 "the statistic is not anchored, so no row is a reconstruction loss and training "
-                "may diverge; compare "
-                f"MatchedStatistic().\n{report}",
+                f"may diverge; compare MatchedStatistic().\n{report}",
                 stacklevel=4,
             )
 
-    def known(self, x: Tensor, z_t: Tensor, v: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """Return c x: identity (II); guided, in one space, the same by identity (I),
-        (gamma/delta)' z_t + (1 + gamma/delta) v.
+    def check_call(self, batch: Batch) -> None:
+        """Refuse guidance in training with targets of another space."""
+        if self.guidance is not None and batch.targets is not None:
+            raise InputError(
+                "got guidance with targets of another space, where the guided velocity says "
+                "nothing of them; leave targets out, or guide at sampling: "
+                "FlowMap.sample(..., guidance=...)"
+            )
+
+    def known_part(self, at: PathPoint) -> Tensor:
+        """Return K = c x: identity (II).
+
+        Guided, in one space, K = (gamma/delta)' z_t + (1 + gamma/delta) v: identity (I).
         """
         c = self.coefficients
         if self.guidance is None:
-            return over_rows(c.data(t, s), x) * x
-        return over_rows(c.state(t, s), z_t) * z_t + over_rows(c.velocity(t, s), v) * v
+            return at.weighted(c.data, at.data)
+        return at.weighted(c.state, at.z) + at.weighted(c.velocity, at.velocity)
 
-    def known_between(
-        self, x: Tensor, z_t: Tensor, z_r: Tensor, t: Tensor, r: Tensor, s: Tensor
-    ) -> Tensor:
-        """Return kappa (lambda_t - lambda_r) x: identity (II), integrated; guided, in one space,
-        by identity (I).
+    def known_part_between(self, at: PathPoint, earlier: PathPoint) -> Tensor:
+        """Return kappa (lambda_t - lambda_r) x: identity (II), integrated.
+
+        Guided, in one space, by identity (I).
         """
         c, ratio = self.coefficients, self.schedule.signal_to_noise
         if self.guidance is None:
-            return over_rows(c.scaled_kappa(t, s) * (ratio(t) - ratio(r)), x) * x
-        return over_rows(c.velocity(t, s), z_t) * z_t - over_rows(c.velocity(r, s), z_r) * z_r
+            weight = c.scaled_kappa(at.t, at.s) * (ratio(at.t) - ratio(earlier.t))
+            return over_rows(weight, at.data) * at.data
+        return at.weighted(c.velocity, at.z) - earlier.weighted(c.velocity, earlier.z)
 
-    def own_velocity(self, model: Model, z_t: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
-        """Return the velocity of the latents that the model's clean prediction on the diagonal
-        stands for.
-        """
+    def own_velocity(self, model: Model, at: PathPoint) -> Tensor:
+        """Return the velocity of the latents that the model's clean prediction stands for."""
         if self.estimate is None:
-            return super().own_velocity(model, z_t, t, cond)
-        c = self.coefficients
-        ratio, estimate = c.prediction(t, t) / c.data(t, t), self.estimate
+            return super().own_velocity(model, at)
+        c, estimate = self.coefficients, self.estimate
+        to_data = c.prediction(at.t, at.t) / c.data(at.t, at.t)
 
-        def cleaned() -> Tensor:
-            f = at_least_float32(evaluated(model, z_t, t, t, cond))
-            return estimate(over_rows(ratio, f) * f)
+        def clean_latents() -> Tensor:
+            f = at_least_float32(evaluated(model, at.state, at.t, at.t, at.cond))
+            return estimate(over_rows(to_data, f) * f)
 
-        clean = unseen(cleaned, z_t)
-        return self.schedule.velocity(at_least_float32(clean), at_least_float32(z_t), t)
+        latents = unseen(clean_latents, at.state)
+        return self.schedule.velocity(at_least_float32(latents), at.z, at.t)
 
-    def velocities(
-        self,
-        model: Model,
-        z_t: Tensor,
-        v: Tensor,
-        t: Tensor,
-        s: Tensor,
-        cond: dict[str, Any],
-        dropped: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the velocity of the tangent, estimated where asked for, and that of the known
-        part.
-        """
-        tangent, v = super().velocities(model, z_t, v, t, s, cond, dropped)
-        return (tangent if self.estimate is None else self.own_velocity(model, z_t, t, cond)), v
-
-    def __call__(
-        self, model: Model, latents: Tensor, targets: Tensor | None = None, **options: Any
-    ) -> LossOutput:
-        """Return the loss of each row; see `Objective.__call__`. Guidance in training needs one
-        space: no targets.
-        """
-        if self.guidance is not None and targets is not None:
-            raise InputError(
-                "guidance came with targets of another space, where the guided velocity says "
-                "nothing of them; leave targets "
-                "out, or guide at sampling: FlowMap.sample(..., guidance=...)"
-            )
-        return super().__call__(model, latents, targets, **options)
+    def tangent_velocity(self, model: Model, at: PathPoint) -> Tensor:
+        """Return the velocity along which f is differentiated, estimated where asked for."""
+        if self.estimate is None:
+            return at.velocity
+        return self.own_velocity(model, at)

@@ -1,5 +1,6 @@
-"""MeanFlow distillation: a teacher's velocity in place of the noisy conditional one (MeanFlow of
-RAE latents, mf-rae).
+"""MeanFlow distillation (MeanFlow of RAE latents, mf-rae).
+
+A teacher's velocity stands in place of the noisy conditional one.
 """
 
 from collections.abc import Callable
@@ -8,9 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from flowspace.arrays import Model
-from flowspace.backends import backend_of
+from flowspace.arrays import Model, is_number
 from flowspace.errors import InputError
+from flowspace.objectives.engine import PathPoint, given_velocity
+from flowspace.objectives.inputs import require
 from flowspace.objectives.mean_flow import MeanFlowLoss
 from flowspace.penalties import SquaredError
 from flowspace.times import TimePairs
@@ -37,48 +39,36 @@ class MeanFlowDistillationLoss(MeanFlowLoss):
 
     @classmethod
     def published(cls, **changes: Any) -> "MeanFlowDistillationLoss":
-        """Return it with the reference's share of s = t, 3/4, and summed squares; give
-        ``teacher``, and shifted times.
+        """Return it with the reference's share of s = t, 3/4, and summed squares.
+
+        Give ``teacher``, and shifted times.
         """
         settings = {"times": TimePairs(equal=0.75), "penalty": SquaredError(summed=True)}
         return cls(**(settings | changes))
 
-    def check_statistic(self) -> None:
-        """Refuse what is no teacher, and a mixture beyond [0, 1]."""
-        if not callable(self.teacher):
-            raise InputError(
-                f"teacher = {self.teacher!r} came; it is a function (z_t, t, **cond) that returns "
-                "a velocity"
-            )
-        if not 0 <= self.mix <= 1:
-            raise InputError(
-                f"mix = {self.mix} came; it is the teacher's share of the velocity, in [0, 1]"
-            )
+    def check_settings(self) -> None:
+        """Refuse what is no teacher, a mixture beyond [0, 1], and a second velocity."""
+        require(
+            callable(self.teacher),
+            "teacher",
+            self.teacher,
+            "it is a function (z_t, t, **cond) that returns a velocity",
+        )
+        require(
+            is_number(self.mix) and 0 <= self.mix <= 1,
+            "mix",
+            self.mix,
+            "it is the teacher's share of the velocity, in [0, 1]",
+        )
         if self.velocity is not None:
             raise InputError(
-                "velocity= came beside teacher=; the teacher is what replaces the velocity: leave "
+                "got velocity= beside teacher=; the teacher is what replaces the velocity: leave "
                 "velocity out"
             )
 
-    def velocities(
-        self,
-        model: Model,
-        z_t: Tensor,
-        v: Tensor,
-        t: Tensor,
-        s: Tensor,
-        cond: dict[str, Any],
-        dropped: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the mixture of the conditional and the teacher's velocity, guided where asked
-        for.
-        """
+    def residual_velocity(self, model: Model, at: PathPoint) -> Tensor:
+        """Return the mixture of conditional and teacher's velocity, guided where asked for."""
         if self.mix:
-            found = backend_of(z_t).detach(self.teacher(z_t, t, **cond))
-            if found.shape != z_t.shape:
-                raise InputError(
-                    f"teacher returned shape {tuple(found.shape)} for states of shape "
-                    f"{tuple(z_t.shape)}"
-                )
-            v = (1 - self.mix) * v + self.mix * found
-        return super().velocities(model, z_t, v, t, s, cond, dropped)
+            taught = given_velocity("teacher", self.teacher, at)
+            at = at._replace(velocity=(1 - self.mix) * at.velocity + self.mix * taught)
+        return super().residual_velocity(model, at)

@@ -18,28 +18,45 @@ The same holds on tensors of torch and on arrays of JAX, whichever come: what di
 """
 
 import abc
-import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from flowspace.arrays import Model, at_least_float32, checked_times, draw_noise, over_rows
+from flowspace.arrays import (
+    Model,
+    at_least_float32,
+    checked_times,
+    draw_noise,
+    is_number,
+    over_rows,
+)
 from flowspace.backends import backend_of, one_backend, torch_backend
 from flowspace.derivatives import Derivative, SharedPrimal
 from flowspace.derivatives.replay import Draws, on_copies, unseen
-from flowspace.derivatives.route import checked
 from flowspace.errors import InputError, TimeError
+from flowspace.flow_map import FlowMap
 from flowspace.guidance import Guidance
+from flowspace.objectives.inputs import (
+    Batch,
+    check_batch,
+    check_model,
+    check_sources,
+    checked_cond,
+    evaluated,
+    refuse_unfit,
+    require,
+    takes,
+    warn_of_scale,
+)
 from flowspace.penalties import Penalty, SquaredError
 from flowspace.schedules import LinearSchedule, Schedule
-from flowspace.statistics import Coefficients, Statistic
-from flowspace.times import PairSampler, TimePairs
+from flowspace.statistics import Coefficients, PointCoefficients, Statistic
+from flowspace.times import TimePairs, TimeSampler
 
-__all__ = ["LossOutput", "Model", "Objective"]
+__all__ = ["LossOutput", "Objective", "PathPoint"]
 
 
 class LossOutput(NamedTuple):
@@ -67,158 +84,255 @@ class LossOutput(NamedTuple):
     velocity: Tensor
 
 
+class PathPoint(NamedTuple):
+    """A point of the path for each row, and what the residual needs to know there.
+
+    Attributes:
+        state: z_t as the model is given it, in the latents' dtype, of shape ``(B, *)``.
+        t: times, of shape ``(B,)``.
+        s: destinations, of shape ``(B,)``.
+        velocity: the velocity at z_t that stands in the residual, of the state's shape.
+        data: x, the clean latents or the targets, of the prediction's shape.
+        cond: keyword arguments of the model.
+        dropped: which rows lost their condition, of shape ``(B,)``; None without guidance.
+    """
+
+    state: Tensor
+    t: Tensor
+    s: Tensor
+    velocity: Tensor
+    data: Tensor
+    cond: dict[str, Any]
+    dropped: Tensor | None = None
+
+    @property
+    def z(self) -> Tensor:
+        """The state in at least float32, in which coefficients are applied."""
+        return at_least_float32(self.state)
+
+    def weighted(self, weight: Callable[[Tensor, Tensor], Tensor], values: Tensor) -> Tensor:
+        """Return weight(t, s) times values of shape ``(B, *)``, one weight for each row."""
+        return over_rows(weight(self.t, self.s), values) * values
+
+
 @dataclass(frozen=True, kw_only=True)
 class Objective(abc.ABC):
     """An objective: a frozen object, called with a model and a batch.
 
+    A subclass says what its known part K is, and redefines fields whose defaults differ.
+
     Args:
-        schedule: alpha and beta; `LinearSchedule()` by default.
-        statistic: what the model outputs; each objective has its own default.
-        times: how (t, s) are drawn; `TimePairs()`, uniform with half of the rows on s = t, where
-            an objective has no other.
-        penalty: from a difference to a number per row; `SquaredError()` by default.
+        schedule: alpha and beta.
+        statistic: what the model outputs.
+        times: how pairs (t, s) are drawn: a `PairSampler`, or a function ``(rows, *, generator,
+            device, dtype)`` that returns t and s, each of shape ``(rows,)``.
+        penalty: a `Penalty`, or a function from a difference ``(B, *)`` to numbers ``(B,)``.
         weight: a function of (t, s), each of shape ``(B,)``, that multiplies the difference before
             the penalty.
-        derivative: the route to D_t f; `SharedPrimal()` by default.
+        derivative: the route to D_t f.
         literal: the paper's stop-gradient: penalty(w R), with gradient through a f alone.
         check: refuse a statistic that the objective cannot use; False trains it all the same.
         velocity: a callable ``(z_t, t, **cond)`` that replaces the conditional velocity, for
             distillation and estimates.
         guidance: classifier-free guidance of the target, and the share of rows that lose their
             condition; in one space.
-        gap: None for the derivative; a share g in (0, 1] for the two-point form with r = t - g (t
-            - s).
+        gap: None for the derivative; a share g in (0, 1] for the two-point form with
+            r = t - g (t - s).
 
     Raises:
-        InputError: if an argument is of the wrong kind.
+        InputError: if an argument is of the wrong kind or out of its range.
         CriterionError: if check is on and the statistic fails.
     """
 
-    schedule: Schedule = field(default_factory=LinearSchedule)
-    statistic: Statistic | None = None
-    times: PairSampler | None = None
-    penalty: Penalty | None = None
+    schedule: Schedule = LinearSchedule()
+    statistic: Statistic = None  # type: ignore[assignment]  # each objective has its own
+    times: Callable[..., tuple[Tensor, Tensor]] = TimePairs()
+    penalty: Callable[[Tensor], Tensor] = SquaredError()
     weight: Callable[[Tensor, Tensor], Tensor] | None = None
-    derivative: Derivative | None = None
+    derivative: Derivative = SharedPrimal()
     literal: bool = False
     check: bool = True
     velocity: Callable[..., Tensor] | None = None
     guidance: Guidance | None = None
     gap: float | None = None
-    coefficients: Coefficients = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        defaults = {
-            "statistic": self.default_statistic,
-            "times": self.default_times,
-            "penalty": SquaredError,
-            "derivative": SharedPrimal,
-            "schedule": LinearSchedule,
-        }
-        for name, make in defaults.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, make())
+        for each in fields(self):
+            if getattr(self, each.name) is None and each.default is not MISSING:
+                object.__setattr__(self, each.name, each.default)
         self._check_kinds()
+        self.check_settings()
         if self.check:
             self.check_statistic()
-        object.__setattr__(self, "coefficients", self.statistic.coefficients(self.schedule))  # type: ignore[union-attr]
 
     def _check_kinds(self) -> None:
-        kinds = {
-            "schedule": Schedule,
-            "statistic": Statistic,
-            "times": PairSampler,
-            "penalty": Penalty,
-            "derivative": Derivative,
-        }
-        for name, kind in kinds.items():
-            if not isinstance(value := getattr(self, name), kind):
-                raise InputError(f"{name} = {value!r} came; {_EXAMPLES[name]}")
-        for name in ("weight", "velocity"):
-            if (value := getattr(self, name)) is not None and not callable(value):
-                raise InputError(f"{name} = {value!r} came; {_EXAMPLES[name]}")
-        if self.guidance is not None and not isinstance(self.guidance, Guidance):
-            raise InputError(f"guidance = {self.guidance!r} came; {_EXAMPLES['guidance']}")
-        if self.gap is not None and not 0 < self.gap <= 1:
-            raise InputError(f"gap = {self.gap} came; {_EXAMPLES['gap']}")
-        if self.gap is not None and self.literal:
+        def is_kind(value: Any, kind: type) -> bool:
+            return isinstance(value, kind)
+
+        require(
+            is_kind(self.schedule, Schedule),
+            "schedule",
+            self.schedule,
+            "write for example LinearSchedule() or Schedule(alpha='1 - t', beta='t')",
+        )
+        require(
+            is_kind(self.statistic, Statistic),
+            "statistic",
+            self.statistic,
+            "write for example MatchedStatistic() or Statistic(gamma='1', delta='-t/(t - s)')",
+        )
+        require(
+            takes(self.times, 1, generator=None, device=None, dtype=None)
+            and not is_kind(self.times, TimeSampler),
+            "times",
+            self.times,
+            "it draws pairs (t, s), so write for example TimePairs(UniformTimes(), equal=0.5)",
+        )
+        require(
+            takes(self.penalty, None),
+            "penalty",
+            self.penalty,
+            "write for example SquaredError() or AbsoluteError()",
+        )
+        require(
+            self.weight is None or takes(self.weight, None, None),
+            "weight",
+            self.weight,
+            "it is a function of (t, s), so write for example lambda t, s: 1 / t",
+        )
+        require(
+            is_kind(self.derivative, Derivative),
+            "derivative",
+            self.derivative,
+            "a route is an object, so write for example SharedPrimal() or FiniteDifference()",
+        )
+        for name in ("literal", "check"):
+            value = getattr(self, name)
+            require(is_kind(value, bool), name, value, "write True or False")
+        require(
+            self.velocity is None or callable(self.velocity),
+            "velocity",
+            self.velocity,
+            "it is a function (z_t, t, **cond) that returns a tensor like z_t",
+        )
+        require(
+            self.guidance is None or is_kind(self.guidance, Guidance),
+            "guidance",
+            self.guidance,
+            "write for example Guidance(null={'labels': 1000}, omega=2.0)",
+        )
+        self._check_gap()
+
+    def _check_gap(self) -> None:
+        if self.gap is None:
+            return
+        require(
+            is_number(self.gap) and 0 < self.gap <= 1,
+            "gap",
+            self.gap,
+            "it is the share of t - s that the second point lies earlier, so write for example "
+            "0.1, or None for the derivative",
+        )
+        if self.literal:
             raise InputError(
-                "gap came with literal=True; the two-point form has a target only: write "
+                "got gap with literal=True; the two-point form has a target only: write "
                 "literal=False"
             )
+        if type(self).known_part_between is Objective.known_part_between:
+            raise InputError(
+                f"got gap for {type(self).__name__}, which has no two-point form; define "
+                "known_part_between, or leave gap out"
+            )
 
-    @abc.abstractmethod
-    def default_statistic(self) -> Statistic:
-        """Return the statistic of the objective."""
-
-    def default_times(self) -> PairSampler:
-        """Return how (t, s) are drawn where the caller does not say."""
-        return TimePairs()
+    def check_settings(self) -> None:  # noqa: B027  # most objectives have no other settings
+        """Refuse an objective's own settings that are out of their range; never switched off."""
 
     def check_statistic(self) -> None:  # noqa: B027  # most objectives take any statistic
-        """Refuse a statistic that the objective cannot use."""
+        """Refuse a statistic that the objective cannot use; ``check=False`` switches it off."""
+
+    def check_call(self, batch: Batch) -> None:  # noqa: B027  # most objectives take any batch
+        """Refuse a batch that the objective cannot use."""
 
     @abc.abstractmethod
-    def known(self, x: Tensor, z_t: Tensor, v: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """Return the known part K of the residual, of the prediction's shape."""
+    def known_part(self, at: PathPoint) -> Tensor:
+        """Return the known part K of the residual R = a f + b D_t f - K, of the data's shape."""
 
-    @abc.abstractmethod
-    def known_between(
-        self, x: Tensor, z_t: Tensor, z_r: Tensor, t: Tensor, r: Tensor, s: Tensor
-    ) -> Tensor:
-        """Return the integral of the known part from r to t along one path, of the prediction's
-        shape.
+    def known_part_between(self, at: PathPoint, earlier: PathPoint) -> Tensor:
+        """Return the integral of the known part from the earlier point to the other.
+
+        Only the two-point form (``gap``) needs it. Both points are on one path and have one s; the
+        result is of the data's shape.
         """
+        raise NotImplementedError
+
+    @cached_property
+    def coefficients(self) -> Coefficients:
+        """What multiplies what in the residual of the statistic under the schedule."""
+        return self.statistic.coefficients(self.schedule)
 
     @cached_property
     def outputs(self) -> Statistic:
-        """What the model returns, as `FlowMap` takes it; another than ``statistic`` where the
-        model returns images.
-        """
-        return self.statistic  # type: ignore[return-value]
+        """What the model returns, as `FlowMap` takes it.
 
-    def own_velocity(self, model: Model, z_t: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
-        """Return the velocity that the model itself predicts, from its value on the diagonal,
-        without gradient.
+        It is another than ``statistic`` where the model returns images.
         """
-        prediction = unseen(lambda: evaluated(model, z_t, t, t, cond), z_t)
-        if prediction.shape != z_t.shape:
+        return self.statistic
+
+    def flow_map(self, model: Model) -> FlowMap:
+        """Return the sampler of a model that was trained with this objective."""
+        return FlowMap(model, self.schedule, self.outputs)
+
+    def own_velocity(self, model: Model, at: PathPoint) -> Tensor:
+        """Return the velocity that the model itself predicts at z_t, without gradient.
+
+        It is read from the model's value on the diagonal s = t.
+
+        Raises:
+            InputError: if the model returns another space than the states'.
+        """
+        prediction = unseen(lambda: evaluated(model, at.state, at.t, at.t, at.cond), at.state)
+        if prediction.shape != at.state.shape:
             raise InputError(
-                f"the model returns shape {tuple(prediction.shape)} for latents of "
-                f"{tuple(z_t.shape)}, so it has no velocity of "
-                "its own to be guided by; guide at sampling: FlowMap.sample(..., guidance=...)"
+                f"got shape {tuple(prediction.shape)} from the model for latents of "
+                f"{tuple(at.state.shape)}, so it has no velocity of its own to be guided by; "
+                "guide at sampling: FlowMap.sample(..., guidance=...)"
             )
-        return self.coefficients.diagonal_velocity(
-            at_least_float32(prediction), at_least_float32(z_t), t
+        return self.coefficients.diagonal_velocity(at_least_float32(prediction), at.z, at.t)
+
+    def residual_velocity(self, model: Model, at: PathPoint) -> Tensor:
+        """Return the velocity in the known part: given, guided, or the conditional one."""
+        velocity = at.velocity
+        if self.velocity is not None:
+            velocity = given_velocity("velocity", self.velocity, at)
+        if self.guidance is None or at.dropped is None:
+            return velocity
+        return self.guidance.guided(
+            velocity,
+            lambda cond: self.own_velocity(model, at._replace(cond=cond)),
+            at.t,
+            at.cond,
+            at.dropped,
         )
 
-    def velocities(
-        self,
-        model: Model,
-        z_t: Tensor,
-        v: Tensor,
-        t: Tensor,
-        s: Tensor,
-        cond: dict[str, Any],
-        dropped: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the velocity along which f is differentiated, and the one in the known part:
-        given, guided, or v itself.
-        """
-        if self.velocity is not None:
-            v = backend_of(z_t).detach(self.velocity(z_t, t, **cond))
-            if v.shape != z_t.shape:
-                raise InputError(
-                    f"velocity returned shape {tuple(v.shape)} for states of shape "
-                    f"{tuple(z_t.shape)}"
-                )
-        if self.guidance is not None and dropped is not None:
-            v = self.guidance.guided(
-                v, lambda seen: self.own_velocity(model, z_t, t, seen), t, cond, dropped
-            )
-        return v, v
+    def tangent_velocity(self, model: Model, at: PathPoint) -> Tensor:
+        """Return the velocity along which f is differentiated: that of the known part."""
+        return at.velocity
 
-    def __call__(
+    def wrapped(self, model: Model) -> Model:
+        """Return the function that is differentiated: the model itself."""
+        return model
+
+    def completed(self, out: LossOutput, model: Model, batch: Batch) -> LossOutput:
+        """Return the output with what an objective adds to its loss.
+
+        Args:
+            out: what the residual gives.
+            model: as `wrapped` returned it.
+            batch: as the caller gave it.
+        """
+        return out
+
+    def __call__(  # the public door: each argument has its name
         self,
         model: Model,
         latents: Tensor,
@@ -249,242 +363,182 @@ class Objective(abc.ABC):
         Raises:
             InputError: if shapes do not fit, tensors came beside JAX arrays, or a key is missing.
             TimeError: if given times are of the wrong type, shape or range.
+
+        Warns:
+            UserWarning: once, if the first latents are not finite or far wider than the noise.
         """
-        cond = checked_cond(cond)
-        x = latents if targets is None else targets
-        xp = one_backend(latents, x, noise, t, s, generator)
-        check_batch(latents, x)
+        data = latents if targets is None else targets
+        one_backend(latents, data, noise, t, s, generator)
+        batch = Batch(latents, targets, checked_cond(cond), noise, generator)
+        check_batch(latents, data)
         check_model(model)
         check_sources(latents, noise, generator)
-        draws = (
-            xp.split(generator, 2) if noise is None or (t is None and s is None) else (None, None)
-        )
-        t, s = self._pair(latents, t, s, draws[0])
-        noise = draw_noise(latents, draws[1]) if noise is None else noise
-        z_t, conditional = self.schedule.perturb(latents, noise, t)
-        dropped = None
-        if self.guidance is not None:
-            if xp is not torch_backend:
-                raise InputError(
-                    "guidance came with JAX arrays, which it does not know; write velocity= with "
-                    "a mixture"
-                )
-            cond, dropped = self.guidance.begin(cond, t, s, generator)
+        self.check_call(batch)
+        warn_of_scale(type(self).__name__, latents)
+        model = self.wrapped(model)
+        at, noise = self._drawn_point(batch, t, s)
         try:
-            tangent, v = self.velocities(model, z_t, conditional, t, s, cond, dropped)
-            x, v = at_least_float32(x), at_least_float32(v)
-            if self.gap is not None:
-                r = xp.where(s < t, t - self.gap * (t - s), t)
-                z_r = self.schedule.perturb(latents, noise, r)[0] + over_rows(t - r, v) * (
-                    conditional - v
-                )
-                f, rest = self._two_points(
-                    model, x, z_t, xp.cast(z_r, z_t.dtype), v, (t, r, s), cond
-                )
-            else:
-                f, rest = self._differentiated(model, x, z_t, v, tangent, t, s, cond)
-            return self._output(f, rest, z_t, v, t, s)
+            out = self._evaluate(model, at, latents, noise)
         except TypeError as error:
-            refuse_unfit(model, cond, error)
+            refuse_unfit(model, at.cond, error)
             raise
+        return self.completed(out, model, batch)
 
-    def _differentiated(
-        self,
-        model: Model,
-        x: Tensor,
-        z_t: Tensor,
-        v: Tensor,
-        tangent: Tensor,
-        t: Tensor,
-        s: Tensor,
-        cond: dict[str, Any],
-    ) -> tuple[Tensor, Tensor]:
-        """Return f and what the residual is without a f: b D_t f - K."""
-        f, df = (
-            at_least_float32(tensor) for tensor in self._derive(model, z_t, tangent, t, s, cond)
-        )
-        known = self.known(x, at_least_float32(z_t), v, t, s)
-        _check_shape(f, known)
-        return f, over_rows(self.coefficients.derivative(t, s), f) * df - known
+    def _drawn_point(
+        self, batch: Batch, t: Tensor | None, s: Tensor | None
+    ) -> tuple[PathPoint, Tensor]:
+        """Return a point of the conditional path for each row, and the noise that leads there."""
+        latents, noise = batch.latents, batch.noise
+        draws: tuple[Any, Any] = (None, None)
+        if noise is None or (t is None and s is None):
+            draws = backend_of(latents).split(batch.generator, 2)
+        t, s = self._pairs(latents, t, s, draws[0])
+        if noise is None:
+            noise = draw_noise(latents, draws[1])
+        z_t, velocity = self.schedule.perturb(latents, noise, t)
+        data = latents if batch.targets is None else batch.targets
+        at = PathPoint(z_t, t, s, velocity, data, batch.cond)
+        if self.guidance is None:
+            return at, noise
+        if backend_of(latents) is not torch_backend:
+            raise InputError(
+                "got guidance with JAX arrays, which it does not know; write velocity= with a "
+                "mixture"
+            )
+        cond, dropped = self.guidance.drop_condition(batch.cond, t, s, batch.generator)
+        return at._replace(cond=cond, dropped=dropped), noise
 
-    def _two_points(
-        self,
-        model: Model,
-        x: Tensor,
-        z_t: Tensor,
-        z_r: Tensor,
-        v: Tensor,
-        times: tuple[Tensor, Tensor, Tensor],
-        cond: dict[str, Any],
-    ) -> tuple[Tensor, Tensor]:
-        """Return f and what the residual is without a f in the two-point form, where R = m (f -
-        y*) off the diagonal.
-        """
-        t, r, s = times
-        c, xp = self.coefficients, backend_of(z_t)
-        again = Draws(z_t.device).replay if xp is torch_backend else lambda function: function
-        f = at_least_float32(evaluated(model, z_t, t, s, cond))
-        earlier = at_least_float32(unseen(again(lambda: evaluated(model, z_r, r, s, cond)), z_t))
-        between = self.known_between(x, at_least_float32(z_t), at_least_float32(z_r), t, r, s)
-        _check_shape(f, between)
-        a, b, before, m = (
-            over_rows(part, f)
-            for part in (c.prediction(t, s), c.derivative(t, s), c.derivative(r, s), c.scale(t, s))
-        )
-        apart = over_rows(s < t, f)
-        target = (before * earlier + between) / xp.where(apart, b, 1.0)
-        return f, xp.where(
-            apart,
-            (m - a) * xp.detach(f) - m * target,
-            -self.known(x, at_least_float32(z_t), v, t, s),
-        )
-
-    def _output(
-        self, f: Tensor, rest: Tensor, z_t: Tensor, v: Tensor, t: Tensor, s: Tensor
-    ) -> LossOutput:
-        c, xp = self.coefficients, backend_of(f)
-        a, m = (over_rows(value(t, s), f) for value in (c.prediction, c.scale))
-        residual = xp.detach(a * xp.detach(f) + rest)
-        target = xp.detach(f) - residual / m
-        difference = a * f + rest if self.literal else f - target
-        if self.weight is not None:
-            difference = over_rows(xp.as_array(self.weight(t, s), f), f) * difference
-        return LossOutput(self.penalty(difference), f, target, residual, z_t, t, s, v)  # type: ignore[misc]
-
-    def _derive(
-        self, model: Model, z_t: Tensor, v: Tensor, t: Tensor, s: Tensor, cond: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
-        """Return f with gradient and D_t f along (v, 1, 0), not computed on the diagonal where b =
-        0 there.
-        """
-
-        def fn(z_: Tensor, t_: Tensor, s_: Tensor, cond_: dict[str, Any]) -> Tensor:
-            return model(z_, t_, s_, **cond_)
-
-        xp = backend_of(z_t)
-        tangents = (xp.cast(v, z_t.dtype), xp.ones_like(t), None, None)
-        rows = s < t if self.coefficients.anchored else None
-        return self.derivative(on_copies(fn), (z_t, t, s, cond), tangents, rows=rows)  # type: ignore[misc]
-
-    def _pair(
+    def _pairs(
         self, latents: Tensor, t: Tensor | None, s: Tensor | None, generator: Any
     ) -> tuple[Tensor, Tensor]:
-        if t is None and s is None:
-            xp = backend_of(latents)
-            where = {"device": xp.device(latents), "dtype": xp.time_dtype(latents)}
-            return self.times(len(latents), generator=generator, **where)  # type: ignore[misc]
-        if t is None or s is None:
-            raise TimeError("only one of t and s came; give both, or neither to have them drawn")
-        return checked_times(t, s, latents)
-
-
-_EXAMPLES = {
-    "schedule": "write for example LinearSchedule() or Schedule(alpha='1 - t', beta='t')",
-    "statistic": "write for example MatchedStatistic() or Statistic(gamma='1', delta='-t/(t - "
-    "s)')",
-    "times": "it draws pairs (t, s), so write for example TimePairs(UniformTimes(), equal=0.5)",
-    "penalty": "write for example SquaredError() or AbsoluteError()",
-    "weight": "it is a function of (t, s), so write for example lambda t, s: 1 / t",
-    "velocity": "it is a function (z_t, t, **cond) that returns a tensor like z_t",
-    "guidance": "write for example Guidance(null={'labels': 1000}, omega=2.0)",
-    "gap": "it is the share of t - s that the second point lies earlier, so write for example "
-    "0.1, or None for the derivative",
-    "derivative": "a route is an object, so write for example SharedPrimal() or "
-    "FiniteDifference()",
-}
-
-
-def evaluated(model: Model, z_t: Tensor, t: Tensor, s: Tensor, cond: Mapping[str, Any]) -> Tensor:
-    """Return what a model gives at states and times, which it may write into: it gets copies."""
-    return checked(on_copies(lambda *inputs: model(*inputs, **cond))(z_t, t, s), (z_t,))
-
-
-def signature_of(model: Any) -> inspect.Signature:
-    """Return the arguments of a model: those of `forward` where it is a torch module."""
-    while isinstance(inner := getattr(model, "module", None), torch.nn.Module):
-        model = inner
-    return inspect.signature(model.forward if isinstance(model, torch.nn.Module) else model)
-
-
-def refuse_unfit(model: Any, cond: Mapping[str, Any], error: TypeError) -> None:
-    """Raise InputError if a model cannot be called as it is called."""
-    try:
-        signature = signature_of(model)
-    except (TypeError, ValueError):  # callables that do not tell their arguments
-        return
-    try:
-        signature.bind(None, None, None, **cond)
-    except TypeError as unfit:
-        named = "".join(f", {name}=..." for name in cond)
-        raise InputError(
-            f"got a model with the arguments {signature}, which cannot be called as "
-            f"model(z_t, t, s{named}): {unfit}; write it as def model(z_t, t, s, **cond), where "
-            "cond "
-            "has other names than z_t, t and s"
-        ) from error
-
-
-def checked_cond(cond: Any) -> dict[str, Any]:
-    """Return cond as a dict, or raise InputError unless it names the model's arguments."""
-    if cond is not None and not isinstance(cond, Mapping):
-        raise InputError(
-            f"cond is {type(cond).__name__}; write a dict of the model's arguments, as in "
-            f"{{'labels': y}}"
+        """Return times and destinations: those given, checked, or drawn."""
+        if t is not None and s is not None:
+            return checked_times(t, s, latents)
+        if t is not None or s is not None:
+            raise TimeError("got only one of t and s; give both, or neither to have them drawn")
+        xp, rows = backend_of(latents), len(latents)
+        t, s = self.times(
+            rows, generator=generator, device=xp.device(latents), dtype=xp.time_dtype(latents)
         )
-    return dict(cond or {})
+        if t.shape != (rows,) or s.shape != (rows,):
+            raise TimeError(
+                f"got times of shapes {tuple(t.shape)} and {tuple(s.shape)} from {self.times!r} "
+                f"for {rows} rows; return t and s of shape ({rows},) each"
+            )
+        return t, s
 
+    def _evaluate(self, model: Model, at: PathPoint, latents: Tensor, noise: Tensor) -> LossOutput:
+        conditional = at.velocity
+        at = at._replace(velocity=self.residual_velocity(model, at))
+        tangent = self.tangent_velocity(model, at)
+        at = at._replace(velocity=at_least_float32(at.velocity), data=at_least_float32(at.data))
+        weights = self.coefficients.at(at.t, at.s)
+        if self.gap is None:
+            f, rest = self._differentiated(model, at, tangent, weights)
+            return self._output(f, rest, at, weights)
+        r = backend_of(at.t).where(at.s < at.t, at.t - self.gap * (at.t - at.s), at.t)
+        z_r = self.schedule.perturb(latents, noise, r)[0]
+        z_r = z_r + over_rows(at.t - r, z_r) * (conditional - at.velocity)
+        earlier = at._replace(state=backend_of(z_r).cast(z_r, at.state.dtype), t=r)
+        f, rest = self._two_points(model, at, earlier, weights)
+        return self._output(f, rest, at, weights)
 
-def check_model(model: Any) -> None:
-    """Raise InputError for what cannot be called."""
-    if not callable(model):
+    def _differentiated(
+        self, model: Model, at: PathPoint, tangent: Tensor, weights: PointCoefficients
+    ) -> tuple[Tensor, Tensor]:
+        """Return f and what the residual is without a f: b D_t f - K.
+
+        On the diagonal D_t f is not computed where b = 0 there.
+        """
+
+        def fn(z_t: Tensor, t: Tensor, s: Tensor, cond: dict[str, Any]) -> Tensor:
+            return model(z_t, t, s, **cond)
+
+        xp = backend_of(at.state)
+        primals = (at.state, at.t, at.s, at.cond)
+        tangents = (xp.cast(tangent, at.state.dtype), xp.ones_like(at.t), None, None)
+        off_diagonal = None
+        if self.coefficients.anchored:
+            off_diagonal = at.s < at.t
+        f, slope = self.derivative(on_copies(fn), primals, tangents, rows=off_diagonal)
+        f, slope = at_least_float32(f), at_least_float32(slope)
+        known = self.known_part(at)
+        _check_shape(f, known)
+        return f, over_rows(weights.derivative, f) * slope - known
+
+    def _two_points(
+        self, model: Model, at: PathPoint, earlier: PathPoint, weights: PointCoefficients
+    ) -> tuple[Tensor, Tensor]:
+        """Return f and what the residual is without a f, from f at an earlier point of the path.
+
+        Off the diagonal R = m (f - y*) with y* = (b(r, s) f(z_r, r, s) + K(r, t))/b(t, s).
+        """
+        xp = backend_of(at.state)
+
+        def evaluate_earlier() -> Tensor:
+            return evaluated(model, earlier.state, earlier.t, earlier.s, earlier.cond)
+
+        if xp is torch_backend:
+            evaluate_earlier = Draws(at.state.device).replay(evaluate_earlier)
+        f = at_least_float32(evaluated(model, at.state, at.t, at.s, at.cond))
+        before = at_least_float32(unseen(evaluate_earlier, at.state))
+        between = self.known_part_between(at, earlier)
+        _check_shape(f, between)
+        a, m = over_rows(weights.prediction, f), over_rows(weights.scale, f)
+        off_diagonal = over_rows(at.s < at.t, f)
+        b = xp.where(off_diagonal, over_rows(weights.derivative, f), 1.0)
+        target = (earlier.weighted(self.coefficients.derivative, before) + between) / b
+        rest = (m - a) * xp.detach(f) - m * target
+        return f, xp.where(off_diagonal, rest, -self.known_part(at))
+
+    def _output(
+        self, f: Tensor, rest: Tensor, at: PathPoint, weights: PointCoefficients
+    ) -> LossOutput:
+        """Return the output for a prediction and what the residual is without a f."""
+        xp = backend_of(f)
+        a, m = over_rows(weights.prediction, f), over_rows(weights.scale, f)
+        fixed = xp.detach(f)
+        residual = xp.detach(a * fixed + rest)
+        target = fixed - residual / m
+        difference = f - target
+        if self.literal:
+            difference = a * f + rest
+        if self.weight is not None:
+            difference = over_rows(xp.as_array(self.weight(at.t, at.s), f), f) * difference
+        return LossOutput(
+            self._penalised(difference), f, target, residual, at.state, at.t, at.s, at.velocity
+        )
+
+    def _penalised(self, difference: Tensor) -> Tensor:
+        """Return the penalty of each row, of shape ``(B,)``."""
+        loss = self.penalty(difference)
+        if isinstance(self.penalty, Penalty) or tuple(loss.shape) == (len(difference),):
+            return loss
         raise InputError(
-            f"got model = {model!r}, which cannot be called; write a function (z_t, t, s, **cond)"
+            f"got shape {tuple(loss.shape)} from penalty = {self.penalty!r} for "
+            f"{len(difference)} rows; reduce over all axes but the first, as in "
+            "lambda d: d.abs().flatten(1).mean(1)"
         )
 
 
-def check_sources(latents: Tensor, noise: Any, generator: Any) -> None:
-    """Raise InputError for noise that is not of real numbers, and for a generator that is none."""
-    xp = backend_of(latents)
-    if noise is not None and not (xp.is_array(noise) and xp.is_floating(noise)):
-        came = f"dtype {noise.dtype}" if xp.is_array(noise) else type(noise).__name__
+def given_velocity(name: str, function: Callable[..., Tensor], at: PathPoint) -> Tensor:
+    """Return what a user's velocity gives at a point, without gradient.
+
+    Raises:
+        InputError: if it is of another shape than the states.
+    """
+    velocity = backend_of(at.state).detach(function(at.state, at.t, **at.cond))
+    if velocity.shape != at.state.shape:
         raise InputError(
-            f"got noise of {came}; write real numbers of the latents' shape, or leave it out"
+            f"got shape {tuple(velocity.shape)} from {name} for states of shape "
+            f"{tuple(at.state.shape)}; return a velocity of the states' shape"
         )
-    is_source = generator is None or isinstance(generator, torch.Generator)
-    if xp is torch_backend and not is_source:
-        raise InputError(
-            f"got generator = {generator!r}; write torch.Generator().manual_seed(0), or leave it "
-            "out"
-        )
+    return velocity
 
 
 def _check_shape(f: Tensor, known: Tensor) -> None:
     if f.shape != known.shape:
         raise InputError(
-            f"the model returned shape {tuple(f.shape)}, but the targets have {tuple(known.shape)}"
-        )
-
-
-def check_batch(latents: Tensor, targets: Tensor) -> None:
-    """Raise InputError unless latents and targets are real numbers, as many rows of each."""
-    xp = backend_of(latents, targets)
-    for name, tensor in (("latents", latents), ("targets", targets)):
-        is_array = xp.is_array(tensor)
-        if not is_array or not xp.is_floating(tensor) or tensor.ndim < 1:
-            came = (
-                f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-                if is_array
-                else type(tensor).__name__
-            )
-            raise InputError(
-                f"{name}: {came} came; a tensor of real numbers of shape (B, *) is needed"
-            )
-        if 0 in tensor.shape:
-            raise InputError(
-                f"got {name} of shape {tuple(tensor.shape)}, which hold no number; write at least "
-                "one row of one number"
-            )
-    if len(latents) != len(targets):
-        raise InputError(
-            f"{len(latents)} latents and {len(targets)} targets came; each row needs its pair"
+            f"got shape {tuple(f.shape)} from the model, but the targets have "
+            f"{tuple(known.shape)}; give targets= of what the model returns"
         )

@@ -1,5 +1,6 @@
-"""Flow matching: MeanFlow on the diagonal, where the average velocity is the velocity (Lipman et
-al., arXiv 2210.02747).
+"""Flow matching (Lipman et al., arXiv 2210.02747).
+
+It is MeanFlow on the diagonal, where the average velocity is the velocity.
 """
 
 from dataclasses import dataclass
@@ -7,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from flowspace.objectives.engine import Objective
 from flowspace.objectives.mean_flow import MeanFlowLoss
 
 __all__ = ["FlowMatchingLoss"]
@@ -22,8 +22,8 @@ class FlowMatchingLoss(MeanFlowLoss):
         """Return it with the paper's numbers, its own defaults: uniform times, mean squares."""
         return cls(**changes)
 
-    def _pair(
+    def _pairs(
         self, latents: Tensor, t: Tensor | None, s: Tensor | None, generator: Any
     ) -> tuple[Tensor, Tensor]:
-        t, _ = Objective._pair(self, latents, t, t, generator)
+        t, _ = super()._pairs(latents, t, t, generator)
         return t, t

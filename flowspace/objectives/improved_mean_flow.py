@@ -1,5 +1,6 @@
-"""Improved MeanFlow: a regression on the velocity, along the network's own velocity (Geng et al.,
-arXiv 2512.02012).
+"""Improved MeanFlow (Geng et al., arXiv 2512.02012).
+
+It is a regression on the velocity, along the network's own velocity.
 """
 
 import inspect
@@ -13,7 +14,8 @@ from flowspace.backends import backend_of, torch_backend
 from flowspace.derivatives.replay import on_copies, unseen
 from flowspace.derivatives.route import checked
 from flowspace.errors import InputError
-from flowspace.objectives.engine import LossOutput, check_model, evaluated, signature_of
+from flowspace.objectives.engine import LossOutput, PathPoint
+from flowspace.objectives.inputs import Batch, evaluated, signature_of
 from flowspace.objectives.mean_flow import MeanFlowLoss
 from flowspace.penalties import Adaptive
 from flowspace.times import LogitNormalTimes, TimePairs
@@ -23,8 +25,7 @@ __all__ = ["ImprovedMeanFlowLoss"]
 
 @dataclass(frozen=True, kw_only=True)
 class ImprovedMeanFlowLoss(MeanFlowLoss):
-    """V = u + (t - s) sg(D_t u) is regressed on v: MeanFlow's target form, with D_t u along the
-    network's own velocity.
+    """V = u + (t - s) sg(D_t u) is regressed on v: MeanFlow's target form, along u's own velocity.
 
     The tangent is then a function of z_t alone, as it is for the exact u, and not of the noise
     that made z_t. It is taken on all rows, as in the reference: the value of a model that mixes
@@ -43,66 +44,59 @@ class ImprovedMeanFlowLoss(MeanFlowLoss):
 
     @classmethod
     def published(cls, **changes: Any) -> "ImprovedMeanFlowLoss":
-        """Return it with the paper's numbers: logit-normal times (-0.4, 1), sorted, half on s = t,
-        L / sg(L + 0.01), summed.
+        """Return it with the paper's numbers.
+
+        Logit-normal times (-0.4, 1), sorted, half on s = t, L / sg(L + 0.01), summed.
         """
         settings = {"times": TimePairs(LogitNormalTimes(-0.4, 1.0)), "penalty": Adaptive()}
         return cls(**(settings | changes))
 
-    def own_velocity(self, model: Model, z_t: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
+    def own_velocity(self, model: Model, at: PathPoint) -> Tensor:
         """Return the auxiliary head's velocity, or the model's own on the diagonal."""
-        if not isinstance(model, _Trunk):
-            return super().own_velocity(model, z_t, t, cond)
-        velocity = unseen(lambda: evaluated(model, z_t, t, t, cond), z_t)
-        return at_least_float32(model.heads.pop() if self.head else velocity)
+        if not isinstance(model, Trunk):
+            return super().own_velocity(model, at)
+        velocity = unseen(lambda: evaluated(model, at.state, at.t, at.t, at.cond), at.state)
+        if self.head:
+            velocity = model.heads.pop()
+        return at_least_float32(velocity)
 
     def to_velocity(self, output: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
         """Return the velocity that an output of the model stands for: itself."""
         return output
 
-    def velocities(
-        self,
-        model: Model,
-        z_t: Tensor,
-        v: Tensor,
-        t: Tensor,
-        s: Tensor,
-        cond: dict[str, Any],
-        dropped: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the network's own velocity, under its condition, for the tangent, and the one to
-        regress on.
-        """
-        tangent, v = super().velocities(model, z_t, v, t, s, cond, dropped)
-        if self.own_tangent:
-            seen = self.guidance.seen(t, cond) if self.guidance else cond
-            tangent = self.own_velocity(model, z_t, t, seen)
-        return tangent, v
+    def tangent_velocity(self, model: Model, at: PathPoint) -> Tensor:
+        """Return the network's own velocity, under its own condition."""
+        if not self.own_tangent:
+            return at.velocity
+        if self.guidance is not None:
+            at = at._replace(cond=self.guidance.own_condition(at.t, at.cond))
+        return self.own_velocity(model, at)
 
-    def __call__(
-        self, model: Model, latents: Tensor, targets: Tensor | None = None, **options: Any
-    ) -> LossOutput:
-        """Return the loss of each row, that of the auxiliary head included; see
-        `Objective.__call__`.
-        """
-        if self.head and backend_of(latents) is not torch_backend:
+    def check_call(self, batch: Batch) -> None:
+        """Refuse an auxiliary head with JAX arrays, where a second output cannot be kept."""
+        super().check_call(batch)
+        if self.head and backend_of(batch.latents) is not torch_backend:
             raise InputError(
-                "head=True came with JAX arrays, where a second output cannot be kept; write "
+                "got head=True with JAX arrays, where a second output cannot be kept; write "
                 "head=False"
             )
-        check_model(model)
-        trunk = _Trunk(model, self)
-        out = super().__call__(trunk, latents, targets, **options)
-        if not self.head:
+
+    def wrapped(self, model: Model) -> Model:
+        """Return the model as a function that returns the average velocity."""
+        return Trunk(model, self)
+
+    def completed(self, out: LossOutput, model: Model, batch: Batch) -> LossOutput:
+        """Return the output with the loss of the auxiliary head added."""
+        if not self.head or not isinstance(model, Trunk):
             return out
-        return out._replace(
-            loss=out.loss + self.penalty(at_least_float32(trunk.heads[0]) - out.velocity)
-        )  # type: ignore[misc]
+        error = at_least_float32(model.heads[0]) - out.velocity
+        return out._replace(loss=out.loss + self._penalised(error))
 
 
-class _Trunk:
-    """The model as a function that returns the average velocity; what the auxiliary head returned
-    is kept in ``heads``.
+class Trunk:
+    """A model as a function that returns the average velocity.
+
+    What the auxiliary head returned is kept in ``heads``, one entry for each evaluation.
     """
 
     def __init__(self, model: Model, objective: ImprovedMeanFlowLoss) -> None:
@@ -116,15 +110,15 @@ class _Trunk:
     def __call__(self, z_t: Tensor, t: Tensor, s: Tensor, **cond: Any) -> Tensor:
         output: Any = on_copies(lambda *inputs: self.model(*inputs, **cond))(z_t, t, s)
         if self.objective.head:
-            output, head = _pair(output)
+            output, head = _two_outputs(output)
             self.heads.append(self.objective.to_velocity(checked(head, (z_t,)), z_t, t))
         return self.objective.to_velocity(checked(output, (z_t,)), z_t, t)
 
 
-def _pair(output: Any) -> tuple[Tensor, Tensor]:
-    if not (isinstance(output, tuple | list) and len(output) == 2):
+def _two_outputs(output: Any) -> tuple[Tensor, Tensor]:
+    if not isinstance(output, tuple | list) or len(output) != 2:
         raise InputError(
-            f"head=True came, but the model returned {type(output).__name__}; return (u, v), or "
-            "write head=False"
+            f"got {type(output).__name__} from the model with head=True; return (u, v), or write "
+            "head=False"
         )
     return output[0], output[1]

@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from flowspace.arrays import over_rows
-from flowspace.objectives.engine import Objective
+from flowspace.backends import backend_of
+from flowspace.objectives.engine import Objective, PathPoint
+from flowspace.objectives.inputs import Batch, first_time, warn_once
 from flowspace.penalties import Adaptive
 from flowspace.statistics import MeanFlowStatistic, Statistic
 from flowspace.times import LogitNormalTimes, TimePairs
@@ -19,12 +20,18 @@ class MeanFlowLoss(Objective):
     """R = f + (t - s) D_t f - v, in one space; targets are accepted and ignored.
 
     Any statistic may stand in for the average velocity: identity (I) always holds.
+
+    Warns:
+        UserWarning: once, when called with targets that are not the latents.
     """
+
+    statistic: Statistic = MeanFlowStatistic()
 
     @classmethod
     def published(cls, **changes: Any) -> "MeanFlowLoss":
-        """Return it with the paper's numbers: logit-normal times (-0.4, 1), sorted, 3/4 on s = t,
-        L / sg(L + 0.01), summed.
+        """Return it with the paper's numbers.
+
+        Logit-normal times (-0.4, 1), sorted, 3/4 on s = t, L / sg(L + 0.01), summed.
         """
         settings = {
             "times": TimePairs(LogitNormalTimes(-0.4, 1.0), equal=0.75),
@@ -32,18 +39,34 @@ class MeanFlowLoss(Objective):
         }
         return cls(**(settings | changes))
 
-    def default_statistic(self) -> Statistic:
-        """Return the average velocity."""
-        return MeanFlowStatistic()
+    def check_call(self, batch: Batch) -> None:
+        """Say that targets are ignored which are not the latents."""
+        warn_of_targets(type(self).__name__, batch)
 
-    def known(self, x: Tensor, z_t: Tensor, v: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """Return (gamma/delta)' z_t + (1 + gamma/delta) v: identity (I)."""
+    def known_part(self, at: PathPoint) -> Tensor:
+        """Return K = (gamma/delta)' z_t + (1 + gamma/delta) v: identity (I)."""
         c = self.coefficients
-        return over_rows(c.state(t, s), z_t) * z_t + over_rows(c.velocity(t, s), v) * v
+        return at.weighted(c.state, at.z) + at.weighted(c.velocity, at.velocity)
 
-    def known_between(
-        self, x: Tensor, z_t: Tensor, z_r: Tensor, t: Tensor, r: Tensor, s: Tensor
-    ) -> Tensor:
+    def known_part_between(self, at: PathPoint, earlier: PathPoint) -> Tensor:
         """Return (1 + gamma/delta) z_t - (1 + gamma/delta) z_r: identity (I), integrated."""
-        weight = self.coefficients.velocity
-        return over_rows(weight(t, s), z_t) * z_t - over_rows(weight(r, s), z_r) * z_r
+        c = self.coefficients
+        return at.weighted(c.velocity, at.z) - earlier.weighted(c.velocity, earlier.z)
+
+
+def warn_of_targets(owner: str, batch: Batch) -> None:
+    """Warn of targets that an objective in one space ignores, unless they are the latents.
+
+    Values are compared in the first such batch of an owner alone: that waits for the device.
+    """
+    latents, targets = batch.latents, batch.targets
+    if targets is None or targets is latents or not first_time(f"targets of {owner}"):
+        return
+    if targets.shape == latents.shape:
+        xp = backend_of(latents)
+        if not xp.has_values(latents) or bool((targets == latents).all()):
+            return
+    warn_once(
+        f"{owner} ignores the targets that it got, of shape {tuple(targets.shape)}: it trains a "
+        "velocity of the latents; leave targets out, or use CrossFlowLoss() to train images"
+    )

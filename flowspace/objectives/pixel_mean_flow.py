@@ -1,5 +1,6 @@
-"""Pixel MeanFlow: the network predicts the image, the loss is improved MeanFlow's (Lu et al.,
-arXiv 2601.22158).
+"""Pixel MeanFlow (Lu et al., arXiv 2601.22158).
+
+The network predicts the image, the loss is improved MeanFlow's.
 """
 
 from dataclasses import dataclass
@@ -8,16 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
-from flowspace.arrays import Model, over_rows
+from flowspace.arrays import Model, is_number, over_rows
 from flowspace.backends import backend_of
 from flowspace.errors import InputError
 from flowspace.expressions import combine, t
-from flowspace.objectives.engine import (
-    LossOutput,
-)
+from flowspace.objectives.engine import LossOutput, PathPoint
 from flowspace.objectives.improved_mean_flow import ImprovedMeanFlowLoss
+from flowspace.objectives.inputs import require
 from flowspace.penalties import Adaptive
-from flowspace.statistics import Statistic
+from flowspace.statistics import MeanFlowStatistic, PointCoefficients, Statistic
 from flowspace.times import LogitNormalTimes, TimePairs
 
 __all__ = ["CONVERSION_FLOOR", "PixelMeanFlowLoss"]
@@ -48,8 +48,9 @@ class PixelMeanFlowLoss(ImprovedMeanFlowLoss):
 
     @classmethod
     def published(cls, **changes: Any) -> "PixelMeanFlowLoss":
-        """Return it with the paper's numbers: logit-normal times (0.8, 0.8), half on s = t before
-        sorting, L / sg(L + 0.01).
+        """Return it with the paper's numbers.
+
+        Logit-normal times (0.8, 0.8), half on s = t before sorting, L / sg(L + 0.01).
         """
         settings = {
             "times": TimePairs(LogitNormalTimes(0.8, 0.8), mask_first=True),
@@ -57,20 +58,35 @@ class PixelMeanFlowLoss(ImprovedMeanFlowLoss):
         }
         return cls(**(settings | changes))
 
+    def check_settings(self) -> None:
+        """Refuse a floor or a perceptual limit that is no time."""
+        require(
+            is_number(self.floor) and 0 <= self.floor < 1,
+            "floor",
+            self.floor,
+            "it is a time, so write 0 <= floor < 1",
+        )
+        require(
+            is_number(self.perceptual_below) and 0 <= self.perceptual_below <= 1,
+            "perceptual_below",
+            self.perceptual_below,
+            "it is a time, so write a number in [0, 1]",
+        )
+
     def check_statistic(self) -> None:
-        """Refuse a floor that is no time, and another statistic than the average velocity."""
-        if not 0 <= self.floor < 1:
-            raise InputError(f"floor = {self.floor} came; it is a time, so write 0 <= floor < 1")
-        if self.statistic != self.default_statistic():
+        """Refuse another statistic than the average velocity."""
+        if self.statistic != MeanFlowStatistic():
             raise InputError(
-                "a statistic came; the images of pixel MeanFlow become average velocities: leave "
-                "it out"
+                f"got statistic = {self.statistic!r}; the images of pixel MeanFlow become average "
+                "velocities: leave it out"
             )
 
     @cached_property
     def outputs(self) -> Statistic:
-        """Gamma = -beta'/(beta^2 lambda'), delta = 1/((t - s) beta lambda'); linear: 1 and -t/(t -
-        s).
+        """The statistic of an image network.
+
+        Its gamma is -beta'/(beta^2 lambda') and its delta 1/((t - s) beta lambda'); for the linear
+        schedule 1 and -t/(t - s).
         """
         beta, slope = self.schedule.functions[1], self.schedule.signal_to_noise_slope
         gamma = combine(lambda b, d, m: -d / (b**2 * m), (beta, t), (beta.dot, t), (slope, t))
@@ -83,35 +99,26 @@ class PixelMeanFlowLoss(ImprovedMeanFlowLoss):
         """Return (z_t - f)/max(t, floor), or its like for another schedule."""
         return self.schedule.velocity(output, z_t, backend_of(t).clamp(t, self.floor))
 
-    def velocities(
-        self,
-        model: Model,
-        z_t: Tensor,
-        v: Tensor,
-        t: Tensor,
-        s: Tensor,
-        cond: dict[str, Any],
-        dropped: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the velocities of improved MeanFlow, the target's with the same floor as the
-        prediction's.
-        """
-        floored = self.to_velocity(self.schedule.latents(v, z_t, t), z_t, t)
-        v = backend_of(t).where(over_rows(t < self.floor, v), floored, v)
-        return super().velocities(model, z_t, v, t, s, cond, dropped)
+    def residual_velocity(self, model: Model, at: PathPoint) -> Tensor:
+        """Return the velocity of improved MeanFlow, with the same floor as the prediction's."""
+        clean = self.schedule.latents(at.velocity, at.state, at.t)
+        floored = self.to_velocity(clean, at.state, at.t)
+        below = over_rows(at.t < self.floor, at.velocity)
+        velocity = backend_of(at.t).where(below, floored, at.velocity)
+        return super().residual_velocity(model, at._replace(velocity=velocity))
 
     def perceptual_mask(self, out: LossOutput) -> Tensor:
         """Return which rows ``(B,)`` a perceptual loss is of use for: t < perceptual_below."""
         return out.t < self.perceptual_below
 
     def _output(
-        self, f: Tensor, rest: Tensor, z_t: Tensor, v: Tensor, t: Tensor, s: Tensor
+        self, f: Tensor, rest: Tensor, at: PathPoint, weights: PointCoefficients
     ) -> LossOutput:
-        out = super()._output(f, rest, z_t, v, t, s)
-        xp = backend_of(t)
-        floored = xp.clamp(t, self.floor)
-        images = (
-            self.schedule.latents(u, xp.cast(z_t, u.dtype), floored)
-            for u in (out.prediction, out.target)
+        out = super()._output(f, rest, at, weights)
+        xp = backend_of(at.t)
+        floored = xp.clamp(at.t, self.floor)
+        state = xp.cast(at.state, out.prediction.dtype)
+        return out._replace(
+            prediction=self.schedule.latents(out.prediction, state, floored),
+            target=self.schedule.latents(out.target, state, floored),
         )
-        return out._replace(**dict(zip(("prediction", "target"), images, strict=True)))

@@ -1,8 +1,10 @@
-"""Trajectory matching: consistency mid-training on a teacher's Euler trajectory (Hu et al., arXiv
-2509.24526).
+"""Trajectory matching (Hu et al., arXiv 2509.24526).
+
+Consistency mid-training on a teacher's Euler trajectory.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,18 +12,19 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from flowspace.arrays import Model, at_least_float32, over_rows
+from flowspace.arrays import Model, at_least_float32, draw_noise, is_number, over_rows
 from flowspace.backends import backend_of, torch_backend
 from flowspace.derivatives.replay import Draws, RowsMixError, agree, untouched
 from flowspace.errors import InputError, TimeError
-from flowspace.objectives.engine import (
-    LossOutput,
+from flowspace.objectives.engine import LossOutput, PathPoint
+from flowspace.objectives.inputs import (
     check_batch,
     check_model,
     check_sources,
     checked_cond,
     evaluated,
     refuse_unfit,
+    require,
 )
 from flowspace.objectives.mean_flow import MeanFlowLoss
 from flowspace.solvers import Euler
@@ -31,8 +34,9 @@ __all__ = ["TrajectoryMatchingLoss"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrajectoryMatchingLoss(MeanFlowLoss):
-    """f is regressed on what makes its step exact on a teacher's trajectory: (x_i - x_j)/(t_i -
-    t_j) for the average velocity.
+    """f is regressed on what makes its step exact on a teacher's trajectory.
+
+    For the average velocity that is (x_i - x_j)/(t_i - t_j).
 
     The labels of the model are the times of the points themselves, on the shifted grid on which
     the teacher was solved.
@@ -53,38 +57,45 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
 
     @classmethod
     def published(cls, **changes: Any) -> "TrajectoryMatchingLoss":
-        """Return it with the reference's numbers: 16 points, 64 of their pairs, mean squares; give
-        ``teacher`` and ``shift``.
+        """Return it with the reference's numbers: 16 points, 64 of their pairs, mean squares.
+
+        Give ``teacher`` and ``shift``.
         """
         settings: dict[str, Any] = {"pairs": 64}
         return cls(**(settings | changes))
 
-    def check_statistic(self) -> None:
-        """Refuse what is no teacher, too few points, more pairs than there are, a shift that is
-        not positive, unused parts.
-        """
+    def check_settings(self) -> None:
+        """Refuse what is no teacher, numbers out of their range, and parts that have no use."""
         if self.gap is not None or self.guidance is not None or self.velocity is not None:
             raise InputError(
-                "gap, guidance or velocity came; leave it out, and guide the teacher: "
+                "got gap, guidance or velocity; leave it out, and guide the teacher: "
                 "Guidance.apply"
             )
-        if not callable(self.teacher):
-            raise InputError(
-                f"teacher = {self.teacher!r} came; write a function (z_t, t, **cond) of the "
-                "velocity"
-            )
-        if self.points < 2:
-            raise InputError(f"points = {self.points} came; a trajectory has at least 2")
+        require(
+            callable(self.teacher),
+            "teacher",
+            self.teacher,
+            "write a function (z_t, t, **cond) of the velocity",
+        )
+        require(
+            isinstance(self.points, int) and self.points >= 2,
+            "points",
+            self.points,
+            "a trajectory has a whole number of points, at least 2",
+        )
         most = self.points * (self.points - 1) // 2
-        if self.pairs is not None and not 1 <= self.pairs <= most:
-            raise InputError(
-                f"pairs = {self.pairs} came; {self.points} points make {most} pairs, so write "
-                "that many at most, or None for all"
-            )
-        if not self.shift > 0:
-            raise InputError(
-                f"shift = {self.shift} came; write more than 0, as ShiftedTimes(dim).shift"
-            )
+        require(
+            self.pairs is None or (isinstance(self.pairs, int) and 1 <= self.pairs <= most),
+            "pairs",
+            self.pairs,
+            f"{self.points} points make {most} pairs, so write that many at most, or None for all",
+        )
+        require(
+            is_number(self.shift) and 0 < self.shift < math.inf,
+            "shift",
+            self.shift,
+            "write more than 0, as ShiftedTimes(dim).shift",
+        )
 
     def grid(self, like: Tensor) -> Tensor:
         """Return the times of the points, ``(points,)``, falling from 1 to 0."""
@@ -92,73 +103,94 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
         t = torch.linspace(1, 0, self.points, device=like.device, dtype=dtype)
         return self.shift * t / (1 + (self.shift - 1) * t)
 
-    def __call__(
-        self, model: Model, latents: Tensor, targets: Tensor | None = None, **options: Any
+    def __call__(  # the public door: each argument has its name
+        self,
+        model: Model,
+        latents: Tensor,
+        targets: Tensor | None = None,
+        *,
+        cond: Mapping[str, Any] | None = None,
+        noise: Tensor | None = None,
+        t: Tensor | None = None,
+        s: Tensor | None = None,
+        generator: Any = None,
     ) -> LossOutput:
-        """Return the loss of each pair of each row: every field has B rows for the first pair,
-        then B for the next, ...
+        """Return the loss of each pair of each row.
+
+        Every field has B rows for the first pair, then B for the next, and so on.
 
         Args:
             model: any callable ``model(z_t, t, s, **cond)``.
             latents: of shape ``(B, *)``; only their shape, dtype and device count, since the
                 teacher makes the path.
             targets: accepted and ignored.
-            options: cond, noise and generator as for every objective; t and s are refused: the
-                grid has them.
+            cond: keyword arguments of model and teacher.
+            noise: where the trajectories begin, of the latents' shape; by default drawn.
+            t: refused: the teacher's grid has the times.
+            s: refused likewise.
+            generator: the source of noise and pairs, a torch.Generator.
+
+        Raises:
+            InputError: if shapes do not fit, or JAX arrays came.
+            TimeError: if t or s came.
         """
-        cond, noise, generator = (options.get(name) for name in ("cond", "noise", "generator"))
         check_batch(latents, latents)
         check_model(model)
         check_sources(latents, noise, generator)
         if backend_of(latents, noise) is not torch_backend:
             raise InputError(
-                "JAX arrays came, but trajectory matching is written for tensors of torch; pass "
+                "got JAX arrays, but trajectory matching is written for tensors of torch; pass "
                 "tensors"
             )
-        if options.get("t") is not None or options.get("s") is not None:
+        if t is not None or s is not None:
             raise TimeError(
-                "t or s came; trajectory matching takes its times from the teacher's grid: leave "
+                "got t or s; trajectory matching takes its times from the teacher's grid: leave "
                 "them out"
             )
-        cond = checked_cond(cond)
+        arguments = checked_cond(cond)
         if noise is None:
-            noise = torch.randn(
-                latents.shape, generator=generator, device=latents.device, dtype=latents.dtype
-            )
+            noise = draw_noise(latents, generator)
         times = self.grid(noise)
         try:
-            path = Euler().path(lambda z, t: self.teacher(z, t, **cond), noise, times)
+            path = Euler().path(lambda z, t: self.teacher(z, t, **arguments), noise, times)
         except TypeError as error:
-            refuse_unfit(model, cond, error)
+            refuse_unfit(model, arguments, error)
             raise
-        early, late = self._pairs(generator, noise.device)
+        early, late = self._pairs_of_points(generator, noise.device)
         rows = len(noise)
-        t, s = (times[index].repeat_interleave(rows) for index in (early, late))
-        z_t, z_s = (path[index].flatten(0, 1) for index in (early, late))
-        f = at_least_float32(self._predicted(model, z_t, t, s, cond, rows))
-        wanted = self.coefficients.prediction_of(
-            at_least_float32(z_t), at_least_float32(z_s), t, s
+        at = PathPoint(
+            state=path[early].flatten(0, 1),
+            t=times[early].repeat_interleave(rows),
+            s=times[late].repeat_interleave(rows),
+            velocity=path[late].flatten(0, 1),
+            data=latents,
+            cond=arguments,
         )
-        a, m = (
-            over_rows(part(t, s), f)
-            for part in (self.coefficients.prediction, self.coefficients.scale)
-        )
-        v = (at_least_float32(z_t) - at_least_float32(z_s)) / over_rows(t - s, z_t)
-        return self._output(f, (m - a) * f.detach() - m * wanted, z_t, v, t, s)
+        return self._matched(model, at, rows)
 
-    def _predicted(
-        self, model: Model, z_t: Tensor, t: Tensor, s: Tensor, cond: dict[str, Any], rows: int
-    ) -> Tensor:
-        """Return what the model gives for all pairs: at once, or pair by pair where that is
-        another value.
+    def _matched(self, model: Model, at: PathPoint, rows: int) -> LossOutput:
+        """Return the output at points of the trajectory, whose ``velocity`` is z_s so far."""
+        z_s = at_least_float32(at.velocity)
+        at = at._replace(velocity=(at.z - z_s) / over_rows(at.t - at.s, at.z))
+        f = at_least_float32(self._predicted(model, at, rows))
+        wanted = self.coefficients.prediction_of(at.z, z_s, at.t, at.s)
+        weights = self.coefficients.at(at.t, at.s)
+        a, m = over_rows(weights.prediction, f), over_rows(weights.scale, f)
+        return self._output(f, (m - a) * f.detach() - m * wanted, at, weights)
+
+    def _predicted(self, model: Model, at: PathPoint, rows: int) -> Tensor:
+        """Return what the model gives for all pairs.
+
+        They are evaluated at once, or pair by pair where that is another value.
 
         It is where the model mixes rows, or where cond holds a tensor that all rows share and
         whose first axis is B; batch norm in train mode sees all pairs at once.
         """
-        pairs = list(zip(z_t.split(rows), t.split(rows), s.split(rows), strict=True))
-        draws = Draws(z_t.device, of_python=True)
+        cond, split = at.cond, (at.state.split(rows), at.t.split(rows), at.s.split(rows))
+        pairs = list(zip(*split, strict=True))
+        draws = Draws(at.state.device, of_python=True)
         try:
-            f = evaluated(model, z_t, t, s, _repeated(cond, rows, len(pairs)))
+            f = evaluated(model, at.state, at.t, at.s, _repeated(cond, rows, len(pairs)))
             if len(pairs) == 1 or draws.happened() or self._is_first(f, model, pairs[0], cond):
                 return f
         except Exception as error:  # pair by pair the model raises it again, if it is its own
@@ -169,9 +201,7 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
     def _is_first(
         self, f: Tensor, model: Model, pair: tuple[Tensor, Tensor, Tensor], cond: dict[str, Any]
     ) -> bool:
-        """Return whether the first pair's rows have the same value among all pairs and by
-        themselves.
-        """
+        """Return whether the first pair has the same value among all pairs and by itself."""
         try:
             with torch.no_grad(), untouched(mixed=False) as run:
                 alone = evaluated(model, *pair, cond)
@@ -182,7 +212,7 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
         halved = run.halved is not None or f.dtype.itemsize < 4
         return agree(f[: len(alone)].detach(), alone, 2 if halved else f.dtype.itemsize)
 
-    def _pairs(
+    def _pairs_of_points(
         self, generator: torch.Generator | None, device: torch.device
     ) -> tuple[Tensor, Tensor]:
         """Return the indices of the pairs' two points, the earlier on the path first."""
