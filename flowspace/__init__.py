@@ -5,7 +5,13 @@ Times everywhere: t = 0 is data, t = 1 is noise, s is the destination, 0 <= s <=
 """
 
 from flowspace.criteria import CriteriaReport, check_criteria
-from flowspace.derivatives import FiniteDifference, ForwardMode, SharedPrimal
+from flowspace.derivatives import (
+    Derivative,
+    FiniteDifference,
+    ForwardMode,
+    SharedPrimal,
+    rule,
+)
 from flowspace.errors import (
     CriterionError,
     DerivativeError,
@@ -27,11 +33,13 @@ from flowspace.objectives import (
     LossOutput,
     MeanFlowDistillationLoss,
     MeanFlowLoss,
+    Objective,
+    PathPoint,
     PixelMeanFlowLoss,
     TrajectoryMatchingLoss,
     alpha_at,
 )
-from flowspace.penalties import AbsoluteError, Adaptive, HuberError, SquaredError
+from flowspace.penalties import AbsoluteError, Adaptive, HuberError, Penalty, SquaredError
 from flowspace.schedules import (
     TIME_FLOOR,
     CosineSchedule,
@@ -48,10 +56,14 @@ from flowspace.statistics import (
     Statistic,
 )
 from flowspace.times import (
+    KarrasTimes,
     LogitNormalTimes,
+    PairSampler,
     PowerTimes,
+    RandomSource,
     ShiftedTimes,
     TimePairs,
+    TimeSampler,
     ToDataTimes,
     UniformTimes,
 )
@@ -69,6 +81,7 @@ __all__ = [
     "CriteriaReport",
     "CriterionError",
     "CrossFlowLoss",
+    "Derivative",
     "DerivativeError",
     "DormandPrince",
     "Euler",
@@ -83,6 +96,7 @@ __all__ = [
     "HuberError",
     "ImprovedMeanFlowLoss",
     "InputError",
+    "KarrasTimes",
     "LinearSchedule",
     "LogitNormalTimes",
     "LossOutput",
@@ -90,10 +104,15 @@ __all__ = [
     "MeanFlowDistillationLoss",
     "MeanFlowLoss",
     "MeanFlowStatistic",
+    "Objective",
+    "PairSampler",
+    "PathPoint",
+    "Penalty",
     "PixelMeanFlowLoss",
     "PolynomialSchedule",
     "PowerTimes",
     "RandomGuidance",
+    "RandomSource",
     "RunError",
     "Schedule",
     "ScheduleError",
@@ -103,6 +122,7 @@ __all__ = [
     "Statistic",
     "TimeError",
     "TimePairs",
+    "TimeSampler",
     "ToDataTimes",
     "TrajectoryMatchingLoss",
     "UniformTimes",
@@ -110,4 +130,5 @@ __all__ = [
     "VelocityFlow",
     "alpha_at",
     "check_criteria",
+    "rule",
 ]

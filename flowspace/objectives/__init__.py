@@ -4,7 +4,7 @@ from flowspace.objectives.alpha_flow import AlphaFlowLoss, alpha_at
 from flowspace.objectives.consistency import ConsistencyLoss
 from flowspace.objectives.cross_flow import CrossFlowLoss
 from flowspace.objectives.distillation import MeanFlowDistillationLoss
-from flowspace.objectives.engine import LossOutput, Objective
+from flowspace.objectives.engine import LossOutput, Objective, PathPoint
 from flowspace.objectives.flow_matching import FlowMatchingLoss
 from flowspace.objectives.improved_mean_flow import ImprovedMeanFlowLoss
 from flowspace.objectives.mean_flow import MeanFlowLoss
@@ -21,6 +21,7 @@ __all__ = [
     "MeanFlowDistillationLoss",
     "MeanFlowLoss",
     "Objective",
+    "PathPoint",
     "PixelMeanFlowLoss",
     "TrajectoryMatchingLoss",
     "alpha_at",
