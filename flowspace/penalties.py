@@ -29,7 +29,9 @@ class Penalty(abc.ABC):
 
 def _over_axes(values: Tensor, summed: bool) -> Tensor:
     flat = backend_of(values).flatten(values)
-    return flat.sum(1) if summed else flat.mean(1)
+    if summed:
+        return flat.sum(1)
+    return flat.mean(1)
 
 
 @dataclass(frozen=True)

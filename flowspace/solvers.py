@@ -1,5 +1,4 @@
-"""Solvers of the probability-flow ODE for plain velocity models, and the grids of times that they
-step on.
+"""Solvers of the probability-flow ODE for plain velocity models, and the grids they step on.
 
 A velocity is a callable ``(z_t, t, **cond)`` on ``(B, *)`` states and ``(B,)`` times; the ODE is
 dz/dt = v(z, t), solved from the first time of a grid to its last. Heun's and the adaptive method
@@ -8,19 +7,25 @@ are torchdiffeq's (extra ``ode``).
 
 import abc
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flowspace.arrays import is_number
 from flowspace.errors import InputError, TimeError
 from flowspace.guidance import Guidance
 
 __all__ = ["DormandPrince", "Euler", "Heun", "Solver", "VelocityFlow", "falling_grid"]
 
 Velocity = Callable[..., Tensor]
+"""Any callable ``(z_t, t, **cond)`` on ``(B, *)`` states and ``(B,)`` times."""
+
+DOUBLE = 8
+"""Bytes of a number in float64."""
 
 
 class Solver(abc.ABC):
@@ -28,9 +33,7 @@ class Solver(abc.ABC):
 
     @abc.abstractmethod
     def path(self, velocity: Velocity, z: Tensor, times: Tensor) -> Tensor:
-        """Return the states at each time of a monotone grid ``(n,)``, the first of them z: ``(n,
-        B, *)``.
-        """
+        """Return the states ``(n, B, *)`` at the times ``(n,)`` of a monotone grid, z first."""
 
 
 @dataclass(frozen=True)
@@ -38,31 +41,28 @@ class Euler(Solver):
     """One evaluation a step: z_s = z_t - (t - s) v(z_t, t), first order."""
 
     def path(self, velocity: Velocity, z: Tensor, times: Tensor) -> Tensor:
-        """Return the states at each time of a monotone grid ``(n,)``, the first of them z: ``(n,
-        B, *)``.
-        """
+        """Return the states ``(n, B, *)`` at the times ``(n,)`` of a monotone grid, z first."""
         states = [z]
         with torch.no_grad():
             for t, s in itertools.pairwise(times):
-                slope = _checked(velocity(z, t.expand(len(z)).contiguous()), z)
-                z = (z + (s - t) * slope).to(z.dtype)
+                v = _checked(velocity(z, t.expand(len(z)).contiguous()), z)
+                z = (z + (s - t) * v).to(z.dtype)
                 states.append(z)
         return torch.stack(states)
 
 
 @dataclass(frozen=True)
 class Heun(Solver):
-    """Two evaluations a step, second order; the last one is at the last time, so v must be finite
-    there.
+    """Two evaluations a step, second order.
+
+    The last evaluation is at the last time, so v must be finite there.
 
     Raises:
         InputError: on use, if torchdiffeq (the extra ``ode``) is not installed.
     """
 
     def path(self, velocity: Velocity, z: Tensor, times: Tensor) -> Tensor:
-        """Return the states at each time of a monotone grid ``(n,)``, the first of them z: ``(n,
-        B, *)``.
-        """
+        """Return the states ``(n, B, *)`` at the times ``(n,)`` of a monotone grid, z first."""
         return _odeint(velocity, z, times, method="heun2")
 
 
@@ -83,16 +83,15 @@ class DormandPrince(Solver):
     atol: float = 1e-5
 
     def __post_init__(self) -> None:
-        if not (self.rtol > 0 and self.atol > 0):
+        are_numbers = is_number(self.rtol) and is_number(self.atol)
+        if not (are_numbers and 0 < self.rtol < math.inf and 0 < self.atol < math.inf):
             raise InputError(
-                f"rtol = {self.rtol}, atol = {self.atol} came; tolerances are above 0, such as "
+                f"got rtol = {self.rtol!r}, atol = {self.atol!r}; tolerances are above 0, such as "
                 "1e-5"
             )
 
     def path(self, velocity: Velocity, z: Tensor, times: Tensor) -> Tensor:
-        """Return the states at each time of a monotone grid ``(n,)``, the first of them z: ``(n,
-        B, *)``.
-        """
+        """Return the states ``(n, B, *)`` at the times ``(n,)`` of a monotone grid, z first."""
         return _odeint(velocity, z, times, method="dopri5", rtol=self.rtol, atol=self.atol)
 
 
@@ -101,23 +100,23 @@ def _odeint(velocity: Velocity, z: Tensor, times: Tensor, **options: Any) -> Ten
         from torchdiffeq import odeint  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise InputError(
-            "this solver is torchdiffeq's, which is not installed; write: pip install "
+            "got a solver of torchdiffeq, which is not installed; write: pip install "
             "'flowspace[ode]'"
         ) from error
 
-    def slope(t: Tensor, state: Tensor) -> Tensor:
-        return _checked(
-            velocity(state, t.to(times.dtype).expand(len(state)).contiguous()), state
-        ).to(state.dtype)
+    def right_hand_side(t: Tensor, state: Tensor) -> Tensor:
+        t = t.to(times.dtype).expand(len(state)).contiguous()
+        return _checked(velocity(state, t), state).to(state.dtype)
 
     with torch.no_grad():
-        return odeint(slope, z, times, **options)  # pyright: ignore[reportReturnType]
+        return odeint(right_hand_side, z, times, **options)  # pyright: ignore[reportReturnType]
 
 
 def _checked(velocity: Tensor, z: Tensor) -> Tensor:
     if velocity.shape != z.shape:
         raise InputError(
-            f"the velocity has shape {tuple(velocity.shape)} for states of shape {tuple(z.shape)}"
+            f"got shape {tuple(velocity.shape)} from the velocity for states of shape "
+            f"{tuple(z.shape)}; return a velocity of the states' shape"
         )
     return velocity
 
@@ -132,7 +131,7 @@ class VelocityFlow:
     """
 
     velocity: Velocity
-    solver: Solver = field(default_factory=Euler)
+    solver: Solver = Euler()
 
     def sample(
         self,
@@ -156,38 +155,45 @@ class VelocityFlow:
             TimeError: if the grid does not fall from 1 to 0.
         """
         given = dict(cond or {})
-        velocity = self.velocity if guidance is None else guidance.apply(self.velocity)
-        return self.solver.path(
-            lambda z, t: velocity(z, t, **given), noise, falling_grid(noise, steps, times)
-        )[-1]
+        velocity = self.velocity
+        if guidance is not None:
+            velocity = guidance.apply(velocity)
+        grid = falling_grid(noise, steps, times)
+        return self.solver.path(lambda z, t: velocity(z, t, **given), noise, grid)[-1]
 
 
 def falling_grid(noise: Tensor, steps: int, times: Sequence[float] | Tensor | None) -> Tensor:
-    """Return the times of a sampler ``(n,)``, beside the noise: the given ones, or ``steps`` even
-    steps from 1 to 0.
+    """Return the times ``(n,)`` of a sampler, beside the noise.
+
+    Args:
+        noise: of either library; on JAX arrays the grid is a tensor, whose values are known.
+        steps: how many even steps there are from 1 to 0.
+        times: the grid itself instead, falling strictly from 1 to 0.
 
     Raises:
         TimeError: if steps is no count, or given times do not fall strictly from 1 to 0.
     """
-    dtype = torch.float64 if noise.dtype.itemsize == 8 else torch.float32
-    device = (
-        noise.device if isinstance(noise, Tensor) else None
-    )  # beside JAX arrays the grid is known, not traced
+    where: dict[str, Any] = {"device": None, "dtype": torch.float32}
+    if noise.dtype.itemsize == DOUBLE:
+        where["dtype"] = torch.float64
+    if isinstance(noise, Tensor):
+        where["device"] = noise.device
     if times is None:
-        if not isinstance(steps, int) or steps < 1:
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise TimeError(
-                f"steps = {steps} came; it counts evaluations, so write 1 or a larger integer"
+                f"got steps = {steps!r}; it counts evaluations, so write 1 or a larger integer"
             )
-        return torch.linspace(1, 0, steps + 1, device=device, dtype=dtype)
-    grid = torch.as_tensor(times, device=device, dtype=dtype)
-    if (
-        grid.ndim != 1
-        or len(grid) < 2
-        or grid[0] != 1
-        or grid[-1] != 0
-        or bool((grid.diff() >= 0).any())
-    ):
+        return torch.linspace(1, 0, steps + 1, **where)
+    try:
+        grid = torch.as_tensor(times, **where)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TimeError(f"got times = {times!r}; write numbers, as in [1, 0.5, 0]") from error
+    if grid.ndim != 1 or len(grid) < 2 or not _falls(grid):
         raise TimeError(
-            f"times = {grid.tolist()} came; the grid falls strictly from 1 to 0, as in [1, 0.5, 0]"
+            f"got times = {grid.tolist()}; the grid falls strictly from 1 to 0, as in [1, 0.5, 0]"
         )
     return grid
+
+
+def _falls(grid: Tensor) -> bool:
+    return bool(grid[0] == 1) and bool(grid[-1] == 0) and bool((grid.diff() < 0).all())
