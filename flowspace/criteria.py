@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowspace.errors import CriterionError, InputError
-from flowspace.expressions import NUDGE, TimeFunction, precise_values, readable
+from flowspace.formulas import precise_values, readable
 from flowspace.schedules import TIME_FLOOR, Schedule
 from flowspace.statistics import (
     DIAGONAL_POINTS,
@@ -19,6 +19,7 @@ from flowspace.statistics import (
     Statistic,
     worst_on_diagonal,
 )
+from flowspace.time_functions import NUDGE, TimeFunction
 
 __all__ = ["CriteriaReport", "check_criteria"]
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from flowspace.arrays import over_rows
 from flowspace.backends import backend_of, one_backend
 from flowspace.errors import ExpressionError, InputError, ScheduleError, TimeError
-from flowspace.expressions import Source, TimeFunction, combine, parse, t
+from flowspace.formulas import T, parse
+from flowspace.time_functions import Source, TimeFunction
 
 __all__ = [
     "TIME_FLOOR",
@@ -60,12 +61,7 @@ class Schedule:
 
     def __init__(self, alpha: Source, beta: Source) -> None:
         self._alpha, self._beta = TimeFunction(alpha), TimeFunction(beta)
-        parts = ((self._alpha, t), (self._beta, t))
-        slopes = ((self._alpha.dot, t), (self._beta.dot, t))
-        self._ratio = combine(lambda a, b: a / b, *parts, arity=1)
-        self._ratio_dot = combine(
-            lambda a, b, da, db: (da * b - a * db) / b**2, *parts, *slopes, arity=1
-        )
+        self._ratio = self._alpha / self._beta
         self._check_ends()
         self._check_inside()
 
@@ -76,8 +72,8 @@ class Schedule:
 
     @property
     def signal_to_noise_slope(self) -> TimeFunction:
-        """Lambda' as a function that knows its formula."""
-        return self._ratio_dot
+        """lambda' as a function that knows its formula."""
+        return self._ratio.dot
 
     def alpha(self, t: Tensor | float) -> Tensor:
         """The weight of the data at t, of shape ``()`` or ``(B,)``; the same shape comes out."""
@@ -101,7 +97,7 @@ class Schedule:
 
     def signal_to_noise_dot(self, t: Tensor | float) -> Tensor:
         """Lambda' = (alpha' beta - alpha beta') / beta^2 at t, negative on (0, 1)."""
-        return self._ratio_dot(_as_times(t))
+        return self._ratio.dot(_as_times(t))
 
     def perturb(self, latents: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the noisy state and its conditional velocity.
@@ -161,9 +157,7 @@ class Schedule:
     @cached_property
     def _velocity_parts(self) -> tuple[TimeFunction, TimeFunction]:
         """beta'/beta and beta lambda'."""
-        beta, slope = self._beta, self._ratio_dot
-        kept = combine(lambda d, b: d / b, (beta.dot, t), (beta, t), arity=1)
-        return kept, combine(lambda b, m: b * m, (beta, t), (slope, t), arity=1)
+        return self._beta.dot / self._beta, self._beta * self._ratio.dot
 
     def _check_ends(self) -> None:
         for name, function, ends in (
@@ -300,7 +294,7 @@ class VariancePreservingSchedule(Schedule):
                 "beta_max"
             )
         raw: Any = parse(f"exp(-{beta_min}*t/2 - ({beta_max} - {beta_min})*t**2/4)")
-        end = raw.subs(t, 1)
+        end = raw.subs(T, 1)
         alpha = (raw - end) / (1 - end)
         super().__init__(alpha, sympy.sqrt(1 - alpha**2))
 

@@ -28,19 +28,17 @@ from torch import Tensor
 from flowspace.arrays import over_rows
 from flowspace.backends import backend_of
 from flowspace.errors import CriterionError, InputError
-from flowspace.expressions import (
+from flowspace.formulas import (
     NOT_ZERO,
-    Source,
-    TimeFunction,
-    combine,
-    on_edge,
+    S,
+    T,
+    is_defined,
     precise_values,
     random_points,
     readable,
-    s,
-    t,
 )
 from flowspace.schedules import TIME_FLOOR, Schedule
+from flowspace.time_functions import Source, TimeFunction, limit_on_edge
 
 __all__ = [
     "Coefficients",
@@ -225,20 +223,13 @@ class Statistic:
         """
         wanted = _function_of_s(kappa)
         statistic = cls(0, delta)
-        gamma = combine(
-            lambda d, k, b: d * (k / b - 1),
-            (statistic.delta, None),
-            (wanted, None),
-            (schedule.functions[1], t),
-        )
+        beta = schedule.functions[1]
+        gamma = statistic.delta * (wanted / beta - 1)
         return cls(gamma, delta)
 
     def ratios(self, schedule: Schedule) -> tuple[TimeFunction, TimeFunction]:
         """Return b = 1/delta and gamma/delta under a schedule."""
-        return (
-            combine(lambda d: 1 / d, (self.delta, None)),
-            combine(lambda g, d: g / d, (self.gamma, None), (self.delta, None)),
-        )
+        return 1 / self.delta, self.gamma / self.delta
 
     def coefficients(self, schedule: Schedule) -> Coefficients:
         """Derive what multiplies f, D_t f, x, z_t and v in the residual under a schedule; derived
@@ -299,22 +290,13 @@ class MatchedStatistic(Statistic):
     def ratios(self, schedule: Schedule) -> tuple[TimeFunction, TimeFunction]:
         """Return b = beta_s lambda_t - alpha_s and gamma/delta = beta_s/beta_t - 1."""
         alpha, beta = schedule.functions
-        b = combine(
-            lambda a_t, b_t, a_s, b_s: b_s * a_t / b_t - a_s,
-            (alpha, t),
-            (beta, t),
-            (alpha, s),
-            (beta, s),
-        )
-        return b, combine(lambda b_t, b_s: b_s / b_t - 1, (beta, t), (beta, s))
+        b = beta.at(S) * alpha / beta - alpha.at(S)
+        return b, beta.at(S) / beta - 1
 
     def on(self, schedule: Schedule) -> Statistic:
         """Return the same statistic with gamma and delta written out for one schedule."""
         b, ratio = self.ratios(schedule)
-        return Statistic(
-            combine(lambda g, i: g / i, (ratio, None), (b, None)),
-            combine(lambda i: 1 / i, (b, None)),
-        )
+        return Statistic(ratio / b, 1 / b)
 
     def __str__(self) -> str:
         return "matched: kappa(s) = beta(s), delta = beta_t/(beta_s alpha_t - alpha_s beta_t)"
@@ -348,10 +330,13 @@ class ConsistencyStatistic(Statistic):
 def _derive(statistic: Statistic, schedule: Schedule) -> Coefficients:
     b, ratio = statistic.ratios(schedule)
     beta = schedule.functions[1]
-    velocity = combine(lambda g: 1 + g, (ratio, None))
-    scaled = combine(lambda w, n: w * n, (velocity, None), (beta, t))
+    velocity = 1 + ratio
+    scaled = velocity * beta
     kappa = _at_noise(scaled)
-    data = combine(lambda k, slope: k * slope, (kappa, None), (schedule.signal_to_noise_slope, t))
+    data = kappa * schedule.signal_to_noise_slope
+    functions = (b.dot, b, ratio.dot, velocity, kappa, data)
+    for function in functions:
+        function.prepare()
     return Coefficients(b.dot, b, ratio.dot, velocity, kappa, _left_of_t(scaled), data)
 
 
@@ -368,7 +353,7 @@ def _function_of_s(kappa: Source) -> TimeFunction:
     if callable(kappa) and not isinstance(kappa, (sympy.Expr, TimeFunction)):
         return TimeFunction(lambda _, s_: kappa(s_), 2)
     function = TimeFunction(kappa, 2)
-    if function.expression is not None and t in function.expression.free_symbols:
+    if function.expression is not None and T in function.expression.free_symbols:
         raise CriterionError(
             f"kappa = {function} depends on t; Criterion 1 asks for a function of s alone"
         )
@@ -381,9 +366,11 @@ def _at_noise(scaled: TimeFunction) -> TimeFunction:
     """
     if scaled.expression is None:
         return TimeFunction(lambda t_, s_: scaled.raw(backend_of(t_).ones_like(t_), s_), 2)
-    value: Any = scaled.expression.subs(t, 1)
-    if value.has(sympy.nan, sympy.zoo, sympy.oo):
-        value = on_edge(scaled.expression, t, sympy.Integer(1)) or value
+    value: Any = scaled.expression.subs(T, 1)
+    if not is_defined(value):
+        value = limit_on_edge(scaled.expression, T, sympy.Integer(1))
+    if value is None or not is_defined(value):
+        value = scaled.expression.subs(T, (1 + S) / 2)
     return TimeFunction(readable(value), 2)
 
 
@@ -393,7 +380,7 @@ def _left_of_t(scaled: TimeFunction) -> str:
     """
     points = random_points(POINTS)
     if scaled.expression is not None:
-        slopes = precise_values(scaled.expression.diff(t), points)
+        slopes = precise_values(scaled.expression.diff(T), points)
         sizes = precise_values(scaled.expression, points)
         tolerance, how = NOT_ZERO, f"(1 + gamma/delta) beta(t) = {scaled.expression}"
     else:

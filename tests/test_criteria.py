@@ -26,7 +26,8 @@ from flowspace import (
     Statistic,
     check_criteria,
 )
-from flowspace.expressions import TimeFunction, s
+from flowspace.expressions import S as s
+from flowspace.expressions import TimeFunction
 
 LINEAR, COSINE = PRESETS["linear"], PRESETS["cosine"]
 COT = "(cot(pi*t/2) - cot(pi*s/2))"

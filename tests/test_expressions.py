@@ -13,9 +13,7 @@ from hypothesis import strategies as st
 from strategies import mixed_callables, mixed_texts, parameters
 
 from flowspace import ExpressionError, FlowspaceError, Schedule, Statistic
-from flowspace.expressions import TimeFunction, combine, parse, precise_values
-from flowspace.expressions import s as S
-from flowspace.expressions import t as T
+from flowspace.expressions import S, T, TimeFunction, parse, precise_values
 
 HOSTILE = {
     "import": "__import__('os')",
@@ -271,24 +269,12 @@ def test_an_infinite_limit_is_not_filled():
 
 @settings(max_examples=20)
 @given(st.floats(0.1, 0.9), st.floats(0.1, 0.9))
-def test_combining_formulas_and_combining_callables_agree(a, b):
+def test_arithmetic_of_formulas_and_of_callables_agrees(a, b):
     t_, s_ = (torch.tensor([time], dtype=torch.float64) for time in (max(a, b), min(a, b) / 2))
-
-    def operation(f, g, h):
-        return f * g / h - 1
-
-    formula = combine(
-        operation,
-        (TimeFunction("t*s", 2), None),
-        (TimeFunction("1 - t"), S),
-        (TimeFunction("t"), T),
-    )
-    black_box = combine(
-        operation,
-        (TimeFunction(lambda t, s: t * s, 2), None),
-        (TimeFunction("1 - t"), S),
-        (TimeFunction(lambda t: t), T),
-    )
+    alpha, beta = TimeFunction("1 - t"), TimeFunction("t")
+    formula = TimeFunction("t*s", 2) * alpha.at(S) / beta - 1
+    product, time = TimeFunction(lambda t, s: t * s, 2), TimeFunction(lambda t: t)
+    black_box = product * alpha.at(S) / time - 1
     assert formula.expression is not None and black_box.expression is None
     torch.testing.assert_close(formula(t_, s_), black_box(t_, s_), rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(formula(t_, s_), s_ * (1 - s_) - 1, rtol=1e-13, atol=1e-13)

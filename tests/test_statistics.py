@@ -39,7 +39,9 @@ from flowspace import (
     Statistic,
     check_criteria,
 )
-from flowspace.expressions import TimeFunction, s, t
+from flowspace.expressions import S as s
+from flowspace.expressions import T as t
+from flowspace.expressions import TimeFunction
 
 LINEAR, COSINE = PRESETS["linear"], PRESETS["cosine"]
 TIMES = torch.linspace(TIME_FLOOR, 1, 25, dtype=torch.float64)

@@ -12,12 +12,12 @@ from torch import Tensor
 from flowspace.arrays import Model, is_number, over_rows
 from flowspace.backends import backend_of
 from flowspace.errors import InputError
-from flowspace.expressions import combine, t
 from flowspace.objectives.engine import LossOutput, PathPoint
 from flowspace.objectives.improved_mean_flow import ImprovedMeanFlowLoss
 from flowspace.objectives.inputs import require
 from flowspace.penalties import Adaptive
 from flowspace.statistics import MeanFlowStatistic, PointCoefficients, Statistic
+from flowspace.time_functions import TimeFunction
 from flowspace.times import LogitNormalTimes, TimePairs
 
 __all__ = ["CONVERSION_FLOOR", "PixelMeanFlowLoss"]
@@ -89,11 +89,8 @@ class PixelMeanFlowLoss(ImprovedMeanFlowLoss):
         schedule 1 and -t/(t - s).
         """
         beta, slope = self.schedule.functions[1], self.schedule.signal_to_noise_slope
-        gamma = combine(lambda b, d, m: -d / (b**2 * m), (beta, t), (beta.dot, t), (slope, t))
-        apart = Statistic("0", "1/(t - s)").delta
-        return Statistic(
-            gamma, combine(lambda a, b, m: a / (b * m), (apart, None), (beta, t), (slope, t))
-        )
+        inverse = TimeFunction("1/(t - s)", 2)
+        return Statistic(-beta.dot / (beta * beta * slope), inverse / (beta * slope))
 
     def to_velocity(self, output: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
         """Return (z_t - f)/max(t, floor), or its like for another schedule."""

@@ -1,0 +1,378 @@
+"""Formulas in t and s: text read over a whitelist, and sympy's algebra kept to a bounded time.
+
+`T` and `S` are the symbols; t and s are tensors everywhere else. Text comes from configuration
+files, so it is never evaluated by Python, and nothing that could keep sympy busy reaches it: what
+takes long is told beforehand by the size of a formula, see `is_small`.
+"""
+
+import ast
+import math
+import random
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mpmath
+import sympy
+
+from flowspace.errors import ExpressionError
+
+__all__ = [
+    "NOT_ZERO",
+    "S",
+    "T",
+    "own_symbols",
+    "parse",
+    "precise_values",
+    "random_points",
+    "readable",
+    "tidy",
+]
+
+T, S = sympy.symbols("t s", positive=True)
+
+MAX_TEXT = 1000
+MAX_SHOWN = 80
+"""Characters of a text that a message shows."""
+
+MAX_DEPTH = 40
+"""Levels of functions, powers, and products inside sums; sympy recurses over them."""
+
+MAX_EXPONENT = 64
+MAX_EXP = 700
+"""exp of more than this overflows float64."""
+
+NOT_ZERO = 1e-30
+"""What counts as zero for a formula evaluated with 50 digits."""
+
+MAX_CANCEL = 40
+"""Operations beyond which cancelling a formula may take seconds."""
+
+MAX_TERMS = 250
+"""Terms after multiplying out, beyond which cancelling or factoring may take seconds."""
+
+NAMES = {"t": T, "s": S, "pi": sympy.pi}
+FUNCTIONS = {
+    name: getattr(sympy, name) for name in ("exp", "log", "sqrt", "sin", "cos", "tan", "cot")
+}
+MAX_ARGUMENT = {"exp": 1e6, "sin": 1e12, "cos": 1e12, "tan": 1e12, "cot": 1e12}
+"""How large an argument may be inside the triangle; beyond, 50 digits take for ever."""
+
+OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Add: lambda a, b: a + b,
+    ast.Sub: lambda a, b: a - b,
+    ast.Mult: lambda a, b: a * b,
+    ast.Div: lambda a, b: a / b,
+}
+SUMS, PRODUCTS = (ast.Add, ast.Sub), (ast.Mult, ast.Div)
+
+FOREIGN = {
+    "^": "powers are written **",
+    "\N{GREEK SMALL LETTER PI}": "write pi",
+    "\N{MINUS SIGN}": "a minus is written -",
+    "\N{MIDDLE DOT}": "products are written *",
+    "\N{MULTIPLICATION SIGN}": "products are written *",
+    "\N{SUPERSCRIPT TWO}": "powers are written **",
+}
+"""What people write for what is written otherwise here."""
+
+MISSING_PRODUCT = re.compile(
+    r"\d\s*[a-z(]|\b(t|s|pi)\s*\(|\)\s*[\w(]|\b(t|s|pi|\d)\s+(t|s|pi|[a-z]+\()"
+)
+"""A number before a name or a bracket, two names side by side, a bracket beside either."""
+
+
+# --- text -> sympy
+# -------------------------------------------------------------------------------------------------
+
+
+def parse(text: str) -> sympy.Expr:
+    """Read a formula in t and s, such as ``"sin(pi*t/2)"``, over a whitelist.
+
+    Allowed are numbers, ``t``, ``s``, ``pi``, ``+ - * / **`` and exp, log, sqrt, sin, cos, tan,
+    cot. Nothing is evaluated by Python, and a text that could keep sympy busy (power towers,
+    constant exponents above 64, deep nesting, more than 1,000 characters) is refused before sympy
+    sees it.
+
+    Raises:
+        ExpressionError: what is not allowed, and what to write instead.
+    """
+    if len(text) > MAX_TEXT:
+        raise ExpressionError(
+            f"got an expression of {len(text)} characters, the limit is {MAX_TEXT}; pass a "
+            "callable instead"
+        )
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+        _refuse_deep(tree)
+        _refuse_towers(tree)
+        expression = _build(tree)
+    except ExpressionError as error:
+        raise ExpressionError(f"{shortened(text)}: {error}") from None
+    except ArithmeticError:
+        raise ExpressionError(f"{shortened(text)} divides by zero or overflows") from None
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        raise ExpressionError(
+            f"{shortened(text)} is not a formula{_hint(text)}; write something like '1 - t' or "
+            "'sin(pi*t/2)'"
+        ) from None
+    if not is_defined(expression):
+        raise ExpressionError(f"{shortened(text)} divides by zero, overflows or is not real")
+    return expression
+
+
+def shortened(text: str) -> str:
+    """Return a text in quotes, for a message; of a long one the beginning."""
+    if len(text) <= MAX_SHOWN:
+        return repr(text)
+    return repr(text[:MAX_SHOWN]) + "..."
+
+
+def is_defined(expression: sympy.Expr) -> bool:
+    """Return whether sympy found neither a division by zero nor an imaginary number."""
+    return not expression.has(sympy.nan, sympy.zoo, sympy.oo, -sympy.oo, sympy.I)
+
+
+def own_symbols(expression: sympy.Expr) -> sympy.Expr:
+    """Replace the caller's symbols named t and s, whatever their assumptions, by ours."""
+    strangers = {symbol for symbol in expression.free_symbols if str(symbol) not in ("t", "s")}
+    if strangers:
+        names = ", ".join(sorted(map(str, strangers)))
+        raise ExpressionError(f"{expression} has the symbols {names}; only t and s are times")
+    return expression.subs({symbol: NAMES[str(symbol)] for symbol in expression.free_symbols})
+
+
+def _build(node: ast.AST) -> sympy.Expr:
+    """Build the sympy expression of a syntax tree from the leaves up.
+
+    Raises:
+        ExpressionError: if something is not on the list.
+    """
+    match node:
+        case ast.Constant(value=int() | float() as value) if _is_number(value):
+            return sympy.Rational(repr(value))
+        case ast.Name(id=name) if name in NAMES:
+            return NAMES[name]
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_build(operand)
+        case ast.UnaryOp(op=ast.UAdd(), operand=operand):
+            return _build(operand)
+        case ast.BinOp(op=ast.Pow(), left=base, right=exponent):
+            return _power(_build(base), _build(exponent))
+        case ast.BinOp(op=operator, left=left, right=right) if type(operator) in OPERATORS:
+            return OPERATORS[type(operator)](_build(left), _build(right))
+        case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in FUNCTIONS:
+            return _function(name, _build(argument))
+    raise ExpressionError(
+        f"{ast.unparse(node)!r} is not allowed{_hint_at(node)}; only numbers, {', '.join(NAMES)}, "
+        f"+ - * / ** and {', '.join(FUNCTIONS)} are"
+    )
+
+
+def _is_number(value: float) -> bool:
+    return not isinstance(value, bool) and math.isfinite(value)
+
+
+def _power(base: sympy.Expr, exponent: sympy.Expr) -> sympy.Expr:
+    _refuse_constant(exponent, MAX_EXPONENT, "an exponent")
+    for number in exponent.atoms(sympy.Number):
+        _refuse_constant(number, MAX_EXPONENT, "a number in an exponent")
+    power = base**exponent
+    if power.is_number and power.is_extended_real is False:
+        raise ExpressionError(f"({base})**({exponent}) is not real")
+    return power
+
+
+def _function(name: str, argument: sympy.Expr) -> sympy.Expr:
+    if name == "exp":
+        _refuse_constant(argument, MAX_EXP, "an argument of exp")
+    if name in MAX_ARGUMENT:
+        sizes = [abs(value) for value in precise_values(argument, random_points(3), 15)]
+        if any(size > MAX_ARGUMENT[name] for size in sizes):
+            raise ExpressionError(
+                f"got an argument of {name} of {mpmath.nstr(max(sizes), 3)}, the limit is "
+                f"{MAX_ARGUMENT[name]:g}"
+            )
+    return FUNCTIONS[name](argument)
+
+
+def _refuse_constant(value: sympy.Expr, limit: float, what: str) -> None:
+    """Refuse a constant beyond the limit, before a power of it is formed."""
+    if value.is_number and not abs(complex(value)) <= limit:
+        raise ExpressionError(
+            f"got {what} of {float(abs(complex(value))):.3g}, the limit is {limit}"
+        )
+
+
+def _refuse_deep(tree: ast.AST) -> None:
+    """Refuse deep nesting; a sum of sums is one sum, and a product of products one product."""
+    waiting = [(tree, 1)]
+    while waiting:
+        node, level = waiting.pop()
+        if level > MAX_DEPTH:
+            raise ExpressionError(
+                f"got functions, powers and brackets nested more than {MAX_DEPTH} deep; pass a "
+                "callable instead"
+            )
+        for child in ast.iter_child_nodes(node):
+            flat = _are_both(SUMS, node, child) or _are_both(PRODUCTS, node, child)
+            waiting.append((child, level + (not flat)))
+
+
+def _are_both(operators: tuple[type, ...], node: ast.AST, child: ast.AST) -> bool:
+    return all(
+        isinstance(each, ast.BinOp) and isinstance(each.op, operators) for each in (node, child)
+    )
+
+
+def _refuse_towers(node: ast.AST) -> float:
+    """Return by how much powers multiply up in this tree.
+
+    Raises:
+        ExpressionError: if they are towers, where sympy would form gigantic numbers.
+    """
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
+        _refuse_inside(node.right, "an exponent", ("exp", "log", "sqrt"))
+        growth = _refuse_towers(node.left) * max(1.0, _largest_number(node.right))
+        if growth > MAX_EXPONENT:
+            raise ExpressionError(
+                f"got constant exponents that multiply to {growth:.3g}, the limit is "
+                f"{MAX_EXPONENT}"
+            )
+        return growth
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "exp":
+        for argument in node.args:
+            _refuse_inside(argument, "the argument of exp", ("exp", "log"))
+    growth = 1.0
+    for child in ast.iter_child_nodes(node):
+        growth = max(growth, _refuse_towers(child))
+    return growth
+
+
+def _refuse_inside(node: ast.AST, where: str, functions: tuple[str, ...]) -> None:
+    """Refuse powers in an exponent, and exp and log in an exponent or in exp: towers."""
+    for inner in ast.walk(node):
+        is_power = isinstance(inner, ast.BinOp) and isinstance(inner.op, ast.Pow)
+        is_function = isinstance(inner, ast.Name) and inner.id in functions
+        if is_function or (is_power and "sqrt" in functions):
+            raise ExpressionError(
+                f"{ast.unparse(inner)!r} inside {where} is a power tower; write a**t instead of "
+                "exp(t*log(a)), or pass a callable"
+            )
+
+
+def _largest_number(node: ast.AST) -> float:
+    largest = 1.0
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.Constant) and isinstance(inner.value, (int, float)):
+            largest = max(largest, abs(float(inner.value)))
+    return largest
+
+
+def _hint_at(node: ast.AST) -> str:
+    """Return what a syntax tree that is not allowed may have meant."""
+    if isinstance(node, ast.Call) and _is_factor(node.func):
+        return " (products are written *)"
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitXor):
+        return " (powers are written **)"
+    return _hint(ast.unparse(node))
+
+
+def _is_factor(node: ast.AST) -> bool:
+    """Return whether what is called was meant to be multiplied, as in ``t(1 - t)``."""
+    if isinstance(node, ast.Name):
+        return node.id in NAMES
+    return isinstance(node, (ast.BinOp, ast.Constant, ast.Call))
+
+
+def _hint(text: str) -> str:
+    """Return how a text's foreign signs are written here, or where a product lacks its sign."""
+    for sign, advice in FOREIGN.items():
+        if sign in text:
+            return f" ({advice})"
+    if MISSING_PRODUCT.search(text):
+        return " (products are written *)"
+    return ""
+
+
+# --- sympy's algebra, in bounded time
+# -------------------------------------------------------------------------------------------------
+
+
+def tidy(expression: sympy.Expr) -> sympy.Expr:
+    """Cancel common factors, which also removes most 0/0 on edges; large formulas stay."""
+    if not is_small(expression, MAX_CANCEL) or expression.has(sympy.exp, sympy.log):
+        return expression
+    if not all(power.exp.is_integer for power in expression.atoms(sympy.Pow)):
+        return expression
+    cancelled: Any = sympy.cancel(expression)
+    return sympy.factor(cancelled)  # type: ignore[return-value]
+
+
+def readable(expression: sympy.Expr) -> sympy.Expr:
+    """Return the shortest form of a formula that a few quick rewritings find."""
+    if not is_small(expression, 2 * MAX_CANCEL) or expression.has(sympy.exp, sympy.log):
+        return expression
+    forms = [expression, sympy.factor(expression)]
+    if expression.has(sympy.sin, sympy.cos):
+        forms.append(sympy.trigsimp(expression))
+        forms.append(sympy.factor(sympy.trigsimp(sympy.expand(expression))))
+    return min(forms, key=lambda form: form.count_ops())
+
+
+def is_small(expression: sympy.Expr, operations: int) -> bool:
+    """Return whether multiplying out, cancelling and factoring take a moment only."""
+    return expression.count_ops() <= operations and expanded_terms(expression) <= MAX_TERMS
+
+
+def expanded_terms(expression: sympy.Basic) -> float:
+    """Return about how many terms a formula has once it is multiplied out."""
+    sizes = [expanded_terms(part) for part in expression.args]
+    if isinstance(expression, sympy.Add):
+        return sum(sizes)
+    if isinstance(expression, sympy.Mul):
+        return math.prod(sizes)
+    if isinstance(expression, sympy.Pow) and isinstance(expression.exp, sympy.Rational):
+        return _power_terms(sizes[0], expression.exp)
+    return max(sizes, default=1)
+
+
+def _power_terms(terms: float, exponent: sympy.Rational) -> float:
+    """Return how many terms a power of a sum has; a root counts the steps of its polynomial."""
+    order = max(abs(exponent.p), exponent.q)
+    if terms <= 1 and exponent.q == 1:
+        return 1
+    if terms <= 1 or terms > MAX_TERMS:
+        return terms * order
+    return math.comb(int(terms) + order - 1, order)
+
+
+def precise_values(
+    expression: sympy.Expr, points: Sequence[tuple[Any, ...]], digits: int = 50
+) -> list[Any]:
+    """Evaluate a formula at (t, s) points with that many digits; nan where it has no value."""
+    if not is_defined(expression):
+        return [mpmath.nan] * len(points)
+    function = sympy.lambdify((T, S), expression, modules="mpmath")
+    with mpmath.workdps(digits):
+        return [_real_value(function, point) for point in points]
+
+
+def _real_value(function: Callable[..., Any], point: tuple[Any, ...]) -> Any:
+    try:
+        value = mpmath.mpmathify(function(*map(mpmath.mpf, point)))
+    except (ArithmeticError, ValueError):
+        return mpmath.nan
+    if isinstance(value, mpmath.mpc) and value.imag:
+        return mpmath.nan
+    return value.real
+
+
+def random_points(count: int) -> list[tuple[float, float]]:
+    """Return points 0 < s < t < 1, the same in every call, so that checks never waver."""
+    draw = random.Random(count)
+    points = []
+    for _ in range(count):
+        low, high = sorted((draw.uniform(0.02, 0.98), draw.uniform(0.02, 0.98)))
+        points.append((high, low))
+    return points
