@@ -44,24 +44,34 @@ class RandomSource(NamedTuple):
         generator: a torch.Generator, None for torch's own, or a key of JAX.
         device: where tensors are drawn.
         dtype: of what is drawn.
+        library: the functions of the arrays that are drawn, `flowspace.backends`.
     """
 
     generator: Any
     device: torch.device | str | None
     dtype: Any
+    library: Any
+
+    @classmethod
+    def of(cls, generator: Any, device: torch.device | str | None, dtype: Any) -> "RandomSource":
+        """Return the source for a generator of torch or a key of JAX."""
+        return cls(generator, device, dtype, backend_of(generator))
 
     def uniform(self, *shape: int) -> Tensor:
         """Draw uniformly from [0, 1)."""
-        return backend_of(self.generator).uniform(shape, self._asdict())
+        return self.library.uniform(shape, self._how())
 
     def normal(self, *shape: int) -> Tensor:
         """Draw standard normal numbers."""
-        return backend_of(self.generator).normal(shape, self._asdict())
+        return self.library.normal(shape, self._how())
 
     def split(self, count: int) -> "list[RandomSource]":
         """Return that many sources of independent numbers, to be used in their order."""
-        generators = backend_of(self.generator).split(self.generator, count)
+        generators = self.library.split(self.generator, count)
         return [self._replace(generator=generator) for generator in generators]
+
+    def _how(self) -> dict[str, Any]:
+        return {"generator": self.generator, "device": self.device, "dtype": self.dtype}
 
 
 class TimeSampler(abc.ABC):
@@ -76,7 +86,7 @@ class TimeSampler(abc.ABC):
         dtype: Any = torch.float32,
     ) -> Tensor:
         """Return times of shape ``(rows,)``."""
-        return self.draw(rows, RandomSource(generator, device, dtype))
+        return self.draw(rows, RandomSource.of(generator, device, dtype))
 
     @abc.abstractmethod
     def draw(self, rows: int, source: RandomSource) -> Tensor:
@@ -104,7 +114,7 @@ class UniformTimes(TimeSampler):
     def draw(self, rows: int, source: RandomSource) -> Tensor:
         """Return times of shape ``(rows,)``."""
         t = self.low + (self.high - self.low) * source.uniform(rows)
-        return backend_of(t).clamp(t, self.low, self.high)
+        return source.library.clamp(t, self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -130,7 +140,7 @@ class PowerTimes(TimeSampler):
     def draw(self, rows: int, source: RandomSource) -> Tensor:
         """Return times of shape ``(rows,)``."""
         t = TIME_FLOOR + (1 - TIME_FLOOR) * source.uniform(rows) ** self.power
-        return backend_of(t).clamp(t, TIME_FLOOR, 1.0)
+        return source.library.clamp(t, TIME_FLOOR, 1.0)
 
 
 @dataclass(frozen=True)
@@ -158,8 +168,7 @@ class LogitNormalTimes(TimeSampler):
     def draw(self, rows: int, source: RandomSource) -> Tensor:
         """Return times of shape ``(rows,)``."""
         logit = self.mean + self.spread * source.normal(rows)
-        xp = backend_of(logit)
-        return xp.clamp(xp.sigmoid(logit), TIME_FLOOR)
+        return source.library.clamp(source.library.sigmoid(logit), TIME_FLOOR)
 
 
 @dataclass(frozen=True)
@@ -199,7 +208,7 @@ class ShiftedTimes(TimeSampler):
         """Return times of shape ``(rows,)``."""
         t = self.times.draw(rows, source)
         shifted = self.shift * t / (1 + (self.shift - 1) * t)
-        return backend_of(t).clamp(shifted, TIME_FLOOR, 1.0)
+        return source.library.clamp(shifted, TIME_FLOOR, 1.0)
 
 
 @dataclass(frozen=True)
@@ -236,7 +245,7 @@ class KarrasTimes(TimeSampler):
         low, high = self.lowest ** (1 / self.rho), self.highest ** (1 / self.rho)
         level = (low + (high - low) * source.uniform(rows)) ** self.rho
         t = level / (1 + level)
-        return backend_of(t).clamp(t, TIME_FLOOR)
+        return source.library.clamp(t, TIME_FLOOR)
 
 
 class PairSampler(abc.ABC):
@@ -254,7 +263,7 @@ class PairSampler(abc.ABC):
         dtype: Any = torch.float32,
     ) -> tuple[Tensor, Tensor]:
         """Return t and s, each of shape ``(rows,)``."""
-        return self.draw(rows, RandomSource(generator, device, dtype))
+        return self.draw(rows, RandomSource.of(generator, device, dtype))
 
     @abc.abstractmethod
     def draw(self, rows: int, source: RandomSource) -> tuple[Tensor, Tensor]:
@@ -298,7 +307,7 @@ class TimePairs(PairSampler):
         first, second = self.times.draw(rows, for_first), self.times.draw(rows, for_second)
         rank = for_rank.uniform(rows).argsort().argsort()
         diagonal = rank + for_rounding.uniform() < self.equal * rows
-        xp = backend_of(first)
+        xp = source.library
         if self.mask_first:
             second = xp.where(diagonal, first, second)
         t, s = xp.maximum(first, second), xp.minimum(first, second)
@@ -320,4 +329,4 @@ class ToDataTimes(PairSampler):
     def draw(self, rows: int, source: RandomSource) -> tuple[Tensor, Tensor]:
         """Return t and s = 0, each of shape ``(rows,)``."""
         t = self.times.draw(rows, source)
-        return t, backend_of(t).zeros_like(t)
+        return t, source.library.zeros_like(t)

@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from flowspace.arrays import is_number, over_rows
-from flowspace.backends import backend_of
 from flowspace.errors import InputError
 from flowspace.objectives.engine import LossOutput, PathPoint
 from flowspace.objectives.inputs import Batch, require, warn_once
@@ -79,7 +78,7 @@ class AlphaFlowLoss(MeanFlowLoss):
     def _output(
         self, f: Tensor, rest: Tensor, at: PathPoint, weights: PointCoefficients
     ) -> LossOutput:
-        xp = backend_of(f)
+        xp = at.library
         if self.bound < math.inf:
             a, m = over_rows(weights.prediction, f), over_rows(weights.scale, f)
             fixed = xp.detach(f)

@@ -7,13 +7,12 @@ from typing import Any
 from torch import Tensor
 
 from flowspace.arrays import Model, at_least_float32, draw_noise, is_number
-from flowspace.backends import backend_of
 from flowspace.errors import CriterionError
 from flowspace.objectives.engine import LossOutput, Objective, PathPoint
 from flowspace.objectives.inputs import Batch, evaluated, require
 from flowspace.penalties import SquaredError
 from flowspace.schedules import TIME_FLOOR
-from flowspace.statistics import ConsistencyStatistic, Statistic
+from flowspace.statistics import AbstractStatistic, ConsistencyStatistic
 from flowspace.times import KarrasTimes, ToDataTimes
 
 __all__ = ["ConsistencyLoss"]
@@ -34,7 +33,7 @@ class ConsistencyLoss(Objective):
         boundary: what the boundary loss is multiplied by; not negative.
     """
 
-    statistic: Statistic = ConsistencyStatistic()
+    statistic: AbstractStatistic = ConsistencyStatistic()
     times: Callable[..., tuple[Tensor, Tensor]] = ToDataTimes()
     boundary: float = 1.0
 
@@ -72,17 +71,17 @@ class ConsistencyLoss(Objective):
 
     def known_part(self, at: PathPoint) -> Tensor:
         """Return zero: with kappa = 0 nothing of the data is left."""
-        return backend_of(at.data).zeros_like(at.data)
+        return at.library.zeros_like(at.data)
 
     def known_part_between(self, at: PathPoint, earlier: PathPoint) -> Tensor:
         """Return zero: with kappa = 0 nothing of the data is left."""
-        return backend_of(at.data).zeros_like(at.data)
+        return at.library.zeros_like(at.data)
 
     def completed(self, out: LossOutput, model: Model, batch: Batch) -> LossOutput:
         """Return the output with the boundary loss added to each row."""
         if not self.boundary:
             return out
-        xp, noise = backend_of(batch.latents), batch.noise
+        xp, noise = batch.library, batch.noise
         if noise is None:
             noise = draw_noise(batch.latents, xp.split(batch.generator, 3)[2])
         s = out.s

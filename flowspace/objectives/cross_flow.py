@@ -13,7 +13,7 @@ from flowspace.derivatives.replay import unseen
 from flowspace.errors import CriterionError, InputError
 from flowspace.objectives.engine import Objective, PathPoint
 from flowspace.objectives.inputs import Batch, evaluated, require
-from flowspace.statistics import MatchedStatistic, Statistic
+from flowspace.statistics import AbstractStatistic, MatchedStatistic
 from flowspace.times import PowerTimes, ShiftedTimes, TimePairs
 
 __all__ = ["CrossFlowLoss"]
@@ -41,7 +41,7 @@ class CrossFlowLoss(Objective):
         UserWarning: if the statistic is not anchored.
     """
 
-    statistic: Statistic = MatchedStatistic()
+    statistic: AbstractStatistic = MatchedStatistic()
     times: Callable[..., tuple[Tensor, Tensor]] = TimePairs(PowerTimes(2.0), mask_first=True)
     estimate: Callable[[Tensor], Tensor] | None = None
 

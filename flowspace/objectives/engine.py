@@ -33,7 +33,7 @@ from flowspace.arrays import (
     is_number,
     over_rows,
 )
-from flowspace.backends import backend_of, one_backend, torch_backend
+from flowspace.backends import one_backend, torch_backend
 from flowspace.derivatives import Derivative, SharedPrimal
 from flowspace.derivatives.replay import Draws, on_copies, unseen
 from flowspace.errors import InputError, TimeError
@@ -41,9 +41,8 @@ from flowspace.flow_map import FlowMap
 from flowspace.guidance import Guidance
 from flowspace.objectives.inputs import (
     Batch,
-    check_batch,
     check_model,
-    check_sources,
+    checked_batch,
     checked_cond,
     evaluated,
     refuse_unfit,
@@ -53,7 +52,11 @@ from flowspace.objectives.inputs import (
 )
 from flowspace.penalties import Penalty, SquaredError
 from flowspace.schedules import LinearSchedule, Schedule
-from flowspace.statistics import Coefficients, PointCoefficients, Statistic
+from flowspace.statistics import (
+    AbstractStatistic,
+    Coefficients,
+    PointCoefficients,
+)
 from flowspace.times import TimePairs, TimeSampler
 
 __all__ = ["LossOutput", "Objective", "PathPoint"]
@@ -94,6 +97,7 @@ class PathPoint(NamedTuple):
         velocity: the velocity at z_t that stands in the residual, of the state's shape.
         data: x, the clean latents or the targets, of the prediction's shape.
         cond: keyword arguments of the model.
+        library: the functions of the arrays, `flowspace.backends`.
         dropped: which rows lost their condition, of shape ``(B,)``; None without guidance.
     """
 
@@ -103,6 +107,7 @@ class PathPoint(NamedTuple):
     velocity: Tensor
     data: Tensor
     cond: dict[str, Any]
+    library: Any = torch_backend
     dropped: Tensor | None = None
 
     @property
@@ -145,7 +150,7 @@ class Objective(abc.ABC):
     """
 
     schedule: Schedule = LinearSchedule()
-    statistic: Statistic = None  # type: ignore[assignment]  # each objective has its own
+    statistic: AbstractStatistic = None  # type: ignore[assignment]  # each objective has its own
     times: Callable[..., tuple[Tensor, Tensor]] = TimePairs()
     penalty: Callable[[Tensor], Tensor] = SquaredError()
     weight: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -176,7 +181,7 @@ class Objective(abc.ABC):
             "write for example LinearSchedule() or Schedule(alpha='1 - t', beta='t')",
         )
         require(
-            is_kind(self.statistic, Statistic),
+            is_kind(self.statistic, AbstractStatistic),
             "statistic",
             self.statistic,
             "write for example MatchedStatistic() or Statistic(gamma='1', delta='-t/(t - s)')",
@@ -271,7 +276,7 @@ class Objective(abc.ABC):
         return self.statistic.coefficients(self.schedule)
 
     @cached_property
-    def outputs(self) -> Statistic:
+    def outputs(self) -> AbstractStatistic:
         """What the model returns, as `FlowMap` takes it.
 
         It is another than ``statistic`` where the model returns images.
@@ -367,14 +372,11 @@ class Objective(abc.ABC):
         Warns:
             UserWarning: once, if the first latents are not finite or far wider than the noise.
         """
-        data = latents if targets is None else targets
-        one_backend(latents, data, noise, t, s, generator)
-        batch = Batch(latents, targets, checked_cond(cond), noise, generator)
-        check_batch(latents, data)
+        xp = one_backend(latents, targets, noise, t, s, generator)
+        batch = Batch(latents, targets, checked_cond(cond), noise, generator, xp)
         check_model(model)
-        check_sources(latents, noise, generator)
-        self.check_call(batch)
-        warn_of_scale(type(self).__name__, latents)
+        self.check_call(checked_batch(batch))
+        warn_of_scale(type(self).__name__, batch)
         model = self.wrapped(model)
         at, noise = self._drawn_point(batch, t, s)
         try:
@@ -388,19 +390,18 @@ class Objective(abc.ABC):
         self, batch: Batch, t: Tensor | None, s: Tensor | None
     ) -> tuple[PathPoint, Tensor]:
         """Return a point of the conditional path for each row, and the noise that leads there."""
-        latents, noise = batch.latents, batch.noise
+        latents, noise, xp = batch.latents, batch.noise, batch.library
         draws: tuple[Any, Any] = (None, None)
         if noise is None or (t is None and s is None):
-            draws = backend_of(latents).split(batch.generator, 2)
-        t, s = self._pairs(latents, t, s, draws[0])
+            draws = xp.split(batch.generator, 2)
+        t, s = self._pairs(batch, t, s, draws[0])
         if noise is None:
             noise = draw_noise(latents, draws[1])
         z_t, velocity = self.schedule.perturb(latents, noise, t)
-        data = latents if batch.targets is None else batch.targets
-        at = PathPoint(z_t, t, s, velocity, data, batch.cond)
+        at = PathPoint(z_t, t, s, velocity, batch.data, batch.cond, xp)
         if self.guidance is None:
             return at, noise
-        if backend_of(latents) is not torch_backend:
+        if xp is not torch_backend:
             raise InputError(
                 "got guidance with JAX arrays, which it does not know; write velocity= with a "
                 "mixture"
@@ -409,14 +410,14 @@ class Objective(abc.ABC):
         return at._replace(cond=cond, dropped=dropped), noise
 
     def _pairs(
-        self, latents: Tensor, t: Tensor | None, s: Tensor | None, generator: Any
+        self, batch: Batch, t: Tensor | None, s: Tensor | None, generator: Any
     ) -> tuple[Tensor, Tensor]:
         """Return times and destinations: those given, checked, or drawn."""
         if t is not None and s is not None:
-            return checked_times(t, s, latents)
+            return checked_times(t, s, batch.latents)
         if t is not None or s is not None:
             raise TimeError("got only one of t and s; give both, or neither to have them drawn")
-        xp, rows = backend_of(latents), len(latents)
+        xp, latents, rows = batch.library, batch.latents, len(batch.latents)
         t, s = self.times(
             rows, generator=generator, device=xp.device(latents), dtype=xp.time_dtype(latents)
         )
@@ -436,10 +437,10 @@ class Objective(abc.ABC):
         if self.gap is None:
             f, rest = self._differentiated(model, at, tangent, weights)
             return self._output(f, rest, at, weights)
-        r = backend_of(at.t).where(at.s < at.t, at.t - self.gap * (at.t - at.s), at.t)
+        r = at.library.where(at.s < at.t, at.t - self.gap * (at.t - at.s), at.t)
         z_r = self.schedule.perturb(latents, noise, r)[0]
         z_r = z_r + over_rows(at.t - r, z_r) * (conditional - at.velocity)
-        earlier = at._replace(state=backend_of(z_r).cast(z_r, at.state.dtype), t=r)
+        earlier = at._replace(state=at.library.cast(z_r, at.state.dtype), t=r)
         f, rest = self._two_points(model, at, earlier, weights)
         return self._output(f, rest, at, weights)
 
@@ -454,7 +455,7 @@ class Objective(abc.ABC):
         def fn(z_t: Tensor, t: Tensor, s: Tensor, cond: dict[str, Any]) -> Tensor:
             return model(z_t, t, s, **cond)
 
-        xp = backend_of(at.state)
+        xp = at.library
         primals = (at.state, at.t, at.s, at.cond)
         tangents = (xp.cast(tangent, at.state.dtype), xp.ones_like(at.t), None, None)
         off_diagonal = None
@@ -473,7 +474,7 @@ class Objective(abc.ABC):
 
         Off the diagonal R = m (f - y*) with y* = (b(r, s) f(z_r, r, s) + K(r, t))/b(t, s).
         """
-        xp = backend_of(at.state)
+        xp = at.library
 
         def evaluate_earlier() -> Tensor:
             return evaluated(model, earlier.state, earlier.t, earlier.s, earlier.cond)
@@ -495,7 +496,7 @@ class Objective(abc.ABC):
         self, f: Tensor, rest: Tensor, at: PathPoint, weights: PointCoefficients
     ) -> LossOutput:
         """Return the output for a prediction and what the residual is without a f."""
-        xp = backend_of(f)
+        xp = at.library
         a, m = over_rows(weights.prediction, f), over_rows(weights.scale, f)
         fixed = xp.detach(f)
         residual = xp.detach(a * fixed + rest)
@@ -527,7 +528,7 @@ def given_velocity(name: str, function: Callable[..., Tensor], at: PathPoint) ->
     Raises:
         InputError: if it is of another shape than the states.
     """
-    velocity = backend_of(at.state).detach(function(at.state, at.t, **at.cond))
+    velocity = at.library.detach(function(at.state, at.t, **at.cond))
     if velocity.shape != at.state.shape:
         raise InputError(
             f"got shape {tuple(velocity.shape)} from {name} for states of shape "

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from flowspace.objectives.inputs import Batch
 from flowspace.objectives.mean_flow import MeanFlowLoss
 
 __all__ = ["FlowMatchingLoss"]
@@ -23,7 +24,7 @@ class FlowMatchingLoss(MeanFlowLoss):
         return cls(**changes)
 
     def _pairs(
-        self, latents: Tensor, t: Tensor | None, s: Tensor | None, generator: Any
+        self, batch: Batch, t: Tensor | None, s: Tensor | None, generator: Any
     ) -> tuple[Tensor, Tensor]:
-        t, _ = super()._pairs(latents, t, t, generator)
+        t, _ = super()._pairs(batch, t, t, generator)
         return t, t

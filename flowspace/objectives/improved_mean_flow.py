@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from flowspace.arrays import Model, at_least_float32
-from flowspace.backends import backend_of, torch_backend
+from flowspace.backends import torch_backend
 from flowspace.derivatives.replay import on_copies, unseen
 from flowspace.derivatives.route import checked
 from flowspace.errors import InputError
@@ -75,7 +75,7 @@ class ImprovedMeanFlowLoss(MeanFlowLoss):
     def check_call(self, batch: Batch) -> None:
         """Refuse an auxiliary head with JAX arrays, where a second output cannot be kept."""
         super().check_call(batch)
-        if self.head and backend_of(batch.latents) is not torch_backend:
+        if self.head and batch.library is not torch_backend:
             raise InputError(
                 "got head=True with JAX arrays, where a second output cannot be kept; write "
                 "head=False"

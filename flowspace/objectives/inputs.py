@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from flowspace.arrays import Model
-from flowspace.backends import backend_of, torch_backend
+from flowspace.backends import torch_backend
 from flowspace.derivatives.replay import on_copies
 from flowspace.derivatives.route import checked
 from flowspace.errors import InputError
 
 __all__ = [
     "Batch",
-    "check_batch",
     "check_model",
-    "check_sources",
+    "checked_batch",
     "checked_cond",
     "evaluated",
     "first_time",
@@ -47,6 +46,7 @@ class Batch(NamedTuple):
         cond: keyword arguments of the model.
         noise: of the latents' shape, or None if it is to be drawn.
         generator: the source of what is drawn: a torch.Generator, a key of JAX, or None.
+        library: the functions of the arrays, `flowspace.backends`.
     """
 
     latents: Tensor
@@ -54,6 +54,14 @@ class Batch(NamedTuple):
     cond: dict[str, Any]
     noise: Tensor | None
     generator: Any
+    library: Any
+
+    @property
+    def data(self) -> Tensor:
+        """What the model is to output: the targets, or the latents."""
+        if self.targets is None:
+            return self.latents
+        return self.targets
 
 
 def require(holds: bool, name: str, value: Any, remedy: str) -> None:
@@ -153,47 +161,53 @@ def check_model(model: Any) -> None:
         )
 
 
-def check_sources(latents: Tensor, noise: Any, generator: Any) -> None:
-    """Raise InputError for noise that is not of real numbers, and for a generator that is none."""
-    xp = backend_of(latents)
+def checked_batch(batch: Batch) -> Batch:
+    """Return a batch that may be used.
+
+    Raises:
+        InputError: unless latents, targets and noise are real numbers, as many rows of latents and
+            targets, and the generator is one.
+    """
+    xp, noise = batch.library, batch.noise
+    _check_array("latents", batch.latents, xp)
+    _check_array("targets", batch.data, xp)
+    if len(batch.latents) != len(batch.data):
+        raise InputError(
+            f"got {len(batch.latents)} latents and {len(batch.data)} targets; each row needs its "
+            "pair"
+        )
     if noise is not None and not (xp.is_array(noise) and xp.is_floating(noise)):
         raise InputError(
             f"got noise of {_kind(noise)}; write real numbers of the latents' shape, or leave it "
             "out"
         )
-    is_source = generator is None or isinstance(generator, torch.Generator)
+    is_source = batch.generator is None or isinstance(batch.generator, torch.Generator)
     if xp is torch_backend and not is_source:
         raise InputError(
-            f"got generator = {generator!r}; write torch.Generator().manual_seed(0), or leave it "
-            "out"
+            f"got generator = {batch.generator!r}; write torch.Generator().manual_seed(0), or "
+            "leave it out"
         )
+    return batch
 
 
-def check_batch(latents: Tensor, targets: Tensor) -> None:
-    """Raise InputError unless latents and targets are real numbers, as many rows of each."""
-    xp = backend_of(latents, targets)
-    for name, array in (("latents", latents), ("targets", targets)):
-        if not xp.is_array(array) or not xp.is_floating(array) or array.ndim < 1:
-            raise InputError(
-                f"got {name} of {_kind(array)}; a tensor of real numbers of shape (B, *) is needed"
-            )
-        if 0 in array.shape:
-            raise InputError(
-                f"got {name} of shape {tuple(array.shape)}, which hold no number; write at least "
-                "one row of one number"
-            )
-    if len(latents) != len(targets):
+def _check_array(name: str, array: Any, xp: Any) -> None:
+    if not xp.is_array(array) or not xp.is_floating(array) or array.ndim < 1:
         raise InputError(
-            f"got {len(latents)} latents and {len(targets)} targets; each row needs its pair"
+            f"got {name} of {_kind(array)}; a tensor of real numbers of shape (B, *) is needed"
+        )
+    if 0 in array.shape:
+        raise InputError(
+            f"got {name} of shape {tuple(array.shape)}, which hold no number; write at least one "
+            "row of one number"
         )
 
 
-def warn_of_scale(owner: str, latents: Tensor) -> None:
+def warn_of_scale(owner: str, batch: Batch) -> None:
     """Warn of latents that are not finite, or far wider than the noise, in an owner's first batch.
 
     Only the first batch of each kind of objective is looked at: a look waits for the device.
     """
-    xp = backend_of(latents)
+    xp, latents = batch.library, batch.latents
     if not xp.has_values(latents) or not first_time(f"latents of {owner}"):
         return
     largest = float(abs(xp.detach(latents)).max())
@@ -203,8 +217,8 @@ def warn_of_scale(owner: str, latents: Tensor) -> None:
             "half precision overflows in some, which float32 mends"
         )
         return
-    spread = float(xp.detach(latents).reshape(-1).std())
-    if largest > WIDE and spread > WIDE:
+    spread = float(xp.detach(latents).std())
+    if spread > WIDE:
         warn_once(
             f"got latents with a spread of {spread:.3g} beside noise with a spread of 1, which "
             "disappears in them; subtract their mean and divide by their spread"

@@ -5,11 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from flowspace.backends import backend_of
 from flowspace.objectives.engine import Objective, PathPoint
 from flowspace.objectives.inputs import Batch, first_time, warn_once
 from flowspace.penalties import Adaptive
-from flowspace.statistics import MeanFlowStatistic, Statistic
+from flowspace.statistics import AbstractStatistic, MeanFlowStatistic
 from flowspace.times import LogitNormalTimes, TimePairs
 
 __all__ = ["MeanFlowLoss"]
@@ -25,7 +24,7 @@ class MeanFlowLoss(Objective):
         UserWarning: once, when called with targets that are not the latents.
     """
 
-    statistic: Statistic = MeanFlowStatistic()
+    statistic: AbstractStatistic = MeanFlowStatistic()
 
     @classmethod
     def published(cls, **changes: Any) -> "MeanFlowLoss":
@@ -62,10 +61,9 @@ def warn_of_targets(owner: str, batch: Batch) -> None:
     latents, targets = batch.latents, batch.targets
     if targets is None or targets is latents or not first_time(f"targets of {owner}"):
         return
-    if targets.shape == latents.shape:
-        xp = backend_of(latents)
-        if not xp.has_values(latents) or bool((targets == latents).all()):
-            return
+    known = batch.library.has_values(latents)
+    if targets.shape == latents.shape and (not known or bool((targets == latents).all())):
+        return
     warn_once(
         f"{owner} ignores the targets that it got, of shape {tuple(targets.shape)}: it trains a "
         "velocity of the latents; leave targets out, or use CrossFlowLoss() to train images"

@@ -101,7 +101,7 @@ class PixelMeanFlowLoss(ImprovedMeanFlowLoss):
         clean = self.schedule.latents(at.velocity, at.state, at.t)
         floored = self.to_velocity(clean, at.state, at.t)
         below = over_rows(at.t < self.floor, at.velocity)
-        velocity = backend_of(at.t).where(below, floored, at.velocity)
+        velocity = at.library.where(below, floored, at.velocity)
         return super().residual_velocity(model, at._replace(velocity=velocity))
 
     def perceptual_mask(self, out: LossOutput) -> Tensor:
@@ -112,7 +112,7 @@ class PixelMeanFlowLoss(ImprovedMeanFlowLoss):
         self, f: Tensor, rest: Tensor, at: PathPoint, weights: PointCoefficients
     ) -> LossOutput:
         out = super()._output(f, rest, at, weights)
-        xp = backend_of(at.t)
+        xp = at.library
         floored = xp.clamp(at.t, self.floor)
         state = xp.cast(at.state, out.prediction.dtype)
         return out._replace(

@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from flowspace.arrays import Model, at_least_float32, draw_noise, is_number, over_rows
-from flowspace.backends import backend_of, torch_backend
+from flowspace.backends import one_backend, torch_backend
 from flowspace.derivatives.replay import Draws, RowsMixError, agree, untouched
 from flowspace.errors import InputError, TimeError
 from flowspace.objectives.engine import LossOutput, PathPoint
 from flowspace.objectives.inputs import (
-    check_batch,
+    Batch,
     check_model,
-    check_sources,
+    checked_batch,
     checked_cond,
     evaluated,
     refuse_unfit,
@@ -134,10 +134,11 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
             InputError: if shapes do not fit, or JAX arrays came.
             TimeError: if t or s came.
         """
-        check_batch(latents, latents)
+        xp = one_backend(latents, noise, generator)
+        batch = Batch(latents, None, checked_cond(cond), noise, generator, xp)
         check_model(model)
-        check_sources(latents, noise, generator)
-        if backend_of(latents, noise) is not torch_backend:
+        checked_batch(batch)
+        if xp is not torch_backend:
             raise InputError(
                 "got JAX arrays, but trajectory matching is written for tensors of torch; pass "
                 "tensors"
@@ -147,7 +148,7 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
                 "got t or s; trajectory matching takes its times from the teacher's grid: leave "
                 "them out"
             )
-        arguments = checked_cond(cond)
+        arguments = batch.cond
         if noise is None:
             noise = draw_noise(latents, generator)
         times = self.grid(noise)
