@@ -14,7 +14,7 @@ from flowspace import __version__
 from flowspace.criteria import CriteriaReport, check_criteria
 from flowspace.errors import FlowspaceError
 from flowspace.schedules import Schedule
-from flowspace.statistics import MatchedStatistic, Statistic
+from flowspace.statistics import AbstractStatistic, MatchedStatistic, Statistic
 
 if TYPE_CHECKING:
     from flowspace.recipes.imagenet import Run
@@ -225,7 +225,7 @@ def _derive(options: argparse.Namespace) -> int:
     return 0 if report.ok else _explain(report)
 
 
-def _statistic(options: argparse.Namespace, schedule: Schedule) -> Statistic:
+def _statistic(options: argparse.Namespace, schedule: Schedule) -> AbstractStatistic:
     if options.gamma is None and options.kappa is None and options.delta is None:
         return MatchedStatistic()
     if options.delta is None or (options.gamma is None) == (options.kappa is None):

@@ -14,8 +14,8 @@ from flowspace.schedules import TIME_FLOOR, Schedule
 from flowspace.statistics import (
     DIAGONAL_POINTS,
     DIAGONAL_TOLERANCE,
+    AbstractStatistic,
     Coefficients,
-    MatchedStatistic,
     Statistic,
     worst_on_diagonal,
 )
@@ -119,7 +119,7 @@ class CriteriaReport:
         return "\n".join(f"{name:<12}{text}".replace("\n", "\n" + " " * 12) for name, text in rows)
 
 
-def check_criteria(schedule: Schedule, statistic: Statistic) -> CriteriaReport:
+def check_criteria(schedule: Schedule, statistic: AbstractStatistic) -> CriteriaReport:
     """Derive kappa and say which properties a statistic has under a schedule: the two criteria,
     anchored, matched.
 
@@ -130,20 +130,14 @@ def check_criteria(schedule: Schedule, statistic: Statistic) -> CriteriaReport:
         InputError: if schedule or statistic is none.
         CriterionError: if delta is zero, complex or not finite where times may lie.
     """
-    if not isinstance(statistic, Statistic):
+    if not isinstance(statistic, AbstractStatistic):
         raise InputError(
             f"statistic = {statistic!r} came; write check_criteria(LinearSchedule(), "
             "MatchedStatistic())"
         )
     c = statistic.coefficients(schedule)
     first = not c.failure
-    kappa = (
-        None
-        if not first
-        else c.scaled_kappa
-        if c.scaled_kappa.expression is None
-        else c.scaled_kappa.expression
-    )
+    kappa = c.kappa if first else None
     gamma, delta = _corner(c)
     second = abs(gamma - 1) < LIMIT_TOLERANCE and abs(delta + 1) < LIMIT_TOLERANCE
     off, off_at = worst_on_diagonal(c.derivative)
@@ -175,10 +169,9 @@ def check_criteria(schedule: Schedule, statistic: Statistic) -> CriteriaReport:
             else "there is no c without Criterion 1",
         ),
     }
-    shown = statistic.on(schedule) if isinstance(statistic, MatchedStatistic) else statistic
     return CriteriaReport(
         schedule,
-        shown,
+        statistic.on(schedule),
         c,
         first,
         second,

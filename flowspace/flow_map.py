@@ -13,7 +13,7 @@ from flowspace.errors import InputError
 from flowspace.guidance import Guidance
 from flowspace.schedules import TIME_FLOOR, Schedule
 from flowspace.solvers import falling_grid
-from flowspace.statistics import Coefficients, Statistic
+from flowspace.statistics import AbstractStatistic, Coefficients
 
 __all__ = ["FlowMap"]
 
@@ -39,7 +39,7 @@ class FlowMap:
 
     model: Model
     schedule: Schedule
-    statistic: Statistic
+    statistic: AbstractStatistic
 
     def __post_init__(self) -> None:
         if not isinstance(self.schedule, Schedule):
@@ -47,7 +47,7 @@ class FlowMap:
                 f"got schedule = {self.schedule!r}; write for example FlowMap(model, "
                 "schedule=LinearSchedule(), statistic=MatchedStatistic())"
             )
-        if not isinstance(self.statistic, Statistic):
+        if not isinstance(self.statistic, AbstractStatistic):
             raise InputError(
                 f"got statistic = {self.statistic!r}; write for example FlowMap(model, "
                 "schedule=LinearSchedule(), statistic=MatchedStatistic())"

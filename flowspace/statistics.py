@@ -15,6 +15,7 @@ x. Assumed: delta is not zero inside ``0 < s < t < 1``. Not assumed: that gamma,
 on the edges; only a, b, c are used there.
 """
 
+import abc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ from flowspace.schedules import TIME_FLOOR, Schedule
 from flowspace.time_functions import Source, TimeFunction, limit_on_edge
 
 __all__ = [
+    "AbstractStatistic",
     "Coefficients",
     "ConsistencyStatistic",
     "MatchedStatistic",
@@ -107,7 +109,7 @@ class Coefficients:
 
     @property
     def data(self) -> TimeFunction:
-        """C = kappa lambda'; raises CriterionError where Criterion 1 fails, since (II) does not
+        """c = kappa lambda'; raises CriterionError where Criterion 1 fails, since (II) does not
         hold there.
         """
         if self.failure:
@@ -124,8 +126,14 @@ class Coefficients:
         """Whether kappa is zero everywhere: the consistency family, whose residual has no data
         term.
         """
-        times = torch.tensor(random_points(POINTS), dtype=torch.float64)
-        return bool((self.scaled_kappa(times[:, 0], times[:, 1]).abs() < NEVER).all())
+        return bool((_inside(self.scaled_kappa).abs() < NEVER).all())
+
+    @property
+    def kappa(self) -> "sympy.Expr | TimeFunction":
+        """kappa as a sympy expression in s, or as a function where callables are behind it."""
+        if self.scaled_kappa.expression is None:
+            return self.scaled_kappa
+        return self.scaled_kappa.expression
 
     def at(self, t: Tensor, s: Tensor) -> PointCoefficients:
         """Return a, b and m at (t, s), of shape ``(B,)`` each; a and b are evaluated once.
@@ -178,7 +186,46 @@ class Coefficients:
         return (a * prediction - state * z_t) / weight
 
 
-class Statistic:
+class AbstractStatistic(abc.ABC):
+    """What a network may be trained to output: `Statistic`, a pair, or `MatchedStatistic`.
+
+    A subclass says what 1/delta and gamma/delta are under a schedule; all else follows.
+    """
+
+    @abc.abstractmethod
+    def ratios(self, schedule: Schedule) -> tuple[TimeFunction, TimeFunction]:
+        """Return b = 1/delta and gamma/delta under a schedule."""
+
+    @abc.abstractmethod
+    def on(self, schedule: Schedule) -> "Statistic":
+        """Return the same statistic with gamma and delta written out for one schedule."""
+
+    def coefficients(self, schedule: Schedule) -> Coefficients:
+        """Return what multiplies f, D_t f, x, z_t and v in the residual under a schedule.
+
+        It is derived once, then remembered.
+        """
+        if not isinstance(schedule, Schedule):
+            raise InputError(f"got schedule = {schedule!r}; write for example LinearSchedule()")
+        return _derive(self, schedule)
+
+    def kappa(self, schedule: Schedule) -> "sympy.Expr | TimeFunction":
+        """Return what Criterion 1 asks for: a sympy expression in s, or for callables a function
+        of (t, s) that ignores t.
+
+        Raises:
+            CriterionError: if (1 + gamma/delta) beta(t) depends on t; it says what is left of t.
+        """
+        c = self.coefficients(schedule)
+        if c.failure:
+            raise CriterionError(f"Criterion 1 fails for {self} under {schedule}: {c.failure}")
+        return c.kappa
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self})"
+
+
+class Statistic(AbstractStatistic):
     """A pair (gamma, delta), each text, a number, a sympy expression in t and s, or a callable on
     tensors.
 
@@ -193,72 +240,91 @@ class Statistic:
 
     def __init__(self, gamma: Source, delta: Source) -> None:
         self.gamma, self.delta = TimeFunction(gamma, 2), TimeFunction(delta, 2)
-        times = torch.tensor(random_points(POINTS), dtype=torch.float64)
         for name, function in (("gamma", self.gamma), ("delta", self.delta)):
-            if not bool(function(times[:, 0], times[:, 1]).isfinite().all()):
+            if not bool(_inside(function).isfinite().all()):
                 raise CriterionError(
-                    f"{name} = {function} is not a finite real number everywhere inside 0 < s < t "
-                    "< 1; write for example "
-                    "gamma='1', delta='-t/(t - s)'"
+                    f"got {name} = {function}, which is not a finite real number everywhere "
+                    "inside 0 < s < t < 1; write for example gamma='1', delta='-t/(t - s)'"
                 )
-        if bool((self.delta(times[:, 0], times[:, 1]).abs() < NEVER).any()):
+        if bool((_inside(self.delta).abs() < NEVER).any()):
             raise CriterionError(
-                f"delta = {self.delta} is zero inside 0 < s < t < 1, so f would not see the path "
-                "and 1/delta does not "
-                "exist; write for example '-t/(t - s)'"
+                f"got delta = {self.delta}, which is zero inside 0 < s < t < 1, so f would not "
+                "see the path and 1/delta does not exist; write for example '-t/(t - s)'"
             )
 
     @classmethod
-    def from_kappa(cls, schedule: Schedule, kappa: Source, delta: Source) -> "Statistic":
-        """Derive gamma = delta (kappa(s)/beta(t) - 1), so that Criterion 1 holds by construction.
+    def from_kappa(
+        cls,
+        schedule: Schedule,
+        kappa: Source,
+        delta: "Source | None" = None,
+        gamma: "Source | None" = None,
+    ) -> "Statistic":
+        """Derive delta or gamma from the other, so that Criterion 1 holds by construction.
+
+        gamma = delta (kappa(s)/beta(t) - 1), or delta = gamma beta(t)/(kappa(s) - beta(t)): the
+        paper's eq. 17, in the order in which one designs: a kappa, then how f weighs the state.
 
         Args:
             schedule: the schedule under which kappa is meant.
             kappa: a function of s, as text in ``s``, a number, a sympy expression or a callable of
                 one tensor of times.
-            delta: as in the constructor.
+            delta: as in the constructor; then gamma is derived.
+            gamma: as in the constructor; then delta is derived.
 
         Raises:
+            InputError: if both delta and gamma are given, or neither.
             CriterionError: if kappa mentions t, or delta is zero.
         """
-        wanted = _function_of_s(kappa)
-        statistic = cls(0, delta)
-        beta = schedule.functions[1]
-        gamma = statistic.delta * (wanted / beta - 1)
-        return cls(gamma, delta)
+        wanted, beta = _function_of_s(kappa), schedule.functions[1]
+        if delta is not None and gamma is None:
+            given = cls(0, delta).delta
+            return cls(given * (wanted / beta - 1), given)
+        if gamma is not None and delta is None:
+            given = TimeFunction(gamma, 2)
+            return cls(given, given * beta / (wanted - beta))
+        raise InputError(
+            f"got delta = {delta!r} and gamma = {gamma!r}; give one of the two, the other follows "
+            "from kappa"
+        )
 
-    def ratios(self, schedule: Schedule) -> tuple[TimeFunction, TimeFunction]:
-        """Return b = 1/delta and gamma/delta under a schedule."""
-        return 1 / self.delta, self.gamma / self.delta
+    @classmethod
+    def from_h(cls, schedule: Schedule, h: Source, kappa: Source) -> "Statistic":
+        """Derive both from the divided coefficient h = b/kappa, so that Criterion 1 holds.
 
-    def coefficients(self, schedule: Schedule) -> Coefficients:
-        """Derive what multiplies f, D_t f, x, z_t and v in the residual under a schedule; derived
-        once, then remembered.
-        """
-        if not isinstance(schedule, Schedule):
-            raise InputError(f"schedule = {schedule!r} came; write for example LinearSchedule()")
-        return _derive(self, schedule)
+        delta = 1/(kappa h) and gamma = 1/(beta(t) h) - delta. The target y* depends on h alone;
+        kappa decides whether f at (1, 0) is a sample, kappa(0) h(1, 0) = -1, and weighs the
+        literal residual. The matched statistic has h = lambda(t) - lambda(s) and kappa = beta.
 
-    def kappa(self, schedule: Schedule) -> "sympy.Expr | TimeFunction":
-        """Return what Criterion 1 asks for: a sympy expression in s, or for callables a function
-        of (t, s) that ignores t.
+        Args:
+            schedule: the schedule under which they are meant.
+            h: a function of (t, s), such as ``"1/t - 1/s"``; zero on s = t for an anchored one.
+            kappa: a function of s, as in `from_kappa`.
 
         Raises:
-            CriterionError: if (1 + gamma/delta) beta(t) depends on t; it says what is left of t.
+            CriterionError: if kappa mentions t, or kappa or h is zero inside 0 < s < t < 1.
         """
-        c = self.coefficients(schedule)
-        if c.failure:
-            raise CriterionError(f"Criterion 1 fails for {self} under {schedule}: {c.failure}")
-        return c.scaled_kappa if c.scaled_kappa.expression is None else c.scaled_kappa.expression
+        b = _function_of_s(kappa) * TimeFunction(h, 2)
+        if bool((_inside(b).abs() < NEVER).any()):
+            raise CriterionError(
+                f"got kappa h = {b}, which is zero inside 0 < s < t < 1, so delta = 1/(kappa h) "
+                "does not exist; write for example h='1/t - 1/s', kappa='s'"
+            )
+        return cls.from_kappa(schedule, kappa, delta=1 / b)
+
+    def ratios(self, schedule: Schedule) -> tuple[TimeFunction, TimeFunction]:
+        """Return b = 1/delta and gamma/delta, the same under every schedule."""
+        return 1 / self.delta, self.gamma / self.delta
+
+    def on(self, schedule: Schedule) -> "Statistic":
+        """Return the statistic itself: its gamma and delta are written out."""
+        return self
 
     def __str__(self) -> str:
         return f"gamma(t, s) = {self.gamma}, delta(t, s) = {self.delta}"
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self})"
-
     def __eq__(self, other: object) -> bool:
-        if isinstance(other, MatchedStatistic) or not isinstance(other, Statistic):
+        if not isinstance(other, Statistic):
             return False
         return (self.gamma, self.delta) == (other.gamma, other.delta)
 
@@ -266,26 +332,15 @@ class Statistic:
         return hash((self.gamma, self.delta))
 
 
-class MatchedStatistic(Statistic):
+class MatchedStatistic(AbstractStatistic):
     """The universal default: kappa(s) = beta(s) and delta = beta_t / (beta_s alpha_t - alpha_s
     beta_t), for any schedule.
 
     Then b = beta_s lambda_t - alpha_s, a = c = beta_s lambda'_t and gamma/delta = beta_s/beta_t -
     1: both criteria hold, it is anchored and matched, and f is the clean prediction that makes a
-    DDIM jump from t to s exact.
+    DDIM jump from t to s exact. Nothing is to be chosen; gamma and delta follow from the schedule,
+    see `on`.
     """
-
-    def __init__(self) -> None:
-        """Nothing to choose; gamma and delta follow from the schedule, see `on`."""
-
-    def __getattr__(self, name: str) -> TimeFunction:
-        """Say where gamma and delta are to be found."""
-        if name in ("gamma", "delta"):
-            raise CriterionError(
-                f"{name} depends on the schedule here; write "
-                f"MatchedStatistic().on(schedule).{name}"
-            )
-        raise AttributeError(name)
 
     def ratios(self, schedule: Schedule) -> tuple[TimeFunction, TimeFunction]:
         """Return b = beta_s lambda_t - alpha_s and gamma/delta = beta_s/beta_t - 1."""
@@ -298,6 +353,16 @@ class MatchedStatistic(Statistic):
         b, ratio = self.ratios(schedule)
         return Statistic(ratio / b, 1 / b)
 
+    @property
+    def gamma(self) -> TimeFunction:
+        """Raises CriterionError: it depends on the schedule, see `on`."""
+        raise CriterionError(_depends_on_schedule("gamma"))
+
+    @property
+    def delta(self) -> TimeFunction:
+        """Raises CriterionError: it depends on the schedule, see `on`."""
+        raise CriterionError(_depends_on_schedule("delta"))
+
     def __str__(self) -> str:
         return "matched: kappa(s) = beta(s), delta = beta_t/(beta_s alpha_t - alpha_s beta_t)"
 
@@ -306,6 +371,10 @@ class MatchedStatistic(Statistic):
 
     def __hash__(self) -> int:
         return hash(MatchedStatistic)
+
+
+def _depends_on_schedule(name: str) -> str:
+    return f"{name} depends on the schedule here; write MatchedStatistic().on(schedule).{name}"
 
 
 class MeanFlowStatistic(Statistic):
@@ -327,7 +396,7 @@ class ConsistencyStatistic(Statistic):
 
 
 @lru_cache(maxsize=128)
-def _derive(statistic: Statistic, schedule: Schedule) -> Coefficients:
+def _derive(statistic: AbstractStatistic, schedule: Schedule) -> Coefficients:
     b, ratio = statistic.ratios(schedule)
     beta = schedule.functions[1]
     velocity = 1 + ratio
@@ -349,13 +418,20 @@ def worst_on_diagonal(function: Callable[[Tensor, Tensor], Tensor]) -> tuple[flo
     return float(sizes.max()), float(times[sizes.argmax()])
 
 
+def _inside(function: TimeFunction) -> Tensor:
+    """Return a function's values at `POINTS` points inside the triangle."""
+    times = torch.tensor(random_points(POINTS), dtype=torch.float64)
+    return function(times[:, 0], times[:, 1])
+
+
 def _function_of_s(kappa: Source) -> TimeFunction:
     if callable(kappa) and not isinstance(kappa, (sympy.Expr, TimeFunction)):
-        return TimeFunction(lambda _, s_: kappa(s_), 2)
+        return TimeFunction(kappa).at(S)
     function = TimeFunction(kappa, 2)
     if function.expression is not None and T in function.expression.free_symbols:
         raise CriterionError(
-            f"kappa = {function} depends on t; Criterion 1 asks for a function of s alone"
+            f"got kappa = {function}, which depends on t; Criterion 1 asks for a function of s "
+            "alone"
         )
     return function
 

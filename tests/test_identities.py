@@ -301,7 +301,7 @@ def test_the_flow_map_is_the_identity_on_the_diagonal_and_composes(draws, schedu
     t, s = draws.draw(pairs(rows=4, inside=True, gap=0.1))
     s = s.clamp(min=0.02)
     r = s / 2
-    written = statistic.on(schedule) if isinstance(statistic, MatchedStatistic) else statistic
+    written = statistic.on(schedule)
     flow = FlowMap(data.statistic(written.gamma, written.delta), schedule, statistic)
     z_t = data.sample_state(t, seed)
     close(flow.step(flow.step(z_t, t, s), s, r), flow.step(z_t, t, r), 1e-7)

@@ -31,6 +31,7 @@ from flowspace import (
     CriterionError,
     ExpressionError,
     FlowspaceError,
+    InputError,
     LinearSchedule,
     MatchedStatistic,
     MeanFlowStatistic,
@@ -42,6 +43,7 @@ from flowspace import (
 from flowspace.expressions import S as s
 from flowspace.expressions import T as t
 from flowspace.expressions import TimeFunction
+from flowspace.statistics import AbstractStatistic
 
 LINEAR, COSINE = PRESETS["linear"], PRESETS["cosine"]
 TIMES = torch.linspace(TIME_FLOOR, 1, 25, dtype=torch.float64)
@@ -131,6 +133,78 @@ def test_a_callable_kappa_that_depends_on_t_is_refused():
 def test_from_kappa_refuses_a_kappa_that_mentions_t():
     with pytest.raises(CriterionError, match="depends on t"):
         Statistic.from_kappa(LINEAR, "s*t", "-1")
+
+
+DESIGNS = [("s", "1"), ("s*(2 - s)", "1 + s*t"), ("sin(pi*s/2)", "2"), ("(1 + s)/20", "t")]
+
+
+@settings(max_examples=40)
+@given(st.data(), formula_schedules, st.sampled_from(DESIGNS))
+def test_delta_from_kappa_and_gamma_is_equation_17_and_back(data, schedule, design):
+    kappa, gamma = design
+    statistic = Statistic.from_kappa(schedule, kappa, gamma=gamma)
+    t_, s_ = data.draw(pairs(gap=0.05))
+    wanted = TimeFunction(kappa, 2)(t_, s_)
+    beta = schedule.beta(t_)
+    assume(bool(((wanted - beta).abs() > 1e-3).all()))
+    g = TimeFunction(gamma, 2)(t_, s_)
+    close(statistic.gamma(t_, s_), g)
+    close(statistic.delta(t_, s_), g * beta / (wanted - beta), 1e-9)
+    again = statistic.kappa(schedule)
+    assert vanishes(again - TimeFunction(kappa, 2).expression)
+
+
+def test_the_papers_pair_comes_from_kappa_s_and_gamma_one():
+    statistic = Statistic.from_kappa(LINEAR, "s", gamma="1")
+    assert vanishes(statistic.delta.expression + t / (t - s))
+
+
+def test_a_callable_gamma_gives_the_delta_of_its_formula():
+    text = Statistic.from_kappa(LINEAR, "s", gamma="1 + t*s")
+    black_box = Statistic.from_kappa(LINEAR, lambda s: s, gamma=lambda t, s: 1 + t * s)
+    assert black_box.delta.expression is None
+    close(black_box.delta(TIMES, TIMES / 3), text.delta(TIMES, TIMES / 3))
+
+
+@pytest.mark.parametrize("given_", [{}, {"delta": "-1", "gamma": "1"}])
+def test_from_kappa_takes_one_of_delta_and_gamma(given_):
+    with pytest.raises(InputError, match="give one of the two"):
+        Statistic.from_kappa(LINEAR, "s", **given_)
+
+
+DIVIDED = {
+    "linear": (LINEAR, "1/t - 1/s", "s"),
+    "cosine": (COSINE, "cot(pi*t/2) - cot(pi*s/2)", "sin(pi*s/2)"),
+}
+
+
+@pytest.mark.parametrize("name", DIVIDED)
+def test_h_is_lambda_t_minus_lambda_s_for_the_matched_statistic(name):
+    schedule, h, kappa = DIVIDED[name]
+    statistic = Statistic.from_h(schedule, h, kappa)
+    t_, s_ = TIMES[1:], TIMES[1:] / 3
+    matched = coefficients(schedule, MatchedStatistic())
+    for each in ("prediction", "derivative", "data", "state", "velocity"):
+        wanted = getattr(matched, each)(t_, s_)
+        close(getattr(statistic.coefficients(schedule), each)(t_, s_), wanted, 1e-9)
+
+
+@settings(max_examples=20)
+@given(schedules, st.sampled_from(KAPPAS), st.sampled_from(["1/t - 1/s", "1/t - 1/(s + 0.1)"]))
+def test_from_h_b_is_kappa_h_and_kappa_is_kappa(schedule, kappa, h):
+    statistic = Statistic.from_h(schedule, h, kappa)
+    c = statistic.coefficients(schedule)
+    t_, s_ = TIMES[5:], TIMES[5:] / 2
+    wanted = TimeFunction(kappa, 2)(t_, s_)
+    assert not c.failure
+    close(c.derivative(t_, s_), wanted * TimeFunction(h, 2)(t_, s_), 1e-9)
+    close(c.scaled_kappa(t_, s_), wanted, 1e-6)
+
+
+@pytest.mark.parametrize(("h", "kappa"), [("0", "s"), ("1/t - 1/s", "0"), ("t - 2*s", "t")])
+def test_from_h_refuses_zeros_and_a_kappa_that_mentions_t(h, kappa):
+    with pytest.raises(CriterionError, match=r"zero inside|depends on t"):
+        Statistic.from_h(LINEAR, h, kappa)
 
 
 def test_there_is_no_data_term_without_criterion_1():
@@ -383,6 +457,22 @@ def test_a_delta_that_is_infinite_on_the_diagonal_as_a_callable_is_as_the_text()
     for t_, s_ in ((TIMES, TIMES), (TIMES, ZERO), (ONE, TIMES)):
         for name in ("prediction", "derivative", "data"):
             close(getattr(black_box, name)(t_, s_), getattr(text, name)(t_, s_), 2e-5)
+
+
+@pytest.mark.parametrize("name", ["gamma", "delta"])
+def test_gamma_and_delta_of_the_matched_statistic_depend_on_the_schedule(name):
+    with pytest.raises(CriterionError, match=rf"MatchedStatistic\(\)\.on\(schedule\)\.{name}"):
+        getattr(MatchedStatistic(), name)
+    with pytest.raises(AttributeError):
+        MatchedStatistic().epsilon  # noqa: B018
+
+
+def test_a_statistic_is_a_pair_or_matched():
+    for statistic in (MatchedStatistic(), Statistic("1", "-1"), MeanFlowStatistic()):
+        assert isinstance(statistic, AbstractStatistic)
+    assert not isinstance(MatchedStatistic(), Statistic)
+    with pytest.raises(TypeError, match="abstract"):
+        AbstractStatistic()
 
 
 # --- the scale
