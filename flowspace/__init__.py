@@ -50,6 +50,7 @@ from flowspace.schedules import (
 )
 from flowspace.solvers import DormandPrince, Euler, Heun, VelocityFlow
 from flowspace.statistics import (
+    AbstractStatistic,
     ConsistencyStatistic,
     MatchedStatistic,
     MeanFlowStatistic,
@@ -73,6 +74,7 @@ __version__ = "0.1.0"
 __all__ = [
     "TIME_FLOOR",
     "AbsoluteError",
+    "AbstractStatistic",
     "Adaptive",
     "AlphaFlowLoss",
     "ConsistencyLoss",

@@ -17,6 +17,7 @@ from strategies import normal, pairs, seeds
 from torch import Tensor
 
 from flowspace import (
+    AbstractStatistic,
     CrossFlowLoss,
     Derivative,
     ForwardMode,
@@ -71,7 +72,7 @@ def early_statistic(schedule: Schedule) -> Statistic:
 class MixedLoss(Objective):
     """The data by identity (II), mixed with a velocity, such as a teacher's, by identity (I)."""
 
-    statistic: Statistic = field(default=MatchedStatistic())
+    statistic: AbstractStatistic = field(default=MatchedStatistic())
     share: float = 0.5
 
     def check_settings(self) -> None:
