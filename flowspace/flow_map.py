@@ -11,6 +11,7 @@ from flowspace.arrays import Model, checked_times, draw_noise, over_rows
 from flowspace.backends import backend_of, torch_backend
 from flowspace.errors import InputError
 from flowspace.guidance import Guidance
+from flowspace.inputs import check_model, check_states, checked_cond, refuse_unfit
 from flowspace.schedules import TIME_FLOOR, Schedule
 from flowspace.solvers import falling_grid
 from flowspace.statistics import AbstractStatistic, Coefficients
@@ -42,6 +43,7 @@ class FlowMap:
     statistic: AbstractStatistic
 
     def __post_init__(self) -> None:
+        check_model(self.model)
         if not isinstance(self.schedule, Schedule):
             raise InputError(
                 f"got schedule = {self.schedule!r}; write for example FlowMap(model, "
@@ -79,8 +81,9 @@ class FlowMap:
             TimeError: if times are of the wrong type, shape or range.
             InputError: if the model returns another shape than the states'.
         """
+        check_states("states", z_t)
         t, s = checked_times(t, s, z_t)
-        prediction = self._predict(z_t, t, s, dict(cond or {}))
+        prediction = self._predict(z_t, t, s, checked_cond(cond))
         _check_one_space(prediction, z_t)
         return self.coefficients.step(prediction, z_t, t, s)
 
@@ -109,7 +112,11 @@ class FlowMap:
         return self.coefficients.diagonal_velocity(prediction, z_t, t)
 
     def _predict(self, z: Tensor, t: Tensor, s: Tensor, cond: dict[str, Any]) -> Tensor:
-        prediction = self.model(z, t, s, **cond)
+        try:
+            prediction = self.model(z, t, s, **cond)
+        except TypeError as error:
+            refuse_unfit(self.model, cond, error)
+            raise
         if not backend_of(z).is_array(prediction):
             raise InputError(
                 f"got {type(prediction).__name__} from the model; wrap it so that it returns one "
@@ -157,6 +164,7 @@ class FlowMap:
             TimeError: if the grid does not fall from 1 to 0.
             InputError: if several steps across spaces have no ``encode``.
         """
+        check_states("noise", noise)
         if guidance is not None and backend_of(noise) is not torch_backend:
             raise InputError(
                 "got guidance with JAX arrays, which it does not know; guide inside the model"
@@ -165,7 +173,7 @@ class FlowMap:
         flow = self
         if guidance is not None:
             flow = replace(self, model=guidance.apply(self.model))
-        arguments = dict(cond or {})
+        arguments = checked_cond(cond)
         if renoise is None:
             renoise = encode is not None
         xp, times_left = backend_of(noise), len(grid) - 2

@@ -18,6 +18,7 @@ from torch import Tensor
 from flowspace.arrays import is_number
 from flowspace.errors import InputError, TimeError
 from flowspace.guidance import Guidance
+from flowspace.inputs import check_states, checked_cond, require
 
 __all__ = ["DormandPrince", "Euler", "Heun", "Solver", "VelocityFlow", "falling_grid"]
 
@@ -133,6 +134,20 @@ class VelocityFlow:
     velocity: Velocity
     solver: Solver = Euler()
 
+    def __post_init__(self) -> None:
+        require(
+            callable(self.velocity) and not isinstance(self.velocity, type),
+            "velocity",
+            self.velocity,
+            "it is a function (z_t, t, **cond), such as FlowMap.velocity",
+        )
+        require(
+            isinstance(self.solver, Solver),
+            "solver",
+            self.solver,
+            "write for example Euler(), Heun() or DormandPrince()",
+        )
+
     def sample(
         self,
         noise: Tensor,
@@ -154,7 +169,8 @@ class VelocityFlow:
         Raises:
             TimeError: if the grid does not fall from 1 to 0.
         """
-        given = dict(cond or {})
+        check_states("noise", noise)
+        given = checked_cond(cond)
         velocity = self.velocity
         if guidance is not None:
             velocity = guidance.apply(velocity)

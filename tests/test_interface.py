@@ -40,8 +40,8 @@ from flowspace import (
     TimePairs,
     TrajectoryMatchingLoss,
     UniformTimes,
+    inputs,
 )
-from flowspace.objectives import inputs
 
 OBJECTIVES = [
     CrossFlowLoss(),

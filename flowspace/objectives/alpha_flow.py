@@ -11,8 +11,9 @@ from torch import Tensor
 
 from flowspace.arrays import is_number, over_rows
 from flowspace.errors import InputError
+from flowspace.inputs import require, warn_once
 from flowspace.objectives.engine import LossOutput, PathPoint
-from flowspace.objectives.inputs import Batch, require, warn_once
+from flowspace.objectives.inputs import Batch
 from flowspace.objectives.mean_flow import MeanFlowLoss
 from flowspace.penalties import Adaptive, SquaredError
 from flowspace.statistics import PointCoefficients

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from flowspace.arrays import Model, at_least_float32, draw_noise, is_number
 from flowspace.errors import CriterionError
+from flowspace.inputs import require
 from flowspace.objectives.engine import LossOutput, Objective, PathPoint
-from flowspace.objectives.inputs import Batch, evaluated, require
+from flowspace.objectives.inputs import Batch, evaluated
 from flowspace.penalties import SquaredError
 from flowspace.schedules import TIME_FLOOR
 from flowspace.statistics import AbstractStatistic, ConsistencyStatistic

@@ -11,8 +11,9 @@ from flowspace.arrays import Model, at_least_float32, over_rows
 from flowspace.criteria import check_criteria
 from flowspace.derivatives.replay import unseen
 from flowspace.errors import CriterionError, InputError
+from flowspace.inputs import require
 from flowspace.objectives.engine import Objective, PathPoint
-from flowspace.objectives.inputs import Batch, evaluated, require
+from flowspace.objectives.inputs import Batch, evaluated
 from flowspace.statistics import AbstractStatistic, MatchedStatistic
 from flowspace.times import PowerTimes, ShiftedTimes, TimePairs
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from flowspace.arrays import Model, is_number
 from flowspace.errors import InputError
+from flowspace.inputs import require
 from flowspace.objectives.engine import PathPoint, given_velocity
-from flowspace.objectives.inputs import require
 from flowspace.objectives.mean_flow import MeanFlowLoss
 from flowspace.penalties import SquaredError
 from flowspace.times import TimePairs

@@ -39,17 +39,8 @@ from flowspace.derivatives.replay import Draws, on_copies, unseen
 from flowspace.errors import InputError, TimeError
 from flowspace.flow_map import FlowMap
 from flowspace.guidance import Guidance
-from flowspace.objectives.inputs import (
-    Batch,
-    check_model,
-    checked_batch,
-    checked_cond,
-    evaluated,
-    refuse_unfit,
-    require,
-    takes,
-    warn_of_scale,
-)
+from flowspace.inputs import check_model, checked_cond, refuse_unfit, require, takes
+from flowspace.objectives.inputs import Batch, checked_batch, evaluated, warn_of_scale
 from flowspace.penalties import Penalty, SquaredError
 from flowspace.schedules import LinearSchedule, Schedule
 from flowspace.statistics import (

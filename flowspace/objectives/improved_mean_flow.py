@@ -14,8 +14,9 @@ from flowspace.backends import torch_backend
 from flowspace.derivatives.replay import on_copies, unseen
 from flowspace.derivatives.route import checked
 from flowspace.errors import InputError
+from flowspace.inputs import signature_of
 from flowspace.objectives.engine import LossOutput, PathPoint
-from flowspace.objectives.inputs import Batch, evaluated, signature_of
+from flowspace.objectives.inputs import Batch, evaluated
 from flowspace.objectives.mean_flow import MeanFlowLoss
 from flowspace.penalties import Adaptive
 from flowspace.times import LogitNormalTimes, TimePairs

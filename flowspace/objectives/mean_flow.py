@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
+from flowspace.inputs import first_time, warn_once
 from flowspace.objectives.engine import Objective, PathPoint
-from flowspace.objectives.inputs import Batch, first_time, warn_once
+from flowspace.objectives.inputs import Batch
 from flowspace.penalties import Adaptive
 from flowspace.statistics import AbstractStatistic, MeanFlowStatistic
 from flowspace.times import LogitNormalTimes, TimePairs

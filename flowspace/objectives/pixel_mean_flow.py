@@ -12,9 +12,9 @@ from torch import Tensor
 from flowspace.arrays import Model, is_number, over_rows
 from flowspace.backends import backend_of
 from flowspace.errors import InputError
+from flowspace.inputs import require
 from flowspace.objectives.engine import LossOutput, PathPoint
 from flowspace.objectives.improved_mean_flow import ImprovedMeanFlowLoss
-from flowspace.objectives.inputs import require
 from flowspace.penalties import Adaptive
 from flowspace.statistics import MeanFlowStatistic, PointCoefficients, Statistic
 from flowspace.time_functions import TimeFunction

@@ -16,16 +16,9 @@ from flowspace.arrays import Model, at_least_float32, draw_noise, is_number, ove
 from flowspace.backends import one_backend, torch_backend
 from flowspace.derivatives.replay import Draws, RowsMixError, agree, untouched
 from flowspace.errors import InputError, TimeError
+from flowspace.inputs import check_model, checked_cond, refuse_unfit, require
 from flowspace.objectives.engine import LossOutput, PathPoint
-from flowspace.objectives.inputs import (
-    Batch,
-    check_model,
-    checked_batch,
-    checked_cond,
-    evaluated,
-    refuse_unfit,
-    require,
-)
+from flowspace.objectives.inputs import Batch, checked_batch, evaluated
 from flowspace.objectives.mean_flow import MeanFlowLoss
 from flowspace.solvers import Euler
 
