@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowspace import __version__
-from flowspace.criteria import CriteriaReport, check_criteria
+from flowspace.criteria import check_criteria
 from flowspace.errors import FlowspaceError
 from flowspace.schedules import Schedule
 from flowspace.statistics import AbstractStatistic, MatchedStatistic, Statistic
@@ -96,10 +96,9 @@ def _parser() -> argparse.ArgumentParser:
         "derive",
         help="derive kappa and the residual of a schedule and a statistic, and check the criteria",
         description="Prints kappa, the two criteria and the other properties, and the residual, "
-        "also as LaTeX; exits 1 with "
-        "the reason when a criterion fails. Give --gamma or --kappa with --delta, or none of the "
-        "three for the matched "
-        "statistic.",
+        "also as LaTeX; exits 1 with the reason, and with the objective that fits, where "
+        "CrossFlowLoss refuses the statistic. Give two of --gamma, --delta and --kappa, or none "
+        "of the three for the matched statistic.",
     )
     derive.add_argument(
         "--alpha",
@@ -113,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         "--gamma", help="weight of the state in the statistic, a formula in t and s"
     )
     derive.add_argument("--delta", help="weight of the velocity's integral, a formula in t and s")
-    derive.add_argument("--kappa", help="a formula in s, from which gamma is derived")
+    derive.add_argument("--kappa", help="a formula in s, from which gamma or delta is derived")
     derive.set_defaults(command=_derive)
     demo = commands.add_parser(
         "demo",
@@ -222,30 +221,30 @@ def _derive(options: argparse.Namespace) -> int:
     report = check_criteria(schedule, _statistic(options, schedule))
     print(report)
     print(f"{'LaTeX':<12}{report.latex()}")
-    return 0 if report.ok else _explain(report)
+    for name in ("Criterion 1", "Criterion 2"):
+        if report.reasons[name].startswith("FAILS"):
+            reason = report.reasons[name].removeprefix("FAILS").strip()
+            print(f"flowspace: {name}: {reason}", file=sys.stderr)
+    if report.advice:
+        print(f"flowspace: {report.advice}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _statistic(options: argparse.Namespace, schedule: Schedule) -> AbstractStatistic:
-    if options.gamma is None and options.kappa is None and options.delta is None:
+    """Return the statistic of two of gamma, delta and kappa, or the matched one of none."""
+    gamma, delta, kappa = options.gamma, options.delta, options.kappa
+    given = [each for each in (gamma, delta, kappa) if each is not None]
+    if not given:
         return MatchedStatistic()
-    if options.delta is None or (options.gamma is None) == (options.kappa is None):
+    if len(given) != 2:
         raise FlowspaceError(
-            "give --delta with either --gamma or --kappa, or none of the three for the matched "
-            "statistic"
+            f"got {len(given)} of --gamma, --delta and --kappa; give two of the three, the third "
+            "is derived, or none for the matched statistic"
         )
-    if options.gamma is not None:
-        return Statistic(options.gamma, options.delta)
-    return Statistic.from_kappa(schedule, str(options.kappa), options.delta)
-
-
-def _explain(report: CriteriaReport) -> int:
-    for name in ("Criterion 1", "Criterion 2"):
-        if report.reasons[name].startswith("FAILS"):
-            print(
-                f"flowspace: {name}: {report.reasons[name].removeprefix('FAILS').strip()}",
-                file=sys.stderr,
-            )
-    return 1
+    if kappa is None:
+        return Statistic(gamma, delta)
+    return Statistic.from_kappa(schedule, kappa, delta=delta, gamma=gamma)
 
 
 def _demo(options: argparse.Namespace) -> int:

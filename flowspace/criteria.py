@@ -1,4 +1,4 @@
-"""Which properties a statistic has under a schedule, and why not."""
+"""Which properties a statistic has under a schedule, why not, and which objective fits."""
 
 import math
 from dataclasses import dataclass
@@ -9,23 +9,30 @@ import torch
 from torch import Tensor
 
 from flowspace.errors import CriterionError, InputError
-from flowspace.formulas import precise_values, readable
+from flowspace.formulas import precise_values, random_points, readable
 from flowspace.schedules import TIME_FLOOR, Schedule
 from flowspace.statistics import (
     DIAGONAL_POINTS,
     DIAGONAL_TOLERANCE,
+    GROWS,
     AbstractStatistic,
     Coefficients,
     Statistic,
     worst_on_diagonal,
 )
 from flowspace.time_functions import NUDGE, TimeFunction
+from flowspace.typeset import latex_term, text_of
 
 __all__ = ["CriteriaReport", "check_criteria"]
 
 CORNER = 1e-12
 """How near (1, 0) Criterion 2's limits are evaluated, with 50 digits; for callables `NUDGE`, in
 float64.
+"""
+
+BEFORE_CORNER = 100
+"""How much farther away a limit is evaluated for comparison; an infinite one is smaller there, by
+more than `GROWS`.
 """
 
 LIMIT_TOLERANCE = 1e-4
@@ -71,51 +78,63 @@ class CriteriaReport:
     def raise_if_failed(self) -> None:
         """Raise CriterionError with the whole report if Criterion 1 or 2 fails."""
         if not self.ok:
-            names = [
-                name
-                for name, holds in (("1", self.criterion1), ("2", self.criterion2))
-                if not holds
-            ]
+            holds = {"1": self.criterion1, "2": self.criterion2}
+            names = [name for name, each in holds.items() if not each]
             raise CriterionError(f"Criterion {' and '.join(names)} failed.\n{self}")
+
+    @property
+    def advice(self) -> str:
+        """Which objective fits where `CrossFlowLoss` refuses the statistic, or an empty text."""
+        if not self.criterion1:
+            return _advice_without_data(self.coefficients)
+        if self.coefficients.data_vanishes:
+            return (
+                "kappa = 0: the data term vanishes, so nothing ties f to x; use ConsistencyLoss()"
+            )
+        if not self.criterion2:
+            return _advice_for_no_sample(*_corner(self.coefficients))
+        return ""
 
     def residual(self) -> str:
         """The residual in readable form: identity (II) where Criterion 1 holds, else (I)."""
         c = self.coefficients
-        rows = [("a", c.prediction), ("b", c.derivative)]
-        rows += [("c", c.data)] if self.criterion1 else [("p", c.state), ("q", c.velocity)]
-        form = "R = a f + b D_t f - c x" if self.criterion1 else "R = a f + b D_t f - p z_t - q v"
+        form, known = "R = a f + b D_t f - p z_t - q v", [("p", c.state), ("q", c.velocity)]
+        if self.criterion1:
+            form, known = "R = a f + b D_t f - c x", [("c", c.data)]
+        rows = [("a", c.prediction), ("b", c.derivative), *known]
         return "\n".join([form, *(f"{name} = {_text(function)}" for name, function in rows)])
 
     def latex(self) -> str:
         """The residual as LaTeX, coefficients written out."""
         c = self.coefficients
-        known = [(c.data, "x")] if self.criterion1 else [(c.state, "z_t"), (c.velocity, "v")]
-        terms = [(c.prediction, "f"), (c.derivative, "D_t f")]
-        left = " + ".join(rf"\left({_latex(f)}\right) {symbol}" for f, symbol in terms)
-        return (
-            "R = "
-            + left
-            + "".join(rf" - \left({_latex(f)}\right) {symbol}" for f, symbol in known)
-        )
+        terms = [_latex("a", c.prediction, "f"), _latex("b", c.derivative, "D_t f")]
+        if self.criterion1:
+            terms.append(_latex("c", c.data, "x", sign=-1))
+        else:
+            terms.append(_latex("p", c.state, "z_t", sign=-1))
+            terms.append(_latex("q", c.velocity, "v", sign=-1))
+        return "R = " + " ".join(term for term in terms if term).removeprefix("+ ")
 
     def _statistic(self) -> str:
-        return (
-            f"gamma(t, s) = {_text(self.statistic.gamma)}, delta(t, s) = "
-            f"{_text(self.statistic.delta)}"
-        )
+        gamma, delta = _text(self.statistic.gamma), _text(self.statistic.delta)
+        return f"gamma(t, s) = {gamma}, delta(t, s) = {delta}"
+
+    def _kappa(self) -> str:
+        if isinstance(self.kappa, sympy.Expr):
+            return text_of(self.kappa)
+        return str(self.kappa or "none")
 
     def __str__(self) -> str:
-        kappa = "none" if self.kappa is None else self.kappa
         rows = [
             ("schedule", str(self.schedule)),
             ("statistic", self._statistic()),
-            ("kappa(s)", str(kappa)),
-        ]
-        rows += [(name, text) for name, text in self.reasons.items()]
-        rows += [
+            ("kappa(s)", self._kappa()),
+            *self.reasons.items(),
             ("singular", ", ".join(self.singular) or "nowhere"),
             ("residual", self.residual()),
         ]
+        if self.advice:
+            rows.append(("advice", self.advice))
         return "\n".join(f"{name:<12}{text}".replace("\n", "\n" + " " * 12) for name, text in rows)
 
 
@@ -132,89 +151,175 @@ def check_criteria(schedule: Schedule, statistic: AbstractStatistic) -> Criteria
     """
     if not isinstance(statistic, AbstractStatistic):
         raise InputError(
-            f"statistic = {statistic!r} came; write check_criteria(LinearSchedule(), "
+            f"got statistic = {statistic!r}; write check_criteria(LinearSchedule(), "
             "MatchedStatistic())"
         )
     c = statistic.coefficients(schedule)
-    first = not c.failure
-    kappa = c.kappa if first else None
-    gamma, delta = _corner(c)
-    second = abs(gamma - 1) < LIMIT_TOLERANCE and abs(delta + 1) < LIMIT_TOLERANCE
-    off, off_at = worst_on_diagonal(c.derivative)
-    gap, gap_at = (
-        worst_on_diagonal(lambda t, s: c.prediction(t, s) / c.data(t, s) - 1)
-        if first
-        else (math.inf, 0.0)
-    )
-    matched = gap <= DIAGONAL_TOLERANCE
-    reasons = {
-        "Criterion 1": _line(
-            first, "kappa depends on s alone: the velocity drops out, identity (II)", c.failure
-        ),
-        "Criterion 2": _line(
-            second,
-            f"gamma(1,0) = {gamma:.6g}, delta(1,0) = {delta:.6g}: f at (1, 0) is "
-            + ("a sample" if second else "no sample; they must be 1 and -1"),
-        ),
-        "anchored": _line(
-            c.anchored,
-            "b(t,t) = 0: on s = t the residual is a reconstruction loss",
-            f"b(t,t) is not 0 but {off:.4g} in size at t = {off_at:.3g}",
-        ),
-        "matched": _line(
-            matched,
-            "a(t,t) = c(t,t): it reconstructs x itself",
-            f"a/c - 1 is not 0 but {gap:.4g} in size at s = t = {gap_at:.3g}"
-            if first
-            else "there is no c without Criterion 1",
-        ),
+    properties = {
+        "Criterion 1": _criterion1(c),
+        "Criterion 2": _criterion2(c),
+        "anchored": _anchored(c),
+        "matched": _matched(c),
     }
     return CriteriaReport(
-        schedule,
-        statistic.on(schedule),
-        c,
-        first,
-        second,
-        c.anchored,
-        matched,
-        kappa,
-        tuple(_singular_edges(c, first)),
-        reasons,
+        schedule=schedule,
+        statistic=statistic.on(schedule),
+        coefficients=c,
+        criterion1=not c.failure,
+        criterion2=properties["Criterion 2"].holds,
+        anchored=c.anchored,
+        matched=properties["matched"].holds,
+        kappa=_kappa(c),
+        singular=tuple(_singular_edges(c)),
+        reasons={name: str(each) for name, each in properties.items()},
     )
 
 
-def _line(holds: bool, why: str, why_not: str = "") -> str:
-    return f"{'holds' if holds else 'FAILS'}  {why if holds else why_not or why}"
+def _kappa(c: Coefficients) -> "sympy.Expr | TimeFunction | None":
+    if c.failure:
+        return None
+    return c.kappa
+
+
+@dataclass(frozen=True)
+class _Property:
+    """Whether something holds, and why or why not."""
+
+    holds: bool
+    reason: str
+
+    def __str__(self) -> str:
+        if self.holds:
+            return f"holds  {self.reason}"
+        return f"FAILS  {self.reason}"
+
+
+def _criterion1(c: Coefficients) -> _Property:
+    if c.failure:
+        return _Property(False, c.failure)
+    return _Property(True, "kappa depends on s alone: the velocity drops out, identity (II)")
+
+
+def _criterion2(c: Coefficients) -> _Property:
+    gamma, delta = _corner(c)
+    values = f"{_value('gamma(1,0)', gamma)}, {_value('delta(1,0)', delta)}"
+    if abs(gamma - 1) < LIMIT_TOLERANCE and abs(delta + 1) < LIMIT_TOLERANCE:
+        return _Property(True, f"{values}: f at (1, 0) is a sample")
+    return _Property(False, f"{values}: f at (1, 0) is no sample; they must be 1 and -1")
+
+
+def _anchored(c: Coefficients) -> _Property:
+    if c.anchored:
+        return _Property(True, "b(t,t) = 0: on s = t the residual is a reconstruction loss")
+    size, time = worst_on_diagonal(c.derivative)
+    return _Property(False, f"b(t,t) is not 0 but {_size(size)} at t = {time:.3g}")
+
+
+def _matched(c: Coefficients) -> _Property:
+    if c.failure:
+        return _Property(False, "there is no c without Criterion 1")
+    if c.data_vanishes:
+        return _Property(False, "c = 0: there is no data term to match")
+    gap, time = worst_on_diagonal(lambda t, s: c.prediction(t, s) / c.data(t, s) - 1)
+    if gap <= DIAGONAL_TOLERANCE:
+        return _Property(True, "a(t,t) = c(t,t): it reconstructs x itself")
+    return _Property(False, f"a/c - 1 is not 0 but {_size(gap)} at s = t = {time:.3g}")
+
+
+def _value(name: str, value: float) -> str:
+    if math.isnan(value):
+        return f"{name} is undefined"
+    if math.isinf(value):
+        return f"{name} is infinite"
+    return f"{name} = {value:.6g}"
+
+
+def _size(value: float) -> str:
+    if math.isinf(value):
+        return "infinite"
+    return f"{value:.4g} in size"
+
+
+def _advice_without_data(c: Coefficients) -> str:
+    why = "without Criterion 1 there is no data term"
+    if _is_mean_flow(c):
+        return f"{why}, and f is the average velocity; use MeanFlowLoss(), in one space"
+    return (
+        f"{why}; use MeanFlowLoss(statistic=...), which has a velocity in its place, in one "
+        "space, or Statistic.from_kappa(schedule, kappa, delta), which derives the gamma that meets it"
+    )
+
+
+def _is_mean_flow(c: Coefficients) -> bool:
+    """Return whether gamma = 0 and delta = 1/(t - s), at points inside the triangle."""
+    times = torch.tensor(random_points(DIAGONAL_POINTS), dtype=torch.float64)
+    t, s = times[:, 0], times[:, 1]
+    weight, b = c.velocity(t, s), c.derivative(t, s)
+    return torch.allclose(weight, torch.ones_like(t)) and torch.allclose(b, t - s)
+
+
+def _advice_for_no_sample(gamma: float, delta: float) -> str:
+    factor = abs(delta)
+    if 0 < factor < math.inf and abs(gamma + delta) < LIMIT_TOLERANCE * factor:
+        return (
+            f"f at (1, 0) is {-delta:.6g} times a sample: divide gamma and delta by {-delta:.6g}"
+        )
+    return (
+        "f at (1, 0) is no sample, so one step from noise gives none; use MatchedStatistic(), or "
+        "CrossFlowLoss(check=False) to train it all the same"
+    )
 
 
 def _corner(c: Coefficients) -> tuple[float, float]:
-    """Return gamma = (gamma/delta)/b and delta = 1/b in the limit (t, s) -> (1, 0)."""
+    """Return gamma = (gamma/delta)/b and delta = 1/b in the limit (t, s) -> (1, 0).
+
+    Each is infinite where it still grows, and nan where it is 0/0.
+    """
+    distance = NUDGE
     if c.derivative.expression is not None and c.velocity.expression is not None:
-        corner = [(1 - sympy.Float(CORNER, 50), sympy.Float(CORNER, 50))]
-        b, kept = (
-            precise_values(f.expression, corner)[0]
-            for f in (c.derivative, c.velocity)
-            if f.expression is not None
-        )
-    else:
-        t, s = (torch.tensor(time, dtype=torch.float64) for time in (1 - NUDGE, NUDGE))
-        b, kept = float(c.derivative(t, s)), float(c.velocity(t, s))
-    return (float((kept - 1) / b), float(1 / b)) if b else (float("nan"), float("inf"))
+        distance = CORNER
+    gamma, delta = _near_corner(c, distance)
+    before_gamma, before_delta = _near_corner(c, BEFORE_CORNER * distance)
+    return _limit(gamma, before_gamma), _limit(delta, before_delta)
 
 
-def _singular_edges(c: Coefficients, first: bool) -> list[str]:
+def _near_corner(c: Coefficients, distance: float) -> tuple[float, float]:
+    b, kept = _at_point(c.derivative, distance), _at_point(c.velocity, distance)
+    if b == 0 and kept == 1:
+        return math.nan, math.inf
+    if b == 0:
+        return math.inf, math.inf
+    return float((kept - 1) / b), float(1 / b)
+
+
+def _at_point(function: TimeFunction, distance: float) -> Any:
+    """Return a function's value at that distance from (1, 0), with 50 digits for a formula."""
+    if function.expression is not None:
+        near = sympy.Float(distance, 50)
+        return precise_values(function.expression, [(1 - near, near)])[0]
+    near = torch.tensor(distance, dtype=torch.float64)
+    return float(function(1 - near, near))
+
+
+def _limit(value: float, before: float) -> float:
+    if abs(value) > GROWS * abs(before) and abs(value) > 1:
+        return math.inf
+    return value
+
+
+def _singular_edges(c: Coefficients) -> list[str]:
     times = torch.linspace(TIME_FLOOR, 1, DIAGONAL_POINTS, dtype=torch.float64)
     near = torch.tensor([1e-9], dtype=torch.float64)
-    functions: list[TimeFunction] = [
-        c.prediction,
-        c.derivative,
-        *([c.data] if first else [c.state, c.velocity]),
-    ]
+    functions = [c.prediction, c.derivative]
+    if c.failure:
+        functions += [c.state, c.velocity]
+    else:
+        functions.append(c.data)
 
     def bounded(t: Tensor, s: Tensor, limit: float = torch.inf) -> bool:
         return all(bool((f(t, s).abs() < limit).all()) for f in functions)
 
-    edges: dict[str, Any] = {
+    edges = {
         "s = t": bounded(times, times),
         "s = 0": bounded(times, torch.zeros_like(times)),
         "t = 1": bounded(torch.ones_like(times), times),
@@ -223,13 +328,17 @@ def _singular_edges(c: Coefficients, first: bool) -> list[str]:
     return [name for name, fine in edges.items() if not fine]
 
 
-def _latex(function: TimeFunction) -> str:
-    return (
-        r"\text{callable}"
-        if function.expression is None
-        else sympy.latex(readable(function.expression))
-    )
+_SIGNS = {1: "+", -1: "-"}
+
+
+def _latex(letter: str, function: TimeFunction, symbol: str, sign: int = 1) -> str:
+    """Return a term of the residual; a callable coefficient by its letter."""
+    if function.expression is None:
+        return f"{_SIGNS[sign]} {letter}(t, s) {symbol}"
+    return latex_term(sign * readable(function.expression), symbol)
 
 
 def _text(function: TimeFunction) -> str:
-    return str(function if function.expression is None else readable(function.expression))
+    if function.expression is None:
+        return str(function)
+    return text_of(readable(function.expression))

@@ -10,10 +10,12 @@ import math
 import random
 import re
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import mpmath
 import sympy
+from sympy.functions.elementary.trigonometric import TrigonometricFunction
 
 from flowspace.errors import ExpressionError
 
@@ -309,6 +311,7 @@ def tidy(expression: sympy.Expr) -> sympy.Expr:
     return sympy.factor(cancelled)  # type: ignore[return-value]
 
 
+@lru_cache(maxsize=256)
 def readable(expression: sympy.Expr) -> sympy.Expr:
     """Return the shortest form of a formula that a few quick rewritings find."""
     if not is_small(expression, 2 * MAX_CANCEL) or expression.has(sympy.exp, sympy.log):
@@ -317,7 +320,11 @@ def readable(expression: sympy.Expr) -> sympy.Expr:
     if expression.has(sympy.sin, sympy.cos):
         forms.append(sympy.trigsimp(expression))
         forms.append(sympy.factor(sympy.trigsimp(sympy.expand(expression))))
-    return min(forms, key=lambda form: form.count_ops())
+    shortest = min(forms, key=lambda form: form.count_ops())
+    return shortest.replace(
+        lambda part: isinstance(part, TrigonometricFunction),
+        lambda part: part.func(sympy.factor(part.args[0])),
+    )
 
 
 def is_small(expression: sympy.Expr, operations: int) -> bool:

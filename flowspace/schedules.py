@@ -20,6 +20,7 @@ from flowspace.backends import backend_of, one_backend
 from flowspace.errors import ExpressionError, InputError, ScheduleError, TimeError
 from flowspace.formulas import T, parse
 from flowspace.time_functions import Source, TimeFunction
+from flowspace.typeset import latex_of
 
 __all__ = [
     "TIME_FLOOR",
@@ -119,13 +120,13 @@ class Schedule:
         xp = one_backend(latents, noise, t)
         if noise.shape != latents.shape:
             raise InputError(
-                f"noise of shape {tuple(noise.shape)} came for latents of shape "
-                f"{tuple(latents.shape)}"
+                f"got noise of shape {tuple(noise.shape)} for latents of shape "
+                f"{tuple(latents.shape)}; they must be equal"
             )
         t = _as_times(t, latents)
         if t.ndim > 1 or (t.ndim == 1 and t.shape[0] != latents.shape[0]):
             raise TimeError(
-                f"t of shape {tuple(t.shape)} came for latents of shape {tuple(latents.shape)}; "
+                f"got t of shape {tuple(t.shape)} for latents of shape {tuple(latents.shape)}; "
                 "use (B,) or ()"
             )
 
@@ -160,23 +161,26 @@ class Schedule:
         return self._beta.dot / self._beta, self._beta * self._ratio.dot
 
     def _check_ends(self) -> None:
-        for name, function, ends in (
-            ("alpha", self._alpha, (1.0, 0.0)),
-            ("beta", self._beta, (0.0, 1.0)),
+        for name, function, start, end in (
+            ("alpha", self._alpha, 1.0, 0.0),
+            ("beta", self._beta, 0.0, 1.0),
         ):
-            for time, wanted in zip((0.0, 1.0), ends, strict=True):
-                value = float(_evaluate(function, torch.tensor(time, dtype=torch.float64), name))
+            for time, wanted in ((0.0, start), (1.0, end)):
+                value = _value_at(function, time, name)
                 if not abs(value - wanted) <= END_TOLERANCE:
-                    advice = (
-                        _TERMINAL_ADVICE
-                        if (name, time) == ("alpha", 1.0) and 0 < value < 1
-                        else ""
-                    )
                     raise ScheduleError(
-                        f"{name}({time:g}) = {value:.6g}, but it must be {wanted:g}: t = 0 is "
-                        "data (alpha = 1, beta = 0) "
-                        f"and t = 1 is noise (alpha = 0, beta = 1); {name} is {function}.{advice}"
+                        f"got {name}({time:g}) = {value:.6g}, but it must be {wanted:g}: t = 0 is "
+                        "data (alpha = 1, beta = 0) and t = 1 is noise (alpha = 0, beta = 1); "
+                        f"{name} is {function}.{self._advice(name, time, value)}"
                     )
+
+    def _advice(self, name: str, time: float, value: float) -> str:
+        """Return how an end that is wrong may be mended."""
+        if (name, time) == ("alpha", 1.0) and 0 < value < 1:
+            return _TERMINAL_ADVICE
+        if _runs(self._beta, 1.0, 0.0) and _runs(self._alpha, 0.0, 1.0):
+            return f" They are swapped: write alpha = {self._beta}, beta = {self._alpha}."
+        return ""
 
     def _check_inside(self) -> None:
         times = torch.linspace(TIME_FLOOR, 1.0, GRID_POINTS, dtype=torch.float64)
@@ -188,34 +192,18 @@ class Schedule:
         }
         values = {name: _evaluate(function, times, name) for name, function in named.items()}
         for name, value in values.items():
-            _refuse(
-                ~value.isfinite(),
-                times,
-                value,
-                f"{name} must be finite on [{TIME_FLOOR}, 1]",
-                name,
-            )
-        _refuse(
-            values["beta"] <= 0, times, values["beta"], "beta must be positive on (0, 1]", "beta"
-        )
+            why = f"{name} must be finite on [{TIME_FLOOR}, 1]"
+            _refuse(~value.isfinite(), times, value, why, name)
+        beta = values["beta"]
+        _refuse(beta <= 0, times, beta, "beta must be positive on (0, 1]", "beta")
         ratio, slope = self.signal_to_noise(times), self.signal_to_noise_dot(times)
-        _refuse(
-            slope[:-1] >= 0,
-            times,
-            slope,
-            "lambda = alpha/beta must fall: lambda' < 0 on (0, 1)",
-            "lambda'",
-        )
-        _refuse(
-            ratio.diff() >= 0, times, ratio, "lambda = alpha/beta must fall strictly", "lambda"
-        )
+        why = "lambda = alpha/beta must fall: lambda' < 0 on (0, 1)"
+        _refuse(slope[:-1] >= 0, times, slope, why, "lambda'")
+        why = "lambda = alpha/beta must fall strictly"
+        _refuse(ratio.diff() >= 0, times, ratio, why, "lambda")
 
     def _repr_latex_(self) -> str:
-        parts = [
-            r"\text{callable}" if f.expression is None else sympy.latex(f.expression)
-            for f in (self._alpha, self._beta)
-        ]
-        return rf"$\alpha(t) = {parts[0]}, \quad \beta(t) = {parts[1]}$"
+        return rf"$\alpha(t) = {_latex(self._alpha)}, \quad \beta(t) = {_latex(self._beta)}$"
 
     def __str__(self) -> str:
         return f"alpha(t) = {self._alpha}, beta(t) = {self._beta}"
@@ -264,7 +252,7 @@ class PolynomialSchedule(Schedule):
     def __init__(self, power: float = 2) -> None:
         if not power >= 1:
             raise ScheduleError(
-                f"power = {power} came; below 1 alpha' is infinite at t = 1, so write 1 or more"
+                f"got power = {power}; below 1 alpha' is infinite at t = 1, so write 1 or more"
             )
         alpha = parse(f"(1 - t)**{power}")
         super().__init__(alpha, 1 - alpha)
@@ -290,8 +278,7 @@ class VariancePreservingSchedule(Schedule):
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
         if not 0 < beta_min <= beta_max < math.inf:
             raise ScheduleError(
-                f"beta_min = {beta_min}, beta_max = {beta_max} came; write 0 < beta_min <= "
-                "beta_max"
+                f"got beta_min = {beta_min}, beta_max = {beta_max}; write 0 < beta_min <= beta_max"
             )
         raw: Any = parse(f"exp(-{beta_min}*t/2 - ({beta_max} - {beta_min})*t**2/4)")
         end = raw.subs(T, 1)
@@ -301,10 +288,15 @@ class VariancePreservingSchedule(Schedule):
 
 _TERMINAL_ADVICE = (
     " A raw diffusion schedule leaves signal at t = 1, where sampling starts; rescale it to zero "
-    "terminal SNR, "
-    "(alpha(t) - alpha(1))/(1 - alpha(1)) with beta = sqrt(1 - alpha**2), as "
+    "terminal SNR, (alpha(t) - alpha(1))/(1 - alpha(1)) with beta = sqrt(1 - alpha**2), as "
     "VariancePreservingSchedule() does."
 )
+
+
+def _latex(function: TimeFunction) -> str:
+    if function.expression is None:
+        return r"\text{callable}"
+    return latex_of(function.expression)
 
 
 def _as_times(t: Tensor | float, beside: Tensor | None = None) -> Tensor:
@@ -313,7 +305,7 @@ def _as_times(t: Tensor | float, beside: Tensor | None = None) -> Tensor:
     if not xp.is_floating(times):
         hint = xp.to_float.format("t")
         raise TimeError(
-            f"times of dtype {times.dtype} came; flowspace's times are real numbers in [0, 1]: "
+            f"got times of dtype {times.dtype}; flowspace's times are real numbers in [0, 1]: "
             f"write {hint}"
         )
     return xp.at_least_float32(times)
@@ -330,12 +322,23 @@ def _evaluate(function: TimeFunction, times: Tensor, name: str) -> Tensor:
         ) from error
 
 
+def _value_at(function: TimeFunction, time: float, name: str) -> float:
+    return float(_evaluate(function, torch.tensor(time, dtype=torch.float64), name))
+
+
+def _runs(function: TimeFunction, start: float, end: float) -> bool:
+    """Return whether a function runs from one value to the other."""
+    misses = (_value_at(function, 0.0, "") - start, _value_at(function, 1.0, "") - end)
+    return max(map(abs, misses)) <= END_TOLERANCE
+
+
 def _refuse(bad: Tensor, times: Tensor, values: Tensor, why: str, name: str) -> None:
-    if bool(bad.any()):
-        at = int(bad.nonzero()[0])
-        around: Any = ", ".join(
-            f"{name}({float(times[i]):.4g}) = {float(values[i]):.6g}"
-            for i in (at, at + 1)
-            if i < len(times)
-        )
-        raise ScheduleError(f"{why}, but {around}")
+    """Refuse a schedule with the first bad time, its value and the next."""
+    if not bool(bad.any()):
+        return
+    first = int(bad.nonzero()[0])
+    around = [
+        f"{name}({float(time):.4g}) = {float(value):.6g}"
+        for time, value in zip(times[first : first + 2], values[first : first + 2], strict=True)
+    ]
+    raise ScheduleError(f"{why}, but {', '.join(around)}")

@@ -39,7 +39,8 @@ from flowspace.formulas import (
     readable,
 )
 from flowspace.schedules import TIME_FLOOR, Schedule
-from flowspace.time_functions import Source, TimeFunction, limit_on_edge
+from flowspace.time_functions import NUDGE, Source, TimeFunction, limit_on_edge
+from flowspace.typeset import text_of
 
 __all__ = [
     "AbstractStatistic",
@@ -60,6 +61,12 @@ callables that are 0/0 there.
 """
 
 DIAGONAL_POINTS = 64
+
+LARGE = 1e3
+GROWS = 5
+"""What is larger than `LARGE` on the diagonal, and there grows by this much from 100 `NUDGE` away
+to one, is infinite: 1/x grows a hundredfold.
+"""
 
 NEVER = 1e-15
 """A delta this small inside the triangle is float64 rounding of zero."""
@@ -410,11 +417,19 @@ def _derive(statistic: AbstractStatistic, schedule: Schedule) -> Coefficients:
 
 
 def worst_on_diagonal(function: Callable[[Tensor, Tensor], Tensor]) -> tuple[float, float]:
-    """Return the largest size of a function on the diagonal s = t, infinite where it is not
-    finite, and where that is.
+    """Return the largest size of a function on the diagonal s = t, and where that is.
+
+    It is infinite where it is not finite, or large and still grows towards the diagonal: rounded,
+    or evaluated just inside, an infinite limit is a large number.
     """
     times = torch.linspace(TIME_FLOOR, 1 - TIME_FLOOR, DIAGONAL_POINTS, dtype=torch.float64)
-    sizes = function(times, times).abs().nan_to_num(nan=torch.inf)
+    sizes = function(times, times).abs()
+    infinite = ~sizes.isfinite()
+    if bool((sizes > LARGE).any()):
+        near = function(times, times - 100 * NUDGE).abs()
+        nearer = function(times, times - NUDGE).abs()
+        infinite |= (sizes > LARGE) & (nearer > GROWS * near)
+    sizes = sizes.where(~infinite, torch.inf)
     return float(sizes.max()), float(times[sizes.argmax()])
 
 
@@ -458,7 +473,8 @@ def _left_of_t(scaled: TimeFunction) -> str:
     if scaled.expression is not None:
         slopes = precise_values(scaled.expression.diff(T), points)
         sizes = precise_values(scaled.expression, points)
-        tolerance, how = NOT_ZERO, f"(1 + gamma/delta) beta(t) = {scaled.expression}"
+        text = text_of(readable(scaled.expression))
+        tolerance, how = NOT_ZERO, f"(1 + gamma/delta) beta(t) = {text}"
     else:
         times = torch.tensor(points, dtype=torch.float64)
         slopes = scaled.dot(times[:, 0], times[:, 1]).tolist()

@@ -36,6 +36,7 @@ from flowspace.formulas import (
     precise_values,
     tidy,
 )
+from flowspace.typeset import text_of
 
 __all__ = ["NUDGE", "Source", "TimeFunction", "limit_on_edge"]
 
@@ -348,7 +349,7 @@ class TimeFunction:
             return self.source
         if self.expression is None:
             return "a callable"
-        return str(self.expression)
+        return text_of(self.expression)
 
     def __repr__(self) -> str:
         return f"TimeFunction({str(self)!r})"

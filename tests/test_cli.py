@@ -46,13 +46,80 @@ def test_derive_derives_gamma_from_kappa(capsys):
     assert "gamma(t, s) = 1," in capsys.readouterr().out
 
 
+def test_derive_derives_delta_from_kappa_and_gamma(capsys):
+    assert main(["derive", "--kappa", "s", "--gamma", "1"]) == 0
+    assert "delta(t, s) = -t/(t - s)" in capsys.readouterr().out
+
+
+def test_what_derive_prints_of_the_papers_objective_is_fit_for_a_paper(capsys):
+    assert main(["derive"]) == 0
+    out = capsys.readouterr().out
+    assert "gamma(t, s) = 1, delta(t, s) = -t/(t - s)" in out
+    assert "b = -(t - s)/t" in out
+    latex = out.splitlines()[-1].removeprefix("LaTeX").strip()
+    assert latex == r"R = - \frac{s}{t^{2}} f - \frac{t - s}{t} D_t f + \frac{s}{t^{2}} x"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "objective"),
+    [
+        (["--gamma", "1", "--delta", "-1"], "the data term vanishes"),
+        (["--gamma", "1", "--delta", "-1"], "use ConsistencyLoss()"),
+        (["--kappa", "0", "--delta", "-t"], "use ConsistencyLoss()"),
+        (["--gamma", "0", "--delta", "1/(t-s)"], "use MeanFlowLoss(),"),
+        (["--gamma", "t", "--delta", "-1"], "use MeanFlowLoss(statistic=...)"),
+        (["--gamma", "2", "--delta", "-2*t/(t-s)"], "divide gamma and delta by 2"),
+        (["--kappa", "s", "--delta", "t/s"], "use MatchedStatistic()"),
+    ],
+)
+def test_derive_names_what_fits_and_exits_1(capsys, arguments, objective):
+    assert main(["derive", *arguments]) == 1
+    captured = capsys.readouterr()
+    assert objective in captured.err
+    assert objective in captured.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--gamma", "1/(1-t)", "--delta", "-1"], "gamma(1,0) is infinite, delta(1,0) = -1"),
+        (["--kappa", "s", "--delta", "t/s"], "delta(1,0) is infinite"),
+        (["--gamma", "1", "--delta", "-(t-s)"], "b(t,t) is not 0 but infinite"),
+        (["--gamma", "1", "--delta", "-sin(pi*(t-s))"], "b(t,t) is not 0 but infinite"),
+        (["--gamma", "1", "--delta", "-(cos(pi*s/2)-cos(pi*t/2))"], "not 0 but infinite"),
+    ],
+)
+def test_an_infinite_limit_is_called_infinite(capsys, arguments, said):
+    assert main(["derive", *arguments]) == 1
+    out = capsys.readouterr().out
+    assert said in out
+    assert " inf " not in out and "e+" not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["--alpha", "1-2t"], "products are written *"),
+        (["--alpha", "(1-t)(1+t)"], "products are written *"),
+        (["--gamma", "t(t-s)", "--delta", "-1"], "products are written *"),
+        (["--beta", "sin(pi t/2)"], "products are written *"),
+        (["--alpha", "cos(\N{GREEK SMALL LETTER PI}*t/2)"], "write pi"),
+        (["--alpha", "1 \N{MINUS SIGN} t"], "a minus is written -"),
+        (["--alpha", "t", "--beta", "1-t"], "swapped: write alpha = 1-t, beta = t"),
+    ],
+)
+def test_a_frequent_slip_gets_its_hint(capsys, arguments, hint):
+    assert main(["derive", *arguments]) == 1
+    assert hint in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--alpha", "__import__('os')"], "is not allowed"),
         (["--alpha", "1-t", "--beta", "2*t"], "beta(1) = 2"),
-        (["--gamma", "1"], "give --delta"),
-        (["--gamma", "1", "--kappa", "s", "--delta", "1"], "give --delta"),
+        (["--gamma", "1"], "give two of the three"),
+        (["--gamma", "1", "--kappa", "s", "--delta", "1"], "give two of the three"),
         (["--kappa", "t", "--delta", "1"], "got kappa = t, which depends on t"),
     ],
 )
