@@ -1,7 +1,7 @@
 """Consistency in continuous time: kappa = 0, and a boundary loss (Song et al., 2303.01469)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -34,7 +34,7 @@ class ConsistencyLoss(Objective):
         boundary: what the boundary loss is multiplied by; not negative.
     """
 
-    statistic: AbstractStatistic = ConsistencyStatistic()
+    statistic: AbstractStatistic = field(default_factory=ConsistencyStatistic)
     times: Callable[..., tuple[Tensor, Tensor]] = ToDataTimes()
     boundary: float = 1.0
 
@@ -49,21 +49,21 @@ class ConsistencyLoss(Objective):
         return cls(**(settings | changes))
 
     def check_settings(self) -> None:
-        """Refuse a negative boundary weight, and the literal form, which has no gradient."""
+        """Refuse a negative boundary weight."""
         require(
             is_number(self.boundary) and 0 <= self.boundary < float("inf"),
             "boundary",
             self.boundary,
             "it weighs a loss, so write 0 or more",
         )
+
+    def check_statistic(self) -> None:
+        """Refuse a statistic whose kappa is not zero, and the literal form, where a = 0."""
         if self.literal:
             raise CriterionError(
                 "got literal=True, but a = 0 for kappa = 0, so the literal form has no gradient; "
                 "write literal=False"
             )
-
-    def check_statistic(self) -> None:
-        """Refuse a statistic whose kappa is not zero."""
         if self.coefficients.failure or not self.coefficients.data_vanishes:
             raise CriterionError(
                 f"got {self.statistic}, whose kappa is not 0; use CrossFlowLoss(statistic=...) "

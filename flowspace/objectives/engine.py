@@ -19,7 +19,7 @@ The same holds on tensors of torch and on arrays of JAX, whichever come: what di
 
 import abc
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -140,7 +140,7 @@ class Objective(abc.ABC):
         CriterionError: if check is on and the statistic fails.
     """
 
-    schedule: Schedule = LinearSchedule()
+    schedule: Schedule = field(default_factory=LinearSchedule)
     statistic: AbstractStatistic = None  # type: ignore[assignment]  # each objective has its own
     times: Callable[..., tuple[Tensor, Tensor]] = TimePairs()
     penalty: Callable[[Tensor], Tensor] = SquaredError()
@@ -154,8 +154,8 @@ class Objective(abc.ABC):
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            if getattr(self, each.name) is None and each.default is not MISSING:
-                object.__setattr__(self, each.name, each.default)
+            if getattr(self, each.name) is None:
+                object.__setattr__(self, each.name, _default_of(each))
         self._check_kinds()
         self.check_settings()
         if self.check:
@@ -511,6 +511,15 @@ class Objective(abc.ABC):
             f"{len(difference)} rows; reduce over all axes but the first, as in "
             "lambda d: d.abs().flatten(1).mean(1)"
         )
+
+
+def _default_of(each: Field[Any]) -> Any:
+    """Return the default of a field, for which None stands too; None where there is none."""
+    if each.default_factory is not MISSING:
+        return each.default_factory()
+    if each.default is not MISSING:
+        return each.default
+    return None
 
 
 def given_velocity(name: str, function: Callable[..., Tensor], at: PathPoint) -> Tensor:

@@ -1,6 +1,6 @@
 """MeanFlow: identity (I) for the average velocity (Geng et al., arXiv 2505.13447)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -25,7 +25,7 @@ class MeanFlowLoss(Objective):
         UserWarning: once, when called with targets that are not the latents.
     """
 
-    statistic: AbstractStatistic = MeanFlowStatistic()
+    statistic: AbstractStatistic = field(default_factory=MeanFlowStatistic)
 
     @classmethod
     def published(cls, **changes: Any) -> "MeanFlowLoss":
