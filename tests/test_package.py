@@ -1,5 +1,6 @@
-"""Importing flowspace is cheap, and every place agrees on the version."""
+"""Importing flowspace is cheap, its pages say what is there, and its files keep their order."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -143,10 +144,68 @@ except ImportError as error:
     assert "pip install 'flowspace[vision]'" in python(code)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/pages/choosing.md"])
+PAGES = ["README.md", "flowspace/README.md"]
+PAGES += [f"docs/pages/{name}.md" for name in ("index", "choosing", "objectives", "jax")]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_the_programs_of_a_page_run_as_written(page):
+    if page.endswith("jax.md"):
+        pytest.importorskip("jax")
     names = {}
     for program in re.findall(
         r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL
     ):
         exec(compile(program, page, "exec"), names)
+
+
+def test_every_public_name_is_on_the_page_of_reference():
+    page = (ROOT / "docs" / "pages" / "reference.md").read_text()
+    shown = set(flowspace.errors.__all__)
+    for members in re.findall(r"[ {]members: \[(.*?)\]", page):
+        shown.update(members.split(", "))
+    assert set(flowspace.__all__) - shown == set()
+
+
+def test_the_reference_shows_how_every_objective_is_called():
+    [pattern] = re.findall(r'filters: \["!(.*?)"\]', (ROOT / "docs" / "mkdocs.yml").read_text())
+    assert re.search(pattern, "_private") and re.search(pattern, "__init__")
+    assert not re.search(pattern, "__call__") and not re.search(pattern, "published")
+    page = (ROOT / "docs" / "pages" / "reference.md").read_text()
+    inherited = re.findall(r"inherited_members: \[(.*?)\], members: \[CrossFlowLoss", page)
+    assert len(inherited) == 1 and "__call__" in inherited[0].split(", ")
+
+
+def rooms():
+    """The files and folders of flowspace, from the lowest up, as its README lists them."""
+    page = (ROOT / "flowspace" / "README.md").read_text()
+    section = page.split("## Who may import whom")[1].split("\n## ")[0]
+    return [
+        name.removesuffix(".py") for name in re.findall(r"^\| `(\w+)(?:\.py|/)`", section, re.M)
+    ]
+
+
+def imported_rooms(tree):
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.ImportFrom)
+            and node.module
+            and node.module.startswith("flowspace.")
+        ):
+            yield node.module.split(".")[1]
+        elif isinstance(node, ast.Import):
+            yield from (
+                n.name.split(".")[1] for n in node.names if n.name.startswith("flowspace.")
+            )
+
+
+def test_a_file_imports_only_from_rooms_below_its_own():
+    order, arrows = rooms(), 0
+    for path in sorted((ROOT / "flowspace").rglob("*.py")):
+        own = path.relative_to(ROOT / "flowspace").parts[0].removesuffix(".py")
+        if own == "__init__":
+            continue
+        for other in imported_rooms(ast.parse(path.read_text())):
+            assert order.index(other) <= order.index(own), f"{path} imports from {other}"
+            arrows += own != other
+    assert arrows > 100
