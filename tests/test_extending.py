@@ -72,7 +72,7 @@ def early_statistic(schedule: Schedule) -> Statistic:
 class MixedLoss(Objective):
     """The data by identity (II), mixed with a velocity, such as a teacher's, by identity (I)."""
 
-    statistic: AbstractStatistic = field(default=MatchedStatistic())
+    statistic: AbstractStatistic = field(default_factory=MatchedStatistic)
     share: float = 0.5
 
     def check_settings(self) -> None:

@@ -209,3 +209,13 @@ def test_a_file_imports_only_from_rooms_below_its_own():
             assert order.index(other) <= order.index(own), f"{path} imports from {other}"
             arrows += own != other
     assert arrows > 100
+
+
+def test_every_name_of_the_glossary_is_in_the_code():
+    page = (ROOT / "docs" / "pages" / "glossary.md").read_text().split("## One word")[0]
+    code = "\n".join(path.read_text() for path in sorted((ROOT / "flowspace").rglob("*.py")))
+    words = set(re.findall(r"\w+", code))
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    names = {name for row in rows for name in re.findall(r"`([A-Za-z_.]+)`", row[-1])}
+    assert len(rows) > 40 and len(names) > 50
+    assert [name for name in sorted(names) if not set(name.split(".")) - {"py"} <= words] == []
