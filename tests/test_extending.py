@@ -181,6 +181,12 @@ def test_adding_a_part_takes_less_than_thirty_lines_and_the_readme_shows_them(pa
     assert source in (ROOT / "flowspace" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("program", [Path(__file__), ROOT / "flowspace" / "README.md"])
+def test_all_that_is_imported_of_flowspace_comes_from_the_top(program):
+    modules = re.findall(r"^(?:from|import) (flowspace\S*)", program.read_text(), re.MULTILINE)
+    assert modules == ["flowspace"]
+
+
 def test_every_file_that_the_readme_names_exists():
     page = (ROOT / "flowspace" / "README.md").read_text()
     named = set(re.findall(r"\b[a-z_/]+(?:\.py\b|/(?=`| ))", page))
