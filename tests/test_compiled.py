@@ -39,7 +39,7 @@ from flowspace.derivatives.shared_primal import compiled
 
 pytestmark = [
     pytest.mark.skipif(
-        not hidden_calls.compiles(), reason="torch.compile is met from torch 2.11 on"
+        not hidden_calls.follows_compiled(), reason="torch.compile is met from torch 2.11 on"
     ),
     pytest.mark.filterwarnings("ignore:.*recompile_limit.*"),
     # torch.compile looks at the gradient of every input
@@ -615,7 +615,7 @@ def test_nothing_is_left_behind():
     with pytest.raises(ZeroDivisionError):
         LOSS(torch.compile(lambda z, t, s: z / 0 * (1 // 0), backend=EAGER), batch()[0])
     assert torch._dynamo.eval_frame._callback_from_stance is original
-    assert hidden_calls.at_work() is None
+    assert hidden_calls.active_carrier() is None
     close(
         net(*(x for x in (batch()[0], *[batch()[1][k] for k in "ts"]))),
         plain(batch()[0], *[batch()[1][k] for k in "ts"]),
@@ -646,7 +646,7 @@ def test_a_model_that_compiles_on_its_way_is_met_at_once():
 
 @pytest.mark.parametrize("moving", [4, 8])
 def test_an_older_torch_runs_it_as_written_with_one_warning(monkeypatch, moving, programs):
-    monkeypatch.setattr(hidden_calls, "compiles", lambda: False)
+    monkeypatch.setattr(hidden_calls, "follows_compiled", lambda: False)
     shared_primal._warn_of_old_torch.cache_clear()
     net, plain = pair(Net(0.3))
     with pytest.warns(UserWarning, match="from torch 2.11 on it runs compiled") as caught:

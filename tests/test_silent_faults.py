@@ -352,7 +352,7 @@ def test_the_draws_of_any_device_are_drawn_again(monkeypatch, takes_device):
 
     module = Module()
     monkeypatch.setattr(torch, "xpu", module)
-    draws = replay.Draws(torch.device("xpu"))
+    draws = replay.RandomState(torch.device("xpu"))
     assert not draws.happened()
 
     def draw():
@@ -430,7 +430,7 @@ def test_what_autograd_does_not_see_is_an_engines_and_stays():
     ends.
     """
     filled, freed, held = torch.zeros(3), torch.zeros(3), torch.zeros(3)
-    with replay.untouched():
+    with replay.restoring_buffers():
         for tensor in (filled, freed):
             with torch.autograd._unsafe_preserve_version_counter(tensor):
                 tensor.copy_(torch.ones(3))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowspace.arrays import over_rows
 from flowspace.backends import backend_of
-from flowspace.derivatives.replay import Untouched, agree, several_processes
+from flowspace.derivatives.replay import RestoringMode, agree, several_processes
 from flowspace.derivatives.second_run import First, Second, SecondRun
 from flowspace.errors import DerivativeError, InputError
 
@@ -119,7 +119,7 @@ class FiniteDifference(SecondRun):
             total = total + over_rows(weight, value) * there
         return Second(total, known)
 
-    def check_run(self, run: Untouched) -> None:
+    def check_run(self, run: RestoringMode) -> None:
         """Refuse a model that computes in half precision by itself, or draws what cannot be drawn
         again.
         """

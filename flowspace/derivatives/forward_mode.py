@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from flowspace.derivatives.replay import forward_mode_lock, wrapped
+from flowspace.derivatives.replay import forward_mode_lock, in_transform
 from flowspace.derivatives.rules.registry import CONSTANT, differentiable
 from flowspace.derivatives.second_run import First, Second, SecondRun
 from flowspace.errors import DerivativeError
@@ -142,7 +142,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 def _moves(tensor: Tensor) -> bool:
     """Return whether a tensor has a tangent now."""
-    return wrapped(tensor) and forward_ad.unpack_dual(tensor).tangent is not None
+    return in_transform(tensor) and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _reason(error: Exception) -> str:

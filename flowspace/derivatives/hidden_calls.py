@@ -17,25 +17,25 @@ import torch
 from torch.utils import _python_dispatch as python_dispatch
 
 if TYPE_CHECKING:
-    from flowspace.derivatives.replay import Untouched
+    from flowspace.derivatives.replay import RestoringMode
     from flowspace.derivatives.shared_primal.carrier import Carrier
 
 __all__ = [
-    "at_work",
-    "capture_by",
-    "captured",
-    "captured_as_outside",
-    "capturing",
-    "compiles",
+    "active_carrier",
+    "set_capture_callback",
+    "call_captured",
+    "capture_as_outside",
+    "capture_callback",
+    "follows_compiled",
     "dispatched",
-    "loaded",
-    "met",
-    "off_duty",
+    "dynamo_loaded",
+    "patched",
+    "paused",
     "outside_modes",
-    "recomputes",
-    "second_run",
-    "watched",
-    "within",
+    "under_checkpoint",
+    "active_second_run",
+    "following",
+    "protecting",
 ]
 
 STAYING = frozenset({"FakeTensorMode", "FlopCounterMode", "_FlopCounterMode"})
@@ -47,18 +47,18 @@ _users: list[type] = []
 _originals: list[tuple[Any, str, Any]] = []
 
 
-def at_work() -> "Carrier | None":
+def active_carrier() -> "Carrier | None":
     """Return the carrier that is at work in this thread, or None."""
     return getattr(_active, "carrier", None)
 
 
 @contextlib.contextmanager
-def off_duty(carrier: "Carrier | None") -> Iterator[None]:
+def paused(carrier: "Carrier | None") -> Iterator[None]:
     """Let a carrier see nothing of what is called."""
     if carrier is None:
         yield
         return
-    before, idle = at_work(), carrier.idle
+    before, idle = active_carrier(), carrier.idle
     _active.carrier, carrier.idle = None, True
     try:
         yield
@@ -67,41 +67,41 @@ def off_duty(carrier: "Carrier | None") -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def watched(carrier: "Carrier") -> Iterator[None]:
+def following(carrier: "Carrier") -> Iterator[None]:
     """Show a carrier the calls that no function mode sees."""
-    before, _active.carrier = at_work(), carrier
+    before, _active.carrier = active_carrier(), carrier
     try:
-        with met(type(carrier)):
+        with patched(type(carrier)):
             yield
     finally:
         _active.carrier = before
 
 
-def second_run() -> "Untouched | None":
+def active_second_run() -> "RestoringMode | None":
     """Return what keeps the writes of the second run that this thread is in, or None."""
     return getattr(_active, "second_run", None)
 
 
 @contextlib.contextmanager
-def within(run: "Untouched") -> Iterator[None]:
+def protecting(run: "RestoringMode") -> Iterator[None]:
     """Show a second run the calls that no function mode sees."""
-    before, _active.second_run = second_run(), run
+    before, _active.second_run = active_second_run(), run
     try:
-        with met(type(run)):
+        with patched(type(run)):
             yield
     finally:
         _active.second_run = before
 
 
 @contextlib.contextmanager
-def met(mode: type) -> Iterator[None]:
+def patched(mode: type) -> Iterator[None]:
     """Meet calls that no function mode sees, for as long as any mode of ours is at work in any
     thread.
     """
     with _lock:
         if not _users:
             _patch()
-        if compiles():
+        if follows_compiled():
             torch._dynamo.eval_frame.skip_code(mode.__torch_function__.__code__)
         _users.append(mode)
     try:
@@ -119,7 +119,7 @@ def _patch() -> None:
         (torch._C.ScriptFunction, "__call__", _script),
         (torch._C.ScriptMethod, "__call__", _script),
     ]
-    if compiles():
+    if follows_compiled():
         places.append((torch._dynamo.eval_frame, "_callback_from_stance", _callback))
     for holder, name, replacement in places:
         original = holder.__dict__[name]
@@ -136,7 +136,7 @@ def _restore() -> None:
 def _apply(original: Any) -> Any:
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
         outs = original.__get__(None, cls)(*args, **kwargs)
-        carrier = at_work()
+        carrier = active_carrier()
         if carrier is None:
             return outs
         with torch._C.DisableTorchFunction():  # pyright: ignore
@@ -147,7 +147,7 @@ def _apply(original: Any) -> Any:
 
 def _script(original: Any) -> Any:
     def call(function: Any, *args: Any, **kwargs: Any) -> Any:
-        carrier = at_work()
+        carrier = active_carrier()
         if carrier is None:
             return original(function, *args, **kwargs)
         return carrier.through_script(original, function, args, kwargs)
@@ -158,12 +158,12 @@ def _script(original: Any) -> Any:
 # --- torch.compile
 
 
-def loaded() -> bool:
+def dynamo_loaded() -> bool:
     """Return whether anything was compiled by torch.compile, as far as its being loaded tells."""
     return "torch._dynamo" in sys.modules
 
 
-def compiles() -> bool:
+def follows_compiled() -> bool:
     """Return whether this torch has what compiled parts need to be met: 2.11 does, and the newest
     tried, 2.14.
     """
@@ -184,7 +184,7 @@ def _callback(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
     def callback_from_stance(callback: Any) -> Any:
         callback = original(callback)
-        if (at_work() is None and second_run() is None) or callback in (None, False):
+        if (active_carrier() is None and active_second_run() is None) or callback in (None, False):
             return callback
         return _dual_callback(callback)
 
@@ -215,12 +215,12 @@ class _Callback:
             return self._torchdynamo_orig_backend(*args, **kwargs)
 
 
-capturing = torch._C._dynamo.eval_frame.get_eval_frame_callback  # pyright: ignore
+capture_callback = torch._C._dynamo.eval_frame.get_eval_frame_callback  # pyright: ignore
 """Returns what torch.compile captures frames with in this thread, or None; a builtin, so that it
 is none itself.
 """
 
-capture_by = torch._C._dynamo.eval_frame.set_eval_frame  # pyright: ignore
+set_capture_callback = torch._C._dynamo.eval_frame.set_eval_frame  # pyright: ignore
 """Sets what torch.compile captures frames with in this thread; None: it captures nothing."""
 
 
@@ -242,7 +242,7 @@ def outside_modes() -> contextlib.AbstractContextManager[Any]:
     return python_dispatch._disable_current_modes()
 
 
-def captured(
+def call_captured(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None
 ) -> Any:
     """Call a function as torch.compile captures it from within a mode of ours: as if that were not
@@ -255,14 +255,14 @@ def captured(
     return func(*args, **(kwargs or {}))
 
 
-def recomputes() -> bool:
+def under_checkpoint() -> bool:
     """Return whether what autograd saves is packed by hooks: a checkpoint computes it again and
     compares.
     """
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # pyright: ignore
 
 
-def captured_as_outside(fn: Callable[..., Any]) -> Callable[..., Any]:
+def capture_as_outside(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function that torch.compile captures as it captures the step round it, from where
     it was told not to.
     """
@@ -271,14 +271,14 @@ def captured_as_outside(fn: Callable[..., Any]) -> Callable[..., Any]:
         return fn
 
     def captured(*args: Any) -> Any:
-        before = capturing()
-        capture_by(torch._dynamo.eval_frame._callback_from_stance(callback))
+        before = capture_callback()
+        set_capture_callback(torch._dynamo.eval_frame._callback_from_stance(callback))
         try:
             return fn(*args)
         finally:
-            capture_by(before)
+            set_capture_callback(before)
 
-    captured.__name__ = getattr(fn, "__name__", "captured")
+    captured.__name__ = getattr(fn, "__name__", "call_captured")
     return captured
 
 
@@ -289,6 +289,6 @@ def _callback_outside() -> Any:
     frame = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == "compile_wrapper" and "callback" in frame.f_locals:
-            return frame.f_locals["callback"] if compiles() else None
+            return frame.f_locals["callback"] if follows_compiled() else None
         frame = frame.f_back
     return None

@@ -29,21 +29,21 @@ from flowspace.derivatives import hidden_calls
 from flowspace.errors import DerivativeError
 
 __all__ = [
-    "Draws",
+    "RandomState",
     "RowsMixError",
     "agree",
     "batch_statistics",
     "forward_mode_lock",
+    "in_transform",
     "on_copies",
+    "restoring_buffers",
     "several_processes",
     "uncompiled",
-    "unseen",
-    "untouched",
-    "wrapped",
+    "without_trace",
 ]
 
 
-def wrapped(tensor: Tensor) -> bool:
+def in_transform(tensor: Tensor) -> bool:
     """Return whether a tensor belongs to a transform of torch.func, and so has no values to ask
     for.
     """
@@ -87,7 +87,7 @@ def agree(first: Tensor, second: Tensor, itemsize: int, slack: float = 1.0) -> b
     return bool(near) or not bool(xp.isfinite(first).all())
 
 
-class Draws:
+class RandomState:
     """The state of the random generators before a run, to see whether it drew and to let it draw
     the same again.
 
@@ -188,12 +188,12 @@ class RowsMixError(Exception):
         finder: the run that found it; None in an error that a model raised by itself.
     """
 
-    def __init__(self, finder: "Untouched | None" = None) -> None:
+    def __init__(self, finder: "RestoringMode | None" = None) -> None:
         super().__init__("a function mixes the rows")
         self.finder = finder
 
 
-class Untouched(TorchFunctionMode):
+class RestoringMode(TorchFunctionMode):
     """Keeps what a run writes into: running statistics are not given, other tensors are remembered
     as long as they live.
 
@@ -218,7 +218,7 @@ class Untouched(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.compiler.is_dynamo_compiling():
-            return hidden_calls.captured(func, args, kwargs)
+            return hidden_calls.call_captured(func, args, kwargs)
         if norm := batch_statistics(func, args, kwargs or {}):
             self.mixes(func in (F.batch_norm, torch.batch_norm))
             return func(*norm)
@@ -226,8 +226,13 @@ class Untouched(TorchFunctionMode):
         if self.replaced:
             args = tuple(self._replacement(value) for value in args)
         if args and isinstance(args[0], Tensor) and _writes(name):
-            if not wrapped(args[0]) and torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore
-                if not any(isinstance(value, Tensor) and wrapped(value) for value in args[1:]):
+            if (
+                not in_transform(args[0])
+                and torch._C._functorch.peek_interpreter_stack() is not None
+            ):  # pyright: ignore
+                if not any(
+                    isinstance(value, Tensor) and in_transform(value) for value in args[1:]
+                ):
                     self.remember(args[0])
                     with (
                         temporarily_clear_interpreter_stack()
@@ -283,7 +288,7 @@ class Untouched(TorchFunctionMode):
     def remember(self, target: Tensor) -> None:
         """Keep what a tensor held before it was first written to."""
         key = id(target)
-        if key not in self.written and not wrapped(target):
+        if key not in self.written and not in_transform(target):
             gone = weakref.ref(target, lambda _: self.written.pop(key, None) and None)
             self.written[key] = gone, target.detach().clone(), _version(target)
 
@@ -328,27 +333,27 @@ def _alive(tensor: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def untouched(mixed: bool = True) -> Iterator[Untouched]:
+def restoring_buffers(mixed: bool = True) -> Iterator[RestoringMode]:
     """Evaluate a function again without a second trace in the buffers of its modules.
 
     Raises:
         RowsMixError: if it mixes rows and ``mixed`` does not say so.
     """
-    mode = Untouched(mixed)
+    mode = RestoringMode(mixed)
     try:
-        with hidden_calls.within(mode), mode:
+        with hidden_calls.protecting(mode), mode:
             yield mode
     finally:
         mode.restore()
 
 
-def unseen(function: Callable[[], Any], beside: Tensor) -> Any:
+def without_trace(function: Callable[[], Any], beside: Tensor) -> Any:
     """Evaluate a function of arrays beside these without gradient, and without a trace in the
     buffers of its modules.
     """
     if (xp := backend_of(beside)) is not torch_backend:
         return xp.detach(function())
-    with torch.no_grad(), untouched():
+    with torch.no_grad(), restoring_buffers():
         return function()
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from flowspace.arrays import over_rows
 from flowspace.backends import backend_of, one_backend, torch_backend
 from flowspace.derivatives import hidden_calls
-from flowspace.derivatives.replay import several_processes, wrapped
+from flowspace.derivatives.replay import in_transform, several_processes
 from flowspace.errors import InputError
 
 __all__ = ["Derivative", "checked", "scatter"]
@@ -76,7 +76,7 @@ class Derivative(abc.ABC):
         """Evaluate within a step that torch.compile captures: it captures the model, as a graph of
         its own.
         """
-        return self._evaluate_rows(hidden_calls.captured_as_outside(fn), *rest)
+        return self._evaluate_rows(hidden_calls.capture_as_outside(fn), *rest)
 
     def _evaluate_rows(
         self,
@@ -86,7 +86,7 @@ class Derivative(abc.ABC):
         rows: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Choose the rows; not traced by torch.compile, since it depends on values."""
-        chosen = None if rows is None or wrapped(rows) else self._chosen(rows)
+        chosen = None if rows is None or in_transform(rows) else self._chosen(rows)
         if chosen is not None and not len(chosen):
             value = checked(fn(*primals), primals)
             return value, torch.zeros_like(value)

@@ -20,15 +20,15 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from flowspace.derivatives.replay import (
-    Draws,
+    RandomState,
+    RestoringMode,
     RowsMixError,
-    Untouched,
     agree,
+    in_transform,
     on_copies,
+    restoring_buffers,
     several_processes,
     uncompiled,
-    untouched,
-    wrapped,
 )
 from flowspace.derivatives.route import Derivative, checked, scatter
 from flowspace.errors import DerivativeError, FlowspaceError
@@ -80,9 +80,9 @@ class SecondRun(Derivative):
                 differentiate fn.
         """
         fn, device = on_copies(fn), primals[0].device
-        draws = Draws(device, of_python=True)
+        draws = RandomState(device, of_python=True)
         value = checked(fn(*primals), primals)
-        if rows is not None and (draws.happened() or several_processes() or wrapped(value)):
+        if rows is not None and (draws.happened() or several_processes() or in_transform(value)):
             rows = None
         with torch.no_grad(), _full_precision(device) as widened, uncompiled():
             first = First(value.detach(), not widened and value.dtype.itemsize >= 4)
@@ -107,7 +107,7 @@ class SecondRun(Derivative):
         ``first`` is what the first run gave there; ``mixed`` says that fn may mix the rows.
         """
 
-    def check_run(self, run: Untouched) -> None:
+    def check_run(self, run: RestoringMode) -> None:
         """Raise DerivativeError for a run in which the model did what the route cannot bear."""
 
 
@@ -166,7 +166,7 @@ class _Attempt:
         inputs, directions = take(
             (self.primals, self.tangents), rows, len(self.first.value), self.widened
         )
-        with untouched(mixed) as run:
+        with restoring_buffers(mixed) as run:
             second = self.route.derive(self.fn, inputs, directions, first, mixed)
         self.route.check_run(run)
         halved = run.halved is not None or not first.exact

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flowspace.arrays import Model, at_least_float32, over_rows
 from flowspace.criteria import check_criteria
-from flowspace.derivatives.replay import unseen
+from flowspace.derivatives.replay import without_trace
 from flowspace.errors import CriterionError, InputError
 from flowspace.inputs import require
 from flowspace.objectives.engine import Objective, PathPoint
@@ -134,7 +134,7 @@ class CrossFlowLoss(Objective):
             f = at_least_float32(evaluated(model, at.state, at.t, at.t, at.cond))
             return estimate(over_rows(to_data, f) * f)
 
-        latents = unseen(clean_latents, at.state)
+        latents = without_trace(clean_latents, at.state)
         return self.schedule.velocity(at_least_float32(latents), at.z, at.t)
 
     def tangent_velocity(self, model: Model, at: PathPoint) -> Tensor:

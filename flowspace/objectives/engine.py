@@ -35,7 +35,7 @@ from flowspace.arrays import (
 )
 from flowspace.backends import one_backend, torch_backend
 from flowspace.derivatives import Derivative, SharedPrimal
-from flowspace.derivatives.replay import Draws, on_copies, unseen
+from flowspace.derivatives.replay import RandomState, on_copies, without_trace
 from flowspace.errors import InputError, TimeError
 from flowspace.flow_map import FlowMap
 from flowspace.guidance import Guidance
@@ -286,7 +286,9 @@ class Objective(abc.ABC):
         Raises:
             InputError: if the model returns another space than the states'.
         """
-        prediction = unseen(lambda: evaluated(model, at.state, at.t, at.t, at.cond), at.state)
+        prediction = without_trace(
+            lambda: evaluated(model, at.state, at.t, at.t, at.cond), at.state
+        )
         if prediction.shape != at.state.shape:
             raise InputError(
                 f"got shape {tuple(prediction.shape)} from the model for latents of "
@@ -471,9 +473,9 @@ class Objective(abc.ABC):
             return evaluated(model, earlier.state, earlier.t, earlier.s, earlier.cond)
 
         if xp is torch_backend:
-            evaluate_earlier = Draws(at.state.device).replay(evaluate_earlier)
+            evaluate_earlier = RandomState(at.state.device).replay(evaluate_earlier)
         f = at_least_float32(evaluated(model, at.state, at.t, at.s, at.cond))
-        before = at_least_float32(unseen(evaluate_earlier, at.state))
+        before = at_least_float32(without_trace(evaluate_earlier, at.state))
         between = self.known_part_between(at, earlier)
         _check_shape(f, between)
         a, m = over_rows(weights.prediction, f), over_rows(weights.scale, f)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowspace.arrays import Model, at_least_float32
 from flowspace.backends import torch_backend
-from flowspace.derivatives.replay import on_copies, unseen
+from flowspace.derivatives.replay import on_copies, without_trace
 from flowspace.derivatives.route import checked
 from flowspace.errors import InputError
 from flowspace.inputs import signature_of
@@ -56,7 +56,7 @@ class ImprovedMeanFlowLoss(MeanFlowLoss):
         """Return the auxiliary head's velocity, or the model's own on the diagonal."""
         if not isinstance(model, Trunk):
             return super().own_velocity(model, at)
-        velocity = unseen(lambda: evaluated(model, at.state, at.t, at.t, at.cond), at.state)
+        velocity = without_trace(lambda: evaluated(model, at.state, at.t, at.t, at.cond), at.state)
         if self.head:
             velocity = model.heads.pop()
         return at_least_float32(velocity)

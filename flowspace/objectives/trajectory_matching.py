@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from flowspace.arrays import Model, at_least_float32, draw_noise, is_number, over_rows
 from flowspace.backends import one_backend, torch_backend
-from flowspace.derivatives.replay import Draws, RowsMixError, agree, untouched
+from flowspace.derivatives.replay import RandomState, RowsMixError, agree, restoring_buffers
 from flowspace.errors import InputError, TimeError
 from flowspace.inputs import check_model, checked_cond, refuse_unfit, require
 from flowspace.objectives.engine import LossOutput, PathPoint
@@ -182,7 +182,7 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
         """
         cond, split = at.cond, (at.state.split(rows), at.t.split(rows), at.s.split(rows))
         pairs = list(zip(*split, strict=True))
-        draws = Draws(at.state.device, of_python=True)
+        draws = RandomState(at.state.device, of_python=True)
         try:
             f = evaluated(model, at.state, at.t, at.s, _repeated(cond, rows, len(pairs)))
             if len(pairs) == 1 or draws.happened() or self._is_first(f, model, pairs[0], cond):
@@ -197,7 +197,7 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
     ) -> bool:
         """Return whether the first pair has the same value among all pairs and by itself."""
         try:
-            with torch.no_grad(), untouched(mixed=False) as run:
+            with torch.no_grad(), restoring_buffers(mixed=False) as run:
                 alone = evaluated(model, *pair, cond)
         except RowsMixError as error:
             if error.finder is None:

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from flowspace.derivatives import hidden_calls
-from flowspace.derivatives.replay import Draws, uncompiled, untouched
+from flowspace.derivatives.replay import RandomState, restoring_buffers, uncompiled
 from flowspace.derivatives.route import Derivative, scatter
 from flowspace.derivatives.rules.dual import Layout, Rows
 from flowspace.derivatives.shared_primal.carrier import FIELD, Carrier
@@ -63,7 +63,7 @@ class SharedPrimal(Derivative):
         rows: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Return the value with gradient and the derivative without."""
-        draws = Draws(primals[0].device, of_python=True)
+        draws = RandomState(primals[0].device, of_python=True)
         few = None if rows is None else Rows.of(rows, len(primals[0]))
         versions = _versions(primals)
         value, tangent, before = run(fn, primals, tangents, few)
@@ -89,7 +89,7 @@ class SharedPrimal(Derivative):
         mixed: bool = False,
     ) -> Tensor:
         """Return the derivative on every row, in a pass of its own that leaves no trace."""
-        with torch.no_grad(), untouched():
+        with torch.no_grad(), restoring_buffers():
             value, tangent, _ = run(fn, primals, tangents, None)
         return torch.zeros_like(value) if tangent is None else tangent
 
@@ -123,13 +123,13 @@ def run(
         else carrier.wrap(p, (v if rows is None else v[rows.chosen]).detach(), layout)
         for p, v in zip(primals, tangents, strict=True)
     ]
-    met = hidden_calls.loaded()
-    if met and not hidden_calls.compiles():
+    met = hidden_calls.dynamo_loaded()
+    if met and not hidden_calls.follows_compiled():
         _warn_of_old_torch()
     try:
-        with hidden_calls.watched(carrier), _as_written(), carrier:
+        with hidden_calls.following(carrier), _as_written(), carrier:
             out = fn(*inputs)
-        if hidden_calls.loaded() and not met:
+        if hidden_calls.dynamo_loaded() and not met:
             carrier.lost = (
                 True  # the model loaded torch.compile on its way: what it compiled was not met
             )
@@ -154,7 +154,7 @@ def run(
 
 def _as_written() -> contextlib.AbstractContextManager[Any]:
     """Run what was compiled as it was written, where this torch does not let it be met."""
-    return contextlib.nullcontext() if hidden_calls.compiles() else uncompiled()
+    return contextlib.nullcontext() if hidden_calls.follows_compiled() else uncompiled()
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from flowspace.derivatives import hidden_calls, rules
-from flowspace.derivatives.replay import Draws, wrapped
+from flowspace.derivatives.replay import RandomState, in_transform
 from flowspace.derivatives.rules.dual import Dual, Layout, LostRowsError
 from flowspace.derivatives.shared_primal import higher_order
 from flowspace.derivatives.shared_primal.kinds import (
@@ -86,7 +86,7 @@ class Carrier(TorchFunctionMode):
         """Return what a tensor carries now, or None."""
         held = getattr(tensor, FIELD, None)
         held = held if held is not None and held.owner is self else None
-        if held is None and self.live and wrapped(tensor):
+        if held is None and self.live and in_transform(tensor):
             self._refuse_transforms(tensor)
         if held is not None and held.tangent is None:
             return None
@@ -100,7 +100,7 @@ class Carrier(TorchFunctionMode):
         """Raise DerivativeError for a tensor that carries a tangent inside torch.func.vmap, grad
         or jvp.
         """
-        while wrapped(tensor):
+        while in_transform(tensor):
             tensor = torch._C._functorch.get_unwrapped(tensor)  # pyright: ignore
             if getattr(tensor, FIELD, None) is not None and getattr(tensor, FIELD).owner is self:
                 raise DerivativeError(TRANSFORMED)
@@ -162,17 +162,17 @@ class Carrier(TorchFunctionMode):
         without tangents.
         """
         if torch.compiler.is_dynamo_compiling():
-            return hidden_calls.captured(func, args, kwargs)
+            return hidden_calls.call_captured(func, args, kwargs)
         if self.idle:
             return func(*args, **(kwargs or {}))
-        before = hidden_calls.capturing()
+        before = hidden_calls.capture_callback()
         if before is None:
             return self.carry(func, args, kwargs or {})
-        hidden_calls.capture_by(None)
+        hidden_calls.set_capture_callback(None)
         try:
             return self.carry(func, args, kwargs or {})
         finally:
-            hidden_calls.capture_by(before)
+            hidden_calls.set_capture_callback(before)
 
     def carry(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -242,7 +242,7 @@ class Carrier(TorchFunctionMode):
         """Run a function as it is, and its rule, or torch.func.jvp of it, beside it."""
         rule = rules.rule_of(name)
         may_draw = rule in (None, rules.pointwise) and not self.traced and rules.may_draw(name)
-        draws = Draws(call.duals[0].primal.device) if may_draw else None
+        draws = RandomState(call.duals[0].primal.device) if may_draw else None
         by_rule = name == "layer_norm" and (self.traced or not hidden_calls.dispatched())
         if not by_rule and not rules.moves(call.evaluate()):
             if name in WHOLE:

@@ -166,11 +166,11 @@ class Region:
         self.writes = _written_inputs(self.captured, self.setting)
         self.mixes = _mixes(self.captured)
         self.programs: dict[Any, Program | Exception] = {}
-        carrier = hidden_calls.at_work()
+        carrier = hidden_calls.active_carrier()
         duals = _duals(carrier, inputs) if carrier and not carrier.lost else []
         followed = False
         if carrier is not None and any(duals):
-            apart = torch.is_grad_enabled() and hidden_calls.recomputes()
+            apart = torch.is_grad_enabled() and hidden_calls.under_checkpoint()
             with torch.no_grad() if apart else contextlib.nullcontext():
                 program = self.program(carrier, duals, inputs)
             followed = isinstance(program, Program) and not program.lost and not apart
@@ -184,7 +184,7 @@ class Region:
         backward pass, the value is the plain graph's, and the tangents are computed apart, without
         gradient.
         """
-        carrier, run = hidden_calls.at_work(), hidden_calls.second_run()
+        carrier, run = hidden_calls.active_carrier(), hidden_calls.active_second_run()
         duals = _duals(carrier, inputs)
         primals = [
             x if dual is None else dual.primal for x, dual in zip(inputs, duals, strict=True)
@@ -198,7 +198,7 @@ class Region:
                 carrier.writes.remember(primals[index])
         if carrier is None or not any(duals) or carrier.lost:
             return self._plain(carrier, primals)
-        apart = torch.is_grad_enabled() and hidden_calls.recomputes()
+        apart = torch.is_grad_enabled() and hidden_calls.under_checkpoint()
         with torch.no_grad() if apart else contextlib.nullcontext():
             program = self.program(carrier, duals, primals)
         if isinstance(program, DerivativeError):
@@ -212,7 +212,7 @@ class Region:
         if not apart:
             return self._dual(carrier, program, inputs, primals, moving)
         copies = [x.clone() if i in self.writes else x for i, x in enumerate(primals)]
-        draws = replay.Draws(moving[0].primal.device)
+        draws = replay.RandomState(moving[0].primal.device)
         values = self._plain(carrier, primals)
         with torch.no_grad():
             again = draws.replay(self._dual)(carrier, program, inputs, copies, moving)
@@ -231,7 +231,7 @@ class Region:
         """
         rows = _rows(duals)
         size = _size(rows) if rows else None
-        with hidden_calls.off_duty(carrier), torch._C.DisableTorchFunction():  # pyright: ignore
+        with hidden_calls.paused(carrier), torch._C.DisableTorchFunction():  # pyright: ignore
             tangents = [_resized(dual.tangent, dual.layout, size).contiguous() for dual in duals]
             chosen = [_padded(rows.chosen, size)] if rows else []
             out = program.run(*primals, *tangents, *chosen)  # type: ignore[misc]
@@ -253,7 +253,7 @@ class Region:
 
     def _plain(self, carrier: Carrier | None, inputs: Sequence[Any]) -> Any:
         """Run the graph as it was captured, compiled, without tangents."""
-        with hidden_calls.off_duty(carrier), torch._C.DisableTorchFunction():  # pyright: ignore
+        with hidden_calls.paused(carrier), torch._C.DisableTorchFunction():  # pyright: ignore
             program = self._kept(_PLAIN, inputs, self._make_plain)
             run = program.run if isinstance(program, Program) else None
             return self.captured(*inputs) if run is None else run(*inputs)
@@ -267,7 +267,7 @@ class Region:
         moving = tuple(Moving(i, _place(dual.layout)) for i, dual in enumerate(duals) if dual)
         rows = _rows([dual for dual in duals if dual])
         key = moving, _size(rows) if rows else None, torch.is_grad_enabled()
-        with hidden_calls.off_duty(carrier):
+        with hidden_calls.paused(carrier):
             return self._kept(key, inputs, lambda setting: self._make(setting, moving, rows))
 
     def _kept(

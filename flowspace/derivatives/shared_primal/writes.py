@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowspace.derivatives import rules
-from flowspace.derivatives.replay import wrapped
+from flowspace.derivatives.replay import in_transform
 from flowspace.derivatives.rules.dual import Dual, Layout, LostRowsError
 from flowspace.errors import DerivativeError
 
@@ -44,7 +44,7 @@ class Writes:
         Once tangents are lost, results of this pass are among these tensors; those that autograd
         knows are left alone.
         """
-        if not isinstance(target, Tensor) or id(target) in self.before or wrapped(target):
+        if not isinstance(target, Tensor) or id(target) in self.before or in_transform(target):
             return
         if not (self.carrier.lost and target.grad_fn is not None):
             self.before[id(target)] = target, target.detach().clone()
@@ -136,7 +136,7 @@ class Writes:
     def _mirror(self, target: Tensor) -> Tensor:
         """Return the tangents of a whole memory, laid out as it is."""
         key = memory(target)
-        if wrapped(target):
+        if in_transform(target):
             raise DerivativeError(
                 "inside torch.func a tensor is written to that has other views; write "
                 "derivative=ForwardMode()"
@@ -167,7 +167,7 @@ def memory(tensor: Tensor) -> int:
     """Return a number for the memory that a tensor and its views share; a fake tensor, which has
     none, has one too.
     """
-    while wrapped(tensor):
+    while in_transform(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)  # pyright: ignore
     return tensor.untyped_storage()._cdata
 
