@@ -1,5 +1,6 @@
 """Sampling with a flow map: one evaluation, or several by the step of its statistic."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -176,20 +177,38 @@ class FlowMap:
         arguments = checked_cond(cond)
         if renoise is None:
             renoise = encode is not None
-        xp, times_left = backend_of(noise), len(grid) - 2
-        draws: tuple[Any, ...] = (None,) * times_left
-        if renoise and times_left:
-            draws = xp.split(generator, len(grid))[:times_left]
-        z = noise
-        for index, draw in enumerate(draws):
-            t = xp.one_per_row(grid[index], len(z))
-            s = xp.one_per_row(grid[index + 1], len(z))
-            if renoise:
-                clean = flow._clean_latents(z, t, arguments, encode)
-                z = self.schedule.perturb(clean, draw_noise(z, draw), s)[0]
-            else:
-                z = flow._moved(z, t, s, arguments, encode)
-        return flow._sample_at_data(z, xp.one_per_row(grid[-2], len(z)), arguments, encode)
+        if renoise:
+            return flow._renoised(noise, grid, arguments, encode, generator)
+        return flow._stepped(noise, grid, arguments, encode)
+
+    def _stepped(
+        self, z: Tensor, grid: Tensor, cond: dict[str, Any], encode: Encode | None
+    ) -> Tensor:
+        """Return samples by the statistic's step along a grid."""
+        xp = backend_of(z)
+        for t, s in itertools.pairwise(grid[:-1]):
+            t, s = xp.one_per_row(t, len(z)), xp.one_per_row(s, len(z))
+            z = self._moved(z, t, s, cond, encode)
+        return self._sample_at_data(z, xp.one_per_row(grid[-2], len(z)), cond, encode)
+
+    def _renoised(
+        self,
+        z: Tensor,
+        grid: Tensor,
+        cond: dict[str, Any],
+        encode: Encode | None,
+        generator: Any,
+    ) -> Tensor:
+        """Return samples by steps to s = 0 and back, with fresh noise, along a grid."""
+        xp, between = backend_of(z), len(grid) - 2
+        draws: tuple[Any, ...] = (None,) * between
+        if between:
+            draws = xp.split(generator, len(grid))[:between]
+        for draw, (t, s) in zip(draws, itertools.pairwise(grid[:-1]), strict=True):
+            t, s = xp.one_per_row(t, len(z)), xp.one_per_row(s, len(z))
+            clean = self._clean_latents(z, t, cond, encode)
+            z = self.schedule.perturb(clean, draw_noise(z, draw), s)[0]
+        return self._sample_at_data(z, xp.one_per_row(grid[-2], len(z)), cond, encode)
 
     def _moved(
         self, z: Tensor, t: Tensor, s: Tensor, cond: dict[str, Any], encode: Encode | None

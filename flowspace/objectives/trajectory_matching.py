@@ -141,36 +141,36 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
                 "got t or s; trajectory matching takes its times from the teacher's grid: leave "
                 "them out"
             )
-        arguments = batch.cond
         if noise is None:
             noise = draw_noise(latents, generator)
-        times = self.grid(noise)
-        try:
-            path = Euler().path(lambda z, t: self.teacher(z, t, **arguments), noise, times)
-        except TypeError as error:
-            refuse_unfit(model, arguments, error)
-            raise
-        early, late = self._pairs_of_points(generator, noise.device)
-        rows = len(noise)
-        at = PathPoint(
-            state=path[early].flatten(0, 1),
-            t=times[early].repeat_interleave(rows),
-            s=times[late].repeat_interleave(rows),
-            velocity=path[late].flatten(0, 1),
-            data=latents,
-            cond=arguments,
-        )
-        return self._matched(model, at, rows)
-
-    def _matched(self, model: Model, at: PathPoint, rows: int) -> LossOutput:
-        """Return the output at points of the trajectory, whose ``velocity`` is z_s so far."""
-        z_s = at_least_float32(at.velocity)
-        at = at._replace(velocity=(at.z - z_s) / over_rows(at.t - at.s, at.z))
-        f = at_least_float32(self._predicted(model, at, rows))
+        at, z_s = self._on_trajectory(model, batch, noise)
+        f = at_least_float32(self._predicted(model, at, len(latents)))
         wanted = self.coefficients.prediction_of(at.z, z_s, at.t, at.s)
         weights = self.coefficients.at(at.t, at.s)
         a, m = over_rows(weights.prediction, f), over_rows(weights.scale, f)
         return self._output(f, (m - a) * f.detach() - m * wanted, at, weights)
+
+    def _on_trajectory(
+        self, model: Model, batch: Batch, noise: Tensor
+    ) -> tuple[PathPoint, Tensor]:
+        """Return the earlier points of all pairs on the trajectory, and the later states.
+
+        Each has B rows for the first pair, then B for the next; the velocity is the average one.
+        """
+        cond, times = batch.cond, self.grid(noise)
+        try:
+            path = Euler().path(lambda z, t: self.teacher(z, t, **cond), noise, times)
+        except TypeError as error:
+            refuse_unfit(model, cond, error)
+            raise
+        early, late = self._pairs_of_points(batch.generator, times.device)
+        rows = len(batch.latents)
+        t = times[early].repeat_interleave(rows)
+        s = times[late].repeat_interleave(rows)
+        z_t = path[early].flatten(0, 1)
+        z_s = at_least_float32(path[late].flatten(0, 1))
+        velocity = (at_least_float32(z_t) - z_s) / over_rows(t - s, z_t)
+        return PathPoint(z_t, t, s, velocity, batch.latents, cond), z_s
 
     def _predicted(self, model: Model, at: PathPoint, rows: int) -> Tensor:
         """Return what the model gives for all pairs.
