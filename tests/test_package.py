@@ -58,9 +58,10 @@ print(sorted(after - before - set(sys.stdlib_module_names)))"""
 
 
 def test_importing_flowspace_takes_no_longer_than_torch_and_sympy_and_a_fifth_of_a_second():
+    """Of processor time: what else the machine does is not the import's."""
     code = (
-        "import torch, sympy, time; start = time.perf_counter(); import flowspace; "
-        "print(time.perf_counter() - start)"
+        "import torch, sympy, time; start = time.process_time(); import flowspace; "
+        "print(time.process_time() - start)"
     )
     assert min(float(python(code)) for _ in range(3)) < 0.2
 
