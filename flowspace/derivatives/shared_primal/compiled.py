@@ -1,23 +1,31 @@
-"""Compiled parts of a model, run with their tangents: value and tangent as one graph, compiled by
-the user's own backend.
+"""Compiled parts of a model, run with their tangents.
 
 torch.compile captures a function as a graph of torch functions, and guards everything that its
 Python depended on: shapes, dtypes, train or eval, attributes, hooks, grad mode, autocast. None of
-that is done again here. While a carrier is at work, the backend that the user chose is handed
+that is done again here. While a carrier is active, the backend that the user chose is handed
 another graph than the captured one:
 
-    captured graph    inputs                           -> outputs                     torch
-    functions, by dynamo dual graph        inputs, tangents, moving rows    -> outputs, their
-    tangents     a carrier run over it, by make_fx
+    captured graph    inputs                                  torch functions, captured by dynamo
+                      -> outputs
+    dual graph        inputs, tangents, indices of rows       a carrier run over the captured
+                      -> outputs, their tangents              graph, traced by make_fx
 
-No dual tensor is left in it, only arithmetic: the backend fuses, plans and partitions it as it
-would the captured one, attention of the value stays fused, and gradients flow through the value
-alone. What dynamo leaves to Python between two graphs goes on by the carrier, function by
-function.
+No dual tensor is left in the dual graph, only arithmetic. The backend fuses, plans and partitions
+it as it would the captured one, attention of the value stays fused, and gradients flow through the
+value alone. What dynamo leaves to Python between two graphs is carried function by function.
 
-A graph is traced again for another set of inputs that move, and for more moving rows than it has
-room for; fewer are padded. What cannot be traced runs as it was captured, function by function,
-with one warning.
+The way of a call:
+
+1. dynamo captures a function and asks `Backend`, which makes a `Region` of the graph.
+2. A call of the region looks for the `Program` of its case: which inputs move, how many rows have
+   a tangent, and whether gradients are recorded.
+3. If there is none, a carrier runs over the captured graph on tensors without values (`_carried`),
+   make_fx writes down what it does, and the user's backend compiles that.
+4. The program is given primals, tangents and indices; its outputs are wrapped as aliases again.
+
+The moving rows change from call to call, and a graph has room for a fixed number of them. That is
+rounded up to a share of the batch, and the indices are padded: the last row is computed more than
+once. What cannot be traced runs as it was captured, function by function, with one warning.
 """
 
 import contextlib
@@ -28,46 +36,51 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, _guards, fx
+from torch._dynamo import config as dynamo_config
 from torch._dynamo.exc import RestartAnalysis
 from torch._ops import HigherOrderOperator
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from flowspace.derivatives import hidden_calls, replay
 from flowspace.derivatives.rules.dual import Dual, Layout, LostRowsError, Rows
 from flowspace.derivatives.shared_primal.carrier import Carrier
+from flowspace.derivatives.torch_internals import not_intercepted
 from flowspace.errors import DerivativeError
 
 __all__ = ["Backend", "Region"]
 
 SHARES = 4
-"""A graph has room for a number of moving rows that is a multiple of this share of the batch, or
-for just those asked for.
-"""
+"""A graph has room for a number of moving rows that is a multiple of this share of the batch."""
 
 _PLAIN = "plain"
-"""The key of the graph as it was captured."""
+"""The key of the program without tangents."""
 
 Place = tuple[int, int, int] | None
-"""Where the batch lies in a tensor that moves, as in a `Layout`; None: its tangent has every row.
-"""
+"""The axis, outer and inner numbers of a `Layout`; None where a tangent has every row."""
 
 
 class Moving(NamedTuple):
-    """A tensor among several that has a tangent: its number, and where its rows lie."""
+    """One of several tensors that has a tangent.
+
+    Attributes:
+        number: which one it is.
+        place: where the batch lies in it.
+    """
 
     number: int
     place: Place
 
 
 class Program(NamedTuple):
-    """A dual graph, compiled.
+    """A compiled graph, and how its outputs are read.
 
     Attributes:
-        run: takes inputs, tangents of those that move, and the moving rows, if not all do; returns
-            outputs, tangents of those that move, and the new tangents of inputs that were written
-            to.
+        run: takes inputs, tangents of those that move, and indices of rows, if some rows are left
+            out; returns outputs, tangents of those that move, and the new tangents of inputs that
+            were written to. It is None if rows mix.
         outputs: how many outputs the captured graph has.
-        moving: those that move.
+        moving: the outputs that move.
         written: the inputs that have another tangent afterwards.
         lost: rows mix, or a tangent lies where it cannot be followed: there is no dual graph for
             some of the rows.
@@ -81,8 +94,9 @@ class Program(NamedTuple):
 
 
 class Backend:
-    """A backend of torch.compile that has dual graphs compiled by another one; equal to others of
-    an equal one.
+    """A backend of torch.compile that has dual graphs compiled by another backend.
+
+    Two of them are equal if these are, so that dynamo does not capture a function again.
     """
 
     def __init__(self, backend: Callable[..., Any]) -> None:
@@ -100,125 +114,149 @@ class Backend:
         return Region(graph, inputs, self.backend)
 
 
-class Setting(NamedTuple):
+class TraceContext(NamedTuple):
     """What a graph is traced and compiled with.
 
     Attributes:
         examples: its inputs without values; sizes may be symbols.
         fake: the mode that these belong to.
-        context: what dynamo tells a backend beside the graph.
+        tracing: what dynamo tells a backend beside the graph.
     """
 
     examples: list[Any]
     fake: Any
-    context: Any
+    tracing: Any
 
     @classmethod
-    def of(cls, inputs: Sequence[Any]) -> "Setting":
-        """Return the setting of a capture that is going on, or one of its own, of just these
-        inputs.
-        """
-        context = _guards.TracingContext.try_get()
-        given = next(
-            (x.fake_mode for x in inputs if isinstance(x, torch._subclasses.FakeTensor)), None
-        )
-        fake = given or (context and context.fake_mode) or torch._subclasses.FakeTensorMode()
-        context = context or _guards.TracingContext(fake)
-        examples = [_faked(x, fake, context) if isinstance(x, Tensor) else x for x in inputs]
-        return cls(examples, fake, context)
+    def of(cls, inputs: Sequence[Any]) -> "TraceContext":
+        """Return the context of a capture that is going on, or one made for these inputs."""
+        tracing = _guards.TracingContext.try_get()
+        fake = _fake_mode(inputs, tracing)
+        if tracing is None:
+            tracing = _guards.TracingContext(fake)
+        examples = list(inputs)
+        for i, value in enumerate(inputs):
+            if isinstance(value, Tensor):
+                examples[i] = _without_values(value, fake, tracing)
+        return cls(examples, fake, tracing)
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """Be in the context that dynamo captured the graph in, also after it."""
+        """Enter the context that dynamo captured the graph in, also after the capture."""
         if _guards.TracingContext.try_get() is not None:
             yield
             return
-        with _guards.tracing(self.context):
+        with _guards.tracing(self.tracing):
             yield
 
 
-def _faked(tensor: Tensor, fake: Any, context: Any) -> Tensor:
+def _fake_mode(inputs: Sequence[Any], tracing: Any) -> Any:
+    """Return the mode of inputs without values, or that of the capture, or a new one."""
+    for value in inputs:
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    if tracing is not None and tracing.fake_mode:
+        return tracing.fake_mode
+    return FakeTensorMode()
+
+
+def _without_values(tensor: Tensor, fake: Any, tracing: Any) -> Tensor:
     """Return a tensor without values, with the symbols for sizes that dynamo gave it."""
-    if isinstance(tensor, torch._subclasses.FakeTensor):
+    if isinstance(tensor, FakeTensor):
         return tensor
-    symbols: Any = context.tensor_to_context.get(tensor)
-    source = None if symbols is None else symbols.tensor_source
-    with torch._C.DisableTorchFunction():  # pyright: ignore
+    symbols, source = tracing.tensor_to_context.get(tensor), None
+    if symbols is not None:
+        source = symbols.tensor_source
+    with not_intercepted():
         return fake.from_tensor(tensor, symbolic_context=symbols, source=source)
 
 
 def _has_symbols(value: Any) -> bool:
-    """Return whether a size, or a size of a tensor, was left open."""
-    sizes = value.shape if isinstance(value, Tensor) else [value]
+    """Return whether a size, or a size of a tensor, was left open by torch.compile."""
+    sizes = [value]
+    if isinstance(value, Tensor):
+        sizes = value.shape
     return any(isinstance(size, torch.SymInt | torch.SymFloat) for size in sizes)
 
 
 class Region:
-    """A captured graph, with the programs that were made of it."""
+    """A captured graph, with the programs that were made of it.
+
+    Attributes:
+        backend: compiles graphs.
+        captured: the graph as dynamo captured it.
+        context: what it was captured with.
+        dynamic: sizes were left open.
+        writes: the inputs that it writes into.
+        mixes: it has a norm over the batch.
+        programs: by case and sizes, a program, or the error that there was instead of it.
+    """
 
     def __init__(
         self, graph: fx.GraphModule, inputs: Sequence[Any], backend: Callable[..., Any]
     ) -> None:
         self.backend = backend
         self.captured = _copied(graph)
-        self.setting = Setting.of(inputs)
-        self.open = any(_has_symbols(x) for x in self.setting.examples)
-        self.writes = _written_inputs(self.captured, self.setting)
+        self.context = TraceContext.of(inputs)
+        self.dynamic = any(_has_symbols(x) for x in self.context.examples)
+        self.writes = _written_inputs(self.captured, self.context)
         self.mixes = _mixes(self.captured)
         self.programs: dict[Any, Program | Exception] = {}
-        carrier = hidden_calls.active_carrier()
-        duals = _duals(carrier, inputs) if carrier and not carrier.lost else []
-        followed = False
-        if carrier is not None and any(duals):
-            apart = torch.is_grad_enabled() and hidden_calls.under_checkpoint()
-            with torch.no_grad() if apart else contextlib.nullcontext():
-                program = self.program(carrier, duals, inputs)
-            followed = isinstance(program, Program) and not program.lost and not apart
-        if not followed:
+        if not self._prepared(inputs):
             self.programs[_PLAIN, ()] = Program(backend(graph, inputs))
 
-    def __call__(self, *inputs: Any) -> Any:
-        """Run the graph, and the tangents of its inputs beside it.
+    def _prepared(self, inputs: Sequence[Any]) -> bool:
+        """Make the program of the first call while dynamo captures; return whether it suffices.
 
-        Where a checkpoint will run the plain graph again, and compare what is saved for the
-        backward pass, the value is the plain graph's, and the tangents are computed apart, without
-        gradient.
+        The graph without tangents is compiled at once only where the first call needs it.
         """
-        carrier, run = hidden_calls.active_carrier(), hidden_calls.active_second_run()
-        duals = _duals(carrier, inputs)
-        primals = [
-            x if dual is None else dual.primal for x, dual in zip(inputs, duals, strict=True)
-        ]
-        if run is not None:
-            run.mixes(self.mixes)
-        for index in self.writes:
-            if run is not None:
-                run.remember(primals[index])
-            if carrier is not None and duals[index] is None:
-                carrier.writes.remember(primals[index])
-        if carrier is None or not any(duals) or carrier.lost:
-            return self._plain(carrier, primals)
-        apart = torch.is_grad_enabled() and hidden_calls.under_checkpoint()
-        with torch.no_grad() if apart else contextlib.nullcontext():
-            program = self.program(carrier, duals, primals)
+        carrier = hidden_calls.active_carrier()
+        if carrier is None or carrier.lost:
+            return False
+        duals = _duals_of(carrier, inputs)
+        if not any(duals):
+            return False
+        program = self.program(carrier, duals, inputs)
+        return isinstance(program, Program) and not program.lost and not _value_recomputed()
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Run the graph, and the tangents of its inputs beside it."""
+        carrier = hidden_calls.active_carrier()
+        duals = _duals_of(carrier, inputs)
+        primals = list(inputs)
+        for i, dual in enumerate(duals):
+            if dual is not None:
+                primals[i] = dual.primal
+        self._announce_writes(carrier, duals, primals)
+        if carrier is None or carrier.lost or not any(duals):
+            return self._run_plain(carrier, primals)
+        program = self.program(carrier, duals, primals)
         if isinstance(program, DerivativeError):
             raise program
         if isinstance(program, Exception):
             return self.captured(*inputs)
         if program.lost:
             carrier.lost = True
-            return self._plain(carrier, primals)
-        moving = [dual for dual in duals if dual]
-        if not apart:
-            return self._dual(carrier, program, inputs, primals, moving)
-        copies = [x.clone() if i in self.writes else x for i, x in enumerate(primals)]
-        draws = replay.RandomState(moving[0].primal.device)
-        values = self._plain(carrier, primals)
-        with torch.no_grad():
-            again = draws.replay(self._dual)(carrier, program, inputs, copies, moving)
-        return tuple(_with_tangent(carrier, *pair) for pair in zip(values, again, strict=True))
+            return self._run_plain(carrier, primals)
+        moving = [dual for dual in duals if dual is not None]
+        if _value_recomputed():
+            return self._run_separately(carrier, program, inputs, primals, moving)
+        return self._run_dual(carrier, program, inputs, primals, moving)
 
-    def _dual(
+    def _announce_writes(
+        self, carrier: Carrier | None, duals: Sequence[Dual | None], primals: Sequence[Any]
+    ) -> None:
+        """Tell a second run and a carrier what the graph is about to write into."""
+        run = hidden_calls.active_second_run()
+        if run is not None:
+            run.mixes(self.mixes)
+        for i in self.writes:
+            if run is not None:
+                run.remember(primals[i])
+            if carrier is not None and duals[i] is None:
+                carrier.writes.remember(primals[i])
+
+    def _run_dual(
         self,
         carrier: Carrier,
         program: Program,
@@ -226,114 +264,147 @@ class Region:
         primals: list[Any],
         duals: list[Dual],
     ) -> tuple[Any, ...]:
-        """Run a program; return the outputs with their tangents, and give inputs that were written
-        to their new ones.
+        """Run a program; return outputs as aliases with their tangents.
+
+        Inputs that were written to are given their new tangents.
         """
-        rows = _rows(duals)
-        size = _size(rows) if rows else None
-        with hidden_calls.paused(carrier), torch._C.DisableTorchFunction():  # pyright: ignore
-            tangents = [_resized(dual.tangent, dual.layout, size).contiguous() for dual in duals]
-            chosen = [_padded(rows.chosen, size)] if rows else []
-            out = program.run(*primals, *tangents, *chosen)  # type: ignore[misc]
-        values, rest = list(out[: program.outputs]), iter(out[program.outputs :])
-        for index, place in program.moving:
-            layout = Layout(*place, rows) if place and rows else None
-            values[index] = carrier.wrap(
-                values[index], _resized(next(rest), layout, size, back=True), layout
-            )
-        for index, place in program.written:
-            layout = Layout(*place, rows) if place and rows else None
+        rows = _rows_of(duals)
+        size = _room(rows)
+        with hidden_calls.paused(carrier), not_intercepted():
+            tangents = [_padded(dual.tangent, dual.layout, size).contiguous() for dual in duals]
+            out = program.run(*primals, *tangents, *_indices(rows, size))  # type: ignore[misc]
+        values = list(out[: program.outputs])
+        derivatives = iter(out[program.outputs :])
+        for i, place in program.moving:
+            layout = _layout(place, rows)
+            tangent = _shortened(next(derivatives), layout, size)
+            values[i] = carrier.wrap(values[i], tangent, layout)
+        for i, place in program.written:
+            layout = _layout(place, rows)
+            tangent = _shortened(next(derivatives), layout, size)
             try:
-                carrier.writes.put(
-                    inputs[index], _resized(next(rest), layout, size, back=True), layout
-                )
+                carrier.writes.put(inputs[i], tangent, layout)
             except LostRowsError:
                 carrier.lost = True
         return tuple(values)
 
-    def _plain(self, carrier: Carrier | None, inputs: Sequence[Any]) -> Any:
+    def _run_separately(
+        self,
+        carrier: Carrier,
+        program: Program,
+        inputs: Sequence[Any],
+        primals: list[Any],
+        duals: list[Dual],
+    ) -> tuple[Any, ...]:
+        """Run the plain graph for the value, and a program without gradient for the tangents.
+
+        A checkpoint will run the plain graph again, and compare what both save for the backward
+        pass, so the value has to be the plain graph's here too. Both runs draw the same random
+        numbers, and the second writes into copies.
+        """
+        copies = list(primals)
+        for i in self.writes:
+            copies[i] = primals[i].clone()
+        state = replay.RandomState(duals[0].primal.device)
+        values = self._run_plain(carrier, primals)
+        with torch.no_grad():
+            others = state.replay(self._run_dual)(carrier, program, inputs, copies, duals)
+        outputs = []
+        for value, other in zip(values, others, strict=True):
+            outputs.append(_with_tangent_of(other, value, carrier))
+        return tuple(outputs)
+
+    def _run_plain(self, carrier: Carrier | None, inputs: Sequence[Any]) -> Any:
         """Run the graph as it was captured, compiled, without tangents."""
-        with hidden_calls.paused(carrier), torch._C.DisableTorchFunction():  # pyright: ignore
-            program = self._kept(_PLAIN, inputs, self._make_plain)
-            run = program.run if isinstance(program, Program) else None
-            return self.captured(*inputs) if run is None else run(*inputs)
+        with hidden_calls.paused(carrier), not_intercepted():
+            program = self._program_for(_PLAIN, inputs, self._make_plain)
+            if isinstance(program, Program) and program.run is not None:
+                return program.run(*inputs)
+            return self.captured(*inputs)
 
     # --- making programs
 
     def program(
         self, carrier: Carrier, duals: Sequence[Dual | None], inputs: Sequence[Any]
     ) -> Program | Exception:
-        """Return the program for the inputs that move, or why there is none."""
-        moving = tuple(Moving(i, _place(dual.layout)) for i, dual in enumerate(duals) if dual)
-        rows = _rows([dual for dual in duals if dual])
-        key = moving, _size(rows) if rows else None, torch.is_grad_enabled()
-        with hidden_calls.paused(carrier):
-            return self._kept(key, inputs, lambda setting: self._make(setting, moving, rows))
+        """Return the program for the inputs that move, or why there is none.
 
-    def _kept(
-        self, key: Any, inputs: Sequence[Any], make: Callable[["Setting"], Program]
+        Where the value is the plain graph's, the program records no gradient.
+        """
+        moving = _moving(duals)
+        rows = _rows_of([dual for dual in duals if dual is not None])
+        gradient = torch.is_grad_enabled() and not _value_recomputed()
+        case = moving, _room(rows), gradient
+        with hidden_calls.paused(carrier), torch.set_grad_enabled(gradient):
+            return self._program_for(case, inputs, lambda c: self._make(c, moving, rows))
+
+    def _program_for(
+        self, case: Any, inputs: Sequence[Any], make: Callable[[TraceContext], Program]
     ) -> Program | Exception:
-        """Return the program of a key, made once; or why it could not be made.
+        """Return the program of a case, made once; or why it could not be made.
 
         Sizes that dynamo left open stay open in what is made while it captures, since it guards
         what that assumes of them. What is made later is made for the sizes of these inputs.
         """
-        known = self.programs.get((key, ()))
-        if known is not None:
-            return known
-        capturing, sizes = _guards.TracingContext.try_get() is not None, ()
-        if self.open and not capturing:
-            sizes = tuple(tuple(x.shape) if isinstance(x, Tensor) else x for x in inputs)
-        if (key, sizes) not in self.programs:
-            setting = Setting.of(inputs) if sizes else self.setting
-            try:
-                with setting.entered():
-                    self.programs[key, sizes] = make(setting)
-            except DerivativeError as error:
-                self.programs[key, sizes] = error
-            except Exception as error:
-                if capturing and isinstance(error, RestartAnalysis):
-                    raise  # dynamo captures again, with one number less left open
-                self.programs[key, sizes] = error
-                _warn_of(error)
-        return self.programs[key, sizes]
+        program = self.programs.get((case, ()))
+        if program is not None:
+            return program
+        capturing = _guards.TracingContext.try_get() is not None
+        context, sizes = self.context, ()
+        if self.dynamic and not capturing:
+            sizes = _sizes(inputs)
+            program = self.programs.get((case, sizes))
+            if program is not None:
+                return program
+            context = TraceContext.of(inputs)
+        try:
+            with context.entered():
+                program = make(context)
+        except DerivativeError as error:
+            program = error
+        except Exception as error:
+            if capturing and isinstance(error, RestartAnalysis):
+                raise  # dynamo captures again, with one number less left open
+            program = error
+            _warn_of(error)
+        self.programs[case, sizes] = program
+        return program
 
-    def _make_plain(self, setting: "Setting") -> Program:
+    def _make_plain(self, context: TraceContext) -> Program:
         """Have the captured graph compiled."""
-        return Program(self.backend(_copied(self.captured), setting.examples))
+        return Program(self.backend(_copied(self.captured), context.examples))
 
-    def _make(self, setting: "Setting", moving: tuple[Moving, ...], rows: Rows | None) -> Program:
+    def _make(
+        self, context: TraceContext, moving: tuple[Moving, ...], rows: Rows | None
+    ) -> Program:
         """Trace a carrier over the captured graph, and have the dual graph compiled."""
-        count, size = len(setting.examples), _size(rows) if rows else None
-        with setting.fake:
-            given = [_example(setting.examples[m.number], m.place, size) for m in moving]
-            index = []
-            if rows:
-                where = rows.chosen.device
-                index.append(torch.zeros(size, dtype=torch.int64, device=where))  # type: ignore
-        facts: list[Program] = []
+        count, size = len(context.examples), _room(rows)
+        made: list[Program] = []
 
         def dual_graph(*flat: Any) -> list[Any]:
             inputs, tangents = list(flat[:count]), flat[count:]
-            few = None if rows is None else Rows(tangents[-1], _batch(inputs, moving), size, True)  # type: ignore
-            out, fact = _carried(self.captured, inputs, moving, tangents, few)
-            facts.append(fact)
+            few = None
+            if rows is not None:
+                few = Rows(tangents[-1], _batch(inputs, moving), size, True)  # type: ignore
+            out, program = _carried(self.captured, inputs, moving, tangents, few)
+            made.append(program)
             return out
 
-        examples = [*setting.examples, *given, *index]
-        with setting.fake, _unpacked():
+        examples = [*context.examples, *_dual_examples(context, moving, rows)]
+        with context.fake, _no_saving_hooks():
             trace = make_fx(dual_graph, pre_dispatch=True, _allow_non_fake_inputs=True)
             traced = trace(*examples)
-        if facts[-1].lost:
-            return facts[-1]
+        if made[-1].lost:
+            return made[-1]
         _refuse_constants(traced)
-        _tell_origin(self.captured, traced)
-        return facts[-1]._replace(run=self.backend(traced, examples))
+        _pass_origin_on(self.captured, traced)
+        return made[-1]._replace(run=self.backend(traced, examples))
 
 
-class _Steps(fx.Interpreter):
-    """Runs a graph; shows a carrier the operators that take graphs, some of which no function mode
-    sees.
+class _GraphRunner(fx.Interpreter):
+    """Runs a graph under a carrier.
+
+    Operators that take graphs are handed to the carrier here: no function mode sees some of them.
     """
 
     def __init__(self, graph: fx.GraphModule, carrier: Carrier) -> None:
@@ -354,41 +425,49 @@ def _carried(
     tangents: Sequence[Tensor],
     rows: Rows | None,
 ) -> tuple[list[Any], Program]:
-    """Run a captured graph under a carrier; return outputs and tangents, and what is to be known
-    of them.
+    """Run a captured graph under a carrier.
+
+    Returns:
+        outputs, then tangents; and a program that cannot run yet, which tells how to read them.
     """
     carrier = Carrier(traced=True)
-    first: dict[int, Tensor] = {}
-    for (index, place), tangent in zip(moving, tangents, strict=False):
-        layout = Layout(*place, rows) if place and rows else None
-        inputs[index] = carrier.wrap(inputs[index], tangent, layout)
-        first[index] = carrier.held(inputs[index]).tangent
+    before: dict[int, Tensor] = {}
+    for (i, place), tangent in zip(moving, tangents, strict=False):  # the last may be the indices
+        inputs[i] = carrier.wrap(inputs[i], tangent, _layout(place, rows))
+        before[i] = carrier.held(inputs[i]).tangent
     with carrier:
-        values = _Steps(captured, carrier).run(*inputs)
+        values = _GraphRunner(captured, carrier).run(*inputs)
     if carrier.lost:
         return [], Program(None, lost=True)
-    outs: list[Any] = []
-    found: list[Tensor] = []
-    moved, written = [], []
-    for i, value in enumerate(values):
-        dual = carrier.dual(value) if isinstance(value, Tensor) else None
-        held = getattr(value, "_flowspace_dual", None)
-        outs.append(value if held is None else held.primal)
+    outputs = [_primal(value) for value in values]
+    moved = _duals_of(carrier, values)
+    written = _duals_of(carrier, inputs)
+    for i, dual in enumerate(written):
+        if dual is not None and dual.tangent is before.get(i):
+            written[i] = None
+    for dual in (*moved, *written):
         if dual is not None:
-            moved.append(Moving(i, _place(dual.layout)))
-            found.append(dual.tangent.detach())
-    for i, value in enumerate(inputs):
-        dual = carrier.dual(value) if isinstance(value, Tensor) else None
-        if dual is not None and dual.tangent is not first.get(i):
-            written.append(Moving(i, _place(dual.layout)))
-            found.append(dual.tangent.detach())
-    return [*outs, *found], Program(None, len(outs), tuple(moved), tuple(written))
+            outputs.append(dual.tangent.detach())
+    return outputs, Program(None, len(moved), _moving(moved), _moving(written))
+
+
+def _primal(value: Any) -> Any:
+    """Return the primal of an alias, and any other value as it is."""
+    held = getattr(value, "_flowspace_dual", None)
+    if held is None:
+        return value
+    return held.primal
 
 
 # --- graphs
 
 
-def _unpacked() -> Any:
+def _value_recomputed() -> bool:
+    """Return whether a checkpoint will run this part again for its backward pass."""
+    return torch.is_grad_enabled() and hidden_calls.under_checkpoint()
+
+
+def _no_saving_hooks() -> Any:
     """Let a trace save its tensors without the hooks of a checkpoint, which would count them."""
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
@@ -396,171 +475,260 @@ def _unpacked() -> Any:
 def _copied(graph: fx.GraphModule) -> fx.GraphModule:
     """Return a graph that a backend may change without changing this one."""
     copied = fx.GraphModule(graph, copy.deepcopy(graph.graph))
-    _tell_origin(graph, copied)
+    _pass_origin_on(graph, copied)
     return copied
 
 
-def _tell_origin(captured: fx.GraphModule, other: fx.GraphModule) -> None:
-    """Tell a backend what dynamo told it of the inputs: above all which are parameters, whose
-    memory stays where it is.
+def _placeholders(graph: fx.GraphModule) -> list[Any]:
+    """Return the nodes that stand for a graph's inputs."""
+    return list(graph.graph.find_nodes(op="placeholder"))
+
+
+def _pass_origin_on(captured: fx.GraphModule, other: fx.GraphModule) -> None:
+    """Tell a backend of another graph what dynamo told it of the captured graph's inputs.
+
+    Above all it learns which of them are parameters, whose memory stays where it is.
     """
-    known = getattr(captured, "_param_name_to_source", None)
-    held = [name for name, _ in (*other.named_parameters(), *other.named_buffers())]
-    if known is None or any(name not in known for name in held):
+    names = getattr(captured, "_param_name_to_source", None)
+    if names is None:
         return
-    other.meta, other._param_name_to_source = dict(captured.meta), known
-    theirs, ours = (
-        captured.graph.find_nodes(op="placeholder"),
-        other.graph.find_nodes(op="placeholder"),
-    )
-    for node in ours:
+    for name, _ in (*other.named_parameters(), *other.named_buffers()):
+        if name not in names:
+            return
+    other.meta, other._param_name_to_source = dict(captured.meta), names
+    placeholders = _placeholders(other)
+    for node in placeholders:
         node._dynamo_source = None
-    for old, new in zip(theirs, ours, strict=False):
+    for old, new in zip(_placeholders(captured), placeholders, strict=False):
         new._dynamo_source = old._dynamo_source
         if "tensor_dict" in old.meta:
             new.meta["tensor_dict"] = old.meta["tensor_dict"]
 
 
 def _refuse_constants(traced: fx.GraphModule) -> None:
-    """Raise if a tensor without values became a constant of a trace, which would be a tangent that
-    was not followed.
+    """Raise RuntimeError if a tensor without values became a constant of a trace.
+
+    It would be a tangent that was not followed.
     """
     for node in traced.graph.find_nodes(op="get_attr"):
         value = getattr(traced, str(node.target), None)
-        if isinstance(value, torch._subclasses.FakeTensor):
+        if isinstance(value, FakeTensor):
             raise RuntimeError(f"{node.target} was not followed through the trace")
 
 
-def _written_inputs(captured: fx.GraphModule, setting: Setting) -> list[int]:
-    """Return the inputs that a graph writes into."""
-    examples = setting.examples
-    holders = {node: i for i, node in enumerate(captured.graph.find_nodes(op="placeholder"))}
-    norms = [
-        node
-        for node in captured.graph.nodes
-        if replay.batch_statistics(node.target, node.args, node.kwargs)
-    ]
-    found = {holders[x] for node in norms for x in node.all_input_nodes[1:3] if x in holders}
-    before = [x._version if isinstance(x, Tensor) else 0 for x in examples]
+def _written_inputs(captured: fx.GraphModule, context: TraceContext) -> list[int]:
+    """Return the numbers of the inputs that a graph writes into.
+
+    Norms over the batch write into their running statistics; of other functions the versions tell
+    that autograd counts, once the graph has been run on inputs without values.
+    """
+    numbers = {node: i for i, node in enumerate(_placeholders(captured))}
+    written = set()
+    for node in captured.graph.nodes:
+        if replay.batch_statistics(node.target, node.args, node.kwargs):
+            statistics = node.all_input_nodes[1:3]
+            written.update(numbers[x] for x in statistics if x in numbers)
+    before = _versions(context.examples)
     if any(str(node.target).rstrip("'>").endswith("_") for node in captured.graph.nodes):
-        with setting.fake, torch.no_grad(), contextlib.suppress(Exception):
-            captured(*examples)
-    return sorted(
-        found
-        | {i for i, x in enumerate(examples) if isinstance(x, Tensor) and x._version != before[i]}
-    )
+        with context.fake, torch.no_grad(), contextlib.suppress(Exception):
+            captured(*context.examples)
+    for i, version in _versions(context.examples).items():
+        if version != before[i]:
+            written.add(i)
+    return sorted(written)
+
+
+def _versions(inputs: Sequence[Any]) -> dict[int, int]:
+    """Return by number how often autograd has seen each tensor written to."""
+    return {i: x._version for i, x in enumerate(inputs) if isinstance(x, Tensor)}
 
 
 def _mixes(captured: fx.GraphModule) -> bool:
     """Return whether a graph has a norm over the batch."""
     norms = (torch.nn.functional.batch_norm, torch.batch_norm)
-    calls = [node for node in captured.graph.nodes if node.target in norms]
-    return any(replay.batch_statistics(node.target, node.args, node.kwargs) for node in calls)
+    for node in captured.graph.nodes:
+        if node.target in norms and replay.batch_statistics(node.target, node.args, node.kwargs):
+            return True
+    return False
 
 
-# --- rows and tangents
+# --- inputs, their tangents and where the rows lie
 
 
-def _duals(carrier: Carrier | None, inputs: Sequence[Any]) -> list[Dual | None]:
+def _duals_of(carrier: Carrier | None, values: Sequence[Any]) -> list[Dual | None]:
+    """Return the dual of each value that carries a tangent, and None for the others."""
+    duals: list[Dual | None] = [None] * len(values)
     if carrier is None:
-        return [None] * len(inputs)
-    return [carrier.dual(x) if isinstance(x, Tensor) else None for x in inputs]
+        return duals
+    for i, value in enumerate(values):
+        if isinstance(value, Tensor):
+            duals[i] = carrier.dual(value)
+    return duals
 
 
-def _with_tangent(carrier: Carrier, value: Any, other: Any) -> Any:
-    """Return a value with the tangent of another one."""
-    dual = carrier.dual(other) if isinstance(other, Tensor) else None
-    return value if dual is None else carrier.wrap(value, dual.tangent, dual.layout)
+def _with_tangent_of(other: Any, value: Any, carrier: Carrier) -> Any:
+    """Return a value with the tangent that another one carries, if it carries any."""
+    if not isinstance(other, Tensor):
+        return value
+    dual = carrier.dual(other)
+    if dual is None:
+        return value
+    return carrier.wrap(value, dual.tangent, dual.layout)
 
 
-def _rows(duals: Sequence[Dual]) -> Rows | None:
-    return next((dual.layout.rows for dual in duals if dual.layout), None)
+def _moving(duals: Sequence[Dual | None]) -> tuple[Moving, ...]:
+    """Return the number and the place of each dual."""
+    return tuple(Moving(i, _place(dual.layout)) for i, dual in enumerate(duals) if dual)
+
+
+def _rows_of(duals: Sequence[Dual]) -> Rows | None:
+    """Return the rows that have a tangent; None: all have."""
+    for dual in duals:
+        if dual.layout is not None:
+            return dual.layout.rows
+    return None
 
 
 def _place(layout: Layout | None) -> Place:
-    """Return where rows lie, in numbers.
+    """Return the numbers of a layout.
 
     Raises:
-        ValueError: if that depends on a size that was left open.
+        ValueError: if one is a size that was left open.
     """
     if layout is None:
         return None
-    outer, inner = (
-        x.node.maybe_as_int() if isinstance(x, torch.SymInt) else x for x in layout[1:3]
-    )
-    if outer is None or inner is None:
+    return layout.axis, _whole_number(layout.outer), _whole_number(layout.inner)
+
+
+def _whole_number(size: Any) -> int:
+    """Return a size as a number.
+
+    Raises:
+        ValueError: if it was left open.
+    """
+    if isinstance(size, torch.SymInt):
+        size = size.node.maybe_as_int()
+    if size is None:
         raise ValueError("rows lie in blocks of a size that torch.compile left open")
-    return layout.axis, outer, inner
+    return size
+
+
+def _layout(place: Place, rows: Rows | None) -> Layout | None:
+    """Return the layout of these rows at a place; None where a tangent has every row."""
+    if place is None or rows is None:
+        return None
+    return Layout(*place, rows)
 
 
 def _batch(inputs: Sequence[Any], moving: Sequence[Moving]) -> Any:
-    """Return the batch's size, which may be a symbol, from an input with a known batch axis."""
-    index, (axis, outer, inner) = next((m.number, m.place) for m in moving if m.place)
-    return inputs[index].shape[axis] // (outer * inner)
+    """Return the batch's size, which may be a symbol, from an input whose batch axis is known."""
+    for i, place in moving:
+        if place is not None:
+            axis, outer, inner = place
+            return inputs[i].shape[axis] // (outer * inner)
+    raise ValueError("no input has a batch axis")
 
 
-def _size(rows: Rows) -> int:
-    """Return how many moving rows a graph has: the next multiple of a share of the batch."""
+def _sizes(inputs: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the shapes of tensors and the values of other inputs."""
+    sizes = list(inputs)
+    for i, value in enumerate(inputs):
+        if isinstance(value, Tensor):
+            sizes[i] = tuple(value.shape)
+    return tuple(sizes)
+
+
+def _room(rows: Rows | None) -> int | None:
+    """Return how many moving rows a graph has room for; None: for all.
+
+    It is the next multiple of a share of the batch.
+    """
+    if rows is None:
+        return None
     share = max(1, rows.batch // SHARES)
     return min(rows.batch, -(-rows.few // share) * share)
 
 
-def _padded(chosen: Tensor, size: int | None) -> Tensor:
-    """Return as many numbers of rows: the last is repeated, and computed more than once."""
+def _indices(rows: Rows | None, size: int | None) -> list[Tensor]:
+    """Return the indices of the moving rows, padded by repeating the last; none if all move."""
+    if rows is None:
+        return []
+    chosen = rows.chosen
     if size is None or len(chosen) == size:
-        return chosen
-    return torch.cat([chosen, chosen[-1:].expand(size - len(chosen))])
+        return [chosen]
+    return [torch.cat([chosen, chosen[-1:].expand(size - len(chosen))])]
 
 
-def _resized(
-    tangent: Tensor, layout: Layout | None, size: int | None, back: bool = False
-) -> Tensor:
-    """Return a tangent with room for as many rows, or shortened back to those that move."""
+def _padded(tangent: Tensor, layout: Layout | None, size: int | None) -> Tensor:
+    """Return a tangent with room for so many rows, in which the last row is repeated."""
     if layout is None or size is None or size == layout.rows.few:
         return tangent
     axis, outer, inner, rows = layout
-    apart = tangent.unflatten(axis, (outer, size if back else rows.few, inner))
-    if back:
-        return apart.narrow(axis + 1, 0, rows.few).flatten(axis, axis + 2)
+    blocks = tangent.unflatten(axis, (outer, rows.few, inner))
     index = torch.arange(size, device=tangent.device).clamp_(max=rows.few - 1)
-    return apart.index_select(axis + 1, index).flatten(axis, axis + 2)
+    return blocks.index_select(axis + 1, index).flatten(axis, axis + 2)
 
 
-def _example(primal: Tensor, place: Place, size: int | None) -> Tensor:
-    """Return a tensor of the shape of a tangent, in the fake mode that is on."""
-    shape = list(primal.shape)
-    if place is not None:
-        shape[place[0]] = place[1] * size * place[2]  # type: ignore[operator]
-    return torch.empty(shape, dtype=primal.dtype, device=primal.device)
+def _shortened(tangent: Tensor, layout: Layout | None, size: int | None) -> Tensor:
+    """Return the tangent of the rows that move, from one with room for so many."""
+    if layout is None or size is None or size == layout.rows.few:
+        return tangent
+    axis, outer, inner, rows = layout
+    blocks = tangent.unflatten(axis, (outer, size, inner))
+    return blocks.narrow(axis + 1, 0, rows.few).flatten(axis, axis + 2)
+
+
+def _dual_examples(
+    context: TraceContext, moving: Sequence[Moving], rows: Rows | None
+) -> list[Tensor]:
+    """Return tangents, and indices of rows, without values, as a dual graph takes them."""
+    size = _room(rows)
+    examples = []
+    with context.fake:
+        for i, place in moving:
+            primal = context.examples[i]
+            shape = list(primal.shape)
+            if place is not None and size is not None:
+                axis, outer, inner = place
+                shape[axis] = outer * size * inner
+            examples.append(torch.empty(shape, dtype=primal.dtype, device=primal.device))
+        if rows is not None and size is not None:
+            device = rows.chosen.device
+            examples.append(torch.zeros(size, dtype=torch.int64, device=device))
+    return examples
+
+
+# --- warnings
 
 
 def _warn_of_limit() -> None:
     """Warn where a function is captured for the last time that torch.compile allows it."""
-    capture, limit = (
-        _guards.CompileContext.current_compile_id(),
-        torch._dynamo.config.recompile_limit,
+    capture = _guards.CompileContext.current_compile_id()
+    limit = dynamo_config.recompile_limit
+    if capture is None or capture.frame_compile_id != limit - 1:
+        return
+    warnings.warn(
+        f"a compiled part of the model was captured {limit} times, since what its Python depends "
+        "on changes from call to call (TORCH_LOGS=recompiles says what); torch.compile captures "
+        "no more of it, and what differs again runs uncompiled, beside its tangents; it is right, "
+        "and slower",
+        stacklevel=3,
     )
-    if capture is not None and capture.frame_compile_id == limit - 1:
-        warnings.warn(
-            f"a compiled part of the model was captured {limit} times, since what its Python "
-            "depends on changes from call to "
-            "call (TORCH_LOGS=recompiles says what); torch.compile captures no more of it, and "
-            "what differs again runs "
-            "uncompiled, beside its tangents; it is right, and slower",
-            stacklevel=3,
-        )
 
 
 _warned: set[str] = set()
+"""The reasons that a warning was given for."""
 
 
 def _warn_of(error: Exception) -> None:
-    first = next(iter(str(error).splitlines()), "")
-    reason = f"{type(error).__name__}: {first}"[:200]
-    if reason not in _warned:
-        _warned.add(reason)
-        warnings.warn(
-            f"a compiled part of the model runs uncompiled, beside its tangents ({reason}); it is "
-            "right, and slower",
-            stacklevel=3,
-        )
+    """Warn, once for each reason, that a part runs uncompiled."""
+    lines = str(error).splitlines() or [""]
+    reason = f"{type(error).__name__}: {lines[0]}"[:200]
+    if reason in _warned:
+        return
+    _warned.add(reason)
+    warnings.warn(
+        f"a compiled part of the model runs uncompiled, beside its tangents ({reason}); it is "
+        "right, and slower",
+        stacklevel=3,
+    )

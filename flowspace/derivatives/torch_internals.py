@@ -1,0 +1,40 @@
+"""Private names of torch that the carrier of tangents needs, under names that say what they do."""
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "base_transform",
+    "dispatch_modes",
+    "memory_of",
+    "not_intercepted",
+    "operators_of_networks",
+    "set_gradients",
+    "transform_level",
+]
+
+not_intercepted = torch._C.DisableTorchFunction  # pyright: ignore
+"""A context in which no function mode, and no subclass of Tensor, sees what is called."""
+
+set_gradients = torch._C._set_grad_enabled
+"""Turns gradients on or off, without the cost of a context."""
+
+dispatch_modes = torch._C._len_torch_dispatch_stack  # pyright: ignore
+"""Returns how many dispatch modes see what is called."""
+
+transform_level = torch._C._functorch.maybe_current_level  # pyright: ignore
+"""Returns how many transforms of torch.func are at work, or None."""
+
+base_transform = torch._C._functorch.get_unwrapped  # pyright: ignore
+"""Returns the tensor that a transform of torch.func wrapped."""
+
+operators_of_networks = torch._C._nn  # pyright: ignore
+"""Holds builtin functions of torch.nn.functional."""
+
+
+def memory_of(tensor: Tensor) -> int:
+    """Return a number for the memory that a tensor and its views share.
+
+    A fake tensor, which has no memory, has such a number too.
+    """
+    return tensor.untyped_storage()._cdata
