@@ -6,15 +6,22 @@ With S = scale q k' + mask, P = softmax(S) and y = P v, the tangent is
     dP = P (dS - rowsum(P dS))
     dy = dP v + P dv
 
-where products of scores are elementwise. The value is left to torch's fused kernel. For the
-tangent the scores are formed again, a block of queries of one head at a time, so that no more
-memory is needed than for one block.
+where products of scores are elementwise. The value is left to torch's fused kernel, which keeps
+no scores. For the tangent they are formed again, a block of queries at a time, so that no more
+memory is needed than for one block:
+
+* eager, `_write_blocks`: a block is some queries of one head, for one or several rows of the
+  batch; its tangent is written to its place in the output, and the memory of S is used for dS;
+* traced, `_traced_tangent`: a block is some queries of all heads and rows, as formulas without
+  writes, which a compiler fuses.
+
+Both work on tensors with four axes: (rows, heads, tokens, channels).
 """
 
 import itertools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,12 +41,52 @@ GPU_BLOCK_ELEMENTS = 1 << 24
 TRACED_ELEMENTS = 1 << 26
 """Scores held at once in a trace, whose blocks hold all rows and heads: a compiler fuses them."""
 
-Operands = Sequence[Any]
-"""Query, key, value and mask, or their tangents; None is a mask or a tangent that is not there."""
+
+class Operands(NamedTuple):
+    """The tensors of an attention, or their tangents; None is one that is not there."""
+
+    query: Any
+    key: Any
+    value: Any
+    mask: Any
+
+    def map(self, function: Callable[[Any], Any]) -> "Operands":
+        """Return the result of a function for each operand that is there."""
+        results = list(self)
+        for i, x in enumerate(self):
+            if x is not None:
+                results[i] = function(x)
+        return Operands(*results)
+
+    def at(self, index: Any) -> "Operands":
+        """Return the same part of every operand."""
+        return self.map(lambda x: x[index])
+
+    def repeat_heads(self, times: int) -> "Operands":
+        """Return operands in which each head of key and value serves so many of the query."""
+        shared = Operands(None, self.key, self.value, None)
+        repeated = shared.map(lambda x: x.repeat_interleave(times, -3))
+        return Operands(self.query, repeated.key, repeated.value, self.mask)
+
+    def at_queries(self, block: slice) -> "Operands":
+        """Return the operands of some queries: each of them sees all keys and values."""
+        return self._replace(query=_cut(self.query, block), mask=_cut(self.mask, block))
+
+
+class Form(NamedTuple):
+    """What kind of attention it is.
+
+    Attributes:
+        scale: what the scores are multiplied by.
+        causal: no query sees a later key.
+    """
+
+    scale: float
+    causal: bool
 
 
 @rule("scaled_dot_product_attention")
-def scaled_dot_product_attention(
+def scaled_dot_product_attention(  # noqa: PLR0913  # torch's arguments
     call: Call,
     query: Any,
     key: Any,
@@ -53,170 +100,176 @@ def scaled_dot_product_attention(
     """The tangent is dP v + P dv, where P is the attention; the module's docstring tells dP."""
     for dual in call.duals:
         dual.untouched(-1, -2)
-    rows, out = shared_rows(call.duals), call.out
-    shape, layout = out.shape, call.duals[0].layout
-    if layout:
-        layout = layout.on(out.ndim - call.duals[0].ndim + layout.axis)
+    shape, layout = call.out.shape, call.duals[0].layout
+    if layout is not None:
+        layout = layout.on(len(shape) - call.duals[0].ndim + layout.axis)
         shape = layout.shape(shape)
-    given = (query, key, value, attn_mask)
-    primals, tangents = [rows(x) for x in given], [tangent_of(x) for x in given]
+    given = Operands(query, key, value, attn_mask)
+    primals, tangents = given.map(shared_rows(call.duals)), given.map(tangent_of)
     if enable_gqa:
-        times = primals[0].shape[-3] // primals[1].shape[-3]
-        primals = _heads_repeated(primals, times)
-        tangents = _heads_repeated(tangents, times)
+        times = primals.query.shape[-3] // primals.key.shape[-3]
+        primals, tangents = primals.repeat_heads(times), tangents.repeat_heads(times)
     if scale is None:
-        scale = 1 / math.sqrt(primals[0].shape[-1])
+        scale = 1 / math.sqrt(primals.query.shape[-1])
+    form = Form(scale, is_causal)
     # all axes before tokens and channels, two at least: the last of them is called heads
     lead = (1, 1, *shape[:-2])[-max(2, len(shape) - 2) :]
-    primals = [_four_axes(x, lead, out.dtype) for x in primals]
-    tangents = [_four_axes(x, lead, out.dtype) for x in tangents]
+    primals = primals.map(lambda x: _four_axes(x, lead, call.out.dtype))
+    tangents = tangents.map(lambda x: _four_axes(x, lead, call.out.dtype))
     if call.traced:
-        found = _traced_tangent(primals, tangents, is_causal, scale)
-        return At(found.reshape(shape), layout)
+        return At(_traced_tangent(primals, tangents, form).reshape(shape), layout)
     # in memory the heads of a token lie side by side, so that to merge them next takes no copy
-    found = out.new_empty(math.prod(lead[:-1]), shape[-2], lead[-1], shape[-1]).transpose(1, 2)
-    _attention_tangent(primals, tangents, found, is_causal, scale)
-    return At(found.reshape(shape), layout)
+    sizes = math.prod(lead[:-1]), shape[-2], lead[-1], shape[-1]
+    tangent = call.out.new_empty(*sizes).transpose(1, 2)
+    _write_blocks(tangent, primals, tangents, form)
+    return At(tangent.reshape(shape), layout)
 
 
-def _heads_repeated(operands: Operands, times: int) -> list[Any]:
-    """Return operands with each head of key and value given to so many heads of the query."""
-    query, key, value, mask = operands
-    key = None if key is None else key.repeat_interleave(times, -3)
-    value = None if value is None else value.repeat_interleave(times, -3)
-    return [query, key, value, mask]
-
-
-def _four_axes(x: Tensor | None, lead: Sequence[int], dtype: torch.dtype) -> Tensor | None:
+def _four_axes(x: Tensor, lead: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Return a tensor of shape (rows, heads, tokens, any), in this dtype if it is not boolean.
 
     It is expanded without a copy where at most one of the axes that become rows is longer than 1.
     """
-    if x is None:
-        return None
     if x.dtype != torch.bool:
         x = x.to(dtype)
     x = x.reshape(*[1] * (len(lead) + 2 - x.ndim), *x.shape)
     if max(x.shape[: len(lead) - 1]) > 1:
         x = x.expand(*lead[:-1], *x.shape[-3:])
-    return x.reshape(-1, *x.shape[-3:]).expand(math.prod(lead[:-1]), lead[-1], -1, -1)
+    x = x.reshape(-1, *x.shape[-3:])
+    return x.expand(math.prod(lead[:-1]), lead[-1], -1, -1)
 
 
-def _attention_tangent(
-    primals: Operands, tangents: Operands, found: Tensor, causal: bool, scale: float
-) -> None:
-    """Write the tangent in blocks of rows and queries of one head; operands have four axes."""
-    q, k, v, mask = primals
-    tq, tk, tv, tmask = tangents
-    (batch, heads, count, _), keys = q.shape, k.shape[2]
-    primals = q, k.mT, v, mask
-    tangents = tq, None if tk is None else tk.mT, tv, tmask
-    elements = BLOCK_ELEMENTS if q.device.type == "cpu" else GPU_BLOCK_ELEMENTS
+def _cut(x: Tensor | None, block: slice) -> Tensor | None:
+    """Return some queries of a tensor; an axis of one query, the same for all, stays."""
+    if x is None or x.shape[-2] == 1:
+        return x
+    return x[..., block, :]
+
+
+# --- eager
+
+
+def _write_blocks(out: Tensor, primals: Operands, tangents: Operands, form: Form) -> None:
+    """Write the tangent in blocks of rows and queries of one head."""
+    batch, heads, count, _ = primals.query.shape
+    keys = primals.key.shape[2]
+    primals = primals._replace(key=primals.key.mT)
+    if tangents.key is not None:
+        tangents = tangents._replace(key=tangents.key.mT)
+    elements = GPU_BLOCK_ELEMENTS
+    if out.device.type == "cpu":
+        elements = BLOCK_ELEMENTS
     # first as many queries of one row as fit, then as many rows
     queries = min(count, max(64, elements // keys))
     step = max(1, elements // (queries * keys))
-    blocks = itertools.product(range(0, batch, step), range(heads), range(0, count, queries))
-    for row, head, first in blocks:
-        rows, block = slice(row, row + step), slice(first, first + queries)
-        cuts = (block, None, None, block)  # every query sees all keys and values
-        here = [_part(x, rows, head, cut) for x, cut in zip(primals, cuts, strict=True)]
-        moved = [_part(x, rows, head, cut) for x, cut in zip(tangents, cuts, strict=True)]
-        _block(here, moved, found[rows, head, block], causal, scale, first)
+    starts = itertools.product(range(0, batch, step), range(heads), range(0, count, queries))
+    for row, head, first in starts:
+        part = slice(row, row + step), head
+        block = slice(first, first + queries)
+        here, moved = primals.at(part), tangents.at(part)
+        target = out[part][:, block]
+        _write_block(target, here.at_queries(block), moved.at_queries(block), form, first)
 
 
-def _traced_tangent(primals: Operands, tangents: Operands, causal: bool, scale: float) -> Tensor:
-    """Return the tangent in blocks of queries, as formulas and not as writes."""
-    count, keys = primals[0].shape[2], primals[1].shape[2]
-    if isinstance(count, torch.SymInt) or isinstance(keys, torch.SymInt):
-        return _formula(primals, tangents, causal, scale, 0)
-    heads = primals[0].shape[1] * (tangents[0] if tangents[0] is not None else primals[0]).shape[0]
-    blocks = 1 if isinstance(heads, torch.SymInt) else -(-heads * count * keys // TRACED_ELEMENTS)
-    step = -(-count // blocks)
-    parts = []
-    for first in range(0, count, step):
-        block = slice(first, first + step)
-        cuts = (block, None, None, block)  # every query sees all keys and values
-        here = [_queries(x, cut) for x, cut in zip(primals, cuts, strict=True)]
-        moved = [_queries(x, cut) for x, cut in zip(tangents, cuts, strict=True)]
-        parts.append(_formula(here, moved, causal, scale, first))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-
-
-def _queries(x: Tensor | None, queries: slice | None) -> Tensor | None:
-    """Return some queries of a tensor with four axes; an axis of one query stays."""
-    if x is None or queries is None or x.shape[2] == 1:
-        return x
-    return x[:, :, queries]
-
-
-def _formula(
-    primals: Operands, tangents: Operands, causal: bool, scale: float, first: int
-) -> Tensor:
-    """Return dP v + P dv for the queries from the first on."""
-    q, k, v, mask = primals
-    tq, tk, tv, tmask = tangents
-    scores = scale * (q @ k.mT)
-    if causal:
-        scores = scores.masked_fill(_later(scores, first), -math.inf)
-    if mask is None:
-        p = torch.softmax(scores, -1)
-    else:
-        boolean = mask.dtype == torch.bool
-        scores = scores.masked_fill(~mask, -math.inf) if boolean else scores + mask
-        p = torch.ops.aten._safe_softmax(scores, -1)  # zero where all keys of a query are masked
-    moved = None if tq is None else scale * (tq @ k.mT)
-    if tk is not None:
-        moved = sum_of(moved, scale * (q @ tk.mT))
-    if tmask is not None:
-        moved = sum_of(moved, tmask)
-    found = None if tv is None else p @ tv
-    if moved is not None:
-        dp = p * (moved - (p * moved).sum(-1, keepdim=True))
-        found = sum_of(found, dp @ v)
-    return found  # type: ignore[return-value]
-
-
-def _part(x: Tensor | None, rows: slice, head: int, queries: slice | None) -> Tensor | None:
-    """Return a block of one head of a tensor with four axes, as a view.
-
-    An axis of one query, as in a mask that is the same for all, stays.
-    """
-    if x is None:
-        return None
-    x = x[rows, head]
-    return x if queries is None or x.shape[1] == 1 else x[:, queries]
-
-
-def _block(
-    primals: Operands,
-    tangents: Operands,
-    found: Tensor,
-    causal: bool,
-    scale: float,
-    first: int,
+def _write_block(
+    out: Tensor, primals: Operands, tangents: Operands, form: Form, first: int
 ) -> None:
     """Write dP v + P dv for the queries from the first on; the keys are transposed already.
 
     The memory of the scores is used again for dS.
     """
     q, k, v, mask = primals
-    tq, tk, tv, tmask = tangents
-    scores = found.new_empty(len(q), q.shape[1], k.shape[2])
-    _sum_products(scores, False, scale, (q, k))
-    if causal:
+    dq, dk, dv, dmask = tangents
+    scores = out.new_empty(len(q), q.shape[1], k.shape[2])
+    _add_products(scores, [(q, k)], form.scale)
+    if form.causal:
         scores.masked_fill_(_later(scores, first), -math.inf)
-    if mask is None:
-        p = torch.softmax(scores, -1)
-    else:
-        boolean = mask.dtype == torch.bool
-        scores = scores.masked_fill_(~mask, -math.inf) if boolean else scores.add_(mask)
-        p = torch.ops.aten._safe_softmax(scores, -1)  # zero where all keys of a query are masked
-    p = p.to(v.dtype)
-    if tmask is not None:
-        scores.copy_(tmask)
-    moved = _sum_products(scores, tmask is not None, scale, (tq, k), (q, tk))
-    tp = torch.ops.aten._softmax_backward_data(scores, p, -1, p.dtype) if moved else None
-    _sum_products(found, False, 1.0, (tp, v), (p, tv))
+    if mask is not None and mask.dtype == torch.bool:
+        scores.masked_fill_(~mask, -math.inf)
+    elif mask is not None:
+        scores.add_(mask)
+    p = _probabilities(scores, mask).to(v.dtype)
+    if dmask is not None:
+        scores.copy_(dmask)
+    dp = None
+    if _add_products(scores, [(dq, k), (q, dk)], form.scale, filled=dmask is not None):
+        dp = torch.ops.aten._softmax_backward_data(scores, p, -1, p.dtype)
+    _add_products(out, [(dp, v), (p, dv)])
+
+
+def _add_products(
+    total: Tensor,
+    pairs: Sequence[tuple[Tensor | None, Tensor | None]],
+    scale: float = 1.0,
+    filled: bool = False,
+) -> bool:
+    """Write the scaled sum of the products of these pairs, added to the total if it is filled.
+
+    A pair with None is passed over. Returns whether the total is filled afterwards.
+    """
+    for x, y in pairs:
+        if x is not None and y is not None:
+            total.baddbmm_(x, y, beta=float(filled), alpha=scale)
+            filled = True
+    return filled
+
+
+# --- traced
+
+
+def _traced_tangent(primals: Operands, tangents: Operands, form: Form) -> Tensor:
+    """Return the tangent in blocks of queries, as formulas and not as writes.
+
+    Where the number of queries or keys is a symbol, there is one block.
+    """
+    count, keys = primals.query.shape[2], primals.key.shape[2]
+    if isinstance(count, torch.SymInt) or isinstance(keys, torch.SymInt):
+        return _block_tangent(primals, tangents, form, 0)
+    batch, heads = primals.query.shape[:2]
+    if tangents.query is not None:
+        batch = tangents.query.shape[0]
+    elements, blocks = batch * heads * count * keys, 1
+    if not isinstance(elements, torch.SymInt):
+        blocks = -(-elements // TRACED_ELEMENTS)
+    step = -(-count // blocks)
+    parts = []
+    for first in range(0, count, step):
+        block = slice(first, first + step)
+        here, moved = primals.at_queries(block), tangents.at_queries(block)
+        parts.append(_block_tangent(here, moved, form, first))
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts, 2)
+
+
+def _block_tangent(primals: Operands, tangents: Operands, form: Form, first: int) -> Tensor:
+    """Return dP v + P dv for the queries from the first on."""
+    q, k, v, mask = primals
+    dq, dk, dv, dmask = tangents
+    scores = form.scale * (q @ k.mT)
+    if form.causal:
+        scores = scores.masked_fill(_later(scores, first), -math.inf)
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -math.inf)
+    elif mask is not None:
+        scores = scores + mask
+    p = _probabilities(scores, mask)
+    ds = dy = None
+    if dq is not None:
+        ds = form.scale * (dq @ k.mT)
+    if dk is not None:
+        ds = sum_of(ds, form.scale * (q @ dk.mT))
+    if dmask is not None:
+        ds = sum_of(ds, dmask)
+    if dv is not None:
+        dy = p @ dv
+    if ds is not None:
+        dp = p * (ds - (p * ds).sum(-1, keepdim=True))
+        dy = sum_of(dy, dp @ v)
+    return dy  # type: ignore[return-value]
+
+
+# --- both
 
 
 def _later(scores: Tensor, first: int) -> Tensor:
@@ -225,15 +278,8 @@ def _later(scores: Tensor, first: int) -> Tensor:
     return ones.triu(1 + first)
 
 
-def _sum_products(
-    total: Tensor, added: bool, scale: float, *pairs: tuple[Tensor | None, Tensor | None]
-) -> bool:
-    """Write the scaled sum of the products of these pairs, added to what is there if `added`.
-
-    A pair with None is passed over. Returns whether the total holds anything by now.
-    """
-    for x, y in pairs:
-        if x is not None and y is not None:
-            total.baddbmm_(x, y, beta=float(added), alpha=scale)
-            added = True
-    return added
+def _probabilities(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the softmax of masked scores; it is zero where all keys of a query are masked."""
+    if mask is None:
+        return torch.softmax(scores, -1)
+    return torch.ops.aten._safe_softmax(scores, -1)
