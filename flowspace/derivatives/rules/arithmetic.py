@@ -21,35 +21,42 @@ from flowspace.derivatives.rules.registry import (
     tangent_of,
 )
 
+aten = torch.ops.aten
+
 
 @rule("add radd")
 def add(call: Call, x: Any, y: Any, *, alpha: float = 1) -> At:
     """d(x + alpha y) = dx + alpha dy."""
     shared_rows(call.duals)
-    tx, ty = tangent_of(x), tangent_of(y)
-    if ty is not None and alpha != 1:
-        ty = alpha * ty
-    return call.along_with(sum_of(tx, ty))
+    dx, dy = tangent_of(x), tangent_of(y)
+    if dy is not None and alpha != 1:
+        dy = alpha * dy
+    return call.along_with(sum_of(dx, dy))
 
 
 @rule("sub subtract")
 def sub(call: Call, x: Any, y: Any, *, alpha: float = 1) -> At:
     """d(x - alpha y) = dx - alpha dy."""
     shared_rows(call.duals)
-    tx, ty = tangent_of(x), tangent_of(y)
-    if tx is not None and ty is not None and alpha == 1:
-        return call.along_with(tx - ty)
-    return call.along_with(sum_of(tx, None if ty is None else -alpha * ty))
+    dx, dy = tangent_of(x), tangent_of(y)
+    if dy is None:
+        return call.along_with(dx)  # type: ignore[arg-type]
+    if dx is not None and alpha == 1:
+        return call.along_with(dx - dy)
+    return call.along_with(sum_of(dx, -alpha * dy))
 
 
 @rule("mul multiply rmul")
 def mul(call: Call, x: Any, y: Any) -> At:
     """d(x y) = dx y + x dy."""
-    rows = shared_rows(call.duals)
-    tx, ty = tangent_of(x), tangent_of(y)
-    left = None if tx is None else tx * rows(y)
-    right = None if ty is None else rows(x) * ty
-    return call.along_with(sum_of(left, right))
+    restricted = shared_rows(call.duals)
+    dx, dy = tangent_of(x), tangent_of(y)
+    if dy is None:
+        return call.along_with(dx * restricted(y))
+    tangent = restricted(x) * dy
+    if dx is not None:
+        tangent = dx * restricted(y) + tangent
+    return call.along_with(tangent)
 
 
 @rule("div truediv true_divide divide")
@@ -57,7 +64,8 @@ def div(call: Call, x: Any, y: Any, *, rounding_mode: str | None = None) -> Any:
     """d(x / y) = dx / y where y does not move, and by torch.func.jvp where it does."""
     if rounding_mode or isinstance(y, Dual):
         return pointwise(call)
-    return call.along_with(x.tangent / shared_rows(call.duals)(y))
+    restricted = shared_rows(call.duals)
+    return call.along_with(x.tangent / restricted(y))
 
 
 @rule("prelu")
@@ -71,8 +79,10 @@ def prelu(call: Call, x: Any, weight: Any) -> list[Tensor]:
 def _kernel(name: str, derivative: Callable[..., Tensor], of_output: bool = False) -> None:
     """Register an elementwise function of one tensor.
 
-    Its derivative is called with the tangent and the input, or the output, and with the further
-    arguments of the function.
+    Args:
+        name: of the function.
+        derivative: called with the tangent, the input and the further arguments of the function.
+        of_output: it is called with the output in place of the input.
     """
 
     @rule(name)
@@ -80,25 +90,34 @@ def _kernel(name: str, derivative: Callable[..., Tensor], of_output: bool = Fals
         """The tangent is f'(x) dx, by the kernel of torch's backward pass where it has one."""
         if x.primal.is_complex():
             return pointwise(call)  # type: ignore[return-value]  # a backward kernel conjugates
-        primal = call.out if of_output else x.primal
+        primal = x.primal
+        if of_output:
+            primal = call.out
 
-        def product(t: Tensor, p: Tensor) -> Tensor:
-            return derivative(t, p, *args, **kwargs)
+        def product(tangent: Tensor, primal: Tensor) -> Tensor:
+            return derivative(tangent, primal, *args, **kwargs)
 
         return rowwise(product, x.tangent, primal.detach(), x.layout)
 
     kernel.__name__ = kernel.__qualname__ = name
 
 
-_kernel("exp", lambda t, y: t * y, of_output=True)
-_kernel("square", lambda t, x: 2 * t * x)
-_kernel("sin", lambda t, x: t * x.cos())
-_kernel("cos", lambda t, x: -t * x.sin())
-_kernel("silu", lambda t, x, *_, **__: torch.ops.aten.silu_backward(t, x))
-_kernel(
-    "gelu",
-    lambda t, x, approximate="none": torch.ops.aten.gelu_backward(t, x, approximate=approximate),
-)
-_kernel("relu", lambda t, x: torch.ops.aten.threshold_backward(t, x, 0))
-_kernel("tanh", lambda t, y: torch.ops.aten.tanh_backward(t, y), of_output=True)
-_kernel("sigmoid", lambda t, y: torch.ops.aten.sigmoid_backward(t, y), of_output=True)
+def _silu(dx: Tensor, x: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Return d silu(x), whatever `inplace` says."""
+    return aten.silu_backward(dx, x)
+
+
+def _gelu(dx: Tensor, x: Tensor, approximate: str = "none") -> Tensor:
+    """Return d gelu(x)."""
+    return aten.gelu_backward(dx, x, approximate=approximate)
+
+
+_kernel("exp", lambda dx, y: dx * y, of_output=True)
+_kernel("square", lambda dx, x: 2 * dx * x)
+_kernel("sin", lambda dx, x: dx * x.cos())
+_kernel("cos", lambda dx, x: -dx * x.sin())
+_kernel("silu", _silu)
+_kernel("gelu", _gelu)
+_kernel("relu", lambda dx, x: aten.threshold_backward(dx, x, 0))
+_kernel("tanh", lambda dx, y: aten.tanh_backward(dx, y), of_output=True)
+_kernel("sigmoid", lambda dx, y: aten.sigmoid_backward(dx, y), of_output=True)

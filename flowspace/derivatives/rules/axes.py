@@ -16,30 +16,38 @@ def _dims(value: Any, ndim: int) -> Sequence[int]:
     """Return the axes that an argument names: one, several, or None for all."""
     if value is None:
         return range(ndim)
-    return [value] if isinstance(value, int) else list(value)
+    if isinstance(value, int):
+        return [value]
+    return list(value)
 
 
 def _along(names: str, position: int, default: Any, linear: bool) -> None:
     """Register functions that work along the axes in one of their arguments.
 
-    That argument is named dim or dims, or stands at this position after the first. A function that
-    is linear in the first argument is applied to the tangent.
+    Args:
+        names: of the functions.
+        position: where that argument stands after the first, unless it is named dim or dims.
+        default: the axes where it is left out; None means all.
+        linear: a function that is linear in the first argument is applied to the tangent.
     """
 
     @rule(names)
     def along(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
         """The tangent is f(dx) for a linear f; for others it is that of torch.func.jvp."""
-        dim = args[position] if len(args) > position else default
-        dims = kwargs.get("dim", kwargs.get("dims", dim))
+        dims = kwargs.get("dim", kwargs.get("dims", default))
+        if len(args) > position:
+            dims = args[position]
         if not isinstance(x, Dual) or isinstance(dims, Tensor):
             return forward(call)
         x.untouched(*_dims(dims, x.ndim))
-        rows = shared_rows(call.duals)
+        restricted = shared_rows(call.duals)
         if not linear or len(call.duals) > 1:
-            return forward(call, rows)
-        named = {name: rows(value) for name, value in kwargs.items()}
-        out = call.func(x.tangent, *[rows(value) for value in args], **named)
-        return list(out) if isinstance(out, tuple) else out
+            return forward(call, restricted)
+        options = {name: restricted(value) for name, value in kwargs.items()}
+        tangent = call.func(x.tangent, *map(restricted, args), **options)
+        if isinstance(tangent, tuple):
+            return list(tangent)
+        return tangent
 
     along.__name__ = along.__qualname__ = names.split()[0]
 
@@ -63,7 +71,9 @@ _along("topk", 1, -1, linear=False)
 @rule("chunk split")
 def chunk(call: Call, x: Dual, *args: Any, **kwargs: Any) -> list[Any]:
     """The tangent of a part is that part of dx; the batch axis may be cut between its blocks."""
-    dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+    dim = kwargs.get("dim", 0)
+    if len(args) > 1:
+        dim = args[1]
     layout, parts = x.layout, len(call.out)
     if layout is None or dim % x.ndim != layout.axis:
         return list(call.func(x.tangent, *args, **kwargs))
@@ -76,7 +86,9 @@ def chunk(call: Call, x: Dual, *args: Any, **kwargs: Any) -> list[Any]:
 @rule("flip")
 def flip(call: Call, x: Dual, *axes: Any, dims: Any = None) -> Tensor:
     """The tangent is dx, flipped along the same axes."""
-    dims = _dims(dims or (axes[0] if len(axes) == 1 else axes), x.ndim)
+    if len(axes) == 1:
+        axes = axes[0]
+    dims = _dims(dims or axes, x.ndim)
     x.untouched(*dims)
     return x.tangent.flip(dims)
 
@@ -93,5 +105,8 @@ def max_min_median(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
     """The tangent is dx at the number that is taken, by torch.func.jvp."""
     if args and isinstance(args[0], Tensor | Dual):
         return pointwise(call)
-    x.untouched(*_dims(kwargs.get("dim", args[0] if args else None), x.ndim))
+    dim = kwargs.get("dim")
+    if args:
+        dim = args[0]
+    x.untouched(*_dims(dim, x.ndim))
     return forward(call, shared_rows(call.duals))

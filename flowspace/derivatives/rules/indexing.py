@@ -25,25 +25,36 @@ def _axes_taken(entry: Any) -> int:
     """Return how many axes of a tensor one entry of an index stands for."""
     if entry is None:
         return 0
-    return entry.ndim if isinstance(entry, Tensor) and entry.dtype == torch.bool else 1
+    if isinstance(entry, Tensor) and entry.dtype == torch.bool:
+        return entry.ndim
+    return 1
+
+
+def _entries(index: Any) -> list[Any]:
+    """Return the entries of an index, of which there is one where it is no tuple."""
+    if isinstance(index, tuple):
+        return list(index)
+    return [index]
 
 
 def _rows_whole(x: Dual, index: Any) -> None:
     """Raise LostRowsError unless an index takes the batch axis whole."""
     if x.layout is None:
         return
-    entries = list(index) if isinstance(index, tuple) else [index]
-    holes = [i for i, entry in enumerate(entries) if entry is Ellipsis]
-    if holes:
+    whole = slice(None)
+    entries = _entries(index)
+    ellipses = [i for i, entry in enumerate(entries) if entry is Ellipsis]
+    if ellipses:
+        place = ellipses[0]
         taken = [_axes_taken(entry) for entry in entries]
-        taken[holes[0]] = 0
-        entries[holes[0] : holes[0] + 1] = [slice(None)] * (x.ndim - sum(taken))
+        taken[place] = 0
+        entries[place : place + 1] = [whole] * (x.ndim - sum(taken))
     last = -1  # of the axes that the entries up to this one stand for
-    for entry in [*entries, *[slice(None)] * x.ndim]:
+    for entry in [*entries, *[whole] * x.ndim]:
         last += _axes_taken(entry)
         if last < x.layout.axis or entry is None:
             continue
-        if isinstance(entry, slice) and entry == slice(None):
+        if isinstance(entry, slice) and entry == whole:
             return
         raise LostRowsError
 
@@ -62,15 +73,18 @@ def assigned(target: Any, index: Any, source: Any) -> Tensor:
         if isinstance(source, Dual) and not _aligned(target, index, source):
             raise LostRowsError
     tangent = target.tangent.clone() if isinstance(target, Dual) else torch.zeros_like(target)
-    tangent[index] = source.tangent if isinstance(source, Dual) else 0
+    if isinstance(source, Dual):
+        tangent[index] = source.tangent
+    else:
+        tangent[index] = 0
     return tangent
 
 
 def _aligned(target: Dual, index: Any, source: Dual) -> bool:
     """Return whether each row of a source is assigned to the same row of a target."""
-    entries = index if isinstance(index, tuple) else [index]
-    if not all(isinstance(entry, slice | int) or entry is Ellipsis for entry in entries):
-        return False
+    for entry in _entries(index):
+        if not isinstance(entry, slice | int) and entry is not Ellipsis:
+            return False
     if source.layout is None or target.layout is None or source.layout[:3] != target.layout[:3]:
         return False
     return source.ndim == target.primal.detach()[index].ndim
@@ -79,8 +93,9 @@ def _aligned(target: Dual, index: Any, source: Dual) -> bool:
 @rule("repeat tile")
 def repeat(call: Call, x: Dual, *sizes: Any) -> At:
     """The tangent is dx, repeated; repeats of the batch axis are further blocks of the batch."""
-    counts = list(sizes[0] if isinstance(sizes[0], (tuple, list, torch.Size)) else sizes)
-    counts = [1] * (x.ndim - len(counts)) + counts
+    if isinstance(sizes[0], (tuple, list)):
+        sizes = tuple(sizes[0])
+    counts = [1] * (x.ndim - len(sizes)) + list(sizes)
     layout = x.layout
     if layout is not None:
         axis = layout.axis + len(counts) - x.ndim
@@ -108,15 +123,18 @@ def cat(call: Call, tensors: Sequence[Any], dim: int = 0) -> At:
     # cat passes over empty vectors
     tensors = [x for x in tensors if isinstance(x, Dual) or x.ndim == first.ndim]
     layout = first.layout
-    if any((d.layout and d.layout[:3]) != (layout and layout[:3]) for d in call.duals):
-        raise LostRowsError
-    parts = [tangent_of(x) for x in tensors]
-    for i, x in enumerate(tensors):
-        if parts[i] is None:
+    for dual in call.duals:
+        if (dual.layout and dual.layout[:3]) != (layout and layout[:3]):
+            raise LostRowsError
+    parts = []
+    for x in tensors:
+        tangent = tangent_of(x)
+        if tangent is None:
             shape = x.shape
             if layout is not None and x.ndim > layout.axis:
                 shape = layout.shape(shape)
-            parts[i] = first.tangent.new_zeros(shape)
+            tangent = first.tangent.new_zeros(shape)
+        parts.append(tangent)
     dim %= first.ndim + stacked
     if layout is not None and stacked and dim <= layout.axis:
         layout = layout.on(layout.axis + 1)

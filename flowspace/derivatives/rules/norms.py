@@ -23,19 +23,21 @@ def softmax(call: Call, x: Dual, dim: int, dtype: Any = None, *_: Any, **__: Any
     """The tangent is y (dx - sum(y dx)), where y is the output."""
     x.untouched(dim)
     y = restrict(call.out.detach(), x.layout)
-    return torch.ops.aten._softmax_backward_data(x.tangent.to(y.dtype), y, dim, y.dtype)
+    dx = x.tangent.to(y.dtype)
+    return torch.ops.aten._softmax_backward_data(dx, y, dim, y.dtype)
 
 
 @rule("log_softmax")
 def log_softmax(call: Call, x: Dual, dim: int, dtype: Any = None, *_: Any, **__: Any) -> Tensor:
     """The tangent is dx - sum(exp(y) dx), where y is the output."""
     x.untouched(dim)
-    p, t = restrict(call.out.detach(), x.layout).exp(), x.tangent.to(call.out.dtype)
-    return t - (p * t).sum(dim, keepdim=True)
+    p = restrict(call.out.detach(), x.layout).exp()
+    dx = x.tangent.to(p.dtype)
+    return dx - (p * dx).sum(dim, keepdim=True)
 
 
 @rule("layer_norm")
-def layer_norm(
+def layer_norm(  # noqa: PLR0913  # torch's arguments
     call: Call,
     x: Any,
     normalized_shape: Sequence[int],
@@ -46,7 +48,8 @@ def layer_norm(
 ) -> Any:
     """The tangent is weight (dx - mean(dx) - u mean(u dx)) / std(x), where u = (x - mean) / std.
 
-    Where nobody did before, this rule evaluates the function, for the mean and scale of it.
+    If the function was not evaluated before, this rule does so, by the kernel that returns mean
+    and scale beside the output.
     """
     if len(call.duals) > 1 or not isinstance(x, Dual):
         call.run(call.evaluate)
@@ -60,14 +63,16 @@ def layer_norm(
         rows, tangent = rows.to(call.out.dtype), tangent.to(call.out.dtype)
         mean, scale = torch.native_layer_norm(rows, normalized_shape, None, None, eps)[1:]
     else:
-        call.out, mean, scale = call.run(
-            torch.native_layer_norm, x.primal, normalized_shape, weight, bias, eps
-        )
-        mean, scale = restrict(mean.detach(), x.layout), restrict(scale.detach(), x.layout)
-    found = torch.ops.aten.native_layer_norm_backward(
+        given = x.primal, normalized_shape, weight, bias, eps
+        call.out, mean, scale = call.run(torch.native_layer_norm, *given)
+        mean = restrict(mean.detach(), x.layout)
+        scale = restrict(scale.detach(), x.layout)
+    derivative = torch.ops.aten.native_layer_norm_backward(
         tangent, rows, normalized_shape, mean, scale, None, None, INPUT_ONLY
     )[0]
-    return found if weight is None else found.mul_(weight)
+    if weight is None:
+        return derivative
+    return derivative.mul_(weight)
 
 
 @rule("rms_norm")
@@ -84,21 +89,21 @@ def rms_norm(
     dims = list(range(-len(normalized_shape), 0))
     x.untouched(*dims)
     rows, tangent = x.rows, x.tangent
-    dtype = torch.promote_types(
-        rows.dtype, torch.float32
-    )  # as torch forms it, default eps included
+    # in at least float32, as torch forms it, default eps included
+    dtype = torch.promote_types(rows.dtype, torch.float32)
     if rows.dtype != dtype:
         rows, tangent = rows.to(dtype), tangent.to(dtype)
-    eps = torch.finfo(dtype).eps if eps is None else eps
+    if eps is None:
+        eps = torch.finfo(dtype).eps
     scale = torch.rsqrt(rows.square().mean(dims, keepdim=True) + eps)
     unit = rows * scale
-    along = (unit * tangent).mean(dims, keepdim=True)
-    found = torch.addcmul(tangent, unit, along, value=-1).mul_(scale)
-    return found if weight is None else found * weight
+    mean = (unit * tangent).mean(dims, keepdim=True)
+    derivative = torch.addcmul(tangent, unit, mean, value=-1).mul_(scale)
+    return _scaled(derivative, weight)
 
 
 @rule("group_norm")
-def group_norm(
+def group_norm(  # noqa: PLR0913  # torch's arguments
     call: Call,
     x: Any,
     num_groups: int,
@@ -114,7 +119,7 @@ def group_norm(
 
 
 @rule("instance_norm")
-def instance_norm(
+def instance_norm(  # noqa: PLR0913  # torch's arguments
     call: Call,
     x: Any,
     weight: Any,
@@ -136,7 +141,7 @@ def instance_norm(
 
 
 @rule("batch_norm")
-def batch_norm(
+def batch_norm(  # noqa: PLR0913  # torch's arguments
     call: Call,
     x: Dual,
     weight: Any,
@@ -156,36 +161,40 @@ def batch_norm(
         raise LostRowsError
     rows, tangent = x.rows, x.tangent
     mean, scale = torch.native_batch_norm(rows, None, None, None, None, True, 0.0, eps)[1:]
-    found = torch.ops.aten.native_batch_norm_backward(
+    derivative = torch.ops.aten.native_batch_norm_backward(
         tangent, rows, None, None, None, mean, scale, True, eps, INPUT_ONLY
     )[0]
-    return _scaled(found, weight, x.ndim)
+    return _scaled(derivative, _per_channel(weight, x.ndim))
 
 
-def _scaled(tangent: Tensor, weight: Tensor | None, ndim: int | None = None) -> Tensor:
-    """Return a tangent times a weight, if any, which is one of channels where ndim is given."""
+def _scaled(tangent: Tensor, weight: Tensor | None) -> Tensor:
+    """Return a tangent times a weight, if there is one."""
     if weight is None:
         return tangent
-    return tangent * (weight if ndim is None else _per_channel(weight, ndim))
+    return tangent * weight
 
 
-def _per_channel(weight: Tensor, ndim: int) -> Tensor:
-    """Return numbers of channels in the shape (1, C, 1, ...) of so many axes."""
+def _per_channel(weight: Tensor | None, ndim: int) -> Tensor | None:
+    """Return one number a channel in the shape (1, C, 1, ...) of so many axes."""
+    if weight is None:
+        return None
     return weight.reshape(1, -1, *[1] * (ndim - 2))
 
 
 def _by_stored(x: Dual, weight: Tensor | None, var: Tensor, eps: float) -> Tensor:
     """Return the tangent of a norm that divides each channel by a stored standard deviation."""
-    return x.tangent * _per_channel(_scaled(torch.rsqrt(var + eps), weight), x.ndim)
+    scale = _scaled(torch.rsqrt(var + eps), weight)
+    return _scaled(x.tangent, _per_channel(scale, x.ndim))
 
 
 def _grouped(x: Dual, groups: int, weight: Tensor | None, eps: float) -> Tensor:
     """Return the tangent of a norm over groups of channels."""
     x.only_batch_first()
-    rows, tangent = x.rows.contiguous(), x.tangent.to(x.primal.dtype).contiguous()
+    rows = x.rows.contiguous()
+    tangent = x.tangent.to(rows.dtype).contiguous()
     sizes = len(rows), rows.shape[1], math.prod(rows.shape[2:])
-    mean, scale = torch.native_group_norm(rows, None, None, *sizes, groups, eps)[1:]
-    found = torch.ops.aten.native_group_norm_backward(
+    _, mean, scale = torch.native_group_norm(rows, None, None, *sizes, groups, eps)
+    derivative, _, _ = torch.ops.aten.native_group_norm_backward(
         tangent, rows, mean, scale, None, *sizes, groups, INPUT_ONLY
-    )[0]
-    return _scaled(found, weight, x.ndim)
+    )
+    return _scaled(derivative, _per_channel(weight, x.ndim))

@@ -1,6 +1,5 @@
 """Rules for products of matrices, convolutions and einsum, which are linear in each factor."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,43 +66,50 @@ def _product(call: Call, x: Any, y: Any) -> Tensor:
     for dual, contracted, other in ((x, 1, y), (y, 2, x)):
         if not isinstance(dual, Dual) or dual.layout is None:
             continue
-        right = dual.ndim - dual.layout.axis  # the batch axis, counted from the last
-        if right == contracted or dual.ndim < 2:
+        axis = dual.ndim - dual.layout.axis  # of the batch, counted from the last
+        if axis == contracted or dual.ndim < 2:
             raise LostRowsError
         # where the batch is the rows or columns of a matrix, the other factor has to be one
         # matrix or vector, and to be at rest
-        if right < 3 and (isinstance(other, Dual) or other.ndim > 2):
+        if axis < 3 and (isinstance(other, Dual) or other.ndim > 2):
             raise LostRowsError
-    # a factor that is no stack of matrices has no batch axis to broadcast along
-    rows = shared_rows(call.duals) if all(v.ndim > 2 for v in (x, y)) else rows_of
+    restricted = rows_of
+    if x.ndim > 2 and y.ndim > 2:
+        # a factor that is no stack of matrices has no batch axis to broadcast along
+        restricted = shared_rows(call.duals)
     if len({d.layout and d.ndim - d.layout.axis for d in call.duals}) > 1:
         raise LostRowsError
-    tx, ty = tangent_of(x), tangent_of(y)
-    left = None if tx is None else torch.matmul(tx, rows(y))
-    right = None if ty is None else torch.matmul(rows(x), ty)
-    return sum_of(left, right)
+    dx, dy = tangent_of(x), tangent_of(y)
+    if dy is None:
+        return torch.matmul(dx, restricted(y))  # type: ignore[arg-type]
+    tangent = torch.matmul(restricted(x), dy)
+    if dx is None:
+        return tangent
+    return torch.matmul(dx, restricted(y)) + tangent
 
 
 @rule("einsum")
 def einsum(call: Call, equation: str, *operands: Any, path: Any = None) -> Any:
     """The tangent is the sum of the products in which one factor is replaced by its tangent."""
-    flat = list(operands[0]) if isinstance(operands[0], (list, tuple)) else list(operands)
+    if isinstance(operands[0], (list, tuple)):
+        operands = tuple(operands[0])
     if "->" not in equation or "." in equation:
         return forward(call)
     inputs, output = equation.replace(" ", "").split("->")
     terms = inputs.split(",")
-    moving = [(i, x) for i, x in enumerate(flat) if isinstance(x, Dual)]
+    moving = [(i, x) for i, x in enumerate(operands) if isinstance(x, Dual)]
     label = _batch_label(terms, output, moving)
     layout = call.duals[0].layout
-
-    def rows(term: str, value: Any) -> Tensor:
-        value = value.primal.detach() if isinstance(value, Dual) else value
-        return _restricted_on(value, layout, term.find(label))
-
-    fixed = [rows(term, value) for term, value in zip(terms, flat, strict=True)]
-    parts = [torch.einsum(equation, *fixed[:i], x.tangent, *fixed[i + 1 :]) for i, x in moving]
-    tangent = functools.reduce(torch.add, parts)
-    return At(tangent, layout and layout.on(output.index(label)))
+    fixed = []
+    for term, value in zip(terms, operands, strict=True):
+        if isinstance(value, Dual):
+            value = value.primal.detach()
+        fixed.append(_restricted_on(value, layout, term.find(label)))
+    tangent = None
+    for i, x in moving:
+        product = torch.einsum(equation, *fixed[:i], x.tangent, *fixed[i + 1 :])
+        tangent = sum_of(tangent, product)
+    return At(tangent, layout and layout.on(output.index(label)))  # type: ignore[arg-type]
 
 
 def _batch_label(terms: Sequence[str], output: str, moving: Sequence[tuple[int, Dual]]) -> str:
@@ -119,7 +125,9 @@ def _batch_label(terms: Sequence[str], output: str, moving: Sequence[tuple[int, 
     blocks = [x.layout and x.layout[1:3] for _, x in moving]
     if len(labels) > 1 or not labels <= set(output) or not same(blocks):
         raise LostRowsError
-    return next(iter(labels), "")
+    if not labels:
+        return ""
+    return labels.pop()
 
 
 def _restricted_on(value: Tensor, layout: Layout | None, axis: int) -> Tensor:

@@ -28,14 +28,18 @@ def decompositions(
     It is None for attention without dropout, which draws none.
     """
     if name == "scaled_dot_product_attention":
-        dropped = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0)
-        return _attention_in_parts if dropped else None
+        dropout = kwargs.get("dropout_p", 0.0)
+        if len(args) > 4:
+            dropout = args[4]
+        if not dropout:
+            return None
+        return _attention_in_parts
     if name.endswith("_"):
         return _in_place(getattr(torch, name[:-1]))
     return _dropout(getattr(torch, name))
 
 
-def _attention_in_parts(
+def _attention_in_parts(  # noqa: PLR0913  # torch's arguments
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -50,18 +54,22 @@ def _attention_in_parts(
         heads = query.shape[-3]
         key = key.repeat_interleave(heads // key.shape[-3], -3)
         value = value.repeat_interleave(heads // value.shape[-3], -3)
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    if scale is None:
+        scale = 1 / math.sqrt(query.shape[-1])
     # torch too scales query and key by the root each, so that large scores do not overflow
     root = math.sqrt(abs(scale))
     scores = (query * math.copysign(root, scale)) @ (key * root).mT
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
-    if attn_mask is not None:
-        boolean = attn_mask.dtype == torch.bool
-        scores = scores.masked_fill(~attn_mask, -math.inf) if boolean else scores + attn_mask
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, -math.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
     weights = torch.softmax(scores, -1)
     if attn_mask is not None:
-        weights = weights.masked_fill((scores == -math.inf).all(-1, keepdim=True), 0.0)
+        # a query that sees no key has weights of nan, and torch's function returns zero
+        blind = (scores == -math.inf).all(-1, keepdim=True)
+        weights = weights.masked_fill(blind, 0.0)
     return torch.dropout(weights, dropout_p, True) @ value
 
 

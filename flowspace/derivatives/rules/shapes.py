@@ -58,19 +58,23 @@ def _viewed(layout: Layout, before: Sequence[int], after: Sequence[int]) -> Layo
     # repeats / passed blocks lie one after another at each position.
     axis, passed = 0, 1
     while axis < len(after) and passed * after[axis] <= repeats:
-        passed, axis = passed * after[axis], axis + 1
+        passed = passed * after[axis]
+        axis += 1
     if axis == len(after) or repeats % passed:
         raise LostRowsError
     if (passed * after[axis]) % (repeats * layout.rows.batch):
         raise LostRowsError
     outer = repeats // passed
-    return Layout(axis, outer, after[axis] // (outer * layout.rows.batch), layout.rows)
+    inner = after[axis] // (outer * layout.rows.batch)
+    return Layout(axis, outer, inner, layout.rows)
 
 
 @rule("expand expand_as broadcast_to")
 def expand(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
     """The tangent is dx, expanded; there is none if just the shape comes from a moving tensor."""
-    return call.along_with(x.tangent) if isinstance(x, Dual) else []
+    if not isinstance(x, Dual):
+        return []
+    return call.along_with(x.tangent)
 
 
 @rule("pad")
