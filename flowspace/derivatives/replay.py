@@ -4,9 +4,11 @@ A second run is wanted where a route evaluates the model twice, or an objective 
 own velocity. Dropout must then draw the same masks, running statistics must move once, and what a
 compiled part writes is put back as well.
 
-Draws are repeated from the generator of the CPU, that of the device, Python's ``random`` and
-numpy's global state. What nobody can repeat, such as a generator of the model's own, `agree`
-finds: a second run at the same point must give the same value.
+* `RandomState` repeats draws from the generator of the CPU, that of the device, Python's
+  ``random`` and numpy's global state.
+* `restoring_buffers` puts back what a run writes into tensors that outlive it.
+* `agree` finds what nobody can repeat, such as draws from a generator of the model's own: a second
+  run at the same point must give the same value.
 """
 
 import contextlib
@@ -14,18 +16,18 @@ import inspect
 import random
 import sys
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.overrides import TorchFunctionMode
 
 from flowspace.backends import backend_of, torch_backend
 from flowspace.backends.process import forward_mode_lock, several_processes
 from flowspace.derivatives import hidden_calls
+from flowspace.derivatives.torch_internals import active_transform, outside_transforms
 from flowspace.errors import DerivativeError
 
 __all__ = [
@@ -44,27 +46,30 @@ __all__ = [
 
 
 def in_transform(tensor: Tensor) -> bool:
-    """Return whether a tensor belongs to a transform of torch.func, and so has no values to ask
-    for.
-    """
+    """Return whether a tensor belongs to a transform of torch.func, and so has no values yet."""
     return not torch_backend.has_values(tensor)
 
 
 def on_copies(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return fn of copies of its tensors, so that a model which writes into its times or latents
-    changes nobody else's.
+    """Return fn of copies of its tensors.
+
+    A model that writes into its times or latents then changes nobody else's.
     """
 
     def of_copies(*primals: Any) -> Tensor:
-        return fn(*(p.clone() if isinstance(p, Tensor) else p for p in primals))
+        copies = list(primals)
+        for i, primal in enumerate(primals):
+            if isinstance(primal, Tensor):
+                copies[i] = primal.clone()
+        return fn(*copies)
 
     of_copies.__name__ = getattr(fn, "__name__", "of_copies")
     return of_copies
 
 
 TOLERANCES = {8: 1e-6, 4: 1e-3, 2: 5e-2}
-"""How far two evaluations at one point may lie apart, over the largest value, by the bytes of the
-numbers in them.
+"""The largest difference of two evaluations at one point, over the largest value, by the bytes of
+the numbers in them.
 """
 
 
@@ -87,9 +92,15 @@ def agree(first: Tensor, second: Tensor, itemsize: int, slack: float = 1.0) -> b
     return bool(near) or not bool(xp.isfinite(first).all())
 
 
+class Source(NamedTuple):
+    """A source of random numbers: how its state is read and set."""
+
+    read: Callable[[], Any]
+    write: Callable[[Any], None]
+
+
 class RandomState:
-    """The state of the random generators before a run, to see whether it drew and to let it draw
-    the same again.
+    """The state of the random generators before a run, to let the run draw the same again.
 
     Args:
         device: whose generator counts beside the CPU's.
@@ -98,91 +109,93 @@ class RandomState:
     """
 
     def __init__(self, device: torch.device, of_python: bool = False) -> None:
-        self.sources: list[tuple[Callable[[], Any], Callable[[Any], None]]] = [
-            (torch.get_rng_state, torch.set_rng_state)
-        ]
-        module = None if device.type in ("cpu", "meta") else getattr(torch, device.type, None)
-        if hasattr(module, "get_rng_state"):
-            self.sources.append(_of_device(module, device))
+        self.sources = [Source(torch.get_rng_state, torch.set_rng_state)]
+        if device.type not in ("cpu", "meta"):
+            module = getattr(torch, device.type, None)
+            if hasattr(module, "get_rng_state"):
+                self.sources.append(_source_of_device(module, device))
+        self.torch_sources = len(self.sources)
         if of_python:
-            self.sources.append((random.getstate, random.setstate))
-            if (numpy_random := sys.modules.get("numpy.random")) is not None:
-                self.sources.append((numpy_random.get_state, numpy_random.set_state))
-        self.before = self._state()
-        self.torchs = 1 + hasattr(module, "get_rng_state")
+            self.sources.append(Source(random.getstate, random.setstate))
+            numpy_random = sys.modules.get("numpy.random")
+            if numpy_random is not None:
+                self.sources.append(Source(numpy_random.get_state, numpy_random.set_state))
+        self.before = self._now()
 
-    def _state(self) -> list[Any]:
-        return [get() for get, _ in self.sources]
+    def _now(self) -> list[Any]:
+        """Return the state of each source."""
+        return [source.read() for source in self.sources]
 
-    def happened(self) -> bool:
+    def changed(self) -> bool:
         """Return whether random numbers have been drawn since."""
-        return not all(map(_equal, self._state(), self.before))
+        return not all(map(_equal, self._now(), self.before))
 
     def replay(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """Return fn with the draws of the first call, leaving the generators as they are now.
 
         Those of Python count if they have been drawn from by now: to ask them takes longer.
         """
-        states = list(zip(self.sources, self._state(), self.before, strict=True))
-        moved = [
-            (source, before)
-            for i, (source, now, before) in enumerate(states)
-            if i < self.torchs or not _equal(now, before)
-        ]
+        drawn = []
+        for i, now in enumerate(self._now()):
+            if i < self.torch_sources or not _equal(now, self.before[i]):
+                drawn.append((self.sources[i], self.before[i]))
 
         def again(*primals: Any) -> Any:
-            now = [get() for (get, _), _ in moved]
+            afterwards = [source.read() for source, _ in drawn]
             try:
-                for (_, put), before in moved:
-                    put(before)
+                for source, before in drawn:
+                    source.write(before)
                 return fn(*primals)
             finally:
-                for ((_, put), _), state in zip(moved, now, strict=True):
-                    put(state)
+                for (source, _), state in zip(drawn, afterwards, strict=True):
+                    source.write(state)
 
         again.__name__ = getattr(fn, "__name__", "again")
         return again
 
 
-def _of_device(
-    module: Any, device: torch.device
-) -> tuple[Callable[[], Any], Callable[[Any], None]]:
-    """Return how the state of a device's generator is read and set; not every device's functions
-    take the device.
-    """
+def _source_of_device(module: Any, device: torch.device) -> Source:
+    """Return a device's source of random numbers; not every device's functions take the device."""
     if not inspect.signature(module.get_rng_state).parameters:
-        return module.get_rng_state, module.set_rng_state
-    return lambda: module.get_rng_state(device), lambda state: module.set_rng_state(state, device)
+        return Source(module.get_rng_state, module.set_rng_state)
+    return Source(
+        lambda: module.get_rng_state(device), lambda state: module.set_rng_state(state, device)
+    )
 
 
 def _equal(first: Any, second: Any) -> bool:
-    """Return whether two states of a generator are the same: each a tensor, or a tuple that may
-    hold an array.
-    """
+    """Return whether two states are the same: each a tensor, or a tuple that may hold an array."""
     if isinstance(first, Tensor):
         return torch.equal(first, second)
-    same = (a == b for a, b in zip(first, second, strict=True))
-    return all(bool(part.all()) if hasattr(part, "all") else part for part in same)
+    for a, b in zip(first, second, strict=True):
+        same = a == b
+        if hasattr(same, "all"):
+            same = same.all()
+        if not same:
+            return False
+    return True
 
 
 def batch_statistics(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, ...] | None:
-    """Return the arguments, less the running statistics, of a norm that uses the batch's; None for
-    any other function.
+    """Return the arguments of a norm that uses the batch's statistics, without the running ones.
+
+    None stands for any other function.
     """
     if func in (F.batch_norm, F.instance_norm):
         bound = inspect.signature(func).bind(*args, **kwargs)
         bound.apply_defaults()
         x, _, _, weight, bias, train, *rest = bound.args
-        return (x, None, None, weight, bias, train, *rest) if train else None
+        if train:
+            return x, None, None, weight, bias, train, *rest
     if func in (torch.batch_norm, torch.instance_norm) and args[5]:
         return (*args[:3], None, None, *args[5:])
     return None
 
 
 class RowsMixError(Exception):
-    """A function that mixes rows was called by a program of which nobody knew it.
+    """The model mixes rows, as batch norm does in train mode, which was not declared.
 
     Attributes:
         finder: the run that found it; None in an error that a model raised by itself.
@@ -194,15 +207,17 @@ class RowsMixError(Exception):
 
 
 class RestoringMode(TorchFunctionMode):
-    """Keeps what a run writes into: running statistics are not given, other tensors are remembered
-    as long as they live.
+    """Watches a second run, to restore what it writes into.
+
+    A norm over the batch is not given its running statistics. Other tensors that are written to
+    are remembered, for as long as they live.
 
     Attributes:
         mixed: whether rows are known to mix.
         written: what tensors held before they were first written to, and how often autograd had
             seen them written.
-        replaced: what stands for tensors that were written to inside torch.func.jvp, which refuses
-            to write to what is held.
+        replaced: the copies that stand for tensors that were written to inside torch.func.jvp: it
+            refuses to write a tangent into what the function holds.
         halved: the first function that returned numbers of half precision, or None.
         own_generator: a generator of the model's own that was drawn from in a state which a second
             run cannot know, or None.
@@ -217,38 +232,44 @@ class RestoringMode(TorchFunctionMode):
         self.own_generator: torch.Generator | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run a torch function; note what it writes into, draws from and returns.
+
+        It is called from here and no deeper: this frame is the one that torch.compile skips.
+        """
         if torch.compiler.is_dynamo_compiling():
             return hidden_calls.call_captured(func, args, kwargs)
-        if norm := batch_statistics(func, args, kwargs or {}):
+        kwargs = kwargs or {}
+        norm = batch_statistics(func, args, kwargs)
+        if norm is not None:
             self.mixes(func in (F.batch_norm, torch.batch_norm))
             return func(*norm)
         name = getattr(func, "__name__", "")
         if self.replaced:
             args = tuple(self._replacement(value) for value in args)
-        if args and isinstance(args[0], Tensor) and _writes(name):
-            if (
-                not in_transform(args[0])
-                and torch._C._functorch.peek_interpreter_stack() is not None
-            ):  # pyright: ignore
-                if not any(
-                    isinstance(value, Tensor) and in_transform(value) for value in args[1:]
-                ):
-                    self.remember(args[0])
-                    with (
-                        temporarily_clear_interpreter_stack()
-                    ):  # which refuses to write into what a function holds
-                        return func(*args, **(kwargs or {}))
-                args = (self._written_inside(args[0]), *args[1:])
-            else:
-                self.remember(args[0])
-        elif kwargs and isinstance(kwargs.get("out"), Tensor):
-            self.remember(kwargs["out"])
-        if kwargs and isinstance(kwargs.get("generator"), torch.Generator):
-            self.draws(kwargs["generator"])
-        out = func(*args, **(kwargs or {}))
+        writes = _writes(name) and bool(args) and isinstance(args[0], Tensor)
+        if not writes:
+            self._note_options(kwargs)
+        elif in_transform(args[0]) or active_transform() is None:
+            self.remember(args[0])
+            self._note_options(kwargs)
+        elif _any_in_transform(args[1:]):
+            args = (self._writable_copy(args[0]), *args[1:])
+            self._note_options(kwargs)
+        else:
+            self.remember(args[0])
+            with outside_transforms():  # they refuse to write into what a function holds
+                return func(*args, **kwargs)
+        out = func(*args, **kwargs)
         if self.halved is None and isinstance(out, Tensor) and out.dtype in HALVES:
             self.halved = f"{name} returned {out.dtype}"
         return out
+
+    def _note_options(self, kwargs: dict[str, Any]) -> None:
+        """Note a tensor that is written to, and a generator, among arguments given by name."""
+        if isinstance(kwargs.get("out"), Tensor):
+            self.remember(kwargs["out"])
+        if isinstance(kwargs.get("generator"), torch.Generator):
+            self.draws(kwargs["generator"])
 
     def mixes(self, rows: bool) -> None:
         """Raise RowsMixError if a function mixes rows and nobody said so."""
@@ -263,10 +284,8 @@ class RestoringMode(TorchFunctionMode):
         if not torch.equal(fresh.get_state(), generator.get_state()):
             self.own_generator = generator
 
-    def _written_inside(self, target: Tensor) -> Tensor:
-        """Return a copy that is written to instead of a tensor that the model holds, and is read
-        instead from then on.
-        """
+    def _writable_copy(self, target: Tensor) -> Tensor:
+        """Return a copy that is written to, and read from then on, instead of a held tensor."""
         if target._is_view():
             raise DerivativeError(
                 "the model writes what moves into a part of a tensor that it holds, which "
@@ -278,7 +297,7 @@ class RestoringMode(TorchFunctionMode):
         return copy
 
     def _replacement(self, value: Any) -> Any:
-        """Return an argument with what stands for the tensors in it."""
+        """Return an argument with the copies that stand for tensors in it."""
         if isinstance(value, Tensor):
             return self.replaced.get(id(value), (None, value))[1]
         if type(value) in (tuple, list):
@@ -293,8 +312,9 @@ class RestoringMode(TorchFunctionMode):
             self.written[key] = gone, target.detach().clone(), _version(target)
 
     def restore(self) -> None:
-        """Write the remembered values back, but for memory that an engine fills and frees unseen
-        by autograd.
+        """Write the remembered values back.
+
+        Memory that an engine fills and frees, which autograd does not count as written, is left.
         """
         with torch.no_grad():
             for reference, before, version in list(self.written.values()):
@@ -308,6 +328,11 @@ HALVES = (torch.bfloat16, torch.float16)
 """Numbers whose rounding drowns a finite difference."""
 
 
+def _any_in_transform(values: Iterable[Any]) -> bool:
+    """Return whether a tensor among these belongs to a transform of torch.func."""
+    return any(isinstance(value, Tensor) and in_transform(value) for value in values)
+
+
 def _writes(name: str) -> bool:
     """Return whether a function of this name writes into its first argument."""
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
@@ -319,22 +344,20 @@ def _version(tensor: Tensor) -> int:
 
 
 def _alive(tensor: Tensor) -> bool:
-    """Return whether a tensor still has its memory: FSDP2 frees that of whole parameters between
-    uses.
+    """Return whether a tensor still has its memory.
+
+    FSDP2 frees that of whole parameters between uses. Tensors that are made of others have none.
     """
     try:
         held = tensor.untyped_storage().nbytes()
-    except (
-        NotImplementedError,
-        RuntimeError,
-    ):  # tensors that are made of others have no memory of their own
+    except (NotImplementedError, RuntimeError):
         return True
     return not tensor.numel() or held > 0
 
 
 @contextlib.contextmanager
 def restoring_buffers(mixed: bool = True) -> Iterator[RestoringMode]:
-    """Evaluate a function again without a second trace in the buffers of its modules.
+    """Evaluate a function again; afterwards its modules' buffers are as they were before.
 
     Raises:
         RowsMixError: if it mixes rows and ``mixed`` does not say so.
@@ -348,18 +371,23 @@ def restoring_buffers(mixed: bool = True) -> Iterator[RestoringMode]:
 
 
 def without_trace(function: Callable[[], Any], beside: Tensor) -> Any:
-    """Evaluate a function of arrays beside these without gradient, and without a trace in the
-    buffers of its modules.
+    """Evaluate a function without gradient, and without a trace in the buffers of its modules.
+
+    Args:
+        function: returns an array.
+        beside: an array of the same library.
     """
-    if (xp := backend_of(beside)) is not torch_backend:
+    xp = backend_of(beside)
+    if xp is not torch_backend:
         return xp.detach(function())
     with torch.no_grad(), restoring_buffers():
         return function()
 
 
 def uncompiled() -> contextlib.AbstractContextManager[Any]:
-    """Run what torch.compile compiled as it was written: its kernels know nothing of forward-mode
-    levels.
+    """Run what torch.compile compiled as it was written.
+
+    Its kernels know nothing of the levels of forward mode.
     """
     if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
         return contextlib.nullcontext()

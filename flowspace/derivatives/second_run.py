@@ -82,7 +82,7 @@ class SecondRun(Derivative):
         fn, device = on_copies(fn), primals[0].device
         draws = RandomState(device, of_python=True)
         value = checked(fn(*primals), primals)
-        if rows is not None and (draws.happened() or several_processes() or in_transform(value)):
+        if rows is not None and (draws.changed() or several_processes() or in_transform(value)):
             rows = None
         with torch.no_grad(), _full_precision(device) as widened, uncompiled():
             first = First(value.detach(), not widened and value.dtype.itemsize >= 4)

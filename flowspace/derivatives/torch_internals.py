@@ -2,13 +2,16 @@
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 __all__ = [
+    "active_transform",
     "base_transform",
     "dispatch_modes",
     "memory_of",
     "not_intercepted",
     "operators_of_networks",
+    "outside_transforms",
     "set_gradients",
     "transform_level",
 ]
@@ -24,6 +27,12 @@ dispatch_modes = torch._C._len_torch_dispatch_stack  # pyright: ignore
 
 transform_level = torch._C._functorch.maybe_current_level  # pyright: ignore
 """Returns how many transforms of torch.func are at work, or None."""
+
+active_transform = torch._C._functorch.peek_interpreter_stack  # pyright: ignore
+"""Returns the innermost transform of torch.func at work, or None."""
+
+outside_transforms = temporarily_clear_interpreter_stack
+"""A context in which no transform of torch.func sees what is called."""
 
 base_transform = torch._C._functorch.get_unwrapped  # pyright: ignore
 """Returns the tensor that a transform of torch.func wrapped."""

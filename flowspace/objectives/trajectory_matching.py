@@ -185,7 +185,7 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
         draws = RandomState(at.state.device, of_python=True)
         try:
             f = evaluated(model, at.state, at.t, at.s, _repeated(cond, rows, len(pairs)))
-            if len(pairs) == 1 or draws.happened() or self._is_first(f, model, pairs[0], cond):
+            if len(pairs) == 1 or draws.changed() or self._is_first(f, model, pairs[0], cond):
                 return f
         except Exception as error:  # pair by pair the model raises it again, if it is its own
             if isinstance(error, TypeError):

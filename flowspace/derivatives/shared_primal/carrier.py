@@ -248,7 +248,7 @@ class Carrier(TorchFunctionMode):
             if name in WHOLE:
                 warn_of_whole_numbers(name)
             return call.out
-        if draws is not None and draws.happened():
+        if draws is not None and draws.changed():
             if any(dual.layout for dual in call.duals):
                 raise LostRowsError  # the draws belong to the whole batch
             call.func = draws.replay(call.func)
