@@ -353,13 +353,13 @@ def test_the_draws_of_any_device_are_drawn_again(monkeypatch, takes_device):
     module = Module()
     monkeypatch.setattr(torch, "xpu", module)
     draws = replay.RandomState(torch.device("xpu"))
-    assert not draws.happened()
+    assert not draws.changed()
 
     def draw():
         module.state = module.state + 1
         return module.state
 
-    assert draw() == 2 and draws.happened()
+    assert draw() == 2 and draws.changed()
     assert draws.replay(draw)() == 2 and module.state == 2
 
 
