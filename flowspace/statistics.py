@@ -150,8 +150,8 @@ class Coefficients:
         """
         xp, a, b = backend_of(t), self.prediction(t, s), self.derivative(t, s)
         off_diagonal = xp.off_diagonal(t, s) & (b != 0)
-        gap = xp.where(off_diagonal, t - s, 1.0)
-        m = xp.where(off_diagonal, xp.sign(b) * xp.maximum(abs(a), abs(b) / gap), a)
+        duration = xp.where(off_diagonal, t - s, 1.0)
+        m = xp.where(off_diagonal, xp.sign(b) * xp.maximum(abs(a), abs(b) / duration), a)
         return PointCoefficients(a, b, xp.where(m == 0, math.inf, m))
 
     def scale(self, t: Tensor, s: Tensor) -> Tensor:

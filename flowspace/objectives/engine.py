@@ -454,11 +454,11 @@ class Objective(abc.ABC):
         off_diagonal = None
         if self.coefficients.anchored:
             off_diagonal = at.s < at.t
-        f, slope = self.derivative(on_copies(fn), primals, tangents, rows=off_diagonal)
-        f, slope = at_least_float32(f), at_least_float32(slope)
+        f, derivative = self.derivative(on_copies(fn), primals, tangents, rows=off_diagonal)
+        f, derivative = at_least_float32(f), at_least_float32(derivative)
         known = self.known_part(at)
         _check_shape(f, known)
-        return f, over_rows(weights.derivative, f) * slope - known
+        return f, over_rows(weights.derivative, f) * derivative - known
 
     def _two_points(
         self, model: Model, at: PathPoint, earlier: PathPoint, weights: PointCoefficients
