@@ -1,4 +1,9 @@
-"""Forward-mode automatic differentiation by torch.func.jvp, beside an ordinary forward pass."""
+"""Forward-mode automatic differentiation by torch.func.jvp, beside an ordinary forward pass.
+
+torch.func.jvp goes on with a tangent of zero where a function has no forward derivative, or where
+a value leaves torch. That would be a wrong answer without a sign of it, so a function mode looks
+at what each function returns, and raises DerivativeError where a tangent ends.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -7,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch import eager_transforms
+from torch._ops import OpOverload
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -15,13 +20,19 @@ from torch.overrides import TorchFunctionMode
 from flowspace.derivatives.replay import forward_mode_lock, in_transform
 from flowspace.derivatives.rules.registry import CONSTANT, differentiable
 from flowspace.derivatives.second_run import First, Second, SecondRun
+from flowspace.derivatives.torch_internals import (
+    close_forward_mode,
+    forward_mode_is_open,
+    transform_level,
+)
 from flowspace.errors import DerivativeError
 
 __all__ = ["ForwardMode"]
 
 STOPS = CONSTANT | {"detach", "detach_", "where"}
-"""Functions whose output may stand still though their input moves; where: only its condition may
-move.
+"""Functions whose output may stand still though their input moves.
+
+In `where` it may be the condition alone that moves.
 """
 
 LEAVES = frozenset({"item", "tolist", "numpy", "__array__", "__float__", "__complex__"})
@@ -37,7 +48,7 @@ OF_TORCH = (
     "data pointer",
     "setup_context",
 )
-"""What the messages say by which torch refuses to run something in forward mode."""
+"""Words by which one knows that torch refuses to run something in forward mode."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +81,17 @@ class ForwardMode(SecondRun):
             arguments = list(primals)
             for i, value in zip(moving, moved, strict=True):
                 arguments[i] = value
-            with _Followed():
+            with _NoLostTangents():
                 return fn(*arguments)
 
         try:
-            with _alone(), sdpa_kernel(SDPBackend.MATH):
+            with _one_thread(), sdpa_kernel(SDPBackend.MATH):
                 directions = tuple(tangents[i] for i in moving)
-                found = torch.func.jvp(of_moving, inputs, directions)
+                value, derivative = torch.func.jvp(of_moving, inputs, directions)  # type: ignore[misc]
         except (RuntimeError, NotImplementedError, KeyError) as error:
+            if isinstance(error.__context__, KeyboardInterrupt):
+                # it came while torch opened a level, which torch then failed to close
+                raise error.__context__ from None
             if not any(mark in str(error) for mark in OF_TORCH):
                 raise
             raise DerivativeError(
@@ -85,26 +99,32 @@ class ForwardMode(SecondRun):
                 "derivative=SharedPrimal(), or FiniteDifference(), which needs no forward "
                 "derivatives"
             ) from error
-        return Second(derivative=found[1], value=found[0])
+        return Second(derivative, value)
 
 
-class _Followed(TorchFunctionMode):
-    """Raises DerivativeError where a tangent ends without a word: torch.func.jvp goes on with
-    zeros.
+class _NoLostTangents(TorchFunctionMode):
+    """Raises DerivativeError where a tangent ends, and torch.func.jvp would go on with zeros.
+
+    Attributes:
+        level: the transforms of torch.func that it was made within; inside further ones, which
+            are the model's own, nothing is checked.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.level = torch._C._functorch.maybe_current_level()  # pyright: ignore
+        self.level = transform_level()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run a function; raise if what it is given has a tangent and what it returns has none."""
         kwargs = kwargs or {}
-        inside = torch._C._functorch.maybe_current_level() != self.level  # pyright: ignore
+        inside = transform_level() != self.level
         if inside or not any(map(_moves, _tensors((*args, *kwargs.values())))):
             return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
         if name in LEAVES:
-            called = f"{name.strip('_')}()" if name.startswith("__") else f".{name}()"
+            called = f".{name}()"
+            if name.startswith("__"):
+                called = f"{name.strip('_')}()"
             raise DerivativeError(
                 f"got {called} of a tensor that moves with z_t or t: its value leaves torch, "
                 "where no tangent follows it; keep it a tensor, write .detach() first if it is a "
@@ -115,20 +135,21 @@ class _Followed(TorchFunctionMode):
         if parts and name not in STOPS and not any(map(_moves, parts)):
             raise DerivativeError(
                 f"got {_called(func)}, which has no forward derivative, of a tensor that moves "
-                "with z_t "
-                "or t; write derivative=FiniteDifference(), which needs none, or .detach() first "
-                "if it "
-                "is a constant"
+                "with z_t or t; write derivative=FiniteDifference(), which needs none, or "
+                ".detach() first if it is a constant"
             )
         return out
 
 
 def _called(func: Any) -> str:
     """Return a function's name for a message; what reads an attribute is called by it."""
+    if isinstance(func, OpOverload):
+        return func.name()
     name = getattr(func, "__name__", str(func))
-    if name == "__get__":
-        return f".{getattr(getattr(func, '__self__', None), '__name__', 'data')}"
-    return func.name() if isinstance(func, torch._ops.OpOverload) else name
+    if name != "__get__":
+        return name
+    attribute = getattr(func, "__self__", None)
+    return f".{getattr(attribute, '__name__', 'data')}"
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
@@ -146,10 +167,8 @@ def _moves(tensor: Tensor) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """Return the first line of what torch says; of operators that take functions it says a key
-    alone.
-    """
-    if isinstance(error, KeyError):
+    """Return the first line of what torch says, or something clearer."""
+    if isinstance(error, KeyError):  # the message is the operator's key
         return "it calls an operator that takes a function, such as flex_attention, scan or cond"
     if "captured Tensor" in str(error):
         return (
@@ -160,28 +179,16 @@ def _reason(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Keep other threads out, and leave no level of forward mode behind, come what may."""
+def _one_thread() -> Iterator[None]:
+    """Keep other threads out, and leave no level of forward mode behind, also after an interrupt.
+
+    torch counts its levels for the whole process.
+    """
     with forward_mode_lock:
-        outermost = forward_ad._current_level < 0
+        outermost = not forward_mode_is_open()
         try:
             yield
         except BaseException:
             if outermost:
-                _close_level()
+                close_forward_mode()
             raise
-
-
-def _close_level() -> None:
-    """Close the level of forward mode that an interrupt may have left open, in torch's own count
-    or in Python's.
-    """
-    while torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore
-        torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(0)  # pyright: ignore
-    try:
-        level = torch._C._enter_dual_level()
-    except RuntimeError:  # it is open
-        level = 0
-    torch._C._exit_dual_level(level=level)
-    forward_ad._current_level = -1
-    eager_transforms.JVP_NESTING = 0

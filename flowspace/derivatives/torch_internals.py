@@ -2,12 +2,16 @@
 
 import torch
 from torch import Tensor
+from torch._functorch import eager_transforms
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd import forward_ad
 
 __all__ = [
     "active_transform",
     "base_transform",
+    "close_forward_mode",
     "dispatch_modes",
+    "forward_mode_is_open",
     "memory_of",
     "not_intercepted",
     "operators_of_networks",
@@ -47,3 +51,24 @@ def memory_of(tensor: Tensor) -> int:
     A fake tensor, which has no memory, has such a number too.
     """
     return tensor.untyped_storage()._cdata
+
+
+def forward_mode_is_open() -> bool:
+    """Return whether a level of forward mode is open in this process."""
+    return forward_ad._current_level >= 0
+
+
+def close_forward_mode() -> None:
+    """Close the level of forward mode that an interrupt may have left open.
+
+    It may be open in torch's own count or in that of its Python code, so both are set back.
+    """
+    while active_transform() is not None:
+        torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(0)  # pyright: ignore
+    try:
+        level = torch._C._enter_dual_level()
+    except RuntimeError:  # it is open
+        level = 0
+    torch._C._exit_dual_level(level=level)
+    forward_ad._current_level = -1
+    eager_transforms.JVP_NESTING = 0
