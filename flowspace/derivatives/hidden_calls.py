@@ -1,9 +1,21 @@
-"""Calls that no function mode sees: autograd.Function, functions of torch.jit, what torch.compile
-compiled.
+"""Calls that no function mode sees, and how a carrier or a second run is told of them.
 
-This is the one place that changes torch for the whole process, and it does so only while a carrier
-is at work in some thread: other threads, and this one outside its carrier, pass through what
-stands there.
+A function mode sees the functions of torch that Python calls. Three kinds of call pass it by:
+
+    autograd.Function.apply      torch runs the forward pass itself    -> Carrier.through_function
+    functions of torch.jit       an interpreter in C++ runs them       -> Carrier.through_script
+    what torch.compile compiled  a kernel runs, no function at all     -> compiled.Backend
+
+So these three places of torch are replaced (`_patch`) by functions that ask for this thread's
+active carrier, or second run, and hand the call to it. Where there is none they do what the
+original does. This is the one place of the house that changes torch for the whole process. It
+does so only while a mode of ours is entered in some thread; the last one to leave puts the
+originals back.
+
+For torch.compile the replaced function is `_callback_from_stance`. Each call of something
+compiled asks it for the callback that captures frames, and keeps compiled code by that callback.
+We return another callback, with a backend round the user's one, so what was compiled for plain
+calls and what is compiled for tangents never mix.
 """
 
 import contextlib
@@ -16,45 +28,54 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _python_dispatch as python_dispatch
 
+from flowspace.derivatives.torch_internals import not_intercepted
+
 if TYPE_CHECKING:
     from flowspace.derivatives.replay import RestoringMode
     from flowspace.derivatives.shared_primal.carrier import Carrier
 
 __all__ = [
     "active_carrier",
-    "set_capture_callback",
+    "active_second_run",
     "call_captured",
     "capture_as_outside",
     "capture_callback",
-    "follows_compiled",
     "dispatched",
     "dynamo_loaded",
+    "following",
+    "follows_compiled",
+    "outside_modes",
     "patched",
     "paused",
-    "outside_modes",
-    "under_checkpoint",
-    "active_second_run",
-    "following",
     "protecting",
+    "set_capture_callback",
+    "under_checkpoint",
 ]
 
 STAYING = frozenset({"FakeTensorMode", "FlopCounterMode", "_FlopCounterMode"})
 """Dispatch modes of torch that tangents are computed in, by name: to import them takes long."""
 
 _active = threading.local()
+"""The carrier and the second run of each thread."""
+
 _lock = threading.Lock()
+"""Held while torch is changed or put back."""
+
 _users: list[type] = []
+"""The modes that are entered now, in all threads."""
+
 _originals: list[tuple[Any, str, Any]] = []
+"""What was replaced: its holder, its name there, and the original."""
 
 
 def active_carrier() -> "Carrier | None":
-    """Return the carrier that is at work in this thread, or None."""
+    """Return the carrier that is followed in this thread, or None."""
     return getattr(_active, "carrier", None)
 
 
 @contextlib.contextmanager
 def paused(carrier: "Carrier | None") -> Iterator[None]:
-    """Let a carrier see nothing of what is called."""
+    """Let a carrier pass over what is called; nothing happens for None."""
     if carrier is None:
         yield
         return
@@ -68,7 +89,7 @@ def paused(carrier: "Carrier | None") -> Iterator[None]:
 
 @contextlib.contextmanager
 def following(carrier: "Carrier") -> Iterator[None]:
-    """Show a carrier the calls that no function mode sees."""
+    """Hand a carrier the calls that no function mode sees."""
     before, _active.carrier = active_carrier(), carrier
     try:
         with patched(type(carrier)):
@@ -84,7 +105,7 @@ def active_second_run() -> "RestoringMode | None":
 
 @contextlib.contextmanager
 def protecting(run: "RestoringMode") -> Iterator[None]:
-    """Show a second run the calls that no function mode sees."""
+    """Tell a second run of the calls that no function mode sees."""
     before, _active.second_run = active_second_run(), run
     try:
         with patched(type(run)):
@@ -95,9 +116,7 @@ def protecting(run: "RestoringMode") -> Iterator[None]:
 
 @contextlib.contextmanager
 def patched(mode: type) -> Iterator[None]:
-    """Meet calls that no function mode sees, for as long as any mode of ours is at work in any
-    thread.
-    """
+    """Change torch for as long as any mode of ours is entered in any thread."""
     with _lock:
         if not _users:
             _patch()
@@ -114,6 +133,7 @@ def patched(mode: type) -> Iterator[None]:
 
 
 def _patch() -> None:
+    """Replace the functions of torch that run what no function mode sees."""
     places: list[tuple[Any, str, Callable[[Any], Any]]] = [
         (torch.autograd.Function, "apply", _apply),
         (torch._C.ScriptFunction, "__call__", _script),
@@ -128,24 +148,29 @@ def _patch() -> None:
 
 
 def _restore() -> None:
+    """Put the originals back."""
     for holder, name, original in _originals:
         setattr(holder, name, original)
     _originals.clear()
 
 
 def _apply(original: Any) -> Any:
+    """Return what stands for autograd.Function.apply."""
+
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
         outs = original.__get__(None, cls)(*args, **kwargs)
         carrier = active_carrier()
         if carrier is None:
             return outs
-        with torch._C.DisableTorchFunction():  # pyright: ignore
+        with not_intercepted():
             return carrier.through_function(cls, args, outs)
 
     return classmethod(apply)
 
 
 def _script(original: Any) -> Any:
+    """Return what stands for the call of a function or method of torch.jit."""
+
     def call(function: Any, *args: Any, **kwargs: Any) -> Any:
         carrier = active_carrier()
         if carrier is None:
@@ -159,32 +184,36 @@ def _script(original: Any) -> Any:
 
 
 def dynamo_loaded() -> bool:
-    """Return whether anything was compiled by torch.compile, as far as its being loaded tells."""
+    """Return whether torch.compile was loaded, without which nothing was compiled."""
     return "torch._dynamo" in sys.modules
 
 
 def follows_compiled() -> bool:
-    """Return whether this torch has what compiled parts need to be met: 2.11 does, and the newest
-    tried, 2.14.
+    """Return whether this torch lets tangents follow through what it compiled.
+
+    2.11 does, and the newest tried, 2.14.
     """
     frames = torch.__dict__.get("_dynamo")
-    return frames is not None and all(
-        hasattr(frames.eval_frame, name)
-        for name in ("_callback_from_stance", "_create_wrapped_callback", "innermost_backend")
-    )
+    if frames is None:
+        return False
+    names = ("_callback_from_stance", "_create_wrapped_callback", "innermost_backend")
+    return all(hasattr(frames.eval_frame, name) for name in names)
 
 
 _dual_callbacks: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+"""Ours for each callback of torch.compile: the same one each time, so that code is kept by it."""
 
 
 def _callback(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Have what torch.compile compiles be compiled with its tangents, or run without a trace in
-    its buffers.
+    """Return what stands for `_callback_from_stance`.
+
+    What is compiled while a carrier or a second run is active goes through `compiled.Backend`.
     """
 
     def callback_from_stance(callback: Any) -> Any:
         callback = original(callback)
-        if (active_carrier() is None and active_second_run() is None) or callback in (None, False):
+        active = active_carrier() is not None or active_second_run() is not None
+        if not active or callback in (None, False):
             return callback
         return _dual_callback(callback)
 
@@ -193,18 +222,22 @@ def _callback(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 def _dual_callback(callback: Any) -> Any:
     """Return what compiles with tangents as another callback compiles without."""
-    from flowspace.derivatives.shared_primal.compiled import Backend
+    from flowspace.derivatives.shared_primal.compiled import Backend  # loads torch.compile
 
-    if callback not in _dual_callbacks:
+    ours = _dual_callbacks.get(callback)
+    if ours is None:
+        ours = callback
         backend = torch._dynamo.eval_frame.innermost_backend(callback)
-        known = isinstance(backend, Backend)
-        _dual_callbacks[callback] = callback if known else _Callback(Backend(backend))
-    return _dual_callbacks[callback]
+        if not isinstance(backend, Backend):
+            ours = _Callback(Backend(backend))
+        _dual_callbacks[callback] = ours
+    return ours
 
 
 class _Callback:
-    """Compiles a frame, with guards on hooks of modules, which torch.compile leaves out by
-    default.
+    """Compiles a frame, with guards on hooks of modules.
+
+    torch.compile leaves these out by default; a model with other hooks would run old code.
     """
 
     def __init__(self, backend: Any) -> None:
@@ -216,8 +249,9 @@ class _Callback:
 
 
 capture_callback = torch._C._dynamo.eval_frame.get_eval_frame_callback  # pyright: ignore
-"""Returns what torch.compile captures frames with in this thread, or None; a builtin, so that it
-is none itself.
+"""Returns what torch.compile captures frames with in this thread, or None.
+
+It is a builtin: a function written in Python would be captured itself.
 """
 
 set_capture_callback = torch._C._dynamo.eval_frame.set_eval_frame  # pyright: ignore
@@ -230,41 +264,40 @@ def dispatched() -> bool:
 
 
 def outside_modes() -> contextlib.AbstractContextManager[Any]:
-    """Leave every dispatch mode: selective checkpointing caches what is called in its own, by the
-    order of calls.
+    """Leave every dispatch mode.
 
-    Modes that count operations count tangents too, and tensors without values need theirs: these
-    stay.
+    Selective checkpointing caches what is called in its own, by the order of calls, and tangents
+    are not among them. Modes that count operations count tangents too, and tensors without values
+    need theirs: these stay.
     """
-    modes = python_dispatch._get_current_dispatch_mode_stack()
-    if any(type(mode).__name__ in STAYING for mode in modes):
-        return contextlib.nullcontext()
+    for mode in python_dispatch._get_current_dispatch_mode_stack():
+        if type(mode).__name__ in STAYING:
+            return contextlib.nullcontext()
     return python_dispatch._disable_current_modes()
 
 
 def call_captured(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None
 ) -> Any:
-    """Call a function as torch.compile captures it from within a mode of ours: as if that were not
-    there.
-    """
-    if (
-        func is torch.Tensor.unflatten
-    ):  # written in Python, with super(), which torch 2.11 does not see through
+    """Call a function for torch.compile to capture, as if no mode of ours were there."""
+    # written in Python, with super(), which torch 2.11 does not see through
+    if func is torch.Tensor.unflatten:
         return torch.unflatten(*args, **(kwargs or {}))
     return func(*args, **(kwargs or {}))
 
 
 def under_checkpoint() -> bool:
-    """Return whether what autograd saves is packed by hooks: a checkpoint computes it again and
-    compares.
+    """Return whether hooks pack what autograd saves.
+
+    So do checkpoints, which compute it again in the backward pass and compare.
     """
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # pyright: ignore
 
 
 def capture_as_outside(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that torch.compile captures as it captures the step round it, from where
-    it was told not to.
+    """Return a function that torch.compile captures as it captures the step round it.
+
+    A route is told not to be captured, since it depends on values; the model in it should be.
     """
     callback = _callback_outside()
     if callback is None:
@@ -283,12 +316,12 @@ def capture_as_outside(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _callback_outside() -> Any:
-    """Return what captures frames in the nearest call of something compiled, among those that led
-    here.
-    """
+    """Return what captures frames in the innermost compiled call that led here, or None."""
+    if not follows_compiled():
+        return None
     frame = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == "compile_wrapper" and "callback" in frame.f_locals:
-            return frame.f_locals["callback"] if follows_compiled() else None
+            return frame.f_locals["callback"]
         frame = frame.f_back
     return None
