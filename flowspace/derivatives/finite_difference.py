@@ -1,5 +1,12 @@
-"""Finite differences: no forward-mode AD, so any kernel and any engine, at the price of a small
-error.
+"""Finite differences, which need no forward-mode AD: any kernel and any engine, and a small error.
+
+With offsets o_1, o_2 of the times and weights w, the derivative along the tangent is
+
+    D_t f = w_0 f(x) + w_1 f(x + o_1 v) + w_2 f(x + o_2 v)
+
+which for o = (h, 2h) has the weights (-3/2, 2, -1/2) / h: the derivative of the parabola through
+three points. That they lie near one line also tells, without another evaluation, that all three
+values are of one function: fresh draws, or rows that were dropped, would scatter them.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,18 +19,19 @@ from torch import Tensor
 from flowspace.arrays import over_rows
 from flowspace.backends import backend_of
 from flowspace.derivatives.replay import RestoringMode, agree, several_processes
-from flowspace.derivatives.second_run import First, Second, SecondRun
+from flowspace.derivatives.second_run import REFUSAL_SLACK, First, Second, SecondRun
 from flowspace.errors import DerivativeError, InputError
 
 __all__ = ["FiniteDifference"]
 
-BENT = 20.0
-"""How far three values of a smooth function may lie from one line, over their span and the step.
-"""
+CURVATURE = 20.0
+"""How far three values of a smooth function may lie from a line, over their span and the step."""
 
-ROUNDING = (1e-5, 1e-10)
-"""How far they may lie from it by rounding, over the largest: in single and in double precision.
-"""
+ROUNDING_FLOAT32 = 1e-5
+"""How far they may lie from it by rounding, over the largest value."""
+
+ROUNDING_FLOAT64 = 1e-10
+"""The same in double precision."""
 
 
 @dataclass(frozen=True)
@@ -52,35 +60,27 @@ class FiniteDifference(SecondRun):
     def __post_init__(self) -> None:
         if not 0 < self.step <= 0.25:
             raise InputError(
-                f"step = {self.step} came; it is a difference of times, so write 0 < step <= 0.25"
+                f"got step = {self.step}; it is a difference of times, so write 0 < step <= 0.25"
             )
         if self.order not in (1, 2):
-            raise InputError(f"order = {self.order} came; write 1 or 2")
+            raise InputError(f"got order = {self.order}; write 1 or 2")
 
     def evaluate_pure(
         self, fn: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any | None]
     ) -> tuple[Any, Any]:
         """Return value with gradient and difference quotient of a function on JAX arrays."""
         xp, value = backend_of(*primals), fn(*primals)
-        known = xp.detach(value)
+        here = xp.detach(value)
         offsets, weights = self._stencil(primals)
-        ahead = self._values(fn, primals, tangents, offsets)
-        if (
-            xp.has_values(known)
-            and not self._on_one_line(known, ahead, offsets)
-            and not agree(known, fn(*primals), 4, 10.0)
-        ):
+        shifted = self._values(fn, primals, tangents, offsets)
+        in_doubt = xp.has_values(here) and not self._on_one_line(here, shifted, offsets)
+        if in_doubt and not agree(here, fn(*primals), 4, REFUSAL_SLACK):
             raise DerivativeError(
                 "got another value from the model when it was evaluated again at the same point; "
-                "it draws "
-                "anew in each call, as flax.nnx's Dropout does: pass what it draws in cond, or "
-                "evaluate it "
-                "without"
+                "it draws anew in each call, as flax.nnx's Dropout does: pass what it draws in "
+                "cond, or evaluate it without"
             )
-        total = over_rows(weights[0], known) * known
-        for there, weight in zip(ahead, weights[1:], strict=True):
-            total = total + over_rows(weight, known) * there
-        return value, xp.detach(total)
+        return value, xp.detach(_weighted_sum([here, *shifted], weights))
 
     def derive(
         self,
@@ -90,53 +90,47 @@ class FiniteDifference(SecondRun):
         first: First,
         mixed: bool,
     ) -> Second:
-        """Return the difference quotient on the given rows, and the value if it was evaluated
-        again.
+        """Return the difference quotient on the given rows, and the value if it was evaluated.
 
-        It is where nothing else would tell that the second run is not the first one: of order 2,
-        the values lie near one line if it is.
+        It is evaluated again where nothing else would tell that the second run is not the first
+        one: of order 2, the values lie near one line if it is.
         """
-        if any(
-            v is not None and p.dtype.itemsize < 4 for p, v in zip(primals, tangents, strict=True)
-        ):
-            raise InputError(
-                f"a state of dtype {primals[0].dtype} came, whose rounding drowns a step of "
-                f"{self.step}; keep latents in "
-                "float32 (with autocast for speed), or use ForwardMode()"
-            )
-        offsets, weights = self._backward(primals) if mixed else self._stencil(primals)
-        ahead = self._values(fn, primals, tangents, offsets)
-        known = None
-        if (
-            not first.exact
-            or several_processes()
-            or not self._on_one_line(first.value, ahead, offsets)
-        ):
-            known = fn(*primals)
-        value = first.value if known is None else known
-        total = over_rows(weights[0], value) * value
-        for there, weight in zip(ahead, weights[1:], strict=True):
-            total = total + over_rows(weight, value) * there
-        return Second(total, known)
+        self._check_precision(primals, tangents)
+        stencil = self._stencil
+        if mixed:
+            stencil = self._common_stencil
+        offsets, weights = stencil(primals)
+        shifted = self._values(fn, primals, tangents, offsets)
+        in_doubt = not first.exact or several_processes()
+        if not in_doubt and self._on_one_line(first.value, shifted, offsets):
+            return Second(_weighted_sum([first.value, *shifted], weights), None)
+        value = fn(*primals)
+        return Second(_weighted_sum([value, *shifted], weights), value)
+
+    def _check_precision(self, primals: Sequence[Any], tangents: Sequence[Tensor | None]) -> None:
+        """Raise InputError for a state whose numbers are too coarse for the step."""
+        for primal, tangent in zip(primals, tangents, strict=True):
+            if tangent is not None and primal.dtype.itemsize < 4:
+                raise InputError(
+                    f"got a state of dtype {primals[0].dtype}, whose rounding drowns a step of "
+                    f"{self.step}; keep latents in float32 (with autocast for speed), or use "
+                    "ForwardMode()"
+                )
 
     def check_run(self, run: RestoringMode) -> None:
-        """Refuse a model that computes in half precision by itself, or draws what cannot be drawn
-        again.
-        """
+        """Refuse a model that computes in half precision by itself, or has its own generator."""
         if run.halved is not None:
             raise DerivativeError(
                 f"got a model that computes in half precision by itself ({run.halved}), whose "
-                "rounding "
-                f"drowns a step of {self.step}; write derivative=SharedPrimal(), or switch "
-                "autocast on "
-                "round the loss instead of inside the model: there this route leaves it"
+                f"rounding drowns a step of {self.step}; write derivative=SharedPrimal(), or "
+                "switch autocast on round the loss instead of inside the model: there this route "
+                "leaves it"
             )
         if run.own_generator is not None:
             raise DerivativeError(
                 "got a model that draws from a torch.Generator of its own, which draws anew each "
-                "time the "
-                "model is evaluated; draw from torch's own generator, which is replayed, or write "
-                "derivative=SharedPrimal(), which evaluates the model once"
+                "time the model is evaluated; draw from torch's own generator, which is replayed, "
+                "or write derivative=SharedPrimal(), which evaluates the model once"
             )
 
     def _values(
@@ -147,44 +141,47 @@ class FiniteDifference(SecondRun):
         offsets: list[Any],
     ) -> list[Any]:
         """Return the function's value at each offset."""
+        values = []
+        for offset in offsets:
+            moved = list(primals)
+            for i, (primal, tangent) in enumerate(zip(primals, tangents, strict=True)):
+                if tangent is not None:
+                    cast = backend_of(primal).cast(offset, primal.dtype)
+                    moved[i] = primal + over_rows(cast, primal) * tangent
+            values.append(fn(*moved))
+        return values
 
-        def at(offset: Any) -> Any:
-            moved = (
-                p if v is None else p + over_rows(backend_of(p).cast(offset, p.dtype), p) * v
-                for p, v in zip(primals, tangents, strict=True)
-            )
-            return fn(*moved)
-
-        return [at(offset) for offset in offsets]
-
-    def _on_one_line(self, value: Any, ahead: list[Any], offsets: list[Any]) -> bool:
+    def _on_one_line(self, value: Any, shifted: list[Any], offsets: list[Any]) -> bool:
         """Return whether three values lie so near one line that all are of one smooth function.
 
         Where dropping rows or drawing anew changed a value, the distance is that change; else it
         is smaller than the difference of two values by the step. A False costs one evaluation.
         """
-        if self.order == 1 or any(values.shape != value.shape for values in ahead):
+        if self.order == 1 or any(other.shape != value.shape for other in shifted):
             return False
-        if not all(map(backend_of(value).has_values, (value, *ahead))):
+        if not all(map(backend_of(value).has_values, (value, *shifted))):
             return True
+        near, far = shifted
         ratio = over_rows(offsets[1] / offsets[0], value)
-        off = abs(ahead[1] - value - ratio * (ahead[0] - value)).max()
-        span, rounding = abs(ahead[1] - ahead[0]).max(), ROUNDING[value.dtype.itemsize >= 8]
-        return bool(off <= min(0.5, BENT * self.step) * span + rounding * abs(value).max())
+        distance = abs(far - value - ratio * (near - value)).max()
+        span = abs(far - near).max()
+        rounding = ROUNDING_FLOAT32
+        if value.dtype.itemsize >= 8:
+            rounding = ROUNDING_FLOAT64
+        curvature = min(0.5, CURVATURE * self.step)
+        return bool(distance <= curvature * span + rounding * abs(value).max())
 
-    def _backward(self, primals: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the same offsets for every row, for a function that mixes them: where t has more
-        room.
+    def _common_stencil(self, primals: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the same offsets for every row, for a function that mixes them.
+
+        They go where t has room: towards the data if it has enough there, or more than ahead.
         """
         t = self._times(primals)
         below, above = t.min(), 1 - t.max()
         back = (below >= self.order * self.step) | (below >= above)
         room = torch.where(back, below, above) / self.order
         h = torch.minimum(t.new_tensor(self.step), room).expand(t.shape)
-        h = torch.where(back, -h, h)
-        if self.order == 1:
-            return [h], [-1 / h, 1 / h]
-        return [h, 2 * h], [-1.5 / h, 2 / h, -0.5 / h]
+        return self._offsets_and_weights(torch.where(back, -h, h))
 
     def _times(self, primals: Sequence[Any]) -> Tensor:
         """Return the times, which by convention are the second primal."""
@@ -196,12 +193,24 @@ class FiniteDifference(SecondRun):
     def _stencil(self, primals: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
         """Return offsets, and the weights of f itself and of f at each offset.
 
-        Each row steps towards the data, where t has room for it: rows may mix unseen, so they step
-        alike, and a row's difference does not depend on its batch.
+        Each row steps towards the data, where t has room for it. Rows may mix without a sign of
+        it, so they step alike, and a row's difference does not depend on its batch.
         """
         t, xp = self._times(primals), backend_of(*primals)
         back = t - self.order * self.step >= 0
-        near = xp.cast(xp.where(back, -1.0, 1.0), t.dtype) * self.step
+        sign = xp.cast(xp.where(back, -1.0, 1.0), t.dtype)
+        return self._offsets_and_weights(sign * self.step)
+
+    def _offsets_and_weights(self, h: Any) -> tuple[list[Any], list[Any]]:
+        """Return the offsets of a difference with this first offset, and the weights of f."""
         if self.order == 1:
-            return [near], [-1 / near, 1 / near]
-        return [near, 2 * near], [-1.5 / near, 2 / near, -0.5 / near]
+            return [h], [-1 / h, 1 / h]
+        return [h, 2 * h], [-1.5 / h, 2 / h, -0.5 / h]
+
+
+def _weighted_sum(values: Sequence[Any], weights: Sequence[Any]) -> Any:
+    """Return the sum of values, each times a weight for each row."""
+    total = over_rows(weights[0], values[0]) * values[0]
+    for value, weight in zip(values[1:], weights[1:], strict=True):
+        total = total + over_rows(weight, values[0]) * value
+    return total

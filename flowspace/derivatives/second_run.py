@@ -1,18 +1,25 @@
-"""Routes that evaluate the model again: what that second run needs to be the first one.
+"""Routes that evaluate the model again, and what makes that second run the same as the first.
 
 Both runs are given copies of the primals, since a model may write into them. The second is made
 without gradient and outside autocast, with the same draws, so that dropout masks agree, and leaves
-the model's buffers as the first run left them. It is made on the rows alone that need a derivative
-where that changes nothing. If fn drew random numbers, these belong to the whole batch; if it mixes
-rows, or is given a tensor that all rows share and whose first axis is B, its value on some rows is
-another one, which the route finds by comparing it with the first run's. Then all rows are
-evaluated, as they are where other processes wait for this one. If the second run on all rows
-differs too, it is not the first one, and the route refuses.
+the model's buffers as the first run left them.
+
+It is made on the rows alone that need a derivative, where that changes nothing. It changes
+something
+
+* if fn drew random numbers, which belong to the whole batch, or if other processes wait for this
+  one: then all rows are evaluated at once;
+* if fn mixes rows, or is given a tensor that all rows share and whose first axis is B: its value
+  on some rows is then another one than the first run's, or it raises, and all rows are evaluated.
+
+If the second run on all rows gives another value too, the model does not repeat itself, and the
+route refuses.
 """
 
 import abc
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -36,9 +43,7 @@ from flowspace.errors import DerivativeError, FlowspaceError
 __all__ = ["First", "Second", "SecondRun"]
 
 REFUSAL_SLACK = 10.0
-"""A second run on all rows is refused where it differs by more than this times what sends one on
-some rows to all rows.
-"""
+"""A second run on all rows may differ by so many times the tolerance of one on some rows."""
 
 
 class First(NamedTuple):
@@ -54,8 +59,11 @@ class First(NamedTuple):
 
 
 class Second(NamedTuple):
-    """What the second run gave: the derivative, and the value at the same point, or None where it
-    was not evaluated there.
+    """What the second run gave.
+
+    Attributes:
+        derivative: along the tangents.
+        value: fn at the same point, or None where it was not evaluated there.
     """
 
     derivative: Tensor
@@ -72,25 +80,32 @@ class SecondRun(Derivative):
         tangents: Sequence[Tensor | None],
         rows: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the value with gradient and the derivative; ``rows`` are the indices where it is
-        wanted, None all.
+        """Return the value with gradient and the derivative.
+
+        Args:
+            fn: a function of the primals.
+            primals: its arguments.
+            tangents: one for each primal, or None where it is constant.
+            rows: the indices of the rows where the derivative is wanted; None: of all.
 
         Raises:
             DerivativeError: if the second run is not the first one, or the route cannot
                 differentiate fn.
         """
         fn, device = on_copies(fn), primals[0].device
-        draws = RandomState(device, of_python=True)
+        state = RandomState(device, of_python=True)
         value = checked(fn(*primals), primals)
-        if rows is not None and (draws.changed() or several_processes() or in_transform(value)):
+        if rows is not None and (state.changed() or several_processes() or in_transform(value)):
             rows = None
-        with torch.no_grad(), _full_precision(device) as widened, uncompiled():
-            first = First(value.detach(), not widened and value.dtype.itemsize >= 4)
-            attempt = _Attempt(self, draws.replay(fn), primals, tangents, first, widened)
-            found = None if rows is None else attempt.on_rows(rows)
-            if found is not None:
-                return value, scatter(found, rows, value)  # type: ignore[arg-type]
-            return value, attempt.on_all(mixed=rows is not None)
+        with torch.no_grad(), _outside_autocast(device) as autocast, uncompiled():
+            first = First(value.detach(), not autocast and value.dtype.itemsize >= 4)
+            attempt = _Attempt(self, state.replay(fn), primals, tangents, first, autocast)
+            if rows is None:
+                return value, attempt.on_all(mixed=False)
+            derivative = attempt.on_rows(rows)
+            if derivative is not None:
+                return value, scatter(derivative, rows, value)
+            return value, attempt.on_all(mixed=True)
 
     @abc.abstractmethod
     def derive(
@@ -101,30 +116,39 @@ class SecondRun(Derivative):
         first: First,
         mixed: bool,
     ) -> Second:
-        """Return the derivative on the given rows, and the value there where it was evaluated
-        again.
+        """Return the derivative on the given rows, and the value there if it was evaluated.
 
-        ``first`` is what the first run gave there; ``mixed`` says that fn may mix the rows.
+        Args:
+            fn: a function of the primals, with the draws of the first run.
+            primals: its arguments, on the given rows.
+            tangents: one for each primal, or None where it is constant.
+            first: what the first run gave on these rows.
+            mixed: fn may mix the rows.
         """
 
     def check_run(self, run: RestoringMode) -> None:
-        """Raise DerivativeError for a run in which the model did what the route cannot bear."""
+        """Raise DerivativeError for a run in which the model did what the route cannot follow."""
 
 
+@dataclass(frozen=True)
 class _Attempt:
-    """The second run of one function at one point."""
+    """The second run of one function at one point.
 
-    def __init__(
-        self,
-        route: SecondRun,
-        fn: Callable[..., Tensor],
-        primals: Sequence[Any],
-        tangents: Sequence[Any],
-        first: First,
-        widened: bool,
-    ) -> None:
-        self.route, self.fn, self.first, self.widened = route, fn, first, widened
-        self.primals, self.tangents = primals, tangents
+    Attributes:
+        route: what differentiates.
+        fn: the function, with the draws of the first run.
+        primals: its arguments, on all rows.
+        tangents: one for each primal, or None.
+        first: what the first run gave on all rows.
+        autocast: it was on in the first run.
+    """
+
+    route: SecondRun
+    fn: Callable[..., Tensor]
+    primals: Sequence[Any]
+    tangents: Sequence[Any]
+    first: First
+    autocast: bool
 
     def on_rows(self, rows: Tensor) -> Tensor | None:
         """Return the derivative on these rows, or None if the model needs all of them."""
@@ -138,8 +162,9 @@ class _Attempt:
             return None
         if second.derivative.shape != first.value.shape:
             return None
-        same = second.value is None or agree(first.value, second.value, itemsize)
-        return second.derivative if same else None
+        if second.value is None or agree(first.value, second.value, itemsize):
+            return second.derivative
+        return None
 
     def on_all(self, mixed: bool) -> Tensor:
         """Return the derivative on every row."""
@@ -153,45 +178,42 @@ class _Attempt:
             return second.derivative
         raise DerivativeError(
             "got another value from the model when it was evaluated again at the same point, "
-            f"which {self.route!r} needs to do; "
-            "it draws from a generator of its own, or remembers its calls: draw from torch's "
-            "generator, or write "
+            f"which {self.route!r} needs to do; it draws from a generator of its own, or "
+            "remembers its calls: draw from torch's generator, or write "
             "derivative=SharedPrimal(), which evaluates the model once"
         )
 
     def _run(self, first: First, rows: Tensor | None, mixed: bool) -> tuple[Second, int]:
-        """Return what a second run gives, and the bytes of the least precise numbers in either
-        run.
-        """
-        inputs, directions = take(
-            (self.primals, self.tangents), rows, len(self.first.value), self.widened
-        )
+        """Return what a second run gives, and the bytes of the coarsest numbers in either run."""
+        both = self.primals, self.tangents
+        primals, tangents = pytree.tree_map(lambda leaf: self._input(leaf, rows), both)
         with restoring_buffers(mixed) as run:
-            second = self.route.derive(self.fn, inputs, directions, first, mixed)
+            second = self.route.derive(self.fn, primals, tangents, first, mixed)
         self.route.check_run(run)
-        halved = run.halved is not None or not first.exact
-        return second, 2 if halved else first.value.dtype.itemsize
+        if run.halved is not None or not first.exact:
+            return second, 2
+        return second, first.value.dtype.itemsize
 
+    def _input(self, leaf: Any, rows: Tensor | None) -> Any:
+        """Return a tensor as the second run gets it, and anything else as it is.
 
-@contextlib.contextmanager
-def _full_precision(device: torch.device) -> Iterator[bool]:
-    """Leave autocast, where a derivative would lose its digits; yields whether it was on."""
-    on = torch.is_autocast_enabled(device.type)
-    with torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext():
-        yield on
-
-
-def take(tree: Any, chosen: Tensor | None, batch: int, widen: bool) -> Any:
-    """Select rows of every tensor that has them, detached, in float32 where autocast was on."""
-
-    def one(leaf: Any) -> Any:
+        It is detached, in float32 where autocast was on, and on these rows if it has rows.
+        """
         if not isinstance(leaf, Tensor):
             return leaf
         leaf = leaf.detach()
-        if widen and leaf.is_floating_point() and leaf.dtype.itemsize < 4:
+        if self.autocast and leaf.is_floating_point() and leaf.dtype.itemsize < 4:
             leaf = leaf.float()
-        return (
-            leaf[chosen] if chosen is not None and leaf.ndim and leaf.shape[0] == batch else leaf
-        )
+        if rows is None or not leaf.ndim or len(leaf) != len(self.first.value):
+            return leaf
+        return leaf[rows]
 
-    return pytree.tree_map(one, tree)
+
+@contextlib.contextmanager
+def _outside_autocast(device: torch.device) -> Iterator[bool]:
+    """Leave autocast, where a derivative would lose its digits; yields whether it was on."""
+    if not torch.is_autocast_enabled(device.type):
+        yield False
+        return
+    with torch.autocast(device.type, enabled=False):
+        yield True
