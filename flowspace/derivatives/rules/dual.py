@@ -56,11 +56,37 @@ class Layout(NamedTuple):
 
     def on(self, axis: int) -> "Layout":
         """Return the layout of a batch that moved to another axis."""
-        return self._replace(axis=axis)
+        if axis == self.axis:
+            return self
+        return Layout(axis, self.outer, self.inner, self.rows)
 
     def shape(self, shape: Sequence[int]) -> list[int]:
         """Return the shape of the tangent of a primal of this shape."""
-        return [*shape[: self.axis], self.chosen, *shape[self.axis + 1 :]]
+        sizes = list(shape)
+        sizes[self.axis] = self.chosen
+        return sizes
+
+    def fits(self, tangent: Sequence[int], primal: Sequence[int]) -> bool:
+        """Return whether a tangent of a primal, by their shapes, has its rows here."""
+        same_axes = len(tangent) == len(primal) > self.axis
+        return same_axes and list(tangent) == self.shape(primal)
+
+    def found(self, tangent: Sequence[int], primal: Sequence[int]) -> "Layout":
+        """Return the layout of a batch that a function moved to the axis where a tangent and its
+        primal, by their shapes, differ.
+
+        Raises:
+            LostRowsError: if there is no such axis, or more than one.
+        """
+        if len(tangent) != len(primal):
+            raise LostRowsError
+        moved = [axis for axis, size in enumerate(primal) if size != tangent[axis]]
+        if len(moved) != 1:
+            raise LostRowsError
+        layout = self.on(moved[0])
+        if primal[layout.axis] != self.size or tangent[layout.axis] != self.chosen:
+            raise LostRowsError
+        return layout
 
 
 def restrict(tensor: Tensor, layout: Layout | None) -> Tensor:
@@ -155,8 +181,12 @@ def shared_rows(duals: Sequence[Dual]) -> Callable[[Any], Any]:
     if layout is None:
         return lambda value: value.primal.detach() if isinstance(value, Dual) else value
     right = first.ndim - layout.axis
-    if not same([(d.ndim - d.layout.axis, *d.layout[1:3]) for d in duals if d.layout]):
-        raise LostRowsError
+    for dual in duals[1:]:
+        other = dual.layout
+        if other is None or (other is layout and dual.ndim == first.ndim):
+            continue
+        if dual.ndim - other.axis != right or other[1:3] != layout[1:3]:
+            raise LostRowsError
 
     def rows(value: Any) -> Any:
         if isinstance(value, Dual):

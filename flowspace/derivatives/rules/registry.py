@@ -5,6 +5,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -66,26 +67,31 @@ class At(NamedTuple):
     layout: Layout | None
 
 
+@dataclass(slots=True)
 class Call:
     """One call of a torch function with duals among its arguments.
 
-    ``args`` and ``kwargs`` hold duals, ``primals`` and ``options`` what these stand for.
+    Attributes:
+        func: the function.
+        args: its arguments, with duals for the tensors that carry a tangent.
+        kwargs: those by name, likewise.
+        primals: the arguments that the plain program has.
+        options: those by name, likewise.
+        duals: the duals among the arguments, one at least, in order.
+        traced: the call is being traced, on tensors without values.
+        out: what the function returned; see `evaluate`.
+        grad: whether the plain program records gradients here.
     """
 
-    def __init__(
-        self,
-        func: Callable[..., Any],
-        args: Sequence[Any],
-        kwargs: dict[str, Any],
-        primals: Sequence[Any],
-        options: dict[str, Any],
-        duals: list[Dual],
-    ) -> None:
-        self.func, self.args, self.kwargs, self.duals = func, args, kwargs, duals
-        self.primals, self.options = primals, options
-        self.grad = torch.is_grad_enabled()
-        self.out: Any = _UNKNOWN
-        self.traced = False
+    func: Callable[..., Any]
+    args: Sequence[Any]
+    kwargs: dict[str, Any]
+    primals: Sequence[Any]
+    options: dict[str, Any]
+    duals: list[Dual]
+    traced: bool = False
+    out: Any = _UNKNOWN
+    grad: bool = field(default_factory=torch.is_grad_enabled)
 
     def run(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call a function of primals, with gradient where the program has it."""
@@ -107,10 +113,14 @@ class Call:
         """Return the tangent of a broadcasting function, expanded to the output's shape."""
         dual, shape = self.duals[0], self.out.shape
         layout = dual.layout
-        if layout:
-            layout = layout.on(len(shape) - dual.ndim + layout.axis)
-            shape = layout.shape(shape)
-        return At(tangent if tangent.shape == shape else tangent.expand(shape), layout)
+        if layout is None:
+            if tangent.shape != shape:
+                tangent = tangent.expand(shape)
+            return At(tangent, None)
+        layout = layout.on(len(shape) - dual.ndim + layout.axis)
+        if not layout.fits(tangent.shape, shape):
+            tangent = tangent.expand(layout.shape(shape))
+        return At(tangent, layout)
 
 
 def rule(names: str) -> Callable[[Rule], Rule]:

@@ -3,17 +3,22 @@
 A tensor that carries a tangent is an alias of its primal with one attribute more, a `Dual`. For a
 function that is called with such aliases the carrier
 
-1. unpacks the arguments, into duals for the rule and primals for the function (`Carrier.unpack`),
-2. decides by the function's kind (`kinds.plan_of`): enter it, run it with its rule, write in
-place, refuse it, 3. runs the function on the primals, with gradient, and the rule on the duals,
-without (`Carrier.ruled`), 4. wraps the outputs in aliases again, each with its tangent and where
-its rows lie (`Carrier.wrap_output`).
+1. unpacks the arguments, into duals for the rule and primals for the function (`unpack`),
+2. decides by the function's kind (`kinds.treatment_of`): enter it, run it with its rule, write in
+   place, refuse it,
+3. runs the function on the primals, with gradient, and the rule on the duals, without (`ruled`),
+4. wraps the outputs in aliases again, each with its tangent and where its rows lie
+   (`wrap_output`).
 
 Autograd saves primals and never aliases, so a tangent is freed when the model lets go of it.
+
+A model calls some hundred functions in a step, and with small layers the steps above cost more
+than the arithmetic. So the common case, a builtin with a rule and one output, takes few calls of
+Python; what is rare is asked for last.
 """
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,12 +34,19 @@ from flowspace.derivatives.shared_primal import higher_order
 from flowspace.derivatives.shared_primal.kinds import (
     TRANSFORMED,
     WHOLE,
-    Plan,
-    plan_of,
+    Treatment,
     refusal,
+    treatment_of,
     warn_of_whole_numbers,
 )
 from flowspace.derivatives.shared_primal.writes import Writes
+from flowspace.derivatives.torch_internals import (
+    base_transform,
+    dispatch_modes,
+    not_intercepted,
+    set_gradients,
+    transform_level,
+)
 from flowspace.errors import DerivativeError
 
 __all__ = ["FIELD", "Carrier"]
@@ -53,6 +65,7 @@ class Carrier(TorchFunctionMode):
         live: the aliases that carry a tangent, by id, as long as they live.
         writes: what became of tensors that the model wrote into.
         inside: the functions written in others that it has entered.
+        level: the transforms of torch.func that it was made within.
     """
 
     def __init__(self, traced: bool = False) -> None:
@@ -63,7 +76,7 @@ class Carrier(TorchFunctionMode):
         self.live: dict[int, weakref.ref[Tensor]] = {}
         self.writes = Writes(self)
         self.inside: list[Any] = []
-        self.level = torch._C._functorch.maybe_current_level()  # pyright: ignore
+        self.level = transform_level()
 
     # --- tensors and their tangents
 
@@ -85,24 +98,31 @@ class Carrier(TorchFunctionMode):
     def dual(self, tensor: Tensor) -> Dual | None:
         """Return what a tensor carries now, or None."""
         held = getattr(tensor, FIELD, None)
-        held = held if held is not None and held.owner is self else None
-        if held is None and self.live and in_transform(tensor):
-            self._refuse_transforms(tensor)
-        if held is not None and held.tangent is None:
+        if held is None or held.owner is not self:
+            held = None
+            if self.live and transform_level() != self.level:
+                self._refuse_transforms(tensor)
+        elif held.tangent is None:
             return None
-        if self.writes.mirrors:
-            tangent = self.writes.mirrored(tensor if held is None else held.primal)
-            if tangent is not None:
-                return Dual(tensor if held is None else held.primal, tangent, None, self)
-        return held
+        if not self.writes.mirrors:
+            return held
+        # Some memory was written to in part: what lies there now is told by its mirror alone.
+        primal = tensor
+        if held is not None:
+            primal = held.primal
+        tangent = self.writes.mirrored(primal)
+        if tangent is None:
+            return held
+        return Dual(primal, tangent, None, self)
 
     def _refuse_transforms(self, tensor: Tensor) -> None:
         """Raise DerivativeError for a tensor that carries a tangent inside torch.func.vmap, grad
         or jvp.
         """
         while in_transform(tensor):
-            tensor = torch._C._functorch.get_unwrapped(tensor)  # pyright: ignore
-            if getattr(tensor, FIELD, None) is not None and getattr(tensor, FIELD).owner is self:
+            tensor = base_transform(tensor)
+            held = getattr(tensor, FIELD, None)
+            if held is not None and held.owner is self:
                 raise DerivativeError(TRANSFORMED)
 
     def _detached(self, tensor: Tensor) -> Tensor:
@@ -116,7 +136,8 @@ class Carrier(TorchFunctionMode):
     def release(self) -> None:
         """Let go of every tangent that the model still holds."""
         for reference in self.live.values():
-            if (alias := reference()) is not None and hasattr(alias, FIELD):
+            alias = reference()
+            if alias is not None and hasattr(alias, FIELD):
                 delattr(alias, FIELD)
         self.live, self.writes.mirrors = {}, {}
 
@@ -124,30 +145,39 @@ class Carrier(TorchFunctionMode):
         """Iterate over the tensors that carry a tangent."""
         for reference in list(self.live.values()):
             alias = reference()
-            if (
-                alias is not None
-                and getattr(getattr(alias, FIELD, None), "tangent", None) is not None
-            ):
+            held = getattr(alias, FIELD, None)
+            if alias is not None and held is not None and held.tangent is not None:
                 yield alias
 
-    def unpack(self, value: Any, duals: list[Dual]) -> tuple[Any, Any]:
-        """Return an argument with duals in place of the tensors that carry a tangent, and with
-        their primals.
+    def unpack(self, values: Sequence[Any], duals: list[Dual]) -> tuple[list[Any], list[Any]]:
+        """Return arguments with duals in place of the tensors that carry a tangent, and with their
+        primals; the duals are added to those that were found before.
         """
-        if isinstance(value, Tensor):
-            dual = self.dual(value)
-            if dual is None:
-                return value, value
-            duals.append(dual)
-            return dual, dual.primal
-        if not isinstance(value, (tuple, list)):
-            return value, value
-        pairs = [self.unpack(x, duals) for x in value]
-        given, primals = [x for x, _ in pairs], [x for _, x in pairs]
-        if isinstance(value, list):
+        given, primals = list(values), list(values)
+        for i, value in enumerate(values):
+            if isinstance(value, Tensor):
+                dual = self.dual(value)
+                if dual is not None:
+                    duals.append(dual)
+                    given[i], primals[i] = dual, dual.primal
+            elif isinstance(value, (tuple, list)):
+                given[i], primals[i] = self._unpack_nested(value, duals)
+        return given, primals
+
+    def _unpack_nested(self, values: Sequence[Any], duals: list[Dual]) -> tuple[Any, Any]:
+        """Return a list or tuple of arguments, unpacked, as one of its kind."""
+        given, primals = self.unpack(values, duals)
+        if isinstance(values, list):
             return given, primals
-        make = getattr(type(value), "_make", tuple)  # torch.Size holds numbers only
+        make = getattr(type(values), "_make", tuple)  # torch.Size holds numbers only
         return make(given), make(primals)
+
+    def _unpack_named(
+        self, values: Mapping[str, Any], duals: list[Dual]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return arguments by name, unpacked."""
+        given, primals = self.unpack(list(values.values()), duals)
+        return dict(zip(values, given, strict=True)), dict(zip(values, primals, strict=True))
 
     # --- one function
 
@@ -158,8 +188,9 @@ class Carrier(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run a torch function, and its rule beside it; what torch.compile captures, it captures
-        without tangents.
+        """Run a torch function, and its rule beside it.
+
+        What torch.compile captures, it captures without tangents.
         """
         if torch.compiler.is_dynamo_compiling():
             return hidden_calls.call_captured(func, args, kwargs)
@@ -178,72 +209,96 @@ class Carrier(TorchFunctionMode):
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run a torch function, and its rule beside it."""
-        plan = plan_of(func)
-        if plan.kind == "metadata":
+        treatment = treatment_of(func)
+        if treatment.kind == "metadata":
             return func(*args, **kwargs)
         duals: list[Dual] = []
-        given, primals, named, options = [], [], {}, {}
-        for value in args:
-            dual, primal = self.unpack(value, duals)
-            given.append(dual)
-            primals.append(primal)
-        for key, value in kwargs.items():
-            named[key], options[key] = self.unpack(value, duals)
-        if plan.kind == "higher order" and self.traced and not self.lost:
-            return higher_order.run(
-                self, rules.Call(func, given, named, primals, options, duals), plan.name, args
-            )
+        given, primals = self.unpack(args, duals)
+        named, options = kwargs, kwargs
+        if kwargs:
+            named, options = self._unpack_named(kwargs, duals)
         if not duals:
-            if plan.kind == "in place" or isinstance(kwargs.get("out"), Tensor):
-                self.writes.remember(kwargs.get("out", args[0] if args else None))
-            return func(*args, **kwargs)
-        if torch._C._functorch.maybe_current_level() != self.level:  # pyright: ignore
+            return self._at_rest(func, treatment, args, kwargs)
+        call = rules.Call(func, given, named, primals, options, duals, self.traced)
+        if treatment.kind == "higher order" and self.traced and not self.lost:
+            return higher_order.run(self, call, treatment.name, args)
+        if transform_level() != self.level:
             raise DerivativeError(TRANSFORMED)
-        call = rules.Call(func, given, named, primals, options, duals)
-        call.traced = self.traced
         if self.lost:
             return call.evaluate()
         try:
-            return self._planned(call, plan, args, kwargs)
+            if treatment.kind == "rule":
+                return self.ruled(call, treatment.name)
+            return self._treated(call, treatment, args, kwargs)
         except LostRowsError:
             self.lost = True
             return call.evaluate()
 
-    def _planned(
-        self, call: rules.Call, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]
+    def _at_rest(
+        self,
+        func: Callable[..., Any],
+        treatment: Treatment,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
-        """Do what the function's kind asks for."""
-        func, (kind, name) = call.func, plan
-        if kind == "rule" or (kind == "python" and func in self.inside):
-            return self.ruled(call, name)
+        """Run a function none of whose arguments carries a tangent."""
+        if treatment.kind == "higher order" and self.traced and not self.lost:
+            call = rules.Call(func, args, kwargs, args, kwargs, [], self.traced)
+            return higher_order.run(self, call, treatment.name, args)
+        if "out" in kwargs and isinstance(kwargs["out"], Tensor):
+            self.writes.remember(kwargs["out"])
+        elif treatment.kind == "in place" and args:
+            self.writes.remember(args[0])
+        return func(*args, **kwargs)
+
+    def _treated(
+        self,
+        call: rules.Call,
+        treatment: Treatment,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Do what the kind of a function asks for that is not just called with its rule."""
+        func, (kind, name) = call.func, treatment
         if kind == "python":
-            if (
-                func is F.dropout
-                and not (kwargs["training"] and kwargs["p"])
-                and not kwargs["inplace"]
-            ):
-                return args[0]
-            return self._enter(func, _unchecked(func), args, kwargs)
-        if kind == "random" and (parts := rules.decompositions(name, args, kwargs)):
-            return self._enter(func, parts, args, kwargs)
+            return self._python(call, name, args, kwargs)
+        if kind == "random":
+            parts = rules.decompositions(name, args, kwargs)
+            if parts:
+                return self._enter(func, parts, args, kwargs)
         if kind in ("refused", "leaves"):
             raise DerivativeError(refusal(name or func.__name__))
         if kind == "in place":
             return self.writes.write(call, name, args[0])
         if kind == "constant":
-            return args[0] if call.evaluate() is call.primals[0] else call.out
+            if call.evaluate() is call.primals[0]:
+                return args[0]
+            return call.out
         if kind == "detached":
             return self._detached(call.evaluate())
         if kind == "higher order":
             return higher_order.run(self, call, name, args)
         return self.ruled(call, name)
 
+    def _python(
+        self, call: rules.Call, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Enter a function that is written in others, or stand for it if it was entered before."""
+        func = call.func
+        if func in self.inside:
+            return self.ruled(call, name)
+        off = func is F.dropout and not (kwargs["training"] and kwargs["p"])
+        if off and not kwargs["inplace"]:
+            return args[0]
+        return self._enter(func, _unchecked(func), args, kwargs)
+
     def ruled(self, call: rules.Call, name: str) -> Any:
         """Run a function as it is, and its rule, or torch.func.jvp of it, beside it."""
-        rule = rules.rule_of(name)
-        may_draw = rule in (None, rules.pointwise) and not self.traced and rules.may_draw(name)
-        draws = RandomState(call.duals[0].primal.device) if may_draw else None
-        by_rule = name == "layer_norm" and (self.traced or not hidden_calls.dispatched())
+        rule, draws = rules.rule_of(name), None
+        unruled = rule is None or rule is rules.pointwise
+        if unruled and not self.traced and rules.may_draw(name):
+            draws = RandomState(call.duals[0].primal.device)
+        by_rule = name == "layer_norm" and (self.traced or not dispatch_modes())
         if not by_rule and not rules.moves(call.evaluate()):
             if name in WHOLE:
                 warn_of_whole_numbers(name)
@@ -257,6 +312,9 @@ class Carrier(TorchFunctionMode):
         except TypeError:  # arguments in an order or under names that the rule does not know
             call.run(call.evaluate)
             found = rules.forward(call)
+        out = call.out
+        if isinstance(out, Tensor) and not isinstance(found, list):
+            return self.wrap_output(call, out, found)
         return self._wrap_outputs(call, found)
 
     def _tangents(self, call: rules.Call, rule: Any) -> Any:
@@ -265,18 +323,20 @@ class Carrier(TorchFunctionMode):
 
         A trace records no switch of the grad mode: its tangents are detached.
         """
+        if rule is None:
+            rule = _without_rule
         if self.traced:
-            with torch._C.DisableTorchFunction():  # pyright: ignore
-                return rule(call, *call.args, **call.kwargs) if rule else rules.forward(call)
-        torch._C._set_grad_enabled(False)
+            with not_intercepted():
+                return rule(call, *call.args, **call.kwargs)
+        set_gradients(False)
         try:
-            with torch._C.DisableTorchFunction():  # pyright: ignore
-                if not hidden_calls.dispatched():
-                    return rule(call, *call.args, **call.kwargs) if rule else rules.forward(call)
+            with not_intercepted():
+                if not dispatch_modes():
+                    return rule(call, *call.args, **call.kwargs)
                 with hidden_calls.outside_modes():
-                    return rule(call, *call.args, **call.kwargs) if rule else rules.forward(call)
+                    return rule(call, *call.args, **call.kwargs)
         finally:
-            torch._C._set_grad_enabled(call.grad)
+            set_gradients(call.grad)
 
     def _enter(
         self, func: Any, body: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -290,17 +350,20 @@ class Carrier(TorchFunctionMode):
             self.inside.pop()
 
     def _wrap_outputs(self, call: rules.Call, found: Any) -> Any:
+        """Return outputs with their tangents, which a rule returned in a list for those that can
+        move.
+        """
         out = call.out
         if isinstance(out, Tensor):
-            if not isinstance(found, list):
-                return self.wrap_output(call, out, found)
-            return self.wrap_output(call, out, found[0]) if found else out
+            if not found:
+                return out
+            return self.wrap_output(call, out, found[0])
         tangents = iter(found)
 
         def wrap(x: Any) -> Any:
-            return (
-                self.wrap_output(call, x, next(tangents, None)) if rules.differentiable(x) else x
-            )
+            if not rules.differentiable(x):
+                return x
+            return self.wrap_output(call, x, next(tangents, None))
 
         if type(out) in (tuple, list):
             return type(out)([wrap(x) for x in out])
@@ -315,23 +378,9 @@ class Carrier(TorchFunctionMode):
         if isinstance(tangent, rules.At):
             return self.wrap(out, tangent.tangent, tangent.layout)
         layout = call.duals[0].layout
-        if layout is None or (
-            tangent.ndim > layout.axis and tangent.shape == torch.Size(layout.shape(out.shape))
-        ):
+        if layout is None or layout.fits(tangent.shape, out.shape):
             return self.wrap(out, tangent, layout)
-        if out.ndim != tangent.ndim:
-            raise LostRowsError
-        moved = [
-            axis
-            for axis, (full, few) in enumerate(zip(out.shape, tangent.shape, strict=True))
-            if full != few
-        ]
-        if len(moved) != 1 or (out.shape[moved[0]], tangent.shape[moved[0]]) != (
-            layout.size,
-            layout.chosen,
-        ):
-            raise LostRowsError
-        return self.wrap(out, tangent, layout.on(moved[0]))
+        return self.wrap(out, tangent, layout.found(tangent.shape, out.shape))
 
     # --- what no function mode sees
 
@@ -339,44 +388,31 @@ class Carrier(TorchFunctionMode):
         """Return the outputs of a custom function with the tangents that its forward pass gave
         them.
         """
-        given = [
-            leaf
-            for leaf in pytree.tree_leaves(args)
-            if isinstance(leaf, Tensor) and self.dual(leaf)
-        ]
+        given = []
+        for leaf in pytree.tree_leaves(args):
+            if isinstance(leaf, Tensor) and self.dual(leaf):
+                given.append(leaf)
         if not given or self.lost:
             return outs
+        return pytree.tree_map(lambda out: self._custom_output(cls, given, out), outs)
 
-        def one(out: Any) -> Any:
-            if not rules.differentiable(out) or not out.numel():
-                return out
-            if (
-                torch.is_grad_enabled()
-                and not out.requires_grad
-                and any(x.requires_grad for x in given)
-            ):
-                return out  # marked as not differentiable
-            dual = self.dual(out)
-            if dual is None:
-                same = [
-                    x for x in given if x.shape == out.shape and x.data_ptr() == out.data_ptr()
-                ]
-                if not same:
-                    raise DerivativeError(
-                        f"{cls.__name__} is an autograd.Function whose forward pass is not made "
-                        "of torch functions; write "
-                        "derivative=FiniteDifference(), or ForwardMode() if it defines jvp"
-                    )
-                dual = self.dual(same[0])
-            elif hasattr(out, FIELD):
-                delattr(out, FIELD)
-                if cls.__module__.partition(".")[0] != "torch":  # torch's own hand their inputs on
-                    out = (
-                        out.clone()
-                    )  # of a view that was made without gradient, and so could not be written to
-            return self.wrap(out, dual.tangent, dual.layout)  # type: ignore[union-attr]
-
-        return pytree.tree_map(one, outs)
+    def _custom_output(self, cls: type, given: Sequence[Tensor], out: Any) -> Any:
+        """Return one output of a custom function of these tensors that move, with its tangent."""
+        if not rules.differentiable(out) or not out.numel():
+            return out
+        in_graph = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+        if in_graph and not out.requires_grad:
+            return out  # marked as not differentiable
+        dual = self.dual(out)
+        if dual is None:
+            dual = self.dual(_same_memory(cls, given, out))
+        elif hasattr(out, FIELD):
+            delattr(out, FIELD)
+            if cls.__module__.partition(".")[0] != "torch":
+                # Torch's own functions hand their inputs on. Others return a view that was made
+                # without gradient, and so could not be written to.
+                out = out.clone()
+        return self.wrap(out, dual.tangent, dual.layout)  # type: ignore[union-attr]
 
     def through_script(
         self, original: Callable[..., Any], function: Any, args: tuple[Any, ...], kwargs: Any
@@ -384,16 +420,37 @@ class Carrier(TorchFunctionMode):
         """Run a function of torch.jit and differentiate it as one."""
 
         def script(*inputs: Any, **options: Any) -> Any:
-            with torch.jit.optimized_execution(False):  # pyright: ignore  # whose second call has wrong tangents
+            # optimised, the second call has wrong tangents
+            with torch.jit.optimized_execution(False):  # pyright: ignore
                 return original(function, *inputs, **options)
 
         script.__name__ = f"torch.jit function {getattr(function, 'name', '')}"
-        with torch._C.DisableTorchFunction():  # pyright: ignore
+        with not_intercepted():
             self.inside.append(script)
             try:
                 return self.carry(script, args, kwargs)
             finally:
                 self.inside.pop()
+
+
+def _without_rule(call: rules.Call, *_: Any, **__: Any) -> list[Tensor]:
+    """Differentiate a function that has no rule."""
+    return rules.forward(call)
+
+
+def _same_memory(cls: type, given: Sequence[Tensor], out: Tensor) -> Tensor:
+    """Return the tensor among those given that an output without a tangent is.
+
+    Raises:
+        DerivativeError: if it is none of them: its values came from outside torch.
+    """
+    for x in given:
+        if x.shape == out.shape and x.data_ptr() == out.data_ptr():
+            return x
+    raise DerivativeError(
+        f"{cls.__name__} is an autograd.Function whose forward pass is not made of torch "
+        "functions; write derivative=FiniteDifference(), or ForwardMode() if it defines jvp"
+    )
 
 
 def _copy_unchecked(func: Any) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ from torch._ops import HigherOrderOperator
 
 from flowspace.derivatives import rules
 
-__all__ = ["TRANSFORMED", "WHOLE", "Plan", "plan_of", "refusal", "warn_of_whole_numbers"]
+__all__ = ["TRANSFORMED", "WHOLE", "Treatment", "refusal", "treatment_of", "warn_of_whole_numbers"]
 
 TRANSFORMED = (
     "the model calls a transform of torch.func, where tangents cannot follow; write "
@@ -47,7 +47,11 @@ LEAVES = frozenset("item tolist numpy __array__ __float__ __complex__".split())
 WHOLE = frozenset("long int short char byte to type".split())
 """Functions that may make whole numbers of others, which do not move."""
 
-AS_BUILTIN = frozenset((F.layer_norm, F.group_norm, F.rms_norm, F.softmax, F.log_softmax))
+AS_BUILTIN = frozenset(
+    (F.layer_norm, F.group_norm, F.rms_norm, F.softmax, F.log_softmax, Tensor.unflatten)
+)
+"""Functions written in Python that are called with their rule at once, and not entered."""
+
 TENSORS = frozenset("T mT H mH real imag data".split())
 RESHAPING = {
     "transpose_",
@@ -76,7 +80,7 @@ BUILTIN = (
 )
 
 
-class Plan(NamedTuple):
+class Treatment(NamedTuple):
     """What is done about a torch function.
 
     Attributes:
@@ -100,39 +104,54 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(4096)
-def plan_of(func: Any) -> Plan:
+def treatment_of(func: Any) -> Treatment:
     """Return what is done about a torch function.
 
     A Python function of torch is entered; when it then calls the builtin of its own name, it is
     seen again, and stands for that.
     """
     name = getattr(func, "__name__", "")
-    field = func.__self__.__name__ if name in ("__get__", "__set__") else ""  # type: ignore[union-attr]
     if func in (torch.autograd.grad, Tensor.backward):
-        return Plan("refused", name)
+        return Treatment("refused", name)
     if name in LEAVES:
-        return Plan("leaves", name)
+        return Treatment("leaves", name)
     if isinstance(func, HigherOrderOperator):
-        return Plan("higher order", func.name())
-    if name in AUTOGRAD or field in AUTOGRAD:
-        return Plan("constant", name)
+        return Treatment("higher order", func.name())
     if func in AS_BUILTIN:
-        return Plan("rule", name)
+        return Treatment("rule", name)
+    if name in ("__get__", "__set__") and not isinstance(func, types.FunctionType):
+        return Treatment(_field_kind(func.__self__.__name__, name), func.__self__.__name__)
+    if name in AUTOGRAD:
+        return Treatment("constant", name)
+    return _treatment_of_call(func, name)
+
+
+def _field_kind(field: str, access: str) -> str:
+    """Return the kind of reading a field of a tensor, or of writing it."""
+    if field in AUTOGRAD:
+        return "constant"
+    if access == "__set__":
+        return "refused" if field in TENSORS else "constant"
+    if field == "data":
+        return "detached"
+    return "rule" if field in TENSORS else "metadata"
+
+
+def _treatment_of_call(func: Any, name: str) -> Treatment:
+    """Return what is done about a function that is called, by its name."""
     if isinstance(func, types.FunctionType) and func.__module__.partition(".")[0] == "torch":
-        return Plan("python", name)
+        return Treatment("python", name)
     if not isinstance(func, BUILTIN):
-        return Plan("refused" if name.partition(".")[0].endswith("_") else "rule", "")
-    if field:
-        kind = "detached" if field == "data" else "rule" if field in TENSORS else "metadata"
-        if name == "__set__":
-            kind = "refused" if field in TENSORS else "constant"
-        return Plan(kind, field)
+        if name.partition(".")[0].endswith("_"):
+            return Treatment("refused", "")
+        return Treatment("rule", "")
     if name.startswith("__") and name.endswith("__") and name != "__len__":
         name = OPERATORS.get(name[2:-2], name[2:-2])
-    return Plan(_kind(name), name)
+    return Treatment(_kind(name), name)
 
 
 def _kind(name: str) -> str:
+    """Return the kind of a builtin function, by its plain name."""
     if name in METADATA:
         return "metadata"
     if name in rules.RANDOM:
@@ -141,7 +160,9 @@ def _kind(name: str) -> str:
         return "refused"
     if name == "setitem" or (name.endswith("_") and name[:-1]):
         return "in place"
-    return "detached" if name == "detach" else "constant" if name in rules.CONSTANT else "rule"
+    if name == "detach":
+        return "detached"
+    return "constant" if name in rules.CONSTANT else "rule"
 
 
 @functools.cache

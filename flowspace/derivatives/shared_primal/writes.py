@@ -123,8 +123,8 @@ class Writes:
                 f"{name} writes in place and has no other form; write "
                 "derivative=FiniteDifference()"
             )
-        other = rules.Call(plain, call.args, call.kwargs, call.primals, call.options, call.duals)
-        other.traced = call.traced
+        given = call.args, call.kwargs, call.primals, call.options, call.duals
+        other = rules.Call(plain, *given, call.traced)
         other.evaluate()
         found = rule(other, *other.args, **other.kwargs) if rule else rules.forward(other)
         alias = self.carrier.wrap_output(
