@@ -5,6 +5,14 @@ of every tensor that has a tangent. It returns the tangent of the output, a list
 `At` where the rows lie elsewhere in the output than in the input. It raises LostRowsError where
 rows of the batch mix. A function without a rule is differentiated by torch.func.jvp, on all rows.
 
+A tangent may be that of some rows only. Its dual's layout says where the batch lies: on which
+axis, in how many blocks (outer) of how many entries a row (inner).
+
+    (B, N, C)                      axis 0, outer 1, inner 1
+    .transpose(0, 1)               axis 1
+    .flatten(0, 1)                 axis 0, of N * B entries: outer N
+    (B, N, C).flatten(0, 1)        axis 0, of B * N entries: inner N
+
 To add a rule, decorate ``def name(call, x, ...)`` with ``@rule("name other_name")``: it gets
 ``x.tangent`` and returns the tangent of the output. ``x.rows`` is the primal where the tangent is,
 ``x.untouched(dim)`` says that the function works along dim, and ``call.out`` is what the function

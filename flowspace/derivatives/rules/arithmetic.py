@@ -1,6 +1,9 @@
 """Rules for arithmetic and for elementwise functions whose derivative is at hand.
 
-Any other elementwise function is differentiated by `pointwise`.
+Any other elementwise function is differentiated by `pointwise`, which is torch.func.jvp of it on
+the rows that have a tangent: right for each, and slower than a rule. Arguments broadcast: a
+tangent is expanded to the shape of the output, and a constant with a batch axis is restricted to
+the rows that have a tangent.
 """
 
 from collections.abc import Callable

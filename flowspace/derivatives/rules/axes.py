@@ -1,6 +1,8 @@
 """Rules for functions that work along some axes: reductions, sorts, Fourier transforms and parts.
 
-Where one of these axes holds the batch, rows mix.
+Where one of these axes holds the batch, rows mix. Elsewhere the function works in each row on its
+own. If it is linear (a sum, a part, a Fourier transform), what it does to x it does to dx; if not
+(a norm, a maximum, a sort), torch.func.jvp differentiates it, on the rows that have a tangent.
 """
 
 from collections.abc import Sequence
@@ -21,12 +23,12 @@ def _dims(value: Any, ndim: int) -> Sequence[int]:
     return list(value)
 
 
-def _along(names: str, position: int, default: Any, linear: bool) -> None:
+def _along(names: str, dim_at: int, default: Any, linear: bool) -> None:
     """Register functions that work along the axes in one of their arguments.
 
     Args:
         names: of the functions.
-        position: where that argument stands after the first, unless it is named dim or dims.
+        dim_at: where that argument stands after the first, unless it is named dim or dims.
         default: the axes where it is left out; None means all.
         linear: a function that is linear in the first argument is applied to the tangent.
     """
@@ -35,8 +37,8 @@ def _along(names: str, position: int, default: Any, linear: bool) -> None:
     def along(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
         """The tangent is f(dx) for a linear f; for others it is that of torch.func.jvp."""
         dims = kwargs.get("dim", kwargs.get("dims", default))
-        if len(args) > position:
-            dims = args[position]
+        if len(args) > dim_at:
+            dims = args[dim_at]
         if not isinstance(x, Dual) or isinstance(dims, Tensor):
             return forward(call)
         x.untouched(*_dims(dims, x.ndim))
@@ -52,20 +54,25 @@ def _along(names: str, position: int, default: Any, linear: bool) -> None:
     along.__name__ = along.__qualname__ = names.split()[0]
 
 
-_along("sum mean cumsum", 0, None, linear=True)
-_along("diff", 1, -1, linear=False)
-_along("cosine_similarity", 1, 1, linear=False)
-_along("unbind select narrow index_select gather unfold", 0, 0, linear=True)
-_along("tensor_split split_with_sizes", 1, 0, linear=True)
-_along("roll fft_fftn fft_ifftn fft_rfftn fft_irfftn", 1, None, linear=True)
-_along("fft_fftshift fft_ifftshift", 0, None, linear=True)
-_along("fft_fft fft_ifft fft_rfft fft_irfft", 1, -1, linear=True)
-_along("fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2", 1, (-2, -1), linear=True)
-_along("nansum nanmean amax amin var std prod cumprod var_mean std_mean", 0, None, linear=False)
-_along("logcumsumexp cummax cummin", 0, None, linear=False)
-_along("logsumexp glu sort", 0, -1, linear=False)
-_along("linalg_vector_norm quantile nanquantile", 1, None, linear=False)
-_along("topk", 1, -1, linear=False)
+# Linear functions.
+_along("sum mean cumsum", dim_at=0, default=None, linear=True)
+_along("unbind select narrow index_select", dim_at=0, default=0, linear=True)
+_along("gather unfold", dim_at=0, default=0, linear=True)
+_along("tensor_split split_with_sizes", dim_at=1, default=0, linear=True)
+_along("roll", dim_at=1, default=None, linear=True)
+_along("fft_fftshift fft_ifftshift", dim_at=0, default=None, linear=True)
+_along("fft_fft fft_ifft fft_rfft fft_irfft", dim_at=1, default=-1, linear=True)
+_along("fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2", dim_at=1, default=(-2, -1), linear=True)
+_along("fft_fftn fft_ifftn fft_rfftn fft_irfftn", dim_at=1, default=None, linear=True)
+
+# Others.
+_along("nansum nanmean amax amin prod cumprod", dim_at=0, default=None, linear=False)
+_along("var std var_mean std_mean", dim_at=0, default=None, linear=False)
+_along("logcumsumexp cummax cummin", dim_at=0, default=None, linear=False)
+_along("logsumexp glu sort", dim_at=0, default=-1, linear=False)
+_along("linalg_vector_norm quantile nanquantile", dim_at=1, default=None, linear=False)
+_along("diff topk", dim_at=1, default=-1, linear=False)
+_along("cosine_similarity", dim_at=1, default=1, linear=False)
 
 
 @rule("chunk split")

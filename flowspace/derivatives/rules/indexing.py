@@ -1,4 +1,15 @@
-"""Rules for functions that take entries of a tensor, write into it, repeat it or join several."""
+"""Rules for functions that take entries of a tensor, write into it, repeat it or join several.
+
+All are linear. What needs care is where the batch lies afterwards; an axis holds it as `outer`
+blocks of B rows, of `inner` entries each:
+
+    x[:, 3]                            takes the batch axis whole: the same layout
+    x[2:]                              does not: LostRowsError, and every row gets a tangent
+    x.repeat(3, 1)                     the batch again and again: outer is 3 times as large
+    x.repeat_interleave(3, 0)          each row 3 times: inner is 3 times as large
+    torch.cat([x, y])                  one batch after the other: outer of both together
+    torch.stack([x, y])                a new axis before the batch's: it moves on by one
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -38,7 +49,11 @@ def _entries(index: Any) -> list[Any]:
 
 
 def _rows_whole(x: Dual, index: Any) -> None:
-    """Raise LostRowsError unless an index takes the batch axis whole."""
+    """Raise LostRowsError unless an index takes the batch axis whole.
+
+    The entries of the index are walked along the axes that each stands for, until one stands for
+    the batch axis. An ellipsis is first written out as whole axes.
+    """
     if x.layout is None:
         return
     whole = slice(None)
@@ -81,7 +96,10 @@ def assigned(target: Any, index: Any, source: Any) -> Tensor:
 
 
 def _aligned(target: Dual, index: Any, source: Dual) -> bool:
-    """Return whether each row of a source is assigned to the same row of a target."""
+    """Return whether each row of a source is assigned to the same row of a target.
+
+    A tensor as an index may change the order of axes, so it is not looked at further.
+    """
     for entry in _entries(index):
         if not isinstance(entry, slice | int) and entry is not Ellipsis:
             return False

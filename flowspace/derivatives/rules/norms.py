@@ -1,7 +1,16 @@
 """Rules for softmax and for functions that give numbers a mean of zero or a size of one.
 
-The Jacobian of each is symmetric, but for a factor, so the kernel of the backward pass gives the
-tangent too.
+A norm is y = w u + b with u = (x - mean(x)) / std(x), and its tangent is
+
+    dy = w (dx - mean(dx) - u mean(u dx)) / std(x)
+
+where means are over the axes that are normalised. The matrix that dx is multiplied by, but for w,
+is symmetric. So it is the one that the backward pass multiplies a gradient by, and torch's kernel
+of the backward pass, called with dx in place of the gradient and without a weight, returns dy / w.
+The same holds for softmax, whose matrix is diag(y) - y y'.
+
+Mean and scale of the rows that have a tangent are taken from the forward pass where its kernel
+returns them, and are formed again elsewhere.
 """
 
 import math
@@ -16,6 +25,8 @@ from flowspace.derivatives.rules.registry import Call, forward, rule
 
 INPUT_ONLY = [True, False, False]
 """Asks a backward kernel for the gradient of the input, and not of weight and bias."""
+
+# The signatures below are those of torch's functions, argument by argument.
 
 
 @rule("softmax _softmax")
@@ -153,7 +164,10 @@ def batch_norm(  # noqa: PLR0913  # torch's arguments
     eps: float,
     *_: Any,
 ) -> Any:
-    """The tangent is dx weight / std for a stored std; in training the rows of the batch mix."""
+    """The tangent is dx weight / std for a stored std.
+
+    In training, mean and std are of the batch: its rows mix, and each needs a tangent.
+    """
     x.only_batch_first()
     if not training:
         return _by_stored(x, weight, var, eps)

@@ -1,4 +1,13 @@
-"""Rules for products of matrices, convolutions and einsum, which are linear in each factor."""
+"""Rules for products of matrices, convolutions and einsum, which are linear in each factor.
+
+With two factors that move, d(x y) = dx y + x dy. A factor with a batch axis is restricted to the
+rows that have a tangent; one without is used as it is. The batch must lie on the same axis of the
+factors that move, and must not be summed over:
+
+    x (B, N, C), y (B, C, D)     the batch is a stack of matrices: both may move
+    x (B, C),    y (C, D)        the batch is the rows of one matrix: y must be at rest
+    x (N, B),    y (B, C)        the batch is summed over: LostRowsError
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -28,7 +37,7 @@ from flowspace.derivatives.rules.registry import (
 
 @rule("linear")
 def linear(call: Call, x: Any, weight: Any, bias: Any = None) -> Any:
-    """d(x w' + b) = dx w' where only x moves."""
+    """d(x w' + b) = dx w' where only x moves, as it does unless weights are made of z_t or t."""
     if len(call.duals) > 1 or not isinstance(x, Dual):
         return forward(call)
     x.untouched(-1)

@@ -1,7 +1,8 @@
 """Functions that draw random numbers, written in others whose draws are seen.
 
-What such a function draws must be the same for the value and for the tangent. So the draw is made
-on its own, and what is done with it is left to the rules of other functions.
+What such a function draws must be the same for the value and for the tangent, and torch does not
+hand it out. So the draw is made on its own, once, and what is done with it is left to the rules of
+other functions: dropout of x is x times dropout of ones.
 """
 
 import math

@@ -1,6 +1,8 @@
 """Rules for functions that give a tensor another shape, axis order, dtype or resolution.
 
-Most are linear in their first argument: what they do to it, they do to its tangent.
+Most are linear in their first argument: what they do to it, they do to its tangent. Those that
+merge and split axes (`view`) are told only the output's shape, so where the batch lies in it is
+worked out in memory order: see `_viewed`.
 """
 
 import math
@@ -20,7 +22,10 @@ from flowspace.errors import DerivativeError
     "view_as_complex"
 )
 def clone(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
-    """The tangent is f(dx); the batch lies where the function f puts it."""
+    """The tangent is f(dx); the batch lies where the function f puts it.
+
+    It is found by the shapes of output and tangent, which differ in the batch axis alone.
+    """
     if not isinstance(x, Dual):
         return []
     return call.func(x.tangent, *call.primals[1:], **call.options)
@@ -34,7 +39,8 @@ def view(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
     shape, layout = call.out.shape, x.layout
     if call.out.dtype != x.primal.dtype:
         raise DerivativeError(
-            "a view of the bits of a number has no derivative; write x.to(dtype) for x.view(dtype)"
+            "got a view of the bits of a number, which has no derivative; write x.to(dtype) for "
+            "x.view(dtype)"
         )
     if layout is None:
         return x.tangent.reshape(shape)
@@ -49,6 +55,9 @@ def _viewed(layout: Layout, before: Sequence[int], after: Sequence[int]) -> Layo
 
     In memory order, a batch of B rows is `repeats` blocks of B pieces of equal length, whatever
     the shape. Each block must lie whole within one axis of the new shape.
+
+    For (B, N, C) -> (B * N, C), repeats is 1 and the axis 0 holds the batch with inner = N; back
+    again, or to (B, N * C), it has inner = 1.
 
     Raises:
         LostRowsError: if it does not.
