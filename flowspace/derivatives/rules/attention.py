@@ -64,9 +64,18 @@ class Operands(NamedTuple):
 
     def repeat_heads(self, times: int) -> "Operands":
         """Return operands in which each head of key and value serves so many of the query."""
-        shared = Operands(None, self.key, self.value, None)
-        repeated = shared.map(lambda x: x.repeat_interleave(times, -3))
-        return Operands(self.query, repeated.key, repeated.value, self.mask)
+        query, key, value, mask = self
+        if key is not None:
+            key = key.repeat_interleave(times, -3)
+        if value is not None:
+            value = value.repeat_interleave(times, -3)
+        return Operands(query, key, value, mask)
+
+    def transpose_keys(self) -> "Operands":
+        """Return operands with keys of shape (..., channels, tokens)."""
+        if self.key is None:
+            return self
+        return self._replace(key=self.key.mT)
 
     def at_queries(self, block: slice) -> "Operands":
         """Return the operands of some queries: each of them sees all keys and values."""
@@ -100,27 +109,34 @@ def scaled_dot_product_attention(  # noqa: PLR0913  # torch's arguments
     """The tangent is dP v + P dv, where P is the attention; the module's docstring tells dP."""
     for dual in call.duals:
         dual.untouched(-1, -2)
-    shape, layout = call.out.shape, call.duals[0].layout
+    out, dual = call.out, call.duals[0]
+    shape, layout = out.shape, dual.layout
     if layout is not None:
-        layout = layout.on(len(shape) - call.duals[0].ndim + layout.axis)
+        layout = layout.on(out.ndim - dual.ndim + layout.axis)
         shape = layout.shape(shape)
     given = Operands(query, key, value, attn_mask)
-    primals, tangents = given.map(shared_rows(call.duals)), given.map(tangent_of)
+    primals = given.map(shared_rows(call.duals))
+    tangents = given.map(tangent_of)
     if enable_gqa:
         times = primals.query.shape[-3] // primals.key.shape[-3]
-        primals, tangents = primals.repeat_heads(times), tangents.repeat_heads(times)
+        primals = primals.repeat_heads(times)
+        tangents = tangents.repeat_heads(times)
     if scale is None:
         scale = 1 / math.sqrt(primals.query.shape[-1])
     form = Form(scale, is_causal)
     # all axes before tokens and channels, two at least: the last of them is called heads
-    lead = (1, 1, *shape[:-2])[-max(2, len(shape) - 2) :]
-    primals = primals.map(lambda x: _four_axes(x, lead, call.out.dtype))
-    tangents = tangents.map(lambda x: _four_axes(x, lead, call.out.dtype))
+    *lead, tokens, channels = shape
+    while len(lead) < 2:
+        lead = [1, *lead]
+    primals = primals.map(lambda x: _four_axes(x, lead, out.dtype))
+    tangents = tangents.map(lambda x: _four_axes(x, lead, out.dtype))
     if call.traced:
-        return At(_traced_tangent(primals, tangents, form).reshape(shape), layout)
+        tangent = _traced_tangent(primals, tangents, form)
+        return At(tangent.reshape(shape), layout)
+    *rows, heads = lead
     # in memory the heads of a token lie side by side, so that to merge them next takes no copy
-    sizes = math.prod(lead[:-1]), shape[-2], lead[-1], shape[-1]
-    tangent = call.out.new_empty(*sizes).transpose(1, 2)
+    tangent = out.new_empty(math.prod(rows), tokens, heads, channels)
+    tangent = tangent.transpose(1, 2)
     _write_blocks(tangent, primals, tangents, form)
     return At(tangent.reshape(shape), layout)
 
@@ -132,11 +148,14 @@ def _four_axes(x: Tensor, lead: Sequence[int], dtype: torch.dtype) -> Tensor:
     """
     if x.dtype != torch.bool:
         x = x.to(dtype)
-    x = x.reshape(*[1] * (len(lead) + 2 - x.ndim), *x.shape)
-    if max(x.shape[: len(lead) - 1]) > 1:
-        x = x.expand(*lead[:-1], *x.shape[-3:])
-    x = x.reshape(-1, *x.shape[-3:])
-    return x.expand(math.prod(lead[:-1]), lead[-1], -1, -1)
+    *rows, heads = lead
+    missing = len(lead) + 2 - x.ndim
+    x = x.reshape(*[1] * missing, *x.shape)
+    last = x.shape[-3:]
+    if max(x.shape[:-3]) > 1:
+        x = x.expand(*rows, *last)
+    x = x.reshape(-1, *last)
+    return x.expand(math.prod(rows), heads, -1, -1)
 
 
 def _cut(x: Tensor | None, block: slice) -> Tensor | None:
@@ -153,18 +172,19 @@ def _write_blocks(out: Tensor, primals: Operands, tangents: Operands, form: Form
     """Write the tangent in blocks of rows and queries of one head."""
     batch, heads, count, _ = primals.query.shape
     keys = primals.key.shape[2]
-    primals = primals._replace(key=primals.key.mT)
-    if tangents.key is not None:
-        tangents = tangents._replace(key=tangents.key.mT)
+    primals = primals.transpose_keys()
+    tangents = tangents.transpose_keys()
     elements = GPU_BLOCK_ELEMENTS
     if out.device.type == "cpu":
         elements = BLOCK_ELEMENTS
     # first as many queries of one row as fit, then as many rows
     queries = min(count, max(64, elements // keys))
-    step = max(1, elements // (queries * keys))
-    starts = itertools.product(range(0, batch, step), range(heads), range(0, count, queries))
+    rows = max(1, elements // (queries * keys))
+    first_rows = range(0, batch, rows)
+    first_queries = range(0, count, queries)
+    starts = itertools.product(first_rows, range(heads), first_queries)
     for row, head, first in starts:
-        part = slice(row, row + step), head
+        part = slice(row, row + rows), head
         block = slice(first, first + queries)
         here, moved = primals.at(part), tangents.at(part)
         target = out[part][:, block]
