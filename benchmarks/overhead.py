@@ -36,6 +36,7 @@ class Known(Derivative):
         primals: Sequence[Any],
         tangents: Sequence[Any],
         rows: Tensor | None = None,
+        at_most: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return what is known."""
         return self.value, self.slope

@@ -269,6 +269,13 @@ class PairSampler(abc.ABC):
     def draw(self, rows: int, source: RandomSource) -> tuple[Tensor, Tensor]:
         """Return t and s, each of shape ``(rows,)``, drawn from a source."""
 
+    def most_off_diagonal(self, rows: int) -> int | None:
+        """Return how many of so many rows have s < t at most, or None where that is not known.
+
+        A training step that knows it does not wait for the device to count them.
+        """
+        return None
+
 
 @dataclass(frozen=True)
 class TimePairs(PairSampler):
@@ -306,12 +313,28 @@ class TimePairs(PairSampler):
         for_first, for_second, for_rank, for_rounding = source.split(4)
         first, second = self.times.draw(rows, for_first), self.times.draw(rows, for_second)
         rank = for_rank.uniform(rows).argsort().argsort()
-        diagonal = rank + for_rounding.uniform() < self.equal * rows
+        # rank + u rounds to the next rank once in a million draws, so the first are told by rank
+        diagonal = (rank < self._least_equal(rows)) | (
+            rank + for_rounding.uniform() < self.equal * rows
+        )
         xp = source.library
         if self.mask_first:
             second = xp.where(diagonal, first, second)
         t, s = xp.maximum(first, second), xp.minimum(first, second)
         return t, xp.where(diagonal, t, s)
+
+    def _least_equal(self, rows: int) -> int:
+        """Return how many of so many rows are on the diagonal at least."""
+        return math.floor(self.equal * rows)
+
+    def most_off_diagonal(self, rows: int) -> int | None:
+        """Return how many of so many rows have s < t at most; None in a subclass that draws them
+        in another way.
+        """
+        mine = TimePairs.draw, TimePairs.__call__
+        if (type(self).draw, type(self).__call__) != mine:
+            return None
+        return rows - self._least_equal(rows)
 
 
 @dataclass(frozen=True)
@@ -330,3 +353,7 @@ class ToDataTimes(PairSampler):
         """Return t and s = 0, each of shape ``(rows,)``."""
         t = self.times.draw(rows, source)
         return t, source.library.zeros_like(t)
+
+    def most_off_diagonal(self, rows: int) -> int:
+        """Return how many of so many rows have s < t at most: all."""
+        return rows

@@ -10,6 +10,7 @@ jax.jvp, in one pass.
 """
 
 import abc
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,6 +35,7 @@ class Derivative(abc.ABC):
         primals: Sequence[Any],
         tangents: Sequence[Tensor | None],
         rows: Tensor | None = None,
+        at_most: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the value with gradient and the directional derivative without.
 
@@ -46,6 +48,9 @@ class Derivative(abc.ABC):
             rows: a mask of shape ``(B,)``: where the derivative is wanted; elsewhere it is zero.
                 None: everywhere. Under torch.func.vmap, where a mask has no values yet, and on JAX
                 arrays all are computed.
+            at_most: a number of rows that the mask does not exceed, where it is known without
+                asking the device for it: to count the rows of a mask, a GPU is waited for. Where
+                the mask has more all the same, the derivative of some of its rows is NaN.
 
         Raises:
             InputError: if there are not as many tangents as primals, or fn returns no tensor.
@@ -62,15 +67,17 @@ class Derivative(abc.ABC):
                     f"a tangent of shape {tuple(v.shape)} came for a primal of shape "
                     f"{tuple(p.shape)}"
                 )
-        if (xp := one_backend(*primals, *tangents)) is not torch_backend:
+        xp = one_backend(*primals, *tangents)
+        if xp is not torch_backend:
             value, derivative = self.evaluate_pure(fn, primals, tangents)
             checked(value, primals)
-            return value, derivative if rows is None else xp.where(
-                over_rows(rows, derivative), derivative, 0.0
-            )
+            if rows is not None:
+                derivative = xp.where(over_rows(rows, derivative), derivative, 0.0)
+            return value, derivative
         if torch.compiler.is_compiling():
-            return torch.compiler.disable(self._captured_rows)(fn, primals, tangents, rows)  # pyright: ignore
-        return self._evaluate_rows(fn, primals, tangents, rows)
+            evaluate = torch.compiler.disable(self._captured_rows)  # pyright: ignore
+            return evaluate(fn, primals, tangents, rows, at_most)  # pyright: ignore
+        return self._evaluate_rows(fn, primals, tangents, rows, at_most)
 
     def _captured_rows(self, fn: Callable[..., Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
         """Evaluate within a step that torch.compile captures: it captures the model, as a graph of
@@ -84,31 +91,23 @@ class Derivative(abc.ABC):
         primals: Sequence[Any],
         tangents: Sequence[Tensor | None],
         rows: Tensor | None,
+        at_most: int | None,
     ) -> tuple[Tensor, Tensor]:
         """Choose the rows; not traced by torch.compile, since it depends on values."""
-        chosen = None if rows is None or in_transform(rows) else self._chosen(rows)
-        if chosen is not None and not len(chosen):
+        index = None
+        if rows is not None and not in_transform(rows):
+            index = _indices(rows, at_most)
+        if index is not None and not len(index):
             value = checked(fn(*primals), primals)
             return value, torch.zeros_like(value)
-        value, derivative = self.evaluate(fn, primals, tangents, chosen)
+        value, derivative = self.evaluate(fn, primals, tangents, index)
         checked(value, primals)
         if rows is not None:
-            derivative = torch.where(
-                rows.reshape(-1, *[1] * (derivative.ndim - 1)), derivative, 0.0
-            )
+            derivative = torch.where(over_rows(rows, derivative), derivative, 0.0)
+        if rows is not None and index is not None and at_most is not None:
+            missed = rows.index_fill(0, index, False)
+            derivative = derivative.masked_fill(over_rows(missed, derivative), math.nan)
         return value, derivative
-
-    def _chosen(self, rows: Tensor) -> Tensor | None:
-        """Return the indices of a mask's rows, None for all; among several processes always
-        indices.
-
-        A model whose rows mix is evaluated once more where only some of them are asked for, and
-        other processes wait for that.
-        """
-        chosen = rows.nonzero().squeeze(1)
-        if several_processes():
-            return chosen if len(chosen) else torch.zeros(1, dtype=torch.long, device=rows.device)
-        return None if len(chosen) == len(rows) else chosen
 
     @abc.abstractmethod
     def evaluate(
@@ -129,6 +128,31 @@ class Derivative(abc.ABC):
         no side effects.
         """
         return backend_of(*primals).value_and_derivative(fn, primals, tangents)
+
+
+def _indices(mask: Tensor, at_most: int | None) -> Tensor | None:
+    """Return the indices of the rows of a mask, None for all; among several processes always
+    indices.
+
+    A model whose rows mix is evaluated once more where only some of them are asked for, and other
+    processes wait for that.
+
+    Args:
+        mask: which rows, of shape ``(B,)``.
+        at_most: a number that they do not exceed, or None. So many indices are returned then, and
+            the device is not waited for: those of the mask come first.
+    """
+    if at_most is None:
+        index = mask.nonzero().squeeze(1)
+    else:
+        index = mask.argsort(descending=True, stable=True)[:at_most]
+    if several_processes():
+        if len(index):
+            return index
+        return torch.zeros(1, dtype=torch.long, device=mask.device)
+    if len(index) == len(mask):
+        return None
+    return index
 
 
 def checked(value: Any, primals: Sequence[Any]) -> Tensor:

@@ -48,7 +48,7 @@ from flowspace.statistics import (
     Coefficients,
     PointCoefficients,
 )
-from flowspace.times import TimePairs, TimeSampler
+from flowspace.times import PairSampler, TimePairs, TimeSampler
 
 __all__ = ["LossOutput", "Objective", "PathPoint"]
 
@@ -90,6 +90,7 @@ class PathPoint(NamedTuple):
         cond: keyword arguments of the model.
         library: the functions of the arrays, `flowspace.backends`.
         dropped: which rows lost their condition, of shape ``(B,)``; None without guidance.
+        most_off_diagonal: how many rows have s < t at most; None where only the device knows.
     """
 
     state: Tensor
@@ -100,6 +101,7 @@ class PathPoint(NamedTuple):
     cond: dict[str, Any]
     library: Any = torch_backend
     dropped: Tensor | None = None
+    most_off_diagonal: int | None = None
 
     @property
     def z(self) -> Tensor:
@@ -387,11 +389,14 @@ class Objective(abc.ABC):
         draws: tuple[Any, Any] = (None, None)
         if noise is None or (t is None and s is None):
             draws = xp.split(batch.generator, 2)
+        most = None
+        if t is None and isinstance(self.times, PairSampler):
+            most = self.times.most_off_diagonal(len(latents))
         t, s = self._pairs(batch, t, s, draws[0])
         if noise is None:
             noise = draw_noise(latents, draws[1])
         z_t, velocity = self.schedule.perturb(latents, noise, t)
-        at = PathPoint(z_t, t, s, velocity, batch.data, batch.cond, xp)
+        at = PathPoint(z_t, t, s, velocity, batch.data, batch.cond, xp, None, most)
         if self.guidance is None:
             return at, noise
         if xp is not torch_backend:
@@ -451,10 +456,10 @@ class Objective(abc.ABC):
         xp = at.library
         primals = (at.state, at.t, at.s, at.cond)
         tangents = (xp.cast(tangent, at.state.dtype), xp.ones_like(at.t), None, None)
-        off_diagonal = None
+        off_diagonal, most = None, None
         if self.coefficients.anchored:
-            off_diagonal = at.s < at.t
-        f, derivative = self.derivative(on_copies(fn), primals, tangents, rows=off_diagonal)
+            off_diagonal, most = at.s < at.t, at.most_off_diagonal
+        f, derivative = self.derivative(on_copies(fn), primals, tangents, off_diagonal, most)
         f, derivative = at_least_float32(f), at_least_float32(derivative)
         known = self.known_part(at)
         _check_shape(f, known)
