@@ -11,7 +11,7 @@ values are of one function: fresh draws, or rows that were dropped, would scatte
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,26 @@ ROUNDING_FLOAT32 = 1e-5
 
 ROUNDING_FLOAT64 = 1e-10
 """The same in double precision."""
+
+
+class Stencil(NamedTuple):
+    """Where f is evaluated, and what each value is multiplied by.
+
+    Attributes:
+        offsets: of the times, one for each row.
+        weights: of f itself, and of f at each offset.
+    """
+
+    offsets: list[Any]
+    weights: list[Any]
+
+    def derivative(self, values: Sequence[Any]) -> Any:
+        """Return the difference of f itself and of f at each offset."""
+        first = values[0]
+        total = over_rows(self.weights[0], first) * first
+        for value, weight in zip(values[1:], self.weights[1:], strict=True):
+            total = total + over_rows(weight, first) * value
+        return total
 
 
 @dataclass(frozen=True)
@@ -71,16 +91,16 @@ class FiniteDifference(SecondRun):
         """Return value with gradient and difference quotient of a function on JAX arrays."""
         xp, value = backend_of(*primals), fn(*primals)
         here = xp.detach(value)
-        offsets, weights = self._stencil(primals)
-        shifted = self._values(fn, primals, tangents, offsets)
-        in_doubt = xp.has_values(here) and not self._on_one_line(here, shifted, offsets)
-        if in_doubt and not agree(here, fn(*primals), 4, REFUSAL_SLACK):
+        stencil = self._stencil(primals)
+        shifted = self._values(fn, primals, tangents, stencil)
+        in_doubt = not self._on_one_line(here, shifted, stencil)
+        if in_doubt and xp.has_values(here) and not agree(here, fn(*primals), 4, REFUSAL_SLACK):
             raise DerivativeError(
                 "got another value from the model when it was evaluated again at the same point; "
                 "it draws anew in each call, as flax.nnx's Dropout does: pass what it draws in "
                 "cond, or evaluate it without"
             )
-        return value, xp.detach(_weighted_sum([here, *shifted], weights))
+        return value, xp.detach(stencil.derivative([here, *shifted]))
 
     def derive(
         self,
@@ -96,16 +116,16 @@ class FiniteDifference(SecondRun):
         one: of order 2, the values lie near one line if it is.
         """
         self._check_precision(primals, tangents)
-        stencil = self._stencil
+        stencil_of = self._stencil
         if mixed:
-            stencil = self._common_stencil
-        offsets, weights = stencil(primals)
-        shifted = self._values(fn, primals, tangents, offsets)
+            stencil_of = self._common_stencil
+        stencil = stencil_of(primals)
+        shifted = self._values(fn, primals, tangents, stencil)
         in_doubt = not first.exact or several_processes()
-        if not in_doubt and self._on_one_line(first.value, shifted, offsets):
-            return Second(_weighted_sum([first.value, *shifted], weights), None)
+        if not in_doubt and self._on_one_line(first.value, shifted, stencil):
+            return Second(stencil.derivative([first.value, *shifted]), None)
         value = fn(*primals)
-        return Second(_weighted_sum([value, *shifted], weights), value)
+        return Second(stencil.derivative([value, *shifted]), value)
 
     def _check_precision(self, primals: Sequence[Any], tangents: Sequence[Tensor | None]) -> None:
         """Raise InputError for a state whose numbers are too coarse for the step."""
@@ -138,20 +158,21 @@ class FiniteDifference(SecondRun):
         fn: Callable[..., Any],
         primals: Sequence[Any],
         tangents: Sequence[Any | None],
-        offsets: list[Any],
+        stencil: Stencil,
     ) -> list[Any]:
         """Return the function's value at each offset."""
         values = []
-        for offset in offsets:
-            moved = list(primals)
-            for i, (primal, tangent) in enumerate(zip(primals, tangents, strict=True)):
+        for offset in stencil.offsets:
+            moved = []
+            for primal, tangent in zip(primals, tangents, strict=True):
                 if tangent is not None:
                     cast = backend_of(primal).cast(offset, primal.dtype)
-                    moved[i] = primal + over_rows(cast, primal) * tangent
+                    primal = primal + over_rows(cast, primal) * tangent
+                moved.append(primal)
             values.append(fn(*moved))
         return values
 
-    def _on_one_line(self, value: Any, shifted: list[Any], offsets: list[Any]) -> bool:
+    def _on_one_line(self, value: Any, shifted: list[Any], stencil: Stencil) -> bool:
         """Return whether three values lie so near one line that all are of one smooth function.
 
         Where dropping rows or drawing anew changed a value, the distance is that change; else it
@@ -162,7 +183,8 @@ class FiniteDifference(SecondRun):
         if not all(map(backend_of(value).has_values, (value, *shifted))):
             return True
         near, far = shifted
-        ratio = over_rows(offsets[1] / offsets[0], value)
+        first, second = stencil.offsets
+        ratio = over_rows(second / first, value)
         distance = abs(far - value - ratio * (near - value)).max()
         span = abs(far - near).max()
         rounding = ROUNDING_FLOAT32
@@ -171,7 +193,7 @@ class FiniteDifference(SecondRun):
         curvature = min(0.5, CURVATURE * self.step)
         return bool(distance <= curvature * span + rounding * abs(value).max())
 
-    def _common_stencil(self, primals: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
+    def _common_stencil(self, primals: Sequence[Any]) -> Stencil:
         """Return the same offsets for every row, for a function that mixes them.
 
         They go where t has room: towards the data if it has enough there, or more than ahead.
@@ -181,17 +203,19 @@ class FiniteDifference(SecondRun):
         back = (below >= self.order * self.step) | (below >= above)
         room = torch.where(back, below, above) / self.order
         h = torch.minimum(t.new_tensor(self.step), room).expand(t.shape)
-        return self._offsets_and_weights(torch.where(back, -h, h))
+        return self._stencil_from(torch.where(back, -h, h))
 
     def _times(self, primals: Sequence[Any]) -> Tensor:
         """Return the times, which by convention are the second primal."""
         xp = backend_of(*primals)
-        if len(primals) > 1 and xp.is_array(primals[1]) and xp.is_floating(primals[1]):
-            return primals[1]
+        if len(primals) > 1:
+            t = primals[1]
+            if xp.is_array(t) and xp.is_floating(t):
+                return t
         return xp.like(xp.as_array(0.5, primals[0]), xp.flatten(primals[0])[:, 0])
 
-    def _stencil(self, primals: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return offsets, and the weights of f itself and of f at each offset.
+    def _stencil(self, primals: Sequence[Any]) -> Stencil:
+        """Return an offset for each row.
 
         Each row steps towards the data, where t has room for it. Rows may mix without a sign of
         it, so they step alike, and a row's difference does not depend on its batch.
@@ -199,18 +223,10 @@ class FiniteDifference(SecondRun):
         t, xp = self._times(primals), backend_of(*primals)
         back = t - self.order * self.step >= 0
         sign = xp.cast(xp.where(back, -1.0, 1.0), t.dtype)
-        return self._offsets_and_weights(sign * self.step)
+        return self._stencil_from(sign * self.step)
 
-    def _offsets_and_weights(self, h: Any) -> tuple[list[Any], list[Any]]:
-        """Return the offsets of a difference with this first offset, and the weights of f."""
+    def _stencil_from(self, h: Any) -> Stencil:
+        """Return the stencil with this first offset."""
         if self.order == 1:
-            return [h], [-1 / h, 1 / h]
-        return [h, 2 * h], [-1.5 / h, 2 / h, -0.5 / h]
-
-
-def _weighted_sum(values: Sequence[Any], weights: Sequence[Any]) -> Any:
-    """Return the sum of values, each times a weight for each row."""
-    total = over_rows(weights[0], values[0]) * values[0]
-    for value, weight in zip(values[1:], weights[1:], strict=True):
-        total = total + over_rows(weight, values[0]) * value
-    return total
+            return Stencil([h], [-1 / h, 1 / h])
+        return Stencil([h, 2 * h], [-1.5 / h, 2 / h, -0.5 / h])

@@ -280,7 +280,8 @@ class RestoringMode(TorchFunctionMode):
         """Note a generator of the model's own, unless it was seeded just before: then it draws the
         same each time.
         """
-        fresh = torch.Generator(generator.device).manual_seed(generator.initial_seed())
+        fresh = torch.Generator(generator.device)
+        fresh.manual_seed(generator.initial_seed())
         if not torch.equal(fresh.get_state(), generator.get_state()):
             self.own_generator = generator
 
@@ -288,9 +289,9 @@ class RestoringMode(TorchFunctionMode):
         """Return a copy that is written to, and read from then on, instead of a held tensor."""
         if target._is_view():
             raise DerivativeError(
-                "the model writes what moves into a part of a tensor that it holds, which "
-                "torch.func.jvp cannot follow; "
-                "write derivative=SharedPrimal(), or build that tensor anew in each call"
+                "got a model that writes what moves into a part of a tensor that it holds, which "
+                "torch.func.jvp cannot follow; write derivative=SharedPrimal(), or build that "
+                "tensor anew in each call"
             )
         copy = target.clone()
         self.replaced[id(target)] = target, copy
@@ -307,9 +308,14 @@ class RestoringMode(TorchFunctionMode):
     def remember(self, target: Tensor) -> None:
         """Keep what a tensor held before it was first written to."""
         key = id(target)
-        if key not in self.written and not in_transform(target):
-            gone = weakref.ref(target, lambda _: self.written.pop(key, None) and None)
-            self.written[key] = gone, target.detach().clone(), _version(target)
+        if key in self.written or in_transform(target):
+            return
+
+        def forget(_: Any) -> None:
+            self.written.pop(key, None)
+
+        reference = weakref.ref(target, forget)
+        self.written[key] = reference, target.detach().clone(), _version(target)
 
     def restore(self) -> None:
         """Write the remembered values back.
@@ -319,9 +325,10 @@ class RestoringMode(TorchFunctionMode):
         with torch.no_grad():
             for reference, before, version in list(self.written.values()):
                 target = reference()
-                if target is None or _version(target) == version >= 0 or not _alive(target):
+                if target is None or not _alive(target):
                     continue
-                target.copy_(before)
+                if version < 0 or _version(target) != version:
+                    target.copy_(before)
 
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -335,7 +342,9 @@ def _any_in_transform(values: Iterable[Any]) -> bool:
 
 def _writes(name: str) -> bool:
     """Return whether a function of this name writes into its first argument."""
-    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+    if name.endswith("__"):
+        return name == "__setitem__"
+    return name.endswith("_")
 
 
 def _version(tensor: Tensor) -> int:
