@@ -117,6 +117,7 @@ class _NoLostTangents(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function; raise if what it is given has a tangent and what it returns has none."""
         kwargs = kwargs or {}
+        # a transform that the model itself calls follows its tensors by levels of its own
         inside = transform_level() != self.level
         if inside or not any(map(_moves, _tensors((*args, *kwargs.values())))):
             return func(*args, **kwargs)
@@ -131,6 +132,7 @@ class _NoLostTangents(TorchFunctionMode):
                 "constant, or derivative=FiniteDifference()"
             )
         out = func(*args, **kwargs)
+        # What cannot carry a tangent (whole numbers, nothing at all) has not lost one.
         parts = [part for part in _tensors((out,)) if differentiable(part) and part.numel()]
         if parts and name not in STOPS and not any(map(_moves, parts)):
             raise DerivativeError(

@@ -115,6 +115,7 @@ def _gelu(dx: Tensor, x: Tensor, approximate: str = "none") -> Tensor:
     return aten.gelu_backward(dx, x, approximate=approximate)
 
 
+# f'(x) dx, where y is f(x): (1 - y^2) dx for tanh, y (1 - y) dx for sigmoid.
 _kernel("exp", lambda dx, y: dx * y, of_output=True)
 _kernel("square", lambda dx, x: 2 * dx * x)
 _kernel("sin", lambda dx, x: dx * x.cos())

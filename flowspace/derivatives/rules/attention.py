@@ -200,6 +200,7 @@ def _write_block(
     """
     q, k, v, mask = primals
     dq, dk, dv, dmask = tangents
+    # S, with -inf where a query does not see a key
     scores = out.new_empty(len(q), q.shape[1], k.shape[2])
     _add_products(scores, [(q, k)], form.scale)
     if form.causal:
@@ -209,8 +210,10 @@ def _write_block(
     elif mask is not None:
         scores.add_(mask)
     p = _probabilities(scores, mask).to(v.dtype)
+    # dS, in the memory of S: dmask first, which may be there or not, then the products
     if dmask is not None:
         scores.copy_(dmask)
+    # the matrix of softmax is symmetric, so its backward kernel makes dP of dS
     dp = None
     if _add_products(scores, [(dq, k), (q, dk)], form.scale, filled=dmask is not None):
         dp = torch.ops.aten._softmax_backward_data(scores, p, -1, p.dtype)
@@ -248,6 +251,7 @@ def _traced_tangent(primals: Operands, tangents: Operands, form: Form) -> Tensor
     batch, heads = primals.query.shape[:2]
     if tangents.query is not None:
         batch = tangents.query.shape[0]
+    # -(-a // b) is a / b, rounded up
     elements, blocks = batch * heads * count * keys, 1
     if not isinstance(elements, torch.SymInt):
         blocks = -(-elements // TRACED_ELEMENTS)

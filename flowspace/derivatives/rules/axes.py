@@ -77,7 +77,10 @@ _along("cosine_similarity", dim_at=1, default=1, linear=False)
 
 @rule("chunk split")
 def chunk(call: Call, x: Dual, *args: Any, **kwargs: Any) -> list[Any]:
-    """The tangent of a part is that part of dx; the batch axis may be cut between its blocks."""
+    """The tangent of a part is that part of dx; the batch axis may be cut between its blocks.
+
+    So q, k, v = x.chunk(3) keep their rows where x holds the batch three times over.
+    """
     dim = kwargs.get("dim", 0)
     if len(args) > 1:
         dim = args[1]
@@ -109,7 +112,10 @@ def tril(call: Call, x: Dual, *args: Any, **kwargs: Any) -> Tensor:
 
 @rule("max min median")
 def max_min_median(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
-    """The tangent is dx at the number that is taken, by torch.func.jvp."""
+    """The tangent is dx at the number that is taken, by torch.func.jvp.
+
+    With a second tensor max and min are elementwise; without an axis they mix all rows.
+    """
     if args and isinstance(args[0], Tensor | Dual):
         return pointwise(call)
     dim = kwargs.get("dim")

@@ -40,7 +40,10 @@ def softmax(call: Call, x: Dual, dim: int, dtype: Any = None, *_: Any, **__: Any
 
 @rule("log_softmax")
 def log_softmax(call: Call, x: Dual, dim: int, dtype: Any = None, *_: Any, **__: Any) -> Tensor:
-    """The tangent is dx - sum(exp(y) dx), where y is the output."""
+    """The tangent is dx - sum(exp(y) dx), where y is the output.
+
+    torch's backward kernel returns the transpose of that, g - exp(y) sum(g): no use here.
+    """
     x.untouched(dim)
     p = restrict(call.out.detach(), x.layout).exp()
     dx = x.tangent.to(p.dtype)
@@ -123,7 +126,10 @@ def group_norm(  # noqa: PLR0913  # torch's arguments
     eps: float = 1e-5,
     *_: Any,
 ) -> Any:
-    """The tangent is that of layer_norm, over each group of channels."""
+    """The tangent is that of layer_norm, over each group of channels.
+
+    The weight is one number a channel, so it multiplies after the kernel, spread over the others.
+    """
     if len(call.duals) > 1 or not isinstance(x, Dual):
         return forward(call)
     return _grouped(x, num_groups, weight, eps)
@@ -196,13 +202,19 @@ def _per_channel(weight: Tensor | None, ndim: int) -> Tensor | None:
 
 
 def _by_stored(x: Dual, weight: Tensor | None, var: Tensor, eps: float) -> Tensor:
-    """Return the tangent of a norm that divides each channel by a stored standard deviation."""
+    """Return the tangent of a norm that divides each channel by a stored standard deviation.
+
+    Mean and standard deviation are numbers that do not move, so the norm is linear.
+    """
     scale = _scaled(torch.rsqrt(var + eps), weight)
     return _scaled(x.tangent, _per_channel(scale, x.ndim))
 
 
 def _grouped(x: Dual, groups: int, weight: Tensor | None, eps: float) -> Tensor:
-    """Return the tangent of a norm over groups of channels."""
+    """Return the tangent of a norm over groups of channels.
+
+    Its kernels want contiguous memory, and mean and scale of the rows, formed again here.
+    """
     x.only_batch_first()
     rows = x.rows.contiguous()
     tangent = x.tangent.to(rows.dtype).contiguous()

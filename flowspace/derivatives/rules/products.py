@@ -46,7 +46,10 @@ def linear(call: Call, x: Any, weight: Any, bias: Any = None) -> Any:
 
 @rule("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution")
 def conv1d(call: Call, x: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Any:
-    """d(x * w + b) = dx * w where only x moves."""
+    """d(x * w + b) = dx * w where only x moves.
+
+    Pictures have the batch first; a single one, without a batch axis, is left to torch.func.jvp.
+    """
     if len(call.duals) > 1 or not isinstance(x, Dual) or x.ndim != weight.ndim:
         return forward(call)
     x.only_batch_first()
@@ -71,7 +74,11 @@ def baddbmm(
 
 
 def _product(call: Call, x: Any, y: Any) -> Tensor:
-    """Return dx y + x dy, for matrices that have the batch on an axis which is not summed over."""
+    """Return dx y + x dy, for matrices that have the batch on an axis which is not summed over.
+
+    Raises:
+        LostRowsError: where the batch is summed over, or lies on different axes of x and y.
+    """
     for dual, contracted, other in ((x, 1, y), (y, 2, x)):
         if not isinstance(dual, Dual) or dual.layout is None:
             continue
@@ -99,7 +106,11 @@ def _product(call: Call, x: Any, y: Any) -> Tensor:
 
 @rule("einsum")
 def einsum(call: Call, equation: str, *operands: Any, path: Any = None) -> Any:
-    """The tangent is the sum of the products in which one factor is replaced by its tangent."""
+    """The tangent is the sum of the products in which one factor is replaced by its tangent.
+
+    The batch is a letter of the equation. An equation without ``->``, or with an ellipsis, is not
+    searched for it: torch.func.jvp differentiates the whole.
+    """
     if isinstance(operands[0], (list, tuple)):
         operands = tuple(operands[0])
     if "->" not in equation or "." in equation:

@@ -50,7 +50,10 @@ def _attention_in_parts(  # noqa: PLR0913  # torch's arguments
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Return attention with dropout, whose mask must be the same for primal and tangent."""
+    """Return attention with dropout, whose mask must be the same for primal and tangent.
+
+    A fused kernel would draw its mask inside; written in parts, dropout is a function of its own.
+    """
     if enable_gqa:
         heads = query.shape[-3]
         key = key.repeat_interleave(heads // key.shape[-3], -3)
@@ -75,7 +78,10 @@ def _attention_in_parts(  # noqa: PLR0913  # torch's arguments
 
 
 def _dropout(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return a dropout function as a product with what it makes of ones."""
+    """Return a dropout function as a product with what it makes of ones.
+
+    That is the mask, scaled; it does not move, so the tangent is multiplied by it too.
+    """
 
     def dropout(input: Tensor, p: float = 0.5, train: bool = True) -> Tensor:
         if train and p > 0:
