@@ -54,6 +54,7 @@ from flowspace.derivatives.rules.registry import (
     pointwise,
     rule,
     rule_of,
+    without_rule,
 )
 
 __all__ = [
@@ -80,4 +81,5 @@ __all__ = [
     "rule",
     "rule_of",
     "shared_rows",
+    "without_rule",
 ]

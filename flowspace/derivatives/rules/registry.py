@@ -34,6 +34,7 @@ __all__ = [
     "rule_of",
     "sum_of",
     "tangent_of",
+    "without_rule",
 ]
 
 Rule = Callable[..., Any]
@@ -275,6 +276,11 @@ def traced_jvp(
 def pointwise(call: Call, *args: Any, **kwargs: Any) -> list[Tensor]:
     """Differentiate an elementwise function."""
     return forward(call, shared_rows(call.duals))
+
+
+def without_rule(call: Call, *args: Any, **kwargs: Any) -> list[Tensor]:
+    """Differentiate a function that has no rule."""
+    return forward(call)
 
 
 def tangent_of(value: Any) -> Tensor | None:

@@ -6,18 +6,20 @@ gradient, the kernels, the random numbers and the buffers are those of the plain
 it, under no_grad and from detached primals, the tangents of its inputs become the tangent of its
 output.
 
-    SharedPrimal.evaluate            one pass; a second one over all rows where rows mix
-      run                            makes a carrier and its first aliases, takes the tangent of
-        what comes out Carrier (carrier)            a function mode: unpacks, runs the function and
-        its rule, wraps
-          kinds                      what is done about each torch function
-          rules                      the tangent of each torch function, over a Dual: primal,
-          tangent, where the rows lie Writes (writes)            functions that write in place;
-          memory that tensors share higher_order               operators that take graphs:
-          checkpoints, custom functions that were captured hidden_calls               what no
-          function mode sees; the only place that patches torch
-            Backend, Region (compiled)   parts under torch.compile: one graph of value and tangent
-            each
+Who holds whom, from the outside in:
+
+* `SharedPrimal.evaluate`: one pass over the model; a second one over all rows where rows mix.
+* `evaluate_beside`: makes a carrier and its first aliases, runs the model, and takes the tangent
+  of what comes out.
+* `carrier.Carrier`: a function mode; unpacks arguments, runs a function and its rule, wraps.
+* `kinds`: what is done about each torch function.
+* `rules`: the tangent of each torch function, over a `Dual`: primal, tangent, and the rows that
+  the tangent has.
+* `writes.Writes`: functions that write in place, and memory that tensors share.
+* `higher_order`: operators that take graphs, such as checkpoints and captured custom functions.
+* `compiled.Backend` and `compiled.Region`: a part under torch.compile, as one graph of value and
+  tangent.
+* `hidden_calls`: what no function mode sees; the only place that patches torch.
 """
 
 import contextlib
@@ -66,7 +68,7 @@ class SharedPrimal(Derivative):
         draws = RandomState(primals[0].device, of_python=True)
         few = None if rows is None else Rows.of(rows, len(primals[0]))
         versions = _versions(primals)
-        value, tangent, before = run(fn, primals, tangents, few)
+        value, tangent, before = evaluate_beside(fn, primals, tangents, few)
         if before is not None:
             if versions != _versions(primals):
                 raise DerivativeError(
@@ -90,7 +92,7 @@ class SharedPrimal(Derivative):
     ) -> Tensor:
         """Return the derivative on every row, in a pass of its own that leaves no trace."""
         with torch.no_grad(), restoring_buffers():
-            value, tangent, _ = run(fn, primals, tangents, None)
+            value, tangent, _ = evaluate_beside(fn, primals, tangents, None)
         return torch.zeros_like(value) if tangent is None else tangent
 
 
@@ -98,9 +100,13 @@ def _versions(primals: Sequence[Any]) -> list[int]:
     return [p._version for p in primals if isinstance(p, Tensor) and not p.is_inference()]
 
 
-class Run(NamedTuple):
-    """What a pass gives: the value; its tangent, if it moves; and, if the tangent was lost,
-    buffers as they were before.
+class Evaluation(NamedTuple):
+    """What a pass over a model gives.
+
+    Attributes:
+        value: what the model returned, with gradient.
+        tangent: its tangent on the rows asked for; None where it does not move or was lost.
+        before: where the tangent was lost, what the model's buffers held before the pass.
     """
 
     value: Tensor
@@ -108,61 +114,79 @@ class Run(NamedTuple):
     before: dict[int, tuple[Tensor, Tensor]] | None
 
 
-def run(
+def evaluate_beside(
     fn: Callable[..., Tensor],
     primals: Sequence[Any],
     tangents: Sequence[Tensor | None],
     rows: Rows | None,
-) -> Run:
-    """Run fn once, with the tangents beside it."""
+) -> Evaluation:
+    """Evaluate fn once, with the tangents beside it."""
     carrier = Carrier()
-    layout = rows and Layout(0, 1, 1, rows)
-    inputs = [
-        p
-        if v is None
-        else carrier.wrap(p, (v if rows is None else v[rows.chosen]).detach(), layout)
-        for p, v in zip(primals, tangents, strict=True)
-    ]
-    met = hidden_calls.dynamo_loaded()
-    if met and not hidden_calls.follows_compiled():
+    inputs = _aliases(carrier, primals, tangents, rows)
+    loaded = hidden_calls.dynamo_loaded()
+    if loaded and not hidden_calls.follows_compiled():
         _warn_of_old_torch()
     try:
         with hidden_calls.following(carrier), _as_written(), carrier:
             out = fn(*inputs)
-        if hidden_calls.dynamo_loaded() and not met:
-            carrier.lost = (
-                True  # the model loaded torch.compile on its way: what it compiled was not met
-            )
+        if hidden_calls.dynamo_loaded() and not loaded:
+            # the model loaded torch.compile on its way: what it compiled was not followed
+            carrier.lost = True
         if not isinstance(out, Tensor):
-            got = type(out).__name__
             raise InputError(
-                f"the model returned {got}; wrap it so that it returns one tensor of shape (B, *)"
+                f"the model returned {type(out).__name__}; wrap it so that it returns one tensor "
+                "of shape (B, *)"
             )
-        dual, plain = carrier.dual(out), getattr(out, FIELD, None)
+        dual, held = carrier.dual(out), getattr(out, FIELD, None)
     finally:
         carrier.release()
-    lost = carrier.lost or (
-        dual is not None and dual.layout is not None and dual.layout[:3] != (0, 1, 1)
-    )
-    value = out if plain is None else plain.primal
-    return Run(
-        value,
-        None if lost or dual is None else dual.tangent,
-        carrier.writes.before if lost else None,
-    )
+    value = out
+    if held is not None:
+        value = held.primal
+    if carrier.lost or (dual is not None and _elsewhere(dual.layout)):
+        return Evaluation(value, None, carrier.writes.before)
+    if dual is None:
+        return Evaluation(value, None, None)
+    return Evaluation(value, dual.tangent, None)
+
+
+def _aliases(
+    carrier: Carrier,
+    primals: Sequence[Any],
+    tangents: Sequence[Tensor | None],
+    rows: Rows | None,
+) -> list[Any]:
+    """Return the primals, as aliases that carry a tangent where there is one."""
+    layout, found = None, []
+    if rows is not None:
+        layout = Layout(0, 1, 1, rows)
+    for primal, tangent in zip(primals, tangents, strict=True):
+        if tangent is None:
+            found.append(primal)
+            continue
+        if rows is not None:
+            tangent = tangent[rows.chosen]
+        found.append(carrier.wrap(primal, tangent.detach(), layout))
+    return found
+
+
+def _elsewhere(layout: Layout | None) -> bool:
+    """Return whether the rows of a result lie along another axis than its first."""
+    return layout is not None and layout[:3] != (0, 1, 1)
 
 
 def _as_written() -> contextlib.AbstractContextManager[Any]:
-    """Run what was compiled as it was written, where this torch does not let it be met."""
-    return contextlib.nullcontext() if hidden_calls.follows_compiled() else uncompiled()
+    """Run what was compiled as it was written, where this torch does not let it be followed."""
+    if hidden_calls.follows_compiled():
+        return contextlib.nullcontext()
+    return uncompiled()
 
 
 @functools.cache
 def _warn_of_old_torch() -> None:
     warnings.warn(
         f"got torch {torch.__version__}; what is compiled of a model runs as it was written "
-        "beside its tangents, "
-        "right and slower; from torch 2.11 on it runs compiled",
+        "beside its tangents, right and slower; from torch 2.11 on it runs compiled",
         stacklevel=5,
     )
 

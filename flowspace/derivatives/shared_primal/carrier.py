@@ -324,7 +324,7 @@ class Carrier(TorchFunctionMode):
         A trace records no switch of the grad mode: its tangents are detached.
         """
         if rule is None:
-            rule = _without_rule
+            rule = rules.without_rule
         if self.traced:
             with not_intercepted():
                 return rule(call, *call.args, **call.kwargs)
@@ -431,11 +431,6 @@ class Carrier(TorchFunctionMode):
                 return self.carry(script, args, kwargs)
             finally:
                 self.inside.pop()
-
-
-def _without_rule(call: rules.Call, *_: Any, **__: Any) -> list[Tensor]:
-    """Differentiate a function that has no rule."""
-    return rules.forward(call)
 
 
 def _same_memory(cls: type, given: Sequence[Tensor], out: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointPolicy
 
 from flowspace.derivatives import rules
+from flowspace.derivatives.torch_internals import not_intercepted
 from flowspace.errors import DerivativeError
 
 if TYPE_CHECKING:
@@ -95,19 +96,23 @@ def _custom_function(carrier: "Carrier", call: rules.Call, args: tuple[Any, ...]
     values = _recorded(call, (forward, backward, *call.primals[2:]))
     with carrier, torch.no_grad():
         outputs, _ = forward(*inputs)
-    single = isinstance(values, Tensor)
-    found = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     fixed = call.options.get("non_differentiable_idx", ())
+    if isinstance(values, Tensor):
+        return _with_tangent(carrier, values, None if 0 in fixed else outputs)
+    found = []
+    for number, (value, output) in enumerate(zip(values, outputs, strict=True)):
+        found.append(_with_tangent(carrier, value, None if number in fixed else output))
+    return tuple(found)
 
-    def wrap(number: int, value: Any, output: Any) -> Any:
-        dual = carrier.dual(output) if isinstance(output, Tensor) and number not in fixed else None
-        return value if dual is None else carrier.wrap(value, dual.tangent, dual.layout)
 
-    outs = [
-        wrap(i, *pair)
-        for i, pair in enumerate(zip([values] if single else values, found, strict=True))
-    ]
-    return outs[0] if single else tuple(outs)
+def _with_tangent(carrier: "Carrier", value: Any, output: Any) -> Any:
+    """Return a value with the tangent that another run of the same gave, if any."""
+    if not isinstance(output, Tensor):
+        return value
+    dual = carrier.dual(output)
+    if dual is None:
+        return value
+    return carrier.wrap(value, dual.tangent, dual.layout)
 
 
 def _recorded(call: rules.Call, args: tuple[Any, ...]) -> Any:
@@ -115,7 +120,7 @@ def _recorded(call: rules.Call, args: tuple[Any, ...]) -> Any:
     tracer = _tracer()
     if tracer is None:
         return call.func(*args, **call.options)
-    with proxy_tensor.disable_proxy_modes_tracing(), torch._C.DisableTorchFunction():  # pyright: ignore
+    with proxy_tensor.disable_proxy_modes_tracing(), not_intercepted():
         out = call.func(*args, **call.options)
     for graph in args[:2]:
         tracer.root.register_module(tracer.get_fresh_qualname("body"), graph)

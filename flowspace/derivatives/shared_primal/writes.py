@@ -15,6 +15,12 @@ from torch import Tensor
 from flowspace.derivatives import rules
 from flowspace.derivatives.replay import in_transform
 from flowspace.derivatives.rules.dual import Dual, Layout, LostRowsError
+from flowspace.derivatives.torch_internals import (
+    base_transform,
+    memory_of,
+    not_intercepted,
+    operators_of_networks,
+)
 from flowspace.errors import DerivativeError
 
 if TYPE_CHECKING:
@@ -53,17 +59,21 @@ class Writes:
         """Return the tangent that a tensor's memory holds, if one was written there."""
         if tensor.layout != torch.strided or not rules.differentiable(tensor):
             return None
-        flat, _ = self.mirrors.get(memory(tensor), (None, None))
-        return None if flat is None else _place(flat, tensor).clone()
+        mirror = self.mirrors.get(memory_below(tensor))
+        if mirror is None:
+            return None
+        return _place(mirror[0], tensor).clone()
 
     def write(self, call: rules.Call, name: str, target: Tensor) -> Tensor | None:
         """Run a function that writes into its first argument, and write the tangent beside it."""
         if not isinstance(call.args[0], Dual):
             self.remember(target)
-        with torch.no_grad(), torch._C.DisableTorchFunction():  # pyright: ignore
+        with torch.no_grad(), not_intercepted():
             tangent, layout = self._written_tangent(call, name)
         self.put(target, tangent, layout, call.evaluate)
-        return None if name == "setitem" else target
+        if name == "setitem":
+            return None
+        return target
 
     def put(
         self,
@@ -79,63 +89,56 @@ class Writes:
                 has not every row.
         """
         dual = self.carrier.dual(target)
-        shared = self._shared(target)
-        if layout is not None and (
-            shared or dual is None or layout[:3] != (dual.layout or ())[:3]
-        ):
+        shared = dual is None or self._shared(target)
+        if layout is not None and (shared or not _same_place(layout, dual)):
             raise LostRowsError
-        with torch._C.DisableTorchFunction():  # pyright: ignore
-            alone = layout is not None or not (shared or dual is None or self.mirrors)
-            mirror = None if alone else self._mirror(target)
-        if run is not None:
-            run()
-        if mirror is None:
+        if layout is not None or not (shared or self.mirrors):
+            # alone in its memory: the dual tells all that is known of it
+            if run is not None:
+                run()
             if dual is not None:
                 dual.tangent, dual.layout = tangent, layout
             return
-        with torch.no_grad(), torch._C.DisableTorchFunction():  # pyright: ignore
-            _place(mirror, dual.primal if dual else target).copy_(tangent)
+        with not_intercepted():
+            mirror = self._mirror(target)
+        if run is not None:
+            run()
+        written = target
+        if dual is not None:
+            written = dual.primal
+        with torch.no_grad(), not_intercepted():
+            _place(mirror, written).copy_(tangent)
 
     def _shared(self, target: Tensor) -> bool:
-        return any(a is not target and memory(a) == memory(target) for a in self.carrier.aliases())
+        """Return whether another tensor that carries a tangent lies in the memory of this one."""
+        return any(
+            a is not target and memory_below(a) == memory_below(target)
+            for a in self.carrier.aliases()
+        )
 
     def _written_tangent(self, call: rules.Call, name: str) -> tuple[Tensor, Layout | None]:
         """Return the tangent that the first argument has after the function."""
-        target = call.args[0]
-        primal = target.primal if isinstance(target, Dual) else target
-        layout = call.duals[0].layout
+        target, layout = call.args[0], call.duals[0].layout
         if name in rules.CONSTANT or (name == "fill_" and not isinstance(call.args[-1], Dual)):
             return torch.zeros_like(target.tangent), layout
         if name in ("copy_", "fill_", "setitem"):
-            index, source = (
-                call.args[1:3]
-                if name == "setitem"
-                else (..., [*call.args[1:], *call.kwargs.values()][0])
-            )
+            index, source = ..., [*call.args[1:], *call.kwargs.values()][0]
+            if name == "setitem":
+                index, source = call.args[1:3]
             return rules.assigned(target, index, source), layout
-        holders = (torch.Tensor, torch, torch._C._nn, F)  # pyright: ignore
-        plain = next(
-            (getattr(holder, name[:-1]) for holder in holders if hasattr(holder, name[:-1])), None
-        )
-        rule = rules.rule_of(name[:-1])
-        if plain is None:
-            raise DerivativeError(
-                f"{name} writes in place and has no other form; write "
-                "derivative=FiniteDifference()"
-            )
         given = call.args, call.kwargs, call.primals, call.options, call.duals
-        other = rules.Call(plain, *given, call.traced)
-        other.evaluate()
-        found = rule(other, *other.args, **other.kwargs) if rule else rules.forward(other)
-        alias = self.carrier.wrap_output(
-            other, other.out, found[0] if isinstance(found, list) else found
-        )
-        dual = self.carrier.held(alias)
-        return dual.tangent.to(primal.dtype), dual.layout
+        other = rules.Call(_form_out_of_place(name), *given, call.traced)
+        out = other.evaluate()
+        rule = rules.rule_of(name[:-1]) or rules.without_rule
+        tangent = rule(other, *other.args, **other.kwargs)
+        if isinstance(tangent, list):
+            tangent = tangent[0]
+        dual = self.carrier.held(self.carrier.wrap_output(other, out, tangent))
+        return dual.tangent.to(call.primals[0].dtype), dual.layout
 
     def _mirror(self, target: Tensor) -> Tensor:
         """Return the tangents of a whole memory, laid out as it is."""
-        key = memory(target)
+        key = memory_below(target)
         if in_transform(target):
             raise DerivativeError(
                 "inside torch.func a tensor is written to that has other views; write "
@@ -145,7 +148,7 @@ class Writes:
             count = target.untyped_storage().nbytes() // target.element_size()
             flat = torch.zeros(count, dtype=target.dtype, device=target.device)
             for alias in self.carrier.aliases():
-                if memory(alias) == key:
+                if memory_below(alias) == key:
                     self._copy(self.carrier.held(alias), flat)
             self.mirrors[key] = flat, target.untyped_storage()
         return self.mirrors[key][0]
@@ -163,14 +166,34 @@ class Writes:
         _place(flat, shown).copy_(tangent)
 
 
-def memory(tensor: Tensor) -> int:
-    """Return a number for the memory that a tensor and its views share; a fake tensor, which has
-    none, has one too.
+def _same_place(layout: Layout, dual: Dual | None) -> bool:
+    """Return whether the rows of a dual lie as a layout says."""
+    return dual is not None and dual.layout is not None and layout[:3] == dual.layout[:3]
+
+
+def _form_out_of_place(name: str) -> Callable[..., Any]:
+    """Return the function that computes what one of this name, with _ at its end, writes.
+
+    Raises:
+        DerivativeError: if there is none.
+    """
+    for holder in (torch.Tensor, torch, operators_of_networks, F):
+        if hasattr(holder, name[:-1]):
+            return getattr(holder, name[:-1])
+    raise DerivativeError(
+        f"{name} writes in place and has no other form; write derivative=FiniteDifference()"
+    )
+
+
+def memory_below(tensor: Tensor) -> int:
+    """Return a number for the memory that a tensor, as transforms wrapped it, and its views
+    share.
     """
     while in_transform(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)  # pyright: ignore
-    return tensor.untyped_storage()._cdata
+        tensor = base_transform(tensor)
+    return memory_of(tensor)
 
 
 def _place(flat: Tensor, primal: Tensor) -> Tensor:
+    """Return the part of a mirror that lies where a primal lies in its memory."""
     return flat.as_strided(primal.shape, primal.stride(), primal.storage_offset())
