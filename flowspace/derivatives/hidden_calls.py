@@ -40,7 +40,6 @@ __all__ = [
     "call_captured",
     "capture_as_outside",
     "capture_callback",
-    "dispatched",
     "dynamo_loaded",
     "following",
     "follows_compiled",
@@ -256,11 +255,6 @@ It is a builtin: a function written in Python would be captured itself.
 
 set_capture_callback = torch._C._dynamo.eval_frame.set_eval_frame  # pyright: ignore
 """Sets what torch.compile captures frames with in this thread; None: it captures nothing."""
-
-
-def dispatched() -> bool:
-    """Return whether any dispatch mode sees what is called."""
-    return torch._C._len_torch_dispatch_stack() > 0  # pyright: ignore
 
 
 def outside_modes() -> contextlib.AbstractContextManager[Any]:

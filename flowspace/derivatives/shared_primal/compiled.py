@@ -56,6 +56,15 @@ SHARES = 4
 _PLAIN = "plain"
 """The key of the program without tangents."""
 
+Function = Callable[..., Any]
+"""What runs a graph, or compiles one."""
+
+Values = Sequence[Any]
+"""Inputs or outputs of a graph: tensors, numbers, None."""
+
+Duals = Sequence[Dual | None]
+"""For each of several values what it carries, or None."""
+
 Place = tuple[int, int, int] | None
 """The axis, outer and inner numbers of a `Layout`; None where a tangent has every row."""
 
@@ -86,7 +95,7 @@ class Program(NamedTuple):
             some of the rows.
     """
 
-    run: Callable[..., Any] | None
+    run: Function | None
     outputs: int = 0
     moving: tuple[Moving, ...] = ()
     written: tuple[Moving, ...] = ()
@@ -99,7 +108,7 @@ class Backend:
     Two of them are equal if these are, so that dynamo does not capture a function again.
     """
 
-    def __init__(self, backend: Callable[..., Any]) -> None:
+    def __init__(self, backend: Function) -> None:
         self.backend = backend
 
     def __eq__(self, other: object) -> bool:
@@ -108,7 +117,7 @@ class Backend:
     def __hash__(self) -> int:
         return hash(Backend)
 
-    def __call__(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> "Region":
+    def __call__(self, graph: fx.GraphModule, inputs: Values) -> "Region":
         """Return what runs a captured graph."""
         _warn_of_limit()
         return Region(graph, inputs, self.backend)
@@ -128,7 +137,7 @@ class TraceContext(NamedTuple):
     tracing: Any
 
     @classmethod
-    def of(cls, inputs: Sequence[Any]) -> "TraceContext":
+    def of(cls, inputs: Values) -> "TraceContext":
         """Return the context of a capture that is going on, or one made for these inputs."""
         tracing = _guards.TracingContext.try_get()
         fake = _fake_mode(inputs, tracing)
@@ -150,7 +159,7 @@ class TraceContext(NamedTuple):
             yield
 
 
-def _fake_mode(inputs: Sequence[Any], tracing: Any) -> Any:
+def _fake_mode(inputs: Values, tracing: Any) -> Any:
     """Return the mode of inputs without values, or that of the capture, or a new one."""
     for value in inputs:
         if isinstance(value, FakeTensor):
@@ -173,10 +182,9 @@ def _without_values(tensor: Tensor, fake: Any, tracing: Any) -> Tensor:
 
 def _has_symbols(value: Any) -> bool:
     """Return whether a size, or a size of a tensor, was left open by torch.compile."""
-    sizes = [value]
     if isinstance(value, Tensor):
-        sizes = value.shape
-    return any(isinstance(size, torch.SymInt | torch.SymFloat) for size in sizes)
+        return any(map(_has_symbols, value.shape))
+    return isinstance(value, torch.SymInt | torch.SymFloat)
 
 
 class Region:
@@ -192,9 +200,7 @@ class Region:
         programs: by case and sizes, a program, or the error that there was instead of it.
     """
 
-    def __init__(
-        self, graph: fx.GraphModule, inputs: Sequence[Any], backend: Callable[..., Any]
-    ) -> None:
+    def __init__(self, graph: fx.GraphModule, inputs: Values, backend: Function) -> None:
         self.backend = backend
         self.captured = _copied(graph)
         self.context = TraceContext.of(inputs)
@@ -205,7 +211,7 @@ class Region:
         if not self._prepared(inputs):
             self.programs[_PLAIN, ()] = Program(backend(graph, inputs))
 
-    def _prepared(self, inputs: Sequence[Any]) -> bool:
+    def _prepared(self, inputs: Values) -> bool:
         """Make the program of the first call while dynamo captures; return whether it suffices.
 
         The graph without tangents is compiled at once only where the first call needs it.
@@ -217,7 +223,9 @@ class Region:
         if not any(duals):
             return False
         program = self.program(carrier, duals, inputs)
-        return isinstance(program, Program) and not program.lost and not _value_recomputed()
+        if isinstance(program, Exception) or program.lost:
+            return False
+        return not _value_recomputed()
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the graph, and the tangents of its inputs beside it."""
@@ -243,9 +251,7 @@ class Region:
             return self._run_separately(carrier, program, inputs, primals, moving)
         return self._run_dual(carrier, program, inputs, primals, moving)
 
-    def _announce_writes(
-        self, carrier: Carrier | None, duals: Sequence[Dual | None], primals: Sequence[Any]
-    ) -> None:
+    def _announce_writes(self, carrier: Carrier | None, duals: Duals, primals: Values) -> None:
         """Tell a second run and a carrier what the graph is about to write into."""
         run = hidden_calls.active_second_run()
         if run is not None:
@@ -260,7 +266,7 @@ class Region:
         self,
         carrier: Carrier,
         program: Program,
-        inputs: Sequence[Any],
+        inputs: Values,
         primals: list[Any],
         duals: list[Dual],
     ) -> tuple[Any, ...]:
@@ -271,8 +277,13 @@ class Region:
         rows = _rows_of(duals)
         size = _room(rows)
         with hidden_calls.paused(carrier), not_intercepted():
-            tangents = [_padded(dual.tangent, dual.layout, size).contiguous() for dual in duals]
+            # A graph is compiled for tangents as `_dual_examples` makes them: contiguous.
+            tangents = []
+            for dual in duals:
+                tangent = _padded(dual.tangent, dual.layout, size)
+                tangents.append(tangent.contiguous())
             out = program.run(*primals, *tangents, *_indices(rows, size))  # type: ignore[misc]
+        # What comes out: outputs, tangents of those that move, tangents of inputs written to.
         values = list(out[: program.outputs])
         derivatives = iter(out[program.outputs :])
         for i, place in program.moving:
@@ -292,7 +303,7 @@ class Region:
         self,
         carrier: Carrier,
         program: Program,
-        inputs: Sequence[Any],
+        inputs: Values,
         primals: list[Any],
         duals: list[Dual],
     ) -> tuple[Any, ...]:
@@ -314,7 +325,7 @@ class Region:
             outputs.append(_with_tangent_of(other, value, carrier))
         return tuple(outputs)
 
-    def _run_plain(self, carrier: Carrier | None, inputs: Sequence[Any]) -> Any:
+    def _run_plain(self, carrier: Carrier | None, inputs: Values) -> Any:
         """Run the graph as it was captured, compiled, without tangents."""
         with hidden_calls.paused(carrier), not_intercepted():
             program = self._program_for(_PLAIN, inputs, self._make_plain)
@@ -324,9 +335,7 @@ class Region:
 
     # --- making programs
 
-    def program(
-        self, carrier: Carrier, duals: Sequence[Dual | None], inputs: Sequence[Any]
-    ) -> Program | Exception:
+    def program(self, carrier: Carrier, duals: Duals, inputs: Values) -> Program | Exception:
         """Return the program for the inputs that move, or why there is none.
 
         Where the value is the plain graph's, the program records no gradient.
@@ -339,7 +348,7 @@ class Region:
             return self._program_for(case, inputs, lambda c: self._make(c, moving, rows))
 
     def _program_for(
-        self, case: Any, inputs: Sequence[Any], make: Callable[[TraceContext], Program]
+        self, case: Any, inputs: Values, make: Callable[[TraceContext], Program]
     ) -> Program | Exception:
         """Return the program of a case, made once; or why it could not be made.
 
@@ -351,6 +360,7 @@ class Region:
             return program
         capturing = _guards.TracingContext.try_get() is not None
         context, sizes = self.context, ()
+        # Outside a capture nobody would guard what a trace assumes of open sizes.
         if self.dynamic and not capturing:
             sizes = _sizes(inputs)
             program = self.programs.get((case, sizes))
@@ -391,10 +401,13 @@ class Region:
             return out
 
         examples = [*context.examples, *_dual_examples(context, moving, rows)]
+        # pre_dispatch: the trace stays above autograd and autocast, so the backend differentiates
+        # the value as it would in the captured graph. Parameters that the captured graph holds
+        # itself are not fake.
         with context.fake, _no_saving_hooks():
             trace = make_fx(dual_graph, pre_dispatch=True, _allow_non_fake_inputs=True)
             traced = trace(*examples)
-        if made[-1].lost:
+        if made[-1].lost:  # kept as well: the next call with these inputs needs no trace
             return made[-1]
         _refuse_constants(traced)
         _pass_origin_on(self.captured, traced)
@@ -431,8 +444,10 @@ def _carried(
         outputs, then tangents; and a program that cannot run yet, which tells how to read them.
     """
     carrier = Carrier(traced=True)
+    # An input whose tangent is another one afterwards was written to in place.
     before: dict[int, Tensor] = {}
-    for (i, place), tangent in zip(moving, tangents, strict=False):  # the last may be the indices
+    # the last tangent may be the indices of the rows
+    for (i, place), tangent in zip(moving, tangents, strict=False):
         inputs[i] = carrier.wrap(inputs[i], tangent, _layout(place, rows))
         before[i] = carrier.held(inputs[i]).tangent
     with carrier:
@@ -469,7 +484,12 @@ def _value_recomputed() -> bool:
 
 def _no_saving_hooks() -> Any:
     """Let a trace save its tensors without the hooks of a checkpoint, which would count them."""
-    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    return torch.autograd.graph.saved_tensors_hooks(_same, _same)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    """Return the tensor that was given."""
+    return tensor
 
 
 def _copied(graph: fx.GraphModule) -> fx.GraphModule:
@@ -496,6 +516,7 @@ def _pass_origin_on(captured: fx.GraphModule, other: fx.GraphModule) -> None:
         if name not in names:
             return
     other.meta, other._param_name_to_source = dict(captured.meta), names
+    # The first inputs of a dual graph are those of the captured one; tangents have no source.
     placeholders = _placeholders(other)
     for node in placeholders:
         node._dynamo_source = None
@@ -525,11 +546,11 @@ def _written_inputs(captured: fx.GraphModule, context: TraceContext) -> list[int
     numbers = {node: i for i, node in enumerate(_placeholders(captured))}
     written = set()
     for node in captured.graph.nodes:
-        if replay.batch_statistics(node.target, node.args, node.kwargs):
+        if _over_batch(node):
             statistics = node.all_input_nodes[1:3]
             written.update(numbers[x] for x in statistics if x in numbers)
     before = _versions(context.examples)
-    if any(str(node.target).rstrip("'>").endswith("_") for node in captured.graph.nodes):
+    if any(map(_writes_in_place, captured.graph.nodes)):
         with context.fake, torch.no_grad(), contextlib.suppress(Exception):
             captured(*context.examples)
     for i, version in _versions(context.examples).items():
@@ -538,24 +559,37 @@ def _written_inputs(captured: fx.GraphModule, context: TraceContext) -> list[int
     return sorted(written)
 
 
-def _versions(inputs: Sequence[Any]) -> dict[int, int]:
+def _writes_in_place(node: fx.Node) -> bool:
+    """Return whether a node calls a function whose name ends as those do that write in place."""
+    return str(node.target).rstrip("'>").endswith("_")
+
+
+def _versions(inputs: Values) -> dict[int, int]:
     """Return by number how often autograd has seen each tensor written to."""
-    return {i: x._version for i, x in enumerate(inputs) if isinstance(x, Tensor)}
+    versions = {}
+    for i, value in enumerate(inputs):
+        if isinstance(value, Tensor):
+            versions[i] = value._version
+    return versions
+
+
+def _over_batch(node: fx.Node) -> bool:
+    """Return whether a node is a norm that uses the statistics of the batch."""
+    arguments = replay.batch_statistics(node.target, node.args, node.kwargs)
+    return arguments is not None
 
 
 def _mixes(captured: fx.GraphModule) -> bool:
     """Return whether a graph has a norm over the batch."""
     norms = (torch.nn.functional.batch_norm, torch.batch_norm)
-    for node in captured.graph.nodes:
-        if node.target in norms and replay.batch_statistics(node.target, node.args, node.kwargs):
-            return True
-    return False
+    nodes = captured.graph.nodes
+    return any(node.target in norms and _over_batch(node) for node in nodes)
 
 
 # --- inputs, their tangents and where the rows lie
 
 
-def _duals_of(carrier: Carrier | None, values: Sequence[Any]) -> list[Dual | None]:
+def _duals_of(carrier: Carrier | None, values: Values) -> list[Dual | None]:
     """Return the dual of each value that carries a tangent, and None for the others."""
     duals: list[Dual | None] = [None] * len(values)
     if carrier is None:
@@ -576,9 +610,13 @@ def _with_tangent_of(other: Any, value: Any, carrier: Carrier) -> Any:
     return carrier.wrap(value, dual.tangent, dual.layout)
 
 
-def _moving(duals: Sequence[Dual | None]) -> tuple[Moving, ...]:
+def _moving(duals: Duals) -> tuple[Moving, ...]:
     """Return the number and the place of each dual."""
-    return tuple(Moving(i, _place(dual.layout)) for i, dual in enumerate(duals) if dual)
+    moving = []
+    for i, dual in enumerate(duals):
+        if dual is not None:
+            moving.append(Moving(i, _place(dual.layout)))
+    return tuple(moving)
 
 
 def _rows_of(duals: Sequence[Dual]) -> Rows | None:
@@ -597,7 +635,9 @@ def _place(layout: Layout | None) -> Place:
     """
     if layout is None:
         return None
-    return layout.axis, _whole_number(layout.outer), _whole_number(layout.inner)
+    outer = _whole_number(layout.outer)
+    inner = _whole_number(layout.inner)
+    return layout.axis, outer, inner
 
 
 def _whole_number(size: Any) -> int:
@@ -620,7 +660,7 @@ def _layout(place: Place, rows: Rows | None) -> Layout | None:
     return Layout(*place, rows)
 
 
-def _batch(inputs: Sequence[Any], moving: Sequence[Moving]) -> Any:
+def _batch(inputs: Values, moving: Sequence[Moving]) -> Any:
     """Return the batch's size, which may be a symbol, from an input whose batch axis is known."""
     for i, place in moving:
         if place is not None:
@@ -629,7 +669,7 @@ def _batch(inputs: Sequence[Any], moving: Sequence[Moving]) -> Any:
     raise ValueError("no input has a batch axis")
 
 
-def _sizes(inputs: Sequence[Any]) -> tuple[Any, ...]:
+def _sizes(inputs: Values) -> tuple[Any, ...]:
     """Return the shapes of tensors and the values of other inputs."""
     sizes = list(inputs)
     for i, value in enumerate(inputs):
@@ -691,7 +731,8 @@ def _dual_examples(
             if place is not None and size is not None:
                 axis, outer, inner = place
                 shape[axis] = outer * size * inner
-            examples.append(torch.empty(shape, dtype=primal.dtype, device=primal.device))
+            dtype, device = primal.dtype, primal.device
+            examples.append(torch.empty(shape, dtype=dtype, device=device))
         if rows is not None and size is not None:
             device = rows.chosen.device
             examples.append(torch.zeros(size, dtype=torch.int64, device=device))
