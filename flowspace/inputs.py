@@ -53,7 +53,7 @@ def warn_once(text: str) -> None:
 def kind_of(value: Any) -> str:
     """Return what came, for messages: dtype and shape, or a type."""
     if hasattr(value, "dtype") and hasattr(value, "shape"):
-        return f"{value.dtype} and shape {tuple(value.shape)}"
+        return f"dtype {value.dtype} and shape {tuple(value.shape)}"
     return f"type {type(value).__name__}"
 
 

@@ -762,7 +762,7 @@ def test_what_does_not_fit_is_refused_with_the_words_of_torch():
     refused(InputError, "returned shape", model=lambda z, t, s: z.sum(), generator=key)
     refused(InputError, "returned tuple", model=lambda z, t, s: (z, z), generator=key)
     refused(InputError, "noise of shape", noise=jnp.ones((2, 2)), generator=key)
-    with pytest.raises(InputError, match="got latents of int32 and shape"):
+    with pytest.raises(InputError, match="got latents of dtype int32 and shape"):
         CrossFlowLoss()(mlp(jnp, weights), latents.astype(int), generator=key)
     with pytest.raises(InputError, match="each row needs its pair"):
         CrossFlowLoss()(mlp(jnp, weights), latents, latents[:3], generator=key)

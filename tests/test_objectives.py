@@ -809,11 +809,15 @@ def test_the_ends_of_the_triangle_are_legal_times():
 @pytest.mark.parametrize(
     ("latents", "targets", "named"),
     [
-        (torch.zeros(2, 3, dtype=torch.int64), None, "got latents of torch.int64"),
-        (torch.tensor(1.0), None, r"got latents of torch.float32 and shape \(\)"),
+        (torch.zeros(2, 3, dtype=torch.int64), None, "got latents of dtype torch.int64"),
+        (torch.tensor(1.0), None, r"got latents of dtype torch.float32 and shape \(\)"),
         ([1.0, 2.0], None, "got latents of type list"),
         (torch.zeros(2, 3), torch.zeros(3, 3), "2 latents and 3 targets"),
-        (torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.uint8), "got targets of torch.uint8"),
+        (
+            torch.zeros(2, 3),
+            torch.zeros(2, 3, dtype=torch.uint8),
+            "got targets of dtype torch.uint8",
+        ),
     ],
 )
 def test_batches_that_do_not_fit_are_refused(loss_fn, latents, targets, named):

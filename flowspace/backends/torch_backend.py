@@ -74,6 +74,8 @@ def as_array(value: Any, like: Any = None) -> Tensor:
     """Return a number or tensor as a tensor, on the device of another."""
     if like is not None:
         return torch.as_tensor(value, device=like.device)
+    if isinstance(value, Tensor):  # a tensor stays itself, also to what follows its functions
+        return value
     return torch.as_tensor(value)
 
 

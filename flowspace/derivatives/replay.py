@@ -37,6 +37,7 @@ __all__ = [
     "batch_statistics",
     "forward_mode_lock",
     "in_transform",
+    "is_alive",
     "on_copies",
     "restoring_buffers",
     "several_processes",
@@ -325,7 +326,7 @@ class RestoringMode(TorchFunctionMode):
         with torch.no_grad():
             for reference, before, version in list(self.written.values()):
                 target = reference()
-                if target is None or not _alive(target):
+                if target is None or not is_alive(target):
                     continue
                 if version < 0 or _version(target) != version:
                     target.copy_(before)
@@ -352,7 +353,7 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def _alive(tensor: Tensor) -> bool:
+def is_alive(tensor: Tensor) -> bool:
     """Return whether a tensor still has its memory.
 
     FSDP2 frees that of whole parameters between uses. Tensors that are made of others have none.

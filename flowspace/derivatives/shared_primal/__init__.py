@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from flowspace.derivatives import hidden_calls
-from flowspace.derivatives.replay import RandomState, restoring_buffers, uncompiled
+from flowspace.derivatives.replay import RandomState, is_alive, restoring_buffers, uncompiled
 from flowspace.derivatives.route import Derivative, scatter
 from flowspace.derivatives.rules.dual import Layout, Rows
 from flowspace.derivatives.shared_primal.carrier import FIELD, Carrier
@@ -196,7 +196,10 @@ def _rewound(before: dict[int, tuple[Tensor, Tensor]]) -> Iterator[None]:
     """Give buffers the values from before the first pass, for a second one, and then those from
     after it again.
     """
-    after = [(tensor, tensor.detach().clone(), then) for tensor, then in before.values()]
+    after = []
+    for tensor, then in before.values():
+        if is_alive(tensor):  # FSDP2 frees what it gathered
+            after.append((tensor, tensor.detach().clone(), then))
     try:
         for tensor, _, then in after:
             tensor.detach().copy_(then)
