@@ -126,7 +126,7 @@ class FlowMap:
         return prediction
 
     @torch.no_grad()
-    def sample(  # the public door: each argument has its name
+    def sample(  # noqa: PLR0913  # the public door: each argument has its name
         self,
         noise: Tensor,
         *,

@@ -332,7 +332,7 @@ class Objective(abc.ABC):
         """
         return out
 
-    def __call__(  # the public door: each argument has its name
+    def __call__(  # noqa: PLR0913  # the public door: each argument has its name
         self,
         model: Model,
         latents: Tensor,

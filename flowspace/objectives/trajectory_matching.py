@@ -96,7 +96,7 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
         t = torch.linspace(1, 0, self.points, device=like.device, dtype=dtype)
         return self.shift * t / (1 + (self.shift - 1) * t)
 
-    def __call__(  # the public door: each argument has its name
+    def __call__(  # noqa: PLR0913  # the public door: each argument has its name
         self,
         model: Model,
         latents: Tensor,
