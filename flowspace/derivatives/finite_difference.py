@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flowspace.arrays import over_rows
+from flowspace.arrays import is_number, over_rows
 from flowspace.backends import backend_of
 from flowspace.derivatives.replay import RestoringMode, agree, several_processes
 from flowspace.derivatives.second_run import REFUSAL_SLACK, First, Second, SecondRun
@@ -78,12 +78,12 @@ class FiniteDifference(SecondRun):
     order: int = 2
 
     def __post_init__(self) -> None:
-        if not 0 < self.step <= 0.25:
+        if not (is_number(self.step) and 0 < self.step <= 0.25):
             raise InputError(
-                f"got step = {self.step}; it is a difference of times, so write 0 < step <= 0.25"
+                f"got step = {self.step!r}; it is a difference of times, so write 0 < step <= 0.25"
             )
         if self.order not in (1, 2):
-            raise InputError(f"got order = {self.order}; write 1 or 2")
+            raise InputError(f"got order = {self.order!r}; write 1 or 2")
 
     def evaluate_pure(
         self, fn: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any | None]
