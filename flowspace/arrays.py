@@ -16,6 +16,9 @@ from flowspace.errors import TimeError
 
 __all__ = ["Model", "at_least_float32", "checked_times", "draw_noise", "is_number", "over_rows"]
 
+LARGEST_SETTING = 1e9
+"""A finite setting beyond this is a slip: what it scales would overflow."""
+
 SINGLE = 4
 """Bytes of a number in float32."""
 
@@ -24,9 +27,14 @@ Model = Callable[..., Tensor]
 
 
 def is_number(value: Any) -> bool:
-    """Return whether a setting is a real number: no text, no truth value, not NaN."""
-    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return is_real and not math.isnan(value)
+    """Return whether a setting is a real number of a size with a meaning, or infinite.
+
+    No text, no truth value and not NaN; nothing beyond LARGEST_SETTING.
+    """
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    size: Any = abs(value)
+    return size <= LARGEST_SETTING or size == math.inf
 
 
 def over_rows(values: Tensor, like: Tensor) -> Tensor:

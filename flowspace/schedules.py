@@ -15,7 +15,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from flowspace.arrays import over_rows
+from flowspace.arrays import is_number, over_rows
 from flowspace.backends import backend_of, one_backend
 from flowspace.errors import ExpressionError, InputError, ScheduleError, TimeError
 from flowspace.formulas import T, parse
@@ -250,9 +250,9 @@ class PolynomialSchedule(Schedule):
     """
 
     def __init__(self, power: float = 2) -> None:
-        if not power >= 1:
+        if not (is_number(power) and 1 <= power < math.inf):
             raise ScheduleError(
-                f"got power = {power}; below 1 alpha' is infinite at t = 1, so write 1 or more"
+                f"got power = {power!r}; below 1 alpha' is infinite at t = 1, so write 1 or more"
             )
         alpha = parse(f"(1 - t)**{power}")
         super().__init__(alpha, 1 - alpha)
@@ -276,9 +276,11 @@ class VariancePreservingSchedule(Schedule):
     """
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
-        if not 0 < beta_min <= beta_max < math.inf:
+        are_numbers = is_number(beta_min) and is_number(beta_max)
+        if not (are_numbers and 0 < beta_min <= beta_max < math.inf):
             raise ScheduleError(
-                f"got beta_min = {beta_min}, beta_max = {beta_max}; write 0 < beta_min <= beta_max"
+                f"got beta_min = {beta_min!r}, beta_max = {beta_max!r}; write 0 < beta_min <= "
+                "beta_max"
             )
         raw: Any = parse(f"exp(-{beta_min}*t/2 - ({beta_max} - {beta_min})*t**2/4)")
         end = raw.subs(T, 1)

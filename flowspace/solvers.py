@@ -195,7 +195,7 @@ def falling_grid(noise: Tensor, steps: int, times: Sequence[float] | Tensor | No
     if isinstance(noise, Tensor):
         where["device"] = noise.device
     if times is None:
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        if not isinstance(steps, int) or not is_number(steps) or steps < 1:
             raise TimeError(
                 f"got steps = {steps!r}; it counts evaluations, so write 1 or a larger integer"
             )

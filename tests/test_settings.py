@@ -25,6 +25,7 @@ ODD = {
     "a little negative": -1e-3,
     "zero": 0,
     "huge": 1e30,
+    "a huge count": 10**30,
     "not a number": math.nan,
     "infinite": math.inf,
     "minus infinity": -math.inf,
@@ -79,7 +80,18 @@ def test_an_odd_setting_is_meant_or_refused_by_name(kind, setting, odd):
             assert "got" in str(error) and setting in str(error)
         else:
             assert isinstance(odd, int | float) and not math.isnan(odd), (kind, setting, odd)
-            assert getattr(kept, setting) == odd
+            assert (getattr(kept, setting) == odd and abs(odd) < 1e30) or odd == math.inf
+
+
+@pytest.mark.parametrize("odd", [*ODD.values(), 65], ids=[*ODD, "beyond the formulas"])
+def test_an_odd_number_of_a_schedule_is_refused(odd):
+    if odd != 65:
+        with pytest.raises(FlowspaceError, match="got"):
+            flowspace.VariancePreservingSchedule(beta_max=odd)
+        with pytest.raises(FlowspaceError, match="got"):
+            flowspace.alpha_at(0.5, steepness=odd)
+    with pytest.raises(FlowspaceError):
+        flowspace.PolynomialSchedule(odd)
 
 
 def test_settings_are_found():

@@ -106,14 +106,15 @@ def alpha_at(
     Raises:
         InputError: if start is not below end, or a number is not finite or in its range.
     """
-    if not math.isfinite(progress):
-        raise InputError(f"got progress = {progress}; it is a share of training, in [0, 1]")
-    if not (start < end and math.isfinite(end - start)):
+    if not (is_number(progress) and math.isfinite(progress)):
+        raise InputError(f"got progress = {progress!r}; it is a share of training, in [0, 1]")
+    are_numbers = is_number(start) and is_number(end)
+    if not (are_numbers and start < end and math.isfinite(end - start)):
         raise InputError(
-            f"got start = {start}, end = {end}; alpha falls between them, so write start < end"
+            f"got start = {start!r}, end = {end!r}; alpha falls between them, so write start < end"
         )
-    if not 0 < steepness < math.inf:
-        raise InputError(f"got steepness = {steepness}; write a positive number, such as 25")
+    if not (is_number(steepness) and 0 < steepness < math.inf):
+        raise InputError(f"got steepness = {steepness!r}; write a positive number, such as 25")
     inside = (progress - start) / (end - start)
     alpha = 1 / (1 + math.exp(min(steepness * (inside - 0.5), LARGEST_EXPONENT)))
     if alpha > 1 - SNAP:

@@ -71,7 +71,7 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
             "write a function (z_t, t, **cond) of the velocity",
         )
         require(
-            isinstance(self.points, int) and self.points >= 2,
+            isinstance(self.points, int) and is_number(self.points) and self.points >= 2,
             "points",
             self.points,
             "a trajectory has a whole number of points, at least 2",
