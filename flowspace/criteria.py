@@ -246,7 +246,8 @@ def _advice_without_data(c: Coefficients) -> str:
         return f"{why}, and f is the average velocity; use MeanFlowLoss(), in one space"
     return (
         f"{why}; use MeanFlowLoss(statistic=...), which has a velocity in its place, in one "
-        "space, or Statistic.from_kappa(schedule, kappa, delta), which derives the gamma that meets it"
+        "space, or Statistic.from_kappa(schedule, kappa, delta), which derives the gamma that "
+        "meets it"
     )
 
 

@@ -9,6 +9,7 @@ import ast
 import math
 import random
 import re
+import sys
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -52,6 +53,13 @@ MAX_CANCEL = 40
 
 MAX_TERMS = 250
 """Terms after multiplying out, beyond which cancelling or factoring may take seconds."""
+
+MAX_DEGREE = 8
+"""The power of one term up to which factoring does not feel its degree."""
+
+MAX_FUNCTIONS = 6
+MAX_POWER = 4
+"""Different sines and the like, and powers, beyond which their rewriting may take seconds."""
 
 NAMES = {"t": T, "s": S, "pi": sympy.pi}
 FUNCTIONS = {
@@ -118,7 +126,7 @@ def parse(text: str) -> sympy.Expr:
             f"{shortened(text)} is not a formula{_hint(text)}; write something like '1 - t' or "
             "'sin(pi*t/2)'"
         ) from None
-    if not is_defined(expression):
+    if not is_defined(expression) or not _fits_float64(expression):
         raise ExpressionError(f"{shortened(text)} divides by zero, overflows or is not real")
     return expression
 
@@ -308,7 +316,10 @@ def tidy(expression: sympy.Expr) -> sympy.Expr:
     if not all(power.exp.is_integer for power in expression.atoms(sympy.Pow)):
         return expression
     cancelled: Any = sympy.cancel(expression)
-    return sympy.factor(cancelled)  # type: ignore[return-value]
+    factored: Any = sympy.factor(cancelled)
+    if not _fits_float64(factored):
+        return expression
+    return factored
 
 
 @lru_cache(maxsize=256)
@@ -316,15 +327,37 @@ def readable(expression: sympy.Expr) -> sympy.Expr:
     """Return the shortest form of a formula that a few quick rewritings find."""
     if not is_small(expression, 2 * MAX_CANCEL) or expression.has(sympy.exp, sympy.log):
         return expression
-    forms = [expression, sympy.factor(expression)]
-    if expression.has(sympy.sin, sympy.cos):
-        forms.append(sympy.trigsimp(expression))
-        forms.append(sympy.factor(sympy.trigsimp(sympy.expand(expression))))
-    shortest = min(forms, key=lambda form: form.count_ops())
-    return shortest.replace(
+    forms: list[Any] = [expression, sympy.factor(expression)]
+    shorter = min(forms, key=lambda form: form.count_ops())
+    if _is_plain_trigonometry(shorter):
+        forms.append(sympy.trigsimp(shorter))
+        forms.append(sympy.factor(sympy.trigsimp(sympy.expand(shorter))))
+    forms = [form for form in forms if _fits_float64(form)]
+    shortest = min(forms, key=lambda form: form.count_ops(), default=expression)
+    by_argument: Any = shortest.replace(
         lambda part: isinstance(part, TrigonometricFunction),
         lambda part: part.func(sympy.factor(part.args[0])),
     )
+    return by_argument
+
+
+def _is_plain_trigonometry(expression: sympy.Expr) -> bool:
+    """Return whether there are a few sines and the like of simple arguments, for `trigsimp`."""
+    if expression.count_ops() > MAX_CANCEL:
+        return False
+    functions = expression.atoms(TrigonometricFunction)
+    simple = all(
+        part.free_symbols and not part.args[0].has(sympy.Function, sympy.Pow) for part in functions
+    )
+    powers = [abs(power.exp) for power in expression.atoms(sympy.Pow)]
+    small = all(power.is_number and power <= MAX_POWER for power in powers)
+    return simple and small and 0 < len(functions) <= MAX_FUNCTIONS
+
+
+def _fits_float64(expression: sympy.Expr) -> bool:
+    """Return whether every number in a formula is one of float64."""
+    numbers = expression.atoms(sympy.Rational)
+    return all(max(abs(each.p), each.q) < sys.float_info.max for each in numbers)
 
 
 def is_small(expression: sympy.Expr, operations: int) -> bool:
@@ -345,12 +378,15 @@ def expanded_terms(expression: sympy.Basic) -> float:
 
 
 def _power_terms(terms: float, exponent: sympy.Rational) -> float:
-    """Return how many terms a power of a sum has; a root counts the steps of its polynomial."""
+    """Return how many terms a power of a sum has.
+
+    A root or a high power of one term counts as the polynomial that factoring makes of it.
+    """
     order = max(abs(exponent.p), exponent.q)
-    if terms <= 1 and exponent.q == 1:
+    if terms <= 1 and exponent.q == 1 and order <= MAX_DEGREE:
         return 1
     if terms <= 1 or terms > MAX_TERMS:
-        return terms * order
+        return 4 * order * terms
     return math.comb(int(terms) + order - 1, order)
 
 

@@ -26,9 +26,10 @@ class _ForReading:
     """Sums begin with their positive terms, and decimals stay decimals."""
 
     def _print_Rational(self, expr: sympy.Rational) -> str:
-        decimal = sympy.Rational(repr(float(expr)))
-        if expr.q > MAX_DENOMINATOR and decimal == expr:
-            return repr(float(expr))
+        if expr.q > MAX_DENOMINATOR:
+            decimal = repr(float(expr))
+            if sympy.Rational(decimal) == expr:
+                return decimal
         return super()._print_Rational(expr)  # type: ignore[misc]
 
     def _as_ordered_terms(self, expr: sympy.Expr, order: Any = None) -> list[sympy.Expr]:
