@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch._dynamo
 import torch.nn.functional as F
+from tolerances import TRAINED, within
 from torch import nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -147,8 +148,7 @@ def batch(rows=8, moving=4, seed=0):
     return draw(), {"noise": draw(), "t": t, "s": s}
 
 
-def close(found, wanted, tolerance=1e-9):
-    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+close = within(TRAINED)
 
 
 def outcome(net, given, loss=LOSS):

@@ -14,6 +14,7 @@ import torch
 from gaussian import Gaussian
 from hypothesis import given, settings
 from strategies import normal, pairs, seeds
+from tolerances import DERIVED, within
 from torch import Tensor
 
 from flowspace import (
@@ -198,8 +199,7 @@ def test_every_file_that_the_readme_names_exists():
 # --- their laws
 
 
-def close(actual, wanted, tolerance=1e-8):
-    torch.testing.assert_close(actual, wanted, rtol=tolerance, atol=tolerance)
+close = within(DERIVED)
 
 
 def model(z_t, t, s):

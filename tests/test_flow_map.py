@@ -9,6 +9,7 @@ from gaussian import Gaussian, column
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import PRESETS, normal, pairs, schedules, seeds
+from tolerances import DERIVED, within
 
 from flowspace import (
     ConsistencyStatistic,
@@ -42,8 +43,7 @@ grids = st.lists(st.floats(0.05, 0.95), max_size=5, unique_by=lambda time: round
 )
 
 
-def close(actual, wanted, tolerance=1e-8):
-    torch.testing.assert_close(actual, wanted, rtol=tolerance, atol=tolerance)
+close = within(DERIVED)
 
 
 @settings(max_examples=40)

@@ -4,10 +4,9 @@ import torch
 from gaussian import Gaussian, column, matched_pair
 from hypothesis import given, settings
 from strategies import formula_schedules, normal, pairs, seeds
+from tolerances import DERIVED, within
 
-
-def close(actual, wanted, tolerance=1e-8):
-    torch.testing.assert_close(actual, wanted, rtol=tolerance, atol=tolerance)
+close = within(DERIVED)
 
 
 @settings(max_examples=15)

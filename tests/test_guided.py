@@ -7,6 +7,7 @@ import torch
 from gaussian import Gaussian, column
 from hypothesis import given, settings
 from strategies import PRESETS, formula_schedules, normal, pairs, seeds
+from tolerances import EXACT, within
 
 from flowspace import (
     CrossFlowLoss,
@@ -49,8 +50,7 @@ class Labelled(torch.nn.Module):
         return (f, f + 1) if self.head else f
 
 
-def close(actual, wanted, tolerance=1e-10):
-    torch.testing.assert_close(actual, wanted, rtol=tolerance, atol=tolerance)
+close = within(EXACT)
 
 
 def call(loss_fn, net, times, seed, rows=6):

@@ -19,6 +19,7 @@ from strategies import (
     seeds,
     statistics_for,
 )
+from tolerances import EXACT, within
 
 from flowspace import (
     AlphaFlowLoss,
@@ -59,8 +60,7 @@ class Net(torch.nn.Module):
         )
 
 
-def close(actual, wanted, tolerance=1e-10):
-    torch.testing.assert_close(actual, wanted, rtol=tolerance, atol=tolerance)
+close = within(EXACT)
 
 
 def equal(first, second, net, tolerance=1e-10):

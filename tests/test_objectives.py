@@ -24,6 +24,7 @@ from strategies import (
     seeds,
     statistics_for,
 )
+from tolerances import TRAINED, within
 
 from flowspace import (
     AbsoluteError,
@@ -73,8 +74,7 @@ def batch(seed, rows, dim=3, out=None):
     return normal(seed, rows, dim), normal(seed + 1, rows, out or dim), normal(seed + 2, rows, dim)
 
 
-def close(actual, wanted, tolerance=1e-9):
-    torch.testing.assert_close(actual, wanted, rtol=tolerance, atol=tolerance)
+close = within(TRAINED)
 
 
 def gradients(loss, net):

@@ -23,6 +23,7 @@ from strategies import (
     schedules,
     statistics_for,
 )
+from tolerances import EXACT, within
 
 from flowspace import (
     TIME_FLOOR,
@@ -60,8 +61,7 @@ def vanishes(expression):
     return all(abs(value) < 1e-40 for value in values)
 
 
-def close(actual, wanted, tolerance=1e-10):
-    torch.testing.assert_close(actual, wanted, rtol=tolerance, atol=tolerance)
+close = within(EXACT)
 
 
 # --- kappa
