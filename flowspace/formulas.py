@@ -24,6 +24,8 @@ __all__ = [
     "NOT_ZERO",
     "S",
     "T",
+    "has_values",
+    "is_defined",
     "own_symbols",
     "parse",
     "precise_values",
@@ -126,7 +128,7 @@ def parse(text: str) -> sympy.Expr:
             f"{shortened(text)} is not a formula{_hint(text)}; write something like '1 - t' or "
             "'sin(pi*t/2)'"
         ) from None
-    if not is_defined(expression) or not _fits_float64(expression):
+    if not has_values(expression):
         raise ExpressionError(f"{shortened(text)} divides by zero, overflows or is not real")
     return expression
 
@@ -141,6 +143,26 @@ def shortened(text: str) -> str:
 def is_defined(expression: sympy.Expr) -> bool:
     """Return whether sympy found neither a division by zero nor an imaginary number."""
     return not expression.has(sympy.nan, sympy.zoo, sympy.oo, -sympy.oo, sympy.I)
+
+
+def has_values(expression: sympy.Expr) -> bool:
+    """Return whether the constants in a formula are real numbers of float64.
+
+    sympy does not see every zero: ``1/log(sin(1)**2 + cos(1)**2)`` is evaluated to know.
+    """
+    if not is_defined(expression) or not _fits_float64(expression):
+        return False
+    parts = expression.atoms(sympy.Pow, sympy.Function)
+    return all(_has_value(part) for part in parts if part.is_number)
+
+
+def _has_value(part: Any) -> bool:
+    value = precise_values(part, [(0.5, 0.25)])[0]
+    if not abs(value) < sys.float_info.max:
+        return False
+    if isinstance(part, sympy.Pow) and part.exp.is_negative:
+        return abs(precise_values(part.base, [(0.5, 0.25)])[0]) > NOT_ZERO
+    return True
 
 
 def own_symbols(expression: sympy.Expr) -> sympy.Expr:
@@ -374,7 +396,10 @@ def expanded_terms(expression: sympy.Basic) -> float:
         return math.prod(sizes)
     if isinstance(expression, sympy.Pow) and isinstance(expression.exp, sympy.Rational):
         return _power_terms(sizes[0], expression.exp)
-    return max(sizes, default=1)
+    size = max(sizes, default=1)
+    if size > MAX_DEGREE:
+        return 4 * size
+    return size
 
 
 def _power_terms(terms: float, exponent: sympy.Rational) -> float:

@@ -33,7 +33,7 @@ from flowspace.formulas import (
     NOT_ZERO,
     S,
     T,
-    is_defined,
+    has_values,
     precise_values,
     random_points,
     readable,
@@ -458,9 +458,9 @@ def _at_noise(scaled: TimeFunction) -> TimeFunction:
     if scaled.expression is None:
         return TimeFunction(lambda t_, s_: scaled.raw(backend_of(t_).ones_like(t_), s_), 2)
     value: Any = scaled.expression.subs(T, 1)
-    if not is_defined(value):
+    if not has_values(value):
         value = limit_on_edge(scaled.expression, T, sympy.Integer(1))
-    if value is None or not is_defined(value):
+    if value is None or not has_values(value):
         value = scaled.expression.subs(T, (1 + S) / 2)
     return TimeFunction(readable(value), 2)
 

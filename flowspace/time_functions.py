@@ -30,6 +30,7 @@ from flowspace.formulas import (
     NOT_ZERO,
     S,
     T,
+    has_values,
     is_defined,
     own_symbols,
     parse,
@@ -445,7 +446,10 @@ def _formula_of(source: Source) -> sympy.Expr | None:
     if isinstance(source, (_Arithmetic, _Reading)):
         return source.formula()
     if isinstance(source, (sympy.Expr, int, float)) and not isinstance(source, bool):
-        return own_symbols(sympy.sympify(source))
+        formula = own_symbols(sympy.sympify(source))
+        if not has_values(formula):
+            raise ExpressionError("got a formula that divides by zero, overflows or is not real")
+        return formula
     if callable(source):
         return None
     raise ExpressionError(
