@@ -410,10 +410,11 @@ def test_arithmetic_of_formulas_is_a_formula_and_survives_pickling():
 
 
 def test_a_0_over_0_of_callables_may_still_cancel():
-    """(t - s)/(t - s) is 0/0 on the diagonal in one factor, and one in the product."""
-    zero = TimeFunction(lambda t, s: t - s, 2)
-    close = torch.testing.assert_close
-    close((zero / zero)(POINTS_T, POINTS_T), torch.ones(3).double(), rtol=1e-6, atol=1e-6)
+    """On the diagonal 1/(t - s) is infinite and t - s zero; their product is one all the same."""
+    gap = TimeFunction(lambda t, s: t - s, 2)
+    inverse = TimeFunction(lambda t, s: 1 / (t - s), 2)
+    product = (inverse * gap)(POINTS_T, POINTS_T)
+    torch.testing.assert_close(product, torch.ones(3).double(), rtol=1e-6, atol=1e-6)
 
 
 def test_what_is_no_operand_is_a_type_error_and_what_has_no_value_is_told():
