@@ -137,28 +137,36 @@ class Schedule:
         return xp.cast(z_t, latents.dtype), v
 
     def velocity(self, latents: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
-        """Return the velocity of the path through z_t that comes from these latents: (beta'/beta)
-        z_t + beta lambda' z.
+        """Return the velocity (beta'/beta) z_t + beta lambda' z of the path from z through z_t.
 
         Args:
             latents: clean latents, or an estimate of them, ``(B, *)``.
             z_t: states of the same shape.
             t: times in (0, 1], of shape ``(B,)``.
         """
-        kept, moved = (part(_as_times(t)) for part in self._velocity_parts)
-        return over_rows(kept, z_t) * z_t + over_rows(moved, z_t) * latents
+        of_state, of_latents = self._velocity_weights(t, z_t)
+        return of_state * z_t + of_latents * latents
 
     def latents(self, velocity: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
-        """Return the clean latents that a velocity at z_t points from: `velocity` solved for them;
-        lambda'(t) < 0.
-        """
-        kept, moved = (part(_as_times(t)) for part in self._velocity_parts)
-        return (velocity - over_rows(kept, z_t) * z_t) / over_rows(moved, z_t)
+        """Return the clean latents that a velocity at z_t points from, where lambda'(t) < 0."""
+        of_state, of_latents = self._velocity_weights(t, z_t)
+        return (velocity - of_state * z_t) / of_latents
+
+    def prepare(self) -> None:
+        """Compile now what would otherwise be compiled in the first call of `velocity`."""
+        for part in self._velocity_parts:
+            part.prepare()
 
     @cached_property
     def _velocity_parts(self) -> tuple[TimeFunction, TimeFunction]:
         """beta'/beta and beta lambda'."""
         return self._beta.dot / self._beta, self._beta * self._ratio.dot
+
+    def _velocity_weights(self, t: Tensor, z_t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return beta'/beta and beta lambda' at t, to broadcast over the rows of z_t."""
+        times = _as_times(t)
+        of_state, of_latents = self._velocity_parts
+        return over_rows(of_state(times), z_t), over_rows(of_latents(times), z_t)
 
     def _check_ends(self) -> None:
         for name, function, start, end in (

@@ -142,6 +142,12 @@ class Coefficients:
             return self.scaled_kappa
         return self.scaled_kappa.expression
 
+    def prepare(self) -> bool:
+        """Compile every function now rather than in the first call; returns `anchored`."""
+        for function in (self.prediction, self.derivative, self.state, self.velocity, self._data):
+            function.prepare()
+        return self.anchored
+
     def at(self, t: Tensor, s: Tensor) -> PointCoefficients:
         """Return a, b and m at (t, s), of shape ``(B,)`` each; a and b are evaluated once.
 
@@ -183,14 +189,11 @@ class Coefficients:
         """
         if not self.anchored:
             raise CriterionError(
-                "the statistic is not anchored, so f on the diagonal does not say what the "
-                "velocity is; give a velocity of "
-                "its own, such as velocity=teacher"
+                "got a statistic that is not anchored, so f on the diagonal does not say what the "
+                "velocity is; give a velocity of its own, such as velocity=teacher"
             )
-        a, state, weight = (
-            over_rows(part(t, t), z_t) for part in (self.prediction, self.state, self.velocity)
-        )
-        return (a * prediction - state * z_t) / weight
+        a, state = over_rows(self.prediction(t, t), z_t), over_rows(self.state(t, t), z_t)
+        return (a * prediction - state * z_t) / over_rows(self.velocity(t, t), z_t)
 
 
 class AbstractStatistic(abc.ABC):

@@ -2,6 +2,7 @@
 that belongs to it, the papers' numbers, and what is said once.
 """
 
+import dataclasses
 import inspect
 import math
 import warnings
@@ -125,6 +126,19 @@ def test_every_objective_shows_what_it_is_called_with():
         assert names <= set(signature.parameters), type(loss_fn)
         kinds = {parameter.kind for parameter in signature.parameters.values()}
         assert inspect.Parameter.VAR_KEYWORD not in kinds, type(loss_fn)
+
+
+def test_formulas_are_compiled_when_an_objective_is_made_and_not_in_a_step(monkeypatch):
+    """A step may be one that torch.compile captures, and sympy is not to be captured with it."""
+    schedule = flowspace.Schedule("1 - t**3", "t**3")
+    made = [dataclasses.replace(loss_fn, schedule=schedule) for loss_fn in OBJECTIVES]
+
+    def refuse(*_):
+        raise AssertionError("a formula is compiled in a step")
+
+    monkeypatch.setattr(flowspace.time_functions, "_lambdify", refuse)
+    for loss_fn in made:
+        call(loss_fn)
 
 
 def test_an_own_objective_needs_a_known_part_and_nothing_else():

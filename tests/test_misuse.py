@@ -82,7 +82,7 @@ def test_parts_refuse_what_they_cannot_use(make, error):
     ],
 )
 def test_a_model_must_return_one_tensor_of_rows(broken, came):
-    with pytest.raises(InputError, match=f"the model returned {came}"):
+    with pytest.raises(InputError, match=f"got {came}"):
         CrossFlowLoss()(broken, Z)
 
 

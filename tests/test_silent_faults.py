@@ -729,7 +729,7 @@ UNFIT = {
         {"cond": {"t": torch.ones(6)}},
         "multiple values for argument 't'.*other names",
     ),
-    "returns None": (lambda z, t, s: None, {}, "the model returned NoneType"),
+    "returns None": (lambda z, t, s: None, {}, "got NoneType from the model"),
     "no features": (
         lambda z, t, s: z,
         {"latents": torch.ones(6, 0)},

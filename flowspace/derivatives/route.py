@@ -58,14 +58,14 @@ class Derivative(abc.ABC):
         """
         if len(primals) != len(tangents):
             raise InputError(
-                f"{len(primals)} primals and {len(tangents)} tangents came; write None for a "
+                f"got {len(primals)} primals and {len(tangents)} tangents; write None for a "
                 "constant"
             )
         for p, v in zip(primals, tangents, strict=True):
             if v is not None and v.shape != p.shape:
                 raise InputError(
-                    f"a tangent of shape {tuple(v.shape)} came for a primal of shape "
-                    f"{tuple(p.shape)}"
+                    f"got a tangent of shape {tuple(v.shape)} for a primal of shape "
+                    f"{tuple(p.shape)}; write one of the same shape, or None"
                 )
         xp = one_backend(*primals, *tangents)
         if xp is not torch_backend:
@@ -163,7 +163,7 @@ def checked(value: Any, primals: Sequence[Any]) -> Tensor:
     if not is_array or value.ndim < 1 or len(value) != len(primals[0]):
         came = f"shape {tuple(value.shape)}" if is_array else type(value).__name__
         raise InputError(
-            f"the model returned {came}; wrap it so that it returns one tensor of shape (B, *)"
+            f"got {came} from the model; wrap it so that it returns one tensor of shape (B, *)"
         )
     return value
 

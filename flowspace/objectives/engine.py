@@ -153,35 +153,38 @@ class Objective(abc.ABC):
     velocity: Callable[..., Tensor] | None = None
     guidance: Guidance | None = None
     gap: float | None = None
+    coefficients: Coefficients = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            if getattr(self, each.name) is None:
+            if each.init and getattr(self, each.name) is None:
                 object.__setattr__(self, each.name, _default_of(each))
         self._check_kinds()
+        # Derived and compiled now: the first call may be one that torch.compile or JAX captures.
+        coefficients = self.statistic.coefficients(self.schedule)
+        coefficients.prepare()
+        self.schedule.prepare()
+        object.__setattr__(self, "coefficients", coefficients)
         self.check_settings()
         if self.check:
             self.check_statistic()
 
     def _check_kinds(self) -> None:
-        def is_kind(value: Any, kind: type) -> bool:
-            return isinstance(value, kind)
-
         require(
-            is_kind(self.schedule, Schedule),
+            isinstance(self.schedule, Schedule),
             "schedule",
             self.schedule,
             "write for example LinearSchedule() or Schedule(alpha='1 - t', beta='t')",
         )
         require(
-            is_kind(self.statistic, AbstractStatistic),
+            isinstance(self.statistic, AbstractStatistic),
             "statistic",
             self.statistic,
             "write for example MatchedStatistic() or Statistic(gamma='1', delta='-t/(t - s)')",
         )
         require(
             takes(self.times, 1, generator=None, device=None, dtype=None)
-            and not is_kind(self.times, TimeSampler),
+            and not isinstance(self.times, TimeSampler),
             "times",
             self.times,
             "it draws pairs (t, s), so write for example TimePairs(UniformTimes(), equal=0.5)",
@@ -199,14 +202,14 @@ class Objective(abc.ABC):
             "it is a function of (t, s), so write for example lambda t, s: 1 / t",
         )
         require(
-            is_kind(self.derivative, Derivative),
+            isinstance(self.derivative, Derivative),
             "derivative",
             self.derivative,
             "a route is an object, so write for example SharedPrimal() or FiniteDifference()",
         )
         for name in ("literal", "check"):
             value = getattr(self, name)
-            require(is_kind(value, bool), name, value, "write True or False")
+            require(isinstance(value, bool), name, value, "write True or False")
         require(
             self.velocity is None or callable(self.velocity),
             "velocity",
@@ -214,7 +217,7 @@ class Objective(abc.ABC):
             "it is a function (z_t, t, **cond) that returns a tensor like z_t",
         )
         require(
-            self.guidance is None or is_kind(self.guidance, Guidance),
+            self.guidance is None or isinstance(self.guidance, Guidance),
             "guidance",
             self.guidance,
             "write for example Guidance(null={'labels': 1000}, omega=2.0)",
@@ -262,11 +265,6 @@ class Objective(abc.ABC):
         result is of the data's shape.
         """
         raise NotImplementedError
-
-    @cached_property
-    def coefficients(self) -> Coefficients:
-        """What multiplies what in the residual of the statistic under the schedule."""
-        return self.statistic.coefficients(self.schedule)
 
     @cached_property
     def outputs(self) -> AbstractStatistic:

@@ -134,7 +134,7 @@ def evaluate_beside(
             carrier.lost = True
         if not isinstance(out, Tensor):
             raise InputError(
-                f"the model returned {type(out).__name__}; wrap it so that it returns one tensor "
+                f"got {type(out).__name__} from the model; wrap it so that it returns one tensor "
                 "of shape (B, *)"
             )
         dual, held = carrier.dual(out), getattr(out, FIELD, None)
