@@ -224,17 +224,16 @@ class FlowMap:
         self, z: Tensor, t: Tensor, cond: dict[str, Any], encode: Encode | None
     ) -> Tensor:
         """Return the latents at s = 0, re-encoded where f is of another space."""
-        zero = backend_of(t).zeros_like(t)
-        prediction = self._predict(z, t, zero, cond)
+        sample = self._sample_at_data(z, t, cond, encode)
         if encode is not None:
-            return backend_of(z).cast(encode(self._clean(prediction, t)), z.dtype)
-        _check_one_space(prediction, z)
-        return self.coefficients.step(prediction, z, t, zero)
+            return backend_of(z).cast(encode(sample), z.dtype)
+        _check_one_space(sample, z)
+        return sample
 
     def _sample_at_data(
         self, z: Tensor, t: Tensor, cond: dict[str, Any], encode: Encode | None
     ) -> Tensor:
-        """Return the sample of the last evaluation, in the space of the model's output."""
+        """Return the sample at s = 0, in the space of the model's output."""
         zero = backend_of(t).zeros_like(t)
         prediction = self._predict(z, t, zero, cond)
         if encode is not None or prediction.shape != z.shape:
