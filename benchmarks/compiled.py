@@ -32,8 +32,8 @@ from compiled_steps import (
     PLAIN,
     ROUTES,
     SHARES,
+    CompiledSetting,
     Row,
-    Setting,
     Step,
     crossflow,
     ours,
@@ -68,22 +68,24 @@ class Limits:
     error: float | None = 1e-5
 
 
-def settings() -> list[tuple[Setting, Limits]]:
+def settings() -> list[tuple[CompiledSetting, Limits]]:
     """Return what is measured on this device, and what is to hold."""
     small = functools.partial(crossflow, width=96, heads=3, grid=4, classes=10)
     name = "CrossFlow-B small (width 96, 32 tokens)"
-    blocks = Setting(name, small, 4, whole=False, eager=True, compiles=3)
-    whole = Setting(name, small, 4, eager=True, routes=False)
+    blocks = CompiledSetting(name, small, 4, whole=False, eager=True, compiles=3)
+    whole = CompiledSetting(name, small, 4, eager=True, routes=False)
     step = Limits({0.5: 1.40}, eager=1.65)
     found = [(blocks, replace(step, compiling=1.6)), (whole, step)]
     if importlib.util.find_spec("timm"):
-        vit = Setting("timm ViT-S, 64 tokens", vit_s, 16, whole=False, moving=tuple(SHARES))
+        vit = CompiledSetting(
+            "timm ViT-S, 64 tokens", vit_s, 16, whole=False, moving=tuple(SHARES)
+        )
         found.append((vit, Limits({0.25: 1.15, 0.5: 1.25, 1.0: 1.45})))
     if DEVICE.type == "cpu":
         return found
     found = [(setting, Limits()) for setting, _ in found]
     for batch, most in ((32, 1.40), (128, 1.30)):
-        large = Setting("CrossFlow-B", crossflow, batch, autocast=True)
+        large = CompiledSetting("CrossFlow-B", crossflow, batch, autocast=True)
         found.append((large, Limits({0.5: most}, error=None)))
     return found
 
@@ -91,7 +93,7 @@ def settings() -> list[tuple[Setting, Limits]]:
 # --- a process for each step
 
 
-def serve(pipe: Any, setting: Setting, row: Row) -> None:
+def serve(pipe: Any, setting: CompiledSetting, row: Row) -> None:
     """Build a step and run what is asked for by name, until None is; errors are told as text."""
     torch.set_num_threads(1)
     step: Step | None = None
@@ -107,7 +109,7 @@ def serve(pipe: Any, setting: Setting, row: Row) -> None:
 class Process:
     """A fresh process that runs one step when it is its turn."""
 
-    def __init__(self, setting: Setting, row: Row, environment: Mapping[str, str]) -> None:
+    def __init__(self, setting: CompiledSetting, row: Row, environment: Mapping[str, str]) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, setting, row))
@@ -175,7 +177,7 @@ class Options:
     rivals: bool = False
 
 
-def measure(setting: Setting, options: Options) -> dict[str, Figures]:
+def measure(setting: CompiledSetting, options: Options) -> dict[str, Figures]:
     """Measure every row of a setting; return the figures by name."""
     rows = {row.name: row for row in rows_of(setting, options.rivals)}
     found = {row.name: Figures(remark=row.remark) for row in rows.values()}
@@ -192,7 +194,7 @@ def measure(setting: Setting, options: Options) -> dict[str, Figures]:
 
 
 def _run_in_turn(
-    setting: Setting,
+    setting: CompiledSetting,
     rows: Mapping[str, Row],
     found: dict[str, Figures],
     options: Options,
@@ -248,7 +250,7 @@ def table(found: Mapping[str, Figures]) -> str:
     return markdown_table((*head, "peak memory / plain step", "largest error", "remark"), lines)
 
 
-def held(setting: Setting, limits: Limits, found: Mapping[str, Figures]) -> str:
+def held(setting: CompiledSetting, limits: Limits, found: Mapping[str, Figures]) -> str:
     """Return the figures that have a limit, beside it, as a Markdown table."""
     plain, half = found[PLAIN], found[ours(0.5)]
     lines: list[tuple[str, str, str]] = []

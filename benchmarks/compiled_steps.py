@@ -28,8 +28,8 @@ __all__ = [
     "PLAIN",
     "ROUTES",
     "SHARES",
+    "CompiledSetting",
     "Row",
-    "Setting",
     "Step",
     "crossflow",
     "ours",
@@ -91,7 +91,7 @@ def vit_s(batch: int) -> Problem:
 
 
 @dataclass(frozen=True)
-class Setting:
+class CompiledSetting:
     """One network and batch.
 
     Attributes:
@@ -175,7 +175,7 @@ class CompiledRival(Derivative):
         """Return the derivative on rows that move, from their z, t, s and labels."""
 
 
-class WithGradients(CompiledRival):
+class CompiledWithGradients(CompiledRival):
     """torch.func.jvp of the whole batch with gradients on, the tangent detached."""
 
     def evaluate(
@@ -254,7 +254,7 @@ def ours(share: float) -> str:
     return f"SharedPrimal, {SHARES[share]} moving"
 
 
-def rows_of(setting: Setting, rivals: bool) -> list[Row]:
+def rows_of(setting: CompiledSetting, rivals: bool) -> list[Row]:
     """Return the rows of a table; rivals, compiled whole, stand beside whole networks."""
     found = [Row(PLAIN)]
     found += [Row(ours(share), SharedPrimal(), share) for share in setting.moving]
@@ -267,7 +267,7 @@ def rows_of(setting: Setting, rivals: bool) -> list[Row]:
         found.append(Row(f"{PLAIN}, CUDA graphs", graphs=True))
         found.append(Row(f"{ours(0.5)}, CUDA graphs", SharedPrimal(), graphs=True))
     if rivals and setting.whole:
-        found.append(Row("torch.func.jvp with gradients, compiled", WithGradients))
+        found.append(Row("torch.func.jvp with gradients, compiled", CompiledWithGradients))
         found.append(Row("forward pass + jvp of half without, compiled", ForwardAndJvp))
         found.append(Row("forward pass + one of half a step earlier, compiled", Difference))
     return found
@@ -279,7 +279,7 @@ def rows_of(setting: Setting, rivals: bool) -> list[Row]:
 class Step:
     """The training step of a row, in this process."""
 
-    def __init__(self, setting: Setting, row: Row) -> None:
+    def __init__(self, setting: CompiledSetting, row: Row) -> None:
         self.setting, self.row, self.problem = setting, row, setting.build(setting.batch)
         self.network = self.problem.network
         self.as_written = copy.deepcopy(self.network)

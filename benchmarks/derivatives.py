@@ -319,8 +319,8 @@ def measure_compiled(arguments: argparse.Namespace) -> None:
     compiled.report(options)
 
 
-def main() -> None:
-    """Print the tables."""
+def arguments_of_command() -> argparse.Namespace:
+    """Return what the command was given."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="*", default=[64, 256, 1024, 4096])
     parser.add_argument(
@@ -354,7 +354,12 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--setting", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Print the tables."""
+    arguments = arguments_of_command()
     torch.set_num_threads(arguments.threads)
     if arguments.compiled:
         measure_compiled(arguments)
