@@ -129,12 +129,13 @@ def test_so_has_every_statistic_that_meets_criterion_1(draws, schedule, seed):
     data = Gaussian.random(schedule, seed)
     written = statistic.on(schedule) if isinstance(statistic, MatchedStatistic) else statistic
     model = data.statistic(written.gamma, written.delta)
-    residual = mean_residual(cross_flow(schedule, statistic), data, model, t, s, seed)
+    loss_fn = cross_flow(schedule, statistic)
+    residual = mean_residual(loss_fn, data, model, t, s, seed)
     close(residual, torch.zeros_like(residual), 1e-6)
-    wrong = mean_residual(
-        cross_flow(schedule, statistic), data, lambda *x: 1.1 * model(*x), t, s, seed
-    )
-    assert (wrong.abs().amax(1) > 1e-4).all()
+    wrong = mean_residual(loss_fn, data, lambda *x: 1.1 * model(*x), t, s, seed)
+    # R carries the factor kappa(s), which may be as small as s^2.
+    kappa = loss_fn.coefficients.scaled_kappa(t, s).abs()
+    assert (wrong.abs().amax(1) > 1e-4 * kappa).all()
 
 
 @settings(max_examples=40)
