@@ -1,10 +1,17 @@
-"""Checkpoints in safetensors: written beside and renamed, checked on load, never unpickled."""
+"""Checkpoints in safetensors: written beside and renamed, checked on load, never unpickled.
 
+A checkpoint holds whole tensors under ``part:name``, however they are shared out among processes,
+so another number of processes continues from it. A digest of all of them is kept beside, since
+safetensors has none of its own and a flipped bit would give another run.
+"""
+
+import contextlib
 import hashlib
 import json
 import os
+import socket
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +22,21 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flowspace.errors import RunError
-from flowspace.training.optimizers import Together
-from flowspace.training.place import alike
 
-__all__ = ["Checkpoints", "flatten_optimizer", "restore_optimizer"]
+__all__ = [
+    "Checkpoints",
+    "alike",
+    "digest_of",
+    "fill",
+    "flatten_optimizer",
+    "locked",
+    "packed",
+    "restore_optimizer",
+    "unpacked",
+    "whole",
+]
+
+DIGEST = "sha256"
 
 LEFT_OVER = (".tmp*", "*.partial")
 """What a write that was killed leaves beside the checkpoints: the temporary file of safetensors,
@@ -89,6 +107,7 @@ class Checkpoints:
         held = {
             name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()
         }
+        metadata[DIGEST] = digest_of(held)
         try:
             save_file(held, partial, metadata)
             with partial.open("rb") as file:
@@ -114,7 +133,8 @@ class Checkpoints:
                 with safe_open(path, "pt") as file:
                     metadata = file.metadata() or {}
                     tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            except (SafetensorError, OSError) as error:
+                _check_whole(path, metadata, tensors)
+            except (SafetensorError, OSError, ValueError) as error:
                 warnings.warn(
                     f"{path} cannot be read ({error}); trying the one before", stacklevel=2
                 )
@@ -146,29 +166,156 @@ class Checkpoints:
         return sorted(self.folder.glob("step-*.safetensors"))
 
 
-def flatten_optimizer(
-    optimizer: torch.optim.Optimizer | Together, network: nn.Module
-) -> dict[str, Tensor]:
-    """Return the optimizer's state as tensors named by parameter and slot."""
+def _check_whole(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+    """See that a checkpoint is the one that was written under this name.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if metadata.get("step") != str(int(path.stem.removeprefix("step-"))):
+        raise ValueError(f"it says that it is of step {metadata.get('step')}")
+    if metadata.get(DIGEST, "") != digest_of(tensors):
+        raise ValueError("its tensors have another digest than when they were written")
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of tensors by name: of names, types, shapes and values."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+# --- what a checkpoint holds -------------------------------------------------------------------
+
+
+def packed(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the tensors of several parts in one table; all processes must call."""
+    table = {}
+    for part, tensors in parts.items():
+        for name, value in tensors.items():
+            table[f"{part}:{name}"] = whole(value)
+    return table
+
+
+def unpacked(table: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Return the parts that `packed` put together."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, value in table.items():
+        part, name = key.split(":", 1)
+        parts.setdefault(part, {})[name] = value
+    return parts
+
+
+@torch.no_grad()
+def fill(state: Mapping[str, Tensor], values: Mapping[str, Tensor], where: Path) -> None:
+    """Copy saved tensors into those of the same names and shapes.
+
+    Args:
+        state: is changed in place; its tensors may be shared out.
+        values: whole tensors.
+        where: they come from, for the message.
+
+    Raises:
+        RunError: if they are another network's.
+    """
+    others = set(state.keys() ^ values.keys())
+    for name in state.keys() & values.keys():
+        if state[name].shape != values[name].shape:
+            others.add(name)
+    if others:
+        raise RunError(
+            f"{where} holds another network: {', '.join(sorted(others)[:3])} differ "
+            f"({len(others)} in all); choose another folder or delete it"
+        )
+    for name, tensor in state.items():
+        tensor.copy_(alike(values[name].to(tensor.device), tensor))
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Tensor]:
+    """Return the optimiser's state as tensors named by parameter and slot."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in network.named_parameters()}
-    return {
-        f"{names[parameter]}/{slot}": value
-        for parameter, slots in optimizer.state.items()
-        for slot, value in slots.items()
-        if isinstance(value, Tensor)
-    }
+    tensors = {}
+    for parameter, slots in optimizer.state.items():
+        for slot, value in slots.items():
+            if isinstance(value, Tensor):
+                tensors[f"{names[parameter]}/{slot}"] = value
+    return tensors
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer | Together, network: nn.Module, tensors: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer, network: nn.Module, tensors: Mapping[str, Tensor]
 ) -> None:
     """Put back what `flatten_optimizer` returned."""
     parameters = dict(network.named_parameters())
     for key, value in tensors.items():
         name, slot = key.rsplit("/", 1)
         parameter = parameters[name]
-        value = value if slot == "step" else alike(value.to(parameter.device), parameter)
-        if isinstance(optimizer, Together):
-            optimizer.put(parameter, slot, value)
-        else:
+        if slot != "step":  # a number, which some optimisers keep on the CPU
+            value = alike(value.to(parameter.device), parameter)
+        elif _on_device(optimizer, parameter):
+            value = value.to(parameter.device)
+        put = getattr(optimizer, "put", None)
+        if put is None:
             optimizer.state[parameter][slot] = value
+        else:
+            put(parameter, slot, value)
+
+
+def _on_device(optimizer: torch.optim.Optimizer, parameter: Tensor) -> bool:
+    """Whether the optimiser counts the steps of a parameter on its device."""
+    for group in optimizer.param_groups:
+        if any(parameter is held for held in group["params"]):
+            return bool(group.get("fused") or group.get("capturable"))
+    return False
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor with all its parts, where it is shared out; all processes must call."""
+    full = getattr(tensor, "full_tensor", None)
+    if full is None:
+        return tensor
+    return full()
+
+
+def alike(value: Tensor, like: Tensor) -> Tensor:
+    """Return a whole tensor shared out as another one is."""
+    if not hasattr(like, "device_mesh"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, like.device_mesh, like.placements)  # type: ignore[attr-defined]
+
+
+# --- who writes --------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a folder for this process; two runs in one would write over each other.
+
+    The lock ends with the process, however it ends.
+
+    Raises:
+        RunError: if another process has it; names it.
+    """
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # there is none on Windows
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise RunError(
+                f"{folder} is used by {file.read().strip() or 'another process'}; wait for it, or "
+                "choose another folder"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield

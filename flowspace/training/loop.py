@@ -26,11 +26,16 @@ from tqdm import tqdm
 
 from flowspace.errors import RunError
 from flowspace.training.batches import Ahead, Batch, Batches
-from flowspace.training.checkpoints import Checkpoints, flatten_optimizer, restore_optimizer
+from flowspace.training.checkpoints import (
+    Checkpoints,
+    flatten_optimizer,
+    restore_optimizer,
+    whole,
+)
 from flowspace.training.draws import Draws, seed_of
 from flowspace.training.journal import Journal, Tracker, by_bins
 from flowspace.training.optimizers import Together
-from flowspace.training.place import OneProcess, Place, norm_of, put, whole
+from flowspace.training.place import OneProcess, Place, norm_of, put
 
 __all__ = ["Game", "LoopSettings", "StepLoss", "Terms", "Watch", "cosine_decay", "train"]
 

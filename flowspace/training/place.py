@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flowspace.errors import RunError
+from flowspace.training.checkpoints import alike, whole
 
 __all__ = ["OneProcess", "Place", "Processes", "put", "whole"]
 
@@ -162,24 +163,10 @@ class Processes(Place):
         self.accelerator.wait_for_everyone()
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor with all its parts, where it is shared out; all processes must call."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[attr-defined]
-
-
 def put(into: Tensor, value: Tensor) -> None:
     """Copy a whole tensor into one that may be shared out."""
     with torch.no_grad():
         into.copy_(alike(value.to(into.device), into))
-
-
-def alike(value: Tensor, like: Tensor) -> Tensor:
-    """Return a whole tensor shared out as another one is."""
-    if not hasattr(like, "device_mesh"):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value, like.device_mesh, like.placements)  # type: ignore[attr-defined]
 
 
 def norm_of(parameters: Iterable[Tensor], largest: float) -> Tensor:

@@ -7,6 +7,7 @@ cannot be judged as real. The paper's own formula is missing from its text; p is
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -134,6 +135,7 @@ class AdversarialLoss:
     augmented: bool = True
     penalty: float = 0.0
     r1: float = 0.0
+    changes: ClassVar[int] = CHANGES
 
     def __post_init__(self) -> None:
         for name in ("power", "penalty", "r1"):
