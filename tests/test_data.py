@@ -4,6 +4,7 @@ skipped and named.
 
 import io
 import json
+import pickle
 import tarfile
 
 import numpy as np
@@ -118,6 +119,38 @@ def test_broken_files_are_skipped_counted_and_named_and_never_end_a_run(folder):
     assert len(images.broken) == 2 and str(torn) in images.broken
     assert "2 could not be read" in images.report() and str(torn) in images.report()
     assert FolderBatches(images)(0, 12, 0)[0].shape == (12, 3, 8, 8)
+
+
+def test_a_row_is_the_picture_in_pixels_and_its_mirror_image(folder):
+    images = FolderImages(folder, 8)
+    for index in (0, 7, -1):
+        pixels, label = images.row(index)
+        picture, expected = images[index]
+        assert pixels.dtype == torch.uint8 and pixels.shape == (3, 8, 8) and label == expected
+        assert torch.equal(pixels.float() / 127.5 - 1, picture)
+        assert torch.equal(images.row(index, mirrored=True)[0], pixels.flip(-1))
+    for index in (12, -13):
+        with pytest.raises(IndexError, match="there are 12 images"):
+            images.row(index)
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be read")
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_what_a_worker_of_a_loader_cannot_read_is_known_to_the_main_process(folder, start):
+    torn = folder / "cat" / "1.png"
+    torn.write_bytes(b"no image")
+    images = FolderImages(folder, 8)
+    loader = torch.utils.data.DataLoader(images, 5, num_workers=1, multiprocessing_context=start)
+    seen = torch.cat([pictures for pictures, _ in loader])
+    assert images.broken.keys() == {str(torn)}
+    assert "1 could not be read" in images.report() and str(torn) in images.report()
+    assert torch.equal(seen, torch.stack([images[index][0] for index in range(12)]))
+
+
+def test_images_are_pickled_whole(folder):
+    images = FolderImages(folder, 8)
+    again = pickle.loads(pickle.dumps(images))
+    assert again.paths == images.paths and torch.equal(again[3][0], images[3][0])
 
 
 def test_a_folder_of_nothing_but_broken_files_is_one_error(tmp_path):

@@ -2,8 +2,8 @@
 others'.
 """
 
-import dataclasses
 import importlib
+import pickle
 
 import pytest
 import torch
@@ -91,7 +91,7 @@ def test_others_latents_and_torn_shards_are_refused(images, tmp_path):
     torn.write_bytes(torn.read_bytes()[:200])
     with pytest.raises(RunError, match=r"00000004.*delete it"):
         latents.LatentBatches(tmp_path)
-    with pytest.raises(RunError, match="flowspace encode CONFIG"):
+    with pytest.raises(RunError, match=r"encode\.py CONFIG"):
         latents.LatentBatches(tmp_path / "none")
 
 
@@ -111,7 +111,74 @@ def test_a_sampled_posterior_is_drawn_once(images, tmp_path):
     for name in ("a", "b"):
         latents.encode(images, sampled, tmp_path / name, shard=5)
     assert files(tmp_path / "a") == files(tmp_path / "b")
-    mean = dataclasses.replace(latents.LatentBatches(tmp_path / "a"))(0, 14, 0)[0]
+    mean = latents.LatentBatches(tmp_path / "a")(0, 14, 0)[0]
     assert not torch.allclose(
         mean, encoder().encode(data.FolderBatches(images)(0, 14, 0)[0]), atol=1e-2
     )
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_row_is_the_image_with_its_latent_and_class(images, tmp_path, mirrored):
+    latents.encode(images, encoder(), tmp_path, shard=4, batch=3)
+    cached = latents.LatentImages(tmp_path)
+    assert len(cached) == len(images)
+    for index in (0, 3, 4, 13, -1):
+        latent, image, label = cached.row(index, mirrored)
+        pixels, expected = images.row(index, mirrored)
+        assert latent.dtype == torch.float16 and latent.shape == (4, 8, 8)
+        assert image.dtype == torch.uint8 and torch.equal(image, pixels) and label == expected
+        torch.testing.assert_close(
+            latent.float(),
+            encoder().encode(pixels[None].float() / 127.5 - 1)[0],
+            rtol=1e-3,
+            atol=2e-3,
+        )
+    assert list(cached.order(3, 1)) == list(images.order(3, 1))
+    for index in (14, -15):
+        with pytest.raises(IndexError, match="14 images"):
+            cached.row(index)
+
+
+def test_cached_latents_refuse_what_was_not_encoded(images, tmp_path):
+    with pytest.raises(RunError, match=r"encode\.py CONFIG"):
+        latents.LatentImages(tmp_path / "none")
+    latents.encode(images, encoder(), tmp_path, flip=False, shard=4)
+    with pytest.raises(RunError, match=r"data\.flip=false"):
+        latents.LatentImages(tmp_path)
+    with pytest.raises(InputError, match="without mirror images"):
+        latents.LatentImages(tmp_path, flip=False).row(0, mirrored=True)
+    (tmp_path / "latents-00000004.safetensors").unlink()
+    with pytest.raises(RunError, match="not complete"):
+        latents.LatentImages(tmp_path, flip=False)
+
+
+def test_cached_latents_are_read_by_the_workers_of_a_loader(images, tmp_path):
+    latents.encode(images, encoder(), tmp_path, shard=4)
+    cached = latents.LatentImages(tmp_path)
+    wanted = [cached.row(index) for index in range(14)]
+    again = pickle.loads(pickle.dumps(cached))
+
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 14
+
+        def __getitem__(self, index):
+            return again.row(index)
+
+    loader = torch.utils.data.DataLoader(Rows(), batch_size=5, num_workers=2)
+    for first, (z, x, y) in zip(range(0, 14, 5), loader, strict=True):
+        for row in range(len(y)):
+            latent, image, label = wanted[first + row]
+            assert torch.equal(z[row], latent) and torch.equal(x[row], image) and y[row] == label
+
+
+def test_latents_encoded_again_are_not_read_from_the_old_file(images, tmp_path):
+    latents.encode(images, encoder(), tmp_path, shard=4)
+    old = latents.LatentImages(tmp_path)
+    before = old.row(0)[0]
+    for path in tmp_path.iterdir():
+        path.unlink()
+    latents.encode(images, encoder(1), tmp_path, shard=4)
+    assert not torch.equal(latents.LatentImages(tmp_path).row(0)[0], before)
+    with pytest.raises(RunError, match="written again"):
+        old.row(13)

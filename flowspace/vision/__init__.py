@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from flowspace.vision.data import DatasetImages, FolderBatches, FolderImages
     from flowspace.vision.encoders import LatentEncoder, load_encoder
     from flowspace.vision.generator import CrossFlowGenerator
-    from flowspace.vision.latents import LatentBatches
+    from flowspace.vision.latents import LatentBatches, LatentImages
     from flowspace.vision.perceptual import LearnedDistance, PerceptualLoss, TimmFeatures
     from flowspace.vision.pipeline import CrossFlowDecoder, CrossFlowPipeline
     from flowspace.vision.shards import ShardImages
@@ -26,6 +26,7 @@ __all__ = [
     "FolderImages",
     "LatentBatches",
     "LatentEncoder",
+    "LatentImages",
     "LearnedDistance",
     "PerceptualLoss",
     "ShardImages",
@@ -37,7 +38,7 @@ PLACES = {
     "adversarial": ("AdversarialLoss", "Discriminator"),
     "data": ("DatasetImages", "FolderBatches", "FolderImages"),
     "encoders": ("LatentEncoder", "load_encoder"),
-    "latents": ("LatentBatches",),
+    "latents": ("LatentBatches", "LatentImages"),
     "generator": ("CrossFlowGenerator",),
     "perceptual": ("LearnedDistance", "PerceptualLoss", "TimmFeatures"),
     "pipeline": ("CrossFlowDecoder", "CrossFlowPipeline"),

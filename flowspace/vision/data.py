@@ -12,8 +12,8 @@ import io
 import os
 import warnings
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from flowspace.errors import InputError, RunError
-from flowspace.training import Batches, seed_of
+from flowspace.training.batches import Batches
+from flowspace.training.draws import seed_of
 
 __all__ = ["DatasetImages", "FolderBatches", "FolderImages", "Images", "centre_crop"]
 
@@ -31,6 +32,15 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 """What is decoded, whatever a file calls itself: Pillow would hand PostScript named x.png to an
 outside program.
 """
+
+BROKEN = (
+    UnidentifiedImageError,
+    OSError,
+    SyntaxError,
+    ValueError,
+    Image.DecompressionBombError,
+)
+"""What Pillow raises for a picture that it cannot read."""
 
 MOST_NAMED = 5
 
@@ -59,13 +69,21 @@ class Images(abc.ABC):
         size: pixels a side.
         labels: the class of each.
         names: of the classes.
-        broken: what could not be read so far, by name, and why.
     """
 
     size: int
     labels: tuple[int, ...]
     names: tuple[str, ...]
-    broken: dict[str, str]
+
+    def __init__(self, size: int, labels: Iterable[int], names: Iterable[str]) -> None:
+        if size < 1:
+            raise InputError(f"got size = {size}; it counts pixels a side: write 1 or more")
+        self.size = size
+        self.labels = tuple(labels)
+        self.names = tuple(names)
+        # In shared memory, so that what a worker of a DataLoader finds broken is known here too.
+        self._unreadable = torch.zeros(len(self.labels), dtype=torch.bool).share_memory_()
+        self._reasons: dict[int, str] = {}
 
     @abc.abstractmethod
     def open(self, index: int) -> Image.Image:
@@ -75,42 +93,73 @@ class Images(abc.ABC):
     def name(self, index: int) -> str:
         """Return what one picture is called in reports."""
 
+    @property
+    def broken(self) -> dict[str, str]:
+        """What could not be read so far, by name, and why; also what the workers of a DataLoader
+        could not read, whose reasons are in their own warnings.
+        """
+        indices = self._unreadable.nonzero().flatten().tolist()
+        return {
+            self.name(index): self._reasons.get(index, "a worker could not read it")
+            for index in indices
+        }
+
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Return an image ``(3, size, size)`` in [-1, 1] and its class; for a broken one, those of
-        the next whole one.
+        """Return an image ``(3, size, size)`` in [-1, 1] and its class.
 
         Raises:
-            RunError: if none can be read.
+            RunError: if no image can be read.
         """
+        pixels, label = self.row(index)
+        return pixels.float() / 127.5 - 1, label
+
+    def row(self, index: int, mirrored: bool = False) -> tuple[Tensor, int]:
+        """Return an image and its class; in place of a broken one, the next that is whole.
+
+        Args:
+            index: of the image.
+            mirrored: swap left and right.
+
+        Returns:
+            Pixels, uint8 ``(3, size, size)``, and the class.
+
+        Raises:
+            IndexError: if there is no such image.
+            RunError: if no image can be read.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"got index {index}; there are {len(self)} images")
         for offset in range(len(self)):
             at = (index + offset) % len(self)
-            name = self.name(at)
-            if name in self.broken:
+            pixels = self._pixels(at)
+            if pixels is None:
                 continue
-            try:
-                with self.open(at) as picture:
-                    square = centre_crop(picture.convert("RGB"), self.size)
-            except (
-                UnidentifiedImageError,
-                OSError,
-                SyntaxError,
-                ValueError,
-                Image.DecompressionBombError,
-            ) as error:
-                self.broken[name] = f"{type(error).__name__}: {error}"
-                warnings.warn(
-                    f"{name} cannot be read and is skipped ({len(self.broken)} so far): {error}",
-                    stacklevel=2,
-                )
-                continue
-            pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).reshape(
-                self.size, self.size, 3
-            )
-            return pixels.permute(2, 0, 1).float() / 127.5 - 1, self.labels[at]
+            if mirrored:
+                pixels = pixels.flip(-1)
+            return pixels, self.labels[at]
         raise RunError(f"none of the {len(self)} images can be read; the first is {self.name(0)}")
+
+    def _pixels(self, index: int) -> Tensor | None:
+        """Return one image, uint8 ``(3, size, size)``, or None if it is broken."""
+        if self._unreadable[index]:
+            return None
+        try:
+            with self.open(index) as picture:
+                square = centre_crop(picture.convert("RGB"), self.size)
+        except BROKEN as error:
+            self._unreadable[index] = True
+            self._reasons[index] = f"{type(error).__name__}: {error}"
+            warnings.warn(
+                f"{self.name(index)} cannot be read and is skipped "
+                f"({int(self._unreadable.sum())} so far): {error}",
+                stacklevel=4,
+            )
+            return None
+        pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8)
+        return pixels.reshape(self.size, self.size, 3).permute(2, 0, 1).contiguous()
 
     def order(self, seed: int, number: int) -> Sequence[int]:
         """Return the order in which a pass takes the images."""
@@ -135,7 +184,6 @@ class Images(abc.ABC):
         return text
 
 
-@dataclass(frozen=True)
 class FolderImages(Images):
     """Images in one folder a class, as ImageNet is stored.
 
@@ -148,52 +196,33 @@ class FolderImages(Images):
         paths: of all images, sorted.
         labels: the class of each.
         names: of the classes.
-        broken: what could not be read so far, and why.
 
     Raises:
         RunError: if the folder does not exist, has no images, or another number of classes than
             expected.
     """
 
-    root: Path
-    size: int = 256
-    classes: int | None = None
-    paths: tuple[Path, ...] = field(init=False, repr=False)
-    labels: tuple[int, ...] = field(init=False, repr=False)
-    names: tuple[str, ...] = field(init=False, repr=False)
-    broken: dict[str, str] = field(init=False, repr=False, compare=False, default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.size < 1:
-            raise InputError(f"size = {self.size} came; it counts pixels a side")
-        root = Path(self.root)
-        if not root.is_dir():
+    def __init__(self, root: Path, size: int = 256, classes: int | None = None) -> None:
+        self.root = Path(root)
+        if not self.root.is_dir():
             raise RunError(
                 f"{root} is no folder; give the folder that holds one folder of images a class"
             )
-        names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-        if self.classes is not None and len(names) != self.classes:
-            raise RunError(
-                f"{root} holds {len(names)} classes, {self.classes} are expected; the first are "
-                f"{names[:3]}"
-            )
-        found = [
-            (path, label)
-            for label, name in enumerate(names)
-            for path in sorted((root / name).rglob("*"))
-        ]
-        found = [(path, label) for path, label in found if path.suffix.lower() in SUFFIXES]
-        if not found:
+        names = sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir())
+        _check_classes(self.root, names, classes)
+        paths, labels = [], []
+        for label, name in enumerate(names):
+            for path in sorted((self.root / name).rglob("*")):
+                if path.suffix.lower() in SUFFIXES:
+                    paths.append(path)
+                    labels.append(label)
+        if not paths:
             raise RunError(
                 f"{root} holds no images in folders of classes; known are "
                 f"{', '.join(sorted(SUFFIXES))}"
             )
-        for name, value in (
-            ("names", names),
-            ("paths", [p for p, _ in found]),
-            ("labels", [n for _, n in found]),
-        ):
-            object.__setattr__(self, name, tuple(value))
+        self.paths = tuple(paths)
+        super().__init__(size, labels, names)
 
     def open(self, index: int) -> Image.Image:
         """Open one file."""
@@ -204,7 +233,6 @@ class FolderImages(Images):
         return str(self.paths[index])
 
 
-@dataclass(frozen=True)
 class DatasetImages(Images):
     """Images of a Hugging Face data set on this machine: a folder of ``save_to_disk``, or of
     parquet files.
@@ -221,49 +249,51 @@ class DatasetImages(Images):
             number of classes.
     """
 
-    path: Path
-    size: int = 256
-    classes: int | None = None
-    image: str = "image"
-    label: str = "label"
-    labels: tuple[int, ...] = field(init=False, repr=False)
-    names: tuple[str, ...] = field(init=False, repr=False)
-    broken: dict[str, str] = field(init=False, repr=False, compare=False, default_factory=dict)
-    rows: Any = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        path: Path,
+        size: int = 256,
+        classes: int | None = None,
+        image: str = "image",
+        label: str = "label",
+    ) -> None:
         from datasets import Image as ImageColumn
 
-        rows = _dataset(Path(self.path))
-        missing = [
-            column for column in (self.image, self.label) if column not in rows.column_names
-        ]
-        if missing:
-            raise RunError(
-                f"{self.path} has no column {missing[0]!r}; it has {', '.join(rows.column_names)}"
-            )
-        labels = tuple(int(label) for label in rows[self.label])
-        kind = rows.features[self.label]
-        names = tuple(getattr(kind, "names", None) or map(str, range(max(labels) + 1)))
-        if self.classes is not None and len(names) != self.classes:
-            raise RunError(
-                f"{self.path} holds {len(names)} classes, {self.classes} are expected; the first "
-                f"are {names[:3]}"
-            )
-        undecoded = rows.cast_column(self.image, ImageColumn(decode=False))
-        for name, value in (("labels", labels), ("names", names), ("rows", undecoded)):
-            object.__setattr__(self, name, value)
+        self.path = Path(path)
+        self.image = image
+        rows = _dataset(self.path)
+        for column in (image, label):
+            if column not in rows.column_names:
+                raise RunError(
+                    f"{path} has no column {column!r}; it has {', '.join(rows.column_names)}"
+                )
+        labels = [int(value) for value in rows[label]]
+        names = getattr(rows.features[label], "names", None)
+        if names is None:
+            names = [str(number) for number in range(max(labels) + 1)]
+        _check_classes(self.path, names, classes)
+        self.rows = rows.cast_column(image, ImageColumn(decode=False))
+        super().__init__(size, labels, names)
 
     def open(self, index: int) -> Image.Image:
         """Open one picture from its bytes, or from the file that it names."""
-        found = self.rows[index][self.image]
-        return Image.open(
-            io.BytesIO(found["bytes"]) if found["bytes"] else found["path"], formats=FORMATS
-        )
+        held = self.rows[index][self.image]
+        source = held["path"]
+        if held["bytes"]:
+            source = io.BytesIO(held["bytes"])
+        return Image.open(source, formats=FORMATS)
 
     def name(self, index: int) -> str:
         """Return the number of a row."""
         return f"{self.path}, row {index}"
+
+
+def _check_classes(source: Path, names: Sequence[str], expected: int | None) -> None:
+    if expected is not None and len(names) != expected:
+        raise RunError(
+            f"{source} holds {len(names)} classes, {expected} are expected; the first are "
+            f"{list(names[:3])}"
+        )
 
 
 def _dataset(path: Path) -> Any:
@@ -308,9 +338,9 @@ class FolderBatches(Batches):
         return torch.stack(pictures), torch.tensor(labels)
 
     def _one(self, seed: int, number: int, index: int) -> tuple[Tensor, int]:
-        picture, label = self.images[index]
-        mirrored = self.flip and seed_of(seed, number, index, 2) >> 31 & 1
-        return (picture.flip(-1) if mirrored else picture), label
+        mirrored = self.flip and bool(seed_of(seed, number, index, 2) >> 31 & 1)
+        pixels, label = self.images.row(index, mirrored)
+        return pixels.float() / 127.5 - 1, label
 
 
 @functools.lru_cache(maxsize=4)

@@ -7,11 +7,10 @@ posterior that is sampled is drawn once for each of them, by the image's number.
 beside and renamed, so that an interrupted run leaves whole ones, and goes on after them.
 """
 
-import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,14 +22,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flowspace.errors import InputError, RunError
-from flowspace.training import Batches, seed_of
+from flowspace.training.batches import Batches
+from flowspace.training.draws import seed_of
 from flowspace.vision.data import Images, order_of
 from flowspace.vision.encoders import LatentEncoder
 
-__all__ = ["LatentBatches", "encode"]
+__all__ = ["LatentBatches", "LatentImages", "encode"]
 
 DRAWN = 7
 """Keeps the draws of posteriors apart from the other uses of a number."""
+
+MOST_OPEN = 64
+"""Shards that are kept open at once."""
 
 
 def encode(
@@ -99,12 +102,18 @@ def encode(
 def _encoded(
     images: Images, encoder: LatentEncoder, numbers: range, flip: bool, device: torch.device
 ) -> dict[str, Tensor]:
-    pictures, labels = zip(*(images[number] for number in numbers), strict=True)
-    x = torch.stack(pictures)
-    views = [x, x.flip(-1)] if flip else [x]
+    pictures, labels = [], []
+    for number in numbers:
+        picture, label = images.row(number)
+        pictures.append(picture)
+        labels.append(label)
+    pixels = torch.stack(pictures)
+    x = pixels.float() / 127.5 - 1
+    views = [x]
+    if flip:
+        views.append(x.flip(-1))
     draw = torch.Generator(device).manual_seed(seed_of(numbers[0], DRAWN))
     latents = torch.stack([encoder.encode(view.to(device), draw).cpu() for view in views], 1)
-    pixels = ((x + 1) * 127.5).round().to(torch.uint8)
     return {"latents": latents.half(), "images": pixels, "labels": torch.tensor(labels)}
 
 
@@ -132,8 +141,103 @@ def _made(path: Path) -> Mapping[str, Any]:
             return json.loads((file.metadata() or {})["made"])
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise RunError(
-            f"{path} cannot be read ({error}); delete it and run flowspace encode again"
+            f"{path} cannot be read ({error}); delete it and run "
+            "examples/imagenet/encode.py CONFIG again"
         ) from None
+
+
+class LatentImages:
+    """Images, their latents and classes by number, from the shards that `encode` wrote.
+
+    Files are opened when a row is asked for, by whoever asks: a worker of a DataLoader opens its
+    own.
+
+    Args:
+        folder: of the shards.
+        flip: mirror images will be asked for, so they must have been encoded.
+
+    Attributes:
+        made: what the shards say of their images, their encoder and their settings.
+
+    Raises:
+        RunError: if shards are missing, torn, or without mirror images where they are asked for.
+    """
+
+    def __init__(self, folder: Path, flip: bool = True) -> None:
+        self.folder = Path(folder)
+        self.flip = flip
+        self._files: dict[Path, Any] = {}
+        paths = sorted(self.folder.glob("latents-*.safetensors"))
+        if not paths:
+            raise RunError(
+                f"{folder} holds no latents; write: python examples/imagenet/encode.py CONFIG"
+            )
+        every = [_made(path) for path in paths]
+        self.made = every[0]
+        shards = -(-self.made["count"] // self.made["shard"])
+        if any(made != self.made for made in every) or len(paths) != shards:
+            raise RunError(
+                f"{folder} is not complete, or holds shards of two runs; run "
+                "examples/imagenet/encode.py CONFIG again"
+            )
+        if flip and not self.made["flip"]:
+            raise RunError(
+                f"{folder} was encoded without mirror images; write data.flip=false, or encode "
+                "again"
+            )
+
+    def __len__(self) -> int:
+        return self.made["count"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_files": {}}
+
+    def row(self, index: int, mirrored: bool = False) -> tuple[Tensor, Tensor, int]:
+        """Return one image with its latent and class.
+
+        Args:
+            index: of the image.
+            mirrored: the mirror image, and the latent of the mirror image.
+
+        Returns:
+            The latent, float16 ``(C, h, w)``; the image, uint8 ``(3, H, W)``; the class.
+
+        Raises:
+            IndexError: if there is no such image.
+            InputError: if the mirror image was not encoded.
+            RunError: if the shard was written again by another run.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"got index {index}; there are {len(self)} images")
+        if mirrored and not self.made["flip"]:
+            raise InputError(
+                f"got mirrored = True; {self.folder} was encoded without mirror images"
+            )
+        offset = index % len(self) % self.made["shard"]
+        file = self._opened(_path(self.folder, index % len(self) - offset))
+        one = slice(offset, offset + 1)
+        latents = file.get_slice("latents")[one]
+        image = file.get_slice("images")[one][0]
+        label = int(file.get_slice("labels")[one])
+        if mirrored:
+            image = image.flip(-1)
+        return latents[0, int(mirrored)], image, label
+
+    def order(self, seed: int, number: int) -> Sequence[int]:
+        """Return the order in which a pass takes the images."""
+        return order_of(seed, number, len(self))
+
+    def _opened(self, path: Path) -> Any:
+        file = self._files.get(path)
+        if file is not None:
+            return file
+        if _made(path) != self.made:
+            raise RunError(f"{path} was written again by another run; start this one anew")
+        if len(self._files) >= MOST_OPEN:
+            self._files.clear()
+        file = safe_open(path, "pt").__enter__()
+        self._files[path] = file
+        return file
 
 
 @dataclass(frozen=True)
@@ -151,29 +255,13 @@ class LatentBatches(Batches):
 
     folder: Path
     flip: bool = True
-    made: Mapping[str, Any] = field(init=False, repr=False)
+    images: LatentImages = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        paths = sorted(Path(self.folder).glob("latents-*.safetensors"))
-        if not paths:
-            raise RunError(f"{self.folder} holds no latents; write: flowspace encode CONFIG")
-        made = [_made(path) for path in paths]
-        if any(one != made[0] for one in made) or len(paths) != -(
-            -made[0]["count"] // made[0]["shard"]
-        ):
-            raise RunError(
-                f"{self.folder} is not complete, or holds shards of two runs; run flowspace "
-                "encode again"
-            )
-        if self.flip and not made[0]["flip"]:
-            raise RunError(
-                f"{self.folder} was encoded without mirror images; write data.flip=false, or "
-                "encode again"
-            )
-        object.__setattr__(self, "made", made[0])
+        object.__setattr__(self, "images", LatentImages(self.folder, self.flip))
 
     def __len__(self) -> int:
-        return self.made["count"]
+        return len(self.images)
 
     def __call__(self, first: int, last: int, seed: int) -> tuple[Tensor, ...]:
         """Return latents ``(B, C, h, w)``, images ``(B, 3, H, W)`` in [-1, 1] and labels of rows
@@ -184,21 +272,10 @@ class LatentBatches(Batches):
         return (
             torch.stack(latents).float(),
             torch.stack(images).float() / 127.5 - 1,
-            torch.cat(labels),
+            torch.tensor(labels),
         )
 
-    def _one(self, seed: int, number: int, place: int) -> tuple[Tensor, ...]:
-        index = order_of(seed, number, len(self))[place]
+    def _one(self, seed: int, number: int, place: int) -> tuple[Tensor, Tensor, int]:
+        index = self.images.order(seed, number)[place]
         mirrored = bool(self.flip and seed_of(seed, number, index, 2) >> 31 & 1)
-        start = index // self.made["shard"] * self.made["shard"]
-        at = slice(index - start, index - start + 1)
-        file = _opened(_path(Path(self.folder), start))
-        latents, images, labels = (
-            file.get_slice(name)[at] for name in ("latents", "images", "labels")
-        )
-        return latents[0, int(mirrored)], images[0].flip(-1) if mirrored else images[0], labels
-
-
-@functools.lru_cache(maxsize=64)
-def _opened(path: Path) -> Any:
-    return safe_open(path, "pt").__enter__()
+        return self.images.row(index, mirrored)

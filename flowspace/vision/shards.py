@@ -15,7 +15,6 @@ import os
 import tarfile
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flowspace.errors import InputError, RunError
-from flowspace.training import seed_of
+from flowspace.training.draws import seed_of
 from flowspace.vision.data import FORMATS, SUFFIXES, Images
 
 __all__ = ["ShardImages"]
@@ -37,7 +36,6 @@ a minute.
 """
 
 
-@dataclass(frozen=True)
 class ShardImages(Images):
     """Images in the tar files of a folder.
 
@@ -50,7 +48,9 @@ class ShardImages(Images):
     Attributes:
         labels: the class of each picture.
         names: of the classes: their numbers.
-        broken: what could not be read so far, by name, and why.
+        paths: of the shards.
+        places: shard, offset, length and label of each picture, ``(N, 4)``.
+        counts: pictures of each shard.
 
     Raises:
         RunError: if there are no shards, a shard is torn, a picture has no class, or a class is
@@ -58,39 +58,29 @@ class ShardImages(Images):
         InputError: if size or window is not positive.
     """
 
-    root: Path
-    size: int = 256
-    classes: int | None = None
-    window: int = 16
-    labels: tuple[int, ...] = field(init=False, repr=False)
-    names: tuple[str, ...] = field(init=False, repr=False)
-    broken: dict[str, str] = field(init=False, repr=False, compare=False, default_factory=dict)
-    paths: tuple[Path, ...] = field(init=False, repr=False)
-    places: Tensor = field(init=False, repr=False, compare=False)
-    counts: tuple[int, ...] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if min(self.size, self.window) < 1:
-            raise InputError(
-                f"size = {self.size}, window = {self.window} came; write 1 or more of each"
-            )
-        paths = tuple(sorted(Path(self.root).glob("*.tar")))
-        if not paths:
+    def __init__(
+        self, root: Path, size: int = 256, classes: int | None = None, window: int = 16
+    ) -> None:
+        if window < 1:
+            raise InputError(f"got window = {window}; it counts shards: write 1 or more")
+        self.root = Path(root)
+        self.window = window
+        self.paths = tuple(sorted(self.root.glob("*.tar")))
+        if not self.paths:
             raise RunError(
-                f"{self.root} holds no shards; give the folder that holds webdataset's *.tar"
+                f"{root} holds no shards; give the folder that holds webdataset's *.tar"
             )
-        places = _index(Path(self.root), paths)
-        labels = tuple(places[:, 3].tolist())
-        count = self.classes or max(labels) + 1
+        self.places = _index(self.root, self.paths)
+        labels = self.places[:, 3].tolist()
+        count = classes or max(labels) + 1
         if not 0 <= min(labels) <= max(labels) < count:
             raise RunError(
-                f"{self.root} holds classes {min(labels)} to {max(labels)}, 0 to {count - 1} are "
+                f"{root} holds classes {min(labels)} to {max(labels)}, 0 to {count - 1} are "
                 "expected"
             )
-        counts = tuple(torch.bincount(places[:, 0], minlength=len(paths)).tolist())
-        found = {"labels": labels, "names": tuple(map(str, range(count))), "paths": paths}
-        for name, value in (found | {"places": places, "counts": counts}).items():
-            object.__setattr__(self, name, value)
+        shards = self.places[:, 0]
+        self.counts = tuple(torch.bincount(shards, minlength=len(self.paths)).tolist())
+        super().__init__(size, labels, [str(number) for number in range(count)])
 
     def open(self, index: int) -> Image.Image:
         """Read one picture from its place."""
