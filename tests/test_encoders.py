@@ -9,7 +9,7 @@ pytest.importorskip("diffusers")
 
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2
 
-from flowspace import InputError, RunError
+from flowspace import CrossFlowLoss, InputError, RunError
 from flowspace.vision.encoders import (
     SOURCES,
     LatentEncoder,
@@ -302,3 +302,47 @@ def test_what_is_no_autoencoder_is_refused_in_one_sentence(tmp_path):
 def test_images_out_of_range_are_refused():
     with pytest.raises(InputError, match=r"takes \[-1, 1\]"):
         LatentEncoder(va_vae_like(scaling_factor=0.5)).encode(127.5 * (images() + 1))
+
+
+def test_the_estimate_of_a_velocity_takes_predictions_of_any_range_and_draws_nothing():
+    """It is the latent of the clamped prediction, by the posterior's mean even of an encoder that
+    samples.
+    """
+    network = va_vae_like(scaling_factor=0.5)
+    encoder = LatentEncoder(network, sample=True)
+    far = 3 * images()
+    wanted = 0.5 * network.encode(far.clamp(-1, 1)).latent_dist.mode()
+    torch.testing.assert_close(encoder.estimate(far), wanted)
+    assert torch.equal(encoder.estimate(far), encoder.estimate(far))
+    with pytest.raises(InputError, match="call fit"):
+        LatentEncoder(va_vae_like()).estimate(far)
+
+
+def test_a_loss_along_the_estimated_velocity_trains_a_network_that_leaves_the_range():
+    """The tangent is the velocity of the encoded prediction: seen against a loss that is told it
+    outright.
+    """
+    encoder = LatentEncoder(va_vae_like(scaling_factor=0.5), sample=True)
+    x = images()
+    z = encoder.encode(x, torch.Generator().manual_seed(0))
+    weight = torch.full((4, 3), 2.0, requires_grad=True)
+
+    def model(z_t, t, s):
+        painted = torch.einsum("bchw,cd->bdhw", z_t, weight)
+        wide = painted.repeat_interleave(4, 2).repeat_interleave(4, 3)
+        return (1 + t - s).reshape(-1, 1, 1, 1) * wide
+
+    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(1))
+    t, s = torch.tensor([[0.9, 0.7, 0.5, 0.3], [0.2, 0.1, 0.2, 0.1]])
+    given = {"noise": noise, "t": t, "s": s}
+    out = CrossFlowLoss(estimate=encoder.estimate)(model, z, x, **given)
+    assert out.prediction.detach().abs().max() > 1.5
+    out.loss.mean().backward()
+    assert weight.grad.isfinite().all() and weight.grad.abs().sum() > 0
+
+    def velocity(z_t, t):
+        clean = encoder.estimate(model(z_t, t, t).detach())
+        return (z_t - clean) / t.reshape(-1, 1, 1, 1)
+
+    told = CrossFlowLoss(velocity=velocity)(model, z, x, **given)
+    torch.testing.assert_close(out.target, told.target, rtol=1e-4, atol=1e-4)

@@ -122,12 +122,34 @@ class LatentEncoder(nn.Module):
         Raises:
             InputError: if images leave [-1, 1], or the latents' statistics are not known yet.
         """
+        self._require_statistics()
+        return (self._raw(images, generator) - self.mean) / self.std
+
+    @torch.no_grad()
+    def estimate(self, predictions: Tensor) -> Tensor:
+        """Return the latents ``(B, C, h, w)`` that a network's own images stand for.
+
+        This is the ``estimate`` of `CrossFlowLoss`: what the network says of a clean image gives
+        the latent of an estimated velocity. Two things differ from `encode`. Predictions may
+        leave [-1, 1], most of all early in training; the autoencoder never saw such images, so
+        they are clamped. And the posterior's mean is taken even where ``sample`` draws from it:
+        the estimate stands for an expectation, so a draw would only add noise.
+
+        Args:
+            predictions: images ``(B, 3, H, W)`` of any range.
+
+        Raises:
+            InputError: if the latents' statistics are not known yet.
+        """
+        self._require_statistics()
+        return (self._latents(predictions.clamp(-1, 1), sample=False) - self.mean) / self.std
+
+    def _require_statistics(self) -> None:
         if not self.known:
             raise InputError(
                 "the mean and spread of the latents are not known; call fit(batches of images) "
                 "once, or give them"
             )
-        return (self._raw(images, generator) - self.mean) / self.std
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -173,18 +195,29 @@ class LatentEncoder(nn.Module):
         self.known = True
 
     def _raw(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Return the autoencoder's latents of images, packed, before the normalisation."""
         low, high = float(images.min()), float(images.max())
         if low < -1.01 or high > 1.01:
             raise InputError(
                 f"images between {low:.3g} and {high:.3g} came; the encoder takes [-1, 1]"
             )
-        given = (images + 1) / 2 if _from_zero(self.autoencoder) else images
+        return self._latents(images, self.sample, generator)
+
+    def _latents(
+        self, images: Tensor, sample: bool, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Return the same of images whose range is not looked at."""
+        given = images
+        if _from_zero(self.autoencoder):
+            given = (images + 1) / 2
         out: Any = self.autoencoder.encode(given.to(_dtype(self.autoencoder)))  # type: ignore[operator]
-        if hasattr(out, "latent_dist"):
-            latents = out.latent_dist.sample(generator) if self.sample else out.latent_dist.mode()
-        else:
+        if not hasattr(out, "latent_dist"):
             latents = out.latent
-        return (F.pixel_unshuffle(latents, self.patch) if self.patch > 1 else latents).float()
+        elif sample:
+            latents = out.latent_dist.sample(generator)
+        else:
+            latents = out.latent_dist.mode()
+        return F.pixel_unshuffle(latents, self.patch).float()
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
