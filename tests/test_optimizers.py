@@ -1,12 +1,17 @@
-"""Which optimiser trains which parameter, and that both resume together."""
+"""Which optimiser trains which parameter; both as one optimiser of torch, whose steps can be
+called off.
+"""
+
+import copy
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
 from flowspace import InputError
-from flowspace.recipes.networks import SmallViT
-from flowspace.training import LoopSettings, MuonAdamW, TensorBatches, Together, assign, train
+from flowspace.training.checkpoints import flatten_optimizer, restore_optimizer
+from flowspace.training.optimizers import CombinedOptimizer, MuonAdamW, PlainAdamW, assign
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9"
@@ -113,77 +118,231 @@ def test_one_step_is_that_of_torchs_own_optimisers():
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("at", [6, 7, 20])
-def test_a_run_with_both_that_was_stopped_continues_to_the_same_weights(tmp_path, at):
-    settings = LoopSettings(steps=24, batch=8, warmup=5, checkpoint_every=7)
-    batches = TensorBatches((torch.randn(50, 4, generator=torch.Generator().manual_seed(1)),))
-    calls = 0
-
-    def loss(net, batch, draws):
-        nonlocal calls
-        calls += 1
-        if calls == at:
-            raise KeyboardInterrupt
-        (x,) = batch
-        return (net(x) - x).square().mean()
-
-    whole, stopped = Net(), Net()
-    calls = at + 1
-    train("a", whole, batches, loss, settings, None, optimizer=MuonAdamW())
-    calls = 0
-    with pytest.raises(KeyboardInterrupt):
-        train("a", stopped, batches, loss, settings, tmp_path, optimizer=MuonAdamW())
-    again = Net()
-    train("a", again, batches, loss, settings, tmp_path, optimizer=MuonAdamW())
-    assert all(
-        torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True)
-    )
+def backward(network, number=0, scale=1.0):
+    """Leave the gradients of one step's loss."""
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(number))
+    network.zero_grad()
+    loss = (network(x) - x).square().mean()
+    (scale * loss).backward()
+    return loss.detach()
 
 
-def test_the_rates_of_both_follow_the_warm_up_and_the_decay():
-    seen = []
-
-    class Watched(Together):
-        def step(self, closure=None):
-            seen.append({group["lr"] for group in self.param_groups})
-            super().step(closure)
-
-    settings = LoopSettings(steps=10, batch=8, warmup=4, final_rate=0.1)
-    batches = TensorBatches((torch.randn(50, 4),))
-
-    def loss(net, batch, draws):
-        return net(batch[0]).square().mean()
-
-    train(
-        "a",
-        Net(),
-        batches,
-        loss,
-        settings,
-        None,
-        optimizer=lambda net: Watched(MuonAdamW(1e-3)(net).optimizers),
-    )
-    assert all(len(rates) == 1 for rates in seen)
-    rates = [rate for (rate,) in seen]
-    assert rates[:4] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3]) and rates == rates[
-        :4
-    ] + sorted(rates[4:], reverse=True)
-
-
-def test_it_trains_a_small_vit():
-    draw = torch.Generator().manual_seed(0)
-    z = torch.randn(32, 4, 2, 2, generator=draw)
-    wanted = torch.tanh(z.flip(1) * 2)
-    y, t = torch.zeros(32, dtype=torch.long), torch.full((32,), 0.5)
-    torch.manual_seed(0)
-    network = SmallViT(4, 2, outputs=4, width=32, depth=2, heads=2)
-    optimizer, losses = MuonAdamW(3e-3)(network), []
-    for _ in range(60):
-        loss = (network(z, t, t, labels=y) - wanted).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
+def train(network, optimizer, numbers):
+    for number in numbers:
+        backward(network, number)
         optimizer.step()
-        losses.append(float(loss.detach()))
+
+
+def everything(network, optimizer):
+    """Every bit that a step may change, by name."""
+    held = {f"weight {name}": p for name, p in network.named_parameters()}
+    held |= flatten_optimizer(optimizer, network)
+    return {name: tensor.detach().clone().view(torch.int32) for name, tensor in held.items()}
+
+
+def assert_same(mine, theirs):
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        assert torch.equal(mine[name], theirs[name]), name
+
+
+BUILDERS = [
+    pytest.param(MuonAdamW(1e-2), id="muon"),
+    pytest.param(MuonAdamW(1e-2, fused=True), id="muon-fused"),
+    pytest.param(PlainAdamW(1e-2), id="adamw"),
+    pytest.param(PlainAdamW(1e-2, fused=True), id="adamw-fused"),
+]
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_it_is_an_optimiser_of_torch(build):
+    network = Net()
+    optimizer = build(network)
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert set(held) == set(network.parameters()) and len(held) == len(set(held))
+    backward(network)
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in network.parameters())
+    losses = []
+
+    def closure():
+        losses.append(backward(network))
+        assert torch.is_grad_enabled()
+        return losses[-1]
+
+    hooked = []
+    optimizer.register_step_post_hook(lambda *_: hooked.append(1))
+    assert optimizer.step(closure) is losses[0] and len(losses) == 1 and len(hooked) == 1
+    optimizer.step(closure)
+    assert losses[1] < losses[0]
+    assert optimizer.state.keys() == set(held)
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+@pytest.mark.parametrize("value", [1.0, 2.0, torch.nan, True])
+def test_a_step_that_is_called_off_changes_no_bit(build, value):
+    network, plain = Net(), Net()
+    optimizer, steady = build(network), build(plain)
+    for number in range(4):
+        before = everything(network, optimizer)
+        backward(network, number)
+        for p in network.parameters():
+            p.grad.fill_(torch.nan)
+        optimizer.found_inf = torch.tensor(value)
+        optimizer.step()
+        after = everything(network, optimizer)
+        assert_same({name: after[name] for name in before}, before)
+        optimizer.found_inf = torch.tensor(0.0)
+        train(network, optimizer, [number])
+        train(plain, steady, [number])
+        assert_same(everything(network, optimizer), everything(plain, steady))
+
+
+def test_a_step_that_is_called_off_leaves_a_weight_without_gradient_alone():
+    network = Net()
+    optimizer = MuonAdamW()(network)
+    backward(network)
+    network.blocks[0]["mlp"].weight.grad = None
+    optimizer.found_inf = torch.tensor(0.0)
+    before = everything(network, optimizer)
+    optimizer.step()
+    after = everything(network, optimizer)
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert "weight blocks.1.mlp.weight" in changed
+    assert "weight blocks.0.mlp.weight" not in changed
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_a_scaled_gradient_is_unscaled_and_an_overflow_called_off_by_the_scaler(build):
+    network, plain = Net(), Net()
+    optimizer, steady = build(network), build(plain)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler.scale(torch.ones(()))  # which makes its scale a tensor
+    for number in range(3):
+        before = everything(network, optimizer)
+        backward(network, number)
+        network.head.weight.grad[0, 0] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+        after = everything(network, optimizer)
+        assert_same({name: after[name] for name in before}, before)
+        backward(network, number, scaler.get_scale())
+        if number == 1:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        train(plain, steady, [number])
+    assert scaler.get_scale() == 2.0**7
+    assert_same(everything(network, optimizer), everything(plain, steady))
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_schedulers_of_torch_set_the_rates_of_all(build):
+    network = Net()
+    optimizer = build(network)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    for step in range(3):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            assert group["lr"] == pytest.approx(rate * 0.5**step)
+        train(network, optimizer, [step])
+        scheduler.step()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        group["weight_decay"] = 0.0
+    before = everything(network, optimizer)
+    train(network, optimizer, [0])
+    after = everything(network, optimizer)
+    for name in before:
+        if name.startswith("weight"):
+            assert torch.equal(before[name], after[name])
+
+
+def resumed_by_state_dict(build, network, optimizer):
+    again = build(network)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return again
+
+
+def resumed_from_tensors(build, network, optimizer):
+    again = build(network)
+    restore_optimizer(again, network, flatten_optimizer(optimizer, network))
+    return again
+
+
+@pytest.mark.parametrize("resumed", [resumed_by_state_dict, resumed_from_tensors])
+@pytest.mark.parametrize("build", BUILDERS)
+def test_training_goes_on_bit_for_bit_from_a_saved_state(build, resumed):
+    network = Net()
+    optimizer = build(network)
+    train(network, optimizer, range(3))
+    stopped = copy.deepcopy(network)
+    held = {id(a): b for a, b in zip(network.parameters(), stopped.parameters(), strict=True)}
+    saved = build(stopped)
+    for p, slots in optimizer.state.items():
+        for slot, value in slots.items():
+            saved.state[held[id(p)]][slot] = value.clone()
+    again = resumed(build, stopped, saved)
+    train(network, optimizer, range(3, 6))
+    train(stopped, again, range(3, 6))
+    assert_same(everything(network, optimizer), everything(stopped, again))
+
+
+@pytest.mark.parametrize("through", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize("build", BUILDERS)
+def test_a_copy_goes_on_alone(build, through):
+    network = Net()
+    optimizer = build(network)
+    train(network, optimizer, range(2))
+    other, copied = through((network, optimizer))
+    train(other, copied, range(2, 4))
+    assert copied.param_groups[0]["params"][0] is not optimizer.param_groups[0]["params"][0]
+    train(network, optimizer, range(2, 4))
+    assert_same(everything(network, optimizer), everything(other, copied))
+
+
+def test_a_network_is_split_alike_however_it_is_wrapped():
+    def named(prefix, names):
+        return {key: [prefix + name for name in group] for key, group in names.items()}
+
+    plain = assign(Net())
+    assert assign(torch.compile(Net())) == named("_orig_mod.", plain)
+    assert assign(nn.ModuleDict({"module": Net()})) == named("module.", plain)
+    both = nn.ModuleDict({"module": torch.compile(Net())})
+    assert assign(both) == named("module._orig_mod.", plain)
+    network = Net()
+    network.blocks[1] = torch.compile(network.blocks[1])
+    assert assign(network)["muon"] == ["blocks.0.mlp.weight", "blocks.1._orig_mod.mlp.weight"]
+    child = nn.ModuleDict({"module": Net().blocks})
+    assert assign(child, ("module",))["muon"] == ["module.0.mlp.weight", "module.1.mlp.weight"]
+
+
+def test_a_compiled_network_trains_as_a_plain_one():
+    network, plain = Net(), Net()
+    compiled = torch.compile(network, backend="eager")
+    optimizer, steady = MuonAdamW()(compiled), MuonAdamW()(plain)
+    train(compiled, optimizer, range(2))
+    train(plain, steady, range(2))
+    assert_same(everything(network, optimizer), everything(plain, steady))
+
+
+def test_a_network_whose_blocks_are_frozen_has_no_muon():
+    network = Net()
+    network.blocks.requires_grad_(False)
+    (group,) = MuonAdamW()(network).param_groups
+    assert "betas" in group
+    network.requires_grad_(False)
+    with pytest.raises(InputError, match="no parameter asks for a gradient"):
+        MuonAdamW()(network)
+
+
+def test_it_trains():
+    network = Net()
+    optimizer, losses = MuonAdamW(3e-2)(network), []
+    for _ in range(60):
+        losses.append(float(backward(network)))
+        optimizer.step()
     assert losses[-1] < 0.1 * losses[0]
 
 
@@ -192,6 +351,10 @@ def test_misuse_is_one_clear_error():
         assign(Net(), ("layers",))
     with pytest.raises(InputError, match="learning_rate"):
         MuonAdamW(0.0)
-    p = nn.Parameter(torch.zeros(2))
+    p, q = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
     with pytest.raises(InputError, match="two optimisers"):
-        Together([torch.optim.SGD([p], 0.1), torch.optim.SGD([p], 0.1)])
+        CombinedOptimizer([torch.optim.SGD([p], 0.1), torch.optim.SGD([p], 0.1)])
+    with pytest.raises(InputError, match="2 groups of 1"):
+        CombinedOptimizer([torch.optim.SGD([{"params": [p]}, {"params": [q]}], 0.1)])
+    with pytest.raises(InputError, match="make a new"):
+        PlainAdamW()(Net()).add_param_group({"params": [p]})

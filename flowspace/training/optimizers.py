@@ -15,8 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from flowspace.errors import InputError
+from flowspace.training.checkpoints import whole
 
-__all__ = ["MuonAdamW", "PlainAdamW", "Together", "assign"]
+__all__ = ["CombinedOptimizer", "MuonAdamW", "PlainAdamW", "Together", "assign"]
+
+WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""What torch.compile, FSDP and activation checkpointing put into the names of parameters."""
 
 
 def assign(network: nn.Module, inside: Sequence[str] = ("blocks",)) -> dict[str, list[str]]:
@@ -24,26 +28,43 @@ def assign(network: nn.Module, inside: Sequence[str] = ("blocks",)) -> dict[str,
     order.
 
     Args:
-        network: any module.
-        inside: names of the containers whose linear layers' weights are Muon's.
+        network: any module, also compiled or wrapped for several processes.
+        inside: names of the containers whose linear layers' weights are Muon's, as the network
+            has them before it is wrapped.
 
     Raises:
         InputError: if a container has no linear layer, so that the split is not what it says.
     """
     modules = dict(network.named_modules())
-    found: dict[str, list[str]] = {"muon": [], "adamw": []}
+    groups: dict[str, list[str]] = {"muon": [], "adamw": []}
+    used = set()
     for name, parameter in network.named_parameters():
         owner, _, leaf = name.rpartition(".")
         matrix = isinstance(modules[owner], nn.Linear) and leaf == "weight" and parameter.ndim == 2
-        within = any(name.startswith(f"{container}.") for container in inside)
-        found["muon" if matrix and within else "adamw"].append(name)
+        container = _container(name, inside)
+        if matrix and container is not None:
+            groups["muon"].append(name)
+            used.add(container)
+        else:
+            groups["adamw"].append(name)
     for container in inside:
-        if not any(name.startswith(f"{container}.") for name in found["muon"]):
+        if container not in used:
             raise InputError(
                 f"the network has no linear layer inside {container!r}; name the containers of "
                 "its blocks"
             )
-    return found
+    return groups
+
+
+def _container(name: str, inside: Sequence[str]) -> str | None:
+    """Return the container that a parameter lies in, whatever the network is wrapped in."""
+    plain = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+    # DistributedDataParallel's prefix; a network may have a child of that name itself.
+    unwrapped = plain.removeprefix("module.")
+    for container in inside:
+        if plain.startswith(f"{container}.") or unwrapped.startswith(f"{container}."):
+            return container
+    return None
 
 
 @dataclass(frozen=True)
@@ -54,23 +75,23 @@ class PlainAdamW:
         learning_rate: at its peak.
         weight_decay: of every parameter.
         betas: its two averages.
+        fused: whether one kernel updates all parameters; None: where all of them are on CUDA.
     """
 
     learning_rate: float = 8e-4
     weight_decay: float = 1e-6
     betas: tuple[float, float] = (0.9, 0.95)
+    fused: bool | None = None
 
-    def __call__(self, network: nn.Module) -> torch.optim.Optimizer:
+    def __call__(self, network: nn.Module) -> "CombinedOptimizer":
         """Return the optimiser of a network's parameters that ask for a gradient."""
         held = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        return torch.optim.AdamW(
-            held, self.learning_rate, self.betas, weight_decay=self.weight_decay
-        )
+        return CombinedOptimizer(_adamw(self, held))
 
 
 @dataclass(frozen=True)
 class MuonAdamW:
-    """Builds both optimisers for a network: what a training loop is given.
+    """Builds both optimisers for a network, as one: what a training loop is given.
 
     Args:
         learning_rate: of both; Muon's update is scaled to the size of Adam's
@@ -79,6 +100,7 @@ class MuonAdamW:
         betas: of AdamW.
         momentum: of Muon.
         inside: see `assign`.
+        fused: as in `PlainAdamW`; Muon has no such kernel.
 
     Raises:
         InputError: if the rate is not positive or the decay negative, or torch has no Muon, which
@@ -90,6 +112,7 @@ class MuonAdamW:
     betas: tuple[float, float] = (0.9, 0.95)
     momentum: float = 0.95
     inside: tuple[str, ...] = ("blocks",)
+    fused: bool | None = None
 
     def __post_init__(self) -> None:
         if not hasattr(torch.optim, "Muon"):
@@ -98,75 +121,199 @@ class MuonAdamW:
             )
         if not (self.learning_rate > 0 and self.weight_decay >= 0):
             raise InputError(
-                f"learning_rate = {self.learning_rate}, weight_decay = {self.weight_decay} came; "
+                f"got learning_rate = {self.learning_rate}, weight_decay = {self.weight_decay}; "
                 "write > 0 and >= 0"
             )
 
-    def __call__(self, network: nn.Module) -> "Together":
-        """Return the optimisers of a network's parameters that ask for a gradient."""
+    def __call__(self, network: nn.Module) -> "CombinedOptimizer":
+        """Return the optimiser of a network's parameters that ask for a gradient."""
         parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
-        names = {
-            key: [parameters[name] for name in group if name in parameters]
-            for key, group in assign(network, self.inside).items()
-        }
-        muon = torch.optim.Muon(
-            names["muon"],
-            lr=self.learning_rate,
-            weight_decay=self.weight_decay,
-            momentum=self.momentum,
-            adjust_lr_fn="match_rms_adamw",
-        )
-        adamw = torch.optim.AdamW(
-            names["adamw"], lr=self.learning_rate, weight_decay=self.weight_decay, betas=self.betas
-        )
-        return Together([muon, adamw])
+        groups = assign(network, self.inside)
+        matrices = [parameters[name] for name in groups["muon"] if name in parameters]
+        others = [parameters[name] for name in groups["adamw"] if name in parameters]
+        optimizers: list[torch.optim.Optimizer] = []
+        if matrices:
+            muon = torch.optim.Muon(
+                matrices,
+                lr=self.learning_rate,
+                weight_decay=self.weight_decay,
+                momentum=self.momentum,
+                adjust_lr_fn="match_rms_adamw",
+            )
+            optimizers.append(muon)
+        return CombinedOptimizer([*optimizers, *_adamw(self, others)])
 
 
-class Together:
-    """Several optimisers of disjoint parameters as one: step, zero_grad, param_groups, state."""
+def _adamw(
+    settings: PlainAdamW | MuonAdamW, parameters: Sequence[Tensor]
+) -> list[torch.optim.Optimizer]:
+    """Return AdamW of some parameters; nothing where there are none."""
+    if not parameters:
+        return []
+    fused = settings.fused
+    if fused is None and all(parameter.is_cuda for parameter in parameters):
+        fused = True
+    adamw = torch.optim.AdamW(
+        parameters,
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        fused=fused,
+    )
+    return [adamw]
+
+
+class CombinedOptimizer(torch.optim.Optimizer):
+    """Optimisers of disjoint parameters as one, with one group of parameters each.
+
+    A step can be called off without waiting for the device, by the protocol that
+    `torch.amp.GradScaler` has with fused optimisers: where ``found_inf``, a tensor, is set and not
+    zero, `step` leaves weights, moments and step counts as they are, bit for bit::
+
+        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.found_inf = ~norm.isfinite()
+        optimizer.step()
+
+    A ``grad_scale`` that is set divides the gradients first. Both hold until they are set again.
+    A fused optimiser does this in its kernel. Others keep a copy of one parameter and its state at
+    a time while they step it; if they count steps on the CPU for parameters elsewhere, as AdamW
+    with ``fused=False`` does, this does wait.
+
+    Args:
+        optimizers: of one group of parameters each; they are steered through this object alone.
+
+    Raises:
+        InputError: if there are no parameters, one belongs to two optimisers, or an optimiser has
+            several groups.
+    """
+
+    found_inf: Tensor
+    grad_scale: Tensor
+    _step_supports_amp_scaling = True
 
     def __init__(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-        self.optimizers = list(optimizers)
-        held = [parameter for group in self.param_groups for parameter in group["params"]]
+        parts = list(optimizers)
+        groups = [group for part in parts for group in part.param_groups]
+        held = [parameter for group in groups for parameter in group["params"]]
+        if not held:
+            raise InputError("no parameter asks for a gradient; there is nothing to optimise")
         if len(held) != len(set(held)):
             raise InputError(
                 "a parameter is held by two optimisers; each parameter belongs to one"
             )
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of all, whose rates may be set."""
-        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
-
-    @property
-    def state(self) -> dict[Tensor, dict[str, Any]]:
-        """The state of each parameter, of whichever optimiser holds it."""
-        return {
-            parameter: slots
-            for optimizer in self.optimizers
-            for parameter, slots in optimizer.state.items()
-        }
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=set_to_none)
-
-    def step(self, closure: Callable[[], float] | None = None) -> None:
-        """Take one step of each."""
-        if closure is not None:
+        if len(groups) != len(parts):
             raise InputError(
-                "a closure came; these optimisers evaluate nothing again: call step()"
+                f"got {len(groups)} groups of {len(parts)} optimisers; give one optimiser a group"
             )
-        for optimizer in self.optimizers:
-            optimizer.step()
+        super().__init__(groups, {})
+        for part in parts:
+            self.state.update(part.state)
+        self._parts = parts
+        self._bind()
 
-    def put(self, parameter: Tensor, slot: str, value: Tensor) -> None:
-        """Set one slot of a parameter's state in the optimiser that holds it."""
-        for optimizer in self.optimizers:
-            if any(
-                parameter is held for group in optimizer.param_groups for held in group["params"]
-            ):
-                optimizer.state[parameter][slot] = value
-                return
-        raise InputError("the parameter belongs to none of the optimisers")
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_parts": self._parts}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # also called by load_state_dict, with new groups and state
+        self._bind()
+
+    def _bind(self) -> None:
+        """Let every part step its own group, with the state that is kept here."""
+        for part, group in zip(self._parts, self.param_groups, strict=True):
+            part.param_groups = [group]
+            part.state = self.state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse new parameters: which optimiser trains them is decided at construction.
+
+        Raises:
+            InputError: always, once this object is made.
+        """
+        if hasattr(self, "_parts"):
+            raise InputError(
+                "a group cannot be added: nothing says which optimiser trains it; make a new "
+                "optimiser for the network"
+            )
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step of each, unless ``found_inf`` calls it off.
+
+        Args:
+            closure: computes the loss and its gradients anew, once for all.
+
+        Returns:
+            What the closure returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        scale = getattr(self, "grad_scale", None)
+        if scale is not None:
+            self._unscale(scale)
+        found_inf = getattr(self, "found_inf", None)
+        for part in self._parts:
+            if found_inf is None:
+                part.step()
+            else:
+                _step_unless(whole(found_inf).reshape(()) != 0, part)
+        return loss
+
+    def _unscale(self, scale: Tensor) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    gradient = _local(parameter.grad)
+                    gradient.div_(scale.to(gradient.device))
+
+
+Together = CombinedOptimizer
+
+
+def _step_unless(skip: Tensor, optimizer: Any) -> None:
+    """Step an optimiser of one group, which changes nothing where ``skip``, a boolean, is true."""
+    (group,) = optimizer.param_groups
+    shared_out = any(hasattr(parameter, "device_mesh") for parameter in group["params"])
+    if group.get("fused") and not shared_out:
+        optimizer.found_inf = skip.float()  # the kernels compare with 1
+        try:
+            optimizer.step()
+        finally:
+            del optimizer.found_inf
+        return
+    try:
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            before = {
+                name: tensor.clone() for name, tensor in _tensors(optimizer, parameter).items()
+            }
+            optimizer.param_groups = [group | {"params": [parameter]}]
+            optimizer.step()
+            for name, tensor in _tensors(optimizer, parameter).items():
+                new = _local(tensor)
+                old = torch.zeros_like(new)  # as Muon's and AdamW's moments and counts begin
+                if name in before:
+                    old = _local(before[name])
+                new.copy_(torch.where(skip.to(new.device), old, new))
+    finally:
+        optimizer.param_groups = [group]
+
+
+def _tensors(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """Return a parameter and the tensors of its state."""
+    tensors = {"": parameter.detach()}
+    for slot, value in optimizer.state[parameter].items():
+        if isinstance(value, Tensor):
+            tensors[slot] = value
+    return tensors
+
+
+def _local(tensor: Any) -> Tensor:
+    """Return this process's part of a tensor that is shared out; a plain one as it is."""
+    if hasattr(tensor, "to_local"):
+        return tensor.to_local()
+    return tensor
