@@ -7,7 +7,17 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2
+from diffusers import (
+    AsymmetricAutoencoderKL,
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLHunyuanImage,
+    AutoencoderKLKVAE,
+    AutoencoderKLWan,
+    AutoencoderTiny,
+    VQModel,
+)
 
 from flowspace import CrossFlowLoss, InputError, RunError
 from flowspace.vision.encoders import (
@@ -177,8 +187,8 @@ def test_flux_latents_are_packed_and_normalised_by_its_batch_norm():
     )
 
 
-def test_a_deep_compression_autoencoder_loads_from_its_folder(tmp_path):
-    AutoencoderDC(
+def deep_compression(**changes):
+    return AutoencoderDC(
         latent_channels=4,
         encoder_block_out_channels=(8, 16),
         decoder_block_out_channels=(8, 16),
@@ -187,8 +197,12 @@ def test_a_deep_compression_autoencoder_loads_from_its_folder(tmp_path):
         encoder_qkv_multiscales=((), ()),
         decoder_qkv_multiscales=((), ()),
         attention_head_dim=8,
-        scaling_factor=0.5,
-    ).save_pretrained(tmp_path)
+        **changes,
+    )
+
+
+def test_a_deep_compression_autoencoder_loads_from_its_folder(tmp_path):
+    deep_compression(scaling_factor=0.5).save_pretrained(tmp_path)
     encoder = load_encoder(tmp_path)
     assert encoder.encode(images()).shape[:2] == (4, 4) and encoder.known
 
@@ -312,10 +326,10 @@ def test_the_estimate_of_a_velocity_takes_predictions_of_any_range_and_draws_not
     encoder = LatentEncoder(network, sample=True)
     far = 3 * images()
     wanted = 0.5 * network.encode(far.clamp(-1, 1)).latent_dist.mode()
-    torch.testing.assert_close(encoder.estimate(far), wanted)
-    assert torch.equal(encoder.estimate(far), encoder.estimate(far))
+    torch.testing.assert_close(encoder.encode_prediction(far), wanted)
+    assert torch.equal(encoder.encode_prediction(far), encoder.encode_prediction(far))
     with pytest.raises(InputError, match="call fit"):
-        LatentEncoder(va_vae_like()).estimate(far)
+        LatentEncoder(va_vae_like()).encode_prediction(far)
 
 
 def test_a_loss_along_the_estimated_velocity_trains_a_network_that_leaves_the_range():
@@ -335,14 +349,134 @@ def test_a_loss_along_the_estimated_velocity_trains_a_network_that_leaves_the_ra
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(1))
     t, s = torch.tensor([[0.9, 0.7, 0.5, 0.3], [0.2, 0.1, 0.2, 0.1]])
     given = {"noise": noise, "t": t, "s": s}
-    out = CrossFlowLoss(estimate=encoder.estimate)(model, z, x, **given)
+    out = CrossFlowLoss(estimate=encoder.encode_prediction)(model, z, x, **given)
     assert out.prediction.detach().abs().max() > 1.5
     out.loss.mean().backward()
     assert weight.grad.isfinite().all() and weight.grad.abs().sum() > 0
 
     def velocity(z_t, t):
-        clean = encoder.estimate(model(z_t, t, t).detach())
+        clean = encoder.encode_prediction(model(z_t, t, t).detach())
         return (z_t - clean) / t.reshape(-1, 1, 1, 1)
 
     told = CrossFlowLoss(velocity=velocity)(model, z, x, **given)
     torch.testing.assert_close(out.target, told.target, rtol=1e-4, atol=1e-4)
+
+
+def overflowing(**changes):
+    """Its activations are far beyond 65504, where float16 ends."""
+    network = va_vae_like(**changes)
+    with torch.no_grad():
+        network.encoder.down_blocks[0].resnets[0].conv2.weight.mul_(6e4).clamp_(-6e4, 6e4)
+    return network
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0])
+def test_latents_that_overflow_in_float16_are_refused_and_not_fitted(scale, tmp_path):
+    overflowing(scaling_factor=scale).save_pretrained(tmp_path)
+    encoder = load_encoder(tmp_path, dtype=torch.float16)
+    with pytest.raises(InputError, match=r"AutoencoderKL in float16.*bfloat16"):
+        encoder.encode(images()) if encoder.known else encoder.fit([images()])
+    wide = load_encoder(tmp_path)
+    if not wide.known:
+        wide.fit([images()])
+    assert wide.encode(images()).isfinite().all()
+
+
+def test_an_autoencoder_that_must_not_be_in_float16_stays_in_float32_with_a_word(tmp_path):
+    overflowing(scaling_factor=0.5, force_upcast=True).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="force_upcast"):
+        encoder = load_encoder(tmp_path, dtype=torch.float16)
+    assert torch.equal(encoder.encode(images()), load_encoder(tmp_path).encode(images()))
+    half = load_encoder(tmp_path, dtype=torch.bfloat16)
+    assert next(half.autoencoder.parameters()).dtype == torch.bfloat16
+
+
+def test_broken_weights_and_images_that_are_not_numbers_are_named():
+    network = va_vae_like(scaling_factor=0.5)
+    with pytest.raises(InputError, match="between nan and nan"):
+        LatentEncoder(network).encode(images() * torch.nan)
+    with torch.no_grad():
+        network.quant_conv.bias.fill_(torch.nan)
+    with pytest.raises(InputError, match="weights are broken"):
+        LatentEncoder(network).encode(images())
+
+
+TWO_LEVELS = {
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "norm_num_groups": 4,
+    "latent_channels": 4,
+}
+OTHERS = {
+    "AutoencoderTiny": lambda: AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    ),
+    "VQModel": lambda: VQModel(block_out_channels=(8, 16), num_vq_embeddings=16, **TWO_LEVELS),
+    "AutoencoderKLWan": lambda: AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_autoencoders_of_other_kinds_are_refused_by_name(kind, tmp_path):
+    OTHERS[kind]().save_pretrained(tmp_path)
+    with pytest.raises(RunError, match=f"holds {kind}, which does not encode one image"):
+        load_encoder(tmp_path)
+
+
+HALVING = {
+    "asymmetric": lambda: AsymmetricAutoencoderKL(
+        down_block_out_channels=(8, 16), up_block_out_channels=(8, 16), **TWO_LEVELS
+    ),
+    "hunyuan": lambda: AutoencoderKLHunyuanImage(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        spatial_compression_ratio=2,
+        sample_size=32,
+    ),
+    "kvae": lambda: AutoencoderKLKVAE(
+        channels=32, ch_mult=(1, 2), num_enc_blocks=1, num_dec_blocks=1, z_channels=4
+    ),
+    "kl": lambda: AutoencoderKL(block_out_channels=(8, 16), **TWO_LEVELS),
+    "dc": deep_compression,
+}
+
+
+@pytest.mark.parametrize("kind", HALVING)
+def test_each_kind_halves_rectangles_and_refuses_what_does_not_fill_whole_cells(kind):
+    torch.manual_seed(0)
+    encoder = LatentEncoder(HALVING[kind](), torch.zeros(1), torch.ones(1))
+    wide = torch.zeros(2, 3, 16, 32)
+    latents = encoder.encode(wide)
+    assert latents.shape[2:] == (8, 16) and encoder.decode(latents).shape == wide.shape
+    for call in (encoder.encode, encoder.encode_prediction):
+        with pytest.raises(InputError, match=r"15 x 32 pixels.*multiples of 2"):
+            call(wide[:, :, 1:])
+    with pytest.raises(InputError, match=r"write \(B, 3, H, W\)"):
+        encoder.encode(wide[0])
+
+
+def test_packed_cells_are_filled_too():
+    encoder = LatentEncoder(va_vae_like(scaling_factor=0.5), pack=2)
+    assert encoder.encode(torch.zeros(1, 3, 8, 24)).shape[2:] == (1, 3)
+    with pytest.raises(InputError, match="multiples of 8"):
+        encoder.encode(torch.zeros(1, 3, 8, 12))
+
+
+def test_a_representation_autoencoder_does_not_squeeze_rectangles():
+    encoder = LatentEncoder(rae("mae"), torch.zeros(1), torch.ones(1))
+    with pytest.raises(InputError, match="crop them to squares"):
+        encoder.encode(torch.zeros(1, 3, 16, 32))

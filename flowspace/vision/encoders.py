@@ -7,7 +7,8 @@ is done here, so that every latent looks alike to the generator.
 
 import importlib.util
 import re
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,28 @@ SOURCES = {
     "rae-mae": Source("nyu-visionx/RAE-mae-base-p16-ViTXL-n08"),
     "dc-ae": Source("mit-han-lab/dc-ae-f32c32-in-1.0-diffusers"),
 }
-"""Published autoencoders by name. SD-VAE has 4 latent channels; the paper's row of 16 is SD3's."""
+"""Published autoencoders by name.
+
+The paper's ablation has a row "SD-VAE, 16 latent channels", cited from latent diffusion, whose
+autoencoders here have 4 on 32 x 32. Packed to 16 x 16 (``pack=2``) these are 16 channels, which
+may be what it means; its text does not decide it. SD3's has 16 channels before any packing.
+"""
+
+KINDS = (
+    "AsymmetricAutoencoderKL",
+    "AutoencoderDC",
+    "AutoencoderKL",
+    "AutoencoderKLFlux2",
+    "AutoencoderKLHunyuanImage",
+    "AutoencoderKLKVAE",
+    "AutoencoderRAE",
+)
+"""Classes of diffusers that encode one image to one grid of continuous latents. Others do not: of
+videos, of sound, quantised, or without a scale of their latents, as the tiny ones.
+"""
+
+LEVELS = ("block_out_channels", "encoder_block_out_channels", "ch_mult")
+"""What configs call the widths of an encoder's levels; each but the first halves the image."""
 
 
 class LatentEncoder(nn.Module):
@@ -120,26 +142,29 @@ class LatentEncoder(nn.Module):
         """Return latents ``(B, C, h, w)`` in float32 of images ``(B, 3, H, W)`` in [-1, 1].
 
         Raises:
-            InputError: if images leave [-1, 1], or the latents' statistics are not known yet.
+            InputError: if images leave [-1, 1] or have a shape that the autoencoder does not
+                take, if the latents are not finite, or if their statistics are not known yet.
         """
         self._require_statistics()
         return (self._raw(images, generator) - self.mean) / self.std
 
     @torch.no_grad()
-    def estimate(self, predictions: Tensor) -> Tensor:
+    def encode_prediction(self, predictions: Tensor) -> Tensor:
         """Return the latents ``(B, C, h, w)`` that a network's own images stand for.
 
-        This is the ``estimate`` of `CrossFlowLoss`: what the network says of a clean image gives
-        the latent of an estimated velocity. Two things differ from `encode`. Predictions may
-        leave [-1, 1], most of all early in training; the autoencoder never saw such images, so
-        they are clamped. And the posterior's mean is taken even where ``sample`` draws from it:
-        the estimate stands for an expectation, so a draw would only add noise.
+        This is the ``estimate`` of `CrossFlowLoss`, where a velocity is estimated from what the
+        network says of the clean image, and the ``encode`` of several steps of a flow map. Two
+        things differ from `encode`. Predictions may leave [-1, 1], most of all early in training;
+        the autoencoder never saw such images, so they are clamped. And the posterior's mean is
+        taken even where ``sample`` draws from it: the latent stands for an expectation, to which
+        a draw would only add noise. Values are not looked at, so no step waits for the device.
 
         Args:
             predictions: images ``(B, 3, H, W)`` of any range.
 
         Raises:
-            InputError: if the latents' statistics are not known yet.
+            InputError: if the autoencoder does not take their shape, or the latents' statistics
+                are not known yet.
         """
         self._require_statistics()
         return (self._latents(predictions.clamp(-1, 1), sample=False) - self.mean) / self.std
@@ -197,27 +222,58 @@ class LatentEncoder(nn.Module):
     def _raw(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
         """Return the autoencoder's latents of images, packed, before the normalisation."""
         low, high = float(images.min()), float(images.max())
-        if low < -1.01 or high > 1.01:
+        if not (low >= -1.01 and high <= 1.01):
             raise InputError(
                 f"images between {low:.3g} and {high:.3g} came; the encoder takes [-1, 1]"
             )
-        return self._latents(images, self.sample, generator)
+        latents = self._latents(images, self.sample, generator)
+        if not bool(latents.isfinite().all()):
+            raise InputError(f"got latents that are not finite from {self._why_not_finite()}")
+        return latents
+
+    def _why_not_finite(self) -> str:
+        kind, dtype = _kind(self.autoencoder), _dtype(self.autoencoder)
+        if dtype == torch.float16:
+            return (
+                f"{kind} in float16, which ends at 65504; write load_encoder(..., "
+                "dtype=torch.bfloat16) or torch.float32, whose range is wider"
+            )
+        return f"{kind} in {dtype} on finite images; its weights are broken, fetch them again"
 
     def _latents(
         self, images: Tensor, sample: bool, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Return the same of images whose range is not looked at."""
+        """Return the same of images whose values are not looked at."""
+        self._check_shape(images.shape)
         given = images
         if _from_zero(self.autoencoder):
             given = (images + 1) / 2
         out: Any = self.autoencoder.encode(given.to(_dtype(self.autoencoder)))  # type: ignore[operator]
-        if not hasattr(out, "latent_dist"):
+        if hasattr(out, "latent"):
             latents = out.latent
         elif sample:
             latents = out.latent_dist.sample(generator)
         else:
             latents = out.latent_dist.mode()
         return F.pixel_unshuffle(latents, self.patch).float()
+
+    def _check_shape(self, shape: Sequence[int]) -> None:
+        """Refuse images that do not fill whole cells, and what RAE would squeeze to a square."""
+        kind = _kind(self.autoencoder)
+        if len(shape) != 4:
+            raise InputError(f"got images of shape {tuple(shape)}; write (B, 3, H, W)")
+        height, width = shape[2:]
+        if kind == "AutoencoderRAE" and height != width:
+            raise InputError(
+                f"got images of {height} x {width} pixels for {kind}, which would squeeze them to "
+                "a square; crop them to squares"
+            )
+        side = _cell_side(self.autoencoder) * self.patch
+        if height % side or width % side:
+            raise InputError(
+                f"got images of {height} x {width} pixels for {kind}, of whose latents one cell "
+                f"stands for {side} x {side} pixels; write multiples of {side}"
+            )
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
@@ -226,6 +282,17 @@ def _dtype(module: nn.Module) -> torch.dtype:
 
 def _kind(autoencoder: nn.Module) -> str:
     return type(autoencoder).__name__
+
+
+def _cell_side(autoencoder: nn.Module) -> int:
+    """Return how many pixels a side become one cell; 1 where the config does not say."""
+    config: Any = autoencoder.config
+    if "spatial_compression_ratio" in config:
+        return config["spatial_compression_ratio"]
+    for name in LEVELS:
+        if name in config:
+            return 2 ** (len(config[name]) - 1)
+    return 1
 
 
 def _from_zero(autoencoder: nn.Module) -> bool:
@@ -278,14 +345,18 @@ def load_encoder(
         name_or_path: a name of `SOURCES`; a folder in diffusers' layout; or VA-VAE's ``.pt``,
             beside its ``latents_stats.pt``.
         sample: draw from the posterior; False takes its mean.
-        dtype: of the autoencoder; latents are float32.
+        dtype: of the autoencoder; latents are float32. One whose config says ``force_upcast``, as
+            SDXL's does, overflows in float16 and stays in float32, as in diffusers' pipelines.
         weights: the folder that holds ``NAME/`` for names; by default the hub's cache is asked,
             never the network.
         pack: see `LatentEncoder`.
 
     Raises:
         RunError: if weights are missing; it names the file, where it goes and the command that
-            fetches it.
+            fetches it. If the autoencoder is of a class that is not in `KINDS`.
+
+    Warns:
+        UserWarning: if float16 was asked for and the config forbids it.
     """
     path = Path(name_or_path)
     if str(name_or_path) in SOURCES:
@@ -301,10 +372,17 @@ def load_encoder(
             f"{name_or_path} is neither a folder, a file nor one of {', '.join(SOURCES)}"
         )
     mean, std = statistics or (None, None)
-    cast = (
-        autoencoder if _dtype(autoencoder) == dtype else autoencoder.to(dtype)
-    )  # diffusers warns of a cast, even of none
-    return LatentEncoder(cast, mean, std, sample, pack)
+    config: Any = autoencoder.config
+    if dtype == torch.float16 and config.get("force_upcast"):
+        warnings.warn(
+            f"the config of {name_or_path} says force_upcast: it overflows in float16 and stays "
+            "in float32; dtype=torch.bfloat16 is as small and does not overflow",
+            stacklevel=2,
+        )
+        dtype = torch.float32
+    if _dtype(autoencoder) != dtype:  # diffusers warns of a cast, even of none
+        autoencoder = autoencoder.to(dtype)
+    return LatentEncoder(autoencoder, mean, std, sample, pack)
 
 
 def _find(name: str, weights: Path | None) -> Path:
@@ -356,11 +434,19 @@ def _from_folder(path: Path) -> nn.Module:
 
     try:
         name = json.loads((path / "config.json").read_text())["_class_name"]
-        make_buildable(name)
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise RunError(f"{path} holds no autoencoder that diffusers can load: {error}") from error
+    if name not in KINDS:
+        raise RunError(
+            f"{path} holds {name}, which does not encode one image to one grid of continuous "
+            f"latents; write a folder of {', '.join(KINDS)}"
+        )
+    make_buildable(name)
+    try:
         return getattr(diffusers, name).from_pretrained(
             path, local_files_only=True, use_safetensors=True
         )
-    except (OSError, KeyError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise RunError(f"{path} holds no autoencoder that diffusers can load: {error}") from error
 
 
