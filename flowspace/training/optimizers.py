@@ -276,8 +276,7 @@ Together = CombinedOptimizer
 def _step_unless(skip: Tensor, optimizer: Any) -> None:
     """Step an optimiser of one group, which changes nothing where ``skip``, a boolean, is true."""
     (group,) = optimizer.param_groups
-    shared_out = any(hasattr(parameter, "device_mesh") for parameter in group["params"])
-    if group.get("fused") and not shared_out:
+    if group.get("fused"):
         optimizer.found_inf = skip.float()  # the kernels compare with 1
         try:
             optimizer.step()
