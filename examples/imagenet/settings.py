@@ -286,19 +286,34 @@ class Config:
 # --- reading -----------------------------------------------------------------------------------
 
 
-def from_command_line(usage: str, arguments: Sequence[str] | None = None) -> Config:
-    """Return the config of ``CONFIG key=value ...``; ends the program where it cannot be used."""
+def from_command_line(
+    usage: str,
+    options: Sequence[str] = (),
+    arguments: Sequence[str] | None = None,
+    latents_made: bool = False,
+) -> tuple[Config, list[str]]:
+    """Return the config of ``CONFIG key=value ...`` and the options that were given.
+
+    With ``latents_made`` the folder of latents need not be there.
+
+    Ends the program, with one line that says why, where they cannot be used.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given or given[0] in ("-h", "--help"):
+    asked = [argument for argument in given if argument.startswith("--")]
+    given = [argument for argument in given if not argument.startswith("-")]
+    if not given:
         print(usage)
-        raise SystemExit(0 if given else 2)
+        raise SystemExit(2)
     try:
+        for option in asked:
+            if option not in options:
+                raise SettingsError(f"got {option}; options are {', '.join(options) or 'none'}")
         config = load(Path(given[0]), given[1:])
-        check_places(config)
+        check_places(config, latents_made)
     except SettingsError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-    return config
+    return config, asked
 
 
 def load(path: Path, changes: Sequence[str] = ()) -> Config:
@@ -449,14 +464,20 @@ def _leaves(kind: Any) -> list[Any]:
 # --- what the settings name --------------------------------------------------------------------
 
 
-def check_places(config: Config) -> None:
+def check_places(config: Config, latents_made: bool = False) -> None:
     """See that the folders and files of a config are there, and that its own can be written.
+
+    Args:
+        config: of the run.
+        latents_made: whether the folder of latents will be made.
 
     Raises:
         SettingsError: if one is not.
     """
     for name in ("path", "latents"):
         place = getattr(config.data, name)
+        if name == "latents" and latents_made:
+            continue
         if place not in (None, "emoji") and not Path(place).is_dir():
             raise SettingsError(
                 f"got data.{name} = {place}, which is no folder; write data.{name}=FOLDER"

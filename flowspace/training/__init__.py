@@ -14,12 +14,13 @@ from flowspace.training.checkpoints import (
     unpacked,
     whole,
 )
-from flowspace.training.draws import Draws, seed_of
+from flowspace.training.draws import Draws, KeyedPairs, seed_of
 from flowspace.training.journal import BINS, Journal, Tracker, records
 from flowspace.training.loop import Game, LoopSettings, Terms, Watch, cosine_decay, train
 from flowspace.training.optimizers import MuonAdamW, PlainAdamW, Together, assign
 from flowspace.training.order import BatchRows, KeyedRows, Rows, share_of
 from flowspace.training.place import OneProcess, Place, Processes
+from flowspace.training.signals import stopped_by_sigterm
 
 __all__ = [
     "BINS",
@@ -30,6 +31,7 @@ __all__ = [
     "Draws",
     "Game",
     "Journal",
+    "KeyedPairs",
     "KeyedRows",
     "LoopSettings",
     "MuonAdamW",
@@ -53,6 +55,7 @@ __all__ = [
     "restore_optimizer",
     "seed_of",
     "share_of",
+    "stopped_by_sigterm",
     "train",
     "unpacked",
     "whole",

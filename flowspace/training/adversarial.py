@@ -8,10 +8,10 @@ of (seed, step, row).
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from flowspace.training.draws import Draws
+from flowspace.training.optimizers import PlainAdamW
 
 __all__ = ["AdversarialStep"]
 
@@ -61,9 +61,7 @@ class AdversarialStep:
     ) -> None:
         self.discriminator, self.loss, self.start = discriminator, loss, start
         self.heads = [p for p in discriminator.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.heads, learning_rate, (0.0, 0.99), weight_decay=0.0
-        )
+        self.optimizer = PlainAdamW(learning_rate, 0.0, (0.0, 0.99))(discriminator)
         self.wrapped = wrap(discriminator)
 
     def plays(self, step: int) -> bool:
@@ -98,7 +96,4 @@ class AdversarialStep:
         return {name: value for name, value in state.items() if not name.startswith("features.")}
 
     def _changes(self, draws: Draws, stream: int) -> Tensor:
-        def drawn(rows: int, generator: torch.Generator) -> Tensor:
-            return torch.rand(rows, self.loss.changes, generator=generator, device=draws.device)
-
-        return draws.rows(drawn, stream)
+        return draws.uniform((self.loss.changes,), stream)

@@ -121,11 +121,23 @@ class Checkpoints:
         return path
 
     def latest(self) -> tuple[int, dict[str, Tensor]] | None:
-        """Return the step and tensors of the latest readable checkpoint, or None where there is
-        none.
+        """Return the step and tensors of the latest whole checkpoint, None where there is none.
 
         Raises:
             RunError: if it belongs to other settings, or none of several can be read.
+        """
+        found = self.read_latest()
+        if found is None:
+            return None
+        path, metadata, tensors = found
+        self._check_settings(path, metadata)
+        return int(metadata["step"]), tensors
+
+    def read_latest(self) -> tuple[Path, dict[str, str], dict[str, Tensor]] | None:
+        """Return the path, metadata and tensors of the latest whole checkpoint, of any settings.
+
+        Raises:
+            RunError: if none of several can be read.
         """
         paths = self._paths()
         for path in reversed(paths):
@@ -139,8 +151,7 @@ class Checkpoints:
                     f"{path} cannot be read ({error}); trying the one before", stacklevel=2
                 )
                 continue
-            self._check_settings(path, metadata)
-            return int(metadata["step"]), tensors
+            return path, metadata, tensors
         if paths:
             raise RunError(
                 f"none of the {len(paths)} checkpoints in {self.folder} can be read; delete the "

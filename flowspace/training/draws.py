@@ -2,14 +2,18 @@
 of processes draw the same.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 
-__all__ = ["Draws", "seed_of"]
+from flowspace.errors import InputError
+from flowspace.times import PairSampler, RandomSource
+
+__all__ = ["Draws", "KeyedPairs", "seed_of"]
 
 ROWS = 3
 """Keeps the streams of rows apart from the other uses of (seed, step, ...)."""
@@ -47,7 +51,28 @@ class Draws:
     @cached_property
     def generator(self) -> torch.Generator:
         """A generator for what need not be the same however the batch is shared out."""
-        return self._seeded(*((self.first,) if self.first else ()))
+        return torch.Generator(self.device).manual_seed(self.seed_of_rows)
+
+    @property
+    def seed_of_rows(self) -> int:
+        """The seed of what need not be the same however the batch is shared out, as dropout."""
+        return seed_of(self.seed, self.step, *((self.first,) if self.first else ()))
+
+    def normal(self, shape: Sequence[int], stream: int) -> Tensor:
+        """Return these rows of standard normal numbers, ``(rows, *shape)``."""
+
+        def drawn(count: int, generator: torch.Generator) -> Tensor:
+            return torch.randn(count, *shape, generator=generator, device=self.device)
+
+        return self.rows(drawn, stream)
+
+    def uniform(self, shape: Sequence[int], stream: int) -> Tensor:
+        """Return these rows of numbers uniform on [0, 1), ``(rows, *shape)``."""
+
+        def drawn(count: int, generator: torch.Generator) -> Tensor:
+            return torch.rand(count, *shape, generator=generator, device=self.device)
+
+        return self.rows(drawn, stream)
 
     def rows(self, draw: Callable[[int, torch.Generator], Any], stream: int) -> Any:
         """Return these rows of what is drawn for the whole batch: the same numbers in one process
@@ -67,3 +92,47 @@ class Draws:
 
     def _seeded(self, *more: int) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(seed_of(self.seed, self.step, *more))
+
+
+@dataclass
+class KeyedPairs(PairSampler):
+    """The times of the rows of one step's batch, drawn for the whole batch.
+
+    An objective draws its times itself; given one of these, it draws those of (seed, step, row),
+    and need not check them, for which it would wait for the device.
+
+    Attributes:
+        pairs: how the times of a batch are drawn.
+        draws: of the step; set before the objective is called.
+        stream: keeps the times apart from other draws of a step.
+    """
+
+    pairs: PairSampler
+    stream: int
+    draws: Draws | None = None
+
+    def draw(self, rows: int, source: RandomSource) -> tuple[Tensor, Tensor]:
+        """Return t and s of the step's rows, each of shape ``(rows,)``; the source is not used.
+
+        Raises:
+            InputError: if no step was set, or it has another number of rows.
+        """
+        if self.draws is None or self.draws.last - self.draws.first != rows:
+            raise InputError(
+                f"got {rows} rows for {self.draws}; set draws to those of the step first"
+            )
+        device = self.draws.device
+
+        def drawn(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+            return self.pairs(count, generator=generator, device=device)
+
+        return self.draws.rows(drawn, self.stream)
+
+    def most_off_diagonal(self, rows: int) -> int | None:
+        """Return how many of the step's rows have s < t at most: all, or all of the batch's."""
+        if self.draws is None:
+            return None
+        most = self.pairs.most_off_diagonal(self.draws.batch)
+        if most is None:
+            return None
+        return min(rows, most)

@@ -1,0 +1,47 @@
+"""Draw samples of a finished run, once, over all processes, and judge them.
+
+    python examples/imagenet/evaluate.py RUN [--average DECAY | --averages]
+
+Each sample follows from its number alone. Files of samples are kept: the same command goes on
+where it was stopped. ``--average`` ships and judges another average of the weights than the first;
+``--averages`` judges all that the run keeps, names the best and ships it.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import settings
+
+
+def main() -> None:
+    """Judge a run, by one or by each of its averages."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="the folder that train.py made")
+    parser.add_argument("--average", type=float, help="the decay of the average that is shipped")
+    parser.add_argument("--averages", action="store_true", help="judge all, and ship the best")
+    options = parser.parse_args()
+    config = settings.of_run(options.run)
+
+    import report
+    import ship  # with torch, which a wrong folder need not wait for
+    import train
+
+    accelerator = train.accelerator_of(config)
+    if options.averages:
+        ship.best_average(config, accelerator)
+    else:
+        if options.average is not None:
+            ship.change_average(config, accelerator, options.average)
+        ship.evaluate(config, accelerator)
+    if accelerator.is_main_process:
+        print(f"the page of the run: {report.write(config)}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (settings.SettingsError, RuntimeError, OSError) as error:
+        sys.exit(f"evaluate.py: {error}")

@@ -1,0 +1,92 @@
+"""Where the time of a step goes: a trace, and the share of each part of a step."""
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+PARTS = ("data", "encoder", "flow", "perceptual", "adversarial", "backward", "optimiser")
+"""The spans of a step, by the names they are recorded under."""
+
+span = record_function
+"""Names a part of a step in a trace; costs microseconds where nothing is traced."""
+
+
+class Profile:
+    """Traces a few steps of a training, after some that are not counted; a context of each step.
+
+    Args:
+        folder: where ``trace.json`` and ``profile.json`` are left.
+        accelerator: of the processes; the first one writes.
+        warmup: steps that are not counted: compiling, caches.
+        active: steps that are.
+    """
+
+    def __init__(self, folder: Path, accelerator: Any, warmup: int = 5, active: int = 20) -> None:
+        self.folder, self.accelerator = folder, accelerator
+        self.warmup, self.active, self.step = warmup, active, 0
+        activities = [ProfilerActivity.CPU]
+        if accelerator.device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        self.profiler = profile(activities=activities)
+        self.began = 0.0
+
+    @property
+    def steps(self) -> int:
+        """How many steps are taken in all."""
+        return self.warmup + self.active
+
+    def __enter__(self) -> None:
+        if self.step == self.warmup:
+            self.profiler.start()
+        self.step_span = record_function("step")
+        self.step_span.__enter__()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.accelerator.device.type == "cuda" and self.step >= self.warmup:
+            torch.cuda.synchronize()
+        self.step_span.__exit__(kind, error, trace)
+        self.step += 1
+        if self.step == self.steps and kind is None:
+            self.profiler.stop()
+            self.write()
+
+    def write(self) -> None:
+        """Leave the trace and the table, and print the table."""
+        if not self.accelerator.is_main_process:
+            return
+        self.profiler.export_chrome_trace(str(self.folder / "trace.json"))
+        averages = {event.key: event for event in self.profiler.key_averages()}
+        whole = averages["step"].cpu_time_total
+        shares = {}
+        for part in PARTS:
+            if part in averages:
+                shares[part] = averages[part].cpu_time_total / whole
+        busy = sum(getattr(event, "self_device_time_total", 0) for event in averages.values())
+        found: dict[str, Any] = {
+            "device": name_of(self.accelerator.device),
+            "milliseconds": whole / self.active / 1000,
+            "shares": shares | {"other": 1 - sum(shares.values())},
+        }
+        if self.accelerator.device.type == "cuda":
+            found["idle"] = max(0.0, 1 - busy / whole)
+        text = json.dumps(found, indent=2)
+        (self.folder / "profile.json").write_text(text + "\n")
+        print(f"{found['milliseconds']:.1f} ms a step on {found['device']}; of them")
+        for part, share in found["shares"].items():
+            print(f"  {part:<12} {share:6.1%}")
+
+
+def name_of(device: torch.device) -> str:
+    """Return the name of a card, or of the kind of device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} thread(s)"

@@ -1,0 +1,36 @@
+"""Draw images of a run's pipeline.
+
+python examples/imagenet/sample.py RUN --labels 0 1 2 --seed 0 --out samples
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import settings
+
+
+def main() -> None:
+    """Draw one image a label into a folder."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="the folder that train.py made")
+    parser.add_argument("--labels", type=int, nargs="+", default=[0], help="classes (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("samples"), help="default: %(default)s")
+    options = parser.parse_args()
+    config = settings.of_run(options.run)
+
+    import ship  # with torch, which a wrong folder need not wait for
+
+    pictures = ship.pictures(config, options.labels, options.seed)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for number, (label, picture) in enumerate(zip(options.labels, pictures, strict=True)):
+        picture.save(options.out / f"{number:04d}-class-{label}.png")
+    print(f"{len(pictures)} image(s) in {options.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (settings.SettingsError, RuntimeError, OSError) as error:
+        sys.exit(f"sample.py: {error}")

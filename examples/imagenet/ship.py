@@ -1,0 +1,223 @@
+"""What a finished run gives: its pipeline, samples that follow from their number, scores."""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import build
+import report
+import stage_one
+import torch
+from accelerate import Accelerator
+from flowspace.demo.page import markdown_table, write_beside
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from settings import Config
+from torch import Tensor, nn
+
+from flowspace import RunError
+from flowspace.training import Checkpoints, fill, unpacked
+from flowspace.vision.encoders import LatentEncoder
+from flowspace.vision.evaluate import Plan, Scores, features_of, judge
+from flowspace.vision.generator import CrossFlowGenerator
+from flowspace.vision.pipeline import CrossFlowPipeline
+
+BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)
+"""What libraries raise where files are torn."""
+
+
+# --- the pipeline ------------------------------------------------------------------------------
+
+
+def averaged(config: Config, average: float | None = None) -> CrossFlowGenerator:
+    """Return the generator with one of its averages, from the last checkpoint.
+
+    Args:
+        config: of the run.
+        average: its decay; None takes the first of ``training.emas``.
+
+    Raises:
+        RunError: if there is no checkpoint, or it has no such average.
+    """
+    folder = config.out / "generator"
+    found = Checkpoints(folder, {}).read_latest()
+    if found is None:
+        raise RunError(f"{folder} holds no checkpoint; train.py makes one")
+    parts = unpacked(found[2])
+    name = f"ema-{config.training.emas[0] if average is None else average}"
+    if name not in parts:
+        kept = [part.removeprefix("ema-") for part in parts if part.startswith("ema-")]
+        raise RunError(f"got the average {average}; the run keeps {', '.join(kept)}")
+    network = build.generator_of(config, classes_of(parts[name]))
+    fill(network.state_dict(), parts[name], folder)
+    return network.requires_grad_(False).eval()
+
+
+def classes_of(state: dict[str, Tensor]) -> int:
+    """Return the number of classes of a generator's weights; the last label is of no class."""
+    return len(state["label.weight"]) - 1
+
+
+def pipeline(config: Config, average: float | None = None) -> None:
+    """Write ``pipeline/`` beside and rename it: the generator with one of its averages."""
+    folder, o = config.out / "pipeline", config.objective
+    generator = averaged(config, average)
+    partial = folder.with_name("pipeline.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    if config.generator.space == "image":
+        shipped = CrossFlowPipeline(generator, o.alpha, o.beta)
+        shipped.card = report.card(config, generator, average)
+        shipped.save_pretrained(partial)
+    else:  # its latents need the encoder's decoder
+        generator.save_pretrained(partial / "generator")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def generator_of_run(config: Config) -> CrossFlowGenerator:
+    """Load the generator that was shipped.
+
+    Raises:
+        RunError: if the run is not finished, or what was shipped is broken.
+    """
+    folder = config.out / "pipeline"
+    if not folder.exists():
+        raise RunError(f"{folder} is missing: the run is not finished; train.py continues it")
+    try:
+        if config.generator.space == "latent":
+            return CrossFlowGenerator.from_pretrained(folder / "generator", use_safetensors=True)
+        found = CrossFlowPipeline.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True
+        )
+    except BROKEN as error:
+        raise RunError(
+            f"{folder} cannot be read ({error}); delete it: train.py ships it again from the last "
+            "checkpoint"
+        ) from error
+    return found.generator
+
+
+def snapshot(folder: Path, step: int, network: nn.Module) -> None:
+    """Keep averaged weights of a step, for numbers over training."""
+    path = folder / f"average-{step:08d}.safetensors"
+    partial = path.with_suffix(".partial")
+    tensors = {name: value.cpu().contiguous() for name, value in network.state_dict().items()}
+    save_file(tensors, partial)
+    os.replace(partial, path)
+
+
+# --- samples and scores ------------------------------------------------------------------------
+
+
+def evaluate(config: Config, accelerator: Accelerator) -> Scores:
+    """Draw the samples that are missing, over all processes, and judge them.
+
+    Leaves ``metrics.json``, the card of the pipeline and ``samples.png``.
+    """
+    device = accelerator.device
+    generator = generator_of_run(config).to(device).eval()
+    encoder = needed_encoder(config, device)
+    plan = plan_of(config, generator)
+    maker = digest(generator)
+    draw = build.sampler_of(config, generator, encoder)
+    folder = config.out / "samples"
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    plan.draw(draw, folder, maker, device, rank, ranks)
+    accelerator.wait_for_everyone()
+    images = plan.read(folder, maker)
+    extractor = build.extractor_of(config, device)
+    real = build.reference_of(config, extractor, build.images_of(config))
+    batches = images.split(config.evaluation.batch)
+    scores = judge(extractor, features_of(extractor, batches), real, config.evaluation.pinned)
+    if accelerator.is_main_process:
+        text = json.dumps(asdict(scores), indent=2)
+        write_beside(config.out / "metrics.json", text + "\n")
+        if config.generator.space == "image":
+            card = report.card(config, generator, None, scores)
+            write_beside(config.out / "pipeline" / "README.md", card)
+        sheet = report.sheet(images, generator.config["classes"])
+        write_beside(config.out / "samples.png", sheet)
+        print(table(scores))
+    accelerator.wait_for_everyone()
+    return scores
+
+
+def change_average(config: Config, accelerator: Accelerator, average: float) -> None:
+    """Ship another average of the run; its earlier samples are drawn anew."""
+    if accelerator.is_main_process:
+        pipeline(config, average)
+        shutil.rmtree(config.out / "samples", ignore_errors=True)
+    accelerator.wait_for_everyone()
+
+
+def best_average(config: Config, accelerator: Accelerator) -> float:
+    """Judge each average that the run keeps, ship the best and name it; return its decay."""
+    distances = {}
+    for average in config.training.emas:
+        change_average(config, accelerator, average)
+        distances[average] = next(iter(evaluate(config, accelerator).values.values()))
+    best = min(distances, key=lambda average: distances[average])
+    change_average(config, accelerator, best)
+    evaluate(config, accelerator)
+    if accelerator.is_main_process:
+        lines = [(str(average), f"{value:.4g}") for average, value in distances.items()]
+        print(markdown_table(("average", "distance"), lines))
+        print(f"\nthe best, which is shipped: {best}")
+    return best
+
+
+def table(scores: Scores) -> str:
+    """Return the scores as a Markdown table."""
+    lines = [(name, f"{value:.4g}") for name, value in scores.values.items()]
+    head = (f"{scores.count} samples, {scores.extractor}", "value")
+    return f"{markdown_table(head, lines)}\n\nreference {scores.reference[:16]}"
+
+
+def plan_of(config: Config, generator: CrossFlowGenerator, count: int | None = None) -> Plan:
+    """Return which samples are drawn: each follows from its number alone."""
+    e, g = config.evaluation, config.generator
+    shape = (g.channels, g.grid, g.grid)
+    classes = generator.config["classes"]
+    return Plan(count or e.samples, classes, shape, batch=e.batch, shard=e.shard)
+
+
+def needed_encoder(config: Config, device: torch.device) -> LatentEncoder | None:
+    """Return the encoder where drawing samples needs it."""
+    if config.generator.space == "image" and config.evaluation.evaluations == 1:
+        return None
+    return stage_one.loaded(config).to(device)
+
+
+def digest(network: nn.Module) -> str:
+    """Return a digest of a network's weights."""
+    found = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def pictures(config: Config, labels: list[int], seed: int) -> list[Any]:
+    """Return an image of each label, as Pillow's; each follows from the seed and its place."""
+    from torchvision.transforms.functional import to_pil_image
+
+    from flowspace.vision.evaluate import rounded
+
+    generator = generator_of_run(config).eval()
+    classes = generator.config["classes"]
+    if not all(0 <= label < classes for label in labels):
+        raise RunError(f"got labels {labels}; they are from 0 to {classes - 1}")
+    draw = build.sampler_of(config, generator, needed_encoder(config, torch.device("cpu")))
+    g = config.generator
+    noise = [
+        torch.randn(
+            g.channels, g.grid, g.grid, generator=torch.Generator().manual_seed(seed + place)
+        )
+        for place in range(len(labels))
+    ]
+    images = draw(torch.stack(noise), torch.tensor(labels))
+    return [to_pil_image(image) for image in rounded(images)]

@@ -1,0 +1,89 @@
+"""What the loop trains: a network, its losses, and the rows that it reads."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from settings import TrainingConfig
+from torch import Tensor, nn
+
+from flowspace.training import AdversarialStep, Draws, Rows
+
+
+@dataclass
+class Losses:
+    """What some rows cost.
+
+    Attributes:
+        terms: each ``(B,)``, as measured, with gradient.
+        weights: of each; a number, or a detached tensor ``(B,)``.
+        times: t and s of each row ``(B,)``, by which the log sorts the terms.
+        made: what the network made of the rows ``(B, *)``, with gradient.
+        real: what the discriminator is shown beside it.
+    """
+
+    terms: dict[str, Tensor]
+    weights: dict[str, float | Tensor]
+    times: dict[str, Tensor]
+    made: Tensor
+    real: Tensor
+
+    @property
+    def rows(self) -> Tensor:
+        """The weighted sum of the terms, which is trained, ``(B,)`` in float32."""
+        return torch.stack(list(self.weighted().values())).sum(0)
+
+    def weighted(self) -> dict[str, Tensor]:
+        """Return each term times its weight."""
+        return {name: self.weights[name] * term.float() for name, term in self.terms.items()}
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Return the norm of each weighted term's gradient at what was made, by row ``(B,)``."""
+        norms = {}
+        for name, term in self.weighted().items():
+            (gradient,) = torch.autograd.grad(
+                term.sum(), self.made, retain_graph=True, allow_unused=True
+            )
+            norms[name] = torch.zeros_like(term)
+            if gradient is not None:
+                norms[name] = gradient.float().flatten(1).norm(dim=1)
+        return norms
+
+
+LossesOf = Callable[[nn.Module, Sequence[Tensor], Draws], Losses]
+"""From a network, a batch and the draws of its rows to what they cost."""
+
+
+@dataclass
+class Stage:
+    """One training.
+
+    Attributes:
+        name: what the progress bar and the log call it.
+        network: is trained in place.
+        losses: of some rows.
+        rows: what is read.
+        training: for how long, and how.
+        folder: of its checkpoints and its log.
+        optimizer: builds the optimiser of the network.
+        depends: what else the weights depend on; a checkpoint of other settings is refused.
+        flip: whether mirror images are trained too.
+        workers: processes that read.
+        adversary: trained beside the network.
+        look: looks at the averaged network now and then; returns numbers for the log.
+    """
+
+    name: str
+    network: nn.Module
+    losses: LossesOf
+    rows: Rows
+    training: TrainingConfig
+    folder: Path
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer]
+    depends: Mapping[str, Any] = field(default_factory=dict)
+    flip: bool = True
+    workers: int = 0
+    adversary: AdversarialStep | None = None
+    look: Callable[[int, nn.Module], Mapping[str, float]] | None = None

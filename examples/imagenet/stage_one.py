@@ -1,0 +1,256 @@
+"""Stage 1: the frozen encoder, loaded or trained on the spot, and its latents' statistics."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import build
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from settings import Config, StageOneConfig
+from stage import Losses, Stage
+from torch import Tensor, nn
+
+from flowspace import InputError, RunError
+from flowspace.training import AdversarialStep, Draws
+from flowspace.vision.adversarial import balance
+from flowspace.vision.data import Images
+from flowspace.vision.encoders import LatentEncoder, load_encoder
+
+POSTERIOR = 5
+"""The stream of the draws of posteriors, beside those of train.py."""
+
+MEASURED = 32
+"""Pictures that are encoded together when statistics are estimated."""
+
+AVERAGE = 0.99
+"""The decay of the averaged autoencoder, which is the one that is kept."""
+
+Train = Callable[[Stage], nn.Module]
+
+
+def shape_of(config: Config) -> tuple[int, int, int]:
+    """Return the shape of the latents that stage 1 of a config will make."""
+    stage, pack = config.encoder.stage_one, config.encoder.pack or 1
+    side = config.data.size // 2 ** (len(stage.widths) - 1) // pack
+    return stage.channels * pack**2, side, side
+
+
+def check_fit(config: Config, latent: tuple[int, ...]) -> None:
+    """See that latents of this shape, the generator and the pictures fit.
+
+    Raises:
+        InputError: if they do not; it says what to write.
+    """
+    g, size = config.generator, config.data.size
+    sides_fit = g.space == "latent" or g.grid * g.patch == size
+    if tuple(latent) != (g.channels, g.grid, g.grid) or not sides_fit:
+        raise InputError(
+            f"got latents of {tuple(latent)} for images of {size}; write "
+            f"generator.channels={latent[0]} generator.grid={latent[1]} "
+            f"generator.patch={size // latent[1]}"
+        )
+
+
+def encoder_of(
+    config: Config, images: Images, accelerator: Accelerator, train: Train
+) -> LatentEncoder:
+    """Return the encoder of a config, with the statistics of its latents.
+
+    Args:
+        config: of the run.
+        images: by which it is trained where the config asks so, and statistics are estimated.
+        accelerator: of the processes.
+        train: takes a stage and returns the averaged network.
+
+    Raises:
+        RunError: if weights are missing.
+    """
+    e, device = config.encoder, accelerator.device
+    if e.stage_one is not None:
+        folder = config.out / "encoder"
+        if not (folder / "config.json").exists():
+            train_autoencoder(config, images, accelerator, train)
+        return loaded(config).to(device)
+    encoder = loaded(config).to(device)
+    if not encoder.known:
+        fit_statistics(config, images, encoder, accelerator)
+    return encoder
+
+
+def loaded(config: Config) -> LatentEncoder:
+    """Load the encoder of a config, and the statistics that the run keeps.
+
+    Raises:
+        RunError: if what is there cannot be read; it says what to delete.
+    """
+    e, folder = config.encoder, config.out / "encoder"
+    if e.stage_one is not None:
+        try:
+            return load_encoder(folder, sample=e.sample, pack=e.pack)
+        except RunError as error:
+            raise RunError(
+                f"{error}; delete {folder / 'config.json'}: it is written again from stage 1's "
+                "checkpoint"
+            ) from error
+    dtype = torch.bfloat16 if e.half else torch.float32
+    encoder = load_encoder(e.name, sample=e.sample, dtype=dtype, weights=e.weights, pack=e.pack)
+    path = config.out / "latents.safetensors"
+    if not encoder.known and path.exists():
+        try:
+            found = load_file(path)
+        except SafetensorError as error:
+            raise RunError(
+                f"{path} cannot be read ({error}); delete it: the statistics are measured again"
+            ) from error
+        encoder.set_statistics(found["mean"], found["std"])
+    return encoder
+
+
+def fit_statistics(
+    config: Config, images: Images, encoder: LatentEncoder, accelerator: Accelerator
+) -> None:
+    """Estimate the statistics of the latents from the first pictures, and keep them."""
+    encoder.fit(first_pictures(images, config.encoder.fit, accelerator.device))
+    if accelerator.is_main_process:
+        path = config.out / "latents.safetensors"
+        partial = path.with_suffix(".partial")
+        save_file({"mean": encoder.mean.cpu(), "std": encoder.std.cpu()}, partial)
+        os.replace(partial, path)
+    accelerator.wait_for_everyone()
+
+
+def first_pictures(images: Images, count: int, device: torch.device) -> Iterator[Tensor]:
+    """Yield the first pictures in [-1, 1], in the order of the files."""
+    count = min(count, len(images))
+    for start in range(0, count, MEASURED):
+        numbers = range(start, min(start + MEASURED, count))
+        pixels = torch.stack([images.row(number)[0] for number in numbers])
+        yield build.in_range(pixels.to(device))
+
+
+def train_autoencoder(
+    config: Config, images: Images, accelerator: Accelerator, train: Train
+) -> None:
+    """Train diffusers' autoencoder and leave it in ``encoder/``, with its latents' statistics."""
+    stage = config.encoder.stage_one
+    folder = config.out / "encoder"
+    torch.manual_seed(config.training.seed + 2)
+    adversary = None
+    if stage.adversarial:
+        adversary = build.adversary_of(
+            config, stage.adversarial, accelerator.device, accelerator.prepare_model
+        )
+    training = replace(
+        config.training,
+        steps=stage.steps,
+        batch=stage.batch,
+        learning_rate=stage.learning_rate,
+        optimizer="adamw",
+        emas=(AVERAGE,),
+        seed=config.training.seed + 3,
+        accumulate=1,
+        sharded=False,
+        warmup_epochs=0,
+        final_rate=0.05,
+    )
+    network = train(
+        Stage(
+            "autoencoder",
+            Autoencoding(autoencoder_of(config, stage)),
+            reconstruction_losses(config, stage, adversary, accelerator.device),
+            images,
+            training,
+            folder / "training",
+            build.optimizer_of(training),
+            depends={"data": config.as_dict()["data"] | {"workers": None}, "kl": stage.kl},
+            flip=config.data.flip,
+            workers=config.data.workers,
+            adversary=adversary,
+        )
+    )
+    keep(config, network.autoencoder, images, accelerator)
+
+
+def keep(config: Config, autoencoder: Any, images: Images, accelerator: Accelerator) -> None:
+    """Write the autoencoder with the statistics of its latents; the config says that all is."""
+    folder = config.out / "encoder"
+    encoder = LatentEncoder(autoencoder, torch.zeros(1), torch.ones(1)).to(accelerator.device)
+    encoder.fit(first_pictures(images, config.encoder.fit, accelerator.device))
+    autoencoder.register_to_config(
+        latents_mean=encoder.mean.flatten().tolist(), latents_std=encoder.std.flatten().tolist()
+    )
+    if accelerator.is_main_process:
+        partial = folder / "partial"
+        autoencoder.save_pretrained(partial)
+        for path in sorted(partial.iterdir(), reverse=True):  # config.json comes last
+            os.replace(path, folder / path.name)
+        shutil.rmtree(partial)
+    accelerator.wait_for_everyone()
+
+
+def autoencoder_of(config: Config, stage: StageOneConfig) -> nn.Module:
+    """Build the untrained autoencoder."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    count = len(stage.widths)
+    sizes: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * count,
+        "up_block_types": ("UpDecoderBlock2D",) * count,
+        "block_out_channels": stage.widths,
+        "latent_channels": stage.channels,
+        "norm_num_groups": 8,
+        "sample_size": config.data.size,
+        "mid_block_add_attention": False,
+    }
+    return AutoencoderKL(**sizes)
+
+
+class Autoencoding(nn.Module):
+    """An autoencoder as one call, from images to a posterior and a reconstruction of a draw."""
+
+    def __init__(self, autoencoder: nn.Module) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, images: Tensor, draws: Draws) -> tuple[Any, Tensor]:
+        """Return the posterior and the reconstruction ``(B, 3, H, W)``."""
+        posterior = self.autoencoder.encode(images).latent_dist  # type: ignore[operator]
+        noise = draws.normal(posterior.mean.shape[1:], POSTERIOR)
+        latents = posterior.mean + posterior.std * noise
+        return posterior, self.autoencoder.decode(latents).sample  # type: ignore[operator]
+
+
+def reconstruction_losses(
+    config: Config,
+    stage: StageOneConfig,
+    adversary: AdversarialStep | None,
+    device: torch.device,
+) -> Callable[[nn.Module, Sequence[Tensor], Draws], Losses]:
+    """Return the losses of stage 1: absolute error, divergence of the posterior, perceptual."""
+    perceptual = build.perceptual_of(config, config.perceptual, device)
+
+    def losses(network: nn.Module, batch: Sequence[Tensor], draws: Draws) -> Losses:
+        images = build.in_range(batch[0])
+        posterior, made = network(images, draws)
+        terms = {
+            "reconstruction": (made - images).abs().flatten(1).mean(1),
+            "kl": posterior.kl() / posterior.mean[0].numel(),
+        }
+        weights: dict[str, float | Tensor] = {"reconstruction": 1.0, "kl": stage.kl}
+        for name, term in perceptual.items():
+            terms[name], weights[name] = term.loss(made, images), term.weight
+        cost = Losses(terms, weights, {}, made, images)
+        opinion = adversary and adversary.opinion(made, draws)
+        if opinion is not None:
+            weight = stage.adversarial.weight
+            if stage.adversarial.adaptive:
+                weight = weight * balance(cost.rows, opinion, made)
+            terms["adversarial"], weights["adversarial"] = opinion, weight
+        return cost
+
+    return losses

@@ -1,0 +1,188 @@
+"""Everything of a training that changes from step to step, and what a checkpoint holds."""
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+from accelerate import Accelerator
+from stage import Stage
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.optim.swa_utils import AveragedModel
+
+from flowspace import RunError
+from flowspace.training import (
+    Checkpoints,
+    fill,
+    flatten_optimizer,
+    packed,
+    restore_optimizer,
+    share_of,
+    unpacked,
+    whole,
+)
+
+FREE = ("epochs", "steps", "checkpoint_every", "log_every", "look_every", "skips", "processes")
+FREE += ("snapshots", "tensorboard", "wandb", "cpu", "sharded", "accumulate")
+"""Settings that a run may go on with others of: its next step does not depend on them."""
+
+
+class Run:
+    """A stage that is being trained.
+
+    Attributes:
+        network: as it is called: under DDP, or sharded.
+        averages: the averaged networks, by their decay.
+        optimizer: of the network.
+        shares: the first and last rows of each part of a batch that this process takes.
+        step: that is taken.
+        loss: of the last step, the mean over all processes.
+        norms: of its gradients, before they were clipped: the network's, the discriminator's.
+        finite: 1 where the last step was, else 0.
+        skipped: how many were not.
+    """
+
+    def __init__(self, stage: Stage, accelerator: Accelerator) -> None:
+        self.stage, self.accelerator = stage, accelerator
+        t, rank, ranks = stage.training, accelerator.process_index, accelerator.num_processes
+        self.shares = share_of(t.batch, rank, ranks, t.accumulate)
+        self.step, self.finite = 0, torch.ones((), device=accelerator.device)
+        self.plain = copy.deepcopy(stage.network)
+        self.averages = {str(decay): self.average(decay) for decay in stage.training.emas}
+        self.network = self.distributed()
+        self.optimizer = stage.optimizer(stage.network)
+        self.skipped = torch.zeros((), dtype=torch.long, device=accelerator.device)
+        self.fault: Tensor | None = None
+        kept = {name: v for name, v in vars(t).items() if name not in FREE}
+        self.checkpoints = Checkpoints(
+            stage.folder, {"name": stage.name, "training": kept, **stage.depends}
+        )
+
+    def average(self, decay: float) -> AveragedModel:
+        """Return the averaged network, whose decay rises to its value in the first steps."""
+
+        def update(averages: list[Tensor], values: list[Tensor], _: Tensor) -> None:
+            share = 1 - min(decay, (self.step + 1) / (self.step + 10))
+            towards = torch._foreach_sub(values, averages)
+            torch._foreach_mul_(towards, share * self.finite)
+            torch._foreach_add_(averages, towards)
+
+        return AveragedModel(self.stage.network, multi_avg_fn=update)
+
+    def distributed(self) -> nn.Module:
+        """Return the network as it is called: on its device, under DDP, or sharded by FSDP2.
+
+        accelerate would take a CPU's FSDP2 for DDP, and average what is not sharded yet.
+        """
+        accelerator, network = self.accelerator, self.stage.network
+        sharded = self.stage.training.sharded and accelerator.num_processes > 1
+        for average in self.averages.values():
+            average.module.to(accelerator.device)
+            if sharded:
+                shard(average.module, accelerator)
+        if not sharded:
+            return accelerator.prepare_model(network)
+        return shard(network.to(accelerator.device), accelerator)
+
+    def averaged(self, decay: str | None = None) -> nn.Module:
+        """Return a whole copy of the network with averaged weights; all processes must call."""
+        average = self.averages[decay or next(iter(self.averages))].module
+        state = {name: whole(tensor) for name, tensor in average.state_dict().items()}
+        self.plain.load_state_dict(state)
+        return self.plain.to(self.accelerator.device).requires_grad_(False).eval()
+
+    def state(self) -> dict[str, Mapping[str, Tensor]]:
+        """Return everything that the next step depends on, but for the optimisers'."""
+        parts: dict[str, Mapping[str, Tensor]] = {"network": self.stage.network.state_dict()}
+        for decay, average in self.averages.items():
+            parts[f"ema-{decay}"] = average.module.state_dict()
+        parts["run"] = {"skipped": self.skipped}
+        if self.stage.adversary:
+            parts["opponent"] = self.stage.adversary.kept()
+        return parts
+
+    def optimizers(self) -> dict[str, tuple[torch.optim.Optimizer, nn.Module]]:
+        """Return the optimisers and whose parameters they hold, by the names of their states."""
+        found = {"optimizer": (self.optimizer, self.stage.network)}
+        if self.stage.adversary:
+            adversary = self.stage.adversary
+            found["answering"] = (adversary.optimizer, adversary.discriminator)
+        return found
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint; all processes must call, the first one writes."""
+        parts = self.state()
+        for name, (optimizer, network) in self.optimizers().items():
+            parts[name] = flatten_optimizer(optimizer, network)
+        table = packed(parts)
+        if self.accelerator.is_main_process:
+            self.checkpoints.save(step, table)
+        self.accelerator.wait_for_everyone()
+
+    def resume(self) -> int:
+        """Put back the latest checkpoint; return the step that comes next."""
+        found = self.checkpoints.latest()
+        if found is None:
+            return 0
+        step, parts = found[0], unpacked(found[1])
+        for name, state in self.state().items():
+            fill(state, parts.get(name, {}), self.stage.folder)
+        for name, (optimizer, network) in self.optimizers().items():
+            restore_optimizer(optimizer, network, parts.get(name, {}))
+        for average in self.averages.values():
+            average.n_averaged.fill_(step)
+        return step
+
+    def note(self, rows: Tensor, times: Mapping[str, Tensor]) -> None:
+        """Keep what a step that is not finite was, on the device: step, loss, norm, times."""
+        worst = rows.isfinite().float().argmin()
+        at = [time[worst] for time in times.values()]
+        step = torch.full_like(self.loss, self.step)
+        fault = torch.stack([step, self.loss, self.norms[0], *at])
+        if self.fault is None:
+            self.fault = torch.zeros_like(fault)
+        self.fault = torch.where(self.finite.bool(), self.fault, fault)
+
+    def check_finite(self, skipped: int) -> int:
+        """Name a step that was skipped since the last check; return how many were in all.
+
+        Raises:
+            RunError: if they are more than ``training.skips``.
+        """
+        now = int(self.skipped)
+        if now == skipped or self.fault is None:
+            return now
+        step, loss, norm, *at = self.fault.tolist()
+        where = ", ".join(f"{k} = {v:.4g}" for k, v in zip("ts", at, strict=False))
+        text = f"the loss is {loss} at step {step:.0f}, its gradient's norm {norm}"
+        if where:
+            text += f", at {where}"
+        if now > self.stage.training.skips:
+            raise RunError(
+                f"{text}; {now} steps were not finite, more than training.skips = "
+                f"{self.stage.training.skips}: lower training.learning_rate = "
+                f"{self.stage.training.learning_rate}"
+            )
+        warnings.warn(f"{text}; it is skipped ({now} so far)", stacklevel=2)
+        return now
+
+    def asked_to_stop(self, signals: Sequence[int], logged: bool) -> bool:
+        """Whether a process was asked to stop; several processes agree when they log."""
+        if self.accelerator.num_processes == 1:
+            return bool(signals)
+        if not logged:
+            return False
+        asked = torch.tensor(float(bool(signals)), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(asked, "sum"))
+
+
+def shard(network: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """Share out a network by FSDP2: each of its repeated blocks, and the rest."""
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    repeated = getattr(network, "_no_split_modules", None) or ()
+    for module in list(network.modules()):
+        if type(module).__name__ in repeated:
+            fully_shard(module, mesh=mesh)
+    return fully_shard(network, mesh=mesh)
