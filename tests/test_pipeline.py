@@ -95,7 +95,7 @@ print("equal")"""
 
 
 def test_several_steps_encode_and_guidance_takes_two_evaluations():
-    made = network()
+    made = network(null_trained=True)
     pipeline, calls = CrossFlowPipeline(made), []
     made.register_forward_hook(lambda *_: calls.append(1))
 
@@ -144,7 +144,7 @@ def test_misuse_is_one_clear_error(call, says):
 
 
 def test_the_decoder_tells_the_generator_how_noisy_its_latents_are():
-    made, z = network(condition="t,s"), torch.randn(3, 4, 4, 4)
+    made, z = network(condition="t,s", null_trained=True), torch.randn(3, 4, 4, 4)
     decoder, y = CrossFlowDecoder.of(made, t=0.2), torch.tensor([0, 1, 2])
     zero, level = torch.zeros(3), torch.full((3,), 0.2)
     torch.testing.assert_close(decoder.decode(z, labels=y).sample, made(z, level, zero, labels=y))
@@ -162,8 +162,35 @@ def test_the_decoder_tells_the_generator_how_noisy_its_latents_are():
             decoder.decode(z, t=bad)
 
 
+def test_a_null_class_that_was_not_trained_is_never_drawn_from(tmp_path):
+    """Old configs do not say whether it was, and count as untrained."""
+    pipeline, z = CrossFlowPipeline(network()), torch.randn(2, 4, 4, 4)
+    decoder = CrossFlowDecoder.of(pipeline.generator)
+    for call in (
+        lambda: pipeline(labels=[0], scale=2.0),
+        lambda: pipeline(labels=[0, 5]),
+        lambda: decoder.decode(z),
+    ):
+        with pytest.raises(InputError, match="null class was not trained"):
+            call()
+    pipeline(labels=[0])
+    decoder.decode(z, labels=torch.tensor([0, 1]))
+    CrossFlowDecoder.of(network(classes=0)).decode(z)
+    pipeline.save_pretrained(tmp_path)
+    place = tmp_path / "generator" / "config.json"
+    old = json.loads(place.read_text())
+    old.pop("null_trained")
+    place.write_text(json.dumps(old))
+    again = CrossFlowPipeline.from_pretrained(tmp_path)
+    with pytest.raises(InputError, match="null_trained=True"):
+        again(labels=[5])
+    again.generator.register_to_config(null_trained=True)
+    again(labels=[5])
+
+
 def test_the_decoder_is_saved_and_loaded(tmp_path):
-    decoder, z = CrossFlowDecoder.of(network(), t=0.3), torch.randn(2, 4, 4, 4)
+    made, z = network(null_trained=True), torch.randn(2, 4, 4, 4)
+    decoder = CrossFlowDecoder.of(made, t=0.3)
     decoder.save_pretrained(tmp_path)
     again = CrossFlowDecoder.from_pretrained(tmp_path)
     assert (
@@ -186,7 +213,8 @@ def test_it_is_the_vae_of_diffusers_dit_pipeline():
         num_embeds_ada_norm=5,
         norm_type="ada_norm_zero",
     )
-    pipeline = DiTPipeline(transformer, CrossFlowDecoder.of(network()), DDIMScheduler())
+    decoder = CrossFlowDecoder.of(network(null_trained=True))
+    pipeline = DiTPipeline(transformer, decoder, DDIMScheduler())
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(
         class_labels=[0, 1],

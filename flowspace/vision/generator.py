@@ -56,6 +56,9 @@ class CrossFlowGenerator(ModelMixin, ConfigMixin):
         condition: which times the network sees: ``"s"`` (the paper's), ``"t,s"`` or ``"t-s"``.
         class_tokens: learned tokens for each class.
         time_tokens: tokens that carry the time.
+        null_trained: whether the null class was trained, as it is where labels are dropped or
+            training is guided. The network does not depend on it: it is a record for those who
+            draw without labels.
 
     Raises:
         InputError: if sizes do not fit together.
@@ -80,6 +83,7 @@ class CrossFlowGenerator(ModelMixin, ConfigMixin):
         condition: str = "s",
         class_tokens: int = 12,
         time_tokens: int = 4,
+        null_trained: bool = False,
     ) -> None:
         super().__init__()
         if condition not in CONDITIONS:
@@ -140,6 +144,21 @@ class CrossFlowGenerator(ModelMixin, ConfigMixin):
         return F.pixel_shuffle(
             x.transpose(1, 2).reshape(batch, -1, height, width), self.config["patch"]
         )
+
+    def require_null(self) -> int:
+        """Return the label of the null class.
+
+        Raises:
+            InputError: if it was not trained: its embedding is then what it began with.
+        """
+        if not self.config["null_trained"]:
+            raise InputError(
+                "got a generator whose null class was not trained, which guidance and drawing "
+                "without labels need; write labels, or "
+                "generator.register_to_config(null_trained=True) if labels were dropped in "
+                "training"
+            )
+        return self.config["classes"]
 
     def _context(self, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         values = {"s": s, "t": t, "t_minus_s": t - s}

@@ -143,16 +143,17 @@ class CrossFlowPipeline(DiffusionPipeline):
                 independent of its batch.
             latents: the noise itself, ``(B, channels, grid, grid)``, instead of ``generator``.
             steps: evaluations; more than one needs ``encode``.
-            encode: from images to latents, such as ``load_encoder(...).encode``.
-            scale: of classifier-free guidance, for a generator trained with dropped labels; above
-                1 costs a second evaluation.
+            encode: from images to latents, such as ``encode_prediction`` of
+                `load_encoder`.
+            scale: of classifier-free guidance, for a generator whose null class was trained; other
+                than 1 costs a second evaluation.
             output_type: ``"pil"``, ``"np"`` (floats in [0, 1], channels last) or ``"pt"`` (in [-1,
                 1]).
             return_dict: False returns a tuple.
 
         Raises:
-            InputError: if labels are missing or out of range, the noise has another shape, or
-                steps need an encoder.
+            InputError: if labels are missing or out of range, the noise has another shape, steps
+                need an encoder, or the null class is needed and was not trained.
         """
         if output_type not in OUTPUTS:
             raise InputError(
@@ -175,11 +176,9 @@ class CrossFlowPipeline(DiffusionPipeline):
                 "an encoder's"
             )
         cond = {} if classes is None else {"labels": classes}
-        guidance = (
-            None
-            if scale == 1
-            else Guidance(null={"labels": network.config["classes"]}, omega=scale)
-        )
+        guidance = None
+        if scale != 1:
+            guidance = Guidance(null={"labels": network.require_null()}, omega=scale)
         flow_map = FlowMap(network, self.schedule, MatchedStatistic())
         images = flow_map.sample(
             latents.to(network.device), cond=cond, steps=steps, encode=encode, guidance=guidance
@@ -197,15 +196,14 @@ class CrossFlowPipeline(DiffusionPipeline):
         if labels is None:
             return None
         classes = torch.as_tensor(labels, device=self.generator.device)
-        if (
-            classes.ndim != 1
-            or classes.is_floating_point()
-            or bool(((classes < 0) | (classes > count)).any())
-        ):
+        whole = classes.ndim == 1 and not classes.is_floating_point()
+        if not whole or bool(((classes < 0) | (classes > count)).any()):
             raise InputError(
                 f"labels = {classes.tolist()} came; write integers from 0 to {count - 1}, or "
                 f"{count} for no class"
             )
+        if bool((classes == count).any()):
+            self.generator.require_null()
         return classes
 
     def _finished(
@@ -225,7 +223,8 @@ class CrossFlowDecoder(ModelMixin, ConfigMixin):
 
     A latent that another model sampled is not clean; the generator was trained to map noisy ones,
     and is told how noisy this one is believed to be. So it may be the ``vae`` of diffusers'
-    ``DiTPipeline``.
+    ``DiTPipeline``, which hands no labels on: there the generator is one without classes, or one
+    whose null class was trained.
 
     Args:
         generator: the trained network.
@@ -278,20 +277,21 @@ class CrossFlowDecoder(ModelMixin, ConfigMixin):
             z: latents in the generator's units.
             return_dict: False returns a tuple.
             t: the noise level, ``()`` or ``(B,)``; by default the decoder's own.
-            labels: classes, where they are known; by default the null class.
+            labels: classes, where they are known; by default the null class, which has to be
+                trained.
             generator: accepted and ignored, as autoencoders do.
 
         Raises:
-            InputError: if t is outside [TIME_FLOOR, 1].
+            InputError: if t is outside [TIME_FLOOR, 1], or no labels come for a generator whose
+                null class was not trained.
         """
         level = torch.as_tensor(
             self.config["t"] if t is None else t, device=z.device, dtype=torch.float32
         )
         _checked_level(level)
         level = level.expand(len(z)).contiguous()
-        classes = self.generator.config["classes"]
-        if labels is None and classes:
-            labels = torch.full((len(z),), classes, device=z.device)
+        if labels is None and self.generator.config["classes"]:
+            labels = torch.full((len(z),), self.generator.require_null(), device=z.device)
         if self.config["rescale"]:
             z = z * self.schedule.alpha(level).reshape(-1, 1, 1, 1).to(z.dtype)
         images = self.generator(
