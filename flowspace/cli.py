@@ -1,6 +1,4 @@
-"""The command line: ``flowspace derive | demo | encode | train | sample | evaluate | export |
-cost``.
-"""
+"""The command line: ``flowspace derive | demo | encode | train | sample | evaluate | export``."""
 
 import argparse
 import contextlib
@@ -193,27 +191,6 @@ def _add_recipe(commands: Any) -> None:
     export.add_argument("run", type=Path, help="the folder that flowspace train made")
     export.add_argument("out", type=Path, help="the file, .pt2 or .onnx")
     export.set_defaults(command=_export)
-    cost = commands.add_parser(
-        "cost",
-        help="count what a generator costs: parameters, FLOPs, memory, GPU-hours, beside other "
-        "one-step methods",
-        description="Counted on meta tensors, without weights or a GPU; needs the extra 'vision'.",
-    )
-    cost.add_argument(
-        "preset",
-        help="crossflow-b, crossflow-l, crossflow-xl, a config's YAML file, or a folder of "
-        "configs: their table",
-    )
-    cost.add_argument(
-        "--equal", type=float, default=0.5, help="share of rows with s = t (default: %(default)s)"
-    )
-    cost.add_argument(
-        "--batch", type=int, default=32, help="images on one device (default: %(default)s)"
-    )
-    cost.add_argument(
-        "--devices", type=int, default=8, help="over which FSDP2 shards (default: %(default)s)"
-    )
-    cost.set_defaults(command=_cost)
 
 
 def _derive(options: argparse.Namespace) -> int:
@@ -366,33 +343,6 @@ def _export(options: argparse.Namespace) -> int:
         )
     apart = formats[options.out.suffix]()(Run.of(options.run).pipeline().generator, options.out)
     print(f"{options.out}: differs from eager by at most {apart:.1g}")
-    return 0
-
-
-def _cost(options: argparse.Namespace) -> int:
-    from flowspace.recipes.report import markdown_table
-    from flowspace.vision.cost import HEAD, NOTE, generator_cost, report
-
-    if options.batch < 1 or options.devices < 1:
-        raise FlowspaceError(
-            f"--batch {options.batch} --devices {options.devices} came; write 1 or more of each"
-        )
-    if Path(options.preset).is_dir():
-        from flowspace.recipes.imagenet.costs import TABLE, table
-
-        print(markdown_table(TABLE, table(Path(options.preset))))
-        return 0
-    if options.preset.endswith((".yaml", ".yml")):
-        from flowspace.recipes.config import load
-        from flowspace.recipes.imagenet.costs import cost_of
-
-        cost = cost_of(load(Path(options.preset)))
-    else:
-        cost = generator_cost(options.preset, options.equal)
-    own, beside = report(cost, options.batch, options.devices)
-    print(
-        f"{markdown_table((options.preset, ''), own)}\n\n{markdown_table(HEAD, beside)}\n\n{NOTE}"
-    )
     return 0
 
 

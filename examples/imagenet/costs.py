@@ -1,0 +1,392 @@
+"""What a generator or a config costs, beside what other methods cost; nothing is run.
+
+    python examples/imagenet/costs.py crossflow-b             a size of the paper
+    python examples/imagenet/costs.py CONFIG.yaml             also its encoder and image losses
+    python examples/imagenet/costs.py FOLDER                  a line for each of its configs
+    python examples/imagenet/costs.py --write README.md       its tables again, as printed today
+
+Parameters and FLOPs are counted on meta tensors; memory and hours are estimates from them. Hours
+assume a share of the card's peak, unless ``--run FOLDER`` names a run in which it was measured.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from flops import IMAGENET, PEAK, Cost, alone, cost_of, generator_cost
+from results import PAPER_CONFIGS, PUBLISHED, PublishedMethod, paper_row
+from rivals import RIVALS
+from settings import Config, GeneratorConfig, SettingsError, load, of_run
+
+from flowspace.errors import FlowspaceError
+
+__all__ = ["Utilisation", "main", "report", "table", "with_tables"]
+
+GIGA, GIB = 1e9, 2.0**30
+NOT_RUN = "not run here"
+
+# --- the share of the peak ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Utilisation:
+    """The share of a device's peak that a training reaches; assumed, unless a device is named.
+
+    Attributes:
+        share: FLOPs as they are counted here, over the time and the device's peak.
+        device: on which it was measured.
+    """
+
+    share: float = 0.4
+    device: str | None = None
+
+    def __str__(self) -> str:
+        if self.device is None:
+            return f"{100 * self.share:.3g} %, assumed; {NOT_RUN}"
+        return f"{100 * self.share:.3g} %, measured on {self.device}"
+
+
+def measured(run: Path) -> Utilisation:
+    """Read the share that a profiled run reached, from the ``profile.json`` in its folder.
+
+    Raises:
+        SettingsError: if there is none, or it does not say it.
+    """
+    path = run / "profile.json"
+    try:
+        profile = json.loads(path.read_text())
+        share, device = float(profile["utilisation"]), str(profile["device"])
+    except OSError as error:
+        raise SettingsError(
+            f"got --run {run}, but {path} cannot be read ({error.strerror}); write the folder of "
+            "a run of train.py --profile, or leave --run out"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise SettingsError(
+            f"{path} does not say a utilisation and a device ({error!r}); profile the run again"
+        ) from None
+    if not 0 < share <= 1:
+        raise SettingsError(
+            f"{path} says utilisation = {share}; it is a share of the peak, above 0 and at most 1"
+        )
+    return Utilisation(share, device)
+
+
+# --- what is printed ---------------------------------------------------------------------------
+
+ONE_IMAGE = ("one image", "million parameters", "GFLOPs", "GFLOPs, a multiply-add as one")
+TRAINING = ("training", "estimate")
+BESIDE = (
+    "one image of 256 x 256",
+    "kind",
+    "evaluations",
+    "million parameters",
+    "GFLOPs",
+    "GFLOPs, a multiply-add as one",
+    "of which decoder",
+    "published FID",
+)
+
+NOTE = """\
+FLOPs are counted by torch on meta tensors, a multiply-add as two; papers mostly count it as one,
+as the column beside does. Memory and hours are estimates from them. Memory holds weights,
+gradients, averages and states of the optimisers in float32, and activations in bfloat16; it leaves
+out the frozen networks and what the image losses keep. What others publish is table 1 of the
+CrossFlow paper (arXiv 2606.19970) unless a source stands beside it. Their GFLOPs are counted here,
+decoder included, where the network can be built here: DiT, MeanFlow and MF-RAE of diffusers'
+modules, pixel MeanFlow and CrossFlow of this library's blocks."""
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown; all columns but the first are aligned to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def flops(count: float) -> tuple[str, str]:
+    """Write FLOPs in both conventions, in units of 10^9."""
+    return f"{count / GIGA:,.1f}", f"{count / 2 / GIGA:,.1f}"
+
+
+def millions(parameters: int) -> str:
+    """Write a number of parameters."""
+    return f"{parameters / 1e6:.1f}"
+
+
+def rounded(hours: float) -> str:
+    """Write hours to the hour, or fewer than ten of them to two digits."""
+    if hours < 10:
+        return f"{hours:.2g}"
+    return f"{hours:,.0f}"
+
+
+def report(cost: Cost, utilisation: Utilisation, batch: int = 32, devices: int = 8) -> str:
+    """Return the tables of one image, of the training, and of other methods.
+
+    Args:
+        cost: of a generator, alone or with its config's other networks.
+        utilisation: of the device.
+        batch: images on one device.
+        devices: over which FSDP2 shares out the weights.
+    """
+    parts = [
+        markdown(ONE_IMAGE, one_image(cost)),
+        markdown(TRAINING, estimates(cost, utilisation, batch, devices)),
+        markdown(BESIDE, beside(cost)),
+        NOTE,
+    ]
+    return "\n\n".join(parts)
+
+
+def one_image(cost: Cost) -> list[tuple[str, ...]]:
+    """Return what one image costs, part by part."""
+    rows = [
+        ("forward", millions(cost.parameters), *flops(cost.forward)),
+        (
+            f"generator's step, {100 * cost.equal:.0f} % of the rows on s = t",
+            "",
+            *flops(cost.generator_step),
+        ),
+    ]
+    for network in cost.networks:
+        rows.append(
+            (f"{network.name}, frozen", millions(network.parameters), *flops(network.flops))
+        )
+    if cost.networks:
+        rows.append(("whole step", "", *flops(cost.step)))
+    return rows
+
+
+def estimates(
+    cost: Cost, utilisation: Utilisation, batch: int, devices: int
+) -> list[tuple[str, str]]:
+    """Return what the training takes."""
+    rows = [
+        ("parameters that Muon trains", f"{millions(cost.matrices)} million"),
+        (f"memory, DDP, {batch} images a device", f"{cost.memory(batch) / GIB:.1f} GiB"),
+        (
+            f"memory, FSDP2 over {devices}, {batch} images a device",
+            f"{cost.memory(batch, devices) / GIB:.1f} GiB",
+        ),
+        ("images", f"{cost.images:,.0f}, as {cost.images / IMAGENET:.3g} epochs of ImageNet have"),
+    ]
+    for training in cost.trainings:
+        rows.append((f"{training.name}, whole training", f"{training.flops:.2g} FLOPs"))
+    hours = f"{rounded(cost.hours(utilisation.share))} at {PEAK / 1e12:.0f} TFLOP/s"
+    if not cost.networks:
+        hours += ", the generator alone"
+    rows.append(("H100-hours", hours))
+    rows.append(("utilisation", str(utilisation)))
+    return rows
+
+
+def beside(cost: Cost) -> list[tuple[str, ...]]:
+    """Return the generator's line and the lines of the published methods."""
+    own = (
+        f"{cost.name}, this code",
+        cost.kind,
+        f"{cost.evaluations}",
+        millions(cost.parameters),
+        *flops(cost.evaluations * cost.forward),
+        "",
+        NOT_RUN,
+    )
+    return [own, *(published(method) for method in PUBLISHED)]
+
+
+def published(method: PublishedMethod) -> tuple[str, ...]:
+    """Return the line of a published method, counted where it can be."""
+    evaluations = f"{method.steps}"
+    if method.evaluations > 1:
+        evaluations = f"{method.steps} x {method.evaluations}"
+    fid = f"{method.fid:.2f}"
+    if method.source:
+        fid += f" ({method.source})"
+    counts = ("", "", "")
+    if method.name in RIVALS:
+        counts = image_of(method)
+    return (
+        method.name,
+        method.family,
+        evaluations,
+        f"{method.parameters or 'not given'}",
+        *counts,
+        fid,
+    )
+
+
+@cache
+def image_of(method: PublishedMethod) -> tuple[str, str, str]:
+    """Return a method's GFLOPs an image in both conventions, and the decoder's of them."""
+    rival = RIVALS[method.name]
+    count = method.steps * method.evaluations * rival.network()
+    if rival.decoder is None:
+        return (*flops(count), "")
+    decoder = rival.decoder()
+    return (*flops(count + decoder), flops(decoder)[0])
+
+
+# --- the table of a folder ---------------------------------------------------------------------
+
+CONFIGS = ("config", "what differs", "H100-hours", "FID here")
+IN_THE_PAPER = ("FID in the paper", "its row there")
+
+SAME = ("generator", "objective", "perceptual", "adversarial")
+"""Sections in which a run and a config must agree for the run's FID to be the config's."""
+
+
+def table(folder: Path, utilisation: Utilisation) -> str:
+    """Return a table with a line for each config of a folder that has one of the paper's sizes.
+
+    The paper's FIDs stand beside the paper's configs alone.
+
+    Raises:
+        SettingsError: if the folder holds no such config.
+    """
+    head = CONFIGS
+    papers = folder.resolve() == PAPER_CONFIGS.resolve()
+    if papers:
+        head = (*CONFIGS, *IN_THE_PAPER)
+    rows = []
+    for path in sorted(folder.glob("*.yaml")):
+        config = load(path)
+        if config.generator.preset is None:
+            continue
+        about = path.read_text().splitlines()[0].strip("# .")
+        hours = rounded(cost_of(config).hours(utilisation.share))
+        row = (f"`{path.stem}`", about, hours, own_fid(config))
+        if papers:
+            row = (*row, *in_the_paper(path))
+        rows.append(row)
+    if not rows:
+        raise SettingsError(
+            f"{folder} holds no configs with a preset; write a folder such as "
+            "examples/imagenet/configs"
+        )
+    return f"{markdown(head, rows)}\n\nUtilisation: {utilisation}."
+
+
+def in_the_paper(path: Path) -> tuple[str, str]:
+    """Return the FID that the paper has for one of its configs, and the row that has it."""
+    row = paper_row(path)
+    if row is None:
+        return "", "no number in the text"
+    return f"{row.fid:.2f}", f"{row.setting} ({row.table})"
+
+
+def own_fid(config: Config) -> str:
+    """Return the FID that a run of this config was judged with, if there is one."""
+    try:
+        run = of_run(config.out)
+        scores = json.loads((config.out / "metrics.json").read_text())
+        fid, count = float(scores["values"]["FID"]), int(scores["count"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return NOT_RUN
+    if any(getattr(run, section) != getattr(config, section) for section in SAME):
+        return NOT_RUN
+    return f"{fid:.2f}, {count:,} samples"
+
+
+TABLES = re.compile(
+    r"(<!-- table: python examples/imagenet/costs\.py (.*?) -->\n).*?(\n<!-- end of table -->)",
+    re.DOTALL,
+)
+
+
+def with_tables(page: str) -> str:
+    """Return a page with the output of each command in place of what stands under it."""
+
+    def printed(found: re.Match[str]) -> str:
+        return found[1] + output(parser().parse_args(found[2].split())) + found[3]
+
+    return TABLES.sub(printed, page)
+
+
+# --- the program -------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return what reads the command line."""
+    usage = argparse.ArgumentParser(
+        "costs.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    usage.add_argument("of", nargs="?", help="a preset, a config's YAML file, or their folder")
+    usage.add_argument(
+        "--equal", type=float, help="of a preset: the share of rows with s = t (default: 0.5)"
+    )
+    usage.add_argument(
+        "--batch", type=int, default=32, help="images on one device (default: %(default)s)"
+    )
+    usage.add_argument(
+        "--devices", type=int, default=8, help="that FSDP2 shards over (default: %(default)s)"
+    )
+    usage.add_argument("--run", type=Path, help="the folder of a run that was profiled")
+    usage.add_argument("--write", type=Path, help="a page whose tables are made again")
+    return usage
+
+
+def output(options: argparse.Namespace) -> str:
+    """Return what a command line prints."""
+    if options.of is None:
+        raise SettingsError(
+            "got no preset, no config and no folder; write one, such as crossflow-b"
+        )
+    if options.batch < 1 or options.devices < 1:
+        raise SettingsError(
+            f"got --batch {options.batch} --devices {options.devices}; write 1 or more of each"
+        )
+    utilisation = Utilisation()
+    if options.run is not None:
+        utilisation = measured(options.run)
+    path = Path(options.of)
+    if path.is_dir():
+        return table(path, utilisation)
+    if path.suffix not in (".yaml", ".yml"):
+        cost = generator_cost(alone(GeneratorConfig(preset=options.of), share_of(options)))
+        return report(cost, utilisation, options.batch, options.devices)
+    if options.equal is not None:
+        raise SettingsError(
+            f"got --equal beside {path}, which says objective.equal; leave --equal out"
+        )
+    text = report(cost_of(load(path)), utilisation, options.batch, options.devices)
+    row = paper_row(path)
+    if row is None:
+        return text
+    return f"{text}\n\nIn the paper: {row.setting}, FID {row.fid:.2f} ({row.table}); {NOT_RUN}."
+
+
+def share_of(options: argparse.Namespace) -> float:
+    """Return the share of a preset's rows that have s = t."""
+    if options.equal is None:
+        return 0.5
+    if not 0 <= options.equal <= 1:
+        raise SettingsError(
+            f"got --equal {options.equal}; it is a share of the rows, write one between 0 and 1"
+        )
+    return options.equal
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print what was asked for; returns 1 where it cannot be counted."""
+    options = parser().parse_args(arguments)
+    try:
+        if options.write is None:
+            print(output(options))
+            return 0
+        page = with_tables(options.write.read_text())
+        options.write.write_text(page)
+    except (FlowspaceError, SettingsError, OSError) as error:
+        print(f"costs.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,387 @@
+"""What a network costs on paper: counted on meta tensors, without a weight in memory.
+
+A multiply-add is two FLOPs here, as in torch's counter; papers mostly write it as one. Elementwise
+work is not counted. A training step of a generator is its forward pass, twice that for the
+gradient, and one more forward pass' products for the derivative, on the rows that need it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import build
+import torch
+from settings import (
+    AdversarialConfig,
+    Config,
+    EncoderConfig,
+    GeneratorConfig,
+    ObjectiveConfig,
+    PerceptualConfig,
+)
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from flowspace import ConsistencyLoss, TimePairs
+from flowspace.vision.encoders import load_encoder, make_buildable
+
+__all__ = ["IMAGENET", "PEAK", "Call", "Cost", "Share", "alone", "cost_of", "counted"]
+
+IMAGENET = 1_281_167
+"""Images of ImageNet's training set."""
+
+PEAK = 989e12
+"""FLOP/s of an H100 in dense bfloat16, as its data sheet has it."""
+
+MUON_STATES, ADAMW_STATES = 1, 2
+"""Numbers that each optimiser keeps for a parameter."""
+
+ACTIVATIONS_PER_TOKEN = 34
+"""Numbers that one block keeps for each token and unit of width in a training step.
+
+With fused attention and a SwiGLU of 8/3: about 14 for attention (norm, q, k, v, the norms of q and
+k, output) and 20 for the MLP; after Korthikanti et al., arXiv 2205.05198.
+"""
+
+Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
+"""A module, and the arguments and keywords that it is called with."""
+
+
+def counted(build: Callable[[], Call]) -> tuple[int, float]:
+    """Return the parameters of a module and the FLOPs of one forward call.
+
+    Args:
+        build: makes the module and its arguments; run on the meta device.
+    """
+    with torch.device("meta"), torch.no_grad():
+        module, arguments, keywords = build()
+        with FlopCounterMode(display=False) as counter:
+            module.eval()(*arguments, **keywords)
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    return parameters, float(counter.get_total_flops())
+
+
+@dataclass(frozen=True)
+class Share:
+    """What something beside the generator adds to the costs of its training.
+
+    Attributes:
+        name: of the network, or of the other training.
+        parameters: how many numbers.
+        flops: of one image, or of the whole training.
+    """
+
+    name: str
+    parameters: int
+    flops: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a generator and its training cost.
+
+    Attributes:
+        name: of the preset or of the config.
+        parameters: how many numbers.
+        matrices: how many of them Muon trains; the rest is AdamW's.
+        forward: FLOPs of one image, forward.
+        activations: bytes that one image of a training step keeps, in bfloat16.
+        equal: the share of rows with s = t, which need no derivative.
+        boundary: losses of one more evaluation, with its gradient, such as consistency's.
+        again: forward passes that checkpointing runs again for each gradient.
+        averages: of the weights, that are kept beside them.
+        kind: of its image, as ``results.PublishedMethod.family`` has it.
+        evaluations: of the network for one image.
+        images: that the whole training sees.
+        networks: frozen ones that a training step also runs, by the FLOPs of one image.
+        trainings: that come before, such as stage 1, by their whole FLOPs.
+    """
+
+    name: str
+    parameters: int
+    matrices: int
+    forward: float
+    activations: float
+    equal: float = 0.5
+    boundary: int = 0
+    again: int = 0
+    averages: int = 3
+    kind: str = "1-NFE latent-to-pixel"
+    evaluations: int = 1
+    images: float = 160 * IMAGENET
+    networks: tuple[Share, ...] = ()
+    trainings: tuple[Share, ...] = ()
+
+    @property
+    def generator_step(self) -> float:
+        """FLOPs of one image in the generator's part of a training step."""
+        with_gradient, derivative = 3 + self.again, 1 - self.equal
+        return (with_gradient * (1 + self.boundary) + derivative) * self.forward
+
+    @property
+    def step(self) -> float:
+        """FLOPs of one image in a training step, frozen networks included."""
+        return self.generator_step + sum(network.flops for network in self.networks)
+
+    @property
+    def training(self) -> float:
+        """FLOPs of everything that is trained."""
+        return self.images * self.step + sum(training.flops for training in self.trainings)
+
+    def memory(self, batch: int, devices: int = 1) -> float:
+        """Return the bytes on one device, the frozen networks left out.
+
+        They are weights, gradients, averages and states of the optimisers in float32, and the
+        activations.
+
+        Args:
+            batch: images on one device.
+            devices: that share out (FSDP2) all but the activations; 1: each holds all (DDP).
+        """
+        others = self.parameters - self.matrices
+        states = MUON_STATES * self.matrices + ADAMW_STATES * others
+        numbers = self.parameters * (2 + self.averages) + states
+        return 4 * numbers / devices + batch * self.activations
+
+    def hours(self, utilisation: float, peak: float = PEAK) -> float:
+        """Return the device-hours of everything that is trained.
+
+        Args:
+            utilisation: the share of the peak that the training reaches.
+            peak: of one device, in FLOP/s.
+        """
+        return self.training / (peak * utilisation) / 3600
+
+
+# --- what a config costs -----------------------------------------------------------------------
+
+PERCEPTUAL_PASSES = 3
+"""Of a perceptual network: forward on the prediction, back to it, forward on the target.
+
+Its weights have no gradient.
+"""
+
+ADVERSARIAL_PASSES = 4
+"""Of the discriminator's features: forward on the prediction and back to it, then forward on the
+real and the made image.
+"""
+
+ADAPTIVE_PASSES = 1
+"""More of each image loss, backward, where their gradients are compared at the image."""
+
+STAGES = {
+    "va-vae": ((128, 128, 256, 256, 512), 32),
+    "sd-vae": ((128, 256, 512, 512), 4),
+    "sd3-vae": ((128, 256, 512, 512), 16),
+}
+"""Widths and latent channels of the published autoencoders of the layout of latent diffusion."""
+
+DEFAULTS = {
+    "flux2": "AutoencoderKLFlux2",
+    "dc-ae": "AutoencoderDC",
+    "rae-dinov2": "AutoencoderRAE",
+}
+"""Published autoencoders that diffusers' classes build by default."""
+
+
+def alone(generator: GeneratorConfig, equal: float = 0.5) -> Config:
+    """Return the config of a generator alone, of which a share of the rows has s = t."""
+    return Config(
+        name=generator.preset or "these sizes",
+        out=Path("runs"),
+        encoder=EncoderConfig(name="va-vae"),
+        generator=generator,
+        objective=ObjectiveConfig(equal=equal),
+    )
+
+
+def generator_cost(config: Config) -> Cost:
+    """Count the generator of a config and nothing beside it.
+
+    Raises:
+        InputError: if there is no preset of its name.
+    """
+    with torch.device("meta"):
+        network = build.generator_of(config, config.data.classes or 1000)
+    c = network.config
+
+    def call() -> Call:
+        time, labels = torch.ones(1), torch.zeros(1, dtype=torch.long)
+        latents = torch.zeros(1, c["channels"], c["grid"], c["grid"])
+        return network, (latents, time, time), {"labels": labels}
+
+    parameters, forward = counted(call)
+    tokens = c["grid"] ** 2 + c["time_tokens"] + c["class_tokens"]
+    numbers = ACTIVATIONS_PER_TOKEN * c["depth"]
+    if config.generator.checkpointing:
+        # The input of every block, and the inside of the one that is run again.
+        numbers = c["depth"] + ACTIVATIONS_PER_TOKEN
+    objective = build.objective_of(config)
+    equal = 0.0
+    if isinstance(objective.times, TimePairs):
+        equal = objective.times.equal
+    return Cost(
+        name=config.name,
+        parameters=parameters,
+        matrices=sum(each.numel() for each in network.blocks.parameters() if each.ndim == 2),
+        forward=forward,
+        activations=2.0 * numbers * tokens * c["width"],
+        equal=equal,
+        boundary=int(isinstance(objective, ConsistencyLoss)),
+        again=int(config.generator.checkpointing),
+    )
+
+
+def cost_of(config: Config) -> Cost:
+    """Count a config: its generator, its encoder, its image losses and stage 1.
+
+    Raises:
+        InputError: if there is no preset of its name.
+    """
+    cost = generator_cost(config)
+    encoder = encoder_share(config.encoder, config.data.size)
+    networks = []
+    if config.data.latents is None:
+        networks.append(encoder)
+    if config.objective.estimated:
+        # One more evaluation of the generator, and its image encoded, where t and s differ.
+        estimate = (1 - cost.equal) * (cost.forward + encoder.flops)
+        networks.append(Share("the velocity's estimate", 0, estimate))
+    networks += image_losses(config.perceptual, config.adversarial, config.data.size)
+
+    training = config.training
+    images = training.epochs * IMAGENET
+    if training.steps is not None:
+        images = training.steps * training.batch
+    matrices = cost.matrices
+    if training.optimizer == "adamw":
+        matrices = 0
+    kind = cost.kind
+    if config.generator.space == "latent":
+        kind = "latent space; the decoder is not counted"
+    return replace(
+        cost,
+        matrices=matrices,
+        averages=len(training.emas),
+        kind=kind,
+        evaluations=config.evaluation.evaluations,
+        images=images,
+        networks=tuple(networks),
+        trainings=tuple(stage_one(config)),
+    )
+
+
+def image_losses(
+    perceptual: Sequence[PerceptualConfig], adversarial: AdversarialConfig | None, size: int
+) -> list[Share]:
+    """Count the perceptual networks and the discriminator's features, for one image."""
+    more = 0
+    if adversarial is not None and adversarial.adaptive:
+        more = ADAPTIVE_PASSES
+    shares = []
+    for loss in perceptual:
+        side = loss.size or size
+        if loss.network == "lpips":
+            side = size  # it takes images as they are
+        shares.append(image_loss(loss.network, side, PERCEPTUAL_PASSES + more))
+    if adversarial is not None:
+        side = adversarial.size or size
+        features = image_loss(adversarial.network, side, ADVERSARIAL_PASSES + more)
+        shares.append(replace(features, name=f"GAN on {features.name}"))
+    return shares
+
+
+@cache
+def image_loss(name: str, size: int, passes: int) -> Share:
+    """Count so many passes of a network of timm, or of LPIPS' VGG."""
+
+    def build() -> Call:
+        if name == "lpips":
+            from torchvision.models import vgg16
+
+            network: nn.Module = vgg16().features
+        else:
+            import timm
+
+            network = timm.create_model(name, pretrained=False)
+        return network, (pictures(size),), {}
+
+    parameters, forward = counted(build)
+    return Share(name, parameters, passes * forward)
+
+
+def stage_one(config: Config) -> list[Share]:
+    """Count the training of an autoencoder, with its image losses, if the config has one."""
+    stage, size = config.encoder.stage_one, config.data.size
+    if stage is None:
+        return []
+    parameters, forward = counted(lambda: (autoencoder(config.encoder), (pictures(size),), {}))
+    losses = image_losses(config.perceptual, stage.adversarial, size)
+    image = 3 * forward + sum(loss.flops for loss in losses)
+    return [Share("stage 1", parameters, stage.steps * stage.batch * image)]
+
+
+class Encoding(nn.Module):
+    """The encoder of an autoencoder, as a module of its own."""
+
+    def __init__(self, whole: Any) -> None:
+        super().__init__()
+        self.encoder = whole.encoder
+        self.encode = whole.encode  # no submodule: the decoder's parameters are not counted
+
+    def forward(self, images: torch.Tensor) -> None:
+        """Encode."""
+        self.encode(images)
+
+
+@cache
+def encoder_share(encoder: EncoderConfig, size: int) -> Share:
+    """Count the frozen encoder, for one image."""
+
+    def build() -> Call:
+        return Encoding(autoencoder(encoder)), (pictures(size),), {}
+
+    parameters, forward = counted(build)
+    return Share(f"encoder ({encoder.name or 'of stage 1'})", parameters, forward)
+
+
+def autoencoder(encoder: EncoderConfig) -> nn.Module:
+    """Return the autoencoder of an encoder's settings, without its weights if it is known here."""
+    import diffusers
+
+    name, stage = encoder.name, encoder.stage_one
+    library: Any = diffusers
+    if stage is not None:
+        blocks = ["DownEncoderBlock2D"] * len(stage.widths)
+        return library.AutoencoderKL(
+            down_block_types=tuple(blocks),
+            up_block_types=("UpDecoderBlock2D",) * len(blocks),
+            block_out_channels=stage.widths,
+            layers_per_block=1,
+            latent_channels=stage.channels,
+            norm_num_groups=8,
+            mid_block_add_attention=False,
+        )
+    if name in DEFAULTS:
+        make_buildable(DEFAULTS[name])
+        return getattr(library, DEFAULTS[name])()
+    if name not in STAGES:
+        return load_encoder(name or "", weights=encoder.weights).autoencoder.to("meta")
+    widths, channels = STAGES[name]
+    blocks = ["DownEncoderBlock2D"] * len(widths)
+    if name == "va-vae":
+        blocks[-1] = "AttnDownEncoderBlock2D"
+    return library.AutoencoderKL(
+        down_block_types=tuple(blocks),
+        up_block_types=("UpDecoderBlock2D",) * len(blocks),
+        block_out_channels=widths,
+        layers_per_block=2,
+        latent_channels=channels,
+    )
+
+
+def pictures(size: int) -> torch.Tensor:
+    """Return one picture, of zeros."""
+    return torch.zeros(1, 3, size, size)
