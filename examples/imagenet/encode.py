@@ -2,8 +2,8 @@
 
     accelerate launch examples/imagenet/encode.py CONFIG [key=value ...]
 
-Shards of latents, pictures and labels go into ``data.latents``, or ``OUT/latents``. Shards that are
-whole are kept: the same command goes on where it was stopped.
+Shards of latents, pictures and labels go into ``data.latents``, or ``OUT/latents``. Shards that
+are whole are kept: the same command goes on where it was stopped.
 """
 
 # settings are refused before torch is imported, which takes seconds

@@ -479,9 +479,10 @@ def check_places(config: Config, latents_made: bool = False) -> None:
         if name == "latents" and latents_made:
             continue
         if place not in (None, "emoji") and not Path(place).is_dir():
-            raise SettingsError(
-                f"got data.{name} = {place}, which is no folder; write data.{name}=FOLDER"
-            )
+            hint = f"write data.{name}=FOLDER"
+            if name == "latents":
+                hint += ", which encode.py makes of the same config, or null to encode every step"
+            raise SettingsError(f"got data.{name} = {place}, which is no folder; {hint}")
     for key, weights in _weights(config).items():
         if weights and not weights.startswith("package:") and not Path(weights).is_file():
             raise SettingsError(f"got {key} = {weights}, which is no file; write {key}=FILE")

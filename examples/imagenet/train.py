@@ -315,7 +315,7 @@ def fit(stage: Stage, accelerator: Accelerator, profile: Profile | None = None) 
     run = Run(stage, accelerator)
     start = run.resume()
     if profile is not None:
-        steps = min(steps, start + profile.steps)
+        steps = start + profile.steps
     for group in run.optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     factor = functools.partial(build.rate, t=t, count=count)
