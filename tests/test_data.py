@@ -4,8 +4,15 @@ skipped and named.
 
 import io
 import json
+import os
+import pathlib
 import pickle
+import random
+import resource
+import struct
 import tarfile
+import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -342,3 +349,360 @@ def test_postscript_under_the_name_of_a_picture_is_not_decoded(tmp_path):
     )
     with pytest.raises(UnidentifiedImageError):
         FolderImages(tmp_path, size=16).open(0)
+
+
+# --- strangers' files
+# -------------------------------------------------------------------------------------------------
+
+
+def picture(value, kind="PNG", size=(16, 16)):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (value,) * 3).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def png(width, height, bits, colours, data):
+    """A PNG of which each part is as it is said."""
+
+    def chunk(kind, content):
+        check = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + check
+
+    header = struct.pack(">IIBBBBB", width, height, bits, colours, 0, 0, 0)
+    parts = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(data)), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def one_class(root, contents):
+    """Return images of files with these contents, in the order of their names."""
+    (root / "a").mkdir(parents=True)
+    for name, content in contents.items():
+        (root / "a" / name).write_bytes(content)
+    return FolderImages(root, 4)
+
+
+def saved(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def palette():
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([9, 9, 9, 10, 120, 250])
+    return image
+
+
+MODES = {
+    "16-bit grey": (
+        saved(Image.fromarray(np.full((4, 4), 0x8040, dtype=np.uint16))),
+        (128, 128, 128),
+    ),
+    "16-bit dark grey": (saved(Image.fromarray(np.full((4, 4), 255, dtype=np.uint16))), (0, 0, 0)),
+    "16-bit colours": (
+        png(4, 4, 16, 2, (b"\0" + b"\x80\x40\x10\x00\xff\xff" * 4) * 4),
+        (128, 16, 255),
+    ),
+    "16-bit grey and alpha": (
+        png(4, 4, 16, 4, (b"\0" + b"\x80\x40\x10\x00" * 4) * 4),
+        (128, 128, 128),
+    ),
+    "palette": (saved(palette()), (10, 120, 250)),
+    "palette of alphas": (saved(palette(), transparency=b"\x05\x80"), (10, 120, 250)),
+    "palette with a hole": (saved(palette(), transparency=1), (10, 120, 250)),
+    "gif": (saved(palette(), "GIF"), (10, 120, 250)),
+    "grey with a hole": (saved(Image.new("L", (4, 4), 77), transparency=77), (77, 77, 77)),
+    "grey and alpha": (saved(Image.new("LA", (4, 4), (77, 3))), (77, 77, 77)),
+    "colours and alpha": (saved(Image.new("RGBA", (4, 4), (10, 120, 250, 3))), (10, 120, 250)),
+    "one bit": (saved(Image.new("1", (4, 4), 1)), (255, 255, 255)),
+    "two bits": (png(4, 4, 2, 0, b"\0\x55" * 4), (85, 85, 85)),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_has_its_right_values(tmp_path, mode):
+    content, colour = MODES[mode]
+    pixels, _ = one_class(tmp_path, {"x.png": content}).row(0)
+    assert torch.equal(
+        pixels, torch.tensor(colour, dtype=torch.uint8)[:, None, None].expand_as(pixels)
+    )
+
+
+def test_inks_become_colours(tmp_path):
+    content = saved(Image.new("CMYK", (16, 16), (20, 120, 60, 40)), "JPEG", quality=100)
+    pixels, _ = one_class(tmp_path, {"x.jpg": content}).row(0)
+    expected = torch.tensor([(255 - ink) * (255 - 40) / 255 for ink in (20, 120, 60)])
+    assert (pixels.float() - expected[:, None, None]).abs().max() <= 3
+
+
+def test_pixels_of_an_unknown_range_are_no_picture(tmp_path):
+    class Floating(FolderImages):
+        def open(self, index):
+            return Image.new("F", (4, 4), 0.5)
+
+    images = Floating(one_class(tmp_path, {"x.png": b""}).root, 4)
+    with pytest.warns(UserWarning, match="floating-point"), pytest.raises(RunError):
+        images.row(0)
+
+
+def test_pictures_that_would_fill_the_memory_are_skipped_and_named(tmp_path):
+    images = one_class(
+        tmp_path,
+        {
+            "1.png": png(1, 65000, 1, 0, b"\0\0" * 65000),
+            "2.png": png(65000, 1, 1, 0, bytes(8126)),
+            "3.png": png(13000, 13000, 1, 0, bytes(13000 * 1626)),
+            "4.png": png(2**31 - 1, 2**31 - 1, 1, 0, b"\0"),
+            "5.png": picture(200),
+        },
+    )
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, limit[1]))
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            rows = [images.row(index)[0] for index in range(5)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limit)
+    assert all(torch.equal(row, torch.full_like(row, 200)) for row in rows)
+    assert [pathlib.Path(name).name for name in images.broken] == [
+        "1.png",
+        "2.png",
+        "3.png",
+        "4.png",
+    ]
+    assert sum("cannot be read" in str(warning.message) for warning in caught) == 4
+
+
+def test_only_regular_files_of_a_bounded_length_are_opened(tmp_path):
+    images = one_class(tmp_path, {"z.png": picture(200)})
+    os.mkfifo(tmp_path / "a" / "1.png")
+    (tmp_path / "a" / "2.png").symlink_to("/dev/zero")
+    (tmp_path / "a" / "3.png").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "a" / "4.png").mkdir()
+    with (tmp_path / "a" / "5.webp").open("wb") as file:
+        file.write(saved(Image.new("RGB", (4, 4)), "WEBP"))
+        file.truncate(40 * 2**30)
+    images = FolderImages(tmp_path, 4)
+    with pytest.warns(UserWarning, match="regular"):
+        assert torch.equal(images.row(0)[0], images.row(5)[0])
+    assert len(images.broken) == 5
+
+
+def test_a_long_row_of_broken_pictures_ends_soon(tmp_path, monkeypatch):
+    images = one_class(tmp_path, {f"{number:02}.png": b"" for number in range(30)})
+    monkeypatch.setattr("flowspace.vision.data.MOST_IN_A_ROW", 7)
+    with pytest.warns(UserWarning), pytest.raises(RunError, match=r"none of the 7 .*09\.png"):
+        images.row(9)
+    assert len(images.broken) == 7
+
+
+def write_shard(path, members):
+    """Write a tar file of members; a TarInfo is written as it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            if isinstance(content, dict):
+                for field, value in content.items():
+                    setattr(member, field, value)
+                tar.addfile(member)
+            else:
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def greys(images):
+    return [
+        (int(images.row(index)[0].float().mean()), images.labels[index])
+        for index in range(len(images))
+    ]
+
+
+def test_further_pictures_of_a_sample_are_not_trained_on(tmp_path):
+    members = []
+    for key, value, label in (("22.05", 200, b"1"), ("b/c", 60, b"0")):
+        members += [
+            (f"{key}.seg.png", picture(0)),
+            (f"{key}.JPG", picture(value, "JPEG")),
+            (f"{key}.cls", label),
+            (f"{key}.mask.left.png", picture(1)),
+            (f"{key}.json", b'{"label": "tench"}'),
+        ]
+    write_shard(tmp_path / "0.tar", members)
+    assert greys(ShardImages(tmp_path, 8)) == [(200, 1), (60, 0)]
+
+
+@pytest.mark.parametrize("label", [b"7", b" 7\n", "7", 7, 7.0])
+def test_a_class_is_a_number_or_the_text_of_one(tmp_path, label):
+    name, content = "1.cls", label
+    if not isinstance(label, bytes):
+        name, content = "1.json", json.dumps({"label": label}).encode()
+    write_shard(tmp_path / "0.tar", [("1.png", picture(9)), (name, content)])
+    assert greys(ShardImages(tmp_path, 8)) == [(9, 7)]
+
+
+@pytest.mark.parametrize(
+    ("members", "says"),
+    [
+        ([("1.cls", b"1"), ("1.png", picture(0))], r"two pictures of 1;.*KEY\.seg\.png"),
+        ([("1.cls", b"1"), ("1.jpg", picture(0))], r"holds 1\.jpg twice"),
+        ([("1.cls", b"1"), ("1.cls", b"1")], r"holds 1\.cls twice"),
+        ([("1.cls", b"1"), ("1.json", b'{"label": 2}')], r"1 is of class 1 and.*of class 2"),
+        ([("1.cls", b"n01440764")], r"1\.cls holds the class b'n01440764'.*an integer"),
+        ([("1.cls", b"-1")], r"1\.cls holds the class b'-1'"),
+        ([("1.cls", b"1000000000")], r"1\.cls holds the class b'1000000000'"),
+        ([("1.cls", b"1" * 9000)], r"1\.cls holds the class"),
+        ([("1.cls", b"1.5")], r"1\.cls holds the class"),
+        ([("1.cls", b"\xff")], r"1\.cls holds the class"),
+        ([("1.json", b'{"label": "tench"}')], r"1\.json holds the class tench"),
+        ([("1.json", b'{"label": [1]}')], r"1\.json holds the class \[1\]"),
+        ([("1.json", b"{")], r"1\.json holds the class"),
+        ([("1.json", b"[" * 100000)], r"1\.json holds the class"),
+        ([("1.json", b"{}")], "1 has no class"),
+        ([("1.json", b"[1]")], "1 has no class"),
+        ([("1.seg.png", picture(0))], "1 has no class"),
+        ([("1.cls", b"1"), ("2.seg.png", picture(0))], "2.seg has no class"),
+        ([("1.cls", {"type": tarfile.SYMTYPE, "linkname": "/etc/hostname"})], "no plain file"),
+        ([("1.cls", {"type": tarfile.FIFOTYPE})], "no plain file"),
+    ],
+)
+def test_a_shard_that_does_not_say_its_classes_is_one_error(tmp_path, members, says):
+    write_shard(tmp_path / "0.tar", [("1.jpg", picture(200, "JPEG")), *members])
+    with pytest.raises(RunError, match=says) as raised:
+        ShardImages(tmp_path)
+    assert "0.tar" in str(raised.value) and len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE]
+)
+def test_members_that_are_no_plain_files_are_skipped_and_named(tmp_path, kind):
+    odd = {"type": kind, "linkname": "2.png"}
+    members = [("1.png", odd), ("1.cls", b"0"), ("2.png", picture(90)), ("2.cls", b"1")]
+    write_shard(tmp_path / "0.tar", [("d.png", {"type": tarfile.DIRTYPE}), *members])
+    images = ShardImages(tmp_path, 8)
+    with pytest.warns(UserWarning, match="no plain file"):
+        assert greys(images) == [(90, 0), (90, 1)]
+    assert len(images.broken) == 1
+
+
+def sparse(name, claimed):
+    """A sparse member of GNU's old format that holds nothing and claims to be long."""
+    member = tarfile.TarInfo(name)
+    header = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    header[156:157] = tarfile.GNUTYPE_SPARSE
+    header[386:398] = b"%011o\0" % 0
+    header[398:410] = b"%011o\0" % 0
+    header[482] = 0
+    header[483:495] = b"\x80" + bytes(3) + claimed.to_bytes(8, "big")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+@pytest.mark.parametrize("claimed", [40 * 2**30, 600])
+@pytest.mark.parametrize("name", ["1.png", "1.cls", "1.json"])
+def test_a_sparse_member_that_claims_forty_gigabytes_is_not_read(tmp_path, name, claimed):
+    write_shard(tmp_path / "rest.tar", [("1.cls", b"1"), ("2.png", picture(90)), ("2.cls", b"1")])
+    rest = (tmp_path / "rest.tar").read_bytes()
+    if name != "1.png":
+        write_shard(tmp_path / "rest.tar", [("1.png", picture(90))])
+        rest = (tmp_path / "rest.tar").read_bytes()
+    (tmp_path / "rest.tar").write_bytes(sparse(name, claimed) + rest)
+    with tarfile.open(tmp_path / "rest.tar") as tar:
+        assert tar.next().size == claimed
+    if name == "1.png":
+        with pytest.warns(UserWarning, match="no plain file"):
+            assert greys(ShardImages(tmp_path, 8)) == [(90, 1), (90, 1)]
+    else:
+        with pytest.raises(RunError, match="no plain file"):
+            ShardImages(tmp_path)
+
+
+def test_flipped_bits_of_a_shard_are_refused_or_leave_pictures(tmp_path):
+    write_shard(
+        tmp_path / "a" / "0.tar",
+        [
+            (f"{n}.{kind}", {"png": picture(n), "cls": b"1"}[kind])
+            for n in range(4)
+            for kind in ("png", "cls")
+        ],
+    )
+    whole = (tmp_path / "a" / "0.tar").read_bytes()
+    draw, refused = random.Random(0), 0
+    for number in range(150):
+        torn = bytearray(whole)
+        for _ in range(draw.choice([1, 1, 3])):
+            at = draw.choice([0, 1024, 2048, 3072]) + draw.randrange(512)
+            torn[at] ^= 1 << draw.randrange(8)
+        root = tmp_path / str(number)
+        root.mkdir()
+        (root / "0.tar").write_bytes(torn)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                greys(ShardImages(root, 4))
+        except RunError:
+            refused += 1
+    assert 10 < refused < 150
+
+
+def test_an_index_that_was_changed_is_made_again(tmp_path):
+    write_shards(tmp_path, (3,))
+    labels = ShardImages(tmp_path, 8).labels
+    places = ShardImages(tmp_path, 8).places
+    kept = bytearray((tmp_path / INDEX).read_bytes())
+    kept[-8] ^= 1
+    (tmp_path / INDEX).write_bytes(kept)
+    assert ShardImages(tmp_path, 8).labels == labels
+    assert torch.equal(ShardImages(tmp_path, 8).places, places)
+    os.mkfifo(tmp_path / "x.tar")
+    with pytest.raises(RunError, match=r"x\.tar is no regular file"):
+        ShardImages(tmp_path)
+
+
+def data_set(root, held, labels, kind="int64"):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value(kind)})
+    rows = datasets.Dataset.from_dict({"image": held, "label": labels}, features=features)
+    import pyarrow.parquet
+
+    root.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(rows.with_format("arrow")[:], root / "a.parquet")
+
+
+def test_rows_that_name_files_outside_the_data_sets_folder_are_not_read(tmp_path):
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(picture(1))
+    root = tmp_path / "set"
+    root.mkdir()
+    (root / "inside.png").write_bytes(picture(90))
+    (root / "link.png").symlink_to(secret)
+    paths = [str(secret), "../secret.png", "link.png", "inside.png"]
+    data_set(root, [{"path": path, "bytes": None} for path in paths] + [None], [0, 1, 2, 3, 4])
+    images = DatasetImages(root, 8)
+    with pytest.warns(UserWarning, match="cannot be read"):
+        assert [value for value, _ in greys(images)] == [90] * 5
+    *outside, nothing = images.broken.values()
+    assert len(outside) == 3 and all(
+        "outside the folder of the data set" in why for why in outside
+    )
+    assert "no picture" in nothing
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind", "shown"),
+    [
+        ([0, -1], "int64", "-1"),
+        ([0, 10**9], "int64", "1000000000"),
+        ([0, None], "int64", "None"),
+        (["0", "cat"], "string", "cat"),
+        ([0.0, 1.5], "float32", "1.5"),
+    ],
+)
+def test_labels_of_a_data_set_that_are_no_classes_are_named(tmp_path, labels, kind, shown):
+    data_set(tmp_path, [{"path": None, "bytes": picture(1)}] * 2, labels, kind)
+    with pytest.raises(RunError, match=f"row 1: got the label '{shown}'"):
+        DatasetImages(tmp_path, 8)

@@ -10,7 +10,10 @@ import concurrent.futures
 import functools
 import io
 import os
+import stat
+import struct
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -36,13 +39,43 @@ outside program.
 BROKEN = (
     UnidentifiedImageError,
     OSError,
+    EOFError,
     SyntaxError,
     ValueError,
+    ArithmeticError,
+    LookupError,
+    struct.error,
+    zlib.error,
     Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
 )
-"""What Pillow raises for a picture that it cannot read."""
+"""What is raised for a picture that cannot be read."""
+
+MOST_BYTES = 2**28
+"""Of one file: some decoders read all of it before they look at it, and a sparse file of a few
+kilobytes may claim gigabytes.
+"""
+
+MOST_PIXELS = 2**28 // 3
+"""Of one picture: a quarter of a gigabyte in RGB, where Pillow begins to warn; a file of 200 KB
+may hold as many.
+"""
+
+MOST_ASPECT = 64
+"""Longer side over shorter side: the shorter one is scaled to the size asked for, and the longer
+one with it.
+"""
+
+MOST_IN_A_ROW = 1000
+"""Pictures that may be broken one after another; more, and the data is not what it should be."""
+
+MOST_CLASSES = 100_000
+"""Labels are below it, where nothing says how many classes there are: every class has a name."""
 
 MOST_NAMED = 5
+
+MOST_SHOWN = 60
+"""Characters of what a file holds, in an error."""
 
 
 def centre_crop(picture: Image.Image, size: int) -> Image.Image:
@@ -111,7 +144,8 @@ class Images(abc.ABC):
         """Return an image ``(3, size, size)`` in [-1, 1] and its class.
 
         Raises:
-            RunError: if no image can be read.
+            IndexError: if there is no such image.
+            RunError: if neither it nor the next thousand can be read.
         """
         pixels, label = self.row(index)
         return pixels.float() / 127.5 - 1, label
@@ -128,11 +162,12 @@ class Images(abc.ABC):
 
         Raises:
             IndexError: if there is no such image.
-            RunError: if no image can be read.
+            RunError: if neither it nor the next thousand can be read.
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"got index {index}; there are {len(self)} images")
-        for offset in range(len(self)):
+        tried = min(len(self), MOST_IN_A_ROW)
+        for offset in range(tried):
             at = (index + offset) % len(self)
             pixels = self._pixels(at)
             if pixels is None:
@@ -140,7 +175,8 @@ class Images(abc.ABC):
             if mirrored:
                 pixels = pixels.flip(-1)
             return pixels, self.labels[at]
-        raise RunError(f"none of the {len(self)} images can be read; the first is {self.name(0)}")
+        first = self.name(index % len(self))
+        raise RunError(f"none of the {tried} images can be read that begin with {first}")
 
     def _pixels(self, index: int) -> Tensor | None:
         """Return one image, uint8 ``(3, size, size)``, or None if it is broken."""
@@ -148,7 +184,8 @@ class Images(abc.ABC):
             return None
         try:
             with self.open(index) as picture:
-                square = centre_crop(picture.convert("RGB"), self.size)
+                _check_shape(picture)  # before anything is decoded
+                square = centre_crop(_rgb(picture), self.size)
         except BROKEN as error:
             self._unreadable[index] = True
             self._reasons[index] = f"{type(error).__name__}: {error}"
@@ -182,6 +219,41 @@ class Images(abc.ABC):
                 f"{', '.join(list(self.broken)[:MOST_NAMED])}"
             )
         return text
+
+
+def _check_shape(picture: Image.Image) -> None:
+    """Refuse pictures that would fill the memory."""
+    short, long = sorted(picture.size)
+    if short < 1 or short * long > MOST_PIXELS or long > MOST_ASPECT * short:
+        raise ValueError(
+            f"got {picture.width} x {picture.height} pixels; at most {MOST_PIXELS} are read, and "
+            f"sides of at most 1 to {MOST_ASPECT}"
+        )
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    """Return a picture in RGB, whatever its mode; transparency is dropped."""
+    if picture.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, of which nothing says the range")
+    if picture.mode.startswith("I"):
+        # 16-bit greyscale, which Pillow would clip at 255: the high byte, as it takes of colours.
+        picture = picture.point(lambda level: level * (1 / 256))
+    if "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+    return picture.convert("RGB")
+
+
+def check_file(path: Path) -> None:
+    """Refuse what is no regular file, which may have no end, and files that are too large.
+
+    Raises:
+        OSError: for such a file.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(f"{path} is no regular file")
+    if status.st_size > MOST_BYTES:
+        raise OSError(f"{path} has {status.st_size} bytes; at most {MOST_BYTES} are read")
 
 
 class FolderImages(Images):
@@ -226,6 +298,7 @@ class FolderImages(Images):
 
     def open(self, index: int) -> Image.Image:
         """Open one file."""
+        check_file(self.paths[index])
         return Image.open(self.paths[index], formats=FORMATS)
 
     def name(self, index: int) -> str:
@@ -245,8 +318,8 @@ class DatasetImages(Images):
         label: the column of the classes, integers.
 
     Raises:
-        RunError: if the folder holds no such data set, a column is missing, or it has another
-            number of classes.
+        RunError: if the folder holds no such data set, a column is missing, a label is no class,
+            or it has another number of classes.
     """
 
     def __init__(
@@ -267,8 +340,8 @@ class DatasetImages(Images):
                 raise RunError(
                     f"{path} has no column {column!r}; it has {', '.join(rows.column_names)}"
                 )
-        labels = [int(value) for value in rows[label]]
         names = getattr(rows.features[label], "names", None)
+        labels = _classes(self.path, rows[label], names)
         if names is None:
             names = [str(number) for number in range(max(labels) + 1)]
         _check_classes(self.path, names, classes)
@@ -276,16 +349,59 @@ class DatasetImages(Images):
         super().__init__(size, labels, names)
 
     def open(self, index: int) -> Image.Image:
-        """Open one picture from its bytes, or from the file that it names."""
+        """Open one picture from its bytes, or from the file of the data set that it names."""
         held = self.rows[index][self.image]
-        source = held["path"]
-        if held["bytes"]:
-            source = io.BytesIO(held["bytes"])
-        return Image.open(source, formats=FORMATS)
+        if held is not None and held["bytes"]:
+            return Image.open(io.BytesIO(held["bytes"]), formats=FORMATS)
+        if held is None or not held["path"]:
+            raise ValueError("the row has no picture")
+        path = (self.path / held["path"]).resolve()
+        if not path.is_relative_to(self.path.resolve()):
+            raise ValueError(
+                f"it names {held['path']}, outside the folder of the data set; store the bytes of "
+                "the pictures in it"
+            )
+        check_file(path)
+        return Image.open(path, formats=FORMATS)
 
     def name(self, index: int) -> str:
         """Return the number of a row."""
         return f"{self.path}, row {index}"
+
+
+def class_of(value: Any) -> int | None:
+    """Return the class that a label says, as a number or as the text of one; None if it says
+    none.
+    """
+    if isinstance(value, bytes | str):
+        try:
+            value = int(value)
+        except ValueError:
+            return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, int) or not 0 <= value < MOST_CLASSES:
+        return None
+    return int(value)
+
+
+def _classes(source: Path, values: Iterable[Any], names: Sequence[str] | None) -> list[int]:
+    """Return the class of each row."""
+    count = MOST_CLASSES
+    if names is not None:
+        count = len(names)
+    labels = []
+    for row, value in enumerate(values):
+        label = class_of(value)
+        if label is None or label >= count:
+            raise RunError(
+                f"{source}, row {row}: got the label {str(value)[:MOST_SHOWN]!r}; classes are "
+                f"integers from 0 to {count - 1}"
+            )
+        labels.append(label)
+    if not labels:
+        raise RunError(f"{source} holds no rows")
+    return labels
 
 
 def _check_classes(source: Path, names: Sequence[str], expected: int | None) -> None:
