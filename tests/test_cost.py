@@ -121,6 +121,12 @@ def test_rivals_have_their_published_costs():
     assert set(rivals.RIVALS) <= names and len(names) == len(results.PUBLISHED)
 
 
+@pytest.fixture
+def whole():
+    """CrossFlow-B with VA-VAE in every step and every image loss."""
+    return settings.load(CONFIGS / "crossflow-b.yaml", ["data.latents=null"])
+
+
 # --- the program -------------------------------------------------------------------------------
 
 
@@ -137,13 +143,21 @@ def test_the_command_prints_its_tables_and_refuses_what_it_cannot_count(capsys, 
         f"crossflow-b --run {tmp_path}": "train.py --profile",
         f"{CONFIGS / 'crossflow-b.yaml'} --equal 0.5": "objective.equal",
         "": "crossflow-b",
-        str(tmp_path): "no configs with a preset",
+        str(tmp_path): "no configs of ImageNet",
         str(tmp_path / "none.yaml"): "cannot be read",
     }
     for command, reason in refused.items():
         assert costs.main(command.split()) == 1
         said = capsys.readouterr().err
         assert said.startswith("costs.py: ") and reason in said and "Traceback" not in said
+
+
+def test_a_step_at_the_peak_is_fully_utilised(whole):
+    step = cost_of(whole).step
+    assert flops.utilisation(whole, rows=32, seconds=32 * step / 989e12) == pytest.approx(1)
+    assert flops.utilisation(whole, rows=32, seconds=32 * step / 1e12, peak=2e12) == pytest.approx(
+        0.5
+    )
 
 
 def test_a_profiled_run_says_the_utilisation(capsys, tmp_path):
@@ -160,8 +174,7 @@ def test_a_profiled_run_says_the_utilisation(capsys, tmp_path):
         assert "profile.json" in capsys.readouterr().err
 
 
-def test_a_config_is_counted_with_what_stands_beside_its_generator():
-    whole = settings.load(CONFIGS / "crossflow-b.yaml")
+def test_a_config_is_counted_with_what_stands_beside_its_generator(whole):
     bare = dataclasses.replace(whole, perceptual=(), adversarial=None)
     estimated = dataclasses.replace(
         whole, objective=dataclasses.replace(whole.objective, estimated=True)
@@ -179,6 +192,8 @@ def test_a_config_is_counted_with_what_stands_beside_its_generator():
     assert counts.step == pytest.approx(cost_of(bare).step + beside)
     cached = dataclasses.replace(bare, data=dataclasses.replace(bare.data, latents="somewhere"))
     assert not cost_of(cached).networks
+    (latents,) = cost_of(cached).trainings
+    assert latents.flops == 2 * 1_281_167 * counts.networks[0].flops  # mirrored ones, too
     estimate = 0.5 * (counts.forward + counts.networks[0].flops)
     assert cost_of(estimated).step == pytest.approx(counts.step + estimate)
 
@@ -199,8 +214,7 @@ def test_an_image_loss_is_counted_as_what_it_runs():
     assert counter.get_total_flops() == pytest.approx(share.flops, rel=0.06)
 
 
-def test_stage_one_is_counted_as_a_training_of_its_own():
-    whole = settings.load(CONFIGS / "crossflow-b.yaml")
+def test_stage_one_is_counted_as_a_training_of_its_own(whole):
     stage = settings.StageOneConfig(
         channels=32, widths=(128, 128, 256, 256, 512), steps=1000, batch=256
     )
@@ -216,8 +230,7 @@ def test_stage_one_is_counted_as_a_training_of_its_own():
     assert training.flops == pytest.approx(1000 * 256 * (3 * forward + losses))
 
 
-def test_gradients_compared_at_the_image_are_counted():
-    whole = settings.load(CONFIGS / "crossflow-b.yaml")
+def test_gradients_compared_at_the_image_are_counted(whole):
     adaptive = dataclasses.replace(whole.adversarial, adaptive=True)
     shares = zip(
         cost_of(dataclasses.replace(whole, adversarial=adaptive)).networks[1:],
@@ -228,8 +241,22 @@ def test_gradients_compared_at_the_image_are_counted():
     assert ratios == pytest.approx([4 / 3, 4 / 3, 5 / 4])
 
 
-def test_a_config_counts_its_own_optimiser_averages_and_steps():
-    whole = settings.load(CONFIGS / "crossflow-b.yaml")
+def test_a_generator_of_latents_is_counted_with_the_decoder_of_its_images(whole):
+    """The encoder and the decoder together are the autoencoder."""
+    changes = ["generator.space=latent", "perceptual=[]", "adversarial=null"]
+    changes += ["objective.kind=flow-matching", "objective.penalty=null", "data.latents=null"]
+    changes += ["evaluation.evaluations=50"]
+    cost = cost_of(settings.load(CONFIGS / "crossflow-b.yaml", changes))
+    autoencoder = flops.whole_autoencoder(whole.encoder, 256)
+    assert cost.networks[0].flops + cost.decoder == autoencoder.flops
+    assert cost.generator_step == 3 * cost.forward  # no derivative
+    image = (50 * cost.forward + cost.decoder) / 1e9
+    row = costs.beside(cost)[0]
+    assert row[1:3] == ("latent space", "50") and row[4] == f"{image:,.1f}"
+    assert row[6] == f"{cost.decoder / 1e9:,.1f}"
+
+
+def test_a_config_counts_its_own_optimiser_averages_and_steps(whole):
     training = dataclasses.replace(
         whole.training, optimizer="adamw", emas=(0.999,), steps=10, batch=4
     )
@@ -272,9 +299,7 @@ def test_the_papers_numbers_are_those_of_its_tables():
     assert {m.name: m.fid for m in results.PUBLISHED if not m.source} == others
 
 
-def test_only_the_papers_configs_have_a_number_of_the_paper(tmp_path):
-    if not results.PAPER_CONFIGS.is_dir():
-        pytest.skip("the paper's configs are not there yet")
+def test_only_the_papers_configs_have_a_number_of_the_paper():
     for name in results.CROSSFLOW:
         config = results.PAPER_CONFIGS / f"{name}.yaml"
         objective = settings.load(config).objective
@@ -334,8 +359,6 @@ def test_the_examples_page_has_the_tables_that_the_commands_print(tmp_path, monk
     page = (EXAMPLE / "README.md").read_text()
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)  # where no run is
-    if not results.PAPER_CONFIGS.is_dir():
-        pytest.skip("the paper's configs are not there yet")
     assert len(costs.TABLES.findall(page)) == 3
     made = costs.with_tables(page)
     assert made == page, (

@@ -68,7 +68,8 @@ def measured(run: Path) -> Utilisation:
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise SettingsError(
-            f"{path} does not say a utilisation and a device ({error!r}); profile the run again"
+            f"{path} says no utilisation and device ({error!r}): train.py --profile knows it on a "
+            "card whose peak is known; leave --run out to assume one"
         ) from None
     if not 0 < share <= 1:
         raise SettingsError(
@@ -103,9 +104,16 @@ modules, pixel MeanFlow and CrossFlow of this library's blocks."""
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown; all columns but the first are aligned to the right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    """Return a table in Markdown; columns of numbers are aligned to the right."""
+    rules = [rule(cells) for cells in zip(*rows, strict=True)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rules, *rows))
+
+
+def rule(cells: Sequence[str]) -> str:
+    """Return what stands between a column's head and its cells, and aligns them."""
+    if any(re.search("[a-z]", cell) for cell in cells):
+        return "---"
+    return "---:"
 
 
 def flops(count: float) -> tuple[str, str]:
@@ -176,9 +184,9 @@ def estimates(
         ("images", f"{cost.images:,.0f}, as {cost.images / IMAGENET:.3g} epochs of ImageNet have"),
     ]
     for training in cost.trainings:
-        rows.append((f"{training.name}, whole training", f"{training.flops:.2g} FLOPs"))
+        rows.append((f"{training.name}, in all", f"{training.flops:.2g} FLOPs"))
     hours = f"{rounded(cost.hours(utilisation.share))} at {PEAK / 1e12:.0f} TFLOP/s"
-    if not cost.networks:
+    if not cost.networks and not cost.trainings:
         hours += ", the generator alone"
     rows.append(("H100-hours", hours))
     rows.append(("utilisation", str(utilisation)))
@@ -187,13 +195,16 @@ def estimates(
 
 def beside(cost: Cost) -> list[tuple[str, ...]]:
     """Return the generator's line and the lines of the published methods."""
+    decoder = ""
+    if cost.decoder:
+        decoder = flops(cost.decoder)[0]
     own = (
         f"{cost.name}, this code",
         cost.kind,
         f"{cost.evaluations}",
         millions(cost.parameters),
-        *flops(cost.evaluations * cost.forward),
-        "",
+        *flops(cost.evaluations * cost.forward + cost.decoder),
+        decoder,
         NOT_RUN,
     )
     return [own, *(published(method) for method in PUBLISHED)]
@@ -214,7 +225,7 @@ def published(method: PublishedMethod) -> tuple[str, ...]:
         method.name,
         method.family,
         evaluations,
-        f"{method.parameters or 'not given'}",
+        f"{method.parameters or ''}",
         *counts,
         fid,
     )
@@ -241,7 +252,7 @@ SAME = ("generator", "objective", "perceptual", "adversarial")
 
 
 def table(folder: Path, utilisation: Utilisation) -> str:
-    """Return a table with a line for each config of a folder that has one of the paper's sizes.
+    """Return a table with a line for each config of ImageNet in a folder.
 
     The paper's FIDs stand beside the paper's configs alone.
 
@@ -255,20 +266,29 @@ def table(folder: Path, utilisation: Utilisation) -> str:
     rows = []
     for path in sorted(folder.glob("*.yaml")):
         config = load(path)
-        if config.generator.preset is None:
+        if config.data.path == "emoji":
             continue
-        about = path.read_text().splitlines()[0].strip("# .")
         hours = rounded(cost_of(config).hours(utilisation.share))
-        row = (f"`{path.stem}`", about, hours, own_fid(config))
+        row = (f"`{path.stem}`", first_sentence(path), hours, own_fid(config))
         if papers:
             row = (*row, *in_the_paper(path))
         rows.append(row)
     if not rows:
         raise SettingsError(
-            f"{folder} holds no configs with a preset; write a folder such as "
+            f"{folder} holds no configs of ImageNet; write a folder such as "
             "examples/imagenet/configs"
         )
     return f"{markdown(head, rows)}\n\nUtilisation: {utilisation}."
+
+
+def first_sentence(path: Path) -> str:
+    """Return the first sentence of the comment that a config begins with."""
+    comment = []
+    for line in path.read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        comment.append(line.strip("# "))
+    return " ".join(comment).partition(". ")[0].rstrip(".")
 
 
 def in_the_paper(path: Path) -> tuple[str, str]:
@@ -293,7 +313,7 @@ def own_fid(config: Config) -> str:
 
 
 TABLES = re.compile(
-    r"(<!-- table: python examples/imagenet/costs\.py (.*?) -->\n).*?(\n<!-- end of table -->)",
+    r"(<!-- table: python examples/imagenet/costs\.py (.*?) -->\n).*?(<!-- end of table -->)",
     re.DOTALL,
 )
 
@@ -302,7 +322,8 @@ def with_tables(page: str) -> str:
     """Return a page with the output of each command in place of what stands under it."""
 
     def printed(found: re.Match[str]) -> str:
-        return found[1] + output(parser().parse_args(found[2].split())) + found[3]
+        text = output(parser().parse_args(found[2].split()))
+        return f"{found[1]}{text}\n{found[3]}"
 
     return TABLES.sub(printed, page)
 

@@ -27,7 +27,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from flowspace import ConsistencyLoss, TimePairs
 from flowspace.vision.encoders import load_encoder, make_buildable
 
-__all__ = ["IMAGENET", "PEAK", "Call", "Cost", "Share", "alone", "cost_of", "counted"]
+__all__ = [
+    "IMAGENET",
+    "PEAK",
+    "Call",
+    "Cost",
+    "Share",
+    "alone",
+    "cost_of",
+    "counted",
+    "generator_cost",
+    "utilisation",
+]
 
 IMAGENET = 1_281_167
 """Images of ImageNet's training set."""
@@ -94,9 +105,10 @@ class Cost:
         averages: of the weights, that are kept beside them.
         kind: of its image, as ``results.PublishedMethod.family`` has it.
         evaluations: of the network for one image.
+        decoder: FLOPs of the decoder for one image; 0 where the network returns images.
         images: that the whole training sees.
         networks: frozen ones that a training step also runs, by the FLOPs of one image.
-        trainings: that come before, such as stage 1, by their whole FLOPs.
+        trainings: that come before, such as stage 1, and what is computed once, by all its FLOPs.
     """
 
     name: str
@@ -110,6 +122,7 @@ class Cost:
     averages: int = 3
     kind: str = "1-NFE latent-to-pixel"
     evaluations: int = 1
+    decoder: float = 0.0
     images: float = 160 * IMAGENET
     networks: tuple[Share, ...] = ()
     trainings: tuple[Share, ...] = ()
@@ -258,19 +271,33 @@ def cost_of(config: Config) -> Cost:
     matrices = cost.matrices
     if training.optimizer == "adamw":
         matrices = 0
-    kind = cost.kind
+    kind, decoder = cost.kind, cost.decoder
     if config.generator.space == "latent":
-        kind = "latent space; the decoder is not counted"
+        kind = "latent space"
+        decoder = whole_autoencoder(config.encoder, config.data.size).flops - encoder.flops
     return replace(
         cost,
         matrices=matrices,
         averages=len(training.emas),
         kind=kind,
         evaluations=config.evaluation.evaluations,
+        decoder=decoder,
         images=images,
         networks=tuple(networks),
-        trainings=tuple(stage_one(config)),
+        trainings=(*stage_one(config), *latents_made(config, encoder)),
     )
+
+
+def utilisation(config: Config, rows: int, seconds: float, peak: float = PEAK) -> float:
+    """Return the share of a device's peak that a measured training step reaches.
+
+    Args:
+        config: of the training; without ``adversarial`` if the discriminator had not begun.
+        rows: of the step on one device.
+        seconds: that the step took.
+        peak: of the device, in FLOP/s.
+    """
+    return cost_of(config).step * rows / (seconds * peak)
 
 
 def image_losses(
@@ -317,10 +344,18 @@ def stage_one(config: Config) -> list[Share]:
     stage, size = config.encoder.stage_one, config.data.size
     if stage is None:
         return []
-    parameters, forward = counted(lambda: (autoencoder(config.encoder), (pictures(size),), {}))
+    whole = whole_autoencoder(config.encoder, size)
     losses = image_losses(config.perceptual, stage.adversarial, size)
-    image = 3 * forward + sum(loss.flops for loss in losses)
-    return [Share("stage 1", parameters, stage.steps * stage.batch * image)]
+    image = 3 * whole.flops + sum(loss.flops for loss in losses)
+    return [Share("stage 1", whole.parameters, stage.steps * stage.batch * image)]
+
+
+def latents_made(config: Config, encoder: Share) -> list[Share]:
+    """Count the latents of ImageNet, and of its mirrored images, where they are computed once."""
+    if config.data.latents is None:
+        return []
+    images = IMAGENET * (1 + config.data.flip)
+    return [Share("latents, computed once", encoder.parameters, images * encoder.flops)]
 
 
 class Encoding(nn.Module):
@@ -345,6 +380,13 @@ def encoder_share(encoder: EncoderConfig, size: int) -> Share:
 
     parameters, forward = counted(build)
     return Share(f"encoder ({encoder.name or 'of stage 1'})", parameters, forward)
+
+
+@cache
+def whole_autoencoder(encoder: EncoderConfig, size: int) -> Share:
+    """Count encoder and decoder, forward, for one image."""
+    parameters, forward = counted(lambda: (autoencoder(encoder), (pictures(size),), {}))
+    return Share("autoencoder", parameters, forward)
 
 
 def autoencoder(encoder: EncoderConfig) -> nn.Module:
