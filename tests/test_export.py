@@ -30,7 +30,9 @@ def generator(**settings):
     return network.eval()
 
 
-@pytest.mark.parametrize("settings", [{}, {"mlp": "gelu"}, {"condition": "t,s"}, {"classes": 0}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"mlp": "gelu"}, {"condition": "t,s"}, {"classes": 0}, {"grid": (2, 6)}]
+)
 def test_torch_export_draws_what_eager_draws(tmp_path, settings):
     network = generator(**settings)
     assert export.TorchExport()(network, tmp_path / "g.pt2") <= 1e-5

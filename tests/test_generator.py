@@ -87,6 +87,41 @@ def test_rows_do_not_mix_and_every_parameter_matters():
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
 
 
+def test_a_pair_of_equal_sides_is_the_square_to_the_bit():
+    z, t, s, y = batch()
+    assert torch.equal(small()(z, t, s, labels=y), small(grid=(4, 4))(z, t, s, labels=y))
+
+
+def test_on_a_rectangle_each_cell_is_the_square_of_pixels_at_its_own_place():
+    """Without blocks cells do not mix, so that what a cell moves is its own."""
+    network, s = small(grid=(2, 5), depth=0, classes=0), torch.zeros(1)
+    z = torch.randn(1, 4, 2, 5, generator=torch.Generator().manual_seed(0))
+    assert network.latent_shape == z.shape[1:] and network(z, s, s).shape == (1, 3, 4, 10)
+    other = z.clone()
+    other[:, :, 1, 3] += 1
+    moved = (network(z, s, s) != network(other, s, s)).any(1)[0]
+    wanted = torch.zeros(4, 10, dtype=torch.bool)
+    wanted[2:4, 6:8] = True
+    assert torch.equal(moved, wanted)
+
+
+def test_a_rectangle_is_saved_and_differentiated_like_a_square(tmp_path):
+    network = small(grid=(2, 8), classes=0).double().eval()
+    draw = torch.Generator().manual_seed(0)
+    z, noise = torch.randn(2, 3, 4, 2, 8, generator=draw, dtype=torch.float64)
+    x = torch.randn(3, 3, 4, 16, generator=draw, dtype=torch.float64)
+    t = torch.tensor([0.9, 0.5, 0.2], dtype=torch.float64)
+    found = [
+        CrossFlowLoss(derivative=route)(network, z, x, noise=noise, t=t, s=t / 2)
+        for route in (SharedPrimal(), ForwardMode())
+    ]
+    torch.testing.assert_close(found[0].target, found[1].target, rtol=1e-12, atol=1e-12)
+    network.float().save_pretrained(tmp_path)
+    again = CrossFlowGenerator.from_pretrained(tmp_path)
+    one = torch.ones(3)
+    assert torch.equal(again(z.float(), one, one), network(z.float(), one, one))
+
+
 def test_rotary_positions_turn_by_the_distance_of_cells():
     """q and k turned at two cells have a product that depends on the difference of rows and
     columns alone.
@@ -157,6 +192,13 @@ def test_saved_and_loaded_it_is_the_same_to_the_bit(tmp_path):
         (lambda: small(condition="s,t"), "'t,s'"),
         (lambda: small(mlp="relu"), "'swiglu' or 'gelu'"),
         (lambda: small(width=36), "multiple of 4 heads"),
+        (lambda: small(grid=(4, 4, 4)), r"pair \(height, width\)"),
+        (
+            lambda: small()(
+                torch.zeros(1, 4, 2, 8), *torch.ones(2, 1), labels=torch.zeros(1).long()
+            ),
+            "4 channels on 4 x 4",
+        ),
         (
             lambda: small()(
                 torch.zeros(1, 3, 4, 4), *torch.ones(2, 1), labels=torch.zeros(1).long()

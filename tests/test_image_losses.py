@@ -116,6 +116,32 @@ def test_timms_networks_are_frozen_features_of_normalised_images(name, tmp_path)
     torch.testing.assert_close(last(x)[0], wanted)
 
 
+@pytest.mark.parametrize("name", ["convnext_atto", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize(("size", "shape"), [(64, (64, 64)), ((32, 64), (32, 64))])
+def test_rectangles_are_resized_in_both_directions_even_where_one_fits(
+    name, size, shape, tmp_path
+):
+    import timm
+
+    torch.manual_seed(0)
+    sized = {"img_size": shape} if "vit" in name else {}
+    torch.save(timm.create_model(name, **sized).state_dict(), tmp_path / "weights.pt")
+    features = TimmFeatures(
+        name, weights=tmp_path / "weights.pt", size=size, mean=(0.0,) * 3, std=(1.0,) * 3
+    )
+    x = pictures(2, 64)[:, :, :48]
+    resized = nn.functional.interpolate((x + 1) / 2, shape, mode="bicubic", antialias=True)
+    wanted = features.network.forward_features(resized)
+    torch.testing.assert_close(features(x)[0], wanted)
+    assert PerceptualLoss(features)(x, x.flip(0)).shape == (2,)
+
+
+def test_a_size_that_is_no_shape_is_refused():
+    for size in (0, (64,), (64, -1), "64"):
+        with pytest.raises(InputError, match="got size = "):
+            TimmFeatures("convnext_atto", size=size)
+
+
 def test_weights_under_other_names_load_by_their_order_and_what_does_not_fit_is_refused(tmp_path):
     import timm
 

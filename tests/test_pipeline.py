@@ -18,6 +18,7 @@ pytest.importorskip("timm")
 
 from flowspace import FlowMap, InputError, LinearSchedule, MatchedStatistic
 from flowspace.vision import CrossFlowGenerator
+from flowspace.vision.card import model_card
 from flowspace.vision.pipeline import CrossFlowDecoder, CrossFlowPipeline
 
 
@@ -121,6 +122,13 @@ def test_a_generator_without_classes_counts_images():
         8,
         8,
     )
+
+
+def test_pictures_may_be_rectangles():
+    pipeline = CrossFlowPipeline(network(grid=(2, 5)))
+    assert pipeline(labels=[1]).images[0].size == (10, 4)
+    card = model_card("Wide", pipeline.generator, "1 - t", "t")
+    assert "latent of 4 x 2\nx 5 to an image of 4 x 10 pixels" in card
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,9 @@ tags: [flowspace, crossflow, one-step]
 
 # {name}
 
-A cross-space flow map (CrossFlow, arXiv 2606.19970): from a noisy latent of {channels} x {grid}
-x {grid} to an image of {side} x {side} pixels in one evaluation, without a decoder. Trained and
-shipped with flowspace.
+A cross-space flow map (CrossFlow, arXiv 2606.19970): from a noisy latent of {channels} x {height}
+x {width} to an image of {image_height} x {image_width} pixels in one evaluation, without a
+decoder. Trained and shipped with flowspace.
 
 ```python
 import torch
@@ -70,27 +70,31 @@ def model_card(
         scores: numbers by name; None says that it was not evaluated.
     """
     c = generator.config
-    listed = "\n".join(f"- {key}: {value}" for key, value in (training or {}).items())
-    table = "\n".join(
-        [
-            "| measure | value |",
-            "| --- | ---: |",
-            *(f"| {k} | {v:.4g} |" for k, v in (scores or {}).items()),
-        ]
-    )
+    channels, height, width = generator.latent_shape
+    kinds, call = "no classes", "count=1"
+    if c["classes"]:
+        kinds, call = f"{c['classes']} classes", "labels=[0]"
+    listed = "Not recorded."
+    if training:
+        listed = "\n".join(f"- {key}: {value}" for key, value in training.items())
+    table = "Not evaluated."
+    if scores:
+        rows = [f"| {key} | {value:.4g} |" for key, value in scores.items()]
+        table = "\n".join(["| measure | value |", "| --- | ---: |", *rows])
     return TEXT.format(
         name=name,
         place=PLACE,
-        channels=c["channels"],
-        grid=c["grid"],
-        side=c["grid"] * c["patch"],
-        call="labels=[0]" if c["classes"] else "count=1",
-        size=f"{c['depth']} blocks of width {c['width']}"
-        + (f", {c['classes']} classes" if c["classes"] else ", no classes"),
+        channels=channels,
+        height=height,
+        width=width,
+        image_height=height * c["patch"],
+        image_width=width * c["patch"],
+        call=call,
+        size=f"{c['depth']} blocks of width {c['width']}, {kinds}",
         parameters=sum(p.numel() for p in generator.parameters()) / 1e6,
         condition=c["condition"],
         alpha=alpha,
         beta=beta,
-        training=listed or "Not recorded.",
-        scores=table if scores else "Not evaluated.",
+        training=listed,
+        scores=table,
     )

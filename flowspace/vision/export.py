@@ -36,7 +36,7 @@ class OneStep(nn.Module):
         self.generator = generator
 
     def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return images ``(B, outputs, H, W)`` of noise ``(B, channels, grid, grid)`` and classes
+        """Return images ``(B, outputs, H, W)`` of noise ``(B, channels, h, w)`` and classes
         ``(B,)``.
         """
         one = torch.ones_like(noise[:, 0, 0, 0])
@@ -44,10 +44,12 @@ class OneStep(nn.Module):
 
     def inputs(self, rows: int) -> tuple[Tensor, ...]:
         """Return noise, and labels for a generator of classes."""
-        c = self.generator.config
+        classes = self.generator.config["classes"]
         draw = torch.Generator().manual_seed(rows)
-        noise = torch.randn(rows, c["channels"], c["grid"], c["grid"], generator=draw)
-        return (noise, torch.arange(rows) % c["classes"]) if c["classes"] else (noise,)
+        noise = torch.randn(rows, *self.generator.latent_shape, generator=draw)
+        if not classes:
+            return (noise,)
+        return noise, torch.arange(rows) % classes
 
 
 class Export(abc.ABC):

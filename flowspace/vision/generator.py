@@ -8,6 +8,7 @@ linear layer in them has a bias, so that a block of width d holds 12 d^2 numbers
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flowspace.errors import InputError
+from flowspace.vision.shapes import pair_of
 
 __all__ = ["PRESETS", "CrossFlowGenerator"]
 
@@ -39,12 +41,12 @@ SLOWEST = 1e4
 
 
 class CrossFlowGenerator(ModelMixin, ConfigMixin):
-    """Maps latents ``(B, channels, grid, grid)`` to images ``(B, outputs, grid patch, grid
-    patch)``.
+    """Maps latents ``(B, channels, h, w)`` to images ``(B, outputs, h patch, w patch)``.
 
     Args:
         channels: of the latent; 32 for VA-VAE.
-        grid: cells a side that positions are learned for.
+        grid: the cells of a latent, for which positions are learned: a side of a square, or a
+            pair (height, width).
         patch: pixels a side of one cell.
         outputs: channels of the image.
         classes: labels run from 0 to classes - 1; label ``classes`` is the null class of guidance.
@@ -72,7 +74,7 @@ class CrossFlowGenerator(ModelMixin, ConfigMixin):
     def __init__(
         self,
         channels: int = 32,
-        grid: int = 16,
+        grid: int | Sequence[int] = 16,
         patch: int = 16,
         outputs: int = 3,
         classes: int = 1000,
@@ -95,9 +97,10 @@ class CrossFlowGenerator(ModelMixin, ConfigMixin):
                 f"width = {width}, heads = {heads} came; rotary positions need a width that is a "
                 "multiple of 4 heads"
             )
+        cells = math.prod(pair_of(grid, "grid"))
         self.gradient_checkpointing = False
         self.embed = nn.Linear(channels, width, bias=False)
-        self.position = nn.Parameter(0.02 * torch.randn(1, grid * grid, width))
+        self.position = nn.Parameter(0.02 * torch.randn(1, cells, width))
         self.label = nn.Embedding(classes + 1, class_tokens * width) if classes else None
         self.time_token = nn.Parameter(0.02 * torch.randn(1, time_tokens, width))
         self.times = nn.ModuleDict(
@@ -120,6 +123,11 @@ class CrossFlowGenerator(ModelMixin, ConfigMixin):
             raise InputError(f"preset {name!r} came; write one of {', '.join(PRESETS)}")
         return cls(**(PRESETS[name] | changes))
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """The shape of one latent, (channels, h, w)."""
+        return (self.config["channels"], *pair_of(self.config["grid"], "grid"))
+
     def forward(
         self, latents: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None
     ) -> Tensor:
@@ -130,7 +138,7 @@ class CrossFlowGenerator(ModelMixin, ConfigMixin):
             InputError: if the latents' channels, the labels or the grid do not fit.
         """
         batch, channels, height, width = latents.shape
-        self._check(channels, height * width, labels)
+        self._check((channels, height, width), labels)
         x = self.embed(latents.flatten(2).transpose(1, 2)) + self.position
         context = self._context(t, s, labels)
         x = torch.cat([context, x], 1)
@@ -169,20 +177,20 @@ class CrossFlowGenerator(ModelMixin, ConfigMixin):
         classes = self.label(labels).unflatten(1, (-1, tokens.shape[2]))
         return torch.cat([classes, tokens.to(classes.dtype)], 1)
 
-    def _check(self, channels: int, cells: int, labels: Tensor | None) -> None:
-        c = self.config
-        if channels != c["channels"] or cells != c["grid"] ** 2:
+    def _check(self, shape: tuple[int, int, int], labels: Tensor | None) -> None:
+        if shape != self.latent_shape:
+            channels, height, width = self.latent_shape
             raise InputError(
-                f"a latent of {channels} channels and {cells} cells came; this generator takes "
-                f"{c['channels']} channels on "
-                f"{c['grid']} x {c['grid']}"
+                f"got a latent of {shape[0]} channels on {shape[1]} x {shape[2]} cells; this "
+                f"generator takes {channels} channels on {height} x {width}"
             )
-        if (self.label is None) != (labels is None):
+        if self.label is None and labels is not None:
+            raise InputError("labels came for a generator without classes")
+        if self.label is not None and labels is None:
+            classes = self.config["classes"]
             raise InputError(
-                "labels came for a generator without classes"
-                if self.label is None
-                else f"no labels came; write labels= with classes from 0 to {c['classes'] - 1}, "
-                f"or {c['classes']} for none"
+                f"no labels came; write labels= with classes from 0 to {classes - 1}, or "
+                f"{classes} for none"
             )
 
     def _initialise(self) -> None:

@@ -20,6 +20,7 @@ from flowspace.arrays import over_rows
 from flowspace.errors import InputError, RunError
 from flowspace.objectives import LossOutput, Objective
 from flowspace.penalties import HuberError, Penalty
+from flowspace.vision.shapes import pair_of
 from flowspace.vision.weights import read_tensors
 
 __all__ = [
@@ -66,7 +67,8 @@ class TimmFeatures(Features):
             ``vit_base_patch16_dinov3``.
         weights: a file of weights; None takes timm's pretrained ones from the hub's cache or the
             network.
-        size: images are resized to this many pixels a side; None leaves them.
+        size: images are resized to squares of this many pixels a side, or to a pair (height,
+            width), which keeps the proportions of rectangles; None leaves them.
         layers: indices of the intermediate layers; None takes the last one's tokens or map.
         mean: what the network's inputs are normalised by, in [0, 1] units; None takes timm's own
             for the name.
@@ -81,13 +83,14 @@ class TimmFeatures(Features):
         name: str,
         *,
         weights: str | Path | None = None,
-        size: int | None = 224,
+        size: int | Sequence[int] | None = 224,
         layers: Sequence[int] | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        self.size, self.layers = size, None if layers is None else list(layers)
+        self.size, self.layers = size, layers
+        self.shape = None if size is None else pair_of(size, "size")
         self.network = _timm(name, weights, size)
         own: Any = self.network.pretrained_cfg
         for key, value in (("mean", mean or own["mean"]), ("std", std or own["std"])):
@@ -97,18 +100,17 @@ class TimmFeatures(Features):
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return the features of each chosen layer."""
         x = (images + 1) / 2
-        if self.size is not None and x.shape[-1] != self.size:
-            x = F.interpolate(
-                x, (self.size, self.size), mode="bicubic", antialias=True, align_corners=False
-            )
+        if self.shape is not None and tuple(x.shape[-2:]) != self.shape:
+            x = F.interpolate(x, self.shape, mode="bicubic", antialias=True, align_corners=False)
         x = (x - self.mean) / self.std  # type: ignore[operator]
         network: Any = self.network
         if self.layers is None:
             return [network.forward_features(x)]
-        return network.forward_intermediates(x, indices=self.layers, intermediates_only=True)
+        layers = list(self.layers)
+        return network.forward_intermediates(x, indices=layers, intermediates_only=True)
 
 
-def _timm(name: str, weights: str | Path | None, size: int | None) -> nn.Module:
+def _timm(name: str, weights: str | Path | None, size: int | Sequence[int] | None) -> nn.Module:
     import timm
 
     if ":" not in name and not timm.is_model(name):  # hf-hub:NAME is a network elsewhere
@@ -117,7 +119,9 @@ def _timm(name: str, weights: str | Path | None, size: int | None) -> nn.Module:
             f"timm knows no network {name!r}; "
             + (f"near are {', '.join(near)}" if near else "see timm.list_models()")
         )
-    sized: dict[str, Any] = {"img_size": size} if size is not None and "vit" in name else {}
+    sized: dict[str, Any] = {}
+    if size is not None and "vit" in name:
+        sized["img_size"] = size
     try:
         if weights is None:
             return timm.create_model(name, pretrained=True, **sized)

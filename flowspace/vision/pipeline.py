@@ -141,7 +141,7 @@ class CrossFlowPipeline(DiffusionPipeline):
             count: how many images a generator without classes draws.
             generator: the source of the noise: one, or one for each image, which makes an image
                 independent of its batch.
-            latents: the noise itself, ``(B, channels, grid, grid)``, instead of ``generator``.
+            latents: the noise itself, ``(B, channels, h, w)``, instead of ``generator``.
             steps: evaluations; more than one needs ``encode``.
             encode: from images to latents, such as ``encode_prediction`` of
                 `load_encoder`.
@@ -162,7 +162,7 @@ class CrossFlowPipeline(DiffusionPipeline):
         network: CrossFlowGenerator = self.generator
         classes = self._classes(labels)
         rows = count if classes is None else len(classes)
-        shape = (rows, network.config["channels"], network.config["grid"], network.config["grid"])
+        shape = (rows, *network.latent_shape)
         if latents is None:
             where = {"device": network.device, "dtype": network.dtype}
             latents = randn_tensor(shape, generator=generator, **where)  # type: ignore[arg-type]
