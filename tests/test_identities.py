@@ -9,6 +9,7 @@ import torch
 from gaussian import Gaussian, column
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import Net
 from strategies import (
     PRESETS,
     cross_flow,
@@ -42,22 +43,6 @@ from flowspace import (
 )
 
 LINEAR = PRESETS["linear"]
-
-
-class Net(torch.nn.Module):
-    """A smooth model in float64."""
-
-    def __init__(self, dim=3, seed=0):
-        super().__init__()
-        self.first = torch.nn.Parameter(normal(seed, dim, 8))
-        self.second = torch.nn.Parameter(normal(seed + 1, 8, dim))
-
-    def forward(self, z, t, s):
-        return (
-            torch.tanh(z @ self.first + column(t) - 2 * column(s))
-            @ self.second
-            * column(1 + t * s)
-        )
 
 
 close = within(EXACT)

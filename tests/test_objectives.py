@@ -11,6 +11,7 @@ import torch
 from gaussian import Gaussian, column
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import Net
 from strategies import (
     ANCHORED_DELTAS,
     PRESETS,
@@ -54,20 +55,6 @@ from flowspace import (
 LINEAR, COSINE = PRESETS["linear"], PRESETS["cosine"]
 LOSSES = [CrossFlowLoss(), MeanFlowLoss(), FlowMatchingLoss(), ConsistencyLoss()]
 each_loss = pytest.mark.parametrize("loss_fn", LOSSES, ids=lambda loss_fn: type(loss_fn).__name__)
-
-
-class Net(torch.nn.Module):
-    """A smooth model in float64 from `dim` to `out` dimensions, of all its arguments."""
-
-    def __init__(self, dim=3, out=None, seed=0):
-        super().__init__()
-        self.first = torch.nn.Parameter(normal(seed, dim, 8))
-        self.second = torch.nn.Parameter(normal(seed + 1, 8, out or dim))
-
-    def forward(self, z, t, s, shift=None):
-        hidden = torch.tanh(z @ self.first + column(t) - 2 * column(s))
-        f = hidden @ self.second * column(1 + t * s)
-        return f if shift is None else f + shift * column(t)
 
 
 def batch(seed, rows, dim=3, out=None):
