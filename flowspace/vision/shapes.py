@@ -17,13 +17,13 @@ def pair_of(size: int | Sequence[int], name: str) -> tuple[int, int]:
     Raises:
         InputError: if it is neither, or not positive.
     """
-    pair = (size, size)
+    sides = [size, size]
     if isinstance(size, Sequence):
-        pair = tuple(size)
-    fits = len(pair) == 2 and all(isinstance(side, int) and side > 0 for side in pair)
-    if not fits:
+        sides = list(size)
+    whole = [side for side in sides if isinstance(side, int) and side > 0]
+    if len(sides) != 2 or len(whole) != 2:
         raise InputError(
             f"got {name} = {size!r}; write the side of a square, or a pair (height, width) of "
             "positive whole numbers"
         )
-    return pair
+    return whole[0], whole[1]
