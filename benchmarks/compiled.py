@@ -41,7 +41,7 @@ from compiled_steps import (
     vit_s,
 )
 
-from flowspace.recipes.report import markdown_table
+from flowspace.demo.page import markdown_table
 
 __all__ = ["Limits", "Options", "report", "settings"]
 

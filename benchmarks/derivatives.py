@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flowspace import CrossFlowLoss, FiniteDifference, ForwardMode, SharedPrimal, TimePairs
+from flowspace.demo.page import markdown_table, png, write_beside
 from flowspace.derivatives import Derivative
 from flowspace.recipes.networks import SmallViT
-from flowspace.recipes.report import markdown_table, png, write_beside
 
 
 @dataclass(frozen=True)

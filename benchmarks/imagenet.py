@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from overhead import Known
 
+from flowspace.demo.page import markdown_table
 from flowspace.recipes.config import Config, load
 from flowspace.recipes.imagenet import Run
-from flowspace.recipes.report import markdown_table
 from flowspace.training import Draws
 from flowspace.vision.steps import Adversarial, FlowStep
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from flowspace import CrossFlowLoss, TimePairs
-from flowspace.recipes.report import markdown_table
+from flowspace.demo.page import markdown_table
 
 ROUNDS = 201
 SIZE = 16

@@ -42,10 +42,10 @@ from flowspace import (
     TrajectoryMatchingLoss,
     VelocityFlow,
 )
+from flowspace.demo.page import grid, markdown_table, png, write_beside
 from flowspace.objectives import Objective
 from flowspace.recipes import digits, swiss_roll
 from flowspace.recipes.networks import Patches
-from flowspace.recipes.report import grid, markdown_table, png, write_beside
 
 Teacher = Callable[..., Tensor]
 Encoder = Callable[[Tensor], Tensor]

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from flowspace import CrossFlowLoss
+from flowspace.demo.page import markdown_table
 from flowspace.derivatives import Derivative
 from flowspace.recipes.networks import SmallViT
-from flowspace.recipes.report import markdown_table
 
 ROUNDS = 15
 

@@ -225,8 +225,8 @@ def _statistic(options: argparse.Namespace, schedule: Schedule) -> AbstractStati
 
 
 def _demo(options: argparse.Namespace) -> int:
+    from flowspace.demo.page import markdown_table
     from flowspace.recipes import digits
-    from flowspace.recipes.report import markdown_table
 
     if options.seeds < 1:
         raise FlowspaceError(f"--seeds {options.seeds} came; write 1 or more")
@@ -259,9 +259,9 @@ def _one_thread() -> Iterator[None]:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from flowspace.demo.page import markdown_table
     from flowspace.recipes.config import load
     from flowspace.recipes.imagenet import DecoderRun, Run, ablate, ablation_table
-    from flowspace.recipes.report import markdown_table
 
     config = load(options.config, options.changes)
     if options.ablate:
@@ -309,7 +309,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _judge(run: "Run") -> None:
-    from flowspace.recipes.report import markdown_table
+    from flowspace.demo.page import markdown_table
 
     scores = run.evaluate()
     if run.parts.place.rank == 0:

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowspace import InputError, RunError
-from flowspace.recipes import digits, metrics, report, swiss_roll
+from flowspace.demo import page as report
+from flowspace.recipes import digits, metrics, swiss_roll
 from flowspace.recipes.networks import Autoencoder, JudgeClassifier, SmallViT
 from flowspace.training import LoopSettings
 

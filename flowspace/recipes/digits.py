@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowspace.demo.page import grid, page, png, write_beside
 from flowspace.errors import InputError
 from flowspace.flow_map import FlowMap
 from flowspace.objectives import CrossFlowLoss, FlowMatchingLoss, MeanFlowLoss, Objective
@@ -28,7 +29,6 @@ from flowspace.recipes.networks import (
     Patches,
     SmallViT,
 )
-from flowspace.recipes.report import grid, page, png, write_beside
 from flowspace.solvers import VelocityFlow
 from flowspace.training import Draws, LoopSettings, TensorBatches, seed_of, train
 

@@ -23,9 +23,9 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from flowspace.demo.page import markdown_table, png, write_beside
 from flowspace.objectives import ConsistencyLoss, CrossFlowLoss, Objective
 from flowspace.penalties import AbsoluteError, SquaredError
-from flowspace.recipes.report import markdown_table, png, write_beside
 from flowspace.schedules import CosineSchedule, LinearSchedule, Schedule
 from flowspace.statistics import ConsistencyStatistic, Statistic
 from flowspace.times import TimePairs, ToDataTimes, UniformTimes

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from flowspace.demo.page import markdown_table, page, write_beside
 from flowspace.recipes.config import Config
 from flowspace.recipes.imagenet.run import Run
-from flowspace.recipes.report import markdown_table, page, write_beside
 from flowspace.vision.evaluate import Scores
 
 __all__ = ["ABLATIONS", "ablate", "ablation_table"]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowspace.demo.page import png, write_beside
 from flowspace.errors import InputError
 from flowspace.flow_map import FlowMap
 from flowspace.objectives import FlowMatchingLoss
@@ -20,7 +21,6 @@ from flowspace.recipes.config import LatentConfig
 from flowspace.recipes.imagenet.look import sheet
 from flowspace.recipes.imagenet.parts import optimizer_of
 from flowspace.recipes.imagenet.run import Run
-from flowspace.recipes.report import png, write_beside
 from flowspace.solvers import Heun, VelocityFlow
 from flowspace.times import ShiftedTimes, TimePairs, UniformTimes
 from flowspace.training import Watch, records, train

@@ -17,13 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from flowspace.demo.page import write_beside
 from flowspace.errors import InputError, RunError
 from flowspace.objectives import Objective
 from flowspace.recipes.config import Config
 from flowspace.recipes.imagenet.look import Look, sheet, slopes
 from flowspace.recipes.imagenet.parts import Parts, optimizer_of
 from flowspace.recipes.imagenet.stage_one import encoder_of
-from flowspace.recipes.report import write_beside
 from flowspace.training import records, train
 from flowspace.vision.card import model_card
 from flowspace.vision.encoders import LatentEncoder
