@@ -350,7 +350,9 @@ def _writes(name: str) -> bool:
 
 def _version(tensor: Tensor) -> int:
     """Return how often autograd has seen a tensor written to, or -1 where it does not count."""
-    return -1 if tensor.is_inference() else tensor._version
+    if tensor.is_inference():
+        return -1
+    return tensor._version
 
 
 def is_alive(tensor: Tensor) -> bool:

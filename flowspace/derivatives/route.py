@@ -160,12 +160,14 @@ def checked(value: Any, primals: Sequence[Any]) -> Tensor:
     *)``.
     """
     is_array = backend_of(*primals).is_array(value)
-    if not is_array or value.ndim < 1 or len(value) != len(primals[0]):
-        came = f"shape {tuple(value.shape)}" if is_array else type(value).__name__
-        raise InputError(
-            f"got {came} from the model; wrap it so that it returns one tensor of shape (B, *)"
-        )
-    return value
+    if is_array and value.ndim >= 1 and len(value) == len(primals[0]):
+        return value
+    came = type(value).__name__
+    if is_array:
+        came = f"shape {tuple(value.shape)}"
+    raise InputError(
+        f"got {came} from the model; wrap it so that it returns one tensor of shape (B, *)"
+    )
 
 
 def scatter(found: Tensor, rows: Tensor, value: Tensor) -> Tensor:

@@ -145,7 +145,9 @@ class Dual:
     @property
     def rows(self) -> Tensor:
         """The primal where the tangent is, detached."""
-        return self.primal.detach() if self.layout is None else restrict(self.primal, self.layout)
+        if self.layout is None:
+            return self.primal.detach()
+        return restrict(self.primal, self.layout)
 
     @property
     def ndim(self) -> int:
@@ -168,6 +170,13 @@ def same(values: Sequence[Any]) -> bool:
     return all(value == values[0] for value in values[1:])
 
 
+def _whole(value: Any) -> Any:
+    """Return the primal of a dual, on every row, and any other value as it is."""
+    if isinstance(value, Dual):
+        return value.primal.detach()
+    return value
+
+
 def shared_rows(duals: Sequence[Dual]) -> Callable[[Any], Any]:
     """Return what restricts an argument of a broadcasting function to the rows of the duals.
 
@@ -179,7 +188,7 @@ def shared_rows(duals: Sequence[Dual]) -> Callable[[Any], Any]:
     first = duals[0]
     layout = first.layout
     if layout is None:
-        return lambda value: value.primal.detach() if isinstance(value, Dual) else value
+        return _whole
     right = first.ndim - layout.axis
     for dual in duals[1:]:
         other = dual.layout

@@ -87,7 +87,10 @@ def assigned(target: Any, index: Any, source: Any) -> Tensor:
         _rows_whole(target, index)
         if isinstance(source, Dual) and not _aligned(target, index, source):
             raise LostRowsError
-    tangent = target.tangent.clone() if isinstance(target, Dual) else torch.zeros_like(target)
+    if isinstance(target, Dual):
+        tangent = target.tangent.clone()
+    else:
+        tangent = torch.zeros_like(target)
     if isinstance(source, Dual):
         tangent[index] = source.tangent
     else:

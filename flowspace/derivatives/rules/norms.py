@@ -74,7 +74,8 @@ def layer_norm(  # noqa: PLR0913  # torch's arguments
     if call.evaluated or torch.is_autocast_enabled(rows.device.type):
         # the output's dtype is known only once the function has been run as autocast runs it
         call.run(call.evaluate)
-        rows, tangent = rows.to(call.out.dtype), tangent.to(call.out.dtype)
+        dtype = call.out.dtype
+        rows, tangent = rows.to(dtype), tangent.to(dtype)
         mean, scale = torch.native_layer_norm(rows, normalized_shape, None, None, eps)[1:]
     else:
         given = x.primal, normalized_shape, weight, bias, eps

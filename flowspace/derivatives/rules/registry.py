@@ -136,7 +136,10 @@ def rule(names: str) -> Callable[[Rule], Rule]:
 
 def rule_of(name: str) -> Rule | None:
     """Return the rule for a torch function by its plain name, without underscores."""
-    return RULES.get(name) or (pointwise if name and is_pointwise(name) else None)
+    rule = RULES.get(name)
+    if rule is None and name and is_pointwise(name):
+        return pointwise
+    return rule
 
 
 @functools.lru_cache(None)
@@ -145,11 +148,13 @@ def is_pointwise(name: str) -> bool:
 
     Torch tags most of the functions of which this holds.
     """
+    if name in UNTAGGED:
+        return True
     packet = getattr(torch.ops.aten, name, None)
-    return name in UNTAGGED or (
-        packet is not None
-        and any(torch.Tag.pointwise in getattr(packet, o).tags for o in packet.overloads())
-    )
+    if packet is None:
+        return False
+    overloads = [getattr(packet, overload) for overload in packet.overloads()]
+    return any(torch.Tag.pointwise in overload.tags for overload in overloads)
 
 
 @functools.lru_cache(None)
@@ -158,7 +163,9 @@ def may_draw(name: str) -> bool:
 
     A function that is composed of others, or that torch has no operator of, may.
     """
-    packet = getattr(torch.ops.aten, name, None) if name else None
+    if not name:
+        return True
+    packet = getattr(torch.ops.aten, name, None)
     if packet is None:
         return True
     overloads = [getattr(packet, overload) for overload in packet.overloads()]
@@ -204,7 +211,9 @@ def forward(call: Call, rows: Callable[[Any], Any] | None = None) -> list[Tensor
     moving = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Dual)]
     name = getattr(call.func, "__name__", str(call.func))
     if name in BY_MKLDNN:
-        fixed = [value.double() if differentiable(value) else value for value in fixed]
+        for i, value in enumerate(fixed):
+            if differentiable(value):
+                fixed[i] = value.double()
 
     def outputs(values: Sequence[Any]) -> tuple[Tensor, ...]:
         args, kwargs = pytree.tree_unflatten(list(values), spec)
@@ -213,9 +222,12 @@ def forward(call: Call, rows: Callable[[Any], Any] | None = None) -> list[Tensor
 
     # torch writes the tangent in the primal's layout, which an expanded one has no room for
     for i in moving:
-        fixed[i] = fixed[i].contiguous() if 0 in fixed[i].stride() else fixed[i]
+        if 0 in fixed[i].stride():
+            fixed[i] = fixed[i].contiguous()
     tangents = [leaves[i].tangent.to(fixed[i].dtype) for i in moving]
-    jvp = traced_jvp if call.traced else one_jvp
+    jvp = one_jvp
+    if call.traced:
+        jvp = traced_jvp
     try:
         return list(jvp(outputs, fixed, moving, tangents))
     except (RuntimeError, NotImplementedError, TypeError) as error:
@@ -285,16 +297,22 @@ def without_rule(call: Call, *args: Any, **kwargs: Any) -> list[Tensor]:
 
 def tangent_of(value: Any) -> Tensor | None:
     """Return the tangent of a dual, and None for what does not move."""
-    return value.tangent if isinstance(value, Dual) else None
+    if isinstance(value, Dual):
+        return value.tangent
+    return None
 
 
 def rows_of(value: Any) -> Any:
     """Return the primal of a dual where its tangent is, and any other value whole."""
-    return value.rows if isinstance(value, Dual) else value
+    if isinstance(value, Dual):
+        return value.rows
+    return value
 
 
 def sum_of(first: Tensor | None, second: Tensor | None) -> Tensor:
     """Return the sum of two tangents, of which one may be None."""
     if first is None:
         return second  # type: ignore[return-value]
-    return first if second is None else first + second
+    if second is None:
+        return first
+    return first + second

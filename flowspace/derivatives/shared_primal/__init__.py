@@ -66,7 +66,9 @@ class SharedPrimal(Derivative):
     ) -> tuple[Tensor, Tensor]:
         """Return the value with gradient and the derivative without."""
         draws = RandomState(primals[0].device, of_python=True)
-        few = None if rows is None else Rows.of(rows, len(primals[0]))
+        few = None
+        if rows is not None:
+            few = Rows.of(rows, len(primals[0]))
         versions = _versions(primals)
         value, tangent, before = evaluate_beside(fn, primals, tangents, few)
         if before is not None:
@@ -80,7 +82,9 @@ class SharedPrimal(Derivative):
             few = None
         if tangent is None:
             return value, torch.zeros_like(value)
-        return value, tangent if few is None else scatter(tangent, few.chosen, value)
+        if few is not None:
+            tangent = scatter(tangent, few.chosen, value)
+        return value, tangent
 
     def derive(
         self,
@@ -93,7 +97,9 @@ class SharedPrimal(Derivative):
         """Return the derivative on every row, in a pass of its own that leaves no trace."""
         with torch.no_grad(), restoring_buffers():
             value, tangent, _ = evaluate_beside(fn, primals, tangents, None)
-        return torch.zeros_like(value) if tangent is None else tangent
+        if tangent is None:
+            return torch.zeros_like(value)
+        return tangent
 
 
 def _versions(primals: Sequence[Any]) -> list[int]:

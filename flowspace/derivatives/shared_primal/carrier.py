@@ -82,6 +82,8 @@ class Carrier(TorchFunctionMode):
 
     def wrap(self, primal: Tensor, tangent: Tensor, layout: Layout | None) -> Tensor:
         """Return an alias of a primal that carries a tangent."""
+        # A view has the values, memory and graph of its primal, and is an object of its own: the
+        # attribute is then on no tensor that anybody else holds.
         alias = primal.view_as(primal)
         if tangent.dtype != primal.dtype:
             tangent = tangent.to(primal.dtype)
@@ -98,12 +100,14 @@ class Carrier(TorchFunctionMode):
     def dual(self, tensor: Tensor) -> Dual | None:
         """Return what a tensor carries now, or None."""
         held = getattr(tensor, FIELD, None)
+        # An alias of another carrier, as where the model evaluates a route itself, is a plain
+        # tensor to this one.
         if held is None or held.owner is not self:
             held = None
             if self.live and transform_level() != self.level:
                 self._refuse_transforms(tensor)
         elif held.tangent is None:
-            return None
+            return None  # detached, so it has no part in the mirror of the memory that it shares
         if not self.writes.mirrors:
             return held
         # Some memory was written to in part: what lies there now is told by its mirror alone.
@@ -119,6 +123,7 @@ class Carrier(TorchFunctionMode):
         """Raise DerivativeError for a tensor that carries a tangent inside torch.func.vmap, grad
         or jvp.
         """
+        # A transform hands on a tensor of its own without the attribute; the alias is beneath.
         while in_transform(tensor):
             tensor = base_transform(tensor)
             held = getattr(tensor, FIELD, None)
@@ -134,7 +139,11 @@ class Carrier(TorchFunctionMode):
         return tensor
 
     def release(self) -> None:
-        """Let go of every tangent that the model still holds."""
+        """Let go of every tangent that the model still holds.
+
+        What it keeps of a pass, such as a cache, is then a plain tensor, and holds no memory of
+        tangents.
+        """
         for reference in self.live.values():
             alias = reference()
             if alias is not None and hasattr(alias, FIELD):
@@ -199,6 +208,7 @@ class Carrier(TorchFunctionMode):
         before = hidden_calls.capture_callback()
         if before is None:
             return self.carry(func, args, kwargs or {})
+        # What the carrier itself does is not the model: torch.compile is not to capture it.
         hidden_calls.set_capture_callback(None)
         try:
             return self.carry(func, args, kwargs or {})
@@ -224,6 +234,7 @@ class Carrier(TorchFunctionMode):
             return higher_order.run(self, call, treatment.name, args)
         if transform_level() != self.level:
             raise DerivativeError(TRANSFORMED)
+        # There will be a second pass for the tangents; this one goes on for the value.
         if self.lost:
             return call.evaluate()
         try:
@@ -231,6 +242,7 @@ class Carrier(TorchFunctionMode):
                 return self.ruled(call, treatment.name)
             return self._treated(call, treatment, args, kwargs)
         except LostRowsError:
+            # the call has kept what the function returned, so it is not run twice
             self.lost = True
             return call.evaluate()
 
@@ -285,9 +297,11 @@ class Carrier(TorchFunctionMode):
     ) -> Any:
         """Enter a function that is written in others, or stand for it if it was entered before."""
         func = call.func
+        # Some call the builtin of their own name: seen for the second time, it has a rule.
         if func in self.inside:
             return self.ruled(call, name)
         off = func is F.dropout and not (kwargs["training"] and kwargs["p"])
+        # Most models call dropout also where it does nothing.
         if off and not kwargs["inplace"]:
             return args[0]
         return self._enter(func, _unchecked(func), args, kwargs)
@@ -295,9 +309,13 @@ class Carrier(TorchFunctionMode):
     def ruled(self, call: rules.Call, name: str) -> Any:
         """Run a function as it is, and its rule, or torch.func.jvp of it, beside it."""
         rule, draws = rules.rule_of(name), None
+        # torch.func.jvp runs the function again, and has to draw what the function drew. The state
+        # of the generators is slow to ask for, so only where that may happen.
         unruled = rule is None or rule is rules.pointwise
         if unruled and not self.traced and rules.may_draw(name):
             draws = RandomState(call.duals[0].primal.device)
+        # The rule of layer_norm runs the function itself, by a kernel that returns mean and scale
+        # too. A dispatch mode of the user has to see the function that the model calls.
         by_rule = name == "layer_norm" and (self.traced or not dispatch_modes())
         if not by_rule and not rules.moves(call.evaluate()):
             if name in WHOLE:
@@ -400,6 +418,8 @@ class Carrier(TorchFunctionMode):
         """Return one output of a custom function of these tensors that move, with its tangent."""
         if not rules.differentiable(out) or not out.numel():
             return out
+        # The forward pass of a custom function runs without gradient, so its aliases are not in
+        # the graph of its outputs: each output is wrapped again, as torch hands it out.
         in_graph = torch.is_grad_enabled() and any(x.requires_grad for x in given)
         if in_graph and not out.requires_grad:
             return out  # marked as not differentiable
@@ -449,6 +469,12 @@ def _same_memory(cls: type, given: Sequence[Tensor], out: Tensor) -> Tensor:
 
 
 def _copy_unchecked(func: Any) -> Callable[..., Any]:
+    """Return a copy of a Python function of torch in which nobody seems to intercept it.
+
+    Such a function first asks whether its arguments are special, and if so hands itself back to
+    the mode: entered from there, it would come back for ever. In the copy, which has globals of
+    its own, the answer is no; torch's function stays as it is for everybody else.
+    """
     names = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
     return_false = dict.fromkeys(names, lambda *_: False)
     copy = type(func)(

@@ -313,6 +313,7 @@ class Region:
         pass, so the value has to be the plain graph's here too. Both runs draw the same random
         numbers, and the second writes into copies.
         """
+        # cloned before the plain graph writes into them
         copies = list(primals)
         for i in self.writes:
             copies[i] = primals[i].clone()

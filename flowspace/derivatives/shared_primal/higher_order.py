@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 _checkpoints = itertools.count(1 << 20)
+"""Numbers for checkpoints in traces, far from those that torch gives to its own, from 1 on."""
 
 
 def run(carrier: "Carrier", call: rules.Call, name: str, args: tuple[Any, ...]) -> Any:
@@ -54,26 +55,45 @@ def run(carrier: "Carrier", call: rules.Call, name: str, args: tuple[Any, ...]) 
     return out
 
 
-def _first(args: tuple[Any, ...]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+Arguments = tuple[Any, ...]
+"""What an operator is called with."""
+
+Body = tuple[Callable[..., Any], Arguments]
+"""A graph, and what it is called with."""
+
+
+def _first(args: Arguments) -> Body:
+    """Return the graph that comes first, and its inputs, which are all that follows."""
     return args[0], args[1:]
 
 
-_BODIES: dict[str, Callable[[tuple[Any, ...]], tuple[Callable[..., Any], tuple[Any, ...]]]] = {
+def _without_name(args: Arguments) -> Body:
+    """Return the graph that comes first, and its inputs, which follow its name."""
+    return args[0], args[2:]
+
+
+_BODIES: dict[str, Callable[[Arguments], Body]] = {
     "wrap": _first,
     "tag_activation_checkpoint": _first,
-    "invoke_subgraph": lambda args: (args[0], args[2:]),
+    "invoke_subgraph": _without_name,
 }
 """The body of an operator, and what it is called with, among its arguments."""
 
 
 def _tracer() -> Any:
+    """Return what writes a trace down, or None where nothing is traced."""
     mode = proxy_tensor.get_proxy_mode()
-    return None if mode is None else mode.tracer
+    if mode is None:
+        return None
+    return mode.tracer
 
 
 def _traced_nodes() -> int:
+    """Return how many functions a trace has by now."""
     tracer = _tracer()
-    return 0 if tracer is None else len(tracer.graph.nodes)
+    if tracer is None:
+        return 0
+    return len(tracer.graph.nodes)
 
 
 def _mark_recomputed(before: int) -> None:
@@ -93,15 +113,20 @@ def _custom_function(carrier: "Carrier", call: rules.Call, args: tuple[Any, ...]
     tangents.
     """
     forward, backward, *inputs = args
+    # Run twice: traced into its parts, the function would lose the backward pass that it brings.
     values = _recorded(call, (forward, backward, *call.primals[2:]))
     with carrier, torch.no_grad():
         outputs, _ = forward(*inputs)
     fixed = call.options.get("non_differentiable_idx", ())
     if isinstance(values, Tensor):
-        return _with_tangent(carrier, values, None if 0 in fixed else outputs)
+        if 0 in fixed:
+            return values
+        return _with_tangent(carrier, values, outputs)
     found = []
     for number, (value, output) in enumerate(zip(values, outputs, strict=True)):
-        found.append(_with_tangent(carrier, value, None if number in fixed else output))
+        if number not in fixed:
+            value = _with_tangent(carrier, value, output)
+        found.append(value)
     return tuple(found)
 
 
@@ -120,6 +145,7 @@ def _recorded(call: rules.Call, args: tuple[Any, ...]) -> Any:
     tracer = _tracer()
     if tracer is None:
         return call.func(*args, **call.options)
+    # The operator is written down by hand: traced as it runs, it would fall into its parts.
     with proxy_tensor.disable_proxy_modes_tracing(), not_intercepted():
         out = call.func(*args, **call.options)
     for graph in args[:2]:

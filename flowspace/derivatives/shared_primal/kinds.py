@@ -32,15 +32,21 @@ REFUSED = {
 
 METADATA = frozenset(
     "size dim ndimension numel nelement stride storage_offset is_floating_point is_complex "
-    "is_contiguous get_device "
-    "element_size __len__".split()
+    "is_contiguous get_device element_size __len__".split()
 )
+"""Functions that ask how a tensor is made, and not for its numbers: an alias answers as its
+primal does.
+"""
+
 AUTOGRAD = frozenset(
     "register_hook register_post_accumulate_grad_hook retain_grad requires_grad_ grad_fn grad "
-    "_grad _backward_hooks "
-    "_post_accumulate_grad_hooks is_leaf output_nr _base _version _register_hook_dict __repr__ "
-    "__format__ __reduce_ex__".split()
+    "_grad _backward_hooks _post_accumulate_grad_hooks is_leaf output_nr _base _version "
+    "_register_hook_dict __repr__ __format__ __reduce_ex__".split()
 )
+"""Functions and fields of the graph of gradients, and of printing and pickling. They act on the
+primal: a hook that is set on an alias has to be called in the backward pass of the value.
+"""
+
 LEAVES = frozenset("item tolist numpy __array__ __float__ __complex__".split())
 """Functions that hand a value out of torch, where no tangent follows it."""
 
@@ -50,9 +56,16 @@ WHOLE = frozenset("long int short char byte to type".split())
 AS_BUILTIN = frozenset(
     (F.layer_norm, F.group_norm, F.rms_norm, F.softmax, F.log_softmax, Tensor.unflatten)
 )
-"""Functions written in Python that are called with their rule at once, and not entered."""
+"""Functions written in Python that are called with their rule at once, and not entered.
+
+Models call them most, and to enter one takes longer than to call it.
+"""
 
 TENSORS = frozenset("T mT H mH real imag data".split())
+"""Fields that are tensors: to read one is a function with a rule. To write one is refused: it
+gives a tensor other numbers, or another memory, without a function that has a rule.
+"""
+
 RESHAPING = {
     "transpose_",
     "t_",
@@ -64,6 +77,10 @@ RESHAPING = {
     "set_",
     "resize_as_",
 }
+"""Functions that give a tensor itself another shape or memory. An alias is another tensor than its
+primal, so one of the two would keep the old one.
+"""
+
 OPERATORS = {
     "iadd": "add_",
     "isub": "sub_",
@@ -72,12 +89,15 @@ OPERATORS = {
     "idiv": "div_",
     "ipow": "pow_",
 }
+"""Python's operators that write in place, and torch's functions for them."""
+
 BUILTIN = (
     types.BuiltinFunctionType,
     types.MethodDescriptorType,
     types.WrapperDescriptorType,
     types.MethodWrapperType,
 )
+"""The types of functions written in C++. No mode sees what they call, so they need a rule."""
 
 
 class Treatment(NamedTuple):
@@ -131,10 +151,14 @@ def _field_kind(field: str, access: str) -> str:
     if field in AUTOGRAD:
         return "constant"
     if access == "__set__":
-        return "refused" if field in TENSORS else "constant"
+        if field in TENSORS:
+            return "refused"
+        return "constant"
     if field == "data":
         return "detached"
-    return "rule" if field in TENSORS else "metadata"
+    if field in TENSORS:
+        return "rule"
+    return "metadata"
 
 
 def _treatment_of_call(func: Any, name: str) -> Treatment:
@@ -162,7 +186,9 @@ def _kind(name: str) -> str:
         return "in place"
     if name == "detach":
         return "detached"
-    return "constant" if name in rules.CONSTANT else "rule"
+    if name in rules.CONSTANT:
+        return "constant"
+    return "rule"
 
 
 @functools.cache
@@ -172,8 +198,8 @@ def warn_of_whole_numbers(name: str) -> None:
     """
     warnings.warn(
         f"got whole numbers, by .{name}(), of a tensor that moves with z_t or t: they count as "
-        "constant, so what is looked up "
-        "by them has derivative zero; keep real numbers if it should have one",
+        "constant, so what is looked up by them has derivative zero; keep real numbers if it "
+        "should have one",
         stacklevel=2,
     )
 
@@ -181,11 +207,12 @@ def warn_of_whole_numbers(name: str) -> None:
 def refusal(name: str) -> str:
     """Return why a function is refused, and what to write instead."""
     if name in LEAVES:
-        called = f"{name.strip('_')}()" if name.startswith("__") else f".{name}()"
+        called = f".{name}()"
+        if name.startswith("__"):
+            called = f"{name.strip('_')}()"
         return (
-            f"got {called} of a tensor that moves with z_t or t: its value leaves torch, where no "
-            "tangent follows "
-            "it; keep it a tensor, write .detach() first if it is a constant, or "
-            "derivative=FiniteDifference()"
+            f"got {called} of a tensor that moves with z_t or t: its value leaves torch, where "
+            "no tangent follows it; keep it a tensor, write .detach() first if it is a constant, "
+            "or derivative=FiniteDifference()"
         )
     return REFUSED.get(name, RESHAPED.format(name))

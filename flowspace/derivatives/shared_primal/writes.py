@@ -62,6 +62,7 @@ class Writes:
         mirror = self.mirrors.get(memory_below(tensor))
         if mirror is None:
             return None
+        # a clone: what is written to the memory later does not change a tangent that was read
         return _place(mirror[0], tensor).clone()
 
     def write(self, call: rules.Call, name: str, target: Tensor) -> Tensor | None:
@@ -89,6 +90,7 @@ class Writes:
                 has not every row.
         """
         dual = self.carrier.dual(target)
+        # A tensor without a tangent may be a view of one that has: the mirror then tells both.
         shared = dual is None or self._shared(target)
         if layout is not None and (shared or not _same_place(layout, dual)):
             raise LostRowsError
@@ -99,6 +101,8 @@ class Writes:
             if dual is not None:
                 dual.tangent, dual.layout = tangent, layout
             return
+        # The mirror takes over the tangents of all that lies in the memory before the primal is
+        # written: a dual tells nothing of its memory afterwards.
         with not_intercepted():
             mirror = self._mirror(target)
         if run is not None:
@@ -122,10 +126,12 @@ class Writes:
         if name in rules.CONSTANT or (name == "fill_" and not isinstance(call.args[-1], Dual)):
             return torch.zeros_like(target.tangent), layout
         if name in ("copy_", "fill_", "setitem"):
-            index, source = ..., [*call.args[1:], *call.kwargs.values()][0]
+            following = [*call.args[1:], *call.kwargs.values()]
+            index, source = ..., following[0]
             if name == "setitem":
-                index, source = call.args[1:3]
+                index, source = following[:2]
             return rules.assigned(target, index, source), layout
+        # x.add_(y) has the tangent of x.add(y), whose rule is asked for it
         given = call.args, call.kwargs, call.primals, call.options, call.duals
         other = rules.Call(_form_out_of_place(name), *given, call.traced)
         out = other.evaluate()
@@ -145,6 +151,8 @@ class Writes:
                 "derivative=ForwardMode()"
             )
         if key not in self.mirrors:
+            # One number of the mirror for each of the memory: a view of the one, however it
+            # strides and overlaps others, is then the same view of the other.
             count = target.untyped_storage().nbytes() // target.element_size()
             flat = torch.zeros(count, dtype=target.dtype, device=target.device)
             for alias in self.carrier.aliases():
