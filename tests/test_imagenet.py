@@ -1,8 +1,7 @@
-"""The ImageNet recipe on small real pictures: the same code as the large configs, resumed, shared
+"""The ImageNet program on small real pictures: the same code as the large configs, resumed, shared
 out, refused.
 """
 
-import dataclasses
 import importlib
 import json
 import os
@@ -18,29 +17,33 @@ import torch
 from safetensors.torch import load_file
 
 from flowspace import InputError, RunError
-from flowspace.cli import main
-from flowspace.training import assign
+from flowspace.times import TIME_FLOOR
+from flowspace.training import AdversarialStep, assign
 
 for needed in ("pydantic", "accelerate", "diffusers", "timm", "torch_fidelity", "torchvision"):
     pytest.importorskip(needed)
-configs = importlib.import_module("flowspace.recipes.config")
-AdversarialConfig, LatentConfig, PerceptualConfig, TrainingConfig, load = (
-    getattr(configs, name)
-    for name in ("AdversarialConfig", "LatentConfig", "PerceptualConfig", "TrainingConfig", "load")
-)
-Run = importlib.import_module("flowspace.recipes.imagenet").Run
-evaluate = importlib.import_module("flowspace.vision.evaluate")
 
-CONFIGS = sorted((Path(__file__).parents[1] / "examples" / "imagenet" / "configs").glob("*.yaml"))
+PROGRAM = Path(__file__).parents[1] / "examples" / "imagenet"
+sys.path.insert(0, str(PROGRAM))
+build, report, settings, ship, stage_one, train = (
+    importlib.import_module(name)
+    for name in ("build", "report", "settings", "ship", "stage_one", "train")
+)
+evaluate = importlib.import_module("flowspace.vision.evaluate")
+SettingsError = settings.SettingsError
+
+CONFIGS = sorted((PROGRAM / "configs").rglob("*.yaml"))
+FIXTURES = Path(__file__).parent / "fixtures"
+GOLDEN = FIXTURES / "imagenet-losses.json"
 TINY = """
-data: {{path: {data}, size: 16, classes: 2, workers: 1}}
-encoder: {{name: null, stage_one: {{steps: 3, batch: 8, widths: [8, 8], channels: 4}}}}
+data: {{path: {data}, size: 16, classes: 2, workers: 0}}
+encoder: {{stage_one: {{steps: 3, batch: 8, widths: [8, 8], channels: 4}}}}
 generator: {{preset: null, depth: 1, width: 32, heads: 2, channels: 4, grid: 8, patch: 2,
              class_tokens: 2, time_tokens: 2}}
 objective: {{shifted: false}}
 training: {{steps: 6, batch: 8, warmup_epochs: 0.1, emas: [0.9, 0.5], bfloat16: false, cpu: true,
-            checkpoint_every: 2, look_every: 100, log_every: 2, tensorboard: false,
-            optimizer: adamw, learning_rate: 1.0e-3}}
+            checkpoint_every: 2, look_every: 100, log_every: 2, optimizer: adamw,
+            learning_rate: 1.0e-3}}
 evaluation: {{samples: 24, batch: 8}}
 """
 
@@ -60,28 +63,44 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture
-def config(data, tmp_path):
+def tiny(data, tmp_path):
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY.format(data=data))
-    return load(path, [f"out={tmp_path / 'run'}"])
+    return path
 
 
-class Pixels(evaluate.Extractor):
-    """Features that are the pixels themselves."""
-
-    name = "pixels"
-
-    def __call__(self, images):
-        return evaluate.Features(images.flatten(1).float(), None)
+@pytest.fixture
+def config(tiny, tmp_path):
+    return settings.load(tiny, [f"out={tmp_path / 'run'}"])
 
 
-def change(config, **parts):
-    """A section is changed by a mapping, or replaced."""
-    new = {
-        k: dataclasses.replace(getattr(config, k), **v) if isinstance(v, dict) else v
-        for k, v in parts.items()
-    }
-    return dataclasses.replace(config, **new)
+@pytest.fixture(scope="module")
+def encoder_folder(data, tmp_path_factory):
+    """An autoencoder that was trained once, for the runs that need not train one."""
+    folder = tmp_path_factory.mktemp("encoder")
+    path = folder / "tiny.yaml"
+    path.write_text(TINY.format(data=data))
+    run(settings.load(path, [f"out={folder / 'run'}", "training.steps=1"]))
+    return folder / "run" / "encoder"
+
+
+def given(config, folder, **sections):
+    """The config with an encoder that was trained before."""
+    encoder = settings.EncoderConfig(name=str(folder))
+    return settings.replaced(config, encoder=encoder, **sections)
+
+
+def alone():
+    """Forget the processes that an earlier run of this process had."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def run(config, *options):
+    alone()
+    settings.check_places(config)
+    train.main(config, options)
 
 
 def weights(folder):
@@ -95,48 +114,121 @@ def same(first, second):
     )
 
 
-def in_two_processes(*arguments):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    return subprocess.run(
-        [sys.executable, *torchrun, "-m", "flowspace.cli", *map(str, arguments)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-
-
-def test_a_run_trains_ships_and_logs(config):
-    run = Run(config)
-    run.train()
-    records = [
+def records(config):
+    return [
         json.loads(line)
         for line in (config.out / "generator" / "log.jsonl").read_text().splitlines()
     ]
-    steps = [record for record in records if "loss" in record]
+
+
+def in_processes(count, program, *arguments):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+    return subprocess.run(
+        [sys.executable, *torchrun, str(PROGRAM / program), *map(str, arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+# --- a run -------------------------------------------------------------------------------------
+
+
+def test_a_run_trains_ships_logs_and_ends_with_its_page(config, capsys):
+    run(config)
+    steps = [record for record in records(config) if "loss" in record]
     assert [record["step"] for record in steps] == [0, 2, 4, 5]
     assert set(steps[0]["raw"]) == {"flow"} and set(steps[0]["by"]) == {"t", "s"}
     assert steps[0]["slopes"]["flow"] > 0
     for record, taken, left in zip(steps, (1, 2, 2, 1), (5, 3, 1, 0), strict=True):
         assert record["rows_a_second"] * record["seconds"] == pytest.approx(8 * taken)
         assert record["seconds_left"] == pytest.approx(left * record["seconds"] / taken)
-    assert (config.out / "slopes.png").exists() and (
-        config.out / "generator" / "sheet-0000006.png"
-    ).exists()
-    assert run.same_in_a_fresh_process((0, 1))
+    assert (config.out / "generator" / "sheet-0000006.png").exists()
     card = (config.out / "pipeline" / "README.md").read_text()
-    assert "Not evaluated." in card and "24 images in 2 classes" in card and "labels=[0]" in card
-    again = Run.of(config.out)
-    assert again.config == config
+    assert "Not evaluated." in card and "labels=[0]" in card
+    page = (config.out / "report.html").read_text()
+    assert "24 images in 2 classes" in page and "sample.py" in page
+    assert page.count("data:image/png") >= 4
+    assert settings.of_run(config.out) == config
+    assert "report.html" in capsys.readouterr().out
 
+
+def test_a_run_has_the_losses_that_were_stored(config):
+    """A change of these numbers is a change of what every run trains: say so in the changelog."""
+    changed = settings.replaced(config, training={"log_every": 1, "steps": 8})
+    run(changed)
+    losses = [record["loss"] for record in records(changed) if "loss" in record]
+    if not GOLDEN.exists():
+        GOLDEN.write_text(json.dumps(losses) + "\n")
+    assert losses == pytest.approx(json.loads(GOLDEN.read_text()), rel=1e-3)
+
+
+def test_a_finished_run_is_made_longer_by_more_steps(config, encoder_folder, tmp_path):
+    short = given(config, encoder_folder)
+    run(short)
+    longer = settings.replaced(short, training={"steps": 9})
+    run(longer)
+    whole = settings.replaced(longer, out=tmp_path / "whole")
+    run(whole)
+    assert same(weights(short.out), weights(whole.out))
+
+
+def test_samples_follow_from_their_number_alone(config, encoder_folder):
+    made = given(config, encoder_folder)
+    run(made)
+    first = ship.pictures(made, [0, 1, 1], seed=5)
+    again = ship.pictures(made, [1, 1], seed=6)
+    assert first[1].tobytes() == again[0].tobytes()
+    assert first[2].tobytes() == again[1].tobytes()
+    with pytest.raises(RunError, match="got labels"):
+        ship.pictures(made, [2], seed=0)
+
+
+def test_the_pipeline_draws_the_same_in_a_fresh_process(config, encoder_folder, tmp_path):
+    made = given(config, encoder_folder)
+    run(made)
+    drawn = ship.pictures(made, [1], seed=3)[0]
+    command = [sys.executable, str(PROGRAM / "sample.py"), str(made.out), "--labels", "1"]
+    out = tmp_path / "drawn"
+    subprocess.run([*command, "--seed", "3", "--out", str(out)], check=True, capture_output=True)
+    from PIL import Image
+
+    assert Image.open(out / "0000-class-1.png").tobytes() == drawn.tobytes()
+
+
+def test_any_average_is_shipped_and_the_best_is_named(config, encoder_folder, tmp_path, capsys):
+    made = given(config, encoder_folder, training={"emas": (0.9, 0.1)})
+    judged = judged_by_resnet(made, tmp_path)
+    run(judged, "--evaluate")
+    first = ship.digest(ship.generator_of_run(judged))
+    alone()
+    accelerator = train.accelerator_of(judged)
+    ship.change_average(judged, accelerator, 0.1)
+    assert ship.digest(ship.generator_of_run(judged)) != first
+    with pytest.raises(RunError, match=r"the run keeps 0\.9, 0\.1"):
+        ship.change_average(judged, accelerator, 0.7)
+    best = ship.best_average(judged, accelerator)
+    assert best in (0.9, 0.1)
+    assert f"which is shipped: {best}" in capsys.readouterr().out
+
+
+def judged_by_resnet(config, folder):
+    path = folder / "judge.pt"
+    torch.manual_seed(0)
+    torch.save(importlib.import_module("timm").create_model("test_resnet").state_dict(), path)
+    asked = {"extractor": "test_resnet", "weights": str(path), "samples": 24, "batch": 8}
+    return settings.replaced(config, evaluation=asked)
+
+
+# --- kills, disks, signals ---------------------------------------------------------------------
 
 KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
-import torch
+sys.path.insert(0, sys.argv[4])
+import settings, torch, train
 from safetensors import safe_open
-from flowspace.recipes.config import load
-from flowspace.recipes.imagenet import Run
 
 torch.set_num_threads(1)
 path, out, wanted = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
@@ -150,7 +242,7 @@ def born(folder):
     if not child:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         os.dup2(2, 1)
-        Run(load(path, [f"out={folder}", *changes])).train()
+        train.main(settings.load(path, [f"out={folder}", *changes]))
         os._exit(0)
     return child
 
@@ -165,7 +257,7 @@ for _ in range(3 * wanted):
     time.sleep(draw.uniform(0, whole / 5))
     os.kill(child, signal.SIGKILL)
     killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    of = ("killed/encoder/training/step-*", "killed/generator/*.safetensors")
+    of = ("killed/encoder/training/step-*.safetensors", "killed/generator/step-*.safetensors")
     for file in [file for pattern in of for file in out.glob(pattern)]:
         with safe_open(file, "pt") as tensors:
             readable += sum(tensors.get_tensor(name).numel() > 0 for name in tensors.keys()) > 0
@@ -179,11 +271,13 @@ print(killed, readable)
 children are forked, since each would import for seconds what is imported once.
 """
 
+ENCODER = "diffusion_pytorch_model.safetensors"
+
 
 @pytest.mark.slow
-def test_a_run_killed_twenty_times_ends_with_the_same_weights(config, tmp_path):
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "tiny.yaml"), str(tmp_path), "20"]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=240)
+def test_a_run_killed_twenty_times_ends_with_the_same_weights(tiny, tmp_path):
+    command = [sys.executable, "-c", KILLED, str(tiny), str(tmp_path), "20", str(PROGRAM)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert found.returncode == 0, found.stderr[-2000:]
     killed, readable = map(int, found.stdout.split()[-2:])
     assert killed == 20 and readable >= 20
@@ -198,126 +292,37 @@ def test_a_run_killed_twenty_times_ends_with_the_same_weights(config, tmp_path):
     assert names[0] == names[1]  # what torn writes left is gone
 
 
-ENCODER = "diffusion_pytorch_model.safetensors"
-
-
 @pytest.mark.slow
 def test_a_full_disk_is_one_error_and_the_same_command_continues_once_there_is_room(
-    config, tmp_path
+    config, tiny, tmp_path
 ):
-    disk, path = tmp_path / "disk", tmp_path / "tiny.yaml"
+    disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)], capture_output=True
     ).returncode:
         pytest.skip("this user may not mount a small disk")
-    command = [sys.executable, "-m", "flowspace.cli", "train", str(path), f"out={disk / 'run'}"]
+    command = [sys.executable, str(PROGRAM / "train.py"), str(tiny), f"out={disk / 'run'}"]
     try:
         first = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert first.returncode == 1 and "Traceback" not in first.stderr
-        assert [line for line in first.stderr.splitlines() if line.startswith("flowspace: ")] == [
-            line for line in first.stderr.splitlines() if "No space left" in line
-        ]
+        assert first.stderr.count("train.py: ") == 1 and "No space left" in first.stderr
         for file in disk.glob("run/*/step-*.safetensors"):
             load_file(file)
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         assert subprocess.run(command, capture_output=True, timeout=120).returncode == 0
-        Run(config).train()
+        run(config)
         assert same(weights(config.out), weights(disk / "run"))
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("changes", "tolerance"),
-    [([], 1e-5), (["training.sharded=true"], 1e-5), (["training.optimizer=muon"], 2e-2)],
-    ids=["ddp", "fsdp2", "muon"],
-)
-def test_two_processes_train_what_one_does(config, tmp_path, changes, tolerance):
-    """Muon's Newton-Schulz steps are in bfloat16, so its updates agree to their rounding only."""
-    Run(load(tmp_path / "tiny.yaml", [f"out={config.out}", *changes])).train()
-    out = tmp_path / "two"
-    found = in_two_processes(
-        "train", tmp_path / "tiny.yaml", f"out={out}", "training.processes=2", *changes
-    )
-    assert found.returncode == 0, found.stderr[-2000:]
-    one, two = weights(config.out), weights(out)
-    assert one.keys() == two.keys()
-    for name, value in one.items():
-        if not name.startswith("optimizer:"):
-            torch.testing.assert_close(
-                two[name].float(), value.float(), rtol=0, atol=tolerance, msg=name
-            )
-
-
-@pytest.mark.slow
-def test_two_processes_draw_what_one_does(config):
-    """Inception's weights cannot be had here: judging stops at their absence, after all samples
-    were drawn.
-    """
-    run = Run(change(config, evaluation={"batch": 4, "shard": 2}))
-    run.train()
-    with pytest.raises(RunError, match="Inception"):
-        run.evaluate()
-    one = {path.name: path.read_bytes() for path in (config.out / "samples").iterdir()}
-    assert len(one) == 3
-    shutil.rmtree(config.out / "samples")
-    found = in_two_processes("evaluate", config.out)
-    assert "Inception's weights" in found.stderr
-    assert {path.name: path.read_bytes() for path in (config.out / "samples").iterdir()} == one
-
-
-def test_accumulation_trains_what_one_pass_does(config, tmp_path):
-    Run(config).train()
-    parts = change(config, training={"accumulate": 2})
-    parts = dataclasses.replace(
-        parts,
-        out=tmp_path / "parts",
-        encoder=dataclasses.replace(
-            config.encoder, name=str(config.out / "encoder"), stage_one=None
-        ),
-    )
-    Run(parts).train()
-    one, two = weights(config.out), weights(parts.out)
-    for name, value in one.items():
-        torch.testing.assert_close(two[name].float(), value.float(), rtol=0, atol=1e-5, msg=name)
-
-
-def test_training_reads_the_latents_that_were_encoded(config):
-    folder = Run(config).encode()
-    cached = change(config, data={"latents": str(folder)})
-    Run(cached).train()
-    with pytest.raises(RunError, match="other settings"):
-        Run(config).train()
-    records = [
-        json.loads(line)
-        for line in (config.out / "generator" / "log.jsonl").read_text().splitlines()
-    ]
-    assert records[0]["raw"]["flow"] > 0
-
-
-def test_sigterm_saves_and_ends_with_zero(config, tmp_path):
+def test_sigterm_saves_and_ends_with_zero(tiny, tmp_path):
     out = tmp_path / "stopped"
-    command = [
-        sys.executable,
-        "-m",
-        "flowspace.cli",
-        "train",
-        str(tmp_path / "tiny.yaml"),
-        f"out={out}",
-    ]
-    process = subprocess.Popen(
-        [
-            *command,
-            "training.steps=100000",
-            "training.checkpoint_every=100000",
-            "training.log_every=1",
-        ],
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 60
+    changes = ["training.steps=100000", "training.checkpoint_every=100000", "training.log_every=1"]
+    command = [sys.executable, str(PROGRAM / "train.py"), str(tiny), f"out={out}", *changes]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 90
     while not (out / "generator" / "log.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
@@ -325,62 +330,252 @@ def test_sigterm_saves_and_ends_with_zero(config, tmp_path):
     assert len(list(out.glob("generator/step-*.safetensors"))) == 1
 
 
-def test_a_misspelt_key_is_named_with_its_neighbour(config, tmp_path):
-    with pytest.raises(
-        InputError, match=r"training\.bach is not known; did you mean training\.batch"
+def test_a_step_that_is_not_finite_changes_nothing_is_named_and_ends_the_run_after_a_limit(
+    config, encoder_folder, tmp_path, monkeypatch
+):
+    whole = train.generator_losses
+    broken = set()
+
+    def losses_of(*parts):
+        losses = whole(*parts)
+
+        def some_not_finite(network, batch, draws):
+            cost = losses(network, batch, draws)
+            if draws.step in broken:
+                cost.weights["flow"] = torch.nan
+            return cost
+
+        return some_not_finite
+
+    monkeypatch.setattr(train, "generator_losses", losses_of)
+    kept = given(config, encoder_folder, training={"steps": 3, "checkpoint_every": 1})
+    run(kept)
+    before = weights(kept.out)
+    broken.add(3)
+    with pytest.warns(UserWarning, match=r"nan at step 3.*at t = .*it is skipped \(1 so far\)"):
+        run(settings.replaced(kept, training={"steps": 4}))
+    after = weights(kept.out)
+    assert int(after.pop("run:skipped")) == 1
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    broken.update(range(4, 8))
+    failing = settings.replaced(kept, training={"steps": 8, "skips": 2})
+    with (
+        pytest.warns(UserWarning, match="nan at step 4"),
+        pytest.raises(RunError, match=r"3 steps were not finite.*training\.skips = 2"),
     ):
-        load(tmp_path / "tiny.yaml", ["training.bach=3"])
-    with pytest.raises(InputError, match=r"training\.batch = -3 came"):
-        load(tmp_path / "tiny.yaml", ["training.batch=-3"])
-    with pytest.raises(InputError, match=r"training\.emas = \[\] came"):
-        load(tmp_path / "tiny.yaml", ["training.emas=[]"])
-    with pytest.raises(InputError, match=r"latent\.levels\.0 = 0 came"):
-        load(tmp_path / "tiny.yaml", ["latent.levels=[0]"])
-    with pytest.raises(InputError, match="whose value is not YAML"):
-        load(tmp_path / "tiny.yaml", ["training.emas=[0.9"])
-    with pytest.raises(RunError, match="cannot be read"):
-        load(tmp_path / "none.yaml")
+        run(failing)
+
+
+# --- several processes -------------------------------------------------------------------------
+
+
+def close(first, second, tolerance):
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        if not name.startswith(("optimizer:", "answering:")):
+            torch.testing.assert_close(
+                second[name].float(), value.float(), rtol=0, atol=tolerance, msg=name
+            )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "count", "tolerance"),
+    [
+        ([], 2, 1e-5),
+        (["training.sharded=true"], 2, 1e-5),
+        (["training.optimizer=muon"], 2, 2e-2),
+        (["training.batch=12"], 3, 1e-5),
+    ],
+    ids=["ddp", "fsdp2", "muon", "three"],
+)
+def test_several_processes_train_what_one_does(
+    tiny, encoder_folder, tmp_path, changes, count, tolerance
+):
+    """Muon's Newton-Schulz steps are in bfloat16, so its updates agree to their rounding only."""
+    changes = [*changes, "encoder.stage_one=null", f"encoder.name={encoder_folder}"]
+    run(settings.load(tiny, [f"out={tmp_path / 'one'}", *changes]))
+    out = tmp_path / "several"
+    found = in_processes(
+        count, "train.py", tiny, f"out={out}", f"training.processes={count}", *changes
+    )
+    assert found.returncode == 0, found.stderr[-2000:]
+    close(weights(tmp_path / "one"), weights(out), tolerance)
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_continues_a_run(tiny, encoder_folder, tmp_path):
+    changes = ["encoder.stage_one=null", f"encoder.name={encoder_folder}"]
+    run(settings.load(tiny, [f"out={tmp_path / 'one'}", *changes]))
+    out = tmp_path / "other"
+    found = in_processes(
+        2, "train.py", tiny, f"out={out}", "training.steps=3", "training.sharded=true", *changes
+    )
+    assert found.returncode == 0, found.stderr[-2000:]
+    run(settings.load(tiny, [f"out={out}", *changes]))
+    close(weights(tmp_path / "one"), weights(out), 1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_draw_what_one_does(config, encoder_folder):
+    """Inception's weights cannot be had here: judging stops at their absence, after all samples
+    were drawn.
+    """
+    made = given(config, encoder_folder, evaluation={"batch": 4, "shard": 2})
+    run(made)
+    alone()
+    with pytest.raises(RunError, match="Inception"):
+        ship.evaluate(made, train.accelerator_of(made))
+    one = {path.name: path.read_bytes() for path in (made.out / "samples").iterdir()}
+    assert len(one) == 3
+    shutil.rmtree(made.out / "samples")
+    found = in_processes(2, "evaluate.py", made.out)
+    assert "Inception's weights" in found.stderr
+    assert {path.name: path.read_bytes() for path in (made.out / "samples").iterdir()} == one
+
+
+def test_accumulation_trains_what_one_pass_does(config, encoder_folder, tmp_path):
+    whole = given(config, encoder_folder)
+    run(whole)
+    parts = settings.replaced(whole, out=tmp_path / "parts", training={"accumulate": 2})
+    run(parts)
+    close(weights(whole.out), weights(parts.out), 1e-5)
+
+
+def test_workers_read_what_this_process_does(config, encoder_folder, tmp_path):
+    one = given(config, encoder_folder)
+    run(one)
+    two = settings.replaced(one, out=tmp_path / "two", data={"workers": 2})
+    run(two)
+    assert same(weights(one.out), weights(two.out))
+
+
+def test_training_reads_the_latents_that_were_encoded(config, encoder_folder):
+    encode = importlib.import_module("encode")
+    made = given(config, encoder_folder)
+    alone()
+    folder = encode.main(made)
+    cached = settings.replaced(made, data={"latents": str(folder)})
+    run(cached)
+    assert records(cached)[0]["raw"]["flow"] > 0
+    with pytest.raises(RunError, match="other settings"):
+        run(made)
+
+
+# --- what is refused ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("training.bach=3", r"training\.bach is not known; did you mean training\.batch"),
+        ("training.batch=-3", r"got training\.batch = -3"),
+        ("training.batch=true", r"got training\.batch = True"),
+        ("training.batch=10000000000", r"got training\.batch = 10000000000"),
+        ("training.steps=0", r"got training\.steps = 0"),
+        ("training.learning_rate=.inf", r"got training\.learning_rate = inf"),
+        ("training.clip=.nan", r"got training\.clip = nan"),
+        ("training.emas=[]", r"got training\.emas = \[\]"),
+        ("training.emas=[0.9", "whose value is not YAML"),
+        ("training.emas=*a", "whose value is not YAML"),
+        ("encoder.name=va-vae", "beside encoder.stage_one"),
+        ("encoder.stage_one=null", "got no encoder"),
+        ("objective.kind=meanflow", "write generator.space=latent"),
+        ("generator.width", "write KEY=VALUE"),
+    ],
+)
+def test_settings_that_do_not_fit_are_one_error(tiny, change, words):
+    with pytest.raises(SettingsError, match=words):
+        settings.load(tiny, [change])
+
+
+def test_what_belongs_to_another_objective_is_refused(tiny):
+    with pytest.raises(SettingsError, match="both are crossflow's"):
+        settings.load(tiny, ["objective.kind=consistency", "objective.literal=true"])
+    with pytest.raises(SettingsError, match="they compare images"):
+        settings.load(tiny, ["generator.space=latent", "adversarial={network: resnet18}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[1, 2]", "holds list"),
+        ("a: &x [1]\nb: *x", "alias"),
+        ("base: tiny.yaml", "its own base"),
+        ("{" * 3000, "is not YAML"),
+        ("!!python/object/apply:os.system [echo]", "is not YAML"),
+    ],
+)
+def test_odd_files_are_one_error(tmp_path, text, words):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(text)
+    with pytest.raises(SettingsError, match=words):
+        settings.load(path)
+    with pytest.raises(SettingsError, match="cannot be read"):
+        settings.load(tmp_path / "none.yaml")
+    with pytest.raises(SettingsError, match="is no run"):
+        settings.of_run(tmp_path)
+
+
+def test_a_mistyped_key_is_refused_before_torch_is_imported(tiny):
+    code = (
+        "import sys, runpy\n"
+        "sys.argv = ['train.py', *sys.argv[2:]]\n"
+        f"sys.path.insert(0, {str(PROGRAM)!r})\n"
+        "try:\n"
+        f"    runpy.run_path({str(PROGRAM / 'train.py')!r}, run_name='__main__')\n"
+        "finally:\n"
+        "    print([name for name in ('torch', 'diffusers', 'flowspace') if name in sys.modules])"
+    )
+    for change in ("training.bach=3", "data.path=/nowhere"):
+        command = [sys.executable, "-c", code, "train.py", str(tiny), change]
+        found = subprocess.run(command, capture_output=True, text=True)
+        assert found.returncode == 1 and found.stdout.strip() == "[]"
+        assert found.stderr.startswith("train.py: ") and found.stderr.count("\n") == 1
+
+
+def test_the_earliest_time_of_the_settings_is_the_librarys():
+    assert settings.EARLIEST == TIME_FLOOR
 
 
 @pytest.mark.parametrize(
     ("parts", "error", "words"),
     [
-        ({"data": {"path": "/nowhere"}}, RunError, "no folder"),
+        ({"data": {"path": "/nowhere"}}, SettingsError, "is no folder"),
+        ({"data": {"latents": "/nowhere"}}, SettingsError, "encode.py"),
         ({"data": {"classes": 3}}, RunError, "2 classes, 3 are expected"),
+        ({"encoder": {"name": "va-vae", "stage_one": None}}, RunError, "hf download"),
         (
             {"encoder": {"name": "va-vae", "stage_one": None, "weights": Path("/nowhere")}},
-            RunError,
-            "hf download",
+            SettingsError,
+            "encoder.weights = /nowhere, which is no file",
         ),
         ({"generator": {"grid": 4}}, InputError, "generator.grid=8"),
         ({"generator": {"preset": "crossflow-z"}}, InputError, "crossflow-b"),
+        ({"generator": {"width": None}}, InputError, "got no generator.width"),
         ({"training": {"batch": 9, "accumulate": 2}}, RunError, "multiple of 2"),
+        ({"training": {"batch": 25}}, RunError, "25 for 24 pictures"),
         ({"training": {"processes": 2}}, RunError, "torchrun"),
         (
-            {"adversarial": AdversarialConfig("resnet18", "/nowhere", size=None)},
-            RunError,
-            "/nowhere cannot be read",
+            {"adversarial": settings.AdversarialConfig("resnet18", "/nowhere", size=None)},
+            SettingsError,
+            "adversarial.weights = /nowhere",
         ),
         (
-            {"perceptual": (PerceptualConfig("resnet18", "/nowhere"),)},
-            RunError,
-            "/nowhere cannot be read",
+            {"perceptual": (settings.PerceptualConfig("resnet18", "/nowhere"),)},
+            SettingsError,
+            r"perceptual\.0\.weights = /nowhere",
         ),
         (
             {"evaluation": {"extractor": "resnet18", "weights": "/nowhere"}},
-            RunError,
-            "/nowhere cannot be read",
-        ),
-        (
-            {"latent": LatentConfig(training=TrainingConfig(batch=9, accumulate=2, cpu=True))},
-            RunError,
-            "multiple of 2",
+            SettingsError,
+            "evaluation.weights = /nowhere",
         ),
     ],
 )
 def test_what_does_not_fit_is_one_error_before_any_step(config, parts, error, words):
     with pytest.raises(error, match=words):
-        Run(change(config, **parts)).train()
+        run(settings.replaced(config, **parts))
     assert not list(config.out.rglob("log.jsonl"))
 
 
@@ -393,11 +588,7 @@ def test_what_does_not_fit_is_one_error_before_any_step(config, parts, error, wo
             {"network": "test_resnett"},
             "timm knows no network 'test_resnett'; near are test_resnet",
         ),
-        (
-            "adversarial",
-            {"layers": (0, 9)},
-            r"layers = \(0, 9\).* does not run on images of 16 pixels",
-        ),
+        ("adversarial", {"layers": (0, 9)}, r"layers = \(0, 9\).* does not run on images of 16"),
         ("adversarial", {"channels": (1,)}, r"write adversarial.channels=\[32,32\]"),
         ("adversarial", {"channels": (32, 40)}, r"write adversarial.channels=\[32,32\]"),
     ],
@@ -405,78 +596,74 @@ def test_what_does_not_fit_is_one_error_before_any_step(config, parts, error, wo
 def test_layers_that_a_network_has_not_are_one_error_before_any_step(
     config, tmp_path, part, asked, words
 ):
-    path = tmp_path / "judge.pt"
-    torch.save(importlib.import_module("timm").create_model("test_resnet").state_dict(), path)
-    asked = {
-        "network": "test_resnet",
-        "weights": str(path),
-        "size": None,
-        "layers": (0, 1),
-    } | asked
-    term = (PerceptualConfig(**asked),) if part == "perceptual" else AdversarialConfig(**asked)
+    asked = image_loss(tmp_path) | asked
+    term = settings.AdversarialConfig(**asked)
+    if part == "perceptual":
+        term = (settings.PerceptualConfig(**asked),)
     with pytest.raises(InputError, match=words):
-        Run(change(config, **{part: term})).train()
+        run(settings.replaced(config, **{part: term}))
     assert not list(config.out.rglob("log.jsonl"))
 
 
-def test_two_perceptual_terms_of_one_network_both_count(config, tmp_path):
-    path = tmp_path / "judge.pt"
+def image_loss(folder):
+    path = folder / "judge.pt"
+    torch.manual_seed(0)
     torch.save(importlib.import_module("timm").create_model("test_resnet").state_dict(), path)
-    terms = [
-        PerceptualConfig("test_resnet", str(path), size=None, layers=(n,), unit=n > 0)
-        for n in (0, 1)
-    ]
-    found = Run(config).parts.perceptual(tuple(terms))
-    assert list(found) == ["test_resnet", "test_resnet 2"]
-    assert [term.loss.unit for term in found.values()] == [False, True]
+    return {"network": "test_resnet", "weights": str(path), "size": None, "layers": (0, 1)}
 
 
-def test_weights_that_only_judging_needs_are_asked_for_before_the_training(
-    config, tmp_path, capsys
-):
-    assert main(["train", str(tmp_path / "tiny.yaml"), f"out={config.out}", "--evaluate"]) == 1
-    assert "Inception's weights" in capsys.readouterr().err
+def test_weights_that_only_judging_needs_are_asked_for_before_the_training(config):
+    with pytest.raises(RunError, match="Inception's weights"):
+        run(config, "--evaluate")
     assert not list(config.out.rglob("log.jsonl"))
 
 
 def test_a_torch_without_muon_is_one_error_before_any_step(config, monkeypatch):
     monkeypatch.delattr(torch.optim, "Muon", raising=False)
     with pytest.raises(InputError, match=r"install torch 2\.9"):
-        Run(change(config, training={"optimizer": "muon"})).train()
+        run(settings.replaced(config, training={"optimizer": "muon"}))
     assert not list(config.out.rglob("log.jsonl"))
 
 
 def test_a_folder_that_cannot_be_written_to_is_one_error_before_any_step(config, tmp_path):
     (tmp_path / "file").write_text("")
-    for job in (Run.train, Run.encode):
-        with pytest.raises(
-            RunError, match=r"file/run cannot be written to \(Not a directory\); write out=FOLDER"
-        ):
-            job(Run(dataclasses.replace(config, out=tmp_path / "file" / "run")))
-    if os.getuid():
-        config.out.mkdir()
-        config.out.chmod(0o500)
-    else:  # root may write anywhere but where nobody may
-        config = dataclasses.replace(config, out=Path("/proc/run"))
-    with pytest.raises(RunError, match=r"run cannot be written to"):
-        Run(config).train()
+    for out in (tmp_path / "file" / "run", Path("/proc/run"), tmp_path / "a\0b"):
+        with pytest.raises(SettingsError, match=r"cannot be written to \(.*write out=FOLDER"):
+            run(settings.replaced(config, out=out))
 
 
-def test_a_run_that_was_moved_or_logs_otherwise_goes_on(config, tmp_path):
-    Run(config).train()
-    (config.out).rename(tmp_path / "moved")
+def test_two_runs_in_one_folder_are_refused_and_the_holder_is_named(config):
+    from flowspace.training import locked
+
+    with locked(config.out), pytest.raises(RunError, match=f"is used by process {os.getpid()} on"):
+        run(config)
+
+
+def test_a_run_that_was_moved_or_logs_otherwise_goes_on(config, encoder_folder, tmp_path):
+    made = given(config, encoder_folder)
+    run(made)
+    made.out.rename(tmp_path / "moved")
     before = weights(tmp_path / "moved")
-    moved = change(config, training={"log_every": 1, "checkpoint_every": 3}, data={"workers": 2})
-    Run(dataclasses.replace(moved, out=tmp_path / "moved")).train()
+    changes = {"log_every": 1, "checkpoint_every": 3}
+    run(settings.replaced(made, out=tmp_path / "moved", training=changes, data={"workers": 1}))
     assert same(before, weights(tmp_path / "moved"))
 
 
-def test_a_checkpoint_of_another_config_is_refused(config):
-    Run(config).train()
-    kept = (config.out / "config.json").read_bytes()
+def test_a_checkpoint_of_another_config_is_refused(config, encoder_folder):
+    made = given(config, encoder_folder)
+    run(made)
+    kept = (made.out / "config.json").read_bytes()
     with pytest.raises(RunError, match="other settings"):
-        Run(change(config, objective={"equal": 0.25})).train()
-    assert (config.out / "config.json").read_bytes() == kept
+        run(settings.replaced(made, objective={"equal": 0.25}))
+    assert (made.out / "config.json").read_bytes() == kept
+
+
+def test_a_run_of_the_first_version_is_refused_by_name(config, encoder_folder):
+    shutil.copytree(FIXTURES / "run-of-the-first-version", config.out)
+    with pytest.raises(SettingsError, match=r"config\.json: latent is not known"):
+        settings.of_run(config.out)
+    with pytest.raises(RunError, match="was written by an earlier version of flowspace"):
+        run(given(config, encoder_folder))
 
 
 @pytest.mark.parametrize(
@@ -492,67 +679,237 @@ def test_a_checkpoint_of_another_config_is_refused(config):
 def test_a_torn_file_is_one_error_that_says_what_to_delete_and_is_made_again(
     config, torn, deleted
 ):
-    Run(config).train()
+    run(config)
     path, told = config.out / torn, config.out / deleted
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(RunError, match=f"delete {told}:| cannot be read .*delete it:"):
-        Run(config).pipeline() if deleted == "pipeline" else Run(config).encoder
+        ship.generator_of_run(config) if deleted == "pipeline" else stage_one.loaded(config)
     shutil.rmtree(told) if told.is_dir() else told.unlink()
-    Run(config).train()
+    run(config)
     assert path.read_bytes() == whole
 
 
+def test_a_flipped_bit_in_a_checkpoint_is_noticed(config, encoder_folder):
+    made = given(config, encoder_folder)
+    run(made)
+    paths = sorted(made.out.glob("generator/step-*.safetensors"))
+    for path in paths:
+        content = bytearray(path.read_bytes())
+        content[-5] ^= 4
+        path.write_bytes(content)
+    with (
+        pytest.warns(UserWarning, match="another digest"),
+        pytest.raises(RunError, match=f"none of the {len(paths)} checkpoints"),
+    ):
+        run(made)
+
+
 def test_weights_of_an_encoder_are_never_unpickled(config):
-    run = Run(config)
-    torch.save(
-        run.encoder.autoencoder.state_dict(),
-        config.out / "encoder" / "diffusion_pytorch_model.bin",
-    )
-    (config.out / "encoder" / "diffusion_pytorch_model.safetensors").unlink()
+    run(config)
+    autoencoder = stage_one.loaded(config).autoencoder
+    folder = config.out / "encoder"
+    torch.save(autoencoder.state_dict(), folder / "diffusion_pytorch_model.bin")
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(RunError, match="holds no autoencoder"):
-        Run(config).encoder  # noqa: B018
+        stage_one.loaded(config)
+
+
+# --- the judge's reference ---------------------------------------------------------------------
+
+
+class Pixels(evaluate.Extractor):
+    """Features that are the pixels themselves."""
+
+    name = "pixels"
+
+    def __call__(self, images):
+        return evaluate.Features(images.flatten(1).float(), None)
 
 
 def test_torn_features_of_the_reference_are_made_again(config):
-    parts = Run(config).parts
-    extractor = Pixels()
+    images, extractor = build.images_of(config), Pixels()
     config.out.mkdir()
-    first = parts.real(extractor).features
+    first = build.reference_of(config, extractor, images).features
     (path,) = config.out.glob("reference-*")
-    path.write_bytes(path.read_bytes()[:100])
-    assert torch.equal(parts.real(extractor).features, first)
-    assert load_file(path)["features"].equal(first)
+    whole = path.read_bytes()
+    for torn in (whole[:100], whole[:-3] + bytes(3)):
+        path.write_bytes(torn)
+        assert torch.equal(build.reference_of(config, extractor, images).features, first)
+        assert load_file(path)["features"].equal(first)
 
 
 def test_a_reference_is_of_the_size_that_the_judge_sees(config, tmp_path):
-    path = tmp_path / "judge.pt"
-    torch.save(importlib.import_module("timm").create_model("test_resnet").state_dict(), path)
     config.out.mkdir()
-    found = []
+    judged, found = judged_by_resnet(config, tmp_path), []
     for size in (None, 48):
-        parts = Run(
-            change(
-                config, evaluation={"extractor": "test_resnet", "weights": str(path), "size": size}
-            )
-        ).parts
-        found.append(parts.real(parts.extractor()).features)
+        changed = settings.replaced(judged, evaluation={"size": size})
+        extractor = build.extractor_of(changed, torch.device("cpu"))
+        found.append(build.reference_of(changed, extractor, build.images_of(changed)).features)
     assert not torch.allclose(*found)
     names = sorted(path.name for path in config.out.glob("reference-*"))
     assert names == ["reference-test_resnet.safetensors", "reference-test_resnet@48.safetensors"]
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+# --- image losses ------------------------------------------------------------------------------
+
+
+def test_all_losses_are_trained_logged_and_resumed(config, encoder_folder, tmp_path):
+    asked = image_loss(tmp_path)
+    whole = given(
+        config,
+        encoder_folder,
+        perceptual=(
+            settings.PerceptualConfig(**asked),
+            settings.PerceptualConfig(**asked | {"layers": (1,), "unit": True}),
+        ),
+        adversarial=settings.AdversarialConfig(**asked, channels=(32, 32), start=1, adaptive=True),
+    )
+    run(whole)
+    last = records(whole)[-2]
+    names = {"flow", "test_resnet", "test_resnet 2", "adversarial", "opponent"}
+    assert set(last["raw"]) == names and last["opponent_norm"] > 0
+    assert set(last["slopes"]) == names - {"opponent"}
+    weighted = sum(last["weighted"].values())
+    assert weighted == pytest.approx(last["loss"], rel=1e-4)
+    stopped = settings.replaced(whole, out=tmp_path / "stopped", training={"steps": 4})
+    run(stopped)
+    run(settings.replaced(stopped, training={"steps": 6}))
+    assert same(weights(whole.out), weights(stopped.out))
+
+
+def test_no_gradient_of_one_player_reaches_the_other():
+    class Judgement:
+        changes = 5
+
+        def weight(self, t):
+            return 1 - t
+
+        def opinion(self, discriminator, fake, changes):
+            return -discriminator(fake).mean(1)
+
+        def discriminator(self, discriminator, real, fake, changes):
+            return discriminator(fake).mean(1) - discriminator(real).mean(1)
+
+    from flowspace.training import Draws
+
+    torch.manual_seed(0)
+    network = torch.nn.Linear(4, 3)
+    step = AdversarialStep(network, Judgement(), start=2)
+    images = torch.randn(8, 4, requires_grad=True)
+    draws = [Draws(0, number, 0, 8, 8, torch.device("cpu")) for number in (2, 3)]
+    assert step.opinion(images, draws[0]) is None and not step.plays(1) and step.plays(2)
+    step.opinion(images, draws[1]).sum().backward()
+    assert images.grad is not None and all(p.grad is None for p in network.parameters())
+    images.grad = None
+    step.answer(torch.randn(8, 4), images, draws[1]).sum().backward()
+    assert images.grad is None and all(p.grad is not None for p in network.parameters())
+
+
+# --- the configs -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_config_is_read_and_its_objective_is_built(path):
-    config = load(path)
-    run = Run(config)
-    if not config.objective.estimated:
-        assert run.objective.schedule.alpha(torch.tensor(0.0)) == 1
+    config = settings.load(path)
+    objective = build.objective_of(config, lambda images: images)
+    assert objective.schedule.alpha(torch.tensor(0.0)) == 1
+    if path.parent.name == "paper" and config.objective.kind == "crossflow":
+        assert objective.literal
     if config.generator.preset:
         with torch.device("meta"):
-            from flowspace.vision import CrossFlowGenerator
-
-            network = CrossFlowGenerator.from_preset(
-                config.generator.preset, condition=config.generator.condition
-            )
+            network = build.generator_of(config, 1000)
         assert assign(network)["muon"]
+
+
+def test_the_papers_times_are_those_of_its_appendix():
+    """Half of the rows have s = t with one shifted draw; elsewhere two draws are sorted (B.3)."""
+    config = settings.load(PROGRAM / "configs" / "paper" / "crossflow-b.yaml")
+    t, s = build.objective_of(config).times(40_000, generator=torch.Generator().manual_seed(0))
+    shift = (32 * 16 * 16 / 4096) ** 0.5
+    uniform = torch.linspace(0, 1, 100_001)
+    shifted = (shift * uniform / (1 + (shift - 1) * uniform)).clamp(min=TIME_FLOOR)
+    diagonal = t == s
+    assert float(diagonal.float().mean()) == pytest.approx(0.5)
+    assert float(t[diagonal].mean()) == pytest.approx(float(shifted.mean()), abs=5e-3)
+    assert float((t[diagonal] < 0.05).float().mean()) == pytest.approx(
+        float((shifted < 0.05).float().mean()), abs=3e-3
+    )
+    both = torch.stack([t, s])[:, ~diagonal].flatten()
+    assert float(both.mean()) == pytest.approx(float(shifted.mean()), abs=5e-3)
+
+
+def test_the_consistency_row_goes_to_the_data():
+    config = settings.load(PROGRAM / "configs" / "paper" / "b-consistency.yaml")
+    objective = build.objective_of(config)
+    _, s = objective.times(100, generator=torch.Generator().manual_seed(0))
+    assert (s == 0).all() and objective.boundary > 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"objective": {"kind": "consistency"}},
+        {"objective": {"literal": True, "estimated": True, "penalty": "squared"}},
+        {"objective": {"drop_labels": 0.5}},
+        {"generator": {"space": "latent", "condition": "t,s"}, "objective": {"kind": "meanflow"}},
+        {
+            "generator": {"space": "latent", "condition": "t,s"},
+            "objective": {"kind": "improved-meanflow"},
+        },
+        {
+            "generator": {"space": "latent", "condition": "t,s"},
+            "objective": {"kind": "flow-matching"},
+            "evaluation": {"evaluations": 4},
+            "training": {"snapshots": True, "look_every": 3},
+        },
+    ],
+    ids=["consistency", "estimated", "dropped", "meanflow", "improved", "flow-matching"],
+)
+def test_every_objective_trains_and_ships(config, encoder_folder, changes):
+    made = given(config, encoder_folder, **changes)
+    run(made)
+    assert records(made)[-1].get("loss", 1) > 0
+    assert len(ship.pictures(made, [0, 1], seed=0)) == 2
+    kept = sorted(path.name for path in made.out.glob("generator/average-*"))
+    if made.training.snapshots:
+        assert kept == ["average-00000003.safetensors", "average-00000006.safetensors"]
+
+
+def test_the_decoders_are_judged_over_the_training_of_a_latent_generator(
+    config, encoder_folder, tmp_path, monkeypatch, capsys
+):
+    image = judged_by_resnet(given(config, encoder_folder), tmp_path)
+    run(image)
+    latent = settings.replaced(
+        image,
+        out=tmp_path / "latent",
+        generator={"space": "latent", "condition": "t,s"},
+        objective={"kind": "flow-matching"},
+        evaluation={"evaluations": 2},
+        training={"snapshots": True, "look_every": 3},
+    )
+    run(latent)
+    decoders = importlib.import_module("decoders")
+    alone()
+    arguments = ["decoders.py", str(image.out), str(latent.out), "--samples", "16"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--levels", "0.1"])
+    decoders.main()
+    found = json.loads((latent.out / "decoders.json").read_text())
+    assert set(found) == {"3", "6"}
+    assert set(found["6"]) == {decoders.OWN, "CrossFlowDecoder, t = 0.1"}
+    assert (latent.out / "decoders.png").exists()
+    monkeypatch.setattr(sys, "argv", ["decoders.py", str(image.out), str(image.out)])
+    with pytest.raises(SettingsError, match="kept no averages"):
+        decoders.main()
+
+
+def test_a_profile_says_where_a_step_goes(config, encoder_folder, capsys):
+    made = given(config, encoder_folder)
+    run(made, "--profile")
+    found = json.loads((made.out / "profile.json").read_text())
+    assert sum(found["shares"].values()) == pytest.approx(1)
+    assert {"flow", "backward", "optimiser", "data"} <= set(found["shares"])
+    assert (made.out / "trace.json").stat().st_size > 0
+    assert not list(made.out.glob("generator/step-*"))
+    assert "ms a step" in capsys.readouterr().out

@@ -59,7 +59,7 @@ SOURCES: dict[str, Callable[..., Images]] = {
 PENALTIES = {"absolute": AbsoluteError, "squared": SquaredError, "huber": HuberError}
 
 Sampler = Callable[[Tensor, Tensor], Tensor]
-"""From noise ``(B, channels, grid, grid)`` and labels to images in [-1, 1]."""
+"""From noise ``(B, channels, grid, grid)`` and labels to images in [-1, 1], or to latents."""
 
 
 # --- pictures ----------------------------------------------------------------------------------
@@ -204,23 +204,36 @@ def sampler_of(config: Config, network: nn.Module, encoder: LatentEncoder | None
         encoder: whose decoder takes latents to images, and which re-encodes between several
             evaluations of a generator of images.
     """
-    objective = objective_of(config)
     evaluations = config.evaluation.evaluations
-    flow_map = objective.flow_map(network)
+    if config.generator.space == "latent":
+        sample = latent_sampler_of(config, network)
+        return lambda noise, labels: encoder.decode(sample(noise, labels))
+    flow_map = objective_of(config).flow_map(network)
+    encode = None
+    if evaluations > 1:
+        encode = encoder.encode
 
     def draw(noise: Tensor, labels: Tensor) -> Tensor:
         cond = {"labels": labels}
-        if config.generator.space == "image":
-            encode = None
-            if evaluations > 1:
-                encode = encoder.encode
-            return flow_map.sample(noise, cond=cond, steps=evaluations, encode=encode)
-        if config.objective.kind == "flow-matching":
-            flow = VelocityFlow(flow_map.velocity, Heun())
-            latents = flow.sample(noise, cond=cond, steps=max(1, evaluations // 2))
-        else:
-            latents = flow_map.sample(noise, cond=cond, steps=evaluations)
-        return encoder.decode(latents)
+        return flow_map.sample(noise, cond=cond, steps=evaluations, encode=encode)
+
+    return draw
+
+
+def latent_sampler_of(config: Config, network: nn.Module) -> Sampler:
+    """Return what draws latents: a flow map's steps, or the ODE by Heun's rule for flow matching.
+
+    Heun's rule takes two evaluations a step.
+    """
+    evaluations = config.evaluation.evaluations
+    flow_map = objective_of(config).flow_map(network)
+    if config.objective.kind == "flow-matching":
+        flow = VelocityFlow(flow_map.velocity, Heun())
+        steps = max(1, evaluations // 2)
+        return lambda noise, labels: flow.sample(noise, cond={"labels": labels}, steps=steps)
+
+    def draw(noise: Tensor, labels: Tensor) -> Tensor:
+        return flow_map.sample(noise, cond={"labels": labels}, steps=evaluations)
 
     return draw
 

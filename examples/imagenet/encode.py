@@ -13,7 +13,6 @@ if __name__ == "__main__":
     CONFIG, _ = settings.from_command_line(__doc__, latents_made=True)
 
 import functools
-import sys
 from pathlib import Path
 
 import build
@@ -21,7 +20,6 @@ import stage_one
 import train
 from settings import Config
 
-from flowspace import FlowspaceError
 from flowspace.vision.latents import encode
 
 
@@ -41,7 +39,4 @@ def main(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    try:
-        main(CONFIG)
-    except (FlowspaceError, OSError) as error:
-        sys.exit(f"encode.py: {error}")
+    settings.run_program(functools.partial(main, CONFIG))

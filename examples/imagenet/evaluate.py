@@ -8,7 +8,6 @@ where it was stopped. ``--average`` ships and judges another average of the weig
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import settings
@@ -41,7 +40,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (settings.SettingsError, RuntimeError, OSError) as error:
-        sys.exit(f"evaluate.py: {error}")
+    settings.run_program(main)

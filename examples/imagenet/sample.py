@@ -4,7 +4,6 @@ python examples/imagenet/sample.py RUN --labels 0 1 2 --seed 0 --out samples
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import settings
@@ -30,7 +29,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (settings.SettingsError, RuntimeError, OSError) as error:
-        sys.exit(f"sample.py: {error}")
+    settings.run_program(main)

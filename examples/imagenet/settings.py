@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -314,6 +314,24 @@ def from_command_line(
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     return config, asked
+
+
+def run_program(main: Callable[[], Any]) -> None:
+    """Run a program; what a user can mend ends it with one line that says how."""
+    name = Path(sys.argv[0]).name
+    try:
+        main()
+    except KeyboardInterrupt:
+        print(f"\n{name}: stopped; the same command continues", file=sys.stderr)
+        raise SystemExit(130) from None
+    except OSError as error:
+        sys.exit(f"{name}: {error}; what was saved is whole: repair this, and run it again")
+    except ValueError as error:  # of which flowspace's errors and ours are
+        from flowspace import FlowspaceError
+
+        if not isinstance(error, (SettingsError, FlowspaceError)):
+            raise
+        sys.exit(f"{name}: {error}")
 
 
 def load(path: Path, changes: Sequence[str] = ()) -> Config:

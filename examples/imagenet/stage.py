@@ -73,6 +73,7 @@ class Stage:
         workers: processes that read.
         adversary: trained beside the network.
         look: looks at the averaged network now and then; returns numbers for the log.
+        begun: is called once what the folder holds is accepted as this training's.
     """
 
     name: str
@@ -87,3 +88,4 @@ class Stage:
     workers: int = 0
     adversary: AdversarialStep | None = None
     look: Callable[[int, nn.Module], Mapping[str, float]] | None = None
+    begun: Callable[[], None] | None = None

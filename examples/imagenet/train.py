@@ -21,7 +21,6 @@ if __name__ == "__main__":
 import contextlib
 import dataclasses
 import functools
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -42,7 +41,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from flowspace import FlowspaceError, RunError
+from flowspace import RunError
 from flowspace.training import (
     AdversarialStep,
     BatchRows,
@@ -144,8 +143,6 @@ def prepared(config: Config, accelerator: Accelerator, judged: bool = False) -> 
     stage_one.check_fit(config, tuple(encoder.encode(one).shape[1:]))
     if config.generator.compile:
         network.compile_blocks()
-    if accelerator.is_main_process:
-        report.keep_config(config)
     return Stage(
         "generator",
         network,
@@ -161,6 +158,7 @@ def prepared(config: Config, accelerator: Accelerator, judged: bool = False) -> 
         workers=config.data.workers,
         adversary=adversary,
         look=report.Look(config, images, encoder, device),
+        begun=functools.partial(report.keep_config, config),
     )
 
 
@@ -188,7 +186,7 @@ def generator_losses(
         adversary: None where there is none.
         null: the label of no class, which stands in for dropped labels.
     """
-    estimate = encoder.estimate if config.objective.estimated else None
+    estimate = encoder.encode_prediction if config.objective.estimated else None
     objective = build.objective_of(config, estimate)
     pairs = KeyedPairs(objective.times, TIMES)
     objective = dataclasses.replace(objective, times=pairs)
@@ -314,6 +312,8 @@ def fit(stage: Stage, accelerator: Accelerator, profile: Profile | None = None) 
     steps = build.steps_of(t, count)
     run = Run(stage, accelerator)
     start = run.resume()
+    if stage.begun and accelerator.is_main_process:
+        stage.begun()
     if profile is not None:
         steps = start + profile.steps
     for group in run.optimizer.param_groups:
@@ -366,12 +366,4 @@ def look(run: Run, step: int) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(CONFIG, OPTIONS)
-    except FlowspaceError as error:
-        sys.exit(f"train.py: {error}")
-    except KeyboardInterrupt:
-        print("\ntrain.py: stopped; the same command continues", file=sys.stderr)
-        sys.exit(130)
-    except OSError as error:
-        sys.exit(f"train.py: {error}; what was saved is whole: repair this, and run it again")
+    settings.run_program(functools.partial(main, CONFIG, OPTIONS))

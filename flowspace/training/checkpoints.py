@@ -146,7 +146,7 @@ class Checkpoints:
                     metadata = file.metadata() or {}
                     tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 _check_whole(path, metadata, tensors)
-            except (SafetensorError, OSError, ValueError) as error:
+            except (SafetensorError, OSError) as error:
                 warnings.warn(
                     f"{path} cannot be read ({error}); trying the one before", stacklevel=2
                 )
@@ -181,12 +181,18 @@ def _check_whole(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, 
     """See that a checkpoint is the one that was written under this name.
 
     Raises:
-        ValueError: if it is not.
+        OSError: if it is not.
+        RunError: if it was written by an earlier version, which kept no digest.
     """
+    if "fingerprint" in metadata and DIGEST not in metadata:
+        raise RunError(
+            f"{path} was written by an earlier version of flowspace, without a digest; continue "
+            "it with that version, or choose another folder"
+        )
     if metadata.get("step") != str(int(path.stem.removeprefix("step-"))):
-        raise ValueError(f"it says that it is of step {metadata.get('step')}")
+        raise OSError(f"it says that it is of step {metadata.get('step')}")
     if metadata.get(DIGEST, "") != digest_of(tensors):
-        raise ValueError("its tensors have another digest than when they were written")
+        raise OSError("its tensors have another digest than when they were written")
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:

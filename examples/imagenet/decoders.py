@@ -1,0 +1,145 @@
+"""The generator as a decoder of latents that another model sampled (section 4.4 of the paper).
+
+    python examples/imagenet/decoders.py RUN LATENT_RUN [--levels 0.05 0.1 0.2] [--samples 10000]
+
+LATENT_RUN is a finished run of ``configs/latent-flow-matching.yaml``, which kept its averages over
+training. The samples of each are decoded by the autoencoder's own decoder and by the generator of
+RUN at several noise levels, and judged alike. Leaves ``decoders.json`` and ``decoders.png`` in
+LATENT_RUN; numbers that are there are kept, so the same command goes on where it was stopped.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import settings
+
+OWN = "the autoencoder's decoder"
+
+
+def main() -> None:
+    """Judge the decoders over the training of the latent generator."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="of a generator of images")
+    parser.add_argument("latent_run", type=Path, help="of a generator of latents")
+    parser.add_argument("--levels", type=float, nargs="+", default=[0.05, 0.1, 0.2])
+    parser.add_argument("--samples", type=int, default=10_000)
+    parser.add_argument(
+        "--keep-scale",
+        action="store_true",
+        help="of a generator that sees t: latents are not scaled by alpha(level)",
+    )
+    options = parser.parse_args()
+    image, latent = settings.of_run(options.run), settings.of_run(options.latent_run)
+    snapshots = sorted((latent.out / "generator").glob("average-*.safetensors"))
+    if latent.generator.space != "latent" or not snapshots:
+        raise settings.SettingsError(
+            f"got {options.latent_run}, which kept no averages of a generator of latents; train "
+            "configs/latent-flow-matching.yaml, or write training.snapshots=true"
+        )
+    decode_and_judge(image, latent, snapshots, options)
+
+
+def decode_and_judge(
+    image: settings.Config,
+    latent: settings.Config,
+    snapshots: list[Path],
+    options: argparse.Namespace,
+) -> None:
+    """Judge every decoder at every snapshot, and draw the figure."""
+    import build  # with torch, which a wrong folder need not wait for
+    import ship
+    import torch
+    import train
+
+    from flowspace.demo.page import write_beside
+    from flowspace.vision.evaluate import features_of, judge, rounded
+    from flowspace.vision.weights import read_tensors
+
+    device = train.accelerator_of(latent).device
+    images = build.images_of(latent)
+    encoder = ship.stage_one.loaded(latent).to(device)
+    network = build.generator_of(latent, len(images.names)).to(device).eval()
+    sample = build.latent_sampler_of(latent, network)
+    decoders = decoders_of(image, encoder, options, device)
+    plan = ship.plan_of(latent, network, options.samples)
+    extractor = build.extractor_of(latent, device)
+    real = build.reference_of(latent, extractor, images)
+    path = latent.out / "decoders.json"
+    found: dict[str, dict[str, float]] = {}
+    if path.exists():
+        found = json.loads(path.read_text())
+    for snapshot in snapshots:
+        step = snapshot.stem.removeprefix("average-").lstrip("0")
+        if step in found:
+            continue
+        network.load_state_dict(read_tensors(snapshot))
+        made: dict[str, list[Any]] = {name: [] for name in decoders}
+        with torch.no_grad():
+            for first in range(0, plan.count, plan.batch):
+                noise, labels = plan.inputs(first, min(first + plan.batch, plan.count))
+                labels = labels.to(device)
+                latents = sample(noise.to(device), labels)
+                for name, decode in decoders.items():
+                    made[name].append(rounded(decode(latents, labels)).cpu())
+        found[step] = {}
+        for name, batches in made.items():
+            scores = judge(extractor, features_of(extractor, batches), real)
+            found[step][name] = next(iter(scores.values.values()))
+        write_beside(path, json.dumps(found, indent=2) + "\n")
+        print(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in found[step].items()))
+    write_beside(latent.out / "decoders.png", figure(found, score_name(extractor)))
+
+
+def decoders_of(
+    image: settings.Config, encoder: Any, options: argparse.Namespace, device: Any
+) -> dict[str, Any]:
+    """Return functions from latents and labels to images, by name."""
+    import ship
+
+    from flowspace.vision.pipeline import CrossFlowDecoder
+
+    generator = ship.generator_of_run(image).to(device).eval()
+    o = image.objective
+    found: dict[str, Any] = {OWN: lambda latents, labels: encoder.decode(latents)}
+    for level in options.levels:
+        decoder = CrossFlowDecoder.of(
+            generator, t=level, alpha=o.alpha, beta=o.beta, rescale=not options.keep_scale
+        )
+
+        def decode(latents: Any, labels: Any, decoder: Any = decoder) -> Any:
+            return decoder.decode(latents, False, labels=labels)[0]
+
+        found[f"CrossFlowDecoder, t = {level:g}"] = decode
+    return found
+
+
+def score_name(extractor: Any) -> str:
+    """Return what the first score of a judge is called."""
+    if extractor.classic:
+        return "FID"
+    return f"Frechet distance ({extractor.name})"
+
+
+def figure(found: dict[str, dict[str, float]], score: str) -> bytes:
+    """Return the score of each decoder over training, as a PNG."""
+    from matplotlib import pyplot as plt
+
+    from flowspace.demo.page import png
+
+    drawn, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
+    steps = sorted(found, key=int)
+    for name in found[steps[-1]]:
+        values = [found[step][name] for step in steps]
+        axis.semilogy([int(step) for step in steps], values, marker="o", label=name)
+    axis.set_xlabel("training steps of the latent generator")
+    axis.set_ylabel(score)
+    axis.legend(fontsize=7)
+    return png(drawn)
+
+
+if __name__ == "__main__":
+    settings.run_program(main)
