@@ -26,17 +26,19 @@ from flowspace.typeset import latex_term, text_of
 __all__ = ["CriteriaReport", "check_criteria"]
 
 CORNER = 1e-12
-"""How near (1, 0) Criterion 2's limits are evaluated, with 50 digits; for callables `NUDGE`, in
-float64.
+"""Criterion 2's limits are evaluated so near (1, 0), with 50 digits.
+
+For callables it is `NUDGE`, in float64.
 """
 
 BEFORE_CORNER = 100
-"""How much farther away a limit is evaluated for comparison; an infinite one is smaller there, by
-more than `GROWS`.
+"""For comparison a limit is also evaluated so many times farther away.
+
+An infinite one is smaller there, by more than `GROWS`.
 """
 
 LIMIT_TOLERANCE = 1e-4
-"""How far gamma and delta may be from 1 and -1 that near the corner."""
+"""That near the corner, gamma and delta may be so far from 1 and -1."""
 
 EXPLODES = 1e6
 """A coefficient beyond this at t = 1e-9 is reported as singular for t -> 0."""
@@ -139,8 +141,9 @@ class CriteriaReport:
 
 
 def check_criteria(schedule: Schedule, statistic: AbstractStatistic) -> CriteriaReport:
-    """Derive kappa and say which properties a statistic has under a schedule: the two criteria,
-    anchored, matched.
+    """Derive kappa, and say which properties a statistic has under a schedule.
+
+    They are the two criteria, anchored and matched.
 
     Returns:
         A report that never raises by itself; see `CriteriaReport.raise_if_failed`.
@@ -220,10 +223,10 @@ def _matched(c: Coefficients) -> _Property:
         return _Property(False, "there is no c without Criterion 1")
     if c.data_vanishes:
         return _Property(False, "c = 0: there is no data term to match")
-    gap, time = worst_on_diagonal(lambda t, s: c.prediction(t, s) / c.data(t, s) - 1)
-    if gap <= DIAGONAL_TOLERANCE:
+    size, time = worst_on_diagonal(lambda t, s: c.prediction(t, s) / c.data(t, s) - 1)
+    if size <= DIAGONAL_TOLERANCE:
         return _Property(True, "a(t,t) = c(t,t): it reconstructs x itself")
-    return _Property(False, f"a/c - 1 is not 0 but {_size(gap)} at s = t = {time:.3g}")
+    return _Property(False, f"a/c - 1 is not 0 but {_size(size)} at s = t = {time:.3g}")
 
 
 def _value(name: str, value: float) -> str:

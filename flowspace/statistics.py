@@ -1,5 +1,4 @@
-r"""Statistics of the path that a network is trained to output, and the coefficients of their
-residual.
+r"""What a network is trained to output, as a statistic of the path, and its residual.
 
 A statistic $(\gamma, \delta)$ names the function $f(z_t, t, s) = \gamma z_t + \delta \int_s^t
 v\,d\tau$ with v the marginal velocity of the probability-flow ODE. Differentiating $f/\delta$
@@ -56,16 +55,18 @@ POINTS = 12
 """Random (t, s) at which a claim about formulas is tested: one wrong answer in 10^50 each."""
 
 DIAGONAL_TOLERANCE = 1e-4
-"""How far b, and a/c - 1, may be from zero on the diagonal: `NUDGE` over the smallest t, for
-callables that are 0/0 there.
+"""On the diagonal, b and a/c - 1 may be so far from zero.
+
+It is `NUDGE` over the smallest t, for callables that are 0/0 there.
 """
 
 DIAGONAL_POINTS = 64
 
 LARGE = 1e3
 GROWS = 5
-"""What is larger than `LARGE` on the diagonal, and there grows by this much from 100 `NUDGE` away
-to one, is infinite: 1/x grows a hundredfold.
+"""What is larger than `LARGE` on the diagonal, and grows by this factor towards it, is infinite.
+
+It grows so from 100 `NUDGE` away to one, where 1/x grows a hundredfold.
 """
 
 NEVER = 1e-15
@@ -93,8 +94,9 @@ class PointCoefficients(NamedTuple):
 
 @dataclass(frozen=True)
 class Coefficients:
-    """What multiplies what in the residual of one statistic under one schedule. Each is a function
-    of (t, s).
+    """What multiplies what in the residual of one statistic under one schedule, as functions.
+
+    Each is a function of (t, s).
 
     Attributes:
         prediction: a = b', in front of f.
@@ -116,8 +118,10 @@ class Coefficients:
 
     @property
     def data(self) -> TimeFunction:
-        """c = kappa lambda'; raises CriterionError where Criterion 1 fails, since (II) does not
-        hold there.
+        """c = kappa lambda', in front of x in identity (II).
+
+        Raises:
+            CriterionError: where Criterion 1 fails, since (II) does not hold there.
         """
         if self.failure:
             raise CriterionError(f"the residual has no data term: {self.failure}")
@@ -130,8 +134,9 @@ class Coefficients:
 
     @property
     def data_vanishes(self) -> bool:
-        """Whether kappa is zero everywhere: the consistency family, whose residual has no data
-        term.
+        """Whether kappa is zero everywhere, so that the residual has no data term.
+
+        That is so in the consistency family.
         """
         return bool((_inside(self.scaled_kappa).abs() < NEVER).all())
 
@@ -165,8 +170,9 @@ class Coefficients:
         return self.at(t, s).scale
 
     def step(self, prediction: Tensor, z_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """Return z_s = (1 + gamma/delta) z_t - f/delta, exact for the exact f: identity (I)
-        integrated, in one space.
+        """Return z_s = (1 + gamma/delta) z_t - f/delta, in one space.
+
+        It is identity (I), integrated, and exact for the exact f.
         """
         kept, moved = self.velocity(t, s), self.derivative(t, s)
         return backend_of(z_t).cast(
@@ -180,8 +186,9 @@ class Coefficients:
         )
 
     def diagonal_velocity(self, prediction: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
-        """Return the velocity that f(z_t, t, t) stands for, in one space: identity (I) where b(t,
-        t) = 0.
+        """Return the velocity that f(z_t, t, t) stands for, in one space.
+
+        It is identity (I) where b(t, t) = 0.
 
         Raises:
             CriterionError: if the statistic is not anchored; then the diagonal says nothing of the
@@ -220,8 +227,9 @@ class AbstractStatistic(abc.ABC):
         return _derive(self, schedule)
 
     def kappa(self, schedule: Schedule) -> "sympy.Expr | TimeFunction":
-        """Return what Criterion 1 asks for: a sympy expression in s, or for callables a function
-        of (t, s) that ignores t.
+        """Return (1 + gamma/delta) beta(t), which by Criterion 1 is a function of s alone.
+
+        It is a sympy expression in s, or for callables a function of (t, s) that ignores t.
 
         Raises:
             CriterionError: if (1 + gamma/delta) beta(t) depends on t; it says what is left of t.
@@ -236,8 +244,9 @@ class AbstractStatistic(abc.ABC):
 
 
 class Statistic(AbstractStatistic):
-    """A pair (gamma, delta), each text, a number, a sympy expression in t and s, or a callable on
-    tensors.
+    """A pair (gamma, delta), which says f = gamma z_t + delta times the integral of v from s to t.
+
+    Each is text, a number, a sympy expression in t and s, or a callable on tensors.
 
     Args:
         gamma: the weight of the state z_t.
@@ -343,13 +352,14 @@ class Statistic(AbstractStatistic):
 
 
 class MatchedStatistic(AbstractStatistic):
-    """The universal default: kappa(s) = beta(s) and delta = beta_t / (beta_s alpha_t - alpha_s
-    beta_t), for any schedule.
+    """The default, which meets both criteria under any schedule, anchored and matched.
 
-    Then b = beta_s lambda_t - alpha_s, a = c = beta_s lambda'_t and gamma/delta = beta_s/beta_t -
-    1: both criteria hold, it is anchored and matched, and f is the clean prediction that makes a
-    DDIM jump from t to s exact. Nothing is to be chosen; gamma and delta follow from the schedule,
-    see `on`.
+    With kappa(s) = beta_s and delta = beta_t / (beta_s alpha_t - alpha_s beta_t) it has
+
+        b = beta_s lambda_t - alpha_s,  a = c = beta_s lambda'_t,  gamma/delta = beta_s/beta_t - 1
+
+    and f is the clean prediction that makes a DDIM jump from t to s exact. Nothing is to be
+    chosen; gamma and delta follow from the schedule, see `on`.
     """
 
     def ratios(self, schedule: Schedule) -> tuple[TimeFunction, TimeFunction]:
@@ -388,8 +398,9 @@ def _depends_on_schedule(name: str) -> str:
 
 
 class MeanFlowStatistic(Statistic):
-    """``gamma = 0, delta = 1/(t - s)``: f is the average velocity (Geng et al., arXiv 2505.13447).
-    Criterion 1 fails.
+    """``gamma = 0, delta = 1/(t - s)``: f is the average velocity, and Criterion 1 fails.
+
+    Geng et al., arXiv 2505.13447.
     """
 
     def __init__(self) -> None:
@@ -397,8 +408,9 @@ class MeanFlowStatistic(Statistic):
 
 
 class ConsistencyStatistic(Statistic):
-    """``gamma = 1, delta = -1``: f = z_s (Song et al., arXiv 2303.01469; trajectory form
-    2310.02279). kappa = 0.
+    """``gamma = 1, delta = -1``: f = z_s, and kappa = 0.
+
+    Song et al., arXiv 2303.01469; in the form with trajectories Kim et al., arXiv 2310.02279.
     """
 
     def __init__(self) -> None:
@@ -455,9 +467,7 @@ def _function_of_s(kappa: Source) -> TimeFunction:
 
 
 def _at_noise(scaled: TimeFunction) -> TimeFunction:
-    """Return kappa as a function of s: the value of (1 + gamma/delta) beta(t) at t = 1, or its
-    limit.
-    """
+    """Return kappa as a function of s: (1 + gamma/delta) beta(t) at t = 1, or its limit there."""
     if scaled.expression is None:
         return TimeFunction(lambda t_, s_: scaled.raw(backend_of(t_).ones_like(t_), s_), 2)
     value: Any = scaled.expression.subs(T, 1)
@@ -469,25 +479,22 @@ def _at_noise(scaled: TimeFunction) -> TimeFunction:
 
 
 def _left_of_t(scaled: TimeFunction) -> str:
-    """Return an empty text if (1 + gamma/delta) beta(t) does not depend on t, else what is left of
-    t.
-    """
+    """Return an empty text if (1 + gamma/delta) beta(t) is free of t, else what is left of t."""
     points = random_points(POINTS)
     if scaled.expression is not None:
-        slopes = precise_values(scaled.expression.diff(T), points)
+        dots = precise_values(scaled.expression.diff(T), points)
         sizes = precise_values(scaled.expression, points)
         text = text_of(readable(scaled.expression))
         tolerance, how = NOT_ZERO, f"(1 + gamma/delta) beta(t) = {text}"
     else:
         times = torch.tensor(points, dtype=torch.float64)
-        slopes = scaled.dot(times[:, 0], times[:, 1]).tolist()
+        dots = scaled.dot(times[:, 0], times[:, 1]).tolist()
         sizes = scaled(times[:, 0], times[:, 1]).tolist()
         tolerance, how = NUMERIC, f"(1 + gamma/delta) beta(t), derived numerically to {NUMERIC:g},"
-    for (t_, s_), slope, size in zip(points, slopes, sizes, strict=True):
-        if not abs(slope) <= tolerance * max(1, abs(size)) or not math.isfinite(size):
+    for (t_, s_), dot, size in zip(points, dots, sizes, strict=True):
+        if not abs(dot) <= tolerance * max(1, abs(size)) or not math.isfinite(size):
             return (
                 f"{how} must be a function of s alone, but at (t, s) = ({t_:.3f}, {s_:.3f}) it is "
-                f"{float(size):.5g} and "
-                f"changes with t at the rate {float(slope):.5g}"
+                f"{float(size):.5g} and changes with t at the rate {float(dot):.5g}"
             )
     return ""
