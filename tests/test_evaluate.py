@@ -5,13 +5,15 @@ import importlib
 import itertools
 import os
 import pickle
+import resource
+import signal
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowspace import RunError
+from flowspace import InputError, RunError
 
 pytest.importorskip("torch_fidelity")
 pytest.importorskip("timm")
@@ -116,8 +118,10 @@ def scores(samples, real):
 
 
 def test_the_frechet_distance_of_gaussians_is_the_closed_form():
-    found = scores(sets(0.5, 2.0, 1, 20000), sets(0, 1, 2, 20000))["Frechet distance (pixels)"]
+    found = evaluate.frechet_distance(sets(0.5, 2.0, 1, 20000), sets(0, 1, 2, 20000))
     assert found == pytest.approx(4 * (0.5**2 + (2 - 1) ** 2), rel=0.05)
+    x, y = sets(0.5, 2.0, 1, 50), sets(0, 1, 2, 50)
+    assert scores(x, y)["Frechet distance (pixels)"] == evaluate.frechet_distance(x, y)
 
 
 def test_kid_is_the_unbiased_discrepancy_of_a_cubic_kernel():
@@ -208,3 +212,130 @@ def test_a_reference_is_pinned_by_its_digest():
     assert evaluate.judge(Fixed(), sets(seed=1), real, real.digest).reference == real.digest
     with pytest.raises(RunError, match="is pinned"):
         evaluate.judge(Fixed(), sets(seed=1), sets(0.1), real.digest)
+
+
+def test_the_spread_of_kid_is_that_of_other_sets_of_this_size():
+    for shift, most in ((0.3, 1.3), (0.0, 2.2)):  # sets that differ, and sets that do not
+        found = []
+        for seed in range(30):
+            mine, theirs = sets(shift, 1, 2 * seed, 100), sets(0, 1, 2 * seed + 1, 100)
+            found.append(evaluate.kernel_distance(mine, theirs))
+        distances, spreads = torch.tensor(found, dtype=torch.float64).T
+        assert 0.7 < spreads.mean() / distances.std() < most
+    x, y = sets(0.3, 1, 0, 50), sets(0, 1, 1, 50)
+    found = scores(x, y)
+    assert (found["KID (pixels)"], found["KID (pixels), spread"]) == evaluate.kernel_distance(x, y)
+
+
+def test_the_spread_of_kid_of_many_images_is_that_of_its_subsets(monkeypatch):
+    mine, real = sets(0.3, 1, 0, 90), sets(0, 1, 1, 80)
+    monkeypatch.setattr(evaluate, "SUBSET", 40)
+    assert evaluate.kernel_distance(mine, real) == evaluate._subsets(mine, real, 40)
+    fewer = mine[:79]
+    assert evaluate.kernel_distance(fewer, real)[1] == evaluate._subsets(fewer, real, 39)[1]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("where", ["samples", "real images", "logits"])
+def test_features_that_are_not_finite_are_one_error(value, where):
+    both = {"samples": sets(rows=20), "real images": sets(seed=1, rows=20)}
+    if where == "logits":
+        both["samples"] = evaluate.Features(both["samples"].features, torch.full((20, 3), value))
+    else:
+        both[where].features[3, 1] = value
+    with pytest.raises(InputError, match="not finite, of"):
+        evaluate.judge(Fixed(), both["samples"], both["real images"])
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 3])
+def test_fewer_than_four_pictures_are_not_compared(rows):
+    for mine, theirs in ((rows, 20), (20, rows)):
+        with pytest.raises(InputError, match=f"got {rows} .*; at least 4"):
+            scores(sets(rows=mine), sets(rows=theirs))
+    assert scores(sets(rows=4), sets(seed=1, rows=4)).keys()
+
+
+def test_features_of_different_networks_are_not_compared():
+    wide = evaluate.Features(torch.randn(20, 5))
+    with pytest.raises(InputError, match="got 4 features of the samples and 5 of the real"):
+        scores(sets(rows=20), wide)
+    for odd in (torch.randn(20), torch.randn(20, 1), torch.randn(20, 2, 2)):
+        with pytest.raises(InputError, match="of shape"):
+            scores(evaluate.Features(odd), evaluate.Features(odd))
+    with pytest.raises(InputError, match="no images"):
+        evaluate.features_of(Fixed(), [])
+
+
+def flips(path, count):
+    """The contents of a file with one bit flipped, at places spread over it."""
+    whole = path.read_bytes()
+    for number in range(count):
+        at = number * (8 * len(whole) - 1) // (count - 1)
+        torn = bytearray(whole)
+        torn[at // 8] ^= 1 << at % 8
+        yield bytes(torn)
+
+
+def test_a_flipped_bit_of_stored_samples_is_found(tmp_path):
+    plan().draw(sample, tmp_path, "a", CPU)
+    path = tmp_path / "samples-0000008.safetensors"
+    whole = path.read_bytes()
+    for torn in (*flips(path, 60), whole[:300], whole[:-1], b""):
+        path.write_bytes(torn)
+        with pytest.raises(RunError, match="samples-0000008"):
+            plan().read(tmp_path, "a")
+    path.write_bytes(whole)
+    assert len(plan().read(tmp_path, "a")) == 23
+
+
+def test_swapped_files_of_samples_are_found(tmp_path):
+    plan().draw(sample, tmp_path, "a", CPU)
+    first, second, spare = (tmp_path / f"samples-000000{n}.safetensors" for n in (0, 8, 1))
+    first.rename(spare)
+    second.rename(first)
+    spare.rename(second)
+    for use in (
+        lambda: plan().read(tmp_path, "a"),
+        lambda: plan().draw(sample, tmp_path, "a", CPU),
+    ):
+        with pytest.raises(RunError, match=r"0000000.*holds the samples from 8 on"):
+            use()
+
+
+@pytest.mark.parametrize("logits", [None, torch.randn(600, 3)])
+def test_stored_features_are_what_was_stored(tmp_path, logits):
+    path = tmp_path / "real.safetensors"
+    real = evaluate.Features(sets().features, logits)
+    real.save(path, "pixels of cats")
+    again = evaluate.Features.load(path, "pixels of cats")
+    assert again.digest == real.digest and (logits is None or torch.equal(again.logits, logits))
+    with pytest.raises(RunError, match="holds features of 'pixels of cats', not of 'dogs'"):
+        evaluate.Features.load(path, "dogs")
+    for torn in (*flips(path, 60), b"", b"no file of tensors"):
+        path.write_bytes(torn)
+        with pytest.raises(RunError, match=r"real\.safetensors"):
+            evaluate.Features.load(path, "pixels of cats")
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(RunError, match="cannot be read"):
+        evaluate.Features.load(path)
+
+
+def test_what_cannot_be_written_is_one_error_and_leaves_nothing(tmp_path):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limit[1]))  # as a full disk
+    try:
+        with pytest.raises(RunError, match=r"samples-0000000.* cannot be written"):
+            plan().draw(sample, tmp_path / "a", "a", CPU)
+        with pytest.raises(RunError, match=r"real.* cannot be written"):
+            sets().save(tmp_path / "a" / "real.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+    assert not list((tmp_path / "a").iterdir())
+    (tmp_path / "a" / "samples-0000000.safetensors").mkdir()
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "a", tmp_path / "file"):
+        with pytest.raises(RunError, match="cannot be written"):
+            plan().draw(sample, folder, "a", CPU)

@@ -6,6 +6,7 @@ import importlib
 import pickle
 
 import pytest
+import safetensors.torch
 import torch
 
 from flowspace import InputError, RunError
@@ -182,3 +183,20 @@ def test_latents_encoded_again_are_not_read_from_the_old_file(images, tmp_path):
     assert not torch.equal(latents.LatentImages(tmp_path).row(0)[0], before)
     with pytest.raises(RunError, match="written again"):
         old.row(13)
+
+
+def test_a_folder_that_cannot_be_written_is_one_error(images, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot be written"):
+        latents.encode(images, encoder(), tmp_path / "file", shard=4)
+
+
+@pytest.mark.parametrize("text", [None, "{", "[1]", '"x"', '{"made": "{}"}', '{"made": 3}'])
+def test_files_of_others_are_no_shards_of_latents(images, tmp_path, text):
+    metadata = None
+    if text is not None:
+        metadata = {"about": text}
+    path = tmp_path / "latents-00000000.safetensors"
+    safetensors.torch.save_file({"latents": torch.zeros(1)}, path, metadata)
+    with pytest.raises(RunError, match="cannot be read as a shard of latents"):
+        latents.LatentImages(tmp_path)

@@ -11,7 +11,6 @@ FID and IS: others are Frechet distances of the features they name.
 import abc
 import hashlib
 import json
-import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable
@@ -20,14 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from flowspace.errors import InputError, RunError
-from flowspace.training import seed_of
+from flowspace.training.draws import seed_of
 from flowspace.vision.perceptual import TimmFeatures
+from flowspace.vision.tensor_files import metadata_of, read_whole, write_whole
 from flowspace.vision.weights import read_tensors
 
 __all__ = [
@@ -38,7 +36,9 @@ __all__ = [
     "Scores",
     "TimmExtractor",
     "features_of",
+    "frechet_distance",
     "judge",
+    "kernel_distance",
     "rounded",
 ]
 
@@ -46,8 +46,12 @@ INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 NEIGHBOURS = 3
 """The k of precision and recall (Kynkaanniemi et al., arXiv 1904.06991)."""
 
-SUBSET, SUBSETS = 1000, 100
+SUBSET = 1000
+SUBSETS = 100
 """KID's usual subsets: 100 of 1,000, or of all images where there are fewer."""
+
+NOISE = 5
+"""Keeps the noise of samples apart from the other uses of a seed."""
 
 Sample = Callable[[Tensor, Tensor], Tensor]
 
@@ -83,17 +87,15 @@ class Plan:
     def __post_init__(self) -> None:
         if min(self.count, self.batch, self.shard) < 1 or self.classes < 0:
             raise InputError(
-                f"{self} came; count, batch and shard are at least 1, classes at least 0"
+                f"got {self}; count, batch and shard are at least 1, classes at least 0"
             )
 
     def inputs(self, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Return noise ``(last - first, *shape)`` and labels of these samples."""
-        noise = [
-            torch.randn(
-                self.shape, generator=torch.Generator().manual_seed(seed_of(self.seed, i, 5))
-            )
-            for i in range(first, last)
-        ]
+        noise = []
+        for number in range(first, last):
+            draw = torch.Generator().manual_seed(seed_of(self.seed, number, NOISE))
+            noise.append(torch.randn(self.shape, generator=draw))
         return torch.stack(noise), torch.arange(first, last) % max(1, self.classes)
 
     def draw(
@@ -117,48 +119,48 @@ class Plan:
             ranks: how many there are.
 
         Raises:
-            RunError: if the folder holds samples of another plan or maker, or a sample is not
-                finite.
+            RunError: if the folder holds samples of another plan or maker or under another's
+                name, it cannot be written, or a sample is not finite.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        size = self.batch * self.shard
-        starts = range(0, self.count, size)
-        for start in tqdm(
-            [s for s in starts if s // size % ranks == rank],
-            "samples",
-            unit="file",
-            disable=rank > 0,
-        ):
-            path = folder / f"samples-{start:07d}.safetensors"
-            if self._kept(path, maker):
+        starts = self._starts()[rank::ranks]
+        for start in tqdm(starts, "samples", unit="file", disable=rank > 0):
+            path = self._path(folder, start)
+            if self._kept(path, maker, start):
                 continue
-            ends = range(start, min(start + size, self.count), self.batch)
-            images = torch.cat([self._batch(sample, first, device) for first in ends])
-            partial = path.with_suffix(".partial")
-            save_file({"images": images.contiguous()}, partial, {"plan": self._name(maker)})
-            os.replace(partial, path)
+            end = min(start + self.batch * self.shard, self.count)
+            images = [
+                self._batch(sample, first, device) for first in range(start, end, self.batch)
+            ]
+            write_whole(path, {"images": torch.cat(images)}, self._metadata(maker, start))
 
     def read(self, folder: Path, maker: str) -> Tensor:
         """Return all samples, uint8 ``(count, 3, H, W)``.
 
         Raises:
-            RunError: if some are missing.
+            RunError: if some are missing, or are not what was drawn.
         """
-        paths = [
-            folder / f"samples-{s:07d}.safetensors"
-            for s in range(0, self.count, self.batch * self.shard)
+        starts = self._starts()
+        missing = [
+            start for start in starts if not self._kept(self._path(folder, start), maker, start)
         ]
-        missing = [path for path in paths if not self._kept(path, maker)]
         if missing:
             raise RunError(
-                f"{missing[0]} is missing ({len(missing)} of {len(paths)}); the same command "
-                "draws what is left"
+                f"{self._path(folder, missing[0])} is missing ({len(missing)} of {len(starts)}); "
+                "the same command draws what is left"
             )
         found = []
-        for path in paths:
-            with safe_open(path, "pt") as file:
-                found.append(file.get_tensor("images"))
+        for start in starts:
+            tensors, _ = read_whole(self._path(folder, start))
+            found.append(tensors["images"])
         return torch.cat(found)
+
+    def _starts(self) -> range:
+        """The first sample of each file."""
+        return range(0, self.count, self.batch * self.shard)
+
+    @staticmethod
+    def _path(folder: Path, start: int) -> Path:
+        return folder / f"samples-{start:07d}.safetensors"
 
     def _batch(self, sample: Sample, first: int, device: torch.device) -> Tensor:
         noise, labels = self.inputs(first, min(first + self.batch, self.count))
@@ -172,18 +174,24 @@ class Plan:
             )
         return rounded(images)
 
-    def _name(self, maker: str) -> str:
-        return json.dumps(asdict(self) | {"maker": maker}, sort_keys=True)
+    def _metadata(self, maker: str, start: int) -> dict[str, str]:
+        plan = json.dumps(asdict(self) | {"maker": maker}, sort_keys=True)
+        return {"plan": plan, "first": str(start)}
 
-    def _kept(self, path: Path, maker: str) -> bool:
-        try:
-            with safe_open(path, "pt") as file:
-                found = (file.metadata() or {}).get("plan")
-        except (SafetensorError, OSError):
+    def _kept(self, path: Path, maker: str, start: int) -> bool:
+        """Whether a file is there, of these samples."""
+        found = metadata_of(path)
+        if found is None:
             return False
-        if found != self._name(maker):
+        wanted = self._metadata(maker, start)
+        if found.get("plan") != wanted["plan"]:
             raise RunError(
                 f"{path} holds samples of another run or plan; delete {path.parent} to draw anew"
+            )
+        if found.get("first") != wanted["first"]:
+            raise RunError(
+                f"{path} holds the samples from {found.get('first')} on, not those from {start} "
+                "on; delete it to draw them anew"
             )
         return True
 
@@ -195,12 +203,52 @@ class Features:
     """
 
     features: Tensor
-    logits: Tensor | None
+    logits: Tensor | None = None
 
     @property
     def digest(self) -> str:
         """The SHA-256 of the features, which pins a reference."""
-        return hashlib.sha256(self.features.contiguous().numpy().tobytes()).hexdigest()
+        return hashlib.sha256(self.features.cpu().contiguous().numpy().tobytes()).hexdigest()
+
+    def save(self, path: Path, made: str = "") -> None:
+        """Write them into a file.
+
+        Args:
+            path: of the file.
+            made: says of which images by which network they are.
+
+        Raises:
+            RunError: if it cannot be written.
+        """
+        tensors = {"features": self.features}
+        if self.logits is not None:
+            tensors["logits"] = self.logits
+        write_whole(path, tensors, {"made": made})
+
+    @classmethod
+    def load(cls, path: Path, made: str = "") -> "Features":
+        """Read them from a file that `save` wrote.
+
+        Raises:
+            RunError: if it cannot be read, does not hold what was written, or features of other
+                images or another network.
+        """
+        tensors, metadata = read_whole(path)
+        if metadata.get("made") != made or "features" not in tensors:
+            raise RunError(
+                f"{path} holds features of {metadata.get('made')!r}, not of {made!r}; delete it "
+                "to make them anew"
+            )
+        return cls(tensors["features"], tensors.get("logits"))
+
+    def __getitem__(self, rows: Any) -> "Features":
+        """Return the features of some of the images."""
+        if self.logits is None:
+            return Features(self.features[rows])
+        return Features(self.features[rows], self.logits[rows])
+
+    def __len__(self) -> int:
+        return len(self.features)
 
 
 class Extractor(abc.ABC):
@@ -217,6 +265,20 @@ class Extractor(abc.ABC):
     @abc.abstractmethod
     def __call__(self, images: Tensor) -> Features:
         """Return the features of uint8 images ``(B, 3, H, W)``."""
+
+    @property
+    def distance_name(self) -> str:
+        """What the Frechet distance of these features is called."""
+        if self.classic:
+            return "FID"
+        return f"Frechet distance ({self.name})"
+
+    @property
+    def kernel_name(self) -> str:
+        """What the kernel distance of these features is called."""
+        if self.classic:
+            return "KID"
+        return f"KID ({self.name})"
 
 
 class Inception(Extractor):
@@ -266,7 +328,11 @@ class Inception(Extractor):
 
 
 class TimmExtractor(Extractor):
-    """A timm network: the mean of its last map, and its logits.
+    """A timm network: the mean of its last map, and its logits; of a DINOv2 network its class
+    token, whose Frechet distance is FD-DINOv2 (Stein et al., arXiv 2306.04675).
+
+    Published FD-DINOv2 is that of ``vit_large_patch14_dinov2`` at 224 pixels, with another
+    interpolation of its positions than timm's.
 
     Args:
         features: the network.
@@ -275,10 +341,18 @@ class TimmExtractor(Extractor):
     """
 
     def __init__(self, features: TimmFeatures, name: str) -> None:
-        self.network, self.name = (
-            features,
-            name if features.size is None else f"{name}@{features.size}",
-        )
+        self.network = features
+        self.dino = "dinov2" in name
+        self.name = name
+        if features.size is not None:
+            self.name = f"{name}@{features.size}"
+
+    @property
+    def distance_name(self) -> str:
+        """What the Frechet distance of these features is called."""
+        if self.dino:
+            return f"FD-DINOv2 ({self.name})"
+        return super().distance_name
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:
@@ -286,17 +360,29 @@ class TimmExtractor(Extractor):
         device = next(self.network.parameters()).device
         (maps,) = self.network(images.to(device).float() / 127.5 - 1)
         head: Any = self.network.network
-        pooled = maps.mean((2, 3)) if maps.ndim == 4 else maps.mean(1)
+        if self.dino:  # which has no logits
+            return Features(head.forward_head(maps, pre_logits=True).cpu())
+        if maps.ndim == 4:
+            pooled = maps.mean((2, 3))
+        else:
+            pooled = maps.mean(1)
         return Features(pooled.cpu(), head.forward_head(maps).cpu())
 
 
 def features_of(extractor: Extractor, batches: Iterable[Tensor]) -> Features:
-    """Return the features of all batches of uint8 images."""
+    """Return the features of all batches of uint8 images.
+
+    Raises:
+        InputError: if there are none.
+    """
     found = [extractor(images) for images in batches]
+    if not found:
+        raise InputError("got no images to extract features of")
+    features = torch.cat([part.features for part in found])
     logits = [part.logits for part in found if part.logits is not None]
-    return Features(
-        torch.cat([part.features for part in found]), torch.cat(logits) if logits else None
-    )
+    if not logits:
+        return Features(features)
+    return Features(features, torch.cat(logits))
 
 
 @dataclass(frozen=True)
@@ -335,50 +421,117 @@ def judge(
 
     Raises:
         RunError: if the reference has another digest.
+        InputError: if there are fewer than four images, or features that are not finite, or of
+            another width than the real ones.
     """
+    _check(samples, real)
     if pinned is not None and real.digest != pinned:
         raise RunError(
             f"the reference's features have SHA-256 {real.digest}, {pinned} is pinned; other "
             "images or weights"
         )
-    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_isc import isc_features_to_metric
-    from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
 
-    subset = min(SUBSET, len(samples.features), len(real.features))
-    frechet, score = (
-        ("FID", "IS") if extractor.classic else (f"Frechet distance ({extractor.name})", "")
+    near = prc_features_to_metric(
+        samples.features.cpu().float(),
+        real.features.cpu().float(),
+        prc_neighborhood=NEIGHBOURS,
+        verbose=False,
     )
-    kid = "KID" if extractor.classic else f"KID ({extractor.name})"
+    distance, spread = kernel_distance(samples, real)
+    values = {
+        extractor.distance_name: frechet_distance(samples, real),
+        extractor.kernel_name: distance,
+        f"{extractor.kernel_name}, spread": spread,
+        "precision": float(near["precision"]),
+        "recall": float(near["recall"]),
+    }
+    if extractor.classic and samples.logits is not None:
+        score = isc_features_to_metric(samples.logits.cpu())
+        values["IS"] = float(score["inception_score_mean"])
+    return Scores(len(samples), extractor.name, real.digest, values)
+
+
+def frechet_distance(samples: Features, real: Features) -> float:
+    """Return the squared Frechet distance of the Gaussians of two sets' features.
+
+    Raises:
+        InputError: see `judge`.
+    """
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+    _check(samples, real)
+    mine = fid_features_to_statistics(samples.features.cpu().double())
+    theirs = fid_features_to_statistics(real.features.cpu().double())
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # of scipy's matrix root, for sets smaller than the features
-        both = (fid_features_to_statistics(part.features.double()) for part in (samples, real))
-        values = {
-            frechet: fid_statistics_to_metric(*both, verbose=False)["frechet_inception_distance"]
-        }
-        found = kid_features_to_metric(
-            samples.features,
-            real.features,
-            kid_subset_size=subset,
-            kid_subsets=SUBSETS,
-            verbose=False,
-        )
-        values |= {
-            kid: found["kernel_inception_distance_mean"],
-            f"{kid}, spread": found["kernel_inception_distance_std"],
-        }
-        near = prc_features_to_metric(
-            samples.features, real.features, prc_neighborhood=NEIGHBOURS, verbose=False
-        )
-        values |= {name: near[name] for name in ("precision", "recall")}
-        if score and samples.logits is not None:
-            values[score] = isc_features_to_metric(samples.logits)["inception_score_mean"]
-    return Scores(
-        len(samples.features),
-        extractor.name,
-        real.digest,
-        {k: float(v) for k, v in values.items()},
+        warnings.simplefilter("ignore")  # of the matrix root, for sets smaller than the features
+        found = fid_statistics_to_metric(mine, theirs, verbose=False)
+    return float(found["frechet_inception_distance"])
+
+
+def kernel_distance(samples: Features, real: Features) -> tuple[float, float]:
+    """Return KID, the squared kernel distance of two sets' features, and its spread.
+
+    KID is the mean over 100 random subsets of 1,000 images of each set, and its spread that over
+    the subsets. Of fewer than 2,000 images such subsets are nearly the whole sets, and tell
+    nothing; the spread is then that over subsets of half as many images. Such halves spread as
+    much as KID does over other sets of this size: half the images double the variance, and half
+    of that is left while the images stay the same. Where the sets do not differ it is too large,
+    by up to sqrt(3).
+
+    Raises:
+        InputError: see `judge`.
+    """
+    _check(samples, real)
+    count = min(len(samples), len(real))
+    mean, spread = _subsets(samples, real, min(SUBSET, count))
+    if count < 2 * SUBSET:
+        _, spread = _subsets(samples, real, min(SUBSET, count // 2))
+    return mean, spread
+
+
+def _subsets(samples: Features, real: Features, size: int) -> tuple[float, float]:
+    """Return the mean and the spread of KID over subsets of this size."""
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    found = kid_features_to_metric(
+        samples.features.cpu().float(),
+        real.features.cpu().float(),
+        kid_subset_size=size,
+        kid_subsets=SUBSETS,
+        verbose=False,
     )
+    mean = found["kernel_inception_distance_mean"]
+    return float(mean), float(found["kernel_inception_distance_std"])
+
+
+def _check(samples: Features, real: Features) -> None:
+    """Refuse sets that cannot be compared."""
+    for name, part in (("samples", samples), ("real images", real)):
+        shape = tuple(part.features.shape)
+        if len(shape) != 2 or shape[1] < 2:
+            raise InputError(
+                f"got features of the {name} of shape {shape}; they are (images, features), with "
+                "two features or more"
+            )
+        if shape[0] <= NEIGHBOURS:
+            raise InputError(
+                f"got {shape[0]} {name}; at least {NEIGHBOURS + 1} are compared, for precision "
+                "and recall"
+            )
+        values = [part.features]
+        if part.logits is not None:
+            values.append(part.logits)
+        for table in values:
+            bad = int((~table.isfinite()).any(1).sum())
+            if bad:
+                raise InputError(
+                    f"got features of the {name} that are not finite, of {bad} of {shape[0]}; the "
+                    "network's weights are broken, or half precision overflows"
+                )
+    if samples.features.shape[1] != real.features.shape[1]:
+        raise InputError(
+            f"got {samples.features.shape[1]} features of the samples and "
+            f"{real.features.shape[1]} of the real images; one network makes both"
+        )

@@ -9,15 +9,13 @@ beside and renamed, so that an interrupted run leaves whole ones, and goes on af
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,6 +24,7 @@ from flowspace.training.batches import Batches
 from flowspace.training.draws import seed_of
 from flowspace.vision.data import Images, order_of
 from flowspace.vision.encoders import LatentEncoder
+from flowspace.vision.tensor_files import metadata_of, write_whole
 
 __all__ = ["LatentBatches", "LatentImages", "encode"]
 
@@ -60,16 +59,15 @@ def encode(
         ranks: how many there are.
 
     Raises:
-        RunError: if the folder holds shards of other images, another encoder or other settings.
+        RunError: if the folder holds shards of other images, another encoder or other settings,
+            or cannot be written.
         InputError: if the encoder's statistics are not known, or a number is not positive.
     """
     if min(batch, shard) < 1 or not encoder.known:
         raise InputError(
-            f"batch = {batch}, shard = {shard} came; write 1 or more, and fit() the encoder first"
+            f"got batch = {batch}, shard = {shard}; write 1 or more, and fit() the encoder first"
         )
     made = {"count": len(images), "shard": shard, "flip": flip, **_fingerprint(images, encoder)}
-    folder.mkdir(parents=True, exist_ok=True)
-    device = encoder.mean.device
     starts = [start for start in range(0, len(images), shard) if start // shard % ranks == rank]
     for start in tqdm(starts, "latents", unit="shard", disable=rank > 0):
         path = _path(folder, start)
@@ -82,26 +80,18 @@ def encode(
             )
         numbers = range(start, min(start + shard, len(images)))
         parts = [
-            _encoded(images, encoder, numbers[i : i + batch], flip, device)
-            for i in range(0, len(numbers), batch)
+            _encoded(images, encoder, numbers[first : first + batch], flip)
+            for first in range(0, len(numbers), batch)
         ]
-        tensors = {
-            name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]
-        }
-        partial = path.with_suffix(".partial")
-        try:
-            save_file(tensors, partial, {"made": json.dumps(made, sort_keys=True)})
-        except (SafetensorError, OSError) as error:
-            partial.unlink(missing_ok=True)
-            raise OSError(
-                f"{path} cannot be written ({error}); the shards before it are whole"
-            ) from error
-        os.replace(partial, path)
+        tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        write_whole(path, tensors, {"made": json.dumps(made, sort_keys=True)})
 
 
 def _encoded(
-    images: Images, encoder: LatentEncoder, numbers: range, flip: bool, device: torch.device
+    images: Images, encoder: LatentEncoder, numbers: range, flip: bool
 ) -> dict[str, Tensor]:
+    """Return the tensors of some consecutive images."""
+    device = encoder.mean.device
     pictures, labels = [], []
     for number in numbers:
         picture, label = images.row(number)
@@ -125,9 +115,12 @@ def _fingerprint(images: Images, encoder: LatentEncoder) -> dict[str, str]:
     weights = hashlib.sha256()
     for tensor in encoder.state_dict().values():
         weights.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    kind = "mean"
+    if encoder.sample:
+        kind = "sampled"
     return {
         "images": f"{names.hexdigest()[:16]} of {images.size} pixels",
-        "encoder": f"{weights.hexdigest()[:16]}, {'sampled' if encoder.sample else 'mean'}",
+        "encoder": f"{weights.hexdigest()[:16]}, {kind}",
     }
 
 
@@ -136,12 +129,13 @@ def _path(folder: Path, start: int) -> Path:
 
 
 def _made(path: Path) -> Mapping[str, Any]:
+    """Return what a shard says of its images, their encoder and their settings."""
     try:
-        with safe_open(path, "pt") as file:
-            return json.loads((file.metadata() or {})["made"])
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        made = json.loads((metadata_of(path) or {})["made"])
+        return {name: made[name] for name in ("count", "shard", "flip", "images", "encoder")}
+    except (KeyError, ValueError, TypeError, RecursionError):
         raise RunError(
-            f"{path} cannot be read ({error}); delete it and run "
+            f"{path} cannot be read as a shard of latents; delete it and run "
             "examples/imagenet/encode.py CONFIG again"
         ) from None
 
