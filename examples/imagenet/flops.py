@@ -5,6 +5,7 @@ work is not counted. A training step of a generator is its forward pass, twice t
 gradient, and one more forward pass' products for the derivative, on the rows that need it.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -222,11 +223,12 @@ def generator_cost(config: Config) -> Cost:
 
     def call() -> Call:
         time, labels = torch.ones(1), torch.zeros(1, dtype=torch.long)
-        latents = torch.zeros(1, c["channels"], c["grid"], c["grid"])
+        latents = torch.zeros(1, *network.latent_shape)
         return network, (latents, time, time), {"labels": labels}
 
     parameters, forward = counted(call)
-    tokens = c["grid"] ** 2 + c["time_tokens"] + c["class_tokens"]
+    cells = math.prod(network.latent_shape[1:])
+    tokens = cells + c["time_tokens"] + c["class_tokens"]
     numbers = ACTIVATIONS_PER_TOKEN * c["depth"]
     if config.generator.checkpointing:
         # The input of every block, and the inside of the one that is run again.
