@@ -159,16 +159,16 @@ class CompiledRival(Derivative):
         fn: Callable[..., Tensor],
         primals: Sequence[Any],
         tangents: Sequence[Any],
-        rows: Tensor,
+        indices: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Return value and derivative, on the rows with these indices."""
         z, t, s, cond = primals
         inputs, v = (z, t, s, cond["labels"]), tangents[0]
         value = compiled(value_alone)(self.network, *inputs)
         with torch.no_grad():
-            few = [x[rows] for x in inputs]
-            slope = self.slope(few, v[rows], value.detach()[rows])
-        return value, scatter(slope.to(value.dtype), rows, value)
+            few = [x[indices] for x in inputs]
+            slope = self.slope(few, v[indices], value.detach()[indices])
+        return value, scatter(slope.to(value.dtype), indices, value)
 
     @abc.abstractmethod
     def slope(self, inputs: Sequence[Tensor], v: Tensor, value: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ class CompiledWithGradients(CompiledRival):
         fn: Callable[..., Tensor],
         primals: Sequence[Any],
         tangents: Sequence[Any],
-        rows: Tensor,
+        indices: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Return value and derivative, of every row."""
         z, t, s, cond = primals

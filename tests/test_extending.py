@@ -134,7 +134,7 @@ def from_noise(rows, *, generator, device, dtype):
 class ReverseMode(Derivative):
     """Exact, by two backward passes: for models whose functions have no forward derivative."""
 
-    def evaluate(self, fn, primals, tangents, rows):
+    def evaluate(self, fn, primals, tangents, indices):
         moving = [i for i, tangent in enumerate(tangents) if tangent is not None]
 
         def of_moving(*inputs):

@@ -272,9 +272,9 @@ class RestoringMode(TorchFunctionMode):
         if isinstance(kwargs.get("generator"), torch.Generator):
             self.draws(kwargs["generator"])
 
-    def mixes(self, rows: bool) -> None:
+    def mixes(self, mixing: bool) -> None:
         """Raise RowsMixError if a function mixes rows and nobody said so."""
-        if rows and not self.mixed:
+        if mixing and not self.mixed:
             raise RowsMixError(self)
 
     def draws(self, generator: torch.Generator) -> None:

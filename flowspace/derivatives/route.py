@@ -90,22 +90,23 @@ class Derivative(abc.ABC):
         fn: Callable[..., Tensor],
         primals: Sequence[Any],
         tangents: Sequence[Tensor | None],
-        rows: Tensor | None,
+        mask: Tensor | None,
         at_most: int | None,
     ) -> tuple[Tensor, Tensor]:
         """Choose the rows; not traced by torch.compile, since it depends on values."""
-        index = None
-        if rows is not None and not in_transform(rows):
-            index = _indices(rows, at_most)
-        if index is not None and not len(index):
+        indices = None
+        if mask is not None and not in_transform(mask):
+            indices = _indices(mask, at_most)
+        if indices is not None and not len(indices):
             value = checked(fn(*primals), primals)
             return value, torch.zeros_like(value)
-        value, derivative = self.evaluate(fn, primals, tangents, index)
+        value, derivative = self.evaluate(fn, primals, tangents, indices)
         checked(value, primals)
-        if rows is not None:
-            derivative = torch.where(over_rows(rows, derivative), derivative, 0.0)
-        if rows is not None and index is not None and at_most is not None:
-            missed = rows.index_fill(0, index, False)
+        if mask is None:
+            return value, derivative
+        derivative = torch.where(over_rows(mask, derivative), derivative, 0.0)
+        if indices is not None and at_most is not None:
+            missed = mask.index_fill(0, indices, False)
             derivative = derivative.masked_fill(over_rows(missed, derivative), math.nan)
         return value, derivative
 
@@ -115,10 +116,10 @@ class Derivative(abc.ABC):
         fn: Callable[..., Tensor],
         primals: Sequence[Any],
         tangents: Sequence[Tensor | None],
-        rows: Tensor | None,
+        indices: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the value with gradient and the derivative; ``rows`` are the indices where it is
-        wanted, None all.
+        """Return the value with gradient and the derivative on the rows of these indices, or on
+        all for None.
         """
 
     def evaluate_pure(
@@ -143,16 +144,16 @@ def _indices(mask: Tensor, at_most: int | None) -> Tensor | None:
             the device is not waited for: those of the mask come first.
     """
     if at_most is None:
-        index = mask.nonzero().squeeze(1)
+        indices = mask.nonzero().squeeze(1)
     else:
-        index = mask.argsort(descending=True, stable=True)[:at_most]
+        indices = mask.argsort(descending=True, stable=True)[:at_most]
     if several_processes():
-        if len(index):
-            return index
+        if len(indices):
+            return indices
         return torch.zeros(1, dtype=torch.long, device=mask.device)
-    if len(index) == len(mask):
+    if len(indices) == len(mask):
         return None
-    return index
+    return indices
 
 
 def checked(value: Any, primals: Sequence[Any]) -> Tensor:
@@ -170,9 +171,9 @@ def checked(value: Any, primals: Sequence[Any]) -> Tensor:
     )
 
 
-def scatter(found: Tensor, rows: Tensor, value: Tensor) -> Tensor:
+def scatter(derivative: Tensor, indices: Tensor, value: Tensor) -> Tensor:
     """Return a derivative on the rows with these indices as one of the whole batch, zero
     elsewhere.
     """
-    everywhere = torch.zeros(value.shape, dtype=found.dtype, device=found.device)
-    return everywhere.index_copy(0, rows, found)
+    everywhere = torch.zeros(value.shape, dtype=derivative.dtype, device=derivative.device)
+    return everywhere.index_copy(0, indices, derivative)

@@ -78,7 +78,7 @@ class SecondRun(Derivative):
         fn: Callable[..., Tensor],
         primals: Sequence[Any],
         tangents: Sequence[Tensor | None],
-        rows: Tensor | None,
+        indices: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Return the value with gradient and the derivative.
 
@@ -86,7 +86,7 @@ class SecondRun(Derivative):
             fn: a function of the primals.
             primals: its arguments.
             tangents: one for each primal, or None where it is constant.
-            rows: the indices of the rows where the derivative is wanted; None: of all.
+            indices: of the rows where the derivative is wanted; None: of all.
 
         Raises:
             DerivativeError: if the second run is not the first one, or the route cannot
@@ -95,16 +95,16 @@ class SecondRun(Derivative):
         fn, device = on_copies(fn), primals[0].device
         state = RandomState(device, of_python=True)
         value = checked(fn(*primals), primals)
-        if rows is not None and (state.changed() or several_processes() or in_transform(value)):
-            rows = None
+        if indices is not None and (state.changed() or several_processes() or in_transform(value)):
+            indices = None
         with torch.no_grad(), _outside_autocast(device) as autocast, uncompiled():
             first = First(value.detach(), not autocast and value.dtype.itemsize >= 4)
             attempt = _Attempt(self, state.replay(fn), primals, tangents, first, autocast)
-            if rows is None:
+            if indices is None:
                 return value, attempt.on_all(mixed=False)
-            derivative = attempt.on_rows(rows)
+            derivative = attempt.on_rows(indices)
             if derivative is not None:
-                return value, scatter(derivative, rows, value)
+                return value, scatter(derivative, indices, value)
             return value, attempt.on_all(mixed=True)
 
     @abc.abstractmethod
@@ -150,11 +150,11 @@ class _Attempt:
     first: First
     autocast: bool
 
-    def on_rows(self, rows: Tensor) -> Tensor | None:
+    def on_rows(self, indices: Tensor) -> Tensor | None:
         """Return the derivative on these rows, or None if the model needs all of them."""
-        first = self.first._replace(value=self.first.value[rows])
+        first = self.first._replace(value=self.first.value[indices])
         try:
-            second, itemsize = self._run(first, rows, mixed=False)
+            second, itemsize = self._run(first, indices, mixed=False)
         except FlowspaceError:
             raise
         # Whatever a model raises that needs all rows: what is its own is raised again on all rows.
@@ -183,10 +183,10 @@ class _Attempt:
             "derivative=SharedPrimal(), which evaluates the model once"
         )
 
-    def _run(self, first: First, rows: Tensor | None, mixed: bool) -> tuple[Second, int]:
+    def _run(self, first: First, indices: Tensor | None, mixed: bool) -> tuple[Second, int]:
         """Return what a second run gives, and the bytes of the coarsest numbers in either run."""
         both = self.primals, self.tangents
-        primals, tangents = pytree.tree_map(lambda leaf: self._input(leaf, rows), both)
+        primals, tangents = pytree.tree_map(lambda leaf: self._input(leaf, indices), both)
         with restoring_buffers(mixed) as run:
             second = self.route.derive(self.fn, primals, tangents, first, mixed)
         self.route.check_run(run)
@@ -194,7 +194,7 @@ class _Attempt:
             return second, 2
         return second, first.value.dtype.itemsize
 
-    def _input(self, leaf: Any, rows: Tensor | None) -> Any:
+    def _input(self, leaf: Any, indices: Tensor | None) -> Any:
         """Return a tensor as the second run gets it, and anything else as it is.
 
         It is detached, in float32 where autocast was on, and on these rows if it has rows.
@@ -204,9 +204,9 @@ class _Attempt:
         leaf = leaf.detach()
         if self.autocast and leaf.is_floating_point() and leaf.dtype.itemsize < 4:
             leaf = leaf.float()
-        if rows is None or not leaf.ndim or len(leaf) != len(self.first.value):
+        if indices is None or not leaf.ndim or len(leaf) != len(self.first.value):
             return leaf
-        return leaf[rows]
+        return leaf[indices]
 
 
 @contextlib.contextmanager

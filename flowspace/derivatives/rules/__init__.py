@@ -30,10 +30,10 @@ from flowspace.derivatives.rules import (  # noqa: F401  # importing a family re
     shapes,
 )
 from flowspace.derivatives.rules.dual import (
+    ChosenRows,
     Dual,
     Layout,
     LostRowsError,
-    Rows,
     restrict,
     rowwise,
     shared_rows,
@@ -63,10 +63,10 @@ __all__ = [
     "RULES",
     "At",
     "Call",
+    "ChosenRows",
     "Dual",
     "Layout",
     "LostRowsError",
-    "Rows",
     "Rule",
     "assigned",
     "decompositions",

@@ -133,9 +133,9 @@ def scaled_dot_product_attention(  # noqa: PLR0913  # torch's arguments
     if call.traced:
         tangent = _traced_tangent(primals, tangents, form)
         return At(tangent.reshape(shape), layout)
-    *rows, heads = lead
+    *batches, heads = lead
     # in memory the heads of a token lie side by side, so that to merge them next takes no copy
-    tangent = out.new_empty(math.prod(rows), tokens, heads, channels)
+    tangent = out.new_empty(math.prod(batches), tokens, heads, channels)
     tangent = tangent.transpose(1, 2)
     _write_blocks(tangent, primals, tangents, form)
     return At(tangent.reshape(shape), layout)
@@ -148,14 +148,14 @@ def _four_axes(x: Tensor, lead: Sequence[int], dtype: torch.dtype) -> Tensor:
     """
     if x.dtype != torch.bool:
         x = x.to(dtype)
-    *rows, heads = lead
+    *batches, heads = lead
     missing = len(lead) + 2 - x.ndim
     x = x.reshape(*[1] * missing, *x.shape)
     last = x.shape[-3:]
     if max(x.shape[:-3]) > 1:
-        x = x.expand(*rows, *last)
+        x = x.expand(*batches, *last)
     x = x.reshape(-1, *last)
-    return x.expand(math.prod(rows), heads, -1, -1)
+    return x.expand(math.prod(batches), heads, -1, -1)
 
 
 def _cut(x: Tensor | None, block: slice) -> Tensor | None:
@@ -179,12 +179,12 @@ def _write_blocks(out: Tensor, primals: Operands, tangents: Operands, form: Form
         elements = BLOCK_ELEMENTS
     # first as many queries of one row as fit, then as many rows
     queries = min(count, max(64, elements // keys))
-    rows = max(1, elements // (queries * keys))
-    first_rows = range(0, batch, rows)
+    rows_at_once = max(1, elements // (queries * keys))
+    first_rows = range(0, batch, rows_at_once)
     first_queries = range(0, count, queries)
     starts = itertools.product(first_rows, range(heads), first_queries)
     for row, head, first in starts:
-        part = slice(row, row + rows), head
+        part = slice(row, row + rows_at_once), head
         block = slice(first, first + queries)
         here, moved = primals.at(part), tangents.at(part)
         target = out[part][:, block]

@@ -15,25 +15,41 @@ from torch import Tensor
 
 from flowspace.backends import torch_backend
 
-__all__ = ["Dual", "Layout", "LostRowsError", "Rows", "restrict", "rowwise", "same", "shared_rows"]
+__all__ = [
+    "ChosenRows",
+    "Dual",
+    "Layout",
+    "LostRowsError",
+    "restrict",
+    "rowwise",
+    "same",
+    "shared_rows",
+]
 
 
 class LostRowsError(Exception):
     """A function mixes the rows of the batch, or may do so: the tangent needs every row."""
 
 
-class Rows(NamedTuple):
-    """The rows that have a tangent: ``chosen`` holds their ``few`` indices, out of ``batch``."""
+class ChosenRows(NamedTuple):
+    """The rows that have a tangent.
 
-    chosen: Tensor
+    Attributes:
+        indices: which rows.
+        batch: how many rows there are in all.
+        few: how many have a tangent.
+        traced: the indices have no values.
+    """
+
+    indices: Tensor
     batch: int
     few: int
     traced: bool = False
 
     @classmethod
-    def of(cls, index: Tensor, batch: int) -> "Rows":
+    def of(cls, indices: Tensor, batch: int) -> "ChosenRows":
         """Return the rows with these indices."""
-        return cls(index, batch, len(index))
+        return cls(indices, batch, len(indices))
 
 
 class Layout(NamedTuple):
@@ -42,28 +58,28 @@ class Layout(NamedTuple):
     axis: int
     outer: int
     inner: int
-    rows: Rows
+    chosen: ChosenRows
 
     @property
     def size(self) -> int:
         """Size of the axis in a primal."""
-        return self.outer * self.rows.batch * self.inner
+        return self.outer * self.chosen.batch * self.inner
 
     @property
-    def chosen(self) -> int:
+    def size_in_tangent(self) -> int:
         """Size of the axis in a tangent."""
-        return self.outer * self.rows.few * self.inner
+        return self.outer * self.chosen.few * self.inner
 
     def on(self, axis: int) -> "Layout":
         """Return the layout of a batch that moved to another axis."""
         if axis == self.axis:
             return self
-        return Layout(axis, self.outer, self.inner, self.rows)
+        return Layout(axis, self.outer, self.inner, self.chosen)
 
     def shape(self, shape: Sequence[int]) -> list[int]:
         """Return the shape of the tangent of a primal of this shape."""
         sizes = list(shape)
-        sizes[self.axis] = self.chosen
+        sizes[self.axis] = self.size_in_tangent
         return sizes
 
     def fits(self, tangent: Sequence[int], primal: Sequence[int]) -> bool:
@@ -84,7 +100,7 @@ class Layout(NamedTuple):
         if len(moved) != 1:
             raise LostRowsError
         layout = self.on(moved[0])
-        if primal[layout.axis] != self.size or tangent[layout.axis] != self.chosen:
+        if primal[layout.axis] != self.size or tangent[layout.axis] != self.size_in_tangent:
             raise LostRowsError
         return layout
 
@@ -93,11 +109,11 @@ def restrict(tensor: Tensor, layout: Layout | None) -> Tensor:
     """Return the rows of a full tensor that have a tangent."""
     if layout is None:
         return tensor
-    axis, outer, inner, rows = layout
+    axis, outer, inner, chosen = layout
     if outer == inner == 1:
-        return tensor.index_select(axis, rows.chosen)
-    blocks = tensor.unflatten(axis, (outer, rows.batch, inner))
-    return blocks.index_select(axis + 1, rows.chosen).flatten(axis, axis + 2)
+        return tensor.index_select(axis, chosen.indices)
+    blocks = tensor.unflatten(axis, (outer, chosen.batch, inner))
+    return blocks.index_select(axis + 1, chosen.indices).flatten(axis, axis + 2)
 
 
 LARGE_ROW = 1 << 15
@@ -118,13 +134,13 @@ def rowwise(
     The primal is full, and the result has the tangent's shape. Large rows are not gathered first:
     memory that is new costs a CPU more than the arithmetic does.
     """
-    first = layout is not None and layout[:3] == (0, 1, 1) and not layout.rows.traced
+    first = layout is not None and layout[:3] == (0, 1, 1) and not layout.chosen.traced
     first = first and tangent.device.type == "cpu"
     large = first and tangent.numel() >= LARGE_ROW * len(tangent)
     if not large or not all(map(torch_backend.has_values, (tangent, primal))):
         return function(tangent, restrict(primal, layout))
     found = torch.empty_like(tangent)
-    for row, there in enumerate(layout.rows.chosen.tolist()):  # type: ignore[union-attr]
+    for row, there in enumerate(layout.chosen.indices.tolist()):  # type: ignore[union-attr]
         found[row] = function(tangent[row], primal[there])
     return found
 
@@ -197,7 +213,7 @@ def shared_rows(duals: Sequence[Dual]) -> Callable[[Any], Any]:
         if dual.ndim - other.axis != right or other[1:3] != layout[1:3]:
             raise LostRowsError
 
-    def rows(value: Any) -> Any:
+    def restricted(value: Any) -> Any:
         if isinstance(value, Dual):
             return value.rows
         constant = not isinstance(value, Tensor) or value.ndim < right
@@ -205,4 +221,4 @@ def shared_rows(duals: Sequence[Dual]) -> Callable[[Any], Any]:
             return value
         return restrict(value, layout.on(value.ndim - right))
 
-    return rows
+    return restricted

@@ -28,7 +28,7 @@ def getitem(call: Call, x: Any, index: Any) -> Any:
     """The tangent is dx[index]."""
     if not isinstance(x, Dual):
         return forward(call)
-    _rows_whole(x, index)
+    _takes_whole_batch(x, index)
     return x.tangent[call.primals[1]]
 
 
@@ -48,7 +48,7 @@ def _entries(index: Any) -> list[Any]:
     return [index]
 
 
-def _rows_whole(x: Dual, index: Any) -> None:
+def _takes_whole_batch(x: Dual, index: Any) -> None:
     """Raise LostRowsError unless an index takes the batch axis whole.
 
     The entries of the index are walked along the axes that each stands for, until one stands for
@@ -84,7 +84,7 @@ def assigned(target: Any, index: Any, source: Any) -> Tensor:
     if any(dual.layout for dual in duals):
         if not isinstance(target, Dual) or target.layout is None or target.layout.axis != 0:
             raise LostRowsError
-        _rows_whole(target, index)
+        _takes_whole_batch(target, index)
         if isinstance(source, Dual) and not _aligned(target, index, source):
             raise LostRowsError
     if isinstance(target, Dual):
@@ -120,7 +120,7 @@ def repeat(call: Call, x: Dual, *sizes: Any) -> At:
     layout = x.layout
     if layout is not None:
         axis = layout.axis + len(counts) - x.ndim
-        layout = Layout(axis, layout.outer * counts[axis], layout.inner, layout.rows)
+        layout = Layout(axis, layout.outer * counts[axis], layout.inner, layout.chosen)
     return At(x.tangent.repeat(counts), layout)
 
 

@@ -192,28 +192,34 @@ def moves(out: Any) -> bool:
     return differentiable(out) or isinstance(out, dict)
 
 
-def forward(call: Call, rows: Callable[[Any], Any] | None = None) -> list[Tensor]:
+def _in_double(value: Any) -> Any:
+    """Return a tensor of numbers in double precision, and any other value as it is."""
+    if differentiable(value):
+        return value.double()
+    return value
+
+
+def forward(call: Call, restricted: Callable[[Any], Any] | None = None) -> list[Tensor]:
     """Differentiate this one function by torch.func.jvp, on the rows that its arguments have.
 
     Args:
         call: the call to differentiate.
-        rows: restricts an argument to the rows that have a tangent; None takes every row.
+        restricted: restricts an argument to the rows that have a tangent; None takes every row.
 
     Raises:
-        LostRowsError: without ``rows``, if the tangents have not every row.
+        LostRowsError: without ``restricted``, if the tangents have not every row.
         DerivativeError: if torch has no forward derivative of it.
     """
-    if rows is None and any(d.layout for d in call.duals):
-        raise LostRowsError
-    rows = rows or shared_rows(call.duals)
+    if restricted is None:
+        if any(d.layout for d in call.duals):
+            raise LostRowsError
+        restricted = shared_rows(call.duals)
     leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
-    fixed = [rows(leaf) for leaf in leaves]
+    fixed = [restricted(leaf) for leaf in leaves]
     moving = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Dual)]
     name = getattr(call.func, "__name__", str(call.func))
     if name in BY_MKLDNN:
-        for i, value in enumerate(fixed):
-            if differentiable(value):
-                fixed[i] = value.double()
+        fixed = [_in_double(value) for value in fixed]
 
     def outputs(values: Sequence[Any]) -> tuple[Tensor, ...]:
         args, kwargs = pytree.tree_unflatten(list(values), spec)

@@ -71,11 +71,11 @@ def _viewed(layout: Layout, before: Sequence[int], after: Sequence[int]) -> Layo
         axis += 1
     if axis == len(after) or repeats % passed:
         raise LostRowsError
-    if (passed * after[axis]) % (repeats * layout.rows.batch):
+    if (passed * after[axis]) % (repeats * layout.chosen.batch):
         raise LostRowsError
     outer = repeats // passed
-    inner = after[axis] // (outer * layout.rows.batch)
-    return Layout(axis, outer, inner, layout.rows)
+    inner = after[axis] // (outer * layout.chosen.batch)
+    return Layout(axis, outer, inner, layout.chosen)
 
 
 @rule("expand expand_as broadcast_to")

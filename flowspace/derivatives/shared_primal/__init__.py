@@ -35,7 +35,7 @@ from torch import Tensor
 from flowspace.derivatives import hidden_calls
 from flowspace.derivatives.replay import RandomState, is_alive, restoring_buffers, uncompiled
 from flowspace.derivatives.route import Derivative, scatter
-from flowspace.derivatives.rules.dual import Layout, Rows
+from flowspace.derivatives.rules.dual import ChosenRows, Layout
 from flowspace.derivatives.shared_primal.carrier import FIELD, Carrier
 from flowspace.errors import DerivativeError, InputError
 
@@ -62,15 +62,15 @@ class SharedPrimal(Derivative):
         fn: Callable[..., Tensor],
         primals: Sequence[Any],
         tangents: Sequence[Tensor | None],
-        rows: Tensor | None,
+        indices: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Return the value with gradient and the derivative without."""
         draws = RandomState(primals[0].device, of_python=True)
-        few = None
-        if rows is not None:
-            few = Rows.of(rows, len(primals[0]))
+        chosen = None
+        if indices is not None:
+            chosen = ChosenRows.of(indices, len(primals[0]))
         versions = _versions(primals)
-        value, tangent, before = evaluate_beside(fn, primals, tangents, few)
+        value, tangent, before = evaluate_beside(fn, primals, tangents, chosen)
         if before is not None:
             if versions != _versions(primals):
                 raise DerivativeError(
@@ -79,11 +79,11 @@ class SharedPrimal(Derivative):
                 )
             with _rewound(before):
                 tangent = self.derive(draws.replay(fn), primals, tangents, None)
-            few = None
+            chosen = None
         if tangent is None:
             return value, torch.zeros_like(value)
-        if few is not None:
-            tangent = scatter(tangent, few.chosen, value)
+        if chosen is not None:
+            tangent = scatter(tangent, chosen.indices, value)
         return value, tangent
 
     def derive(
@@ -124,11 +124,11 @@ def evaluate_beside(
     fn: Callable[..., Tensor],
     primals: Sequence[Any],
     tangents: Sequence[Tensor | None],
-    rows: Rows | None,
+    chosen: ChosenRows | None,
 ) -> Evaluation:
     """Evaluate fn once, with the tangents beside it."""
     carrier = Carrier()
-    inputs = _aliases(carrier, primals, tangents, rows)
+    inputs = _aliases(carrier, primals, tangents, chosen)
     loaded = hidden_calls.dynamo_loaded()
     if loaded and not hidden_calls.follows_compiled():
         _warn_of_old_torch()
@@ -160,18 +160,18 @@ def _aliases(
     carrier: Carrier,
     primals: Sequence[Any],
     tangents: Sequence[Tensor | None],
-    rows: Rows | None,
+    chosen: ChosenRows | None,
 ) -> list[Any]:
     """Return the primals, as aliases that carry a tangent where there is one."""
     layout, found = None, []
-    if rows is not None:
-        layout = Layout(0, 1, 1, rows)
+    if chosen is not None:
+        layout = Layout(0, 1, 1, chosen)
     for primal, tangent in zip(primals, tangents, strict=True):
         if tangent is None:
             found.append(primal)
             continue
-        if rows is not None:
-            tangent = tangent[rows.chosen]
+        if chosen is not None:
+            tangent = tangent[chosen.indices]
         found.append(carrier.wrap(primal, tangent.detach(), layout))
     return found
 

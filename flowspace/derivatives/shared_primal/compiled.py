@@ -43,7 +43,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from flowspace.derivatives import hidden_calls, replay
-from flowspace.derivatives.rules.dual import Dual, Layout, LostRowsError, Rows
+from flowspace.derivatives.rules.dual import ChosenRows, Dual, Layout, LostRowsError
 from flowspace.derivatives.shared_primal.carrier import Carrier
 from flowspace.derivatives.torch_internals import not_intercepted
 from flowspace.errors import DerivativeError
@@ -274,24 +274,24 @@ class Region:
 
         Inputs that were written to are given their new tangents.
         """
-        rows = _rows_of(duals)
-        size = _room(rows)
+        chosen = _chosen_of(duals)
+        size = _room(chosen)
         with hidden_calls.paused(carrier), not_intercepted():
             # A graph is compiled for tangents as `_dual_examples` makes them: contiguous.
             tangents = []
             for dual in duals:
                 tangent = _padded(dual.tangent, dual.layout, size)
                 tangents.append(tangent.contiguous())
-            out = program.run(*primals, *tangents, *_indices(rows, size))  # type: ignore[misc]
+            out = program.run(*primals, *tangents, *_indices(chosen, size))  # type: ignore[misc]
         # What comes out: outputs, tangents of those that move, tangents of inputs written to.
         values = list(out[: program.outputs])
         derivatives = iter(out[program.outputs :])
         for i, place in program.moving:
-            layout = _layout(place, rows)
+            layout = _layout(place, chosen)
             tangent = _shortened(next(derivatives), layout, size)
             values[i] = carrier.wrap(values[i], tangent, layout)
         for i, place in program.written:
-            layout = _layout(place, rows)
+            layout = _layout(place, chosen)
             tangent = _shortened(next(derivatives), layout, size)
             try:
                 carrier.writes.put(inputs[i], tangent, layout)
@@ -342,11 +342,11 @@ class Region:
         Where the value is the plain graph's, the program records no gradient.
         """
         moving = _moving(duals)
-        rows = _rows_of([dual for dual in duals if dual is not None])
+        chosen = _chosen_of([dual for dual in duals if dual is not None])
         gradient = torch.is_grad_enabled() and not _value_recomputed()
-        case = moving, _room(rows), gradient
+        case = moving, _room(chosen), gradient
         with hidden_calls.paused(carrier), torch.set_grad_enabled(gradient):
-            return self._program_for(case, inputs, lambda c: self._make(c, moving, rows))
+            return self._program_for(case, inputs, lambda c: self._make(c, moving, chosen))
 
     def _program_for(
         self, case: Any, inputs: Values, make: Callable[[TraceContext], Program]
@@ -386,22 +386,22 @@ class Region:
         return Program(self.backend(_copied(self.captured), context.examples))
 
     def _make(
-        self, context: TraceContext, moving: tuple[Moving, ...], rows: Rows | None
+        self, context: TraceContext, moving: tuple[Moving, ...], chosen: ChosenRows | None
     ) -> Program:
         """Trace a carrier over the captured graph, and have the dual graph compiled."""
-        count, size = len(context.examples), _room(rows)
+        count, size = len(context.examples), _room(chosen)
         made: list[Program] = []
 
         def dual_graph(*flat: Any) -> list[Any]:
             inputs, tangents = list(flat[:count]), flat[count:]
-            few = None
-            if rows is not None:
-                few = Rows(tangents[-1], _batch(inputs, moving), size, True)  # type: ignore
-            out, program = _carried(self.captured, inputs, moving, tangents, few)
+            in_trace = None
+            if chosen is not None and size is not None:
+                in_trace = ChosenRows(tangents[-1], _batch(inputs, moving), size, True)
+            out, program = _carried(self.captured, inputs, moving, tangents, in_trace)
             made.append(program)
             return out
 
-        examples = [*context.examples, *_dual_examples(context, moving, rows)]
+        examples = [*context.examples, *_dual_examples(context, moving, chosen)]
         # pre_dispatch: the trace stays above autograd and autocast, so the backend differentiates
         # the value as it would in the captured graph. Parameters that the captured graph holds
         # itself are not fake.
@@ -437,7 +437,7 @@ def _carried(
     inputs: list[Any],
     moving: Sequence[Moving],
     tangents: Sequence[Tensor],
-    rows: Rows | None,
+    chosen: ChosenRows | None,
 ) -> tuple[list[Any], Program]:
     """Run a captured graph under a carrier.
 
@@ -449,7 +449,7 @@ def _carried(
     before: dict[int, Tensor] = {}
     # the last tangent may be the indices of the rows
     for (i, place), tangent in zip(moving, tangents, strict=False):
-        inputs[i] = carrier.wrap(inputs[i], tangent, _layout(place, rows))
+        inputs[i] = carrier.wrap(inputs[i], tangent, _layout(place, chosen))
         before[i] = carrier.held(inputs[i]).tangent
     with carrier:
         values = _GraphRunner(captured, carrier).run(*inputs)
@@ -620,11 +620,11 @@ def _moving(duals: Duals) -> tuple[Moving, ...]:
     return tuple(moving)
 
 
-def _rows_of(duals: Sequence[Dual]) -> Rows | None:
+def _chosen_of(duals: Sequence[Dual]) -> ChosenRows | None:
     """Return the rows that have a tangent; None: all have."""
     for dual in duals:
         if dual.layout is not None:
-            return dual.layout.rows
+            return dual.layout.chosen
     return None
 
 
@@ -654,11 +654,11 @@ def _whole_number(size: Any) -> int:
     return size
 
 
-def _layout(place: Place, rows: Rows | None) -> Layout | None:
+def _layout(place: Place, chosen: ChosenRows | None) -> Layout | None:
     """Return the layout of these rows at a place; None where a tangent has every row."""
-    if place is None or rows is None:
+    if place is None or chosen is None:
         return None
-    return Layout(*place, rows)
+    return Layout(*place, chosen)
 
 
 def _batch(inputs: Values, moving: Sequence[Moving]) -> Any:
@@ -679,51 +679,52 @@ def _sizes(inputs: Values) -> tuple[Any, ...]:
     return tuple(sizes)
 
 
-def _room(rows: Rows | None) -> int | None:
+def _room(chosen: ChosenRows | None) -> int | None:
     """Return how many moving rows a graph has room for; None: for all.
 
     It is the next multiple of a share of the batch.
     """
-    if rows is None:
+    if chosen is None:
         return None
-    share = max(1, rows.batch // SHARES)
-    return min(rows.batch, -(-rows.few // share) * share)
+    share = max(1, chosen.batch // SHARES)
+    return min(chosen.batch, -(-chosen.few // share) * share)
 
 
-def _indices(rows: Rows | None, size: int | None) -> list[Tensor]:
+def _indices(chosen: ChosenRows | None, size: int | None) -> list[Tensor]:
     """Return the indices of the moving rows, padded by repeating the last; none if all move."""
-    if rows is None:
+    if chosen is None:
         return []
-    chosen = rows.chosen
-    if size is None or len(chosen) == size:
-        return [chosen]
-    return [torch.cat([chosen, chosen[-1:].expand(size - len(chosen))])]
+    indices = chosen.indices
+    if size is None or len(indices) == size:
+        return [indices]
+    last = indices[-1:].expand(size - len(indices))
+    return [torch.cat([indices, last])]
 
 
 def _padded(tangent: Tensor, layout: Layout | None, size: int | None) -> Tensor:
     """Return a tangent with room for so many rows, in which the last row is repeated."""
-    if layout is None or size is None or size == layout.rows.few:
+    if layout is None or size is None or size == layout.chosen.few:
         return tangent
-    axis, outer, inner, rows = layout
-    blocks = tangent.unflatten(axis, (outer, rows.few, inner))
-    index = torch.arange(size, device=tangent.device).clamp_(max=rows.few - 1)
+    axis, outer, inner, chosen = layout
+    blocks = tangent.unflatten(axis, (outer, chosen.few, inner))
+    index = torch.arange(size, device=tangent.device).clamp_(max=chosen.few - 1)
     return blocks.index_select(axis + 1, index).flatten(axis, axis + 2)
 
 
 def _shortened(tangent: Tensor, layout: Layout | None, size: int | None) -> Tensor:
     """Return the tangent of the rows that move, from one with room for so many."""
-    if layout is None or size is None or size == layout.rows.few:
+    if layout is None or size is None or size == layout.chosen.few:
         return tangent
-    axis, outer, inner, rows = layout
+    axis, outer, inner, chosen = layout
     blocks = tangent.unflatten(axis, (outer, size, inner))
-    return blocks.narrow(axis + 1, 0, rows.few).flatten(axis, axis + 2)
+    return blocks.narrow(axis + 1, 0, chosen.few).flatten(axis, axis + 2)
 
 
 def _dual_examples(
-    context: TraceContext, moving: Sequence[Moving], rows: Rows | None
+    context: TraceContext, moving: Sequence[Moving], chosen: ChosenRows | None
 ) -> list[Tensor]:
     """Return tangents, and indices of rows, without values, as a dual graph takes them."""
-    size = _room(rows)
+    size = _room(chosen)
     examples = []
     with context.fake:
         for i, place in moving:
@@ -734,8 +735,8 @@ def _dual_examples(
                 shape[axis] = outer * size * inner
             dtype, device = primal.dtype, primal.device
             examples.append(torch.empty(shape, dtype=dtype, device=device))
-        if rows is not None and size is not None:
-            device = rows.chosen.device
+        if chosen is not None and size is not None:
+            device = chosen.indices.device
             examples.append(torch.zeros(size, dtype=torch.int64, device=device))
     return examples
 
