@@ -16,7 +16,14 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("timm")
 
-from flowspace import FlowMap, InputError, LinearSchedule, MatchedStatistic
+from flowspace import (
+    FlowMap,
+    FlowspaceError,
+    InputError,
+    LinearSchedule,
+    MatchedStatistic,
+    RunError,
+)
 from flowspace.vision import CrossFlowGenerator
 from flowspace.vision.card import model_card
 from flowspace.vision.pipeline import CrossFlowDecoder, CrossFlowPipeline
@@ -320,3 +327,70 @@ def test_a_pipeline_without_a_card_is_saved_with_one_that_tells_its_sizes(tmp_pa
     CrossFlowPipeline(network()).save_pretrained(tmp_path)
     assert "2 blocks of width 32, 5 classes" in (tmp_path / "README.md").read_text()
     assert CrossFlowPipeline.from_pretrained(tmp_path).card == (tmp_path / "README.md").read_text()
+
+
+# --- broken files
+# -------------------------------------------------------------------------------------------------
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def saved(kind, folder):
+    """Save a pipeline, a generator or a decoder; returns its class and where its weights are."""
+    made = network()
+    if kind == "decoder":
+        made = CrossFlowDecoder.of(made)
+    if kind == "pipeline":
+        made = CrossFlowPipeline(made)
+    made.save_pretrained(folder)
+    (weights,) = folder.rglob(WEIGHTS)
+    return type(made), weights
+
+
+@pytest.mark.parametrize("place", [0.2, 0.6, 0.99])
+@pytest.mark.parametrize("kind", ["pipeline", "generator", "decoder"])
+def test_one_flipped_bit_of_the_weights_is_found_and_its_file_named(kind, place, tmp_path):
+    of, weights = saved(kind, tmp_path)
+    of.from_pretrained(tmp_path)
+    data = bytearray(weights.read_bytes())
+    data[int(place * len(data))] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(RunError, match=f"{WEIGHTS} is not what was saved"):
+        of.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["pipeline", "generator", "decoder"])
+def test_weights_that_lack_a_tensor_are_refused_even_without_digests(kind, tmp_path):
+    """diffusers itself only warns, and leaves the tensor empty."""
+    from safetensors.torch import load_file, save_file
+
+    of, weights = saved(kind, tmp_path)
+    config = weights.with_name("config.json")
+    told = json.loads(config.read_text())
+    assert told.pop("_digests").keys() == {WEIGHTS}
+    config.write_text(json.dumps(told))
+    of.from_pretrained(tmp_path)
+    tensors = load_file(weights)
+    gone = sorted(tensors)[3]
+    tensors.pop(gone)
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(RunError, match=f"lack 1 tensor.*{gone}"):
+        of.from_pretrained(tmp_path)
+
+
+def test_weights_that_were_trained_on_and_saved_again_have_new_digests(tmp_path):
+    network().save_pretrained(tmp_path)
+    again = CrossFlowGenerator.from_pretrained(tmp_path)
+    torch.nn.init.normal_(again.head.weight)
+    again.save_pretrained(tmp_path)
+    last, told = CrossFlowGenerator.from_pretrained(tmp_path, output_loading_info=True)
+    assert torch.equal(last.head.weight, again.head.weight) and not told["missing_keys"]
+
+
+@pytest.mark.parametrize("alpha", ["10**10**10", "cos(" * 200 + "t" + ")" * 200, "(1-t)**9999", 3])
+def test_a_schedule_of_a_stranger_is_refused_and_keeps_nobody_waiting(alpha, tmp_path):
+    CrossFlowPipeline(network()).save_pretrained(tmp_path)
+    place = tmp_path / "model_index.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"alpha": alpha}))
+    with pytest.raises(FlowspaceError, match=r"."):
+        CrossFlowPipeline.from_pretrained(tmp_path)

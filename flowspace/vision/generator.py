@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  # pipelines look for it here
 from timm.layers.mlp import Mlp, SwiGLU
 from timm.layers.norm import RmsNorm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flowspace.errors import InputError
+from flowspace.vision.checked_model import CheckedModel
 from flowspace.vision.shapes import pair_of
 
 __all__ = ["PRESETS", "CrossFlowGenerator"]
@@ -40,7 +41,7 @@ SLOWEST = 1e4
 """The slowest wave of rotary positions has this period over 2 pi, in cells; the usual one."""
 
 
-class CrossFlowGenerator(ModelMixin, ConfigMixin):
+class CrossFlowGenerator(CheckedModel):
     """Maps latents ``(B, channels, h, w)`` to images ``(B, outputs, h patch, w patch)``.
 
     Args:
@@ -66,7 +67,6 @@ class CrossFlowGenerator(ModelMixin, ConfigMixin):
         InputError: if sizes do not fit together.
     """
 
-    config_name = "config.json"
     _supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012  # diffusers' name and type
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  # pipelines look for it here
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -22,6 +22,7 @@ from flowspace.guidance import Guidance
 from flowspace.schedules import TIME_FLOOR, Schedule
 from flowspace.statistics import MatchedStatistic
 from flowspace.vision.card import PLACE, model_card
+from flowspace.vision.checked_model import CheckedModel
 from flowspace.vision.generator import CrossFlowGenerator
 
 __all__ = ["CrossFlowDecoder", "CrossFlowPipeline"]
@@ -64,6 +65,9 @@ class CrossFlowPipeline(DiffusionPipeline):
     ) -> "CrossFlowPipeline":
         """Load a pipeline as diffusers does, from a folder or the hub, with the card of the
         folder.
+
+        Raises:
+            RunError: if the weights are not what was saved, or a tensor is missing.
         """
         found = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         card = Path(pretrained_model_name_or_path) / "README.md"
@@ -217,7 +221,7 @@ class CrossFlowPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=found) if return_dict else (found,)
 
 
-class CrossFlowDecoder(ModelMixin, ConfigMixin):
+class CrossFlowDecoder(CheckedModel):
     """The generator where a pipeline expects an autoencoder's decoder: ``decode(latents, t)`` for
     latents that may be noisy.
 
@@ -235,8 +239,6 @@ class CrossFlowDecoder(ModelMixin, ConfigMixin):
         rescale: multiply latents by alpha(t) first, so that a clean latent lies where a noisy one
             of that level has its mean.
     """
-
-    config_name = "config.json"
 
     @register_to_config
     def __init__(

@@ -1,0 +1,112 @@
+"""Models of diffusers whose weights are checked when they are loaded."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin
+
+from flowspace.errors import RunError
+
+__all__ = ["CheckedModel"]
+
+DIGESTS = "_digests"
+"""The entry of ``config.json`` that holds the SHA-256 of each file of weights, by its name. What
+begins with an underscore is no argument of the model, and other readers pass it over.
+"""
+
+WEIGHTS = ("*.safetensors", "*.bin")
+BLOCK = 1 << 20
+"""Bytes that are read at once."""
+
+
+class CheckedModel(ModelMixin, ConfigMixin):
+    """A model whose folder keeps a digest of each file of weights.
+
+    A flipped bit of a weight is otherwise noticed by nobody: safetensors has no checksum, and a
+    tensor that is missing is only warned of, and left empty. Both are refused where a folder is
+    loaded, which is also how a pipeline loads from the hub. A folder without digests, of other
+    programs or older versions, is loaded as it is.
+    """
+
+    config_name = "config.json"
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save the model as diffusers does, with the digests of its files.
+
+        Args:
+            save_directory: the folder.
+            is_main_process: whether this process writes the config.
+            push_to_hub: also upload it, to ``repo_id`` or to the folder's name.
+            kwargs: those of diffusers' method.
+        """
+        folder = Path(save_directory)
+        repository = kwargs.pop("repo_id", folder.name)
+        super().save_pretrained(folder, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            place = folder / self.config_name
+            config = json.loads(place.read_text())
+            config[DIGESTS] = {path.name: _digest(path) for path in _weights(folder)}
+            place.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if push_to_hub:
+            self.push_to_hub(repository, token=kwargs.get("token"))
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, **kwargs: Any
+    ) -> Any:
+        """Load a model as diffusers does, and see that its weights are whole.
+
+        Raises:
+            RunError: if a file of weights is not what was saved, or a tensor is missing.
+        """
+        place = pretrained_model_name_or_path
+        _check_digests(Path(str(place)) / (kwargs.get("subfolder") or ""), cls.config_name)
+        told = kwargs.pop("output_loading_info", False)
+        loaded: Any = super().from_pretrained(place, output_loading_info=True, **kwargs)
+        model, found = loaded
+        missing = sorted(found["missing_keys"])
+        if missing:
+            raise RunError(
+                f"the weights in {place} lack {len(missing)} tensor(s) of {cls.__name__}, such as "
+                f"{missing[0]}; fetch them again"
+            )
+        if told:
+            return model, found
+        return model
+
+
+def _weights(folder: Path) -> list[Path]:
+    return sorted(path for pattern in WEIGHTS for path in folder.glob(pattern))
+
+
+def _digest(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal digits."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            found.update(block)
+    return found.hexdigest()
+
+
+def _check_digests(folder: Path, config_name: str) -> None:
+    """Refuse a folder of which a file of weights has another digest than its config says."""
+    try:
+        wanted = json.loads((folder / config_name).read_text()).get(DIGESTS, {})
+    except (OSError, ValueError):  # diffusers says what is wrong with a config
+        return
+    for path in _weights(folder):
+        if path.name in wanted and _digest(path) != wanted[path.name]:
+            raise RunError(
+                f"{path} is not what was saved: its SHA-256 is another than {config_name} says; "
+                "fetch it again"
+            )
