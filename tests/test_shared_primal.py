@@ -1056,11 +1056,25 @@ def part_of_what_is_detached(z, t):
     return y[:, :3] * y.detach()[:, :3]
 
 
+def part_of_what_is_detached_before(z, t):
+    y = z * 2
+    first = y.detach()[:, :3]
+    y[:, 0:1] *= 3
+    return y[:, :3] * first
+
+
 def conjugate_of_what_is_written(z, t):
     a = torch.complex(z, z.sin())
     c = a.conj()
     a.mul_(2 + 1j)
     return (c * c).imag + c.real
+
+
+def parts_of_what_is_written(z, t):
+    a = torch.complex(z, z.sin())
+    part, negative = a[:, :3], a.conj().imag
+    a.mul_(2 + 1j)
+    return torch.cat([part.real * t[:, None], part.imag * z[:, 3:]], 1) + negative
 
 
 def backward_inside(z, t):
@@ -1075,7 +1089,9 @@ FAULTS = {
     "the real part assigned": (real_part_assigned, exact),
     "data assigned": (data_assigned, lambda fn, z, v: 4 * z[0] * v[0]),
     "a part of what is detached, after a write": (part_of_what_is_detached, exact),
+    "a part of what is detached, before a write": (part_of_what_is_detached_before, exact),
     "a conjugate of what is written": (conjugate_of_what_is_written, exact),
+    "real parts of what is written": (parts_of_what_is_written, exact),
     "torch.Tensor of a tensor": (lambda z, t: torch.Tensor(z.float() * 2) * z, exact),
     "as_subclass": (lambda z, t: (z * 2).as_subclass(torch.Tensor) * z, exact),
     "requires_grad_": (
@@ -1095,12 +1111,12 @@ FAULTS = {
 
 STILL = (
     "the real part assigned",
-    "a part of what is detached, after a write",
-    "a conjugate of what is written",
     "torch.Tensor of a tensor",
     "as_subclass",
 )
-WRONG = pytest.mark.xfail(strict=True, reason="known fault")
+WRONG = pytest.mark.xfail(
+    strict=True, reason="known fault: torch calls no function that a mode could see"
+)
 
 
 @pytest.mark.parametrize(
@@ -1138,13 +1154,11 @@ RUNNING = {
     "view": lambda net, z: net.mean[:3].add_(z.detach().mean(0)[:3]),
     "out=": lambda net, z: torch.add(net.mean, z.detach().mean(0), out=net.mean),
     "with gradient": lambda net, z: net.mean.lerp_(z.mean(0), 0.1),
-}
-RUNNING_WRONGLY = {
-    "assignment": by_assignment,
     "foreach": lambda net, z: torch._foreach_add_([net.mean], [z.detach().mean(0)]),
 }
+RUNNING_WRONGLY = {"assignment": by_assignment}
 KNOWN = pytest.mark.xfail(
-    strict=True, reason="known fault: of what is not seen to be written there is no memory"
+    strict=True, reason="known fault: to bind a name to a new tensor is no function of torch"
 )
 
 

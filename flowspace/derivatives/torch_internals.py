@@ -13,6 +13,7 @@ __all__ = [
     "dispatch_modes",
     "forward_mode_is_open",
     "memory_of",
+    "negated_view",
     "not_intercepted",
     "operators_of_networks",
     "outside_transforms",
@@ -40,6 +41,9 @@ outside_transforms = temporarily_clear_interpreter_stack
 
 base_transform = torch._C._functorch.get_unwrapped  # pyright: ignore
 """Returns the tensor that a transform of torch.func wrapped."""
+
+negated_view = torch._neg_view  # pyright: ignore
+"""Returns the numbers of a tensor with the other sign, in the same memory."""
 
 operators_of_networks = torch._C._nn  # pyright: ignore
 """Holds builtin functions of torch.nn.functional."""

@@ -39,7 +39,7 @@ from flowspace.derivatives.shared_primal.kinds import (
     treatment_of,
     warn_of_whole_numbers,
 )
-from flowspace.derivatives.shared_primal.writes import Writes
+from flowspace.derivatives.shared_primal.writes import Writes, memory_below
 from flowspace.derivatives.torch_internals import (
     base_transform,
     dispatch_modes,
@@ -63,6 +63,7 @@ class Carrier(TorchFunctionMode):
         lost: rows mix, or may mix: the tangents stop, and every row needs one.
         idle: it lets every function pass.
         live: the aliases that carry a tangent, by id, as long as they live.
+        has_detached: there are tensors that share memory with these, and carry none.
         writes: what became of tensors that the model wrote into.
         inside: the functions written in others that it has entered.
         level: the transforms of torch.func that it was made within.
@@ -74,6 +75,7 @@ class Carrier(TorchFunctionMode):
         self.lost = False
         self.idle = False
         self.live: dict[int, weakref.ref[Tensor]] = {}
+        self.has_detached = False
         self.writes = Writes(self)
         self.inside: list[Any] = []
         self.level = transform_level()
@@ -134,6 +136,7 @@ class Carrier(TorchFunctionMode):
         """Mark a tensor that shares memory with one that carries a tangent, and carries none
         itself.
         """
+        self.has_detached = True
         setattr(tensor, FIELD, Dual(tensor, None, None, self))  # type: ignore[arg-type]
         self.live[id(tensor)] = weakref.ref(tensor)
         return tensor
@@ -261,7 +264,22 @@ class Carrier(TorchFunctionMode):
             self.writes.remember(kwargs["out"])
         elif treatment.kind == "in place" and args:
             self.writes.remember(args[0])
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if self.has_detached and args and isinstance(args[0], Tensor):
+            self._mark_views(args[0], out)
+        return out
+
+    def _mark_views(self, source: Tensor, out: Any) -> None:
+        """Mark the parts of an output that are views of a detached tensor, as it is marked."""
+        held = getattr(source, FIELD, None)
+        if held is None or held.owner is not self or held.tangent is not None:
+            return
+        memory = memory_below(source)
+        for part in pytree.tree_leaves(out):
+            if not isinstance(part, Tensor) or part.layout != torch.strided or part is source:
+                continue
+            if memory_below(part) == memory:
+                self._detached(part)
 
     def _treated(
         self,

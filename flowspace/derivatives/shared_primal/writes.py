@@ -18,6 +18,7 @@ from flowspace.derivatives.rules.dual import Dual, Layout, LostRowsError
 from flowspace.derivatives.torch_internals import (
     base_transform,
     memory_of,
+    negated_view,
     not_intercepted,
     operators_of_networks,
 )
@@ -26,7 +27,7 @@ from flowspace.errors import DerivativeError
 if TYPE_CHECKING:
     from flowspace.derivatives.shared_primal.carrier import Carrier
 
-__all__ = ["Writes"]
+__all__ = ["Writes", "memory_below"]
 
 
 class Writes:
@@ -45,11 +46,15 @@ class Writes:
         self.before: dict[int, tuple[Tensor, Tensor]] = {}
 
     def remember(self, target: Any) -> None:
-        """Keep what a tensor without a tangent held before the model first wrote to it.
+        """Keep what a tensor without a tangent, or each of several, held before the model wrote.
 
         Once tangents are lost, results of this pass are among these tensors; those that autograd
         knows are left alone.
         """
+        if isinstance(target, (tuple, list)):  # torch._foreach_add_ and its like write into many
+            for part in target:
+                self.remember(part)
+            return
         if not isinstance(target, Tensor) or id(target) in self.before or in_transform(target):
             return
         if not (self.carrier.lost and target.grad_fn is not None):
@@ -163,10 +168,6 @@ class Writes:
 
     def _copy(self, dual: Dual, flat: Tensor) -> None:
         """Copy a tangent to its place in a mirror; an expanded axis is there once."""
-        if dual.primal.dtype != flat.dtype:
-            raise DerivativeError(
-                "a view of another dtype is written to; write derivative=ForwardMode()"
-            )
         shown, tangent = dual.primal, dual.tangent
         for axis, stride in enumerate(shown.stride()):
             if stride == 0 and shown.shape[axis] > 1:
@@ -203,5 +204,23 @@ def memory_below(tensor: Tensor) -> int:
 
 
 def _place(flat: Tensor, primal: Tensor) -> Tensor:
-    """Return the part of a mirror that lies where a primal lies in its memory."""
-    return flat.as_strided(primal.shape, primal.stride(), primal.storage_offset())
+    """Return the part of a mirror that lies where a primal lies in its memory.
+
+    A primal may be the real or imaginary part of the numbers there, and lazily conjugated or
+    negated: then the memory holds other numbers than it shows.
+
+    Raises:
+        DerivativeError: if it shows the bits of its memory as other numbers still.
+    """
+    if primal.dtype != flat.dtype:
+        if not flat.is_complex() or primal.dtype != flat.dtype.to_real():
+            raise DerivativeError(
+                "a view of another dtype is written to; write derivative=ForwardMode()"
+            )
+        flat = torch.view_as_real(flat).flatten()
+    part = flat.as_strided(primal.shape, primal.stride(), primal.storage_offset())
+    if primal.is_conj():
+        part = part.conj()
+    if primal.is_neg():
+        part = negated_view(part)
+    return part
