@@ -14,9 +14,10 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from flops import IMAGENET, PEAK, Cost, alone, cost_of, generator_cost
 from results import PAPER_CONFIGS, PUBLISHED, PublishedMethod, paper_row
@@ -247,9 +248,6 @@ def image_of(method: PublishedMethod) -> tuple[str, str, str]:
 CONFIGS = ("config", "what differs", "H100-hours", "FID here")
 IN_THE_PAPER = ("FID in the paper", "its row there")
 
-SAME = ("generator", "objective", "perceptual", "adversarial")
-"""Sections in which a run and a config must agree for the run's FID to be the config's."""
-
 
 def table(folder: Path, utilisation: Utilisation) -> str:
     """Return a table with a line for each config of ImageNet in a folder.
@@ -307,9 +305,15 @@ def own_fid(config: Config) -> str:
         fid, count = float(scores["values"]["FID"]), int(scores["count"])
     except (OSError, ValueError, KeyError, TypeError):
         return NOT_RUN
-    if any(getattr(run, section) != getattr(config, section) for section in SAME):
+    if network_and_losses(run) != network_and_losses(config):
         return NOT_RUN
     return f"{fid:.2f}, {count:,} samples"
+
+
+def network_and_losses(config: Config) -> tuple[Any, ...]:
+    """Return that in which a run and a config must agree for the run's FID to be the config's."""
+    generator = replace(config.generator, compile=False, checkpointing=False)
+    return generator, config.objective, config.perceptual, config.adversarial
 
 
 TABLES = re.compile(
