@@ -339,3 +339,166 @@ def test_what_cannot_be_written_is_one_error_and_leaves_nothing(tmp_path):
     for folder in (tmp_path / "a", tmp_path / "file"):
         with pytest.raises(RunError, match="cannot be written"):
             plan().draw(sample, folder, "a", CPU)
+
+
+# --- more than one number
+# -------------------------------------------------------------------------------------------------
+
+
+def by(*names, shift=0.0, spread=1.0, seed=0, rows=400):
+    return {
+        name: sets(shift, spread, 10 * seed + number, rows) for number, name in enumerate(names)
+    }
+
+
+def test_the_validation_ratio_is_one_for_other_real_images():
+    real, held_out = by("a", "b", rows=4000), by("a", "b", seed=1)
+    assert evaluate.validation_ratio(held_out, real, held_out)["mean"] == 1
+    others = by("a", "b", seed=2)
+    found = evaluate.validation_ratio(others, real, held_out)
+    assert found.keys() == {"a", "b", "mean"}
+    assert found["mean"] == pytest.approx((found["a"] + found["b"]) / 2)
+    for name in ("a", "b"):
+        mine = evaluate.frechet_distance(others[name], real[name])
+        assert found[name] == mine / evaluate.frechet_distance(held_out[name], real[name])
+    worse = evaluate.validation_ratio(by("a", "b", shift=0.5, seed=3), real, held_out)
+    assert found["mean"] < 2 < 10 < worse["mean"]
+    copies = evaluate.validation_ratio(real, real, by("a", "b", seed=4, rows=4000))
+    assert copies["mean"] < 1e-3
+
+
+def test_ratios_that_compare_nothing_are_refused():
+    real, held_out = by("a", "b"), by("a", "b", seed=1)
+    for samples in (by("a"), {}, by("a", "c")):
+        with pytest.raises(InputError, match="each extractor sees"):
+            evaluate.validation_ratio(samples, real, held_out)
+    with pytest.raises(InputError, match="as many of both"):
+        evaluate.validation_ratio(by("a", "b", rows=300), real, held_out)
+    blind = {name: evaluate.Features(torch.ones(400, 4)) for name in real}
+    with pytest.raises(InputError, match="tells images apart"):
+        evaluate.validation_ratio(blind, blind, blind)
+
+
+def test_the_least_of_three_sets_and_their_spread():
+    real = sets(seed=9, rows=60)
+    three = [evaluate.judge(Fixed(), sets(seed=seed, rows=60), real) for seed in range(3)]
+    found = evaluate.least_and_spread(three)
+    for name in ("Frechet distance (pixels)", "KID (pixels)"):
+        values = [one.values[name] for one in three]
+        assert found.pop(name) == min(values)
+        assert found.pop(f"{name}, spread of 3 sets") == max(values) - min(values)
+    assert not found
+    other = dataclasses.replace(three[0], reference="another")
+    for some in ([], three[:1], [*three, other]):
+        with pytest.raises(InputError, match="two or more"):
+            evaluate.least_and_spread(some)
+
+
+@pytest.mark.parametrize(
+    ("name", "distance"),
+    [
+        ("vit_small_patch14_dinov2", "FD-DINOv2 (vit_small_patch14_dinov2@28)"),
+        ("vit_tiny_patch16_224", "Frechet distance (vit_tiny_patch16_224@28)"),
+    ],
+)
+def test_the_distance_of_dinov2_is_that_of_its_class_token(monkeypatch, name, distance):
+    timm = importlib.import_module("timm")
+    perceptual = importlib.import_module("flowspace.vision.perceptual")
+    network = timm.create_model(name, img_size=28, patch_size=14, depth=1).eval()
+    monkeypatch.setattr(perceptual, "_timm", lambda *_: network)
+    extractor = evaluate.TimmExtractor(perceptual.TimmFeatures(name, size=28), name)
+    assert extractor.distance_name == distance
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    found = extractor(images)
+    (tokens,) = extractor.network(images.float() / 127.5 - 1)
+    if "dinov2" in name:
+        assert torch.equal(found.features, tokens[:, 0]) and found.logits is None
+    else:
+        assert torch.equal(found.features, tokens.mean(1)) and found.logits is not None
+
+
+# --- a judge is judged
+# -------------------------------------------------------------------------------------------------
+
+
+def pictures(count, size=16):
+    """Discs of random places, sizes and colours."""
+    draw = torch.Generator().manual_seed(1)
+    place = torch.rand(count, 2, 1, 1, generator=draw) * size
+    radius = size * (0.1 + 0.3 * torch.rand(count, 1, 1, generator=draw))
+    front, back = (torch.rand(count, 3, 1, 1, generator=draw) for _ in range(2))
+    y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    inside = ((y - place[:, 0]) ** 2 + (x - place[:, 1]) ** 2 < radius**2)[:, None]
+    return (255 * torch.where(inside, front, back)).to(torch.uint8)
+
+
+class Edges(evaluate.Extractor):
+    """A small random network that was not trained."""
+
+    name = "edges"
+
+    def __init__(self):
+        torch.manual_seed(3)
+        first = torch.randn(8, 3, 3, 3) / 27**0.5
+        self.first = first - first.mean((2, 3), keepdim=True)
+        self.second = torch.randn(8, 8, 3, 3) / 72**0.5
+
+    def __call__(self, images):
+        h = torch.nn.functional.conv2d(images.float() / 127.5 - 1, self.first).relu()
+        h = torch.nn.functional.conv2d(h, self.second).relu()
+        return evaluate.Features(3 * h.mean((2, 3)))
+
+
+class Blind(evaluate.Extractor):
+    """Sees nothing."""
+
+    name = "blind"
+
+    def __call__(self, images):
+        return evaluate.Features(torch.ones(len(images), 8))
+
+
+class Colours(evaluate.Extractor):
+    """Sees the mean colour alone."""
+
+    name = "colours"
+
+    def __call__(self, images):
+        return evaluate.Features(images.float().mean((2, 3)) / 64)
+
+
+def test_a_judge_that_sees_images_passes():
+    found = evaluate.check_judge(Edges(), pictures(400))
+    assert found.keys() == {"Frechet distance (edges)", "KID (edges)"}
+    for values in found.values():
+        assert values.keys() == {"real", "blurred", "pixel-shuffled", "collapsed"}
+        assert all(len(row) == 3 for row in values.values())
+        assert all(max(values["real"]) < min(values[name]) for name in values if name != "real")
+    assert found == evaluate.check_judge(Edges(), pictures(400))
+
+
+def test_a_judge_that_is_blind_is_refused_and_told_to_what():
+    with pytest.raises(
+        RunError, match="blind does not tell apart real images, 100 a set"
+    ) as raised:
+        evaluate.check_judge(Blind(), pictures(200))
+    for name in ("blurred", "pixel-shuffled", "collapsed"):
+        for distance in ("Frechet distance (blind)", "KID (blind)"):
+            assert f"{name} images by {distance}" in str(raised.value)
+    with pytest.raises(RunError, match="colours does not tell apart") as raised:
+        evaluate.check_judge(Colours(), pictures(200))
+    assert "blurred images" in str(raised.value) and "pixel-shuffled images" in str(raised.value)
+    assert "collapsed" not in str(raised.value)
+
+
+def test_a_judge_with_too_many_features_for_so_few_images_is_refused():
+    with pytest.raises(RunError, match="20 a set, from blurred images by Frechet"):
+        evaluate.check_judge(Fixed(), pictures(40, 8))
+
+
+@pytest.mark.parametrize(
+    "images", [torch.zeros(20, 3, 8, 8), pictures(7), torch.zeros(20, 8, dtype=torch.uint8)]
+)
+def test_a_judge_is_tested_with_images(images):
+    with pytest.raises(InputError, match="give uint8"):
+        evaluate.check_judge(Edges(), images)

@@ -13,12 +13,13 @@ import hashlib
 import json
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -35,11 +36,14 @@ __all__ = [
     "Plan",
     "Scores",
     "TimmExtractor",
+    "check_judge",
     "features_of",
     "frechet_distance",
     "judge",
     "kernel_distance",
+    "least_and_spread",
     "rounded",
+    "validation_ratio",
 ]
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
@@ -49,6 +53,9 @@ NEIGHBOURS = 3
 SUBSET = 1000
 SUBSETS = 100
 """KID's usual subsets: 100 of 1,000, or of all images where there are fewer."""
+
+DISTANCES = ("FID", "FD-", "Frechet distance", "KID")
+"""How the names of distances begin: less is better."""
 
 NOISE = 5
 """Keeps the noise of samples apart from the other uses of a seed."""
@@ -495,11 +502,14 @@ def _subsets(samples: Features, real: Features, size: int) -> tuple[float, float
     """Return the mean and the spread of KID over subsets of this size."""
     from torch_fidelity.metric_kid import kid_features_to_metric
 
+    subsets = SUBSETS
+    if size == len(samples) == len(real):  # every subset is the whole set
+        subsets = 1
     found = kid_features_to_metric(
         samples.features.cpu().float(),
         real.features.cpu().float(),
         kid_subset_size=size,
-        kid_subsets=SUBSETS,
+        kid_subsets=subsets,
         verbose=False,
     )
     mean = found["kernel_inception_distance_mean"]
@@ -535,3 +545,177 @@ def _check(samples: Features, real: Features) -> None:
             f"got {samples.features.shape[1]} features of the samples and "
             f"{real.features.shape[1]} of the real images; one network makes both"
         )
+
+
+# --- more than one number ------------------------------------------------------------------------
+
+
+def validation_ratio(
+    samples: Mapping[str, Features], real: Mapping[str, Features], held_out: Mapping[str, Features]
+) -> dict[str, float]:
+    """Compare samples with real images that nobody trained on, in several representations.
+
+    In each of them the ratio is ``frechet_distance(samples, real)`` over
+    ``frechet_distance(held_out, real)``: 1 is as good as other real images, and less says that
+    samples are nearer to the real images than those are, as copies would be. One representation's
+    Frechet distance may be trained for; the mean over several (FDr, arXiv 2604.28190) is harder to
+    please.
+
+    Args:
+        samples: features of the samples, by the name of the extractor.
+        real: of the real images that both are compared with, by the same names.
+        held_out: of as many other real images as there are samples.
+
+    Returns:
+        The ratio in each representation, and under ``mean`` their mean.
+
+    Raises:
+        InputError: if the names differ or are none, there are not as many samples as held-out
+            images, these have no distance, or see `judge`.
+    """
+    if not samples or not samples.keys() == real.keys() == held_out.keys():
+        raise InputError(
+            f"got features by {sorted(samples)}, {sorted(real)} and {sorted(held_out)}; each "
+            "extractor sees the samples, the real and the held-out images"
+        )
+    ratios = {}
+    for name in samples:
+        if len(samples[name]) != len(held_out[name]):
+            raise InputError(
+                f"got {len(samples[name])} samples and {len(held_out[name])} held-out images for "
+                f"{name}; a Frechet distance falls with their number: give as many of both"
+            )
+        unit = frechet_distance(held_out[name], real[name])
+        if not unit > 0:
+            raise InputError(
+                f"the held-out images have the distance {unit} from the real ones by {name}; give "
+                "other images than those, and a network that tells images apart"
+            )
+        ratios[name] = frechet_distance(samples[name], real[name]) / unit
+    return ratios | {"mean": sum(ratios.values()) / len(ratios)}
+
+
+def least_and_spread(scores: Sequence[Scores]) -> dict[str, float]:
+    """Return the least of each distance over several sets of samples, and how far they spread.
+
+    Published FIDs are often the least of three sets, drawn with three seeds of a `Plan`.
+
+    Args:
+        scores: of two sets or more, by one extractor, against one reference.
+
+    Returns:
+        For each Frechet and kernel distance the least, and largest less least under its name with
+        ``, spread of N sets``.
+
+    Raises:
+        InputError: if there are fewer than two, or they cannot be compared.
+    """
+    kinds = {(one.count, one.extractor, one.reference) for one in scores}
+    if len(scores) < 2 or len(kinds) != 1:
+        raise InputError(
+            f"got {len(scores)} scores of {len(kinds)} kinds; give two or more, of as many "
+            "samples each, by one extractor, against one reference"
+        )
+    found = {}
+    for name in scores[0].values:
+        if name.startswith(DISTANCES) and not name.endswith("spread"):
+            values = [one.values[name] for one in scores]
+            found[name] = min(values)
+            found[f"{name}, spread of {len(values)} sets"] = max(values) - min(values)
+    return found
+
+
+# --- a judge is judged ---------------------------------------------------------------------------
+
+
+def check_judge(
+    extractor: Extractor, images: Tensor, splits: int = 3, batch: int = 50, seed: int = 0
+) -> dict[str, dict[str, list[float]]]:
+    """Test a judge in the use that is made of it: whether it knows real images.
+
+    Real images are cut into halves at random. To one half the other one must be nearer than the
+    same images blurred, with their pixels shuffled, or one of them repeated; by the Frechet and by
+    the kernel distance, in every split. A network that does not see what is wrong with them, or
+    has too many features for so few images, says nothing of samples either.
+
+    Args:
+        extractor: the network, with the size to which it brings images.
+        images: twice as many real ones as will be judged, uint8 ``(N, 3, H, W)``, of the size that
+            will be judged.
+        splits: how often they are cut.
+        batch: images that the network sees at once.
+        seed: of the halves and the pixels.
+
+    Returns:
+        By the name of the distance, those of each set over the splits.
+
+    Raises:
+        RunError: if real images are not nearest; it names what was not told apart, and by which
+            distance.
+        InputError: if there are fewer than eight images, or they are no images.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or len(images) < 2 * (NEIGHBOURS + 1):
+        raise InputError(
+            f"got images of {images.dtype} and shape {tuple(images.shape)}; give uint8 (N, 3, H, "
+            f"W), {2 * (NEIGHBOURS + 1)} or more"
+        )
+    draw = torch.Generator().manual_seed(seed)
+    real = features_of(extractor, images.split(batch))
+    sets = {
+        "real": real,
+        "blurred": features_of(extractor, map(_blurred, images.split(batch))),
+        "pixel-shuffled": features_of(
+            extractor, [_shuffled(part, draw) for part in images.split(batch)]
+        ),
+    }
+    half = len(images) // 2
+    found: dict[str, dict[str, list[float]]] = {
+        extractor.distance_name: {},
+        extractor.kernel_name: {},
+    }
+    for _ in range(splits):
+        order = torch.randperm(len(images), generator=draw)
+        mine, theirs = order[:half], real[order[half : 2 * half]]
+        compared = {name: features[mine] for name, features in sets.items()}
+        compared["collapsed"] = real[mine[:1].expand(half)]
+        for name, features in compared.items():
+            frechet = frechet_distance(features, theirs)
+            kernel, _ = _subsets(features, theirs, min(SUBSET, half))
+            found[extractor.distance_name].setdefault(name, []).append(frechet)
+            found[extractor.kernel_name].setdefault(name, []).append(kernel)
+    _check_order(extractor, half, found)
+    return found
+
+
+def _check_order(
+    extractor: Extractor, count: int, found: Mapping[str, Mapping[str, Sequence[float]]]
+) -> None:
+    """Refuse a judge to which real images are not the nearest."""
+    faults = []
+    for distance, sets in found.items():
+        farthest = max(sets["real"])
+        for name, values in sets.items():
+            if name != "real" and not min(values) > farthest:
+                faults.append(
+                    f"{name} images by {distance} ({min(values):.4g}, real ones {farthest:.4g})"
+                )
+    if faults:
+        raise RunError(
+            f"{extractor.name} does not tell apart real images, {count} a set, from "
+            f"{'; '.join(faults)}: judge with another network or image size, or more images"
+        )
+
+
+def _blurred(images: Tensor) -> Tensor:
+    """Return images that were four times smaller between."""
+    height, width = images.shape[-2:]
+    small = F.interpolate(images.float(), (max(1, height // 4), max(1, width // 4)), mode="area")
+    large = F.interpolate(small, (height, width), mode="bilinear", align_corners=False)
+    return large.round().clamp(0, 255).to(torch.uint8)
+
+
+def _shuffled(images: Tensor, draw: torch.Generator) -> Tensor:
+    """Return images with their pixels at random places, of each at others."""
+    flat = images.flatten(2)
+    places = torch.rand(len(flat), 1, flat.shape[2], generator=draw).argsort(-1)
+    return flat.gather(2, places.expand_as(flat)).reshape(images.shape)
