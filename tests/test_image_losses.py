@@ -18,7 +18,6 @@ from flowspace import (
 )
 from flowspace.vision.adversarial import CHANGES, AdversarialLoss, Discriminator, augment, balance
 from flowspace.vision.perceptual import (
-    LARGEST_STEP,
     Features,
     PerceptualLoss,
     TimmFeatures,
@@ -179,26 +178,63 @@ def test_lpips_is_zero_for_equal_images_and_positive_for_others(tmp_path):
         LearnedDistance("vgg", tmp_path / "alexnet.pth")
 
 
-def test_the_literal_pair_is_the_prediction_moved_along_its_derivative_with_a_bounded_step():
+def literal_rows(t, s):
+    """A loss of rows at these times, its output, the images, and D_t f by torch.func.jvp."""
     loss_fn, draw = CrossFlowLoss(penalty=AbsoluteError()), torch.Generator().manual_seed(0)
     weight = torch.randn(6, 6, generator=draw, dtype=torch.float64, requires_grad=True)
 
     def model(z, t, s):
         return torch.tanh(z @ weight) * (1 + t)[:, None] + s[:, None]
 
-    z, x, noise = (torch.randn(5, 6, generator=draw, dtype=torch.float64) for _ in range(3))
-    t, s = torch.tensor(
-        [[0.9, 0.8, 0.5, 0.6, 1.0], [0.8, 0.1, 0.5, 0.0, 0.5]], dtype=torch.float64
-    )
+    z, x, noise = torch.randn(3, len(t), 6, generator=draw, dtype=torch.float64)
     out = loss_fn(model, z, x, noise=noise, t=t, s=s)
     z_t, v = LinearSchedule().perturb(z, noise, t)
-    slope = torch.func.jvp(lambda a, b: model(a, b, s), (z_t, t), (v, torch.ones_like(t)))[
-        1
-    ].detach()
-    step = torch.where(s > 0, t * (t - s) / s.clamp(min=1e-9), torch.inf).clamp(max=LARGEST_STEP)
-    found, wanted = literal_pair(loss_fn, out, x)
+    slope = torch.func.jvp(lambda a, b: model(a, b, s), (z_t, t), (v, torch.ones_like(t)))[1]
+    return loss_fn, out, x, slope.detach()
+
+
+TIMES = [[0.9, 0.8, 0.5, 0.6, 1.0], [0.8, 0.1, 0.5, 0.02, 0.5]]
+
+
+@pytest.mark.parametrize("bound", [None, 0.3, 1.0, 4.0])
+def test_the_literal_pair_is_the_prediction_moved_along_its_derivative(bound):
+    t, s = torch.tensor(TIMES, dtype=torch.float64)
+    loss_fn, out, x, slope = literal_rows(t, s)
+    step = (t * (t - s) / s).clamp(max=bound or torch.inf)
+    found, wanted = literal_pair(loss_fn, out, x, bound)
     torch.testing.assert_close(found, out.prediction + step[:, None] * slope, rtol=1e-9, atol=1e-9)
     assert wanted is x and found.requires_grad
+
+
+def test_without_a_bound_the_literal_pair_is_the_residual_without_its_weight():
+    t, s = torch.tensor(TIMES, dtype=torch.float64)
+    loss_fn, out, x, _ = literal_rows(t, s)
+    weight = loss_fn.coefficients.prediction(t, s)[:, None]
+    found, _ = literal_pair(loss_fn, out, x)
+    torch.testing.assert_close(found - x, out.residual / weight, rtol=1e-9, atol=1e-9)
+
+
+def test_at_s_0_there_is_no_literal_pair_and_the_row_counts_nothing_unless_it_is_bounded():
+    t = torch.tensor([0.6, 0.6], dtype=torch.float64)
+    loss_fn, out, x, slope = literal_rows(t, torch.tensor([0.0, 0.3], dtype=torch.float64))
+    found, _ = literal_pair(loss_fn, out, x)
+    assert torch.equal(found[0], x[0]) and not torch.equal(found[1], x[1])
+    found.sum().backward(inputs=out.prediction)
+    assert torch.equal(out.prediction.grad[:, 0], torch.tensor([0.0, 1.0], dtype=torch.float64))
+    bounded, _ = literal_pair(loss_fn, out, x, 1.0)
+    torch.testing.assert_close(bounded[0], out.prediction[0] + slope[0], rtol=1e-9, atol=1e-9)
+    with pytest.raises(InputError, match="got largest_step = 0"):
+        literal_pair(loss_fn, out, x, 0)
+
+
+def test_at_the_papers_times_a_third_of_the_rows_move_by_more_than_their_derivative():
+    """The numbers of `literal_pair`'s page."""
+    draw = torch.Generator().manual_seed(0)
+    t, s = CrossFlowLoss.published(32 * 16 * 16).times(400_000, generator=draw)
+    step = (t * (t - s) / s)[s < t]
+    found = torch.stack([step.median(), (step > 1).float().mean(), (step > 4).float().mean()])
+    torch.testing.assert_close(found, torch.tensor([0.516, 0.341, 0.107]), rtol=0.02, atol=0)
+    assert 60 < step.max() < 70
 
 
 # --- adversarial

@@ -49,8 +49,8 @@ class Variant:
     property: str
 
     def objective(self, literal: bool) -> Objective:
-        """Build the objective; the literal form takes absolute errors, as the paper does, the
-        target form squared ones.
+        """Build the objective; the literal form takes absolute errors, the target form squared
+        ones.
         """
         schedule: Schedule = {"linear": LinearSchedule, "cosine": CosineSchedule}[self.schedule]()
         times = UniformTimes(low=EARLIEST)
