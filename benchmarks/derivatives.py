@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flowspace import CrossFlowLoss, FiniteDifference, ForwardMode, SharedPrimal, TimePairs
+from flowspace.demo.networks import SmallViT, ViTSize
 from flowspace.demo.page import markdown_table, png, write_beside
 from flowspace.derivatives import Derivative
-from flowspace.recipes.networks import SmallViT
 
 
 @dataclass(frozen=True)
@@ -96,14 +96,8 @@ class Setting:
         side = int(self.tokens**0.5)
         torch.manual_seed(0)
         if self.network == "adaLN ViT":
-            net: nn.Module = SmallViT(
-                CHANNELS,
-                side,
-                outputs=CHANNELS,
-                width=self.width,
-                depth=self.depth,
-                heads=self.width // 64,
-            )
+            size = ViTSize(self.width, self.depth, self.width // 64)
+            net: nn.Module = SmallViT(CHANNELS, side, outputs=CHANNELS, size=size)
         else:
             net = TimmViT(side, self.width, self.depth)
         for parameter in net.parameters():

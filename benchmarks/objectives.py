@@ -42,10 +42,14 @@ from flowspace import (
     TrajectoryMatchingLoss,
     VelocityFlow,
 )
+from flowspace.demo import digits
+from flowspace.demo.data import CLASSES, SETTINGS, Settings, load, seeded
+from flowspace.demo.metrics import Verdict
+from flowspace.demo.networks import Patches
 from flowspace.demo.page import grid, markdown_table, png, write_beside
+from flowspace.demo.stage_one import World, prepare
 from flowspace.objectives import Objective
-from flowspace.recipes import digits, swiss_roll
-from flowspace.recipes.networks import Patches
+from flowspace.recipes import swiss_roll
 
 Teacher = Callable[..., Tensor]
 Encoder = Callable[[Tensor], Tensor]
@@ -111,14 +115,14 @@ ONE_SPACE = {entry.name for entry in FAMILY} - {
 # -------------------------------------------------------------------------------------------------
 
 
-def in_pixels(world: digits.World, patch: int) -> digits.World:
+def in_pixels(world: World, patch: int) -> World:
     """Return the same world without an autoencoder: its latents are patches of pixels."""
     patches = Patches(patch)
     return replace(world, autoencoder=patches, latents=patches.encode(world.data.images))
 
 
 def judged(
-    settings: digits.Settings, folder: Path, seeds: int, chosen: list[Entry]
+    settings: Settings, folder: Path, seeds: int, chosen: list[Entry]
 ) -> tuple[dict[str, Any], bytes]:
     """Train and judge each objective with each seed; return scores by name and number of steps,
     and a PNG of samples.
@@ -126,9 +130,9 @@ def judged(
     found: dict[str, Any] = {}
     pictures: dict[str, Tensor] = {}
     for seed in range(seeds):
-        plan, data = digits.seeded(settings, seed), digits.load(settings.dataset)
+        plan, data = seeded(settings, seed), load(settings.dataset)
         place = folder / f"seed-{seed}"
-        world, judge = digits.prepare(data, plan, place)
+        world, judge = prepare(data, plan, place)
         found.setdefault("real", {}).setdefault(1, []).append(judge.real())
         pictures.setdefault("real", digits.by_class(data.test_images, data.test_labels))
         teacher: Any = None
@@ -161,7 +165,7 @@ def judged(
                 file=sys.stderr,
                 flush=True,
             )
-    return found, png(grid(pictures, digits.CLASSES, across=5), dpi=70)
+    return found, png(grid(pictures, CLASSES, across=5), dpi=70)
 
 
 @dataclass(frozen=True)
@@ -183,7 +187,7 @@ def digits_table(found: dict[str, Any]) -> str:
     more.
     """
 
-    def mean(scores: list[digits.Scores], name: str) -> float:
+    def mean(scores: list[Verdict], name: str) -> float:
         return statistics.mean(getattr(score, name) for score in scores)
 
     floor = mean(found["real"][1], "frechet")
@@ -414,7 +418,7 @@ def main() -> None:
         found, picture = rolled(options.steps or 8000, options.seeds, chosen)
         text = roll_table(found)
     else:
-        settings = digits.SETTINGS[options.data]
+        settings = SETTINGS[options.data]
         if options.steps:
             settings = replace(
                 settings, generator=replace(settings.generator, steps=options.steps)

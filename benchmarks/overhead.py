@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from flowspace import CrossFlowLoss
+from flowspace.demo.networks import SmallViT, ViTSize
 from flowspace.demo.page import markdown_table
 from flowspace.derivatives import Derivative
-from flowspace.recipes.networks import SmallViT
 
 ROUNDS = 15
 
@@ -60,7 +60,7 @@ def medians(jobs: dict[str, Callable[[], object]]) -> dict[str, float]:
 def main() -> None:
     """Print the table."""
     torch.manual_seed(0)
-    network = SmallViT(16, 8, outputs=3, patch=2, width=256, depth=4, heads=4)
+    network = SmallViT(16, 8, outputs=3, patch=2, size=ViTSize(256, 4, 4))
     z, x, labels = torch.randn(64, 16, 8, 8), torch.randn(64, 3, 16, 16), torch.randint(10, (64,))
     objective = CrossFlowLoss()
     value, slope = torch.randn_like(x, requires_grad=True), torch.randn_like(x)

@@ -1,22 +1,31 @@
-"""The recipes: metrics against closed forms, data that nothing is judged by, a whole small run
-from the outside.
+"""The demo: metrics against closed forms, data that nothing is judged by, its training loop, a
+whole small run from the outside.
 """
 
 import dataclasses
 import html.parser
+import itertools
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from flowspace import InputError, RunError
-from flowspace.demo import page as report
-from flowspace.recipes import digits, metrics, swiss_roll
-from flowspace.recipes.networks import Autoencoder, JudgeClassifier, SmallViT
-from flowspace.training import LoopSettings
+from flowspace.demo import data, digits, metrics
+from flowspace.demo import page as pages
+from flowspace.demo.loop import Trainer, TrainSettings, rows_of
+from flowspace.demo.networks import Autoencoder, JudgeClassifier, SmallViT
 
 
 def test_frechet_distance_of_gaussians_is_the_closed_form():
@@ -51,65 +60,31 @@ def test_diversity_scales_with_the_images_and_is_zero_for_copies():
     assert metrics.diversity(copies, labels, images, labels) == pytest.approx(0, abs=1e-6)
 
 
-@given(st.integers(0, 50))
-def test_sliced_wasserstein_is_zero_for_reorderings_and_grows_with_a_shift(seed):
-    points = torch.randn(200, 3, generator=torch.Generator().manual_seed(seed))
-    assert swiss_roll.sliced_wasserstein(points, points.flip(0)) == pytest.approx(0, abs=1e-6)
-    near, far = (swiss_roll.sliced_wasserstein(points, points + shift) for shift in (0.1, 1.0))
-    assert 0 < near < far
-
-
-def test_the_roll_is_lifted_without_distortion():
-    world = swiss_roll.World.of(0)
-    points = swiss_roll.roll(20_000, torch.Generator().manual_seed(5))
-    torch.testing.assert_close(world.images(points).norm(dim=1), points.norm(dim=1))
-    latents = world.latents(points)
-    torch.testing.assert_close(latents.mean(0), torch.zeros(2), atol=0.03, rtol=0)
-    assert latents.square().mean() == pytest.approx(1, abs=0.03)
-
-
-@pytest.mark.parametrize(
-    "variant", swiss_roll.VARIANTS, ids=lambda v: f"{v.schedule}, {v.property}"
-)
-@pytest.mark.parametrize("literal", [False, True])
-def test_every_variant_of_the_roll_can_be_trained(variant, literal):
-    result = swiss_roll.train(variant, literal, seed=0, steps=2, batch=32)
-    assert result.samples.shape == (5000, 2)
-    assert math.isfinite(result.distance)
-
-
-@pytest.mark.slow
-def test_the_matched_statistic_learns_the_roll_and_an_unanchored_one_does_not():
-    matched, never = (swiss_roll.train(swiss_roll.VARIANTS[i], False, seed=0) for i in (0, 6))
-    assert matched.distance < 0.05
-    assert not never.distance < 1
-
-
 def test_nothing_is_judged_by_what_it_was_trained_on():
-    data = digits.load("digits")
-    assert len(data.images) + len(data.test_images) == 1797
+    found = data.load("digits")
+    assert len(found.images) + len(found.test_images) == 1797
     rows = {
         name: {tuple(image.flatten().tolist()) for image in images}
         for name, images in (
-            ("test", data.test_images),
-            ("first", data.half(0)[0]),
-            ("second", data.half(1)[0]),
-            ("all", data.images),
+            ("test", found.test_images),
+            ("first", found.half(0)[0]),
+            ("second", found.half(1)[0]),
+            ("all", found.images),
         )
     }
     assert not rows["first"] & rows["second"]
     assert not rows["test"] & rows["all"]
     assert rows["first"] | rows["second"] == rows["all"]
-    assert data.images.min() == -1
-    assert data.images.max() == 1
+    assert found.images.min() == -1
+    assert found.images.max() == 1
 
 
 def test_judges_are_averaged_each_against_its_own_features():
-    data = digits.load("digits")
+    found = data.load("digits")
     networks = tuple(JudgeClassifier(8).eval() for _ in range(2))
-    images, labels = data.half(0)
-    alone = [digits.Judge((network,), data).score(images, labels) for network in networks]
-    both = digits.Judge(networks, data).score(images, labels)
+    images, labels = found.half(0)
+    alone = [metrics.Judge((network,), found).score(images, labels) for network in networks]
+    both = metrics.Judge(networks, found).score(images, labels)
     assert alone[0].frechet != pytest.approx(alone[1].frechet, rel=1e-3)
     assert both.frechet == pytest.approx((alone[0].frechet + alone[1].frechet) / 2)
     assert both.accuracy == pytest.approx((alone[0].accuracy + alone[1].accuracy) / 2)
@@ -117,7 +92,7 @@ def test_judges_are_averaged_each_against_its_own_features():
 
 def test_an_unknown_data_set_is_refused():
     with pytest.raises(InputError, match="'digits' or 'mnist'"):
-        digits.load("cifar")
+        data.load("cifar")
 
 
 @pytest.mark.parametrize(("outputs", "patch"), [(1, 2), (4, 1)])
@@ -161,13 +136,13 @@ class Page(html.parser.HTMLParser):
 
 
 TINY = dataclasses.replace(
-    digits.Settings(),
+    data.Settings(),
     width=16,
     depth=1,
     heads=2,
-    generator=LoopSettings(steps=3, batch=8),
-    autoencoder=LoopSettings(steps=3, batch=8),
-    classifier=LoopSettings(steps=3, batch=8),
+    generator=TrainSettings(steps=3, batch=8),
+    autoencoder=TrainSettings(steps=3, batch=8),
+    classifier=TrainSettings(steps=3, batch=8),
 )
 
 
@@ -191,7 +166,7 @@ def test_a_run_leaves_its_pictures_numbers_and_page_and_continues(tmp_path):
 def test_a_folder_of_another_run_is_refused(tmp_path):
     digits.run(TINY, tmp_path)
     with pytest.raises(RunError, match="other settings"):
-        digits.run(dataclasses.replace(TINY, generator=LoopSettings(steps=4, batch=8)), tmp_path)
+        digits.run(dataclasses.replace(TINY, generator=TrainSettings(steps=4, batch=8)), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -204,11 +179,283 @@ def test_weights_are_not_taken_from_a_run_with_other_settings(tmp_path, change):
 
 
 def test_a_table_has_a_column_for_each_heading():
-    table = report.markdown_table(("a", "b"), [("x", "1"), ("y", "2")])
+    table = pages.markdown_table(("a", "b"), [("x", "1"), ("y", "2")])
     assert table.splitlines() == ["| a | b |", "| --- | ---: |", "| x | 1 |", "| y | 2 |"]
 
 
 def test_the_page_escapes_what_it_is_given():
-    assert "<script>" not in report.page(
-        "<script>", ["<script>", (("<script>",), [("<script>",)])]
+    assert "<script>" not in pages.page("<script>", ["<script>", (("<script>",), [("<script>",)])])
+
+
+# --- pages
+
+
+LOG = [
+    {"step": step, "loss": 1.0 / (step + 1), "raw": {"flow": 0.5, "liked": 0.1 - step}}
+    for step in range(4)
+] + [{"step": 3, "watch": {"kid": 0.5}}]
+
+
+@pytest.fixture
+def curves(monkeypatch):
+    """The curves of the figures that are made: by name, their steps and values."""
+    found = {}
+
+    def kept(figure, dpi=130):
+        for axis in figure.axes:
+            for line in axis.lines:
+                found[line.get_label()] = (list(line.get_xdata()), list(line.get_ydata()))
+            found["scale"] = axis.get_yscale()
+        return png(figure, dpi)
+
+    png = pages.png
+    monkeypatch.setattr(pages, "png", kept)
+    return found
+
+
+def test_losses_are_drawn_with_each_term_over_steps(curves):
+    assert pages.losses(LOG).startswith(b"\x89PNG")
+    assert curves["loss"] == ([0, 1, 2, 3], [1, 1 / 2, 1 / 3, 1 / 4])
+    assert curves["liked"] == ([0, 1, 2, 3], [0.1, 0.1 - 1, 0.1 - 2, 0.1 - 3])
+    assert curves["scale"] == "symlog"
+    pages.losses([{"step": 0, "loss": 1.0}])
+    assert curves["scale"] == "log"
+
+
+def test_scores_are_drawn_where_the_average_was_looked_at(curves):
+    pages.scores(LOG)
+    assert curves == {"kid": ([3], [0.5]), "scale": "log"}
+
+
+def test_slopes_are_means_over_the_second_half_of_the_log_by_time(curves):
+    by_time = [[1.0, None], [9.0, 9.0], [2.0, None], [4.0, 6.0]]
+    pages.slopes([{"slopes_by": {"t": {"flow": row}}} for row in by_time])
+    middles, values = curves["flow"]
+    assert middles == [0.25, 0.75]
+    assert values == [3.0, 6.0]
+
+
+@pytest.mark.parametrize("draw", [pages.losses, pages.scores, pages.slopes])
+def test_an_empty_log_is_an_empty_figure(draw):
+    assert draw([]).startswith(b"\x89PNG")
+
+
+def test_a_sheet_has_a_row_for_each_class():
+    torchvision = pytest.importorskip("torchvision")
+    images = (torch.arange(12) % 3 * 100).to(torch.uint8)[:, None, None, None]
+    picture = pages.sheet(images.expand(12, 3, 4, 4), classes=3)
+    pixels = torchvision.io.decode_png(torch.frombuffer(bytearray(picture), dtype=torch.uint8))
+    assert pixels.shape[1] == 3 * (4 + 2) + 2
+    assert pixels[0, 3::6, 3].tolist() == [0, 100, 200]
+
+
+# --- the training loop
+
+
+SETTINGS = TrainSettings(steps=40, batch=16, warmup=5, checkpoint_every=7)
+
+
+def network():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 4))
+
+
+def loss(net, batch, draws):
+    (x,) = batch
+    return (net(x + torch.randn(x.shape, generator=draws.generator)) - x).square().mean()
+
+
+def points():
+    return (torch.randn(50, 4, generator=torch.Generator().manual_seed(1)),)
+
+
+def trained(folder, net=None, of=loss, settings=SETTINGS, context=None):
+    trainer = Trainer("a", settings, Path(folder), context or {})
+    return trainer.train(net or network(), points(), of)
+
+
+def equal(first, second):
+    return all(
+        torch.equal(a, b)
+        for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
     )
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", [0, 6, 7, 20, 39])
+def test_a_run_that_was_stopped_continues_to_the_same_weights(tmp_path, at):
+    whole, resumed = network(), network()
+    average = trained(tmp_path / "whole", whole)
+
+    def failing(net, batch, draws):
+        if draws.step == at:
+            raise Killed
+        return loss(net, batch, draws)
+
+    with pytest.raises(Killed):
+        trained(tmp_path / "killed", of=failing)
+    continued = trained(tmp_path / "killed", resumed)
+    assert equal(whole, resumed)
+    assert equal(average, continued)
+
+
+def slow_run(folder, seconds):
+    """Return a process that trains in a folder, so many seconds a step."""
+    script = textwrap.dedent(
+        f"""
+        import sys, time
+        sys.path.insert(0, {str(os.path.dirname(__file__))!r})
+        from test_demo import loss, trained
+        def slow(*arguments):
+            time.sleep({seconds})
+            return loss(*arguments)
+        trained({str(folder)!r}, of=slow)
+        """
+    )
+    return subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+
+
+def steps_in(folder):
+    return [int(path.stem.split("-")[1]) for path in folder.glob("step-*.safetensors")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 0)])
+def test_a_process_that_is_ended_continues_to_the_same_weights(tmp_path, sent, code):
+    process = slow_run(tmp_path / "ended", 0.05)
+    deadline = time.monotonic() + 60
+    while not steps_in(tmp_path / "ended") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(sent)
+    assert process.wait() == code
+    assert 0 < max(steps_in(tmp_path / "ended")) < SETTINGS.steps
+    whole, resumed = network(), network()
+    trained(tmp_path / "whole", whole)
+    trained(tmp_path / "ended", resumed)
+    assert equal(whole, resumed)
+
+
+def test_a_run_that_is_asked_to_stop_saves_the_step_it_is_at(tmp_path):
+    def asked(net, batch, draws):
+        if draws.step == 9:
+            signal.raise_signal(signal.SIGTERM)
+        return loss(net, batch, draws)
+
+    with pytest.raises(SystemExit) as ended:
+        trained(tmp_path, of=asked)
+    assert ended.value.code == 0
+    assert max(steps_in(tmp_path)) == 10
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path):
+    first = trained(tmp_path)
+
+    def never(*_):
+        raise AssertionError("trained again")
+
+    assert equal(first, trained(tmp_path, of=never))
+
+
+def test_a_torn_checkpoint_is_passed_over_for_the_one_before(tmp_path):
+    whole, resumed = network(), network()
+    trained(tmp_path, whole)
+    last = max(tmp_path.glob("step-*.safetensors"))
+    last.write_bytes(last.read_bytes()[:100])
+    with pytest.warns(UserWarning, match="cannot be read"):
+        trained(tmp_path, resumed)
+    assert equal(whole, resumed)
+
+
+def test_other_settings_are_refused_and_the_difference_is_named(tmp_path):
+    trained(tmp_path, context={"dataset": "digits"})
+    with pytest.raises(RunError, match="batch: 16 there, 8 now"):
+        trained(tmp_path, settings=dataclasses.replace(SETTINGS, batch=8))
+    with pytest.raises(RunError, match="dataset: 'digits' there, 'mnist' now"):
+        trained(tmp_path, context={"dataset": "mnist"})
+    often = dataclasses.replace(SETTINGS, log_every=1, checkpoint_every=1, skips=0)
+    trained(tmp_path, settings=often, context={"dataset": "digits"})
+
+
+def test_a_run_of_another_network_is_refused(tmp_path):
+    trained(tmp_path)
+    with pytest.raises(RunError, match="holds another network"):
+        trained(tmp_path, nn.Sequential(nn.Linear(4, 4)))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(tmp_path):
+    def lost(net, batch, draws):
+        return net(batch[0]).sum() * torch.nan
+
+    with (
+        pytest.warns(UserWarning, match=r"nan at step \d"),
+        pytest.raises(RunError, match=r"nan at step 2.*skips = 2"),
+    ):
+        trained(tmp_path, of=lost, settings=dataclasses.replace(SETTINGS, skips=2))
+
+
+@pytest.mark.parametrize("factor", [math.nan, 1e38])
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path, factor):
+    seen = []
+
+    def lost(net, batch, draws):
+        seen.append(net[0].weight.detach().clone())
+        mean = loss(net, batch, draws)
+        if draws.step == 7:
+            return mean * factor * factor  # the second one's gradient alone is not finite
+        return mean
+
+    with pytest.warns(UserWarning, match="at step 7"):
+        trained(tmp_path, of=lost)
+    assert torch.equal(seen[7], seen[8])
+    assert not torch.equal(seen[8], seen[9])
+    (record,) = (record for record in log(tmp_path) if "why" in record)
+    assert record["step"] == 7
+    assert record["skipped"] == 1
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_the_log_has_one_json_object_a_line(tmp_path):
+    trained(tmp_path)
+    assert [record["step"] for record in log(tmp_path)] == [0, 39]
+    assert all(record["loss"] > 0 and record["gradient_norm"] > 0 for record in log(tmp_path))
+
+
+@given(count=st.integers(1, 40), size=st.integers(1, 60), seed=st.integers(0, 9))
+def test_every_pass_over_the_data_sees_every_row_once(count, size, seed):
+    settings = TrainSettings(steps=1, batch=size, seed=seed)
+    steps = range(3 * count // size + 1)
+    stream = torch.cat([rows_of(step, settings, count) for step in steps])
+    for one in stream[: len(stream) // count * count].split(count):
+        assert torch.equal(one.sort().values, torch.arange(count))
+
+
+def test_the_learning_rate_rises_then_falls_to_its_final_share():
+    plan = TrainSettings(steps=100, learning_rate=0.5, warmup=10, final_rate=0.1)
+    rates = [plan.rate(step) for step in range(101)]
+    assert rates[:10] == [0.5 * (step + 1) / 10 for step in range(10)]
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+    assert rates[100] == pytest.approx(0.05)
+
+
+def test_the_averaged_weights_follow_their_recursion(tmp_path):
+    plan = TrainSettings(steps=12, batch=4, ema=0.5, warmup=1)
+    net, seen = nn.Linear(4, 4), []
+
+    def recording(module, batch, draws):
+        seen.append(module.weight.detach().clone())
+        return loss(module, batch, draws)
+
+    average = trained(tmp_path, net, recording, plan)
+    expected = seen[0].clone()
+    for step, weight in enumerate([*seen[1:], net.weight.detach()]):
+        decay = min(0.5, (step + 1) / (step + 10))
+        expected = decay * expected + (1 - decay) * weight
+    torch.testing.assert_close(average.weight, expected)
+    assert not average.training
+    assert not any(parameter.requires_grad for parameter in average.parameters())

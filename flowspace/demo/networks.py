@@ -3,10 +3,13 @@ unlike classifiers.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from flowspace.demo.data import CLASSES
 
 __all__ = [
     "Autoencoder",
@@ -14,6 +17,7 @@ __all__ = [
     "JudgeClassifier",
     "Patches",
     "SmallViT",
+    "ViTSize",
 ]
 
 
@@ -91,7 +95,7 @@ def fourier(time: Tensor, size: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], 1)
 
 
-class Block(nn.Module):
+class ConditionedBlock(nn.Module):
     """A transformer block whose norms are scaled and shifted by the condition (adaLN, Peebles &
     Xie, arXiv 2212.09748).
     """
@@ -109,17 +113,34 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """Map ``(B, N, width)`` tokens under a ``(B, width)`` condition."""
-        scale1, shift1, gate1, scale2, shift2, gate2 = self.modulation(F.silu(condition))[
-            :, None
-        ].chunk(6, -1)
+        modulation = self.modulation(F.silu(condition))[:, None]
+        scale1, shift1, gate1, scale2, shift2, gate2 = modulation.chunk(6, -1)
         h = F.layer_norm(x, x.shape[-1:]) * (1 + scale1) + shift1
-        q, k, v = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for part in self.qkv(h).chunk(3, -1)
-        )
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x = x + (1 + gate1) * self.out(attended)
-        return x + (1 + gate2) * self.mlp(F.layer_norm(x, x.shape[-1:]) * (1 + scale2) + shift2)
+        x = x + (1 + gate1) * self.attention(h)
+        h = F.layer_norm(x, x.shape[-1:]) * (1 + scale2) + shift2
+        return x + (1 + gate2) * self.mlp(h)
+
+    def attention(self, x: Tensor) -> Tensor:
+        """Map ``(B, N, width)`` tokens by multi-head attention."""
+        heads = self.qkv(x).unflatten(-1, (3, self.heads, -1))
+        q, k, v = heads.permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+
+@dataclass(frozen=True)
+class ViTSize:
+    """How large a ViT is.
+
+    Attributes:
+        width: of the tokens.
+        depth: blocks.
+        heads: of the attention.
+    """
+
+    width: int = 64
+    depth: int = 3
+    heads: int = 4
 
 
 class SmallViT(nn.Module):
@@ -131,10 +152,7 @@ class SmallViT(nn.Module):
         side: of the latent grid; one token a cell.
         outputs: channels of the output.
         patch: pixels a side of the output that one token becomes; 1 stays in the latent space.
-        classes: labels run from 0 to classes - 1.
-        width: of the tokens.
-        depth: blocks.
-        heads: of the attention.
+        size: of the ViT.
     """
 
     def __init__(
@@ -143,18 +161,18 @@ class SmallViT(nn.Module):
         side: int,
         outputs: int = 1,
         patch: int = 1,
-        classes: int = 10,
-        width: int = 64,
-        depth: int = 3,
-        heads: int = 4,
+        size: ViTSize | None = None,
     ) -> None:
         super().__init__()
+        size = size or ViTSize()
+        width = size.width
         self.side, self.outputs, self.patch = side, outputs, patch
         self.embed = nn.Linear(channels, width)
         self.position = nn.Parameter(0.02 * torch.randn(1, side * side, width))
-        self.label = nn.Embedding(classes, width)
+        self.label = nn.Embedding(CLASSES, width)
         self.times = nn.Sequential(nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, width))
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        blocks = [ConditionedBlock(width, size.heads) for _ in range(size.depth)]
+        self.blocks = nn.ModuleList(blocks)
         self.head = nn.Linear(width, outputs * patch * patch)
         nn.init.zeros_(self.head.weight)
 
@@ -163,14 +181,14 @@ class SmallViT(nn.Module):
         side*patch, side*patch)``.
         """
         width = self.embed.out_features
-        condition = self.times(torch.cat([fourier(t, width), fourier(s, width)], 1)) + self.label(
-            labels
-        )
+        times = torch.cat([fourier(t, width), fourier(s, width)], 1)
+        condition = self.times(times) + self.label(labels)
         x = self.embed(z.flatten(2).transpose(1, 2)) + self.position
         for block in self.blocks:
             x = block(x, condition)
         x = self.head(F.layer_norm(x, x.shape[-1:]))
-        return F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (self.side, self.side)), self.patch)
+        cells = x.transpose(1, 2).unflatten(2, (self.side, self.side))
+        return F.pixel_shuffle(cells, self.patch)
 
 
 class Patches(nn.Module):
@@ -194,7 +212,7 @@ class JudgeClassifier(nn.Module):
     64)``.
     """
 
-    def __init__(self, side: int, classes: int = 10, width: int = 32) -> None:
+    def __init__(self, side: int, classes: int = CLASSES, width: int = 32) -> None:
         super().__init__()
         self.body = nn.Sequential(
             nn.Conv2d(1, width, 3, 1, 1),
@@ -226,7 +244,7 @@ class FeatureClassifier(nn.Module):
     perceptual features.
     """
 
-    def __init__(self, side: int, classes: int = 10, width: int = 24) -> None:
+    def __init__(self, side: int, classes: int = CLASSES, width: int = 24) -> None:
         super().__init__()
         self.stem = nn.Conv2d(1, width, 3, 1, 1)
         self.stages = nn.ModuleList(
@@ -239,7 +257,8 @@ class FeatureClassifier(nn.Module):
             )
             for w in (width, 2 * width)
         )
-        self.head = nn.Linear(4 * width * math.ceil(math.ceil(side / 2) / 2) ** 2, classes)
+        grid = math.ceil(math.ceil(side / 2) / 2)
+        self.head = nn.Linear(4 * width * grid**2, classes)
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Return the output of the stem and of each stage."""

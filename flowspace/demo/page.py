@@ -110,9 +110,10 @@ def sheet(images: Tensor, classes: int) -> bytes:
     from torchvision.transforms.functional import to_pil_image
     from torchvision.utils import make_grid
 
-    rows = [images[label::classes][:SHOWN] for label in range(min(classes, SHOWN))]
+    across = min(SHOWN, max(1, len(images) // classes))
+    rows = [images[label::classes][:across] for label in range(min(classes, SHOWN))]
+    picture = to_pil_image(make_grid(torch.cat(rows), across, padding=2, pad_value=255))
     buffer = io.BytesIO()
-    picture = to_pil_image(make_grid(torch.cat(rows), SHOWN, padding=2, pad_value=255))
     picture.save(buffer, "png")
     return buffer.getvalue()
 
