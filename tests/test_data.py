@@ -706,3 +706,17 @@ def test_labels_of_a_data_set_that_are_no_classes_are_named(tmp_path, labels, ki
     data_set(tmp_path, [{"path": None, "bytes": picture(1)}] * 2, labels, kind)
     with pytest.raises(RunError, match=f"row 1: got the label '{shown}'"):
         DatasetImages(tmp_path, 8)
+
+
+def test_a_data_set_without_pictures_or_training_split_is_refused(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"image": [1.5, 2.5], "label": [0, 1]})
+    rows.to_parquet(str(tmp_path / "a" / "a.parquet"))
+    with pytest.raises(RunError, match=r"column 'image' holds .*, not pictures"):
+        DatasetImages(tmp_path / "a", 8)
+    datasets.DatasetDict({"test": rows}).save_to_disk(str(tmp_path / "b"))
+    with pytest.raises(RunError, match="holds the splits test, and no split 'train'"):
+        DatasetImages(tmp_path / "b", 8)
+    rows.select([]).to_parquet(str(tmp_path / "c" / "a.parquet"))
+    with pytest.raises(RunError):
+        DatasetImages(tmp_path / "c", 8)

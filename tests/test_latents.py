@@ -200,3 +200,17 @@ def test_files_of_others_are_no_shards_of_latents(images, tmp_path, text):
     safetensors.torch.save_file({"latents": torch.zeros(1)}, path, metadata)
     with pytest.raises(RunError, match="cannot be read as a shard of latents"):
         latents.LatentImages(tmp_path)
+
+
+@pytest.mark.parametrize("value", [torch.nan, 1e5])
+def test_latents_that_are_not_finite_in_half_precision_are_named(images, tmp_path, value):
+    class Overflowing(encoders.LatentEncoder):
+        def encode(self, images, generator=None):
+            latents = super().encode(images, generator)
+            latents[-1, 0, 0, 0] = value
+            return latents
+
+    overflowing = Overflowing(encoder().autoencoder, torch.zeros(1), torch.ones(1))
+    with pytest.raises(RunError, match=r"2\.png is not finite in half precision"):
+        latents.encode(images, overflowing, tmp_path / "x", batch=3)
+    assert not (tmp_path / "x").exists()

@@ -86,12 +86,13 @@ def centre_crop(picture: Image.Image, size: int) -> Image.Image:
     CrossFlow share.
     """
     while min(picture.size) >= 2 * size:
-        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+        half = (picture.width // 2, picture.height // 2)
+        picture = picture.resize(half, Image.Resampling.BOX)
     scale = size / min(picture.size)
-    picture = picture.resize(
-        (round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC
-    )
-    left, top = (picture.width - size) // 2, (picture.height - size) // 2
+    scaled = (round(picture.width * scale), round(picture.height * scale))
+    picture = picture.resize(scaled, Image.Resampling.BICUBIC)
+    left = (picture.width - size) // 2
+    top = (picture.height - size) // 2
     return picture.crop((left, top, left + size, top + size))
 
 
@@ -206,19 +207,16 @@ class Images(abc.ABC):
         """Say how many images each class has, and what was broken."""
         counts = Counter(self.labels)
         sizes = [counts[label] for label in range(len(self.names))]
-        text = (
-            f"{len(self)} images in {len(self.names)} classes, {min(sizes)} to {max(sizes)} a "
-            "class"
-        )
-        empty = [name for name, size in zip(self.names, sizes, strict=True) if not size]
+        images = f"{len(self)} images in {len(self.names)} classes"
+        parts = [f"{images}, {min(sizes)} to {max(sizes)} a class"]
+        empty = [self.names[label] for label, size in enumerate(sizes) if size == 0]
         if empty:
-            text += f"; empty: {', '.join(empty[:MOST_NAMED])}"
-        if self.broken:
-            text += (
-                f"; {len(self.broken)} could not be read: "
-                f"{', '.join(list(self.broken)[:MOST_NAMED])}"
-            )
-        return text
+            parts.append(f"empty: {', '.join(empty[:MOST_NAMED])}")
+        broken = list(self.broken)
+        if broken:
+            named = ", ".join(broken[:MOST_NAMED])
+            parts.append(f"{len(broken)} could not be read: {named}")
+        return "; ".join(parts)
 
 
 def _check_shape(picture: Image.Image) -> None:
@@ -345,7 +343,12 @@ class DatasetImages(Images):
         if names is None:
             names = [str(number) for number in range(max(labels) + 1)]
         _check_classes(self.path, names, classes)
-        self.rows = rows.cast_column(image, ImageColumn(decode=False))
+        try:
+            self.rows = rows.cast_column(image, ImageColumn(decode=False))
+        except Exception as error:
+            raise RunError(
+                f"{path}: the column {image!r} holds {rows.features[image]}, not pictures"
+            ) from error
         super().__init__(size, labels, names)
 
     def open(self, index: int) -> Image.Image:
@@ -413,18 +416,26 @@ def _check_classes(source: Path, names: Sequence[str], expected: int | None) -> 
 
 
 def _dataset(path: Path) -> Any:
+    """Return the rows of a data set."""
     import datasets
 
     files: Any = sorted(str(file) for file in path.rglob("*.parquet"))
     try:
         if files:
             return datasets.Dataset.from_parquet(files)
-        found = datasets.load_from_disk(str(path))
-    except Exception as error:
+        rows = datasets.load_from_disk(str(path))
+    except Exception as error:  # of many kinds, in several libraries
         raise RunError(
             f"{path} holds no parquet files and no data set that was saved to disk: {error}"
         ) from error
-    return found["train"] if isinstance(found, datasets.DatasetDict) else found
+    if not isinstance(rows, datasets.DatasetDict):
+        return rows
+    if "train" not in rows:
+        splits = ", ".join(map(str, rows))
+        raise RunError(
+            f"{path} holds the splits {splits}, and no split 'train'; give the folder of one"
+        )
+    return rows["train"]
 
 
 @dataclass(frozen=True)
@@ -462,9 +473,8 @@ class FolderBatches(Batches):
 @functools.lru_cache(maxsize=4)
 def order_of(seed: int, number: int, rows: int) -> Sequence[int]:
     """Return the order of a pass; two passes meet in a batch."""
-    return torch.randperm(
-        rows, generator=torch.Generator().manual_seed(seed_of(seed, number, 1))
-    ).tolist()
+    draw = torch.Generator().manual_seed(seed_of(seed, number, 1))
+    return torch.randperm(rows, generator=draw).tolist()
 
 
 @functools.lru_cache(maxsize=1)

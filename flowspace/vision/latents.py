@@ -60,7 +60,7 @@ def encode(
 
     Raises:
         RunError: if the folder holds shards of other images, another encoder or other settings,
-            or cannot be written.
+            or cannot be written, or a latent is not finite.
         InputError: if the encoder's statistics are not known, or a number is not positive.
     """
     if min(batch, shard) < 1 or not encoder.known:
@@ -68,22 +68,23 @@ def encode(
             f"got batch = {batch}, shard = {shard}; write 1 or more, and fit() the encoder first"
         )
     made = {"count": len(images), "shard": shard, "flip": flip, **_fingerprint(images, encoder)}
-    starts = [start for start in range(0, len(images), shard) if start // shard % ranks == rank]
+    starts = range(0, len(images), shard)[rank::ranks]
     for start in tqdm(starts, "latents", unit="shard", disable=rank > 0):
         path = _path(folder, start)
-        if path.exists() and _made(path) == made:
-            continue
         if path.exists():
-            raise RunError(
-                f"{path} holds other images, another encoder or other settings; choose another "
-                "folder"
-            )
-        numbers = range(start, min(start + shard, len(images)))
-        parts = [
-            _encoded(images, encoder, numbers[first : first + batch], flip)
-            for first in range(0, len(numbers), batch)
-        ]
-        tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            if _made(path) != made:
+                raise RunError(
+                    f"{path} holds other images, another encoder or other settings; choose "
+                    "another folder"
+                )
+            continue
+        end = min(start + shard, len(images))
+        parts: dict[str, list[Tensor]] = {"latents": [], "images": [], "labels": []}
+        for first in range(start, end, batch):
+            numbers = range(first, min(first + batch, end))
+            for name, tensor in _encoded(images, encoder, numbers, flip).items():
+                parts[name].append(tensor)
+        tensors = {name: torch.cat(tensors) for name, tensors in parts.items()}
         write_whole(path, tensors, {"made": json.dumps(made, sort_keys=True)})
 
 
@@ -103,15 +104,22 @@ def _encoded(
     if flip:
         views.append(x.flip(-1))
     draw = torch.Generator(device).manual_seed(seed_of(numbers[0], DRAWN))
-    latents = torch.stack([encoder.encode(view.to(device), draw).cpu() for view in views], 1)
-    return {"latents": latents.half(), "images": pixels, "labels": torch.tensor(labels)}
+    encoded = [encoder.encode(view.to(device), draw).cpu() for view in views]
+    latents = torch.stack(encoded, 1).half()
+    finite = latents.flatten(1).isfinite().all(1)
+    if not finite.all():
+        number = numbers[int(finite.int().argmin())]
+        raise RunError(
+            f"the latent of {images.name(number)} is not finite in half precision; the encoder's "
+            "weights are broken, or it overflows: run it in float32, and fit() its statistics"
+        )
+    return {"latents": latents, "images": pixels, "labels": torch.tensor(labels)}
 
 
 def _fingerprint(images: Images, encoder: LatentEncoder) -> dict[str, str]:
     """Say which images and which encoder, by their names, weights and statistics."""
-    names = hashlib.sha256(
-        "\n".join(Path(images.name(i)).name for i in range(len(images))).encode()
-    )
+    names = [Path(images.name(number)).name for number in range(len(images))]
+    pictures = hashlib.sha256("\n".join(names).encode())
     weights = hashlib.sha256()
     for tensor in encoder.state_dict().values():
         weights.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
@@ -119,7 +127,7 @@ def _fingerprint(images: Images, encoder: LatentEncoder) -> dict[str, str]:
     if encoder.sample:
         kind = "sampled"
     return {
-        "images": f"{names.hexdigest()[:16]} of {images.size} pixels",
+        "images": f"{pictures.hexdigest()[:16]} of {images.size} pixels",
         "encoder": f"{weights.hexdigest()[:16]}, {kind}",
     }
 
