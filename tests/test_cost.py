@@ -136,6 +136,8 @@ def test_the_command_prints_its_tables_and_refuses_what_it_cannot_count(capsys, 
     assert "| forward | 95.3 | 49.2 | 24.6 |" in text
     assert "75 % of the rows" in text and "40 %, assumed; not run here" in text
     assert "| crossflow-b, this code | 1-NFE latent-to-pixel | 1 | 95.3 |" in text
+    assert costs.main([str(CONFIGS / "smoke.yaml")]) == 0  # no rival of its 32 pixels
+    assert "DiT-XL/2 |" not in capsys.readouterr().out and "DiT-XL/2 |" in text
     refused = {
         "crossflow-huge": "crossflow-xl",
         "crossflow-b --equal 1.5": "between 0 and 1",

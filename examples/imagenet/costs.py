@@ -30,6 +30,8 @@ __all__ = ["Utilisation", "main", "report", "table", "with_tables"]
 
 GIGA, GIB = 1e9, 2.0**30
 NOT_RUN = "not run here"
+PUBLISHED_SIZE = 256
+"""Pixels a side of the images that the published numbers are of."""
 
 # --- the share of the peak ---------------------------------------------------------------------
 
@@ -146,10 +148,10 @@ def report(cost: Cost, utilisation: Utilisation, batch: int = 32, devices: int =
     parts = [
         markdown(ONE_IMAGE, one_image(cost)),
         markdown(TRAINING, estimates(cost, utilisation, batch, devices)),
-        markdown(BESIDE, beside(cost)),
-        NOTE,
     ]
-    return "\n\n".join(parts)
+    if cost.size == PUBLISHED_SIZE:
+        parts.append(markdown(BESIDE, beside(cost)))
+    return "\n\n".join([*parts, NOTE])
 
 
 def one_image(cost: Cost) -> list[tuple[str, ...]]:

@@ -105,6 +105,7 @@ class Cost:
         again: forward passes that checkpointing runs again for each gradient.
         averages: of the weights, that are kept beside them.
         kind: of its image, as ``results.PublishedMethod.family`` has it.
+        size: of its image, in pixels a side.
         evaluations: of the network for one image.
         decoder: FLOPs of the decoder for one image; 0 where the network returns images.
         images: that the whole training sees.
@@ -122,6 +123,7 @@ class Cost:
     again: int = 0
     averages: int = 3
     kind: str = "1-NFE latent-to-pixel"
+    size: int = 256
     evaluations: int = 1
     decoder: float = 0.0
     images: float = 160 * IMAGENET
@@ -282,6 +284,7 @@ def cost_of(config: Config) -> Cost:
         matrices=matrices,
         averages=len(training.emas),
         kind=kind,
+        size=config.data.size,
         evaluations=config.evaluation.evaluations,
         decoder=decoder,
         images=images,
