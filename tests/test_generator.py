@@ -173,6 +173,45 @@ def test_activation_checkpointing_changes_nothing():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+def counting(graphs):
+    """A backend of torch.compile that keeps what it was given and runs it as it is."""
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    return backend
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("way", ["compile_blocks", "compile_repeated_blocks"])
+def test_equal_blocks_are_compiled_once_and_change_nothing(way):
+    """The second name is diffusers'."""
+    network, (z, t, s, y) = small(depth=5), batch()
+    plain, graphs, names = network(z, t, s, labels=y), [], set(network.state_dict())
+    getattr(network, way)(backend=counting(graphs), fullgraph=True)
+    torch.testing.assert_close(network(z, t, s, labels=y), plain)
+    assert len(graphs) == 1 and set(network.state_dict()) == names
+    other = z.flip(0)
+    torch.testing.assert_close(
+        network(other, t, s, labels=y)[0], network(other[:1], t[:1], s[:1], labels=y[:1])[0]
+    )
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_loss_of_compiled_blocks_is_the_loss_of_eager_ones():
+    (z, t, s, y), networks = batch(), (small(), small().compile_blocks(backend="aot_eager"))
+    draw = torch.Generator().manual_seed(2)
+    x, noise = torch.randn(6, 3, 8, 8, generator=draw), torch.randn(z.shape, generator=draw)
+    gradients = []
+    for network in networks:
+        out = CrossFlowLoss()(network, z, x, t=t, s=s, noise=noise, cond={"labels": y})
+        out.loss.mean().backward()
+        gradients.append([p.grad for p in network.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 def test_saved_and_loaded_it_is_the_same_to_the_bit(tmp_path):
     network, (z, t, s, y) = small(mlp="gelu", condition="t,s").eval(), batch()
     network.save_pretrained(tmp_path)

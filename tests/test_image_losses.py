@@ -16,7 +16,14 @@ from flowspace import (
     RunError,
     SquaredError,
 )
-from flowspace.vision.adversarial import CHANGES, AdversarialLoss, Discriminator, augment, balance
+from flowspace.vision.adversarial import (
+    CHANGES,
+    AdversarialLoss,
+    Discriminator,
+    augment,
+    balance,
+    tokens_of,
+)
 from flowspace.vision.perceptual import (
     Features,
     PerceptualLoss,
@@ -341,3 +348,40 @@ def test_negative_weights_are_refused():
     for name in ("power", "penalty", "r1"):
         with pytest.raises(InputError, match=name):
             AdversarialLoss(LinearSchedule(), **{name: -1.0})
+
+
+def counting(graphs):
+    """A backend of torch.compile that keeps what it was given and runs it as it is."""
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    return backend
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("name", ["convnext_atto", "vit_tiny_patch16_224"])
+def test_compiled_features_are_those_of_eager_ones_in_both_losses(name, tmp_path):
+    import timm
+
+    torch.manual_seed(0)
+    sized = {"img_size": 32} if "vit" in name else {}
+    torch.save(timm.create_model(name, **sized).state_dict(), tmp_path / "weights.pt")
+    given = {"weights": tmp_path / "weights.pt", "size": 32, "layers": [0, 1]}
+    graphs, more = [], []
+    plain, compiled = TimmFeatures(name, **given), TimmFeatures(name, **given)
+    assert compiled.compile_network(backend=counting(graphs)) is compiled
+    x = pictures(2, 48).requires_grad_()
+    found = [PerceptualLoss(f)(x, pictures(2, 48, 1)) for f in (plain, compiled)]
+    torch.testing.assert_close(*found)
+    assert graphs
+    slopes = [torch.autograd.grad(loss.sum(), x)[0] for loss in found]
+    torch.testing.assert_close(*slopes)
+    channels = [tokens_of(layer).shape[1] for layer in plain(x)]
+    torch.manual_seed(1)
+    critic = Discriminator(plain, channels, width=8, kernel=3).eval()
+    wanted = critic(x)
+    critic.compile_network(backend=counting(more))
+    torch.testing.assert_close(critic(x), wanted)
+    assert more

@@ -7,7 +7,7 @@ cannot be judged as real. The paper's own formula is missing from its text; p is
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -49,8 +49,20 @@ class Discriminator(nn.Module):
         self, features: Features, channels: Sequence[int], width: int = 64, kernel: int = 9
     ) -> None:
         super().__init__()
-        self.features = features
+        self.features: Features = features
         self.heads = nn.ModuleList(Head(count, width, kernel) for count in channels)
+
+    def compile_network(self, **options: Any) -> "Discriminator":
+        """Compile the frozen features in place; returns itself.
+
+        The heads, which are small and whose spectral norms change with each step, stay as they
+        are. The loss cannot have ``r1`` then: torch.compile has no second derivatives.
+
+        Args:
+            options: those of ``torch.compile``.
+        """
+        self.features.compile_network(**options)
+        return self
 
     def train(self, mode: bool = True) -> "Discriminator":
         """Set the mode of the heads; the features stay in eval mode."""

@@ -48,6 +48,15 @@ class Features(nn.Module, abc.ABC):
         """Stay in eval mode."""
         return super().train(False)
 
+    def compile_network(self, **options: Any) -> "Features":
+        """Compile the network in place, with what is done to its images; returns itself.
+
+        Args:
+            options: those of ``torch.compile``.
+        """
+        self.compile(**options)
+        return self
+
     @abc.abstractmethod
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return features ``(B, ...)`` of images ``(B, 3, H, W)`` in [-1, 1], one a layer."""
@@ -177,6 +186,7 @@ class PerceptualLoss:
     penalty: Penalty = field(default_factory=HuberError)
     below: float = 2.0
     unit: bool = False
+    checked: list[bool] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __call__(self, prediction: Tensor, target: Tensor, t: Tensor | None = None) -> Tensor:
         """Return the loss of each row ``(B,)``.
@@ -190,7 +200,10 @@ class PerceptualLoss:
             InputError: if shapes differ, a target is far out of [-1, 1], or ``below`` has no
                 times.
         """
-        _check_images(prediction, target)
+        _check_shapes(prediction, target)
+        if not self.checked:  # of the first images alone: it waits for the device
+            _check_range(target)
+            self.checked.append(True)
         if self.below > 1:
             return self._distance(prediction, target)
         if t is None:
@@ -329,12 +342,15 @@ def _unit(features: Tensor) -> Tensor:
     return F.normalize(features, dim=channel)
 
 
-def _check_images(prediction: Tensor, target: Tensor) -> None:
+def _check_shapes(prediction: Tensor, target: Tensor) -> None:
     if prediction.shape != target.shape:
         raise InputError(
             f"a prediction of shape {tuple(prediction.shape)} came for a target of "
             f"{tuple(target.shape)}"
         )
+
+
+def _check_range(target: Tensor) -> None:
     size = float(target.detach().abs().mean())
     if size > RANGE_SLACK:
         raise InputError(
