@@ -1,8 +1,20 @@
 """The adversarial loss: a hinge GAN whose discriminator is small heads on frozen features (as in
 Sauer et al., arXiv 2111.01007).
 
-The generator's weight falls with the noise as w(t) = alpha(t)^p: an image that is mostly guessed
-cannot be judged as real. The paper's own formula is missing from its text; p is an option.
+The generator's weight falls with the noise as w(t) = alpha(t)^p, p = 1 by default: an image that
+is mostly guessed cannot be judged as real. This is our reading of CrossFlow (arXiv 2606.19970).
+Its text says that both losses are hinge losses (B.4), that the generator's is weighed by a
+function of time of which three were tried (B.5), that a uniform weight "can overemphasize low-
+signal regions", and that too large a weight lets samples collapse (figure 4). The functions are
+missing from it. It also says that with a uniform weight "low-time samples" collapse (figure 6).
+Where time runs from data to noise, as here and in its equations, low times have the most signal,
+which contradicts the low-signal regions; where it runs the other way, as its appendix C says of
+its toy program, the two agree, and with alpha(t)^p. Which is meant cannot be decided from the
+text.
+
+Ours and not the paper's: the heads and the layers that they judge, the changes of images, LeCam's
+and R1's terms (off by default), and in the example's settings the loss's weight of 0.1 and the
+step from which the discriminator is trained.
 """
 
 from collections.abc import Sequence
@@ -130,7 +142,8 @@ class AdversarialLoss:
 
     Args:
         schedule: whose alpha weighs the generator's loss.
-        power: p of w(t) = alpha(t)^p, at least 0; 0 weighs all times alike.
+        power: p of w(t) = alpha(t)^p, at least 0; 0 weighs all times alike. See the module's text
+            for what is known of the paper's.
         augmented: the same random changes for real and fake images (DiffAug, Zhao et al., arXiv
             2006.10738).
         penalty: weight of LeCam's regularisation towards the other side's mean logit (arXiv

@@ -3,8 +3,14 @@
 Each cell of the latent is a token and becomes a square of pixels. Before the cells stand context
 tokens: a few learned ones for the class and a few that carry the time. Blocks are pre-norm: RMS
 norm, attention with normalised queries and keys and rotary positions on the cells, and an MLP; no
-linear layer in them has a bias, so that a block of width d holds 12 d^2 numbers (CrossFlow, arXiv
-2606.19970: 95, 315 and 461 million parameters).
+linear layer in them has a bias, so that a block of width d holds 12 d^2 numbers.
+
+CrossFlow's paper (arXiv 2606.19970, B.2) has "a standard ViT backbone", patches of 16 x 16 pixels,
+16 context tokens for class and time, the destination s as its only time, and 95, 315 and 461
+million parameters at the depths and widths of `PRESETS`. The rest is ours, and comes out at these
+counts: RMS norms, normalised queries and keys, rotary positions beside the learned ones, SwiGLU,
+no biases, the heads of the attention, 12 of the 16 tokens for the class and 4 for the time, and a
+last layer that begins at zero.
 """
 
 import math
@@ -31,7 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "crossflow-l": {"depth": 24, "width": 1024, "heads": 16},
     "crossflow-xl": {"depth": 28, "width": 1152, "heads": 16},
 }
-"""Depth, width and heads of the paper's three sizes."""
+"""Depth and width of the paper's three sizes; the heads are ours."""
 
 CONDITIONS: dict[str, tuple[str, ...]] = {"s": ("s",), "t,s": ("t", "s"), "t-s": ("t-s",)}
 FREQUENCIES = 128
@@ -57,7 +63,8 @@ class CrossFlowGenerator(CheckedModel):
         heads: of the attention.
         mlp: ``"swiglu"`` (hidden size 8/3 of the width) or ``"gelu"`` (4 times).
         condition: which times the network sees: ``"s"`` (the paper's), ``"t,s"`` or ``"t-s"``.
-        class_tokens: learned tokens for each class.
+        class_tokens: learned tokens for each class; with the next, 16 in the paper, which does not
+            say how they are shared out.
         time_tokens: tokens that carry the time.
         null_trained: whether the null class was trained, as it is where labels are dropped or
             training is guided. The network does not depend on it: it is a record for those who

@@ -3,6 +3,8 @@
 
 Images are in [-1, 1] everywhere; each network gets the range and normalisation that it was trained
 with. A gradient flows to the prediction only: the network is frozen and the target detached.
+CrossFlow's paper follows the practice of VQ-GAN (B.4), which is LPIPS; a second term on ConvNeXt's
+features, as in the example's settings, is pixel MeanFlow's practice and not the paper's.
 """
 
 import abc
