@@ -49,7 +49,9 @@ from flowspace.demo.networks import Patches
 from flowspace.demo.page import grid, markdown_table, png, write_beside
 from flowspace.demo.stage_one import World, prepare
 from flowspace.objectives import Objective
-from flowspace.recipes import swiss_roll
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "swiss_roll"))
+import swiss_roll
 
 Teacher = Callable[..., Tensor]
 Encoder = Callable[[Tensor], Tensor]
