@@ -2,6 +2,7 @@
 out, refused.
 """
 
+import functools
 import importlib
 import json
 import os
@@ -804,6 +805,40 @@ def test_no_gradient_of_one_player_reaches_the_other():
     images.grad = None
     step.answer(torch.randn(8, 4), images, draws[1]).sum().backward()
     assert images.grad is None and all(p.grad is not None for p in network.parameters())
+
+
+def test_a_step_that_is_not_logged_does_not_wait_for_the_device(
+    config, encoder_folder, tmp_path, monkeypatch
+):
+    """From cached latents, as the large configs have them, with all losses."""
+    from test_waiting import AsksNothing
+
+    alone()
+    made = given(config, encoder_folder)
+    folder = importlib.import_module("encode").main(made)
+    asked, taken = image_loss(tmp_path), train.take
+
+    def take(run, step, stream, log, logged):
+        if step < 2 or logged:
+            return taken(run, step, stream, log, logged)
+        batch = [next(stream)]
+        with AsksNothing():
+            return taken(run, step, iter(batch), log, logged)
+
+    monkeypatch.setattr(train, "take", take)
+    fused = functools.partial(build.PlainAdamW, fused=True)  # as it is on a GPU
+    monkeypatch.setattr(build, "PlainAdamW", fused)
+    monkeypatch.setattr("flowspace.training.adversarial.PlainAdamW", fused)
+    adversarial = settings.AdversarialConfig(**asked, channels=(32, 32))
+    run(
+        settings.replaced(
+            made,
+            data={"latents": str(folder)},
+            perceptual=(settings.PerceptualConfig(**asked),),
+            adversarial=adversarial,
+            training={"log_every": 10},
+        )
+    )
 
 
 # --- the configs -------------------------------------------------------------------------------

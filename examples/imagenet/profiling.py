@@ -1,15 +1,19 @@
 """Where the time of a step goes: a trace, and the share of each part of a step."""
 
+import dataclasses
 import json
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+from settings import Config
 from torch.profiler import ProfilerActivity, profile, record_function
 
 PARTS = ("data", "encoder", "flow", "perceptual", "adversarial", "backward", "optimiser")
 """The spans of a step, by the names they are recorded under."""
+
+KNOWN = ("H100", "H200")
+"""Cards whose peak is the one that costs are counted with."""
 
 span = record_function
 """Names a part of a step in a trace; costs microseconds where nothing is traced."""
@@ -19,14 +23,16 @@ class Profile:
     """Traces a few steps of a training, after some that are not counted; a context of each step.
 
     Args:
-        folder: where ``trace.json`` and ``profile.json`` are left.
+        config: of the run, in whose folder ``trace.json`` and ``profile.json`` are left.
         accelerator: of the processes; the first one writes.
         warmup: steps that are not counted: compiling, caches.
         active: steps that are.
     """
 
-    def __init__(self, folder: Path, accelerator: Any, warmup: int = 5, active: int = 20) -> None:
-        self.folder, self.accelerator = folder, accelerator
+    def __init__(
+        self, config: Config, accelerator: Any, warmup: int = 5, active: int = 20
+    ) -> None:
+        self.config, self.folder, self.accelerator = config, config.out, accelerator
         self.warmup, self.active, self.step = warmup, active, 0
         activities = [ProfilerActivity.CPU]
         if accelerator.device.type == "cuda":
@@ -42,7 +48,10 @@ class Profile:
     def __enter__(self) -> None:
         if self.step == self.warmup:
             self.profiler.start()
-        self.step_span = record_function("step")
+        self.step_KNOWN = ("H100", "H200")
+"""Cards whose peak is the one that costs are counted with."""
+
+span = record_function("step")
         self.step_span.__enter__()
 
     def __exit__(
@@ -58,6 +67,16 @@ class Profile:
         if self.step == self.steps and kind is None:
             self.profiler.stop()
             self.write()
+
+    def utilisation(self, seconds: float) -> float:
+        """Return the share of the card's peak that a step reaches, by the FLOPs counted."""
+        import flops  # counts networks, which nothing else here needs
+
+        config = self.config
+        if config.adversarial and config.adversarial.start > self.steps:
+            config = dataclasses.replace(config, adversarial=None)
+        rows = config.training.batch // self.accelerator.num_processes
+        return flops.utilisation(config, rows, seconds)
 
     def write(self) -> None:
         """Leave the trace and the table, and print the table."""
@@ -78,6 +97,8 @@ class Profile:
         }
         if self.accelerator.device.type == "cuda":
             found["idle"] = max(0.0, 1 - busy / whole)
+        if any(card in found["device"] for card in KNOWN):
+            found["utilisation"] = self.utilisation(found["milliseconds"] / 1000)
         text = json.dumps(found, indent=2)
         (self.folder / "profile.json").write_text(text + "\n")
         print(f"{found['milliseconds']:.1f} ms a step on {found['device']}; of them")

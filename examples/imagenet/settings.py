@@ -348,7 +348,16 @@ def load(path: Path, changes: Sequence[str] = ()) -> Config:
     found = _read(path)
     for change in changes:
         found = _merged(found, _change(change))
-    return _checked({"name": path.stem, "out": f"runs/{path.stem}"} | found, str(path))
+    return _checked({"name": path.stem, "out": str(default_out(path))} | found, str(path))
+
+
+def default_out(path: Path) -> Path:
+    """Return the folder of a config's run: ``runs/paper/b-adamw`` of ``configs/paper/b-adamw``."""
+    parts = path.with_suffix("").parts
+    if "configs" in parts:
+        last = len(parts) - 1 - parts[::-1].index("configs")
+        return Path("runs", *parts[last + 1 :])
+    return Path("runs", path.stem)
 
 
 def of_run(folder: Path) -> Config:

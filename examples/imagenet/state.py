@@ -10,7 +10,6 @@ from stage import Stage
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.optim.swa_utils import AveragedModel
 
 from flowspace import RunError
 from flowspace.training import (
@@ -50,7 +49,7 @@ class Run:
         self.shares = share_of(t.batch, rank, ranks, t.accumulate)
         self.step, self.finite = 0, torch.ones((), device=accelerator.device)
         self.plain = copy.deepcopy(stage.network)
-        self.averages = {str(decay): self.average(decay) for decay in stage.training.emas}
+        self.averages = {str(decay): copy.deepcopy(stage.network) for decay in t.emas}
         self.network = self.distributed()
         self.optimizer = stage.optimizer(stage.network)
         self.skipped = torch.zeros((), dtype=torch.long, device=accelerator.device)
@@ -60,16 +59,20 @@ class Run:
             stage.folder, {"name": stage.name, "training": kept, **stage.depends}
         )
 
-    def average(self, decay: float) -> AveragedModel:
-        """Return the averaged network, whose decay rises to its value in the first steps."""
+    @torch.no_grad()
+    def average(self) -> None:
+        """Move each average towards the weights; its decay rises to its value in the first steps.
 
-        def update(averages: list[Tensor], values: list[Tensor], _: Tensor) -> None:
-            share = 1 - min(decay, (self.step + 1) / (self.step + 10))
+        torch's `AveragedModel` counts its updates on the CPU and copies the count to the device,
+        for which it waits.
+        """
+        values = list(self.stage.network.parameters())
+        for decay, network in self.averages.items():
+            share = 1 - min(float(decay), (self.step + 1) / (self.step + 10))
+            averages = list(network.parameters())
             towards = torch._foreach_sub(values, averages)
             torch._foreach_mul_(towards, share * self.finite)
             torch._foreach_add_(averages, towards)
-
-        return AveragedModel(self.stage.network, multi_avg_fn=update)
 
     def distributed(self) -> nn.Module:
         """Return the network as it is called: on its device, under DDP, or sharded by FSDP2.
@@ -79,16 +82,16 @@ class Run:
         accelerator, network = self.accelerator, self.stage.network
         sharded = self.stage.training.sharded and accelerator.num_processes > 1
         for average in self.averages.values():
-            average.module.to(accelerator.device)
+            average.to(accelerator.device)
             if sharded:
-                shard(average.module, accelerator)
+                shard(average, accelerator)
         if not sharded:
             return accelerator.prepare_model(network)
         return shard(network.to(accelerator.device), accelerator)
 
     def averaged(self, decay: str | None = None) -> nn.Module:
         """Return a whole copy of the network with averaged weights; all processes must call."""
-        average = self.averages[decay or next(iter(self.averages))].module
+        average = self.averages[decay or next(iter(self.averages))]
         state = {name: whole(tensor) for name, tensor in average.state_dict().items()}
         self.plain.load_state_dict(state)
         return self.plain.to(self.accelerator.device).requires_grad_(False).eval()
@@ -97,7 +100,7 @@ class Run:
         """Return everything that the next step depends on, but for the optimisers'."""
         parts: dict[str, Mapping[str, Tensor]] = {"network": self.stage.network.state_dict()}
         for decay, average in self.averages.items():
-            parts[f"ema-{decay}"] = average.module.state_dict()
+            parts[f"ema-{decay}"] = average.state_dict()
         parts["run"] = {"skipped": self.skipped}
         if self.stage.adversary:
             parts["opponent"] = self.stage.adversary.kept()
@@ -131,14 +134,12 @@ class Run:
             fill(state, parts.get(name, {}), self.stage.folder)
         for name, (optimizer, network) in self.optimizers().items():
             restore_optimizer(optimizer, network, parts.get(name, {}))
-        for average in self.averages.values():
-            average.n_averaged.fill_(step)
         return step
 
     def note(self, rows: Tensor, times: Mapping[str, Tensor]) -> None:
         """Keep what a step that is not finite was, on the device: step, loss, norm, times."""
-        worst = rows.isfinite().float().argmin()
-        at = [time[worst] for time in times.values()]
+        worst = rows.isfinite().float().argmin(0, keepdim=True)
+        at = [time.gather(0, worst)[0] for time in times.values()]
         step = torch.full_like(self.loss, self.step)
         fault = torch.stack([step, self.loss, self.norms[0], *at])
         if self.fault is None:

@@ -66,7 +66,7 @@ def main(config: Config, options: Sequence[str] = ()) -> None:
     accelerator = accelerator_of(config)
     first = accelerator.is_main_process
     with locked(config.out) if first else contextlib.nullcontext():
-        profile = Profile(config.out, accelerator) if "--profile" in options else None
+        profile = Profile(config, accelerator) if "--profile" in options else None
         fit(prepared(config, accelerator, "--evaluate" in options), accelerator, profile)
         if profile is not None:
             return
@@ -295,8 +295,7 @@ def update(run: Run, costs: Sequence[tuple[Tensor, Mapping[str, Tensor]]]) -> No
     for optimizer, _, _ in players:
         optimizer.found_inf = 1 - run.finite
         optimizer.step()
-    for average in run.averages.values():
-        average.update_parameters(run.stage.network)
+    run.average()
     run.skipped += 1 - run.finite.long()
     run.note(rows, {k: torch.cat([times[k] for _, times in costs]) for k in costs[0][1]})
 
