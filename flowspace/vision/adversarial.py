@@ -127,13 +127,11 @@ class Head(nn.Module):
 
 def tokens_of(layer: Tensor) -> Tensor:
     """Return features as ``(B, C, N)``: of a map ``(B, C, h, w)``, or of tokens ``(B, N, C)``."""
-    return (
-        layer.flatten(2)
-        if layer.ndim == 4
-        else layer.mT
-        if layer.ndim == 3
-        else layer.unsqueeze(2)
-    )
+    if layer.ndim == 4:
+        return layer.flatten(2)
+    if layer.ndim == 3:
+        return layer.mT
+    return layer.unsqueeze(2)
 
 
 @dataclass(frozen=True)
@@ -177,7 +175,9 @@ class AdversarialLoss:
         """Return what the generator's loss of each row ``(B,)`` is before w(t): minus the mean
         logit.
         """
-        return -discriminator(augment(fake, changes) if self.augmented else fake).mean(1)
+        if self.augmented:
+            fake = augment(fake, changes)
+        return -discriminator(fake).mean(1)
 
     def generator(
         self, discriminator: nn.Module, fake: Tensor, t: Tensor, changes: Tensor | None = None
@@ -206,7 +206,9 @@ class AdversarialLoss:
         real = real.detach().requires_grad_(self.r1 > 0)
         images = torch.cat([real, stored])
         if self.augmented:
-            images = augment(images, None if changes is None else torch.cat([changes, changes]))
+            if changes is not None:
+                changes = torch.cat([changes, changes])
+            images = augment(images, changes)
         on_real, on_fake = discriminator(images).chunk(2)
         loss = 0.5 * (F.relu(1 - on_real).mean(1) + F.relu(1 + on_fake).mean(1))
         if self.penalty:
@@ -229,17 +231,16 @@ def augment(images: Tensor, changes: Tensor | None = None) -> Tensor:
         changes: how each image is changed, ``(B, 5)`` in [0, 1); None draws them.
     """
     rows, _, height, width = images.shape
-    drawn = torch.rand(rows, CHANGES, device=images.device) if changes is None else changes
-    unit = drawn.to(images.dtype).mT.reshape(CHANGES, rows, 1, 1, 1)
+    if changes is None:
+        changes = torch.rand(rows, CHANGES, device=images.device)
+    unit = changes.to(images.dtype).mT.reshape(CHANGES, rows, 1, 1, 1)
     x = images + (unit[0] - 0.5)
     grey = x.mean(1, keepdim=True)
     x = grey + 2 * unit[1] * (x - grey)
     middle = x.mean((1, 2, 3), keepdim=True)
     x = middle + (0.5 + unit[2]) * (x - middle)
-    down, right = (
-        ((2 * unit[3 + i, :, :, 0, 0] - 1) * size / 8).round().long()
-        for i, size in enumerate((height, width))
-    )
+    down = ((2 * unit[3, :, :, 0, 0] - 1) * height / 8).round().long()
+    right = ((2 * unit[4, :, :, 0, 0] - 1) * width / 8).round().long()
     row = torch.arange(height, device=x.device) + down
     column = torch.arange(width, device=x.device) + right
     inside = (row.clamp(0, height - 1) == row)[:, None, :, None] & (

@@ -110,28 +110,26 @@ class LatentEncoder(nn.Module):
         pack: int | None = None,
     ) -> None:
         super().__init__()
-        self.autoencoder, self.sample = autoencoder, sample
+        self.autoencoder = autoencoder
+        self.sample = sample
         self.patch = pack or _patch(autoencoder)
-        found = (
-            (mean, std) if mean is not None and std is not None else _own_statistics(autoencoder)
-        )
-        self.known = found is not None
-        for name, value in zip(
-            ("mean", "std"), found or (torch.zeros(1), torch.ones(1)), strict=True
-        ):
-            self.register_buffer(name, self._packed(value.float(), pack or 1).reshape(-1, 1, 1))
+        statistics = _own_statistics(autoencoder)
+        if mean is not None and std is not None:
+            statistics = mean, std
+        self.known = statistics is not None
+        mean, std = statistics or (torch.zeros(1), torch.ones(1))
+        self.register_buffer("mean", self._packed(mean, pack or 1))
+        self.register_buffer("std", self._packed(std, pack or 1))
         self.requires_grad_(False).eval()
 
     def _packed(self, value: Tensor, pack: int) -> Tensor:
-        """Return a statistic of each of the autoencoder's channels for the channels of packed
-        cells.
+        """Return ``(C, 1, 1)`` of a statistic, repeated for the channels of packed cells where it
+        is one of the autoencoder's own channels.
         """
         config: Any = self.autoencoder.config
-        return (
-            value.repeat_interleave(pack**2)
-            if value.numel() == config.get("latent_channels")
-            else value
-        )
+        if value.numel() == config.get("latent_channels"):
+            value = value.repeat_interleave(pack**2)
+        return value.float().reshape(-1, 1, 1)
 
     def train(self, mode: bool = True) -> "LatentEncoder":
         """Stay in eval mode: the encoder is frozen."""
@@ -179,11 +177,11 @@ class LatentEncoder(nn.Module):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Return images of latents, by the autoencoder's own decoder."""
-        raw = latents * self.std + self.mean
-        if self.patch > 1:
-            raw = F.pixel_shuffle(raw, self.patch)
+        raw = F.pixel_shuffle(latents * self.std + self.mean, self.patch)
         images = self.autoencoder.decode(raw.to(_dtype(self.autoencoder))).sample.float()  # type: ignore[operator]
-        return images * 2 - 1 if _from_zero(self.autoencoder) else images
+        if _from_zero(self.autoencoder):
+            return images * 2 - 1
+        return images
 
     @torch.no_grad()
     def fit(self, batches: Iterable[Tensor]) -> "LatentEncoder":
@@ -192,15 +190,14 @@ class LatentEncoder(nn.Module):
         Raises:
             InputError: if there are no images, or a channel is constant.
         """
-        count, total, squares = (
-            0,
-            torch.zeros(1, dtype=torch.float64),
-            torch.zeros(1, dtype=torch.float64),
-        )
+        count = 0
+        total = torch.zeros(1, dtype=torch.float64)
+        squares = torch.zeros(1, dtype=torch.float64)
         for images in batches:
             flat = self._raw(images, None).transpose(0, 1).flatten(1).double()
             count += flat.shape[1]
-            total, squares = total + flat.sum(1).cpu(), squares + flat.square().sum(1).cpu()
+            total = total + flat.sum(1).cpu()
+            squares = squares + flat.square().sum(1).cpu()
         if not count:
             raise InputError("no images came; fit() takes batches (B, 3, H, W) in [-1, 1]")
         mean = total / count
@@ -302,7 +299,10 @@ def _from_zero(autoencoder: nn.Module) -> bool:
 
 def _patch(autoencoder: nn.Module) -> int:
     """FLUX.2's pipeline packs 2 x 2 cells into one: 128 channels at a sixteenth of the size."""
-    return autoencoder.config.patch_size[0] if _kind(autoencoder) == "AutoencoderKLFlux2" else 1  # type: ignore[union-attr, index]
+    config: Any = autoencoder.config
+    if _kind(autoencoder) == "AutoencoderKLFlux2":
+        return config.patch_size[0]
+    return 1
 
 
 def _own_statistics(autoencoder: nn.Module) -> tuple[Tensor, Tensor] | None:
@@ -314,11 +314,10 @@ def _own_statistics(autoencoder: nn.Module) -> tuple[Tensor, Tensor] | None:
         norm: Any = autoencoder.bn
         return norm.running_mean, (norm.running_var + config.batch_norm_eps).sqrt()
     if _kind(autoencoder) == "AutoencoderRAE":
-        normalised = autoencoder._latents_mean.numel() > 1  # type: ignore[union-attr, operator]
-        return (
-            (torch.zeros(1), torch.ones(1)) if normalised else None
-        )  # its encode() normalises, where it knows how
-    mean, std = (config.get(name) for name in ("latents_mean", "latents_std"))
+        if autoencoder._latents_mean.numel() > 1:  # type: ignore[union-attr, operator]
+            return torch.zeros(1), torch.ones(1)  # its encode() normalises
+        return None
+    mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is not None and std is not None:
         return torch.tensor(mean), torch.tensor(std)
     scale = config.get("scaling_factor")
@@ -386,45 +385,51 @@ def load_encoder(
 
 
 def _find(name: str, weights: Path | None) -> Path:
+    """Return the folder of a source, in ``weights`` or in the hub's cache.
+
+    Raises:
+        RunError: if a file of it is missing.
+    """
     source = SOURCES[name]
-    if weights is not None:
-        place = weights / name
-        missing = [
-            file for file in source.files or ("config.json",) if not (place / file).exists()
-        ]
-        if not missing:
-            return place
-        raise RunError(f"{place / missing[0]} is missing; {_fetch(name, place)}")
+    place = None
+    if weights is None:
+        found = _in_cache(name)
+    else:
+        found = place = weights / name
+    for file in source.files or ("config.json",):
+        if not (found / file).exists():
+            raise RunError(f"{found / file} is missing; {_fetch(name, place)}")
+    return found
+
+
+def _in_cache(name: str) -> Path:
+    """Return the folder of a source in the hub's cache; the network is not asked."""
+    source = SOURCES[name]
+    wanted = source.files or (f"{source.subfolder}/*".lstrip("/"),)
     try:
         from huggingface_hub import snapshot_download
 
-        wanted = list(source.files) or [f"{source.subfolder}/*" if source.subfolder else "*"]
-        found = (
-            Path(
-                snapshot_download(source.repository, allow_patterns=wanted, local_files_only=True)
-            )
-            / source.subfolder
+        found = snapshot_download(
+            source.repository, allow_patterns=list(wanted), local_files_only=True
         )
     except (ImportError, OSError, ValueError) as error:
         raise RunError(
             f"the weights of {name} are not on this machine; {_fetch(name, None)}"
         ) from error
-    missing = [file for file in source.files or ("config.json",) if not (found / file).exists()]
-    if missing:
-        raise RunError(f"{found / missing[0]} is missing; {_fetch(name, None)}")
-    return found
+    return Path(found) / source.subfolder
 
 
 def _fetch(name: str, place: Path | None) -> str:
+    """Return the command that fetches a source, into a folder or into the hub's cache."""
     source = SOURCES[name]
-    what = " ".join(source.files) or (
-        f'--include "{source.subfolder}/*"' if source.subfolder else ""
-    )
-    where = "into the hub's cache" if place is None else f"into {place}"
-    command = f"hf download {source.repository} {what}".strip() + (
-        "" if place is None else f" --local-dir {place}"
-    )
-    return f"fetch it {where} with: {command}"
+    command = ["hf download", source.repository, *source.files]
+    if source.subfolder:
+        command.append(f'--include "{source.subfolder}/*"')
+    where = "the hub's cache"
+    if place is not None:
+        where = str(place)
+        command.append(f"--local-dir {place}")
+    return f"fetch it into {where} with: {' '.join(command)}"
 
 
 def _from_folder(path: Path) -> nn.Module:
@@ -486,7 +491,9 @@ def _nest_siglip() -> None:
 
     def build(config: Any) -> nn.Module:
         model = transformers.SiglipVisionModel(config)
-        return model if hasattr(model, "vision_model") else _Nested(model)
+        if hasattr(model, "vision_model"):
+            return model
+        return _Nested(model)
 
     autoencoder_rae.SiglipVisionModel = build  # type: ignore[misc]
 
@@ -590,5 +597,6 @@ def _renamed(name: str, value: Tensor, levels: int) -> tuple[str, Tensor]:
     if ".attentions." in name:
         for old, new in IN_ATTENTION:
             name = name.replace(old, new)
-        value = value.flatten(1) if value.ndim == 4 else value
+        if value.ndim == 4:
+            value = value.flatten(1)
     return name, value

@@ -109,7 +109,9 @@ class CrossFlowGenerator(CheckedModel):
         self.gradient_checkpointing = False
         self.embed = nn.Linear(channels, width, bias=False)
         self.position = nn.Parameter(0.02 * torch.randn(1, cells, width))
-        self.label = nn.Embedding(classes + 1, class_tokens * width) if classes else None
+        self.label: nn.Embedding | None = None
+        if classes:
+            self.label = nn.Embedding(classes + 1, class_tokens * width)
         self.time_token = nn.Parameter(0.02 * torch.randn(1, time_tokens, width))
         self.times = nn.ModuleDict(
             {name.replace("-", "_minus_"): TimeEmbedding(width) for name in CONDITIONS[condition]}
@@ -259,7 +261,8 @@ class RotaryGrid(nn.Module):
         """Return cosines and sines ``(height width, size)``; (i, i + size/2) turn together."""
         quarter = self.size // 4
         rates = SLOWEST ** (-torch.arange(quarter, device=device) / quarter)
-        row, column = (torch.arange(n, device=device)[:, None] * rates for n in (height, width))
+        row = torch.arange(height, device=device)[:, None] * rates
+        column = torch.arange(width, device=device)[:, None] * rates
         angle = torch.cat([row.repeat_interleave(width, 0), column.repeat(height, 1)], 1)
         return torch.cat([angle.cos()] * 2, 1), torch.cat([angle.sin()] * 2, 1)
 
@@ -295,10 +298,8 @@ class Block(nn.Module):
 
     def _attention(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = (
-            _turned(norm(part), cosine, sine).to(v.dtype)
-            for norm, part in ((self.q_norm, q), (self.k_norm, k))
-        )
+        q = _turned(self.q_norm(q), cosine, sine).to(v.dtype)
+        k = _turned(self.k_norm(k), cosine, sine).to(v.dtype)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 

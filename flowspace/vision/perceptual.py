@@ -95,7 +95,9 @@ class TimmFeatures(Features):
     ) -> None:
         super().__init__()
         self.size, self.layers = size, layers
-        self.shape = None if size is None else pair_of(size, "size")
+        self.shape: tuple[int, int] | None = None
+        if size is not None:
+            self.shape = pair_of(size, "size")
         self.network = _timm(name, weights, size)
         own: Any = self.network.pretrained_cfg
         for key, value in (("mean", mean or own["mean"]), ("std", std or own["std"])):
@@ -120,10 +122,10 @@ def _timm(name: str, weights: str | Path | None, size: int | Sequence[int] | Non
 
     if ":" not in name and not timm.is_model(name):  # hf-hub:NAME is a network elsewhere
         near = difflib.get_close_matches(name, timm.list_models(), 3)
-        raise InputError(
-            f"timm knows no network {name!r}; "
-            + (f"near are {', '.join(near)}" if near else "see timm.list_models()")
-        )
+        hint = "see timm.list_models()"
+        if near:
+            hint = f"near are {', '.join(near)}"
+        raise InputError(f"timm knows no network {name!r}; {hint}")
     sized: dict[str, Any] = {}
     if size is not None and "vit" in name:
         sized["img_size"] = size
@@ -225,11 +227,11 @@ class PerceptualLoss:
         with torch.no_grad():
             wanted = self.features(target)
         found = self.features(prediction)
-        pairs = [
-            (_unit(a), _unit(b)) if self.unit else (a, b)
-            for a, b in zip(found, wanted, strict=True)
-        ]
-        return torch.stack([self.penalty(a - b) for a, b in pairs]).mean(0)
+        if self.unit:
+            found = [_unit(layer) for layer in found]
+            wanted = [_unit(layer) for layer in wanted]
+        penalties = [self.penalty(a - b) for a, b in zip(found, wanted, strict=True)]
+        return torch.stack(penalties).mean(0)
 
 
 class LearnedDistance(Features):
@@ -340,8 +342,10 @@ def literal_pair(
 
 
 def _unit(features: Tensor) -> Tensor:
-    channel = 1 if features.ndim == 4 else -1
-    return F.normalize(features, dim=channel)
+    """Return features of length 1 along their channels: the second axis of maps, else the last."""
+    if features.ndim == 4:
+        return F.normalize(features, dim=1)
+    return F.normalize(features, dim=-1)
 
 
 def _check_shapes(prediction: Tensor, target: Tensor) -> None:
