@@ -271,6 +271,7 @@ class CombinedOptimizer(torch.optim.Optimizer):
 
 
 Together = CombinedOptimizer
+"""Its former name."""
 
 
 def _step_unless(skip: Tensor, optimizer: Any) -> None:

@@ -675,7 +675,8 @@ def check_judge(
     }
     for _ in range(splits):
         order = torch.randperm(len(images), generator=draw)
-        mine, theirs = order[:half], real[order[half : 2 * half]]
+        mine = order[:half]
+        theirs = real[order[half : 2 * half]]
         compared = {name: features[mine] for name, features in sets.items()}
         compared["collapsed"] = real[mine[:1].expand(half)]
         for name, features in compared.items():
@@ -709,7 +710,8 @@ def _check_order(
 def _blurred(images: Tensor) -> Tensor:
     """Return images that were four times smaller between."""
     height, width = images.shape[-2:]
-    small = F.interpolate(images.float(), (max(1, height // 4), max(1, width // 4)), mode="area")
+    quarter = (max(1, height // 4), max(1, width // 4))
+    small = F.interpolate(images.float(), quarter, mode="area")
     large = F.interpolate(small, (height, width), mode="bilinear", align_corners=False)
     return large.round().clamp(0, 255).to(torch.uint8)
 
