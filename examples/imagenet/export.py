@@ -20,7 +20,9 @@ def main() -> None:
     parser.add_argument("file", type=Path, help="ends in .pt2 or .onnx")
     options = parser.parse_args()
     if options.file.suffix not in (".pt2", ".onnx"):
-        raise settings.SettingsError(f"got {options.file}; write a file that ends in .pt2 or .onnx")
+        raise settings.SettingsError(
+            f"got {options.file}; write a file that ends in .pt2 or .onnx"
+        )
     config = settings.of_run(options.run)
 
     import ship  # with torch, which a wrong folder need not wait for

@@ -48,10 +48,7 @@ class Profile:
     def __enter__(self) -> None:
         if self.step == self.warmup:
             self.profiler.start()
-        self.step_KNOWN = ("H100", "H200")
-"""Cards whose peak is the one that costs are counted with."""
-
-span = record_function("step")
+        self.step_span = record_function("step")
         self.step_span.__enter__()
 
     def __exit__(
