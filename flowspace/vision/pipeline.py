@@ -71,7 +71,8 @@ class CrossFlowPipeline(DiffusionPipeline):
         """
         found = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         card = Path(pretrained_model_name_or_path) / "README.md"
-        found.card = card.read_text() if card.is_file() else None
+        if card.is_file():
+            found.card = card.read_text()
         return found
 
     def save_pretrained(  # type: ignore[override]
@@ -161,49 +162,60 @@ class CrossFlowPipeline(DiffusionPipeline):
         """
         if output_type not in OUTPUTS:
             raise InputError(
-                f"output_type = {output_type!r} came; write one of {', '.join(map(repr, OUTPUTS))}"
-            )
-        network: CrossFlowGenerator = self.generator
-        classes = self._classes(labels)
-        rows = count if classes is None else len(classes)
-        shape = (rows, *network.latent_shape)
-        if latents is None:
-            where = {"device": network.device, "dtype": network.dtype}
-            latents = randn_tensor(shape, generator=generator, **where)  # type: ignore[arg-type]
-        if tuple(latents.shape) != shape:
-            raise InputError(
-                f"latents of shape {tuple(latents.shape)} came; this generator takes {shape}"
+                f"got output_type = {output_type!r}; write one of {', '.join(map(repr, OUTPUTS))}"
             )
         if steps > 1 and encode is None:
             raise InputError(
-                f"steps = {steps} came without encode=, a function from images to latents such as "
-                "an encoder's"
+                f"got steps = {steps} without encode=, a function from images to latents such as "
+                "an encoder's encode_prediction"
             )
-        cond = {} if classes is None else {"labels": classes}
+        network: CrossFlowGenerator = self.generator
+        cond = {}
+        if (classes := self._classes(labels)) is not None:
+            count = len(classes)
+            cond["labels"] = classes
         guidance = None
         if scale != 1:
             guidance = Guidance(null={"labels": network.require_null()}, omega=scale)
-        flow_map = FlowMap(network, self.schedule, MatchedStatistic())
-        images = flow_map.sample(
-            latents.to(network.device), cond=cond, steps=steps, encode=encode, guidance=guidance
+        images = FlowMap(network, self.schedule, MatchedStatistic()).sample(
+            self._noise(count, generator, latents),
+            cond=cond,
+            steps=steps,
+            encode=encode,
+            guidance=guidance,
         )
         return self._finished(images.float(), output_type, return_dict)
 
-    def _classes(self, labels: Sequence[int] | Tensor | None) -> Tensor | None:
-        count = self.generator.config["classes"]
-        if (labels is None) != (count == 0):
+    def _noise(self, count: int, generator: Any, latents: Tensor | None) -> Tensor:
+        """Return the noise of so many images: what was given, or drawn."""
+        network: CrossFlowGenerator = self.generator
+        shape = (count, *network.latent_shape)
+        if latents is None:
+            return randn_tensor(
+                shape, generator=generator, device=network.device, dtype=network.dtype
+            )
+        if tuple(latents.shape) != shape:
             raise InputError(
-                f"labels = {labels} came for a generator of {count} classes; write labels=[...]"
-                if count
-                else "labels came for a generator without classes; write count= instead"
+                f"got latents of shape {tuple(latents.shape)}; this generator takes {shape}"
+            )
+        return latents.to(network.device)
+
+    def _classes(self, labels: Sequence[int] | Tensor | None) -> Tensor | None:
+        """Return the labels on the network's device, checked; None where it has no classes."""
+        count = self.generator.config["classes"]
+        if labels is None and count:
+            raise InputError(
+                f"got no labels for a generator of {count} classes; write labels=[...]"
             )
         if labels is None:
             return None
+        if not count:
+            raise InputError("got labels for a generator without classes; write count= instead")
         classes = torch.as_tensor(labels, device=self.generator.device)
         whole = classes.ndim == 1 and not classes.is_floating_point()
         if not whole or bool(((classes < 0) | (classes > count)).any()):
             raise InputError(
-                f"labels = {classes.tolist()} came; write integers from 0 to {count - 1}, or "
+                f"got labels = {classes.tolist()}; write integers from 0 to {count - 1}, or "
                 f"{count} for no class"
             )
         if bool((classes == count).any()):
@@ -218,7 +230,9 @@ class CrossFlowPipeline(DiffusionPipeline):
             found = (images.clamp(-1, 1) / 2 + 0.5).permute(0, 2, 3, 1).cpu().numpy()
         if output_type == "pil":
             found = self.numpy_to_pil(found)
-        return ImagePipelineOutput(images=found) if return_dict else (found,)
+        if not return_dict:
+            return (found,)
+        return ImagePipelineOutput(images=found)
 
 
 class CrossFlowDecoder(CheckedModel):
@@ -287,9 +301,9 @@ class CrossFlowDecoder(CheckedModel):
             InputError: if t is outside [TIME_FLOOR, 1], or no labels come for a generator whose
                 null class was not trained.
         """
-        level = torch.as_tensor(
-            self.config["t"] if t is None else t, device=z.device, dtype=torch.float32
-        )
+        if t is None:
+            t = self.config["t"]
+        level = torch.as_tensor(t, device=z.device, dtype=torch.float32)
         _checked_level(level)
         level = level.expand(len(z)).contiguous()
         if labels is None and self.generator.config["classes"]:
@@ -299,12 +313,12 @@ class CrossFlowDecoder(CheckedModel):
         images = self.generator(
             z.to(self.generator.dtype), level, torch.zeros_like(level), labels=labels
         )
-        return DecoderOutput(sample=images) if return_dict else (images,)
+        if not return_dict:
+            return (images,)
+        return DecoderOutput(sample=images)
 
 
 def _checked_level(t: "float | Tensor") -> None:
     level = torch.as_tensor(t)
     if not bool(((level >= TIME_FLOOR) & (level <= 1)).all()):
-        raise InputError(
-            f"t = {t} came; the noise level of a latent is between {TIME_FLOOR} and 1"
-        )
+        raise InputError(f"got t = {t}; the noise level of a latent is between {TIME_FLOOR} and 1")

@@ -33,7 +33,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             f"{path} cannot be read as weights, which are tensors and nothing else: "
             f"{_first_line(error)}"
         ) from error
-    table = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else loaded
+    table = loaded
+    if isinstance(loaded, Mapping):
+        table = loaded.get("state_dict", loaded)
     if not isinstance(table, Mapping) or not table:
         raise RunError(f"{path} holds {type(table).__name__}, not a table of tensors by name")
     for name, tensor in table.items():
