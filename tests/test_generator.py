@@ -244,7 +244,7 @@ def test_saved_and_loaded_it_is_the_same_to_the_bit(tmp_path):
             ),
             "takes 4 channels",
         ),
-        (lambda: small()(torch.zeros(1, 4, 4, 4), *torch.ones(2, 1)), "no labels came"),
+        (lambda: small()(torch.zeros(1, 4, 4, 4), *torch.ones(2, 1)), "got no labels"),
         (
             lambda: small(classes=0)(
                 torch.zeros(1, 4, 4, 4), *torch.ones(2, 1), labels=torch.zeros(1).long()

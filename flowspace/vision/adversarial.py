@@ -106,7 +106,7 @@ class Head(nn.Module):
         super().__init__()
         if kernel % 2 == 0:
             raise InputError(
-                f"kernel = {kernel} came; write an odd number, so that positions stay where they "
+                f"got kernel = {kernel}; write an odd number, so that positions stay where they "
                 "are"
             )
         self.first = spectral_norm(nn.Conv1d(channels, width, 1))
@@ -163,7 +163,7 @@ class AdversarialLoss:
     def __post_init__(self) -> None:
         for name in ("power", "penalty", "r1"):
             if not getattr(self, name) >= 0:
-                raise InputError(f"{name} = {getattr(self, name)} came; write 0 or more")
+                raise InputError(f"got {name} = {getattr(self, name)}; write 0 or more")
 
     def weight(self, t: Tensor) -> Tensor:
         """Return w(t) = alpha(t)^p, of t's shape."""

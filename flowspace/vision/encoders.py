@@ -29,7 +29,7 @@ would be noise.
 
 
 @dataclass(frozen=True)
-class Source:
+class PublishedWeights:
     """Where published weights are.
 
     Attributes:
@@ -44,17 +44,19 @@ class Source:
 
 
 SOURCES = {
-    "va-vae": Source(
+    "va-vae": PublishedWeights(
         "hustvl/vavae-imagenet256-f16d32-dinov2",
         ("vavae-imagenet256-f16d32-dinov2.pt", "latents_stats.pt"),
     ),
-    "sd-vae": Source("stabilityai/sd-vae-ft-ema"),
-    "sd3-vae": Source("stabilityai/stable-diffusion-3-medium-diffusers", subfolder="vae"),
-    "flux2": Source("black-forest-labs/FLUX.2-dev", subfolder="vae"),
-    "rae-dinov2": Source("nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08"),
-    "rae-siglip2": Source("nyu-visionx/RAE-siglip2-base-p16-i256-ViTXL-n08"),
-    "rae-mae": Source("nyu-visionx/RAE-mae-base-p16-ViTXL-n08"),
-    "dc-ae": Source("mit-han-lab/dc-ae-f32c32-in-1.0-diffusers"),
+    "sd-vae": PublishedWeights("stabilityai/sd-vae-ft-ema"),
+    "sd3-vae": PublishedWeights(
+        "stabilityai/stable-diffusion-3-medium-diffusers", subfolder="vae"
+    ),
+    "flux2": PublishedWeights("black-forest-labs/FLUX.2-dev", subfolder="vae"),
+    "rae-dinov2": PublishedWeights("nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08"),
+    "rae-siglip2": PublishedWeights("nyu-visionx/RAE-siglip2-base-p16-i256-ViTXL-n08"),
+    "rae-mae": PublishedWeights("nyu-visionx/RAE-mae-base-p16-ViTXL-n08"),
+    "dc-ae": PublishedWeights("mit-han-lab/dc-ae-f32c32-in-1.0-diffusers"),
 }
 """Published autoencoders by name.
 
@@ -199,7 +201,7 @@ class LatentEncoder(nn.Module):
             total = total + flat.sum(1).cpu()
             squares = squares + flat.square().sum(1).cpu()
         if not count:
-            raise InputError("no images came; fit() takes batches (B, 3, H, W) in [-1, 1]")
+            raise InputError("got no images; fit() takes batches (B, 3, H, W) in [-1, 1]")
         mean = total / count
         std = (squares / count - mean.square()).clamp(min=0).sqrt()
         if bool((std < SMALLEST_SPREAD).any()):
@@ -221,7 +223,7 @@ class LatentEncoder(nn.Module):
         low, high = float(images.min()), float(images.max())
         if not (low >= -1.01 and high <= 1.01):
             raise InputError(
-                f"images between {low:.3g} and {high:.3g} came; the encoder takes [-1, 1]"
+                f"got images between {low:.3g} and {high:.3g}; the encoder takes [-1, 1]"
             )
         latents = self._latents(images, self.sample, generator)
         if not bool(latents.isfinite().all()):

@@ -98,11 +98,11 @@ class CrossFlowGenerator(CheckedModel):
         super().__init__()
         if condition not in CONDITIONS:
             raise InputError(
-                f"condition = {condition!r} came; write one of {', '.join(map(repr, CONDITIONS))}"
+                f"got condition = {condition!r}; write one of {', '.join(map(repr, CONDITIONS))}"
             )
         if width % (4 * heads):
             raise InputError(
-                f"width = {width}, heads = {heads} came; rotary positions need a width that is a "
+                f"got width = {width}, heads = {heads}; rotary positions need a width that is a "
                 "multiple of 4 heads"
             )
         cells = math.prod(pair_of(grid, "grid"))
@@ -130,7 +130,7 @@ class CrossFlowGenerator(CheckedModel):
             InputError: if there is no preset of that name.
         """
         if name not in PRESETS:
-            raise InputError(f"preset {name!r} came; write one of {', '.join(PRESETS)}")
+            raise InputError(f"got preset {name!r}; write one of {', '.join(PRESETS)}")
         return cls(**(PRESETS[name] | changes))
 
     def compile_blocks(self, **options: Any) -> "CrossFlowGenerator":
@@ -208,11 +208,11 @@ class CrossFlowGenerator(CheckedModel):
                 f"generator takes {channels} channels on {height} x {width}"
             )
         if self.label is None and labels is not None:
-            raise InputError("labels came for a generator without classes")
+            raise InputError("got labels for a generator without classes")
         if self.label is not None and labels is None:
             classes = self.config["classes"]
             raise InputError(
-                f"no labels came; write labels= with classes from 0 to {classes - 1}, or "
+                f"got no labels; write labels= with classes from 0 to {classes - 1}, or "
                 f"{classes} for none"
             )
 
@@ -288,7 +288,7 @@ class Block(nn.Module):
         self.q_norm, self.k_norm = Norm(width // heads), Norm(width // heads)
         self.proj = nn.Linear(width, width, bias=False)
         if mlp not in MLPS:
-            raise InputError(f"mlp = {mlp!r} came; write 'swiglu' or 'gelu'")
+            raise InputError(f"got mlp = {mlp!r}; write 'swiglu' or 'gelu'")
         self.mlp = MLPS[mlp](width)
 
     def forward(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

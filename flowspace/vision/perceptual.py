@@ -212,7 +212,7 @@ class PerceptualLoss:
             return self._distance(prediction, target)
         if t is None:
             raise InputError(
-                f"below = {self.below} came without times; write loss(out.prediction, out.target, "
+                f"got below = {self.below} without times; write loss(out.prediction, out.target, "
                 "out.t)"
             )
         rows = (t < self.below).nonzero().squeeze(1)
@@ -351,7 +351,7 @@ def _unit(features: Tensor) -> Tensor:
 def _check_shapes(prediction: Tensor, target: Tensor) -> None:
     if prediction.shape != target.shape:
         raise InputError(
-            f"a prediction of shape {tuple(prediction.shape)} came for a target of "
+            f"got a prediction of shape {tuple(prediction.shape)} for a target of "
             f"{tuple(target.shape)}"
         )
 
@@ -360,6 +360,5 @@ def _check_range(target: Tensor) -> None:
     size = float(target.detach().abs().mean())
     if size > RANGE_SLACK:
         raise InputError(
-            f"targets of mean size {size:.3g} came; images are in [-1, 1]: write images / 127.5 - "
-            "1"
+            f"got targets of mean size {size:.3g}; images are in [-1, 1]: write images / 127.5 - 1"
         )
