@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, UnidentifiedImageError
+from rows import batch
 
 from flowspace import InputError, RunError
-from flowspace.vision.data import DatasetImages, FolderBatches, FolderImages, centre_crop
+from flowspace.vision.data import DatasetImages, FolderImages, centre_crop
 from flowspace.vision.shards import INDEX, ShardImages
 
 
@@ -82,20 +83,20 @@ def test_grey_pictures_and_pictures_with_transparency_become_rgb(tmp_path):
 
 
 def test_the_batch_of_a_step_depends_on_nothing_but_the_step(folder):
-    batches = FolderBatches(FolderImages(folder, 8))
-    later = batches(35, 40, 0)
+    images = FolderImages(folder, 8)
+    later = batch(images, 35, 40, 0)
     for step in (0, 3, 7):
-        found = batches(5 * step, 5 * step + 5, 0)
+        found = batch(images, 5 * step, 5 * step + 5, 0)
     assert all(torch.equal(a, b) for a, b in zip(later, found, strict=True))
-    assert not torch.equal(later[0], FolderBatches(FolderImages(folder, 8))(35, 40, 1)[0])
+    assert not torch.equal(later[0], batch(FolderImages(folder, 8), 35, 40, 1)[0])
 
 
 def test_every_pass_shows_every_image_once_and_flips_half_of_them(folder):
     images = FolderImages(folder, 8)
-    batches, seen, flips = FolderBatches(images), [], 0
+    seen, flips = [], 0
     plain = [images[i][0] for i in range(12)]
     for step in range(20):
-        pictures, labels = batches(6 * step, 6 * step + 6, 0)
+        pictures, labels = batch(images, 6 * step, 6 * step + 6, 0)
         for picture, label in zip(pictures, labels, strict=True):
             straight = [i for i in range(12) if torch.equal(plain[i], picture)]
             mirrored = [i for i in range(12) if torch.equal(plain[i].flip(-1), picture)]
@@ -106,12 +107,12 @@ def test_every_pass_shows_every_image_once_and_flips_half_of_them(folder):
     for start in range(0, 120, 12):
         assert sorted(seen[start : start + 12]) == list(range(12))
     assert 40 < flips < 80
-    still = FolderBatches(images, flip=False)
-    assert all(any(torch.equal(p, q) for q in plain) for p in still(0, 12, 0)[0])
+    still = batch(images, 0, 12, 0, flip=False)[0]
+    assert all(any(torch.equal(p, q) for q in plain) for p in still)
 
 
 def test_a_batch_may_be_larger_than_the_folder(folder):
-    pictures, labels = FolderBatches(FolderImages(folder, 8))(30, 60, 0)
+    pictures, labels = batch(FolderImages(folder, 8), 30, 60, 0)
     assert pictures.shape == (30, 3, 8, 8) and len(labels) == 30
 
 
@@ -125,7 +126,7 @@ def test_broken_files_are_skipped_counted_and_named_and_never_end_a_run(folder):
     assert torch.equal(pictures[4][0], pictures[5][0])
     assert len(images.broken) == 2 and str(torn) in images.broken
     assert "2 could not be read" in images.report() and str(torn) in images.report()
-    assert FolderBatches(images)(0, 12, 0)[0].shape == (12, 3, 8, 8)
+    assert batch(images, 0, 12, 0)[0].shape == (12, 3, 8, 8)
 
 
 def test_a_row_is_the_picture_in_pixels_and_its_mirror_image(folder):
@@ -197,9 +198,7 @@ def test_a_data_set_gives_what_the_folder_gives(folder, tmp_path, how):
     )
     images = DatasetImages(tmp_path if how == "parquet" else tmp_path / "set", 8)
     assert images.names == plain.names and images.report() == plain.report()
-    for mine, theirs in zip(
-        FolderBatches(images)(3, 20, 1), FolderBatches(plain)(3, 20, 1), strict=True
-    ):
+    for mine, theirs in zip(batch(images, 3, 20, 1), batch(plain, 3, 20, 1), strict=True):
         assert torch.equal(mine, theirs)
     with pytest.raises(RunError, match="no column 'picture'"):
         DatasetImages(images.path, 8, image="picture")
@@ -283,8 +282,8 @@ def test_a_pass_over_shards_sees_every_picture_once_and_a_window_of_shards_at_a_
         assert max(open_at) <= 2
     assert len({tuple(order) for order in orders}) == 4
     again = ShardImages(tmp_path, 8, window=2)
-    first = FolderBatches(images)(3, 40, 7)
-    parts = [FolderBatches(again)(a, b, 7) for a, b in ((3, 11), (11, 40))]
+    first = batch(images, 3, 40, 7)
+    parts = [batch(again, a, b, 7) for a, b in ((3, 11), (11, 40))]
     assert torch.equal(first[0], torch.cat([part[0] for part in parts]))
 
 

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import safetensors.torch
 import torch
+from rows import batch
 
 from flowspace import InputError, RunError
 
@@ -53,10 +54,9 @@ def files(folder):
 @pytest.mark.parametrize("flip", [True, False])
 def test_rows_are_what_the_encoder_makes_of_the_images(images, tmp_path, flip):
     latents.encode(images, encoder(), tmp_path, flip=flip, shard=4, batch=3)
-    plain = data.FolderBatches(images, flip)
     for first, last in ((0, 14), (11, 31), (40, 41)):
-        z, x, y = latents.LatentBatches(tmp_path, flip)(first, last, 3)
-        pictures, labels = plain(first, last, 3)
+        z, x, y = batch(latents.LatentImages(tmp_path, flip), first, last, 3, flip)
+        pictures, labels = batch(images, first, last, 3, flip)
         torch.testing.assert_close(x, pictures)
         assert torch.equal(y, labels)
         torch.testing.assert_close(z, encoder().encode(pictures), rtol=1e-3, atol=2e-3)
@@ -78,7 +78,7 @@ def test_a_run_that_was_stopped_leaves_whole_shards_and_goes_on(images, tmp_path
     with pytest.raises(KeyboardInterrupt):
         latents.encode(images, stopping, tmp_path / "again", shard=4)
     with pytest.raises(RunError, match="not complete"):
-        latents.LatentBatches(tmp_path / "again")
+        latents.LatentImages(tmp_path / "again")
     for rank in range(2):
         latents.encode(images, encoder(), tmp_path / "again", shard=4, rank=rank, ranks=2)
     assert files(tmp_path / "whole") == files(tmp_path / "again")
@@ -91,15 +91,15 @@ def test_others_latents_and_torn_shards_are_refused(images, tmp_path):
     torn = tmp_path / "latents-00000004.safetensors"
     torn.write_bytes(torn.read_bytes()[:200])
     with pytest.raises(RunError, match=r"00000004.*delete it"):
-        latents.LatentBatches(tmp_path)
+        latents.LatentImages(tmp_path)
     with pytest.raises(RunError, match=r"encode\.py CONFIG"):
-        latents.LatentBatches(tmp_path / "none")
+        latents.LatentImages(tmp_path / "none")
 
 
 def test_mirror_images_must_have_been_encoded_and_statistics_known(images, tmp_path):
     latents.encode(images, encoder(), tmp_path, flip=False)
     with pytest.raises(RunError, match=r"data\.flip=false"):
-        latents.LatentBatches(tmp_path)
+        latents.LatentImages(tmp_path)
     unknown = encoder()
     unknown.known = False
     with pytest.raises(InputError, match="fit"):
@@ -112,10 +112,8 @@ def test_a_sampled_posterior_is_drawn_once(images, tmp_path):
     for name in ("a", "b"):
         latents.encode(images, sampled, tmp_path / name, shard=5)
     assert files(tmp_path / "a") == files(tmp_path / "b")
-    mean = latents.LatentBatches(tmp_path / "a")(0, 14, 0)[0]
-    assert not torch.allclose(
-        mean, encoder().encode(data.FolderBatches(images)(0, 14, 0)[0]), atol=1e-2
-    )
+    mean = batch(latents.LatentImages(tmp_path / "a"), 0, 14, 0)[0]
+    assert not torch.allclose(mean, encoder().encode(batch(images, 0, 14, 0)[0]), atol=1e-2)
 
 
 @pytest.mark.parametrize("mirrored", [False, True])

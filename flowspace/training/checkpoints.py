@@ -273,11 +273,7 @@ def restore_optimizer(
             value = alike(value.to(parameter.device), parameter)
         elif _on_device(optimizer, parameter):
             value = value.to(parameter.device)
-        put = getattr(optimizer, "put", None)
-        if put is None:
-            optimizer.state[parameter][slot] = value
-        else:
-            put(parameter, slot, value)
+        optimizer.state[parameter][slot] = value
 
 
 def _on_device(optimizer: torch.optim.Optimizer, parameter: Tensor) -> bool:

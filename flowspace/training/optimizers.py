@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from flowspace.errors import InputError
 from flowspace.training.checkpoints import whole
 
-__all__ = ["CombinedOptimizer", "MuonAdamW", "PlainAdamW", "Together", "assign"]
+__all__ = ["CombinedOptimizer", "MuonAdamW", "PlainAdamW", "assign"]
 
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """What torch.compile, FSDP and activation checkpointing put into the names of parameters."""
@@ -270,7 +270,6 @@ class CombinedOptimizer(torch.optim.Optimizer):
                     gradient.div_(scale.to(gradient.device))
 
 
-Together = CombinedOptimizer
 """Its former name."""
 
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flowspace.vision.adversarial import AdversarialLoss, Discriminator
-    from flowspace.vision.data import DatasetImages, FolderBatches, FolderImages
+    from flowspace.vision.data import DatasetImages, FolderImages
     from flowspace.vision.encoders import LatentEncoder, load_encoder
     from flowspace.vision.generator import CrossFlowGenerator
-    from flowspace.vision.latents import LatentBatches, LatentImages
+    from flowspace.vision.latents import LatentImages
     from flowspace.vision.perceptual import LearnedDistance, PerceptualLoss, TimmFeatures
     from flowspace.vision.pipeline import CrossFlowDecoder, CrossFlowPipeline
     from flowspace.vision.shards import ShardImages
@@ -22,9 +22,7 @@ __all__ = [
     "CrossFlowPipeline",
     "DatasetImages",
     "Discriminator",
-    "FolderBatches",
     "FolderImages",
-    "LatentBatches",
     "LatentEncoder",
     "LatentImages",
     "LearnedDistance",
@@ -36,9 +34,9 @@ __all__ = [
 
 PLACES = {
     "adversarial": ("AdversarialLoss", "Discriminator"),
-    "data": ("DatasetImages", "FolderBatches", "FolderImages"),
+    "data": ("DatasetImages", "FolderImages"),
     "encoders": ("LatentEncoder", "load_encoder"),
-    "latents": ("LatentBatches", "LatentImages"),
+    "latents": ("LatentImages",),
     "generator": ("CrossFlowGenerator",),
     "perceptual": ("LearnedDistance", "PerceptualLoss", "TimmFeatures"),
     "pipeline": ("CrossFlowDecoder", "CrossFlowPipeline"),

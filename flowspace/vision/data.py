@@ -6,7 +6,6 @@ run.
 """
 
 import abc
-import concurrent.futures
 import functools
 import io
 import os
@@ -16,7 +15,6 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +23,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from flowspace.errors import InputError, RunError
-from flowspace.training.batches import Batches
 from flowspace.training.draws import seed_of
 
-__all__ = ["DatasetImages", "FolderBatches", "FolderImages", "Images", "centre_crop"]
+__all__ = ["DatasetImages", "FolderImages", "Images", "centre_crop"]
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
@@ -438,45 +435,8 @@ def _dataset(path: Path) -> Any:
     return rows["train"]
 
 
-@dataclass(frozen=True)
-class FolderBatches(Batches):
-    """Batches of images and labels, shuffled anew in every pass; the flip of an image follows from
-    the seed, pass and index.
-
-    Args:
-        images: where they come from.
-        flip: mirror every other image, at random.
-        workers: threads that read files.
-    """
-
-    images: Images
-    flip: bool = True
-    workers: int = 4
-
-    def __call__(self, first: int, last: int, seed: int) -> tuple[Tensor, ...]:
-        """Return images ``(last - first, 3, H, W)`` and labels of rows ``first`` to ``last`` of
-        the endless stream.
-        """
-        rows = len(self.images)
-        places = [divmod(place, rows) for place in range(first, last)]
-        chosen = [(number, self.images.order(seed, number)[index]) for number, index in places]
-        loaded = list(_readers(self.workers).map(lambda pair: self._one(seed, *pair), chosen))
-        pictures, labels = zip(*loaded, strict=True)
-        return torch.stack(pictures), torch.tensor(labels)
-
-    def _one(self, seed: int, number: int, index: int) -> tuple[Tensor, int]:
-        mirrored = self.flip and bool(seed_of(seed, number, index, 2) >> 31 & 1)
-        pixels, label = self.images.row(index, mirrored)
-        return pixels.float() / 127.5 - 1, label
-
-
 @functools.lru_cache(maxsize=4)
 def order_of(seed: int, number: int, rows: int) -> Sequence[int]:
     """Return the order of a pass; two passes meet in a batch."""
     draw = torch.Generator().manual_seed(seed_of(seed, number, 1))
     return torch.randperm(rows, generator=draw).tolist()
-
-
-@functools.lru_cache(maxsize=1)
-def _readers(workers: int) -> concurrent.futures.ThreadPoolExecutor:
-    return concurrent.futures.ThreadPoolExecutor(workers, "readers")

@@ -10,7 +10,6 @@ beside and renamed, so that an interrupted run leaves whole ones, and goes on af
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flowspace.errors import InputError, RunError
-from flowspace.training.batches import Batches
 from flowspace.training.draws import seed_of
 from flowspace.vision.data import Images, order_of
 from flowspace.vision.encoders import LatentEncoder
 from flowspace.vision.tensor_files import metadata_of, write_whole
 
-__all__ = ["LatentBatches", "LatentImages", "encode"]
+__all__ = ["LatentImages", "encode"]
 
 DRAWN = 7
 """Keeps the draws of posteriors apart from the other uses of a number."""
@@ -240,44 +238,3 @@ class LatentImages:
         file = safe_open(path, "pt").__enter__()
         self._files[path] = file
         return file
-
-
-@dataclass(frozen=True)
-class LatentBatches(Batches):
-    """Batches of latents, images and labels from the shards that `encode` wrote, shuffled anew in
-    every pass.
-
-    Args:
-        folder: of the shards.
-        flip: mirror every other image, with the latent of its mirror image.
-
-    Raises:
-        RunError: if shards are missing, torn, or without mirror images where they are asked for.
-    """
-
-    folder: Path
-    flip: bool = True
-    images: LatentImages = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "images", LatentImages(self.folder, self.flip))
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __call__(self, first: int, last: int, seed: int) -> tuple[Tensor, ...]:
-        """Return latents ``(B, C, h, w)``, images ``(B, 3, H, W)`` in [-1, 1] and labels of rows
-        ``first`` to ``last``.
-        """
-        rows = [self._one(seed, *divmod(place, len(self))) for place in range(first, last)]
-        latents, images, labels = zip(*rows, strict=True)
-        return (
-            torch.stack(latents).float(),
-            torch.stack(images).float() / 127.5 - 1,
-            torch.tensor(labels),
-        )
-
-    def _one(self, seed: int, number: int, place: int) -> tuple[Tensor, Tensor, int]:
-        index = self.images.order(seed, number)[place]
-        mirrored = bool(self.flip and seed_of(seed, number, index, 2) >> 31 & 1)
-        return self.images.row(index, mirrored)
