@@ -459,3 +459,18 @@ def test_the_averaged_weights_follow_their_recursion(tmp_path):
     torch.testing.assert_close(average.weight, expected)
     assert not average.training
     assert not any(parameter.requires_grad for parameter in average.parameters())
+
+
+def test_the_short_program_draws_one_step_samples(tmp_path):
+    program = Path(__file__).parents[1] / "examples" / "digits" / "train.py"
+    picture = tmp_path / "made" / "one.png"
+    run = subprocess.run(
+        [sys.executable, program, "--steps", "2", "--out", picture],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "step 0: loss" in run.stdout
+    assert "of 100" in run.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert len(program.read_text().splitlines()) <= 80
