@@ -45,7 +45,7 @@ objective: {{shifted: false}}
 training: {{steps: 6, batch: 8, warmup_epochs: 0.1, emas: [0.9, 0.5], bfloat16: false, cpu: true,
             checkpoint_every: 2, look_every: 100, log_every: 2, optimizer: adamw,
             learning_rate: 1.0e-3}}
-evaluation: {{samples: 24, batch: 8}}
+evaluation: {{samples: 24, batch: 8, tried: 0}}
 """
 
 
@@ -728,7 +728,7 @@ class Pixels(evaluate.Extractor):
         return evaluate.Features(images.flatten(1).float(), None)
 
 
-def test_torn_features_of_the_reference_are_made_again(config):
+def test_features_of_the_reference_are_kept_and_refused_where_they_are_torn(config):
     images, extractor = build.images_of(config), Pixels()
     config.out.mkdir()
     first = build.reference_of(config, extractor, images).features
@@ -736,8 +736,31 @@ def test_torn_features_of_the_reference_are_made_again(config):
     whole = path.read_bytes()
     for torn in (whole[:100], whole[:-3] + bytes(3)):
         path.write_bytes(torn)
-        assert torch.equal(build.reference_of(config, extractor, images).features, first)
-        assert load_file(path)["features"].equal(first)
+        with pytest.raises(RunError, match=path.name):
+            build.reference_of(config, extractor, images)
+    path.unlink()
+    assert torch.equal(build.reference_of(config, extractor, images).features, first)
+    other = settings.replaced(config, evaluation={"reference": config.data.path + "/"})
+    with pytest.raises(RunError, match="features of"):
+        build.reference_of(other, extractor, images)
+
+
+class Blind(evaluate.Extractor):
+    """Features that say nothing of the images."""
+
+    name = "blind"
+
+    def __call__(self, images):
+        return evaluate.Features(torch.randn(len(images), 4), None)
+
+
+def test_a_judge_that_does_not_know_real_pictures_judges_nothing(config):
+    config.out.mkdir()
+    images = build.images_of(config)
+    tried = settings.replaced(config, evaluation={"tried": 24})
+    with pytest.raises(RunError, match="blind"):
+        build.tried_judge(tried, Blind(), images)
+    assert not list(config.out.glob("judge-*"))
 
 
 def test_a_reference_is_of_the_size_that_the_judge_sees(config, tmp_path):

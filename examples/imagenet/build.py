@@ -1,8 +1,8 @@
 """The parts of a run, each built from its settings."""
 
 import importlib
+import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +10,6 @@ from typing import Any
 
 import emoji
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from settings import AdversarialConfig, Config, PerceptualConfig, TrainingConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -33,13 +31,21 @@ from flowspace import (
     TimePairs,
     UniformTimes,
 )
+from flowspace.demo.page import write_beside
 from flowspace.solvers import Heun, VelocityFlow
 from flowspace.times import ToDataTimes
 from flowspace.training import AdversarialStep, MuonAdamW, PlainAdamW, Rows, share_of
 from flowspace.vision.adversarial import AdversarialLoss, Discriminator, tokens_of
 from flowspace.vision.data import DatasetImages, FolderImages, Images
 from flowspace.vision.encoders import LatentEncoder
-from flowspace.vision.evaluate import Extractor, Features, Inception, TimmExtractor, features_of
+from flowspace.vision.evaluate import (
+    Extractor,
+    Features,
+    Inception,
+    TimmExtractor,
+    check_judge,
+    features_of,
+)
 from flowspace.vision.generator import PRESETS, CrossFlowGenerator
 from flowspace.vision.latents import LatentImages
 from flowspace.vision.perceptual import LearnedDistance, PerceptualLoss, TimmFeatures
@@ -403,21 +409,37 @@ def extractor_of(config: Config, device: torch.device) -> Extractor:
 
 
 def reference_of(config: Config, extractor: Extractor, images: Images) -> Features:
-    """Return the features of the real images, kept in the run's folder with their digest."""
+    """Return the features of the real images, kept in the run's folder.
+
+    Raises:
+        RunError: if those that are kept are of other images.
+    """
     e = config.evaluation
-    path = config.out / f"reference-{extractor.name}.safetensors"
-    try:
-        with safe_open(path, "pt") as file:
-            kept = Features(file.get_tensor("features"), None)
-            if (file.metadata() or {}).get("sha256") == kept.digest:
-                return kept
-    except (SafetensorError, OSError):
-        pass  # there are none yet, or not whole ones
     if e.reference:
         images = images_of(config, e.reference)
-    made = features_of(extractor, pictures_in_order(images, e.batch, config.data.workers))
-    features = Features(made.features.contiguous(), None)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    save_file({"features": features.features}, partial, {"sha256": features.digest})
-    partial.replace(path)
+    path = config.out / f"reference-{extractor.name}.safetensors"
+    made = f"{e.reference or config.data.path}, {len(images)} images, by {extractor.name}"
+    if path.exists():
+        return Features.load(path, made)
+    found = features_of(extractor, pictures_in_order(images, e.batch, config.data.workers))
+    features = Features(found.features.contiguous(), None)
+    features.save(path, made)
     return features
+
+
+def tried_judge(config: Config, extractor: Extractor, images: Images) -> dict[str, Any]:
+    """See that a judge knows real pictures, as it is used here; what was seen is kept.
+
+    Raises:
+        RunError: if it cannot tell them from blurred, shuffled or repeated ones.
+    """
+    e = config.evaluation
+    count = min(e.tried, len(images)) // 2 * 2
+    path = config.out / f"judge-{extractor.name}-{count}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    pictures = torch.stack([images.row(number)[0] for number in order[:count].tolist()])
+    found = check_judge(extractor, pictures, splits=1, batch=e.batch)
+    write_beside(path, json.dumps(found, indent=2) + "\n")
+    return found

@@ -91,7 +91,7 @@ def decode_and_judge(
             found[step][name] = next(iter(scores.values.values()))
         write_beside(path, json.dumps(found, indent=2) + "\n")
         print(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in found[step].items()))
-    write_beside(latent.out / "decoders.png", figure(found, score_name(extractor)))
+    write_beside(latent.out / "decoders.png", figure(found, extractor.distance_name))
 
 
 def decoders_of(
@@ -115,13 +115,6 @@ def decoders_of(
 
         found[f"CrossFlowDecoder, t = {level:g}"] = decode
     return found
-
-
-def score_name(extractor: Any) -> str:
-    """Return what the first score of a judge is called."""
-    if extractor.classic:
-        return "FID"
-    return f"Frechet distance ({extractor.name})"
 
 
 def figure(found: dict[str, dict[str, float]], score: str) -> bytes:

@@ -221,7 +221,7 @@ class EvaluationConfig:
 
     ``extractor`` is ``inception`` or a timm network; ``pinned`` is the SHA-256 that the
     reference's features must have; a file of samples holds ``shard`` batches; ``evaluations`` is
-    of a sampler that takes several steps.
+    of a sampler that takes several steps; the judge is tried on ``tried`` real pictures first, 0 trusts it.
     """
 
     samples: Count = 50_000
@@ -233,6 +233,7 @@ class EvaluationConfig:
     batch: Count = 50
     shard: Count = 20
     evaluations: Count = 1
+    tried: Number = 2000
 
 
 @dataclass(frozen=True, config=STRICT)

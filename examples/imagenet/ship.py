@@ -13,13 +13,13 @@ import report
 import stage_one
 import torch
 from accelerate import Accelerator
-from flowspace.demo.page import markdown_table, write_beside
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from settings import Config
 from torch import Tensor, nn
 
 from flowspace import RunError
+from flowspace.demo.page import markdown_table, write_beside
 from flowspace.training import Checkpoints, fill, unpacked
 from flowspace.vision.encoders import LatentEncoder
 from flowspace.vision.evaluate import Plan, Scores, features_of, judge
@@ -129,8 +129,13 @@ def evaluate(config: Config, accelerator: Accelerator) -> Scores:
     plan.draw(draw, folder, maker, device, rank, ranks)
     accelerator.wait_for_everyone()
     images = plan.read(folder, maker)
-    extractor = build.extractor_of(config, device)
-    real = build.reference_of(config, extractor, build.images_of(config))
+    extractor, pictures = build.extractor_of(config, device), build.images_of(config)
+    if accelerator.is_main_process:
+        if config.evaluation.tried:
+            build.tried_judge(config, extractor, pictures)
+        build.reference_of(config, extractor, pictures)
+    accelerator.wait_for_everyone()
+    real = build.reference_of(config, extractor, pictures)
     batches = images.split(config.evaluation.batch)
     scores = judge(extractor, features_of(extractor, batches), real, config.evaluation.pinned)
     if accelerator.is_main_process:
