@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,12 @@ def in_pixels(world: World, patch: int) -> World:
     """Return the same world without an autoencoder: its latents are patches of pixels."""
     patches = Patches(patch)
     return replace(world, autoencoder=patches, latents=patches.encode(world.data.images))
+
+
+def shortened(settings: Settings, steps: int, stages: Sequence[str]) -> Settings:
+    """Return the settings with so many steps of some stages."""
+    plans = {name: replace(getattr(settings, name), steps=steps) for name in stages}
+    return replace(settings, **plans)
 
 
 def judged(
@@ -402,6 +408,7 @@ def main() -> None:
         help="objectives whose name contains this; the teacher is always trained",
     )
     parser.add_argument("--rounds", type=int, default=15, help="of --data costs")
+    parser.add_argument("--quick", action="store_true", help="5 steps of everything, one round")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="default: runs/objectives-DATA")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
@@ -410,6 +417,8 @@ def main() -> None:
     if options.peak:
         print(Costs().peak(options.peak))
         return
+    if options.quick:
+        options.seeds, options.steps, options.rounds = 1, 5, 1
     out = options.out or Path("runs") / f"objectives-{options.data}"
     chosen = [entry for entry in FAMILY if options.only in entry.name or entry.name == TEACHER]
     start, picture, found = time.perf_counter(), None, None
@@ -422,9 +431,9 @@ def main() -> None:
     else:
         settings = SETTINGS[options.data]
         if options.steps:
-            settings = replace(
-                settings, generator=replace(settings.generator, steps=options.steps)
-            )
+            settings = shortened(settings, options.steps, ("generator",))
+        if options.quick:
+            settings = shortened(settings, options.steps, ("autoencoder", "classifier"))
         scores, picture = judged(settings, out, options.seeds, chosen)
         found = {
             name: {n: [vars(s) for s in each] for n, each in by.items()}
