@@ -221,7 +221,8 @@ class EvaluationConfig:
 
     ``extractor`` is ``inception`` or a timm network; ``pinned`` is the SHA-256 that the
     reference's features must have; a file of samples holds ``shard`` batches; ``evaluations`` is
-    of a sampler that takes several steps; the judge is tried on ``tried`` real pictures first, 0 trusts it.
+    of a sampler that takes several steps; the judge is tried on ``tried`` real pictures first,
+    and 0 trusts it.
     """
 
     samples: Count = 50_000
