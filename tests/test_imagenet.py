@@ -150,6 +150,7 @@ def test_a_run_trains_ships_logs_and_ends_with_its_page(config, capsys):
     assert "Not evaluated." in card and "labels=[0]" in card
     page = (config.out / "report.html").read_text()
     assert "24 images in 2 classes" in page and "sample.py" in page
+    assert "Each picture was seen 2.0 times" in page
     assert page.count("data:image/png") >= 4
     assert settings.of_run(config.out) == config
     assert "report.html" in capsys.readouterr().out
@@ -202,6 +203,8 @@ def test_any_average_is_shipped_and_the_best_is_named(config, encoder_folder, tm
     made = given(config, encoder_folder, training={"emas": (0.9, 0.1)})
     judged = judged_by_resnet(made, tmp_path)
     run(judged, "--evaluate")
+    (looked,) = [record["watch"] for record in records(judged) if "watch" in record]
+    assert looked["score"] == pytest.approx(looked["KID (test_resnet)"])
     first = ship.digest(ship.generator_of_run(judged))
     alone()
     accelerator = train.accelerator_of(judged)

@@ -28,6 +28,9 @@ WATCHED = 400
 MOST_SHEETS = 4
 """Sheets over training that a page shows: the first, the last and some between."""
 
+FEW_PASSES = 10
+"""Passes over the pictures below which a page says that nothing is trained to its end."""
+
 sheet = page.sheet
 
 
@@ -70,10 +73,9 @@ class Look:
         samples = torch.cat(made)
         path = c.out / "generator" / f"sheet-{step:07d}.png"
         page.write_beside(path, sheet(samples, classes))
-        if c.evaluation.extractor == "inception" and not c.evaluation.weights:
-            return {}
-        if c.evaluation.weights and not Path(c.evaluation.weights).exists():
-            return {}
+        weights = build.weights_of(c.evaluation.weights)
+        if c.evaluation.extractor == "inception" and not (weights and weights.is_file()):
+            return {}  # Inception's weights may come once the run is finished
         extractor = build.extractor_of(c, self.device)
         features = features_of(extractor, samples.split(plan.batch))
         scores = judge(extractor, features, build.reference_of(c, extractor, self.images))
@@ -88,6 +90,12 @@ def write(config: Config) -> Path:
     images = build.images_of(config)
     log = journal.latest(config.out / "generator")
     parts: list[Any] = [summary(config, images, log)]
+    passes = passes_done(config, images, log)
+    if passes < FEW_PASSES:
+        parts.append(
+            f"Each picture was seen {passes:.1f} times: everything ran, and nothing is trained to "
+            "its end. Samples are blots until the network has seen its pictures many more times."
+        )
     parts += [scores_of(config), "Samples of each class (right) beside training pictures (left):"]
     parts.append(beside(config, images))
     parts += ["Samples over training, at steps " + ", ".join(steps_shown(config)) + ":"]
@@ -129,6 +137,12 @@ def objective_line(config: Config) -> str:
     if o.estimated:
         kind += ", estimated velocity"
     return f"{kind}; alpha = {o.alpha}, beta = {o.beta}"
+
+
+def passes_done(config: Config, images: Images, log: list[dict[str, Any]]) -> float:
+    """Return how often each picture was seen."""
+    steps = [record for record in log if "loss" in record]
+    return steps_done(steps) * config.training.batch / len(images)
 
 
 def steps_done(steps: list[dict[str, Any]]) -> int:
