@@ -35,6 +35,9 @@ __all__ = ["CHANGES", "AdversarialLoss", "Discriminator", "augment", "balance", 
 CHANGES = 5
 """Numbers that `augment` needs for an image: brightness, saturation, contrast, two shifts."""
 
+SLOPE = 0.2
+"""Of the leaky ReLUs below 0, as usual in discriminators."""
+
 SMALLEST_SLOPE = 1e-6
 """Added to the adversarial gradient's norm, which may vanish."""
 
@@ -90,13 +93,10 @@ class Discriminator(nn.Module):
                 f"the features have {len(layers)} layers for {len(self.heads)} heads; give "
                 "channels of each"
             )
-        return torch.cat(
-            [
-                head(tokens_of(layer)).flatten(1)
-                for head, layer in zip(self.heads, layers, strict=True)
-            ],
-            1,
-        )
+        logits = []
+        for head, layer in zip(self.heads, layers, strict=True):
+            logits.append(head(tokens_of(layer)).flatten(1))
+        return torch.cat(logits, 1)
 
 
 class Head(nn.Module):
@@ -116,13 +116,18 @@ class Head(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map ``(B, C, N)`` to ``(B, 1, N)``."""
-        x = F.leaky_relu(self.first(F.layer_norm(tokens.mT, tokens.shape[1:2]).mT), 0.2)
-        around = (
-            torch.arange(-(self.kernel // 2), x.shape[2] + self.kernel // 2, device=x.device)
-            % x.shape[2]
-        )
-        x = (x + F.leaky_relu(self.second(x[:, :, around]), 0.2)) / 2**0.5
+        channels = tokens.shape[1:2]
+        x = F.layer_norm(tokens.mT, channels).mT
+        x = F.leaky_relu(self.first(x), SLOPE)
+        around = F.leaky_relu(self.second(self._padded(x)), SLOPE)
+        x = (x + around) / 2**0.5
         return self.last(x)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """Continue the positions at both ends as on a circle, by half of the kernel."""
+        count, half = x.shape[2], self.kernel // 2
+        places = torch.arange(-half, count + half, device=x.device)
+        return x[:, :, places % count]
 
 
 def tokens_of(layer: Tensor) -> Tensor:
@@ -212,10 +217,9 @@ class AdversarialLoss:
         on_real, on_fake = discriminator(images).chunk(2)
         loss = 0.5 * (F.relu(1 - on_real).mean(1) + F.relu(1 + on_fake).mean(1))
         if self.penalty:
-            apart = (on_real - on_fake.mean().detach()).square() + (
-                on_fake - on_real.mean().detach()
-            ).square()
-            loss = loss + self.penalty * apart.mean(1)
+            real_apart = (on_real - on_fake.mean().detach()).square()
+            fake_apart = (on_fake - on_real.mean().detach()).square()
+            loss = loss + self.penalty * (real_apart + fake_apart).mean(1)
         if self.r1:
             (slope,) = torch.autograd.grad(on_real.mean(1).sum(), real, create_graph=True)
             loss = loss + self.r1 / 2 * slope.square().flatten(1).sum(1)
@@ -241,16 +245,24 @@ def augment(images: Tensor, changes: Tensor | None = None) -> Tensor:
     x = middle + (0.5 + unit[2]) * (x - middle)
     down = ((2 * unit[3, :, :, 0, 0] - 1) * height / 8).round().long()
     right = ((2 * unit[4, :, :, 0, 0] - 1) * width / 8).round().long()
+    return _shifted(x, down, right)
+
+
+def _shifted(x: Tensor, down: Tensor, right: Tensor) -> Tensor:
+    """Read each image at pixels that lie ``down`` and ``right`` of its own, ``(B, 1)``; 0 where
+    there are none.
+    """
+    rows, _, height, width = x.shape
     row = torch.arange(height, device=x.device) + down
     column = torch.arange(width, device=x.device) + right
-    inside = (row.clamp(0, height - 1) == row)[:, None, :, None] & (
-        column.clamp(0, width - 1) == column
-    )[:, None, None, :]
+    nearest_row = row.clamp(0, height - 1)
+    nearest_column = column.clamp(0, width - 1)
     batch = torch.arange(rows, device=x.device)[:, None, None]
-    moved = x.movedim(1, -1)[
-        batch, row.clamp(0, height - 1)[:, :, None], column.clamp(0, width - 1)[:, None, :]
-    ]
-    return torch.where(inside, moved.movedim(-1, 1), 0.0)
+    channels_last = x.movedim(1, -1)
+    moved = channels_last[batch, nearest_row[:, :, None], nearest_column[:, None, :]]
+    inside_rows = (nearest_row == row)[:, None, :, None]
+    inside_columns = (nearest_column == column)[:, None, None, :]
+    return torch.where(inside_rows & inside_columns, moved.movedim(-1, 1), 0.0)
 
 
 def balance(main: Tensor, adversarial: Tensor, images: Tensor) -> Tensor:

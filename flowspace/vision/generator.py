@@ -171,10 +171,10 @@ class CrossFlowGenerator(CheckedModel):
                 x = checkpoint(block, x, *turn, use_reentrant=False)
             else:
                 x = block(x, *turn)
-        x = self.head(self.norm(x[:, context.shape[1] :]))
-        return F.pixel_shuffle(
-            x.transpose(1, 2).reshape(batch, -1, height, width), self.config["patch"]
-        )
+        cells = x[:, context.shape[1] :]
+        pixels = self.head(self.norm(cells))
+        maps = pixels.transpose(1, 2).reshape(batch, -1, height, width)
+        return F.pixel_shuffle(maps, self.config["patch"])
 
     def require_null(self) -> int:
         """Return the label of the null class.
@@ -240,9 +240,8 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, time: Tensor) -> Tensor:
         """Map ``(B,)`` to ``(B, width)``; periods from 10 down to 1/16, formed in float32."""
-        rates = torch.logspace(
-            math.log10(0.2 * math.pi), math.log10(32 * math.pi), FREQUENCIES, device=time.device
-        )
+        slowest, fastest = math.log10(0.2 * math.pi), math.log10(32 * math.pi)
+        rates = torch.logspace(slowest, fastest, FREQUENCIES, device=time.device)
         angle = time.float()[:, None] * rates
         waves = torch.cat([angle.cos(), angle.sin()], 1).to(self.first.weight.dtype)
         return self.second(F.silu(self.first(waves)))
@@ -263,8 +262,11 @@ class RotaryGrid(nn.Module):
         rates = SLOWEST ** (-torch.arange(quarter, device=device) / quarter)
         row = torch.arange(height, device=device)[:, None] * rates
         column = torch.arange(width, device=device)[:, None] * rates
-        angle = torch.cat([row.repeat_interleave(width, 0), column.repeat(height, 1)], 1)
-        return torch.cat([angle.cos()] * 2, 1), torch.cat([angle.sin()] * 2, 1)
+        rows = row.repeat_interleave(width, 0)
+        columns = column.repeat(height, 1)
+        angle = torch.cat([rows, columns], 1)
+        cosine, sine = angle.cos(), angle.sin()
+        return torch.cat([cosine, cosine], 1), torch.cat([sine, sine], 1)
 
 
 class Norm(RmsNorm):
@@ -297,10 +299,12 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
     def _attention(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        heads = self.qkv(x).unflatten(2, (3, self.heads, -1))
+        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
         q = _turned(self.q_norm(q), cosine, sine).to(v.dtype)
         k = _turned(self.k_norm(k), cosine, sine).to(v.dtype)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).flatten(2))
 
 
 def _swiglu(width: int) -> nn.Module:
@@ -320,4 +324,6 @@ def _turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     before = x.shape[2] - len(cosine)
     context, cells = x[:, :, :before], x[:, :, before:]
     first, second = cells.chunk(2, -1)
-    return torch.cat([context, cells * cosine + torch.cat([-second, first], -1) * sine], 2)
+    quarter_turn = torch.cat([-second, first], -1)
+    turned = cells * cosine + quarter_turn * sine
+    return torch.cat([context, turned], 2)
