@@ -6,6 +6,7 @@ descent; the hand-written step is for the linear schedule alone, and draws which
 diagonal by a coin each. Medians of interleaved runs.
 """
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -62,10 +63,10 @@ def step_of(loss: Loss) -> Callable[..., Any]:
     return step
 
 
-def medians(jobs: dict[str, Callable[..., Any]], *arguments: Any) -> dict[str, float]:
+def medians(rounds: int, jobs: dict[str, Callable[..., Any]], *arguments: Any) -> dict[str, float]:
     """Return the median seconds of each job, run in turn."""
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    for turn in range(ROUNDS + 5):
+    for turn in range(rounds + 5):
         names = list(jobs)
         for name in names if turn % 2 else reversed(names):
             start = time.perf_counter()
@@ -76,6 +77,9 @@ def medians(jobs: dict[str, Callable[..., Any]], *arguments: Any) -> dict[str, f
 
 def main() -> None:
     """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="1 shows that it runs")
+    options = parser.parse_args()
     rows = []
     for width, batch in ((128, 512), (512, 256), (512, 2048)):
         keys = jax.random.split(jax.random.key(0), 8)
@@ -85,9 +89,8 @@ def main() -> None:
             for key, shape in zip(keys, shapes, strict=False)
         ]
         z, x = (jax.random.normal(key, (batch, SIZE)) for key in keys[4:6])
-        found = medians(
-            {"flowspace": step_of(by_flowspace), "hand": step_of(by_hand)}, weights, z, x, keys[7]
-        )
+        jobs = {"flowspace": step_of(by_flowspace), "hand": step_of(by_hand)}
+        found = medians(options.rounds, jobs, weights, z, x, keys[7])
         ratio = found["flowspace"] / found["hand"]
         times = [f"{1000 * seconds:.2f}" for seconds in found.values()]
         rows.append((f"3 hidden layers of {width}, batch {batch}", f"{ratio:.3f}", *times))

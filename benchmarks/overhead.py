@@ -6,6 +6,7 @@ CrossFlow step of the same ViT (4 blocks of width 256, 64 tokens, batch 64). Med
 runs in one process.
 """
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -46,10 +47,10 @@ class Known(Derivative):
         return self.value, self.slope
 
 
-def medians(jobs: dict[str, Callable[[], object]]) -> dict[str, float]:
+def medians(jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Return the median seconds of each job, run in turn."""
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    for _ in range(ROUNDS + 2):
+    for _ in range(rounds + 2):
         for name, job in jobs.items():
             start = time.perf_counter()
             job()
@@ -59,6 +60,9 @@ def medians(jobs: dict[str, Callable[[], object]]) -> dict[str, float]:
 
 def main() -> None:
     """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="1 shows that it runs")
+    options = parser.parse_args()
     torch.manual_seed(0)
     network = SmallViT(16, 8, outputs=3, patch=2, size=ViTSize(256, 4, 4))
     z, x, labels = torch.randn(64, 16, 8, 8), torch.randn(64, 3, 16, 16), torch.randint(10, (64,))
@@ -81,7 +85,8 @@ def main() -> None:
             "plain regression step": plain,
             "CrossFlow step": cross_flow,
             "flowspace itself": overhead,
-        }
+        },
+        options.rounds,
     )
     base = found["plain regression step"]
     rows = [
