@@ -446,6 +446,20 @@ def test_accumulation_trains_what_one_pass_does(config, encoder_folder, tmp_path
     close(weights(whole.out), weights(parts.out), 1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # dynamo's and inductor's own
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_compiled_blocks_train_what_eager_ones_do(config, encoder_folder, tmp_path):
+    eager = given(config, encoder_folder)
+    run(eager)
+    compiled = settings.replaced(eager, out=tmp_path / "compiled", generator={"compile": True})
+    run(compiled)
+    close(weights(eager.out), weights(compiled.out), 1e-4)
+    run(settings.replaced(compiled, training={"steps": 8}))
+    run(settings.replaced(eager, training={"steps": 8}))  # either goes on with the other's
+    close(weights(eager.out), weights(compiled.out), 1e-4)
+
+
 def test_workers_read_what_this_process_does(config, encoder_folder, tmp_path):
     one = given(config, encoder_folder)
     run(one)

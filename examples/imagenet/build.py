@@ -159,6 +159,7 @@ def generator_of(config: Config, classes: int) -> CrossFlowGenerator:
         condition=g.condition,
         class_tokens=g.class_tokens,
         time_tokens=g.time_tokens,
+        null_trained=config.objective.drop_labels > 0,
         **sizes,
     )
     network.gradient_checkpointing = g.checkpointing
@@ -249,11 +250,15 @@ def latent_sampler_of(config: Config, network: nn.Module) -> Sampler:
 
 @dataclass(frozen=True)
 class PerceptualTerm:
-    """A perceptual distance, its weight, and whether it compares what the paper compares."""
+    """A perceptual distance, its weight, and whether it compares what the paper compares.
+
+    That is a prediction which was scaled by b/a; ``largest_step`` bounds it.
+    """
 
     loss: PerceptualLoss
     weight: float
     literal: bool = False
+    largest_step: float | None = None
 
 
 def perceptual_of(
@@ -279,7 +284,7 @@ def perceptual_of(
         if name in terms:
             name = f"{name} {len(terms) + 1}"
         loss = PerceptualLoss(features, below=p.below, unit=p.unit)
-        terms[name] = PerceptualTerm(loss, p.weight, p.literal)
+        terms[name] = PerceptualTerm(loss, p.weight, p.literal, p.largest_step)
     return terms
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import build
 import journal
 import torch
-from flowspace.demo import page
 from settings import Config
 from torch import Tensor, nn
 
+from flowspace.demo import page
 from flowspace.vision.card import model_card
 from flowspace.vision.data import Images
 from flowspace.vision.encoders import LatentEncoder

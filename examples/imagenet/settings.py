@@ -71,7 +71,8 @@ class PerceptualConfig:
 
     ``weights`` is a file, or ``package:NAME``; ``unit`` scales the features of each place to
     length 1, as LPIPS does. ``literal`` compares what the paper compares, the scaled prediction
-    with the image.
+    with the image; ``largest_step`` bounds the factor |b/a| of that prediction, None
+    does not.
     """
 
     network: str
@@ -82,6 +83,7 @@ class PerceptualConfig:
     below: Positive = 2.0
     unit: bool = False
     literal: bool = False
+    largest_step: Positive | None = None
 
 
 @dataclass(frozen=True, config=STRICT)

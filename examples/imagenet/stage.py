@@ -73,6 +73,7 @@ class Stage:
         workers: processes that read.
         adversary: trained beside the network.
         look: looks at the averaged network now and then; returns numbers for the log.
+        compiled: whether the network's blocks run compiled, and the derivative with them.
         begun: is called once what the folder holds is accepted as this training's.
     """
 
@@ -89,3 +90,4 @@ class Stage:
     adversary: AdversarialStep | None = None
     look: Callable[[int, nn.Module], Mapping[str, float]] | None = None
     begun: Callable[[], None] | None = None
+    compiled: bool = False

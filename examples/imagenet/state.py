@@ -50,6 +50,8 @@ class Run:
         self.step, self.finite = 0, torch.ones((), device=accelerator.device)
         self.plain = copy.deepcopy(stage.network)
         self.averages = {str(decay): copy.deepcopy(stage.network) for decay in t.emas}
+        if stage.compiled:  # once it was copied: the copies only draw
+            stage.network.compile_blocks()
         self.network = self.distributed()
         self.optimizer = stage.optimizer(stage.network)
         self.skipped = torch.zeros((), dtype=torch.long, device=accelerator.device)

@@ -141,8 +141,6 @@ def prepared(config: Config, accelerator: Accelerator, judged: bool = False) -> 
     encoder = stage_one.encoder_of(config, images, accelerator, train_stage_one)
     one = build.in_range(images.row(0)[0][None].to(device))
     stage_one.check_fit(config, tuple(encoder.encode(one).shape[1:]))
-    if config.generator.compile:
-        network.compile_blocks()
     return Stage(
         "generator",
         network,
@@ -159,6 +157,7 @@ def prepared(config: Config, accelerator: Accelerator, judged: bool = False) -> 
         adversary=adversary,
         look=report.Look(config, images, encoder, device),
         begun=functools.partial(report.keep_config, config),
+        compiled=config.generator.compile,
     )
 
 
@@ -210,7 +209,7 @@ def generator_losses(
         for name, term in perceptual.items():
             pair = (out.prediction, out.target)
             if term.literal:
-                pair = literal_pair(objective, out, images)
+                pair = literal_pair(objective, out, images, term.largest_step)
             with span("perceptual"):
                 terms[name], weights[name] = term.loss(*pair, out.t), term.weight
         cost = Losses(terms, weights, {"t": out.t, "s": out.s}, out.prediction, images)
