@@ -28,6 +28,9 @@ WATCHED = 400
 MOST_SHEETS = 4
 """Sheets over training that a page shows: the first, the last and some between."""
 
+SHOWN_TIMES = (0.02, 0.1, 0.25, 0.5, 0.75, 1.0)
+"""Times whose one-step images of noisy latents are shown."""
+
 FEW_PASSES = 10
 """Passes over the pictures below which a page says that nothing is trained to its end."""
 
@@ -105,6 +108,11 @@ def write(config: Config) -> Path:
         parts.append(page.scores(log))
     parts += ["Norms of each term's gradient at the prediction, by t (the paper's figure 7):"]
     parts.append(page.slopes(log))
+    if config.generator.space == "image":
+        parts += [
+            "One-step images of noisy latents of real pictures, by t (the paper's figure 6):"
+        ]
+        parts.append(by_time(config, images))
     parts += [commands(config)]
     path = config.out / "report.html"
     page.write_beside(path, page.page(config.name, parts))
@@ -209,6 +217,32 @@ def class_rows(rows: Mapping[str, Tensor]) -> bytes:
         axis.set_yticks([])
         axis.spines[:].set_visible(False)
     return page.png(figure)
+
+
+@torch.no_grad()
+def by_time(config: Config, images: Images) -> bytes:
+    """Return what the generator makes of noisy latents of real pictures, a row a time.
+
+    Near t = 0 it should return the picture; a discriminator that weighs these rows as it does the
+    others makes them collapse (the paper's figure 6).
+    """
+    import ship
+    import stage_one
+
+    generator = ship.generator_of_run(config).eval()
+    encoder = stage_one.loaded(config)
+    numbers = [round(i * (len(images) - 1) / (SHOWN - 1)) for i in range(SHOWN)]
+    pixels = torch.stack([images.row(number)[0] for number in numbers])
+    labels = torch.tensor([images.labels[number] for number in numbers])
+    latents = encoder.encode(build.in_range(pixels))
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    schedule = build.schedule_of(config)
+    rows = {"real": pixels}
+    for time in SHOWN_TIMES:
+        t = torch.full((SHOWN,), time)
+        state = schedule.perturb(latents, noise, t)[0]
+        rows[f"t = {time:g}"] = rounded(generator(state, t, 0 * t, labels=labels))
+    return class_rows(rows)
 
 
 def real_pictures(images: Images, label: int) -> list[Tensor]:
