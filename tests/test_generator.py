@@ -273,3 +273,34 @@ def test_under_autocast_the_norms_stay_in_torchs_fused_kernel():
     )
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), wanted, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("refined", [0, 8])
+def test_a_refinement_sees_across_the_borders_of_the_cells_and_begins_at_the_grey_image(refined):
+    torch.manual_seed(0)
+    network = CrossFlowGenerator(**(SMALL | {"refined": refined}))
+    z, t, s, labels = batch()
+    assert torch.equal(network(z, t, s, labels=labels), torch.zeros(6, 3, 8, 8))
+    maps = torch.zeros(1, 8, 8, 8)
+    maps[..., :4, :4] = 1
+    if refined:
+        torch.nn.init.normal_(network.refinement.last.weight)
+        images = network.refinement(maps)
+        assert images.shape == (1, 3, 8, 8) and images[..., 4, 4].abs().max() > 0
+
+
+def test_the_derivative_goes_through_the_refinement():
+    torch.manual_seed(0)
+    network = CrossFlowGenerator(**(SMALL | {"refined": 8})).double()
+    torch.nn.init.normal_(network.refinement.last.weight, std=0.1)
+    z, t, s, labels = batch(dtype=torch.float64)
+
+    def model(z, t, s):
+        return network(z, t, s, labels=labels)
+
+    tangents = (torch.randn_like(z), torch.ones_like(t), torch.zeros_like(s))
+    shared, forward = (
+        route(model, (z, t, s), tangents) for route in (SharedPrimal(), ForwardMode())
+    )
+    torch.testing.assert_close(shared[1], forward[1])
+    assert forward[1].abs().max() > 0

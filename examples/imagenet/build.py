@@ -159,6 +159,7 @@ def generator_of(config: Config, classes: int) -> CrossFlowGenerator:
         condition=g.condition,
         class_tokens=g.class_tokens,
         time_tokens=g.time_tokens,
+        refined=g.refined,
         null_trained=config.objective.drop_labels > 0,
         **sizes,
     )

@@ -144,7 +144,8 @@ class GeneratorConfig:
     """One of the presets, or sizes of one's own; None takes the preset's.
 
     ``space`` is where it ends: in images, or in latents, which the encoder's decoder takes to
-    images. ``compile`` runs its blocks compiled.
+    images. ``compile`` runs its blocks compiled; ``refined`` channels of convolutions at the
+    resolution of the image follow the blocks, which is ours.
     """
 
     preset: str | None = "crossflow-b"
@@ -159,6 +160,7 @@ class GeneratorConfig:
     condition: Literal["s", "t,s", "t-s"] = "s"
     class_tokens: Count = 12
     time_tokens: Count = 4
+    refined: Number = 0
     checkpointing: bool = False
     compile: bool = False
 

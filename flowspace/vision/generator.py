@@ -69,6 +69,8 @@ class CrossFlowGenerator(CheckedModel):
         null_trained: whether the null class was trained, as it is where labels are dropped or
             training is guided. The network does not depend on it: it is a record for those who
             draw without labels.
+        refined: channels of a last part of 3 x 3 convolutions at the resolution of the image,
+            which see across the borders of the cells; ours, and 0, none of it, the paper's.
 
     Raises:
         InputError: if sizes do not fit together.
@@ -94,6 +96,7 @@ class CrossFlowGenerator(CheckedModel):
         class_tokens: int = 12,
         time_tokens: int = 4,
         null_trained: bool = False,
+        refined: int = 0,
     ) -> None:
         super().__init__()
         if condition not in CONDITIONS:
@@ -118,7 +121,10 @@ class CrossFlowGenerator(CheckedModel):
         )
         self.blocks = nn.ModuleList(Block(width, heads, mlp) for _ in range(depth))
         self.norm = Norm(width)
-        self.head = nn.Linear(width, outputs * patch * patch, bias=False)
+        self.head = nn.Linear(width, (refined or outputs) * patch * patch, bias=False)
+        self.refinement: Refinement | None = None
+        if refined:
+            self.refinement = Refinement(refined, outputs)
         self.rotary = RotaryGrid(width // heads)
         self._initialise()
 
@@ -174,7 +180,10 @@ class CrossFlowGenerator(CheckedModel):
         cells = x[:, context.shape[1] :]
         pixels = self.head(self.norm(cells))
         maps = pixels.transpose(1, 2).reshape(batch, -1, height, width)
-        return F.pixel_shuffle(maps, self.config["patch"])
+        images = F.pixel_shuffle(maps, self.config["patch"])
+        if self.refinement is None:
+            return images
+        return self.refinement(images)
 
     def require_null(self) -> int:
         """Return the label of the null class.
@@ -227,7 +236,30 @@ class CrossFlowGenerator(CheckedModel):
                     nn.init.zeros_(module.bias)
         if self.label is not None:
             nn.init.normal_(self.label.weight, std=0.02)
-        nn.init.zeros_(self.head.weight)
+        if self.refinement is None:
+            nn.init.zeros_(self.head.weight)
+        else:
+            nn.init.zeros_(self.refinement.last.weight)
+
+
+class Refinement(nn.Module):
+    """Residual 3 x 3 convolutions at the resolution of the image, to its channels."""
+
+    def __init__(self, channels: int, outputs: int, depth: int = 2) -> None:
+        super().__init__()
+        self.first = nn.ModuleList(_convolution(channels, channels) for _ in range(depth))
+        self.second = nn.ModuleList(_convolution(channels, channels) for _ in range(depth))
+        self.last = _convolution(channels, outputs)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Map ``(B, channels, H, W)`` to ``(B, outputs, H, W)``."""
+        for first, second in zip(self.first, self.second, strict=True):
+            maps = maps + second(F.silu(first(F.silu(maps))))
+        return self.last(F.silu(maps))
+
+
+def _convolution(inputs: int, outputs: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
 
 
 class TimeEmbedding(nn.Module):
