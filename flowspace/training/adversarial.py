@@ -26,14 +26,17 @@ class Judgement(Protocol):
 
     def weight(self, t: Tensor) -> Tensor:
         """Return w(t)."""
+        ...
 
     def opinion(self, discriminator: nn.Module, fake: Tensor, changes: Tensor | None) -> Tensor:
         """Return the generator's loss of each row, before w(t)."""
+        ...
 
     def discriminator(
         self, discriminator: nn.Module, real: Tensor, fake: Tensor, changes: Tensor | None
     ) -> Tensor:
         """Return the discriminator's loss of each row."""
+        ...
 
 
 class AdversarialStep:

@@ -24,12 +24,15 @@ class Rows(Protocol):
 
     def __len__(self) -> int:
         """Return how many there are."""
+        ...
 
     def row(self, index: int, mirrored: bool = False) -> tuple[Any, ...]:
         """Return one, or its mirror image."""
+        ...
 
     def order(self, seed: int, number: int) -> Sequence[int]:
         """Return the order in which a pass takes them."""
+        ...
 
 
 @dataclass(frozen=True)
