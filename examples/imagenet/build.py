@@ -42,9 +42,11 @@ from flowspace.vision.evaluate import (
     Extractor,
     Features,
     Inception,
+    Plan,
     TimmExtractor,
     check_judge,
     features_of,
+    rounded,
 )
 from flowspace.vision.generator import PRESETS, CrossFlowGenerator
 from flowspace.vision.latents import LatentImages
@@ -244,6 +246,16 @@ def latent_sampler_of(config: Config, network: nn.Module) -> Sampler:
         return flow_map.sample(noise, cond={"labels": labels}, steps=evaluations)
 
     return draw
+
+
+@torch.no_grad()
+def drawn(plan: Plan, draw: Sampler, device: torch.device) -> Tensor:
+    """Return the samples of a plan, uint8 ``(count, 3, size, size)``, on the CPU."""
+    made = []
+    for first in range(0, plan.count, plan.batch):
+        noise, labels = plan.inputs(first, min(first + plan.batch, plan.count))
+        made.append(rounded(draw(noise.to(device), labels.to(device))).cpu())
+    return torch.cat(made)
 
 
 # --- the losses at images ----------------------------------------------------------------------

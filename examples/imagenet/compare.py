@@ -57,10 +57,9 @@ def sampled(config: settings.Config, samples: int) -> dict[int, float]:
     """Return the first score of so many samples of each average that a run kept."""
     import build
     import ship
-    import torch
     import train
 
-    from flowspace.vision.evaluate import features_of, judge, rounded
+    from flowspace.vision.evaluate import features_of, judge
     from flowspace.vision.weights import read_tensors
 
     device = train.accelerator_of(config).device
@@ -73,12 +72,8 @@ def sampled(config: settings.Config, samples: int) -> dict[int, float]:
     curve = {}
     for path in sorted((config.out / "generator").glob("average-*.safetensors")):
         network.load_state_dict(read_tensors(path))
-        made = []
-        with torch.no_grad():
-            for first in range(0, plan.count, plan.batch):
-                noise, labels = plan.inputs(first, min(first + plan.batch, plan.count))
-                made.append(rounded(sample(noise.to(device), labels.to(device))).cpu())
-        scores = judge(extractor, features_of(extractor, made), real)
+        made = build.drawn(plan, sample, device)
+        scores = judge(extractor, features_of(extractor, made.split(plan.batch)), real)
         curve[int(path.stem.removeprefix("average-"))] = next(iter(scores.values.values()))
     return curve
 

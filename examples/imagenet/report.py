@@ -68,12 +68,7 @@ class Look:
             batch=c.evaluation.batch,
         )
         draw = build.sampler_of(c, averaged, self.encoder)
-        made = []
-        with torch.no_grad():
-            for first in range(0, plan.count, plan.batch):
-                noise, labels = plan.inputs(first, min(first + plan.batch, plan.count))
-                made.append(rounded(draw(noise.to(self.device), labels.to(self.device))).cpu())
-        samples = torch.cat(made)
+        samples = build.drawn(plan, draw, self.device)
         path = c.out / "generator" / f"sheet-{step:07d}.png"
         page.write_beside(path, sheet(samples, classes))
         weights = build.weights_of(c.evaluation.weights)
