@@ -20,6 +20,7 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
+import datetime
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -30,7 +31,7 @@ import report
 import ship
 import stage_one
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from journal import Log
 from profiling import Profile, span
 from settings import Config
@@ -56,6 +57,9 @@ from flowspace.training import (
 from flowspace.vision.adversarial import balance
 from flowspace.vision.encoders import LatentEncoder
 from flowspace.vision.perceptual import literal_pair
+
+LONGEST_WAIT = datetime.timedelta(hours=1)
+"""What the processes wait for the first one: it makes the features of a million pictures alone."""
 
 NOISE, TIMES, DROPPED = range(3)
 """Streams of the draws of a step."""
@@ -93,6 +97,7 @@ def accelerator_of(config: Config) -> Accelerator:
         mixed_precision="bf16" if t.bfloat16 else "no",
         log_with=trackers or None,
         project_dir=config.out,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
     )
     count = accelerator.num_processes
     if t.processes not in (None, count):
