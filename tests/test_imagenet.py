@@ -450,7 +450,13 @@ def test_accumulation_trains_what_one_pass_does(config, encoder_folder, tmp_path
 @pytest.mark.filterwarnings("ignore")  # dynamo's and inductor's own
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_compiled_blocks_train_what_eager_ones_do(config, encoder_folder, tmp_path):
-    eager = given(config, encoder_folder)
+    asked = image_loss(tmp_path)
+    eager = given(
+        config,
+        encoder_folder,
+        perceptual=(settings.PerceptualConfig(**asked),),
+        adversarial=settings.AdversarialConfig(**asked, channels=(32, 32), start=1),
+    )
     run(eager)
     compiled = settings.replaced(eager, out=tmp_path / "compiled", generator={"compile": True})
     run(compiled)

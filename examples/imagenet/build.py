@@ -293,6 +293,8 @@ def perceptual_of(
         features = features.to(device)
         if p.network != "lpips":
             channels_of(features, p, config.data.size, device)
+            if config.generator.compile:
+                features.compile_network()
         name = p.network
         if name in terms:
             name = f"{name} {len(terms) + 1}"
@@ -321,6 +323,8 @@ def adversary_of(
             f"got adversarial.channels = {a.channels} for layers = {a.layers} of {a.network}; "
             f"write adversarial.channels={fitting}"
         )
+    if config.generator.compile:
+        features.compile_network()
     torch.manual_seed(config.training.seed + 1)
     discriminator = Discriminator(features, a.channels, a.width, a.kernel).to(device)
     loss = AdversarialLoss(schedule_of(config), a.power, a.augmented, a.penalty, a.r1)

@@ -144,7 +144,8 @@ class GeneratorConfig:
     """One of the presets, or sizes of one's own; None takes the preset's.
 
     ``space`` is where it ends: in images, or in latents, which the encoder's decoder takes to
-    images. ``compile`` runs its blocks compiled; ``refined`` channels of convolutions at the
+    images. ``compile`` runs its blocks and
+    the networks of the image losses compiled; ``refined`` channels of convolutions at the
     resolution of the image follow the blocks, which is ours.
     """
 
