@@ -321,15 +321,20 @@ def test_a_full_disk_is_one_error_and_the_same_command_continues_once_there_is_r
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_sigterm_saves_and_ends_with_zero(tiny, tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sigterm_saves_and_ends_with_zero(tiny, tmp_path, workers):
+    """It comes to the whole group of processes, as torchrun and SLURM send it."""
     out = tmp_path / "stopped"
     changes = ["training.steps=100000", "training.checkpoint_every=100000", "training.log_every=1"]
+    changes.append(f"data.workers={workers}")
     command = [sys.executable, str(PROGRAM / "train.py"), str(tiny), f"out={out}", *changes]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+    )
     deadline = time.monotonic() + 90
     while not (out / "generator" / "log.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(60) == 0
     assert len(list(out.glob("generator/step-*.safetensors"))) == 1
 
@@ -436,6 +441,44 @@ def test_two_processes_draw_what_one_does(config, encoder_folder):
     found = in_processes(2, "evaluate.py", made.out)
     assert "Inception's weights" in found.stderr
     assert {path.name: path.read_bytes() for path in (made.out / "samples").iterdir()} == one
+
+
+def test_latents_of_another_encoder_are_refused_before_any_step(config, encoder_folder, tmp_path):
+    made = given(config, encoder_folder)
+    alone()
+    folder = importlib.import_module("encode").main(made)
+    other = settings.replaced(config, out=tmp_path / "other", data={"latents": str(folder)})
+    with pytest.raises(RunError, match="made by encoder"):
+        run(settings.replaced(other, training={"seed": 5}))
+    assert not list(other.out.glob("generator/log.jsonl"))
+
+
+def test_scores_and_samples_of_other_weights_go_and_a_chosen_average_stays(
+    config, encoder_folder, tmp_path
+):
+    made = given(config, encoder_folder, training={"emas": (0.9, 0.1)})
+    judged = judged_by_resnet(made, tmp_path)
+    run(judged, "--evaluate")
+    samples = judged.out / "samples"
+    alone()
+    ship.change_average(judged, train.accelerator_of(judged), 0.1)
+    assert not samples.exists() and not (judged.out / "metrics.json").exists()
+    card = (judged.out / "pipeline" / "README.md").read_text()
+    assert "average 0.1" in card
+    run(judged, "--evaluate")
+    assert ship.chosen(judged) == 0.1 and samples.exists()
+    before = {path.name: path.stat().st_mtime_ns for path in samples.iterdir()}
+    run(judged, "--evaluate")
+    assert before == {path.name: path.stat().st_mtime_ns for path in samples.iterdir()}
+    run(settings.replaced(judged, training={"steps": 8}))
+    assert not (judged.out / "metrics.json").exists()
+
+
+def test_samples_of_several_evaluations_follow_from_their_noise(config, encoder_folder):
+    made = given(config, encoder_folder, evaluation={"evaluations": 2})
+    run(made)
+    first, again = (ship.pictures(made, [0, 1], seed=5) for _ in range(2))
+    assert [a.tobytes() for a in first] == [b.tobytes() for b in again]
 
 
 def test_accumulation_trains_what_one_pass_does(config, encoder_folder, tmp_path):
@@ -976,7 +1019,7 @@ def test_the_decoders_are_judged_over_the_training_of_a_latent_generator(
     arguments = ["decoders.py", str(image.out), str(latent.out), "--samples", "16"]
     monkeypatch.setattr(sys, "argv", [*arguments, "--levels", "0.1"])
     decoders.main()
-    found = json.loads((latent.out / "decoders.json").read_text())
+    found = json.loads((latent.out / "decoders.json").read_text())["scores"]
     assert set(found) == {"3", "6"}
     assert set(found["6"]) == {decoders.OWN, "CrossFlowDecoder, t = 0.1"}
     assert (latent.out / "decoders.png").exists()

@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ from flowspace.vision.evaluate import (
     rounded,
 )
 from flowspace.vision.generator import PRESETS, CrossFlowGenerator
-from flowspace.vision.latents import LatentImages
+from flowspace.vision.latents import LatentImages, fingerprint
 from flowspace.vision.perceptual import LearnedDistance, PerceptualLoss, TimmFeatures
 from flowspace.vision.shards import ShardImages
 
@@ -81,6 +82,23 @@ def images_of(config: Config, path: str | None = None) -> Images:
         folder = emoji.draw(config.out.parent / f"emoji-{d.size}", d.size)
         return FolderImages(folder, d.size, d.classes)
     return SOURCES[d.source](Path(path), d.size, d.classes)
+
+
+def check_latents(rows: Rows, images: Images, encoder: LatentEncoder) -> None:
+    """See that latents that were encoded before are of these pictures, by this encoder.
+
+    Raises:
+        RunError: if they are not.
+    """
+    if not isinstance(rows, LatentImages):
+        return
+    for name, value in fingerprint(images, encoder).items():
+        if rows.made[name] != value:
+            raise RunError(
+                f"got data.latents = {rows.folder}, made by {name} {rows.made[name]}; the "
+                f"config's is {value}: encode again into another folder, or write "
+                "data.latents=null"
+            )
 
 
 def rows_of(config: Config, images: Images) -> Rows:
@@ -219,13 +237,19 @@ def sampler_of(config: Config, network: nn.Module, encoder: LatentEncoder | None
         sample = latent_sampler_of(config, network)
         return lambda noise, labels: encoder.decode(sample(noise, labels))
     flow_map = objective_of(config).flow_map(network)
-    encode = None
-    if evaluations > 1:
-        encode = encoder.encode
+    if evaluations == 1:
+        return lambda noise, labels: flow_map.sample(noise, cond={"labels": labels})
 
     def draw(noise: Tensor, labels: Tensor) -> Tensor:
-        cond = {"labels": labels}
-        return flow_map.sample(noise, cond=cond, steps=evaluations, encode=encode)
+        fresh = torch.Generator(noise.device)  # what is renoised follows from the noise alone
+        fresh.manual_seed(zlib.crc32(noise.cpu().contiguous().numpy().tobytes()))
+        return flow_map.sample(
+            noise,
+            cond={"labels": labels},
+            steps=evaluations,
+            encode=encoder.encode_prediction,
+            generator=fresh,
+        )
 
     return draw
 
@@ -425,7 +449,7 @@ def extractor_of(config: Config, device: torch.device) -> Extractor:
     e = config.evaluation
     weights = weights_of(e.weights)
     if e.extractor == "inception":
-        return Inception(weights)
+        return Inception(weights, device)
     features = TimmFeatures(e.extractor, weights=weights, size=e.size)
     return TimmExtractor(features.to(device), e.extractor)
 

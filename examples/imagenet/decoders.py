@@ -69,9 +69,9 @@ def decode_and_judge(
     extractor = build.extractor_of(latent, device)
     real = build.reference_of(latent, extractor, images)
     path = latent.out / "decoders.json"
-    found: dict[str, dict[str, float]] = {}
-    if path.exists():
-        found = json.loads(path.read_text())
+    asked = {"samples": plan.count, "judge": extractor.name, "decoders": sorted(decoders)}
+    asked["generator"] = ship.shipped_of(image).get("weights")
+    found = kept(path, asked)
     for snapshot in snapshots:
         step = snapshot.stem.removeprefix("average-").lstrip("0")
         if step in found:
@@ -89,9 +89,18 @@ def decode_and_judge(
         for name, batches in made.items():
             scores = judge(extractor, features_of(extractor, batches), real)
             found[step][name] = next(iter(scores.values.values()))
-        write_beside(path, json.dumps(found, indent=2) + "\n")
+        write_beside(path, json.dumps({"asked": asked, "scores": found}, indent=2) + "\n")
         print(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in found[step].items()))
     write_beside(latent.out / "decoders.png", figure(found, extractor.distance_name))
+
+
+def kept(path: Path, asked: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Return the numbers that a file keeps, unless they are of another question."""
+    if path.exists():
+        before = json.loads(path.read_text())
+        if before.get("asked") == asked:
+            return before["scores"]
+    return {}
 
 
 def decoders_of(

@@ -8,6 +8,7 @@ where it was stopped. ``--average`` ships and judges another average of the weig
 """
 
 import argparse
+import contextlib
 from pathlib import Path
 
 import settings
@@ -28,15 +29,19 @@ def main() -> None:
     import ship  # with torch, which a wrong folder need not wait for
     import train
 
+    from flowspace.training import locked
+
     accelerator = train.accelerator_of(config)
-    if options.averages:
-        ship.best_average(config, accelerator)
-    else:
-        if options.average is not None:
-            ship.change_average(config, accelerator, options.average)
-        ship.evaluate(config, accelerator)
-    if accelerator.is_main_process:
-        print(f"the page of the run: {report.write(config)}")
+    with locked(config.out) if accelerator.is_main_process else contextlib.nullcontext():
+        if options.averages:
+            ship.best_average(config, accelerator)
+        else:
+            if options.average is not None:
+                ship.change_average(config, accelerator, options.average)
+            ship.evaluate(config, accelerator)
+        if accelerator.is_main_process:
+            print(f"the page of the run: {report.write(config)}")
+        accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":

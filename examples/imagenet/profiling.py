@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 from settings import Config
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
+
+from flowspace.demo.page import write_beside
 
 PARTS = ("data", "encoder", "flow", "perceptual", "adversarial", "backward", "optimiser")
 """The spans of a step, by the names they are recorded under."""
@@ -33,7 +36,7 @@ class Profile:
         self, config: Config, accelerator: Any, warmup: int = 5, active: int = 20
     ) -> None:
         self.config, self.folder, self.accelerator = config, config.out, accelerator
-        self.warmup, self.active, self.step = warmup, active, 0
+        self.warmup, self.active, self.step, self.first = warmup, active, 0, 0
         activities = [ProfilerActivity.CPU]
         if accelerator.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
@@ -65,12 +68,18 @@ class Profile:
             self.profiler.stop()
             self.write()
 
+    def time_of(self, event: Any) -> float:
+        """Return the time of a part in microseconds: of its kernels, or of a CPU that has none."""
+        if self.accelerator.device.type == "cuda":
+            return event.device_time_total
+        return event.cpu_time_total
+
     def utilisation(self, seconds: float) -> float:
         """Return the share of the card's peak that a step reaches, by the FLOPs counted."""
         import flops  # counts networks, which nothing else here needs
 
         config = self.config
-        if config.adversarial and config.adversarial.start > self.steps:
+        if config.adversarial and config.adversarial.start > self.first + self.steps:
             config = dataclasses.replace(config, adversarial=None)
         rows = config.training.batch // self.accelerator.num_processes
         return flops.utilisation(config, rows, seconds)
@@ -80,24 +89,25 @@ class Profile:
         if not self.accelerator.is_main_process:
             return
         self.profiler.export_chrome_trace(str(self.folder / "trace.json"))
-        averages = {event.key: event for event in self.profiler.key_averages()}
-        whole = averages["step"].cpu_time_total
-        shares = {}
+        events = list(self.profiler.key_averages())
+        on_host = {event.key: event for event in events if event.device_type == DeviceType.CPU}
+        whole, shares = on_host["step"].cpu_time_total, {}
         for part in PARTS:
-            if part in averages:
-                shares[part] = averages[part].cpu_time_total / whole
-        busy = sum(getattr(event, "self_device_time_total", 0) for event in averages.values())
+            if part in on_host:
+                shares[part] = self.time_of(on_host[part]) / whole
         found: dict[str, Any] = {
             "device": name_of(self.accelerator.device),
             "milliseconds": whole / self.active / 1000,
             "shares": shares | {"other": 1 - sum(shares.values())},
         }
         if self.accelerator.device.type == "cuda":
+            kernels = [e for e in events if e.device_type == DeviceType.CUDA]
+            busy = sum(e.self_device_time_total for e in kernels if not e.is_user_annotation)
             found["idle"] = max(0.0, 1 - busy / whole)
         if any(card in found["device"] for card in KNOWN):
             found["utilisation"] = self.utilisation(found["milliseconds"] / 1000)
         text = json.dumps(found, indent=2)
-        (self.folder / "profile.json").write_text(text + "\n")
+        write_beside(self.folder / "profile.json", text + "\n")
         print(f"{found['milliseconds']:.1f} ms a step on {found['device']}; of them")
         for part, share in found["shares"].items():
             print(f"  {part:<12} {share:6.1%}")

@@ -12,6 +12,7 @@ import torch
 from settings import Config
 from torch import Tensor, nn
 
+from flowspace import RunError
 from flowspace.demo import page
 from flowspace.vision.card import model_card
 from flowspace.vision.data import Images
@@ -58,6 +59,14 @@ class Look:
     encoder: LatentEncoder
     device: torch.device
 
+    def was(self, step: int) -> bool:
+        """Whether a step was looked at before."""
+        return self.path(step).exists()
+
+    def path(self, step: int) -> Path:
+        """Return where the sheet of a step is left."""
+        return self.config.out / "generator" / f"sheet-{step:07d}.png"
+
     def __call__(self, step: int, averaged: nn.Module) -> Mapping[str, float]:
         """Leave ``sheet-STEP.png`` and return the scores, where the judge is at hand."""
         c, classes = self.config, len(self.images.names)
@@ -69,11 +78,9 @@ class Look:
         )
         draw = build.sampler_of(c, averaged, self.encoder)
         samples = build.drawn(plan, draw, self.device)
-        path = c.out / "generator" / f"sheet-{step:07d}.png"
-        page.write_beside(path, sheet(samples, classes))
-        weights = build.weights_of(c.evaluation.weights)
-        if c.evaluation.extractor == "inception" and not (weights and weights.is_file()):
-            return {}  # Inception's weights may come once the run is finished
+        page.write_beside(self.path(step), sheet(samples, classes))
+        if c.evaluation.extractor == "inception":
+            return {}  # compare.py and evaluate.py judge by it, once the run is finished
         extractor = build.extractor_of(c, self.device)
         features = features_of(extractor, samples.split(plan.batch))
         scores = judge(extractor, features, build.reference_of(c, extractor, self.images))
@@ -104,10 +111,7 @@ def write(config: Config) -> Path:
     parts += ["Norms of each term's gradient at the prediction, by t (the paper's figure 7):"]
     parts.append(page.slopes(log))
     if config.generator.space == "image":
-        parts += [
-            "One-step images of noisy latents of real pictures, by t (the paper's figure 6):"
-        ]
-        parts.append(by_time(config, images))
+        parts += by_time(config, images)
     parts += [commands(config)]
     path = config.out / "report.html"
     page.write_beside(path, page.page(config.name, parts))
@@ -215,8 +219,10 @@ def class_rows(rows: Mapping[str, Tensor]) -> bytes:
 
 
 @torch.no_grad()
-def by_time(config: Config, images: Images) -> bytes:
+def by_time(config: Config, images: Images) -> list[str | bytes]:
     """Return what the generator makes of noisy latents of real pictures, a row a time.
+
+    Nothing, where the encoder is not on this machine.
 
     Near t = 0 it should return the picture; a discriminator that weighs these rows as it does the
     others makes them collapse (the paper's figure 6).
@@ -225,7 +231,10 @@ def by_time(config: Config, images: Images) -> bytes:
     import stage_one
 
     generator = ship.generator_of_run(config).eval()
-    encoder = stage_one.loaded(config)
+    try:
+        encoder = stage_one.loaded(config)
+    except RunError:
+        return []
     numbers = [round(i * (len(images) - 1) / (SHOWN - 1)) for i in range(SHOWN)]
     pixels = torch.stack([images.row(number)[0] for number in numbers])
     labels = torch.tensor([images.labels[number] for number in numbers])
@@ -237,7 +246,8 @@ def by_time(config: Config, images: Images) -> bytes:
         t = torch.full((SHOWN,), time)
         state = schedule.perturb(latents, noise, t)[0]
         rows[f"t = {time:g}"] = rounded(generator(state, t, 0 * t, labels=labels))
-    return class_rows(rows)
+    text = "One-step images of noisy latents of real pictures, by t (the paper's figure 6):"
+    return [text, class_rows(rows)]
 
 
 def real_pictures(images: Images, label: int) -> list[Tensor]:
@@ -273,7 +283,7 @@ def card(
         "perceptual": ", ".join(term.network for term in config.perceptual) or "none",
         "adversarial": config.adversarial.network if config.adversarial else "none",
         "optimiser": f"{t.optimizer}, batches of {t.batch}, rate {t.learning_rate}, average "
-        f"{average or t.emas[0]}",
+        f"{t.emas[0] if average is None else average}",
     }
     judged = None
     if scores:

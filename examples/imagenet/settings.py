@@ -306,7 +306,7 @@ def from_command_line(
     Ends the program, with one line that says why, where they cannot be used.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    asked = [argument for argument in given if argument.startswith("--")]
+    asked = [argument for argument in given if argument.startswith("-")]
     given = [argument for argument in given if not argument.startswith("-")]
     if not given:
         print(usage)

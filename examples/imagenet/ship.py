@@ -13,6 +13,7 @@ import report
 import stage_one
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from settings import Config
@@ -25,6 +26,8 @@ from flowspace.vision.encoders import LatentEncoder
 from flowspace.vision.evaluate import Plan, Scores, features_of, judge
 from flowspace.vision.generator import CrossFlowGenerator
 from flowspace.vision.pipeline import CrossFlowPipeline
+
+SHIPPED = "shipped.json"
 
 BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)
 """What libraries raise where files are torn."""
@@ -63,8 +66,17 @@ def classes_of(state: dict[str, Tensor]) -> int:
 
 
 def pipeline(config: Config, average: float | None = None) -> None:
-    """Write ``pipeline/`` beside and rename it: the generator with one of its averages."""
+    """Write ``pipeline/`` beside and rename it: the generator with one of its averages.
+
+    What was drawn and measured of other weights goes.
+
+    Args:
+        config: of the run.
+        average: its decay, which is remembered; None takes the one that was chosen before, or the
+            first of ``training.emas``.
+    """
     folder, o = config.out / "pipeline", config.objective
+    average = chosen(config) if average is None else average
     generator = averaged(config, average)
     partial = folder.with_name("pipeline.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -76,6 +88,28 @@ def pipeline(config: Config, average: float | None = None) -> None:
         generator.save_pretrained(partial / "generator")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
+    made = {"average": average, "weights": digest(generator)}
+    if shipped_of(config).get("weights") != made["weights"]:
+        shutil.rmtree(config.out / "samples", ignore_errors=True)
+        (config.out / "metrics.json").unlink(missing_ok=True)
+    write_beside(config.out / SHIPPED, json.dumps(made) + "\n")
+
+
+def shipped_of(config: Config) -> dict[str, Any]:
+    """Return which average was shipped, and the digest of its weights; nothing before."""
+    try:
+        found = json.loads((config.out / SHIPPED).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def chosen(config: Config) -> float:
+    """Return the decay of the average that is shipped."""
+    average = shipped_of(config).get("average")
+    if average in config.training.emas:
+        return average
+    return config.training.emas[0]
 
 
 def generator_of_run(config: Config) -> CrossFlowGenerator:
@@ -113,49 +147,50 @@ def snapshot(folder: Path, step: int, network: nn.Module) -> None:
 # --- samples and scores ------------------------------------------------------------------------
 
 
-def evaluate(config: Config, accelerator: Accelerator) -> Scores:
-    """Draw the samples that are missing, over all processes, and judge them.
+def evaluate(config: Config, accelerator: Accelerator) -> Scores | None:
+    """Draw the samples that are missing, over all processes; the first one judges them.
 
-    Leaves ``metrics.json``, the card of the pipeline and ``samples.png``.
+    Leaves ``metrics.json``, the card of the pipeline and ``samples.png``; returns the scores in
+    the first process.
     """
     device = accelerator.device
     generator = generator_of_run(config).to(device).eval()
-    encoder = needed_encoder(config, device)
-    plan = plan_of(config, generator)
-    maker = digest(generator)
-    draw = build.sampler_of(config, generator, encoder)
+    plan, maker = plan_of(config, generator), digest(generator)
+    draw = build.sampler_of(config, generator, needed_encoder(config, device))
     folder = config.out / "samples"
-    rank, ranks = accelerator.process_index, accelerator.num_processes
-    plan.draw(draw, folder, maker, device, rank, ranks)
+    plan.draw(draw, folder, maker, device, accelerator.process_index, accelerator.num_processes)
     accelerator.wait_for_everyone()
-    images = plan.read(folder, maker)
-    extractor, pictures = build.extractor_of(config, device), build.images_of(config)
+    scores = None
     if accelerator.is_main_process:
-        if config.evaluation.tried:
-            build.tried_judge(config, extractor, pictures)
-        build.reference_of(config, extractor, pictures)
-    accelerator.wait_for_everyone()
-    real = build.reference_of(config, extractor, pictures)
-    batches = images.split(config.evaluation.batch)
-    scores = judge(extractor, features_of(extractor, batches), real, config.evaluation.pinned)
-    if accelerator.is_main_process:
-        text = json.dumps(asdict(scores), indent=2)
-        write_beside(config.out / "metrics.json", text + "\n")
-        if config.generator.space == "image":
-            card = report.card(config, generator, None, scores)
-            write_beside(config.out / "pipeline" / "README.md", card)
-        sheet = report.sheet(images, generator.config["classes"])
-        write_beside(config.out / "samples.png", sheet)
-        print(table(scores))
+        scores = judged(config, plan.read(folder, maker), generator, device)
     accelerator.wait_for_everyone()
     return scores
 
 
+def judged(
+    config: Config, images: Tensor, generator: CrossFlowGenerator, device: torch.device
+) -> Scores:
+    """Judge samples and write down what came out."""
+    extractor, pictures = build.extractor_of(config, device), build.images_of(config)
+    if config.evaluation.tried:
+        build.tried_judge(config, extractor, pictures)
+    real = build.reference_of(config, extractor, pictures)
+    batches = images.split(config.evaluation.batch)
+    scores = judge(extractor, features_of(extractor, batches), real, config.evaluation.pinned)
+    write_beside(config.out / "metrics.json", json.dumps(asdict(scores), indent=2) + "\n")
+    if config.generator.space == "image":
+        card = report.card(config, generator, chosen(config), scores)
+        write_beside(config.out / "pipeline" / "README.md", card)
+    sheet = report.sheet(images, generator.config["classes"])
+    write_beside(config.out / "samples.png", sheet)
+    print(table(scores))
+    return scores
+
+
 def change_average(config: Config, accelerator: Accelerator, average: float) -> None:
-    """Ship another average of the run; its earlier samples are drawn anew."""
+    """Ship another average of the run."""
     if accelerator.is_main_process:
         pipeline(config, average)
-        shutil.rmtree(config.out / "samples", ignore_errors=True)
     accelerator.wait_for_everyone()
 
 
@@ -164,15 +199,18 @@ def best_average(config: Config, accelerator: Accelerator) -> float:
     distances = {}
     for average in config.training.emas:
         change_average(config, accelerator, average)
-        distances[average] = next(iter(evaluate(config, accelerator).values.values()))
-    best = min(distances, key=lambda average: distances[average])
-    change_average(config, accelerator, best)
+        scores = evaluate(config, accelerator)
+        if scores is not None:
+            distances[average] = next(iter(scores.values.values()))
+    best = [min(distances, key=distances.__getitem__, default=None)]
+    broadcast_object_list(best)
+    change_average(config, accelerator, best[0])
     evaluate(config, accelerator)
     if accelerator.is_main_process:
         lines = [(str(average), f"{value:.4g}") for average, value in distances.items()]
         print(markdown_table(("average", "distance"), lines))
-        print(f"\nthe best, which is shipped: {best}")
-    return best
+        print(f"\nthe best, which is shipped: {best[0]}")
+    return best[0]
 
 
 def table(scores: Scores) -> str:

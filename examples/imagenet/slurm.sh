@@ -12,6 +12,6 @@
 #   data.path=/data/imagenet/train training.processes=64
 set -euo pipefail
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-exec srun torchrun --nnodes "$SLURM_NNODES" --nproc_per_node 8 \
+exec srun torchrun --shutdown-timeout 110 --nnodes "$SLURM_NNODES" --nproc_per_node 8 \
   --rdzv_backend c10d --rdzv_endpoint "$head:29500" --rdzv_id "$SLURM_JOB_ID" \
   examples/imagenet/train.py "$@"

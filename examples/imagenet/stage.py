@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from settings import TrainingConfig
@@ -56,6 +56,18 @@ LossesOf = Callable[[nn.Module, Sequence[Tensor], Draws], Losses]
 """From a network, a batch and the draws of its rows to what they cost."""
 
 
+class Look(Protocol):
+    """Looks at an averaged network."""
+
+    def __call__(self, step: int, averaged: nn.Module) -> Mapping[str, float]:
+        """Return numbers for the log."""
+        ...
+
+    def was(self, step: int) -> bool:
+        """Whether a step was looked at before."""
+        ...
+
+
 @dataclass
 class Stage:
     """One training.
@@ -88,6 +100,6 @@ class Stage:
     flip: bool = True
     workers: int = 0
     adversary: AdversarialStep | None = None
-    look: Callable[[int, nn.Module], Mapping[str, float]] | None = None
+    look: Look | None = None
     begun: Callable[[], None] | None = None
     compiled: bool = False

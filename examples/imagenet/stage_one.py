@@ -77,8 +77,10 @@ def encoder_of(
             train_autoencoder(config, images, accelerator, train)
         return loaded(config).to(device)
     encoder = loaded(config).to(device)
+    accelerator.wait_for_everyone()  # who is late must not find what the first one writes now
     if not encoder.known:
         fit_statistics(config, images, encoder, accelerator)
+        encoder = loaded(config).to(device)
     return encoder
 
 
@@ -167,13 +169,21 @@ def train_autoencoder(
             training,
             folder / "training",
             build.optimizer_of(training),
-            depends={"data": config.as_dict()["data"] | {"workers": None}, "kl": stage.kl},
+            depends=depends_on(config),
             flip=config.data.flip,
             workers=config.data.workers,
             adversary=adversary,
         )
     )
     keep(config, network.autoencoder, images, accelerator)
+
+
+def depends_on(config: Config) -> dict[str, Any]:
+    """Return what the weights of stage 1 depend on, beside its training."""
+    settings = config.as_dict()
+    stage = settings["encoder"]["stage_one"] | {"steps": None}
+    data = settings["data"] | {"workers": None, "latents": None}
+    return {"data": data, "stage_one": stage, "perceptual": settings["perceptual"]}
 
 
 def keep(config: Config, autoencoder: Any, images: Images, accelerator: Accelerator) -> None:

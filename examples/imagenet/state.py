@@ -1,6 +1,7 @@
 """Everything of a training that changes from step to step, and what a checkpoint holds."""
 
 import copy
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -26,6 +27,9 @@ from flowspace.training import (
 FREE = ("epochs", "steps", "checkpoint_every", "log_every", "look_every", "skips", "processes")
 FREE += ("snapshots", "tensorboard", "wandb", "cpu", "sharded", "accumulate")
 """Settings that a run may go on with others of: its next step does not depend on them."""
+
+AGREED_EVERY = 10
+"""Steps after which several processes ask each other whether one was told to stop."""
 
 
 class Run:
@@ -55,7 +59,7 @@ class Run:
         self.network = self.distributed()
         self.optimizer = stage.optimizer(stage.network)
         self.skipped = torch.zeros((), dtype=torch.long, device=accelerator.device)
-        self.fault: Tensor | None = None
+        self.named, self.fault = 0, None
         kept = {name: v for name, v in vars(t).items() if name not in FREE}
         self.checkpoints = Checkpoints(
             stage.folder, {"name": stage.name, "training": kept, **stage.depends}
@@ -121,7 +125,7 @@ class Run:
         parts = self.state()
         for name, (optimizer, network) in self.optimizers().items():
             parts[name] = flatten_optimizer(optimizer, network)
-        table = packed(parts)
+        table = packed(parts, self.accelerator.is_main_process)
         if self.accelerator.is_main_process:
             self.checkpoints.save(step, table)
         self.accelerator.wait_for_everyone()
@@ -136,29 +140,34 @@ class Run:
             fill(state, parts.get(name, {}), self.stage.folder)
         for name, (optimizer, network) in self.optimizers().items():
             restore_optimizer(optimizer, network, parts.get(name, {}))
+        self.named = int(self.skipped)
         return step
 
     def note(self, rows: Tensor, times: Mapping[str, Tensor]) -> None:
         """Keep what a step that is not finite was, on the device: step, loss, norm, times."""
         worst = rows.isfinite().float().argmin(0, keepdim=True)
-        at = [time.gather(0, worst)[0] for time in times.values()]
+        # A row of another process may be the one that is not finite: then no time is named here.
+        fine = rows.gather(0, worst)[0].isfinite()
+        at = [torch.where(fine, torch.nan, time.gather(0, worst)[0]) for time in times.values()]
         step = torch.full_like(self.loss, self.step)
         fault = torch.stack([step, self.loss, self.norms[0], *at])
         if self.fault is None:
             self.fault = torch.zeros_like(fault)
         self.fault = torch.where(self.finite.bool(), self.fault, fault)
 
-    def check_finite(self, skipped: int) -> int:
-        """Name a step that was skipped since the last check; return how many were in all.
+    def check_finite(self) -> None:
+        """Name a step that was skipped since the last check.
 
         Raises:
             RunError: if they are more than ``training.skips``.
         """
         now = int(self.skipped)
-        if now == skipped or self.fault is None:
-            return now
+        if now == self.named or self.fault is None:
+            return
+        self.named = now
         step, loss, norm, *at = self.fault.tolist()
-        where = ", ".join(f"{k} = {v:.4g}" for k, v in zip("ts", at, strict=False))
+        named = [f"{k} = {v:.4g}" for k, v in zip("ts", at, strict=False) if math.isfinite(v)]
+        where = ", ".join(named)
         text = f"the loss is {loss} at step {step:.0f}, its gradient's norm {norm}"
         if where:
             text += f", at {where}"
@@ -169,13 +178,12 @@ class Run:
                 f"{self.stage.training.learning_rate}"
             )
         warnings.warn(f"{text}; it is skipped ({now} so far)", stacklevel=2)
-        return now
 
-    def asked_to_stop(self, signals: Sequence[int], logged: bool) -> bool:
-        """Whether a process was asked to stop; several processes agree when they log."""
+    def asked_to_stop(self, signals: Sequence[int]) -> bool:
+        """Whether a process was asked to stop; several processes agree every few steps."""
         if self.accelerator.num_processes == 1:
             return bool(signals)
-        if not logged:
+        if (self.step + 1) % AGREED_EVERY:
             return False
         asked = torch.tensor(float(bool(signals)), device=self.accelerator.device)
         return bool(self.accelerator.reduce(asked, "sum"))

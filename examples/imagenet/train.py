@@ -49,6 +49,7 @@ from flowspace.training import (
     Draws,
     KeyedPairs,
     KeyedRows,
+    in_its_own_group,
     locked,
     share_of,
     stopped_by_sigterm,
@@ -68,7 +69,12 @@ NOISE, TIMES, DROPPED = range(3)
 def main(config: Config, options: Sequence[str] = ()) -> None:
     """Train what is left to train; leave the pipeline, the samples and the page."""
     accelerator = accelerator_of(config)
-    first = accelerator.is_main_process
+    first, count = accelerator.is_main_process, accelerator.num_processes
+    if config.training.processes not in (None, count):
+        raise RunError(
+            f"got {count} process(es), training.processes = {config.training.processes} are "
+            "expected; write: torchrun --nproc_per_node N examples/imagenet/train.py ..."
+        )
     with locked(config.out) if first else contextlib.nullcontext():
         profile = Profile(config, accelerator) if "--profile" in options else None
         fit(prepared(config, accelerator, "--evaluate" in options), accelerator, profile)
@@ -85,11 +91,7 @@ def main(config: Config, options: Sequence[str] = ()) -> None:
 
 
 def accelerator_of(config: Config) -> Accelerator:
-    """Return the processes that ``accelerate launch`` or ``torchrun`` started; one otherwise.
-
-    Raises:
-        RunError: if another number of processes runs than the config expects.
-    """
+    """Return the processes that ``accelerate launch`` or ``torchrun`` started; one otherwise."""
     t = config.training
     trackers = [name for name in ("tensorboard", "wandb") if getattr(t, name)]
     accelerator = Accelerator(
@@ -99,12 +101,6 @@ def accelerator_of(config: Config) -> Accelerator:
         project_dir=config.out,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
     )
-    count = accelerator.num_processes
-    if t.processes not in (None, count):
-        raise RunError(
-            f"got {count} process(es), training.processes = {t.processes} are expected; write: "
-            f"torchrun --nproc_per_node {t.processes} examples/imagenet/train.py ..."
-        )
     torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32, on a GPU
     if trackers:
         accelerator.init_trackers("flowspace", journal.texts(config.as_dict()))
@@ -146,6 +142,7 @@ def prepared(config: Config, accelerator: Accelerator, judged: bool = False) -> 
     encoder = stage_one.encoder_of(config, images, accelerator, train_stage_one)
     one = build.in_range(images.row(0)[0][None].to(device))
     stage_one.check_fit(config, tuple(encoder.encode(one).shape[1:]))
+    build.check_latents(rows, images, encoder)
     return Stage(
         "generator",
         network,
@@ -256,28 +253,41 @@ def take(run: Run, step: int, stream: Iterator[Sequence[Tensor]], log: Log, logg
         torch.manual_seed(draws.seed_of_rows)
         with span("data"):
             batch = [rows.to(accelerator.device, non_blocking=True) for rows in next(stream)]
-        with accelerator.autocast():
-            cost = stage.losses(run.network, batch, draws)
-        if logged:
-            log.measure(cost)
         closing = number + 1 == len(run.shares)
-        backward(run, run.network, cost.rows, closing)
-        if stage.adversary and stage.adversary.plays(step):
+        with exchanged(run, run.network, closing):
             with accelerator.autocast():
-                answer = stage.adversary.answer(cost.real, cost.made, draws)
-            backward(run, stage.adversary.wrapped, answer.float(), closing)
+                cost = stage.losses(run.network, batch, draws)
+            if logged:
+                log.measure(cost)
+            backward(run, cost.rows)
+        if stage.adversary and stage.adversary.plays(step):
+            with exchanged(run, stage.adversary.wrapped, closing):
+                with accelerator.autocast():
+                    answer = stage.adversary.answer(cost.real, cost.made, draws)
+                backward(run, answer.float())
             log.answers.append(answer.detach().float())
         costs.append((cost.rows.detach(), cost.times))
     with span("optimiser"):
         update(run, costs)
 
 
-def backward(run: Run, network: nn.Module, rows: Tensor, closing: bool) -> None:
-    """Add to the gradients; the processes exchange them after the last part of a batch."""
-    exchange = contextlib.nullcontext()
-    if not closing:
-        exchange = run.accelerator.no_sync(network)
-    with exchange, span("backward"):
+def exchanged(
+    run: Run, network: nn.Module, closing: bool
+) -> contextlib.AbstractContextManager[Any]:
+    """Return the context of a part of a batch: gradients are exchanged after the last one.
+
+    DDP decides it in the forward pass, FSDP2 by a switch.
+    """
+    if hasattr(network, "set_requires_gradient_sync"):
+        network.set_requires_gradient_sync(closing)
+    elif not closing:
+        return run.accelerator.no_sync(network)
+    return contextlib.nullcontext()
+
+
+def backward(run: Run, rows: Tensor) -> None:
+    """Add the gradient of the mean of some rows, as a part of the batch's."""
+    with span("backward"):
         run.accelerator.backward(rows.mean() / len(run.shares))
 
 
@@ -319,6 +329,7 @@ def fit(stage: Stage, accelerator: Accelerator, profile: Profile | None = None) 
         stage.begun()
     if profile is not None:
         steps = start + profile.steps
+        profile.first = start
     for group in run.optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     factor = functools.partial(build.rate, t=t, count=count)
@@ -328,43 +339,58 @@ def fit(stage: Stage, accelerator: Accelerator, profile: Profile | None = None) 
         batch_sampler=BatchRows(start, steps, t.batch, run.shares),
         num_workers=stage.workers,
         pin_memory=accelerator.device.type == "cuda",
+        worker_init_fn=in_its_own_group,
     )
     stage.network.train()
-    skipped = int(run.skipped)
     log = Log(stage, accelerator, start, steps)
     stream = log.timed(loader)
+    if start:
+        look(run, start, steps)  # unless it was, before the run was stopped
     with stopped_by_sigterm() as signals, log.bar as bar:
         for step in bar:
-            last = step + 1 == steps
-            logged = step % t.log_every == 0 or last
+            logged = step % t.log_every == 0 or step + 1 == steps
             with profile or contextlib.nullcontext():
                 take(run, step, stream, log, logged)
             schedule.step()
-            if logged or accelerator.device.type == "cpu":
-                skipped = run.check_finite(skipped)
-            if logged:
-                log.write(step, run)
-            if stage.look and ((step + 1) % t.look_every == 0 or last) and not profile:
-                look(run, step + 1)
-            stopping = run.asked_to_stop(signals, logged)
-            if ((step + 1) % t.checkpoint_every == 0 or last or stopping) and not profile:
-                run.save(step + 1)
-            if stopping:
-                raise SystemExit(0)
+            if profile is None:
+                keep(run, log, logged, signals)
     return run.averaged()
 
 
-def look(run: Run, step: int) -> None:
-    """Let the stage look at the averaged network, log what it says, and keep it if asked."""
+def keep(run: Run, log: Log, logged: bool, signals: Sequence[int]) -> None:
+    """Write down, save and look at what a step left, as far as its number asks for it."""
+    t, done = run.stage.training, run.step + 1
+    if logged or run.accelerator.device.type == "cpu":
+        run.check_finite()
+    if logged:
+        log.write(run.step, run)
+    stopping = run.asked_to_stop(signals)
+    if done % t.checkpoint_every == 0 or done == log.steps or stopping:
+        run.save(done)
+    if stopping:
+        raise SystemExit(0)
+    look(run, done, log.steps)
+
+
+def look(run: Run, done: int, steps: int) -> None:
+    """Let the stage look at the averaged network, log what it says, and keep it if asked.
+
+    Args:
+        run: that is looked at, at every so many steps and at the end.
+        done: how many steps were taken; a look that was is not repeated.
+        steps: of the whole training.
+    """
     stage, accelerator = run.stage, run.accelerator
+    if stage.look is None or (done % stage.training.look_every and done != steps):
+        return
     averaged = run.averaged()
-    if accelerator.is_main_process:
-        found = dict(stage.look(step, averaged))
+    if accelerator.is_main_process and not stage.look.was(done):
+        found = dict(stage.look(done, averaged))
         if found:
-            journal.append(stage.folder, {"name": stage.name, "step": step - 1, "watch": found})
-            accelerator.log(journal.flat(found), step)
+            journal.append(stage.folder, {"name": stage.name, "step": done - 1, "watch": found})
+            accelerator.log(journal.flat(found), done)
         if stage.training.snapshots:
-            ship.snapshot(stage.folder, step, averaged)
+            ship.snapshot(stage.folder, done, averaged)
     accelerator.wait_for_everyone()
 
 

@@ -17,7 +17,7 @@ from flowspace.training.checkpoints import (
 )
 from flowspace.training.draws import Draws, KeyedPairs, seed_of
 from flowspace.training.optimizers import CombinedOptimizer, MuonAdamW, PlainAdamW, assign
-from flowspace.training.order import BatchRows, KeyedRows, Rows, share_of
+from flowspace.training.order import BatchRows, KeyedRows, Rows, in_its_own_group, share_of
 from flowspace.training.signals import stopped_by_sigterm
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "assign",
     "fill",
     "flatten_optimizer",
+    "in_its_own_group",
     "locked",
     "packed",
     "restore_optimizer",

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import socket
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -37,6 +38,9 @@ __all__ = [
 ]
 
 DIGEST = "sha256"
+
+LONGEST_GOODBYE = 8.0
+"""Seconds that the reading processes of a killed run may live on, and its lock with them."""
 
 LEFT_OVER = (".tmp*", "*.partial")
 """What a write that was killed leaves beside the checkpoints: the temporary file of safetensors,
@@ -207,12 +211,19 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
 # --- what a checkpoint holds -------------------------------------------------------------------
 
 
-def packed(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the tensors of several parts in one table; all processes must call."""
+def packed(parts: Mapping[str, Mapping[str, Tensor]], kept: bool = True) -> dict[str, Tensor]:
+    """Return the tensors of several parts in one table on the CPU; all processes must call.
+
+    Args:
+        parts: tensors by name; they may be shared out, and are made whole one after the other.
+        kept: whether this process wants the table; the others help to make it.
+    """
     table = {}
     for part, tensors in parts.items():
         for name, value in tensors.items():
-            table[f"{part}:{name}"] = whole(value)
+            tensor = whole(value)
+            if kept:
+                table[f"{part}:{name}"] = tensor.detach().cpu()
     return table
 
 
@@ -320,14 +331,19 @@ def locked(folder: Path) -> Iterator[None]:
         return
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise RunError(
-                f"{folder} is used by {file.read().strip() or 'another process'}; wait for it, or "
-                "choose another folder"
-            ) from None
+        deadline = time.monotonic() + LONGEST_GOODBYE
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > deadline:
+                    file.seek(0)
+                    raise RunError(
+                        f"{folder} is used by {file.read().strip() or 'another process'}; wait "
+                        "for it, or choose another folder"
+                    ) from None
+                time.sleep(0.1)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

@@ -4,6 +4,7 @@ The order of a pass and the mirror images follow from (seed, pass, index), so th
 on how many processes or workers read, nor on where a run was stopped.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ from torch.utils.data import Dataset, Sampler
 from flowspace.errors import RunError
 from flowspace.training.draws import seed_of
 
-__all__ = ["BatchRows", "KeyedRows", "Rows", "share_of"]
+__all__ = ["BatchRows", "KeyedRows", "Rows", "in_its_own_group", "share_of"]
 
 MIRRORED = 2
 """Keeps the draws of mirror images apart from the other uses of (seed, pass, index)."""
@@ -98,3 +99,12 @@ def share_of(batch: int, rank: int, ranks: int, parts: int = 1) -> list[tuple[in
     size = batch // (ranks * parts)
     begin = rank * parts
     return [((begin + part) * size, (begin + part + 1) * size) for part in range(parts)]
+
+
+def in_its_own_group(_: int) -> None:
+    """Keep a reading process out of the signals that stop a run: `DataLoader`'s worker_init_fn.
+
+    torchrun signals whole groups of processes, and a run that lost its readers cannot save.
+    """
+    if hasattr(os, "setpgrp"):  # Windows has none
+        os.setpgrp()

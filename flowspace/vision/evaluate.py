@@ -47,6 +47,9 @@ __all__ = [
 ]
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
+COMPARED = 10_000
+"""Images of each set, at most, that precision and recall compare."""
+
 NEIGHBOURS = 3
 """The k of precision and recall (Kynkaanniemi et al., arXiv 1904.06991)."""
 
@@ -301,7 +304,8 @@ class Inception(Extractor):
 
     name, classic = "inception-v3", True
 
-    def __init__(self, weights: Path | None) -> None:
+    def __init__(self, weights: Path | None, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
         if weights is None or not weights.is_file():
             raise RunError(
                 f"{weights or INCEPTION} is missing; FID needs Inception's weights: fetch "
@@ -326,11 +330,12 @@ class Inception(Extractor):
                 raise RunError(
                     f"{weights} does not hold the weights of Inception, as {INCEPTION} does"
                 ) from error
+        self.network.to(self.device)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:
         """Return pooled features (2,048) and unbiased logits."""
-        pooled, logits = self.network(images)
+        pooled, logits = self.network(images.to(self.device))
         return Features(pooled.cpu().float(), logits.cpu().float())
 
 
@@ -441,9 +446,10 @@ def judge(
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     near = prc_features_to_metric(
-        samples.features.cpu().float(),
-        real.features.cpu().float(),
+        _spread_over(samples).cpu().float(),
+        _spread_over(real).cpu().float(),
         prc_neighborhood=NEIGHBOURS,
+        prc_save_cpu_ram=True,
         verbose=False,
     )
     distance, spread = kernel_distance(samples, real)
@@ -458,6 +464,15 @@ def judge(
         score = isc_features_to_metric(samples.logits.cpu())
         values["IS"] = float(score["inception_score_mean"])
     return Scores(len(samples), extractor.name, real.digest, values)
+
+
+def _spread_over(features: Features) -> Tensor:
+    """Return the features of at most `COMPARED` images, evenly spread over all of them.
+
+    Precision and recall compare every image with every other one.
+    """
+    step = -(-len(features) // COMPARED)
+    return features.features[::step]
 
 
 def frechet_distance(samples: Features, real: Features) -> float:

@@ -24,7 +24,7 @@ from flowspace.vision.data import Images, order_of
 from flowspace.vision.encoders import LatentEncoder
 from flowspace.vision.tensor_files import metadata_of, write_whole
 
-__all__ = ["LatentImages", "encode"]
+__all__ = ["LatentImages", "encode", "fingerprint"]
 
 DRAWN = 7
 """Keeps the draws of posteriors apart from the other uses of a number."""
@@ -65,7 +65,7 @@ def encode(
         raise InputError(
             f"got batch = {batch}, shard = {shard}; write 1 or more, and fit() the encoder first"
         )
-    made = {"count": len(images), "shard": shard, "flip": flip, **_fingerprint(images, encoder)}
+    made = {"count": len(images), "shard": shard, "flip": flip, **fingerprint(images, encoder)}
     starts = range(0, len(images), shard)[rank::ranks]
     for start in tqdm(starts, "latents", unit="shard", disable=rank > 0):
         path = _path(folder, start)
@@ -114,7 +114,7 @@ def _encoded(
     return {"latents": latents, "images": pixels, "labels": torch.tensor(labels)}
 
 
-def _fingerprint(images: Images, encoder: LatentEncoder) -> dict[str, str]:
+def fingerprint(images: Images, encoder: LatentEncoder) -> dict[str, str]:
     """Say which images and which encoder, by their names, weights and statistics."""
     names = [Path(images.name(number)).name for number in range(len(images))]
     pictures = hashlib.sha256("\n".join(names).encode())
