@@ -41,7 +41,6 @@ class Profile:
         if accelerator.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
         self.profiler = profile(activities=activities)
-        self.began = 0.0
 
     @property
     def steps(self) -> int:

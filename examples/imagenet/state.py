@@ -56,8 +56,6 @@ class Run:
         self.averages = {str(decay): copy.deepcopy(stage.network) for decay in t.emas}
         if stage.compiled:  # once it was copied: the copies only draw
             stage.network.compile_blocks()
-            # The log asks for the gradient of each term before that of their sum.
-            torch._functorch.config.donated_buffer = False
         self.network = self.distributed()
         self.optimizer = stage.optimizer(stage.network)
         self.skipped = torch.zeros((), dtype=torch.long, device=accelerator.device)

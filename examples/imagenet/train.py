@@ -23,6 +23,7 @@ import dataclasses
 import datetime
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import build
@@ -121,6 +122,8 @@ def prepared(config: Config, accelerator: Accelerator, judged: bool = False) -> 
         judged: whether the run will be judged, for which the judge's weights are needed.
     """
     device, rank = accelerator.device, accelerator.process_index
+    if config.generator.compile:  # the log asks for each term's gradient before their sum's
+        torch._functorch.config.donated_buffer = False
     images = build.images_of(config)
     rows = build.rows_of(config, images)
     share_of(config.training.batch, rank, accelerator.num_processes, config.training.accumulate)
@@ -265,15 +268,14 @@ def take(run: Run, step: int, stream: Iterator[Sequence[Tensor]], log: Log, logg
                 with accelerator.autocast():
                     answer = stage.adversary.answer(cost.real, cost.made, draws)
                 backward(run, answer.float())
-            log.answers.append(answer.detach().float())
+            if logged:
+                log.answers.append(answer.detach().float())
         costs.append((cost.rows.detach(), cost.times))
     with span("optimiser"):
         update(run, costs)
 
 
-def exchanged(
-    run: Run, network: nn.Module, closing: bool
-) -> contextlib.AbstractContextManager[Any]:
+def exchanged(run: Run, network: nn.Module, closing: bool) -> AbstractContextManager[Any]:
     """Return the context of a part of a batch: gradients are exchanged after the last one.
 
     DDP decides it in the forward pass, FSDP2 by a switch.
@@ -301,11 +303,10 @@ def update(run: Run, costs: Sequence[tuple[Tensor, Mapping[str, Tensor]]]) -> No
     adversary = run.stage.adversary
     if adversary and adversary.plays(run.step):
         players.append((adversary.optimizer, adversary.heads, 1.0))
-    norms = [whole(clip_grad_norm_(held, clip)) for _, held, clip in players]
+    run.norms = [whole(clip_grad_norm_(held, clip)) for _, held, clip in players]
     rows = torch.cat([cost for cost, _ in costs])
-    loss = run.accelerator.reduce(rows.mean(), "mean")
-    run.norms, run.loss = norms, loss
-    run.finite = torch.stack([loss, *norms]).isfinite().all().float()
+    run.loss = run.accelerator.reduce(rows.mean(), "mean")
+    run.finite = torch.stack([run.loss, *run.norms]).isfinite().all().float()
     for optimizer, _, _ in players:
         optimizer.found_inf = 1 - run.finite
         optimizer.step()
@@ -348,7 +349,7 @@ def fit(stage: Stage, accelerator: Accelerator, profile: Profile | None = None) 
         look(run, start, steps)  # unless it was, before the run was stopped
     with stopped_by_sigterm() as signals, log.bar as bar:
         for step in bar:
-            logged = step % t.log_every == 0 or step + 1 == steps
+            logged = profile is None and (step % t.log_every == 0 or step + 1 == steps)
             with profile or contextlib.nullcontext():
                 take(run, step, stream, log, logged)
             schedule.step()
