@@ -145,7 +145,7 @@ def _demo(options: argparse.Namespace) -> int:
     from flowspace.demo.page import markdown_table
 
     if options.seeds < 1:
-        raise FlowspaceError(f"--seeds {options.seeds} came; write 1 or more")
+        raise FlowspaceError(f"got --seeds {options.seeds}; write 1 or more")
     folder = options.out or Path("runs") / options.dataset
     with _one_thread():
         metrics = digits.run(

@@ -18,9 +18,12 @@ from dataclasses import field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
+try:
+    import yaml
+    from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+    from pydantic.dataclasses import dataclass
+except ModuleNotFoundError as missing:
+    sys.exit(f"{missing.name} is not installed; write: pip install -e '.[vision]'")
 
 __all__ = ["Config", "SettingsError", "check_places", "from_command_line", "load", "of_run"]
 
