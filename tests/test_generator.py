@@ -14,7 +14,8 @@ from dataclasses import replace
 
 from flowspace import CrossFlowLoss, FiniteDifference, ForwardMode, InputError, SharedPrimal
 from flowspace.vision import CrossFlowGenerator
-from flowspace.vision.generator import CONDITIONS, Norm, RotaryGrid
+from flowspace.vision.generator import CONDITIONS
+from flowspace.vision.layers import Norm, RotaryGrid
 
 SMALL = {"channels": 4, "grid": 4, "patch": 2, "classes": 5, "depth": 2, "width": 32, "heads": 4}
 

@@ -21,13 +21,12 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  # pipelines look for it here
-from timm.layers.mlp import Mlp, SwiGLU
-from timm.layers.norm import RmsNorm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flowspace.errors import InputError
 from flowspace.vision.checked_model import CheckedModel
+from flowspace.vision.layers import MLPS, Norm, RotaryGrid, TimeEmbedding, turned
 from flowspace.vision.shapes import pair_of
 
 __all__ = ["PRESETS", "CrossFlowGenerator"]
@@ -40,11 +39,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Depth and width of the paper's three sizes; the heads are ours."""
 
 CONDITIONS: dict[str, tuple[str, ...]] = {"s": ("s",), "t,s": ("t", "s"), "t-s": ("t-s",)}
-FREQUENCIES = 128
-"""Sines and cosines of a time: as many of each."""
-
-SLOWEST = 1e4
-"""The slowest wave of rotary positions has this period over 2 pi, in cells; the usual one."""
 
 
 class CrossFlowGenerator(CheckedModel):
@@ -262,55 +256,6 @@ def _convolution(inputs: int, outputs: int) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
 
 
-class TimeEmbedding(nn.Module):
-    """Sines and cosines of a time, then a small MLP."""
-
-    def __init__(self, width: int, hidden: int = 256) -> None:
-        super().__init__()
-        self.first = nn.Linear(2 * FREQUENCIES, hidden, bias=False)
-        self.second = nn.Linear(hidden, width, bias=False)
-
-    def forward(self, time: Tensor) -> Tensor:
-        """Map ``(B,)`` to ``(B, width)``; periods from 10 down to 1/16, formed in float32."""
-        slowest, fastest = math.log10(0.2 * math.pi), math.log10(32 * math.pi)
-        rates = torch.logspace(slowest, fastest, FREQUENCIES, device=time.device)
-        angle = time.float()[:, None] * rates
-        waves = torch.cat([angle.cos(), angle.sin()], 1).to(self.first.weight.dtype)
-        return self.second(F.silu(self.first(waves)))
-
-
-class RotaryGrid(nn.Module):
-    """Rotary positions of the cells of a grid, in real arithmetic: half of a head for rows, half
-    for columns.
-    """
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.size = size
-
-    def forward(self, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines ``(height width, size)``; (i, i + size/2) turn together."""
-        quarter = self.size // 4
-        rates = SLOWEST ** (-torch.arange(quarter, device=device) / quarter)
-        row = torch.arange(height, device=device)[:, None] * rates
-        column = torch.arange(width, device=device)[:, None] * rates
-        rows = row.repeat_interleave(width, 0)
-        columns = column.repeat(height, 1)
-        angle = torch.cat([rows, columns], 1)
-        cosine, sine = angle.cos(), angle.sin()
-        return torch.cat([cosine, cosine], 1), torch.cat([sine, sine], 1)
-
-
-class Norm(RmsNorm):
-    """An RMS norm whose weight is cast to its input's dtype: under autocast torch's fused kernel
-    takes no other.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``x / sqrt(mean(x^2) + eps) * weight``, over the last axis."""
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-
-
 class Block(nn.Module):
     """Attention and an MLP, each after an RMS norm and added to its input."""
 
@@ -333,29 +278,7 @@ class Block(nn.Module):
     def _attention(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         heads = self.qkv(x).unflatten(2, (3, self.heads, -1))
         q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
-        q = _turned(self.q_norm(q), cosine, sine).to(v.dtype)
-        k = _turned(self.k_norm(k), cosine, sine).to(v.dtype)
+        q = turned(self.q_norm(q), cosine, sine).to(v.dtype)
+        k = turned(self.k_norm(k), cosine, sine).to(v.dtype)
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
-
-
-def _swiglu(width: int) -> nn.Module:
-    hidden = 8 * round(width / 3)
-    return SwiGLU(width, hidden, bias=False)
-
-
-def _gelu(width: int) -> nn.Module:
-    return Mlp(width, 4 * width, bias=False)
-
-
-MLPS = {"swiglu": _swiglu, "gelu": _gelu}
-
-
-def _turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turn the cells, which come last; context tokens stay as they are."""
-    before = x.shape[2] - len(cosine)
-    context, cells = x[:, :, :before], x[:, :, before:]
-    first, second = cells.chunk(2, -1)
-    quarter_turn = torch.cat([-second, first], -1)
-    turned = cells * cosine + quarter_turn * sine
-    return torch.cat([context, turned], 2)
