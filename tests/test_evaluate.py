@@ -502,3 +502,41 @@ def test_a_judge_with_too_many_features_for_so_few_images_is_refused():
 def test_a_judge_is_tested_with_images(images):
     with pytest.raises(InputError, match="give uint8"):
         evaluate.check_judge(Edges(), images)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 6), st.integers(2, 6))
+def test_the_nearest_training_image_is_the_one_that_a_search_finds(seed, count, many):
+    draw = torch.Generator().manual_seed(seed)
+    samples = torch.randint(0, 256, (count, 3, 2, 2), generator=draw, dtype=torch.uint8)
+    training = torch.randint(0, 256, (many, 3, 2, 2), generator=draw, dtype=torch.uint8)
+    found = evaluate.nearest(samples, training)
+
+    def distance(a, b):
+        return float((a.double() - b.double()).square().mean().sqrt() / 255)
+
+    for row, image in enumerate(samples):
+        distances = [distance(image, other) for other in training]
+        chosen = int(found.index[row])
+        assert distances[chosen] == pytest.approx(min(distances), abs=1e-6)
+        assert float(found.distance[row]) == pytest.approx(min(distances), abs=1e-6)
+        apart = [distance(training[chosen], training[k]) for k in range(many) if k != chosen]
+        assert float(found.apart[row]) == pytest.approx(min(apart), abs=1e-6)
+
+
+def test_noisy_copies_have_a_share_of_one_and_what_lies_between_images_has_none():
+    training = pictures(12)
+    noisy = (training.int() + torch.tensor([[[[1]], [[-1]], [[1]]]])).clamp(0, 255)
+    found = evaluate.nearest(noisy.to(torch.uint8), training)
+    assert found.index.tolist() == list(range(12)) and found.share == 1
+    assert evaluate.nearest(training, training).distance.max() == 0
+    far = torch.stack([torch.zeros(1, 1, 1), torch.ones(1, 1, 1), torch.full((1, 1, 1), 0.4)])
+    first, second, between = (255 * far).to(torch.uint8).split(1)
+    wide = evaluate.nearest(between, torch.cat([first, first + 9, second]))
+    assert wide.share == 0
+
+
+def test_images_of_other_sizes_are_not_compared():
+    with pytest.raises(InputError, match="images of one size"):
+        evaluate.nearest(pictures(3, 8), pictures(3, 4))
+    with pytest.raises(InputError, match="at least two"):
+        evaluate.nearest(pictures(3, 8), pictures(1, 8))

@@ -11,6 +11,7 @@ FID and IS: others are Frechet distances of the features they name.
 import abc
 import hashlib
 import json
+import math
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,6 +34,7 @@ __all__ = [
     "Extractor",
     "Features",
     "Inception",
+    "Nearest",
     "Plan",
     "Scores",
     "TimmExtractor",
@@ -42,6 +44,7 @@ __all__ = [
     "judge",
     "kernel_distance",
     "least_and_spread",
+    "nearest",
     "rounded",
     "validation_ratio",
 ]
@@ -379,6 +382,62 @@ class TimmExtractor(Extractor):
         else:
             pooled = maps.mean(1)
         return Features(pooled.cpu(), head.forward_head(maps).cpu())
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The training image that is nearest to each of some samples.
+
+    Distances are root mean squares over pixels, where white is 1 away from black.
+
+    Attributes:
+        index: of the nearest training image, ``(N,)``.
+        distance: to it, ``(N,)``.
+        apart: from that training image to the nearest other one, ``(N,)``.
+    """
+
+    index: Tensor
+    distance: Tensor
+    apart: Tensor
+
+    @property
+    def share(self) -> float:
+        """The share of samples that are nearer to a training image than any other one is to it.
+
+        It is 1 where every sample recalls a training image. A blot is near to many images too, so
+        that the number says something only of samples that one has looked at.
+        """
+        return float((self.distance < self.apart).double().mean())
+
+
+def nearest(samples: Tensor, training: Tensor) -> Nearest:
+    """Return the training image nearest to each sample, by its pixels.
+
+    Args:
+        samples: uint8, ``(N, C, H, W)``.
+        training: uint8, ``(M, C, H, W)``, at least two.
+
+    Raises:
+        InputError: if there are fewer than two training images, or the sizes differ.
+    """
+    if len(training) < 2 or samples.shape[1:] != training.shape[1:]:
+        raise InputError(
+            f"got samples of shape {tuple(samples.shape)} and training images of shape "
+            f"{tuple(training.shape)}; images of one size are compared, with at least two of "
+            "training"
+        )
+    distance, index = _distances(samples, training).min(1)
+    found, where = index.unique(return_inverse=True)
+    others = _distances(training[found], training)
+    others[torch.arange(len(found)), found] = torch.inf
+    return Nearest(index, distance, others.min(1).values[where])
+
+
+def _distances(first: Tensor, second: Tensor) -> Tensor:
+    """Return the root mean square difference of each pair of uint8 images, ``(N, M)``."""
+    a, b = first.flatten(1).float() / 255, second.flatten(1).float() / 255
+    exact = "donot_use_mm_for_euclid_dist"  # equal images have a distance of zero
+    return torch.cdist(a, b, compute_mode=exact) / math.sqrt(a.shape[1])
 
 
 def features_of(extractor: Extractor, batches: Iterable[Tensor]) -> Features:
