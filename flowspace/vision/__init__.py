@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flowspace.vision.adversarial import AdversarialLoss, Discriminator
     from flowspace.vision.data import DatasetImages, FolderImages
+    from flowspace.vision.dit_dh import DiTDH
     from flowspace.vision.encoders import LatentEncoder, load_encoder
     from flowspace.vision.generator import CrossFlowGenerator
     from flowspace.vision.latents import LatentImages
     from flowspace.vision.perceptual import LearnedDistance, PerceptualLoss, TimmFeatures
     from flowspace.vision.pipeline import CrossFlowDecoder, CrossFlowPipeline
+    from flowspace.vision.pixel_flow import PixelFlowTransformer
+    from flowspace.vision.pixel_mean_flow import PixelMeanFlowTransformer
     from flowspace.vision.shards import ShardImages
 
 __all__ = [
@@ -21,12 +24,15 @@ __all__ = [
     "CrossFlowGenerator",
     "CrossFlowPipeline",
     "DatasetImages",
+    "DiTDH",
     "Discriminator",
     "FolderImages",
     "LatentEncoder",
     "LatentImages",
     "LearnedDistance",
     "PerceptualLoss",
+    "PixelFlowTransformer",
+    "PixelMeanFlowTransformer",
     "ShardImages",
     "TimmFeatures",
     "load_encoder",
@@ -35,11 +41,14 @@ __all__ = [
 PLACES = {
     "adversarial": ("AdversarialLoss", "Discriminator"),
     "data": ("DatasetImages", "FolderImages"),
+    "dit_dh": ("DiTDH",),
     "encoders": ("LatentEncoder", "load_encoder"),
     "latents": ("LatentImages",),
     "generator": ("CrossFlowGenerator",),
     "perceptual": ("LearnedDistance", "PerceptualLoss", "TimmFeatures"),
     "pipeline": ("CrossFlowDecoder", "CrossFlowPipeline"),
+    "pixel_flow": ("PixelFlowTransformer",),
+    "pixel_mean_flow": ("PixelMeanFlowTransformer",),
     "shards": ("ShardImages",),
 }
 
