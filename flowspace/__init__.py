@@ -4,6 +4,14 @@ target.
 Times everywhere: t = 0 is data, t = 1 is noise, s is the destination, 0 <= s <= t <= 1.
 """
 
+from flowspace.cascade import (
+    Cascade,
+    CascadeBatch,
+    CascadeFlow,
+    CascadeLoss,
+    CascadeOutput,
+    CascadeStage,
+)
 from flowspace.criteria import CriteriaReport, check_criteria
 from flowspace.derivatives import (
     Derivative,
@@ -77,6 +85,12 @@ __all__ = [
     "AbstractStatistic",
     "Adaptive",
     "AlphaFlowLoss",
+    "Cascade",
+    "CascadeBatch",
+    "CascadeFlow",
+    "CascadeLoss",
+    "CascadeOutput",
+    "CascadeStage",
     "ConsistencyLoss",
     "ConsistencyStatistic",
     "CosineSchedule",

@@ -1,0 +1,589 @@
+r"""A cascade over resolutions: one network takes noise to an image, from small to large.
+
+It is PixelFlow's (Chen et al., arXiv 2504.07963). Stage k of S, from the coarsest, k = 0, works at
+1/2^(S-1-k) of an image's size. With u = k/S its first and its last state share one noise n of that
+size,
+
+$$\text{start}_k = (1 - t_k)\, \mathrm{Up}(\mathrm{Down}(x_k)) + t_k\, n$$
+$$\text{end}_k = (1 - e_k)\, x_k + e_k\, n$$
+$$t_k = 2 (1 - u)/(2 - u), \quad e_k = 1 - (k + 1)/S$$
+
+where x_k is the image at the stage's size, Down the mean of 2 x 2 pixels (bilinear halving) and Up
+their repetition (nearest). Times are flowspace's: 0 is data and 1 is noise, so t_k and e_k are
+weights of the noise; the paper's run the other way.
+
+**A stage is a path like any other.** With "data" = end, "noise" = start and t the stage's own
+time, z_t = (1 - t) end + t start has the velocity start - end. No identity that flowspace trains
+by asks for noise that is normal, or independent of the data. So any objective trains a stage as it
+is, given latents = end and noise = start: flow matching (the paper's), or MeanFlow and CrossFlow,
+whose stages take one evaluation each.
+
+**A jump is exact.** Split the noise of stage k into what the coarser stage saw of it and the rest,
+n = Up(m)/2 + d: m = 2 Down(n) is standard normal again, and d = n - Up(Down(n)) is independent of
+it. With m the coarser stage's noise,
+
+$$\text{start}_k = \mathrm{Up}(\text{end}_{k-1})/(2 - u) + t_k\, d$$
+
+for each image and each noise. The paper's re-noising adds the same in law: a pixel of t_k d has
+the spread beta = sqrt(3) (1 - u)/(2 - u), and the pixels of a 2 x 2 cell the correlation -1/3.
+Hence one noise of the image's size holds all that a cascade needs, and a sample is a function of
+it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool2d, interpolate
+
+from flowspace.arrays import Model, draw_noise
+from flowspace.errors import InputError, TimeError
+from flowspace.flow_map import FlowMap
+from flowspace.guidance import Guidance, RandomGuidance
+from flowspace.inputs import check_model, check_states, checked_cond, require
+from flowspace.objectives import LossOutput, Objective
+from flowspace.solvers import Solver, VelocityFlow
+
+__all__ = [
+    "Cascade",
+    "CascadeBatch",
+    "CascadeFlow",
+    "CascadeLoss",
+    "CascadeOutput",
+    "CascadeStage",
+]
+
+RAMP = (0, 1 / 6, 2 / 3, 1)
+"""The paper's shares of the guidance in each of four stages: 1 + (g - 1) share (section 4.3)."""
+
+
+def halved(images: Tensor, times: int = 1) -> Tensor:
+    """Return images ``(B, C, H, W)`` halved so many times: each pixel is the mean of 2 x 2."""
+    for _ in range(times):
+        images = avg_pool2d(images, 2)
+    return images
+
+
+def doubled(images: Tensor) -> Tensor:
+    """Return images ``(B, C, H, W)`` of twice the height and width: each pixel is repeated."""
+    return interpolate(images, scale_factor=2, mode="nearest")
+
+
+@dataclass(frozen=True)
+class CascadeStage:
+    """One stage: which path it is, and where it lies in the network's time.
+
+    Args:
+        index: k, from 0, the coarsest.
+        count: S, how many stages there are.
+    """
+
+    index: int
+    count: int
+
+    @property
+    def start(self) -> float:
+        """The weight t_k of the noise in the stage's first state, the noisier; 1 for k = 0."""
+        u = self.index / self.count
+        return 2 * (1 - u) / (2 - u)
+
+    @property
+    def end(self) -> float:
+        """The weight e_k of the noise in the stage's last state; 0 for the last stage."""
+        return 1 - (self.index + 1) / self.count
+
+    @property
+    def length(self) -> float:
+        """How much of the noise's weight the stage takes away."""
+        return self.start - self.end
+
+    @property
+    def window(self) -> tuple[float, float]:
+        """The network's times of the stage's last and first state.
+
+        The windows of all stages fill [0, 1] in the order of the stages, each as long as its share
+        of all lengths.
+        """
+        lengths = [CascadeStage(k, self.count).length for k in range(self.count)]
+        whole = sum(lengths)
+        later = sum(lengths[self.index + 1 :])
+        return later / whole, sum(lengths[self.index :]) / whole
+
+    def global_time(self, t: Tensor) -> Tensor:
+        """Return the network's time for the stage's own, of any shape, in [0, 1]."""
+        low, high = self.window
+        return low + (high - low) * t
+
+    def local(self, function: Model) -> Model:
+        """Return a model or a velocity that takes the stage's own times.
+
+        Args:
+            function: ``(z_t, t, s, **cond)`` or ``(z_t, t, **cond)``, at the network's times.
+        """
+
+        def at_own_times(z_t: Tensor, *times: Tensor, **cond: Any) -> Tensor:
+            return function(z_t, *[self.global_time(t) for t in times], **cond)
+
+        return at_own_times
+
+    def path(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the stage's last and its first state, ``(B, C, H, W)`` each (eqs. 2 and 3).
+
+        An objective is given them as its latents and its noise.
+
+        Args:
+            images: x_k, at the stage's size, ``(B, C, H, W)``.
+            noise: n, standard normal, of the same shape.
+        """
+        coarse = images
+        if self.index:
+            coarse = doubled(halved(images))
+        end = (1 - self.end) * images + self.end * noise
+        start = (1 - self.start) * coarse + self.start * noise
+        return end, start
+
+    def jump(self, state: Tensor, noise: Tensor) -> Tensor:
+        """Return the stage's first state ``(B, C, H, W)`` from the last one of the stage before.
+
+        Args:
+            state: where the stage before ended, ``(B, C, H/2, W/2)``.
+            noise: n, standard normal, ``(B, C, H, W)``; only what its halving loses is added, so
+                the state's own noise may be 2 Down(n).
+        """
+        u = self.index / self.count
+        details = noise - doubled(halved(noise))
+        return doubled(state) / (2 - u) + self.start * details
+
+
+class CascadeBatch(NamedTuple):
+    """The rows of a batch that are trained in one stage.
+
+    Attributes:
+        stage: which.
+        rows: their numbers in the batch, ``(b,)``.
+        latents: the stage's last states, ``(b, C, h, w)``.
+        noise: the stage's first states, of the same shape.
+    """
+
+    stage: CascadeStage
+    rows: Tensor
+    latents: Tensor
+    noise: Tensor
+
+
+@dataclass(frozen=True)
+class Cascade:
+    """A sequence of stages, each at twice the height and width of the one before.
+
+    With one stage it is no cascade: the path from noise to images.
+
+    Args:
+        stages: how many, at least 1; 4 in the paper.
+
+    Raises:
+        InputError: if stages is no such count.
+    """
+
+    stages: int = 4
+
+    def __post_init__(self) -> None:
+        require(
+            isinstance(self.stages, int) and not isinstance(self.stages, bool) and self.stages > 0,
+            "stages",
+            self.stages,
+            "it counts resolutions, so write 1 or more, 4 in the paper",
+        )
+
+    def __len__(self) -> int:
+        return self.stages
+
+    def __getitem__(self, index: int) -> CascadeStage:
+        if not 0 <= index < self.stages:
+            raise IndexError(f"got stage {index} of a cascade of {self.stages}; they start at 0")
+        return CascadeStage(index, self.stages)
+
+    def __iter__(self) -> Iterator[CascadeStage]:
+        return (self[k] for k in range(self.stages))
+
+    def noises(self, noise: Tensor) -> list[Tensor]:
+        """Return the noise of each stage, coarsest first: halved, and doubled in value.
+
+        Args:
+            noise: standard normal, of the images' shape, ``(B, C, H, W)``. So are its halvings.
+        """
+        self.check_size(noise)
+        last = self.stages - 1
+        return [self._noise_of(stage, noise, last) for stage in self]
+
+    def batches(self, images: Tensor, noise: Tensor, stages: Tensor) -> Iterator[CascadeBatch]:
+        """Yield the rows of each stage that has any, as an objective takes them.
+
+        Args:
+            images: ``(B, C, H, W)``.
+            noise: standard normal, of the same shape.
+            stages: the stage of each row, whole numbers ``(B,)``; on the CPU nothing waits for the
+                device.
+
+        Raises:
+            InputError: if images do not halve S - 1 times, or shapes do not fit.
+        """
+        self._check_batch(images, noise, stages)
+        last = self.stages - 1
+        for stage in self:
+            rows = (stages == stage.index).nonzero().flatten().to(images.device)
+            if not len(rows):
+                continue
+            small = halved(images[rows], last - stage.index)
+            yield CascadeBatch(
+                stage, rows, *stage.path(small, self._noise_of(stage, noise[rows], last))
+            )
+
+    def assigned(self, rows: int, generator: torch.Generator | None = None) -> Tensor:
+        """Return the stage of each row, ``(rows,)``: every S rows in a row hold each stage once.
+
+        So every stage has its share of a batch, and of any part of it that a process holds; what
+        is drawn is where the round starts.
+
+        Args:
+            rows: of the batch.
+            generator: the source of the one number that is drawn, on its device.
+        """
+        device = None
+        if generator is not None:
+            device = generator.device
+        first = torch.randint(self.stages, (), generator=generator, device=device)
+        return (first + torch.arange(rows, device=device)) % self.stages
+
+    def ramp(self, guidance: Guidance, shares: Sequence[float] = RAMP) -> tuple[Guidance, ...]:
+        """Return the guidance of each stage: 1 + (omega - 1) share (section 4.3).
+
+        Args:
+            guidance: of full strength.
+            shares: one for each stage; the paper's are for four.
+
+        Raises:
+            InputError: if shares are not as many as stages, or the guidance cannot be scaled.
+        """
+        require(
+            isinstance(guidance, Guidance) and not isinstance(guidance, RandomGuidance),
+            "guidance",
+            guidance,
+            "write for example Guidance(null={'labels': 1000}, omega=2.4)",
+        )
+        if len(shares) != self.stages:
+            raise InputError(
+                f"got {len(shares)} shares of guidance for {self.stages} stage(s); write one for "
+                "each stage, coarsest first, as shares=(0, 0.5, 1) for three"
+            )
+        return tuple(replace(guidance, omega=1 + (guidance.omega - 1) * share) for share in shares)
+
+    def check_size(self, images: Tensor) -> None:
+        """Refuse what are no images, or cannot be halved S - 1 times.
+
+        Raises:
+            InputError: unless they are ``(B, C, H, W)`` with H and W divisible by 2^(S-1).
+        """
+        check_states("images", images)
+        if not isinstance(images, Tensor) or images.ndim != 4:
+            raise InputError(
+                f"got images of shape {tuple(images.shape)}; a cascade halves tensors of shape "
+                "(B, C, H, W)"
+            )
+        height, width = images.shape[2:]
+        unit = 2 ** (self.stages - 1)
+        if height % unit or width % unit:
+            raise InputError(
+                f"got images of {height} x {width} for {self.stages} stages, which halve them "
+                f"{self.stages - 1} time(s); write sizes divisible by {unit}, or fewer stages"
+            )
+
+    def _check_batch(self, images: Tensor, noise: Tensor, stages: Tensor) -> None:
+        self.check_size(images)
+        if noise.shape != images.shape:
+            raise InputError(
+                f"got noise of shape {tuple(noise.shape)} for images of {tuple(images.shape)}; "
+                "write noise of the images' shape: each stage takes its halvings"
+            )
+        if stages.shape != (len(images),) or stages.is_floating_point():
+            raise InputError(
+                f"got stages of dtype {stages.dtype} and shape {tuple(stages.shape)} for "
+                f"{len(images)} images; write one whole number for each, as "
+                "cascade.assigned(len(images)) does"
+            )
+        if bool(((stages < 0) | (stages >= self.stages)).any()):
+            raise InputError(
+                f"got stages from {int(stages.min())} to {int(stages.max())}; they are numbered "
+                f"from 0, the coarsest, to {self.stages - 1}"
+            )
+
+    @staticmethod
+    def _noise_of(stage: CascadeStage, noise: Tensor, last: int) -> Tensor:
+        """Return a stage's noise from the images': each halving is doubled, which keeps its
+        variance.
+        """
+        halvings = last - stage.index
+        return 2**halvings * halved(noise, halvings)
+
+
+class CascadeOutput(NamedTuple):
+    """What the loss of a cascade returns.
+
+    Attributes:
+        loss: of each row, ``(B,)``, with gradient.
+        t: the stage's own time of each row, ``(B,)``.
+        s: the stage's own destination of each row, ``(B,)``.
+        stages: the stage of each row, ``(B,)``.
+        outputs: what the objective returned for each stage that had rows, by its number.
+    """
+
+    loss: Tensor
+    t: Tensor
+    s: Tensor
+    stages: Tensor
+    outputs: dict[int, LossOutput]
+
+
+@dataclass(frozen=True)
+class CascadeLoss:
+    """An objective on the stages of a cascade: each row is trained in one of them.
+
+    With one stage it is the objective itself.
+
+    Args:
+        cascade: the stages.
+        objective: any: ``FlowMatchingLoss()`` is PixelFlow's, ``MeanFlowLoss()`` and
+            ``CrossFlowLoss()`` train stages of one evaluation. Or one for each stage, as
+            distillation needs: its teacher is ``stage.local(teacher)``.
+
+    Raises:
+        InputError: if an objective is none, or their number is wrong.
+    """
+
+    cascade: Cascade
+    objective: Objective | Sequence[Objective]
+
+    def __post_init__(self) -> None:
+        for objective in self._objectives:
+            require(
+                isinstance(objective, Objective),
+                "objective",
+                objective,
+                "write for example FlowMatchingLoss(), or a list of one for each stage",
+            )
+        if len(self._objectives) != self.cascade.stages:
+            raise InputError(
+                f"got {len(self._objectives)} objectives for {self.cascade.stages} stage(s); "
+                "write one for each stage, or a single one for all"
+            )
+
+    @property
+    def _objectives(self) -> Sequence[Objective]:
+        if isinstance(self.objective, Sequence):
+            return self.objective
+        return [self.objective] * self.cascade.stages
+
+    def sampler(self, model: Model, solver: Solver | None = None) -> "CascadeFlow":
+        """Return the sampler of a model that was trained with this loss.
+
+        Args:
+            model: at the network's times.
+            solver: None steps by the flow map; a solver integrates the model's velocity, which is
+                all that flow matching trains.
+        """
+        return CascadeFlow(self.cascade, self._objectives[0].flow_map(model), solver)
+
+    def __call__(  # noqa: PLR0913  # an objective's arguments, and the stages
+        self,
+        model: Model,
+        images: Tensor,
+        *,
+        cond: Mapping[str, Any] | None = None,
+        noise: Tensor | None = None,
+        stages: Tensor | None = None,
+        t: Tensor | None = None,
+        s: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> CascadeOutput:
+        """Return the loss of each row and what it was made of.
+
+        The model is called once for each stage that has rows, at the stage's size.
+
+        Args:
+            model: any callable ``model(z_t, t, s, **cond)`` on images of every stage's size and
+                the network's times ``(B,)``: `CascadeStage.global_time`.
+            images: ``(B, C, H, W)``, a floating dtype.
+            cond: keyword arguments of the model; tensors whose first axis is B belong to the rows.
+            noise: standard normal noise of the images' shape; by default drawn.
+            stages: the stage of each row, ``(B,)``; by default `Cascade.assigned`.
+            t: the stage's own times in (0, 1], ``(B,)``; by default drawn by the objective.
+            s: destinations in [0, t], likewise; given if and only if t is.
+            generator: the source of what is drawn.
+
+        Raises:
+            InputError: if images do not halve, or shapes do not fit.
+            TimeError: if given times are of the wrong type, shape or range.
+        """
+        check_model(model)
+        given = checked_cond(cond)
+        self.cascade.check_size(images)
+        if noise is None:
+            noise = draw_noise(images, generator)
+        if stages is None:
+            stages = self.cascade.assigned(len(images), generator)
+        outputs, order = {}, []
+        for batch in self.cascade.batches(images, noise, stages):
+            index, rows = batch.stage.index, batch.rows
+            times = {"t": _of_rows(t, rows, images), "s": _of_rows(s, rows, images)}
+            outputs[index] = self._objectives[index](
+                batch.stage.local(model),
+                batch.latents,
+                cond={name: _of_rows(value, rows, images) for name, value in given.items()},
+                noise=batch.noise,
+                generator=generator,
+                **times,
+            )
+            order.append(rows)
+        back = torch.cat(order).argsort()
+        return CascadeOutput(
+            torch.cat([out.loss for out in outputs.values()])[back],
+            torch.cat([out.t for out in outputs.values()])[back],
+            torch.cat([out.s for out in outputs.values()])[back],
+            stages,
+            outputs,
+        )
+
+
+def _of_rows(value: Any, rows: Tensor, images: Tensor) -> Any:
+    """Return some rows of what belongs to the rows of a batch, anything else as it is."""
+    if isinstance(value, Tensor) and value.ndim and len(value) == len(images):
+        return value[rows.to(value.device)]
+    return value
+
+
+@dataclass(frozen=True)
+class CascadeFlow:
+    """The sampler of a cascade: stage by stage, with an exact jump between two.
+
+    Args:
+        cascade: the stages that the model was trained on.
+        flow: the model, at the network's times, with the statistic that it outputs:
+            ``objective.flow_map(model)``.
+        solver: None steps by the flow map; `Euler()` or `DormandPrince(atol=1e-6)`, the paper's,
+            integrate its velocity.
+
+    Raises:
+        InputError: if flow or solver is none.
+    """
+
+    cascade: Cascade
+    flow: FlowMap
+    solver: Solver | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            isinstance(self.flow, FlowMap),
+            "flow",
+            self.flow,
+            "write for example FlowMatchingLoss().flow_map(model)",
+        )
+        require(
+            self.solver is None or isinstance(self.solver, Solver),
+            "solver",
+            self.solver,
+            "write Euler() or DormandPrince(atol=1e-6), or None to step by the flow map",
+        )
+
+    def sample(
+        self,
+        noise: Tensor,
+        *,
+        cond: Mapping[str, Any] | None = None,
+        steps: int | Sequence[int] = 1,
+        guidance: Guidance | Sequence[Guidance] | None = None,
+    ) -> Tensor:
+        """Return images ``(B, C, H, W)``, a function of the noise.
+
+        Args:
+            noise: standard normal noise of the images' shape, ``(B, C, H, W)``.
+            cond: keyword arguments of the model.
+            steps: of each stage: one number, or one for each stage, coarsest first; 30 in the
+                paper for Euler's method. An adaptive solver takes its own.
+            guidance: classifier-free guidance, or one for each stage, as `Cascade.ramp` makes.
+                Its interval is of the network's times; a stage of strength 1 is not evaluated
+                twice.
+
+        Raises:
+            InputError: if the noise does not halve, or guidance is none or of another number.
+            TimeError: if steps are no counts, or of another number.
+        """
+        return self.states(noise, cond=cond, steps=steps, guidance=guidance)[-1]
+
+    @torch.no_grad()
+    def states(
+        self,
+        noise: Tensor,
+        *,
+        cond: Mapping[str, Any] | None = None,
+        steps: int | Sequence[int] = 1,
+        guidance: Guidance | Sequence[Guidance] | None = None,
+    ) -> list[Tensor]:
+        """Return the last state of each stage, coarsest first; the last one is the sample.
+
+        The arguments are those of `sample`.
+        """
+        counts = self._steps(steps)
+        strengths = self._guidances(guidance)
+        noises = self.cascade.noises(noise)
+        ends: list[Tensor] = []
+        for stage in self.cascade:
+            z = noises[stage.index]
+            if ends:
+                z = stage.jump(ends[-1], z)
+            flow = self._of_stage(stage, strengths[stage.index])
+            ends.append(flow.sample(z, cond=cond, steps=counts[stage.index]))
+        return ends
+
+    def _of_stage(self, stage: CascadeStage, guidance: Guidance | None) -> FlowMap | VelocityFlow:
+        """Return the sampler of one stage, at the stage's own times."""
+        model = self.flow.model
+        if guidance is not None and not _is_idle(guidance):
+            model = guidance.apply(model)
+        flow = replace(self.flow, model=stage.local(model))
+        if self.solver is None:
+            return flow
+        return VelocityFlow(flow.velocity, self.solver)
+
+    def _steps(self, steps: int | Sequence[int]) -> list[int]:
+        """Return the steps of each stage, checked."""
+        counts = [steps] * self.cascade.stages
+        if isinstance(steps, Sequence):
+            counts = list(steps)
+        whole = [n for n in counts if isinstance(n, int) and not isinstance(n, bool) and n > 0]
+        if len(counts) != self.cascade.stages or len(whole) != len(counts):
+            raise TimeError(
+                f"got steps = {steps!r} for {self.cascade.stages} stage(s); write 1 or a larger "
+                "integer, or one for each stage, coarsest first"
+            )
+        return whole
+
+    def _guidances(
+        self, guidance: Guidance | Sequence[Guidance] | None
+    ) -> Sequence[Guidance | None]:
+        """Return the guidance of each stage, checked."""
+        if guidance is None or isinstance(guidance, Guidance):
+            return [guidance] * self.cascade.stages
+        if not isinstance(guidance, Sequence) or len(guidance) != self.cascade.stages:
+            raise InputError(
+                f"got guidance = {guidance!r} for {self.cascade.stages} stage(s); write one "
+                "Guidance(...), or one for each stage, as cascade.ramp(Guidance(...)) returns"
+            )
+        return guidance
+
+
+def _is_idle(guidance: Guidance) -> bool:
+    """Return whether a guidance leaves every prediction as it is."""
+    if isinstance(guidance, RandomGuidance) or isinstance(guidance.omega, Tensor):
+        return False
+    return guidance.omega == 1 - guidance.own_weight
