@@ -1,0 +1,506 @@
+"""PixelFlow's transformer: the velocity of noisy pictures of any resolution, in pixels.
+
+A diffusion transformer whose tokens are squares of pixels. Positions are rotary, so that one
+network serves every resolution of a cascade, and it is told which one it looks at: the number of
+tokens a side is embedded and added to the embeddings of time and class. Captions enter through
+attention to the tokens of a text encoder, after the attention among the picture's own.
+
+PixelFlow's paper (arXiv 2504.07963, 3.3) has the sizes of DiT-XL, patches of 4 x 4 pixels, and
+pictures of several resolutions packed into one batch. Norms of queries and keys over all heads, an
+RMS norm before the MLP and 677 million parameters are those of its public code. Ours are the
+smaller sizes, the layers without biases that embed the times, the second time of one-step stages,
+a norm of the text, and the learned token that stands for no text.
+
+The paper's time is 0 at noise; here it is 1, as everywhere in flowspace.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  # pipelines look for it here
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from flowspace.errors import InputError
+from flowspace.vision.checked_model import CheckedModel
+from flowspace.vision.layers import FREQUENCIES, SLOWEST, Norm, RotaryGrid, TimeEmbedding, turned
+from flowspace.vision.packing import Packing
+
+__all__ = ["PRESETS", "PixelFlowTransformer"]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "b": {"depth": 12, "width": 768, "heads": 12},
+    "l": {"depth": 24, "width": 1024, "heads": 16},
+    "xl": {"depth": 28, "width": 1152, "heads": 16},
+}
+"""``xl`` is the paper's; the others are those of ViT-B and ViT-L."""
+
+EXTENSIONS = ("classes", "interval", "null_trained", "text_width")
+"""What may differ between a network and one that is extended from it."""
+
+
+class Captions(NamedTuple):
+    """The captions of pictures, as a network sees them.
+
+    Attributes:
+        tokens: of a text encoder, ``(B, L, text_width)``.
+        mask: which of them there are, ``(B, L)``; at least one in a row.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+
+
+class BlockContext(NamedTuple):
+    """What every block is given beside tokens and condition.
+
+    Attributes:
+        packing: which tokens belong to one picture.
+        cosine: of the rotary positions, ``(N, width of a head)``.
+        sine: as the cosine.
+        captions: of all pictures in order, or None.
+    """
+
+    packing: Packing
+    cosine: Tensor
+    sine: Tensor
+    captions: Captions | None
+
+
+class PixelFlowTransformer(CheckedModel):
+    """Maps pictures ``(B, channels, side, side)`` at times ``(B,)`` to velocities of that shape.
+
+    Any side that the patch divides will do, and several in one call: a list of pictures, one
+    tensor for each resolution, gives a list of velocities; see `packed`.
+
+    Args:
+        channels: of a picture.
+        patch: pixels a side of one token.
+        classes: labels run from 0 to classes - 1; label ``classes`` is the null class of guidance.
+            0: no labels.
+        depth: blocks.
+        width: of the tokens; a multiple of 4 heads.
+        heads: of the attention.
+        interval: embed t - s beside t, for one-step stages; without it the network is a velocity
+            at t, and s is ignored.
+        text_width: of the tokens of a text encoder; 0: no text.
+        null_trained: whether the null class was trained: a record for those who draw without
+            labels.
+
+    Raises:
+        InputError: if sizes do not fit together.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["PixelFlowBlock"]  # noqa: RUF012  # diffusers' name and type
+    _repeated_blocks = ["PixelFlowBlock"]  # noqa: RUF012  # what compile_repeated_blocks compiles
+
+    @register_to_config
+    def __init__(
+        self,
+        channels: int = 3,
+        patch: int = 4,
+        classes: int = 1000,
+        depth: int = 28,
+        width: int = 1152,
+        heads: int = 16,
+        interval: bool = False,
+        text_width: int = 0,
+        null_trained: bool = False,
+    ) -> None:
+        super().__init__()
+        if width % (4 * heads):
+            raise InputError(
+                f"got width = {width}, heads = {heads}; rotary positions need a width that is a "
+                "multiple of 4 heads"
+            )
+        self.gradient_checkpointing = False
+        self.embed = nn.Linear(channels * patch * patch, width)
+        self.time = TimeEmbedding(width, width)
+        self.resolution = ResolutionEmbedding(width)
+        self.span: TimeEmbedding | None = None
+        if interval:
+            self.span = TimeEmbedding(width, width)
+        self.label: nn.Embedding | None = None
+        if classes:
+            self.label = nn.Embedding(classes + 1, width)
+        self.null_text: nn.Parameter | None = None
+        if text_width:
+            self.null_text = nn.Parameter(torch.randn(1, 1, text_width))
+            self.text_norm = Norm(text_width)
+        blocks = [PixelFlowBlock(width, heads, text_width) for _ in range(depth)]
+        self.blocks = nn.ModuleList(blocks)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.head = nn.Linear(width, channels * patch * patch)
+        self.rotary = RotaryGrid(width // heads)
+        self._initialise()
+
+    @classmethod
+    def from_preset(cls, name: str, **changes: Any) -> "PixelFlowTransformer":
+        """Build a network of a known size: ``b``, ``l``, or ``xl``, the paper's.
+
+        Raises:
+            InputError: if there is no preset of that name.
+        """
+        if name not in PRESETS:
+            raise InputError(f"got preset {name!r}; write one of {', '.join(PRESETS)}")
+        return cls(**(PRESETS[name] | changes))
+
+    def extended(self, **changes: Any) -> "PixelFlowTransformer":
+        """Return a copy of this network with other conditions, which begins as this one.
+
+        A second time (``interval=True``) and text (``text_width=2048``) come in through layers
+        that begin at zero, so the copy's output is at first this network's. Without labels
+        (``classes=0``) their part of the condition is missing.
+
+        Args:
+            changes: of ``classes`` to 0, ``interval``, ``text_width`` and ``null_trained``.
+
+        Raises:
+            InputError: if anything else is to change, or another number of classes is asked for.
+        """
+        classes = self.config["classes"]
+        if not set(changes) <= set(EXTENSIONS) or changes.get("classes", 0) not in (0, classes):
+            raise InputError(
+                f"got changes {changes}; the weights serve {', '.join(EXTENSIONS)} alone, and "
+                f"classes = 0 or {classes}"
+            )
+        settings = {key: value for key, value in self.config.items() if key[0] != "_"}
+        other = type(self)(**(settings | changes))
+        other.load_state_dict(self.state_dict(), strict=False)
+        nn.Module.to(other, self.device, self.dtype)
+        return other
+
+    def compile_blocks(self, **options: Any) -> "PixelFlowTransformer":
+        """Compile each block in place; returns itself.
+
+        The blocks are equal, so one graph serves all of them. Weights and their names stay.
+
+        Args:
+            options: those of ``torch.compile``.
+        """
+        self.compile_repeated_blocks(**options)
+        return self
+
+    def forward(
+        self,
+        z: Tensor | Sequence[Tensor],
+        t: Any,
+        s: Any = None,
+        labels: Any = None,
+        text: Any = None,
+        text_mask: Any = None,
+    ) -> Any:
+        """Return the velocity of pictures of one resolution, or as `packed` of several.
+
+        Args:
+            z: noisy pictures ``(B, channels, side, side)``, or a list of them.
+            t: times ``(B,)``, 1 at noise.
+            s: destinations ``(B,)``; they matter to a network that was built with ``interval``.
+            labels: ``(B,)``, for a network with classes.
+            text: tokens of the captions, ``(B, L, text_width)``, for a network with text.
+            text_mask: which of these there are, ``(B, L)``; None: all. A caption without any is
+                the null text of guidance, so that ``Guidance(null={"text_mask": False})`` drops
+                captions.
+
+        Raises:
+            InputError: if shapes, labels or text do not fit the network.
+        """
+        if not isinstance(z, Tensor):
+            return self.packed(z, t, s, labels, text, text_mask)
+        one = [None if value is None else [value] for value in (s, labels, text, text_mask)]
+        return self.packed([z], [t], *one)[0]
+
+    def packed(
+        self,
+        pictures: Sequence[Tensor],
+        t: Sequence[Tensor],
+        s: Sequence[Tensor] | None = None,
+        labels: Sequence[Tensor] | None = None,
+        text: Sequence[Tensor] | None = None,
+        text_mask: Sequence[Tensor] | None = None,
+    ) -> list[Tensor]:
+        """Return the velocities of pictures of several resolutions, computed as one sequence.
+
+        Each picture attends to itself alone, and nothing is padded: the result is that of one
+        call for each resolution, in about the time of one call for as many tokens. Under a
+        wrapper, such as DistributedDataParallel, call the model itself with these lists.
+
+        Args:
+            pictures: for each resolution a tensor ``(B_k, channels, side_k, side_k)``.
+            t: for each resolution times ``(B_k,)``; so are all that follow.
+            s: destinations.
+            labels: labels.
+            text: tokens ``(B_k, L, text_width)``, of one length L for all.
+            text_mask: which of these there are, ``(B_k, L)``.
+
+        Raises:
+            InputError: as for `forward`.
+        """
+        self._check(pictures, labels, text)
+        patch = self.config["patch"]
+        sides = [z.shape[-1] // patch for z in pictures]
+        sizes = [(len(z), side * side) for z, side in zip(pictures, sides, strict=True)]
+        packing = Packing(tuple(sizes))
+        patches = [_patches(z, patch) for z in pictures]
+        condition = self._condition(packing, sides, _joined(t), _joined(s), _joined(labels))
+        turns = [self.rotary(side, side, pictures[0].device) for side in sides]
+        cosine = packing.repeat([turn[0] for turn in turns])
+        sine = packing.repeat([turn[1] for turn in turns])
+        captions = self._captions(_joined(text), _joined(text_mask))
+        context = BlockContext(packing, cosine, sine, captions)
+        out = self._velocity(packing.join(patches), condition, context)
+        velocities = []
+        for part, side in zip(packing.split(out), sides, strict=True):
+            velocities.append(_picture(part, side, patch))
+        return velocities
+
+    def require_null(self) -> int:
+        """Return the label of the null class.
+
+        Raises:
+            InputError: if it was not trained: its embedding is then what it began with.
+        """
+        if not self.config["null_trained"]:
+            raise InputError(
+                "got a network whose null class was not trained, which guidance and drawing "
+                "without labels need; write labels, or "
+                "model.register_to_config(null_trained=True) if labels were dropped in training"
+            )
+        return self.config["classes"]
+
+    def _velocity(self, patches: Tensor, condition: Tensor, context: BlockContext) -> Tensor:
+        """Return the velocity of patches, of their shape."""
+        x = self.embed(patches)
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, condition, context, use_reentrant=False)
+            else:
+                x = block(x, condition, context)
+        shift, scale = self.modulation(condition).chunk(2, -1)
+        spread = context.packing.spread
+        return self.head(_without_scale(x) * (1 + spread(scale)) + spread(shift))
+
+    def _condition(
+        self,
+        packing: Packing,
+        sides: list[int],
+        t: Tensor,
+        s: Tensor | None,
+        labels: Tensor | None,
+    ) -> Tensor:
+        """Return what modulates the tokens of each picture, ``(B, width)``."""
+        counts = torch.tensor([pictures for pictures, _ in packing.sizes], device=t.device)
+        resolution = self.resolution(torch.tensor(sides, device=t.device))
+        total = self.time(t) + resolution.repeat_interleave(counts, 0, output_size=len(t))
+        if self.label is not None and labels is not None:
+            total = total + self.label(labels)
+        if self.span is not None:
+            if s is None:
+                raise InputError(
+                    "got no s for a network of two times; write s=, where a step from t is to end"
+                )
+            total = total + self.span(t - s)
+        return F.silu(total)
+
+    def _captions(self, text: Tensor | None, mask: Tensor | None) -> Captions | None:
+        """Return captions, each after the learned token that stands for no text."""
+        if self.null_text is None or text is None:
+            return None
+        if mask is None:
+            mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+        null = self.null_text.expand(len(text), -1, -1)
+        tokens = torch.cat([null, text.to(null.dtype)], 1)
+        return Captions(self.text_norm(tokens), F.pad(mask.bool(), (1, 0), value=True))
+
+    def _check(
+        self,
+        pictures: Sequence[Tensor],
+        labels: Sequence[Tensor] | None,
+        text: Sequence[Tensor] | None,
+    ) -> None:
+        channels, patch = self.config["channels"], self.config["patch"]
+        for z in pictures:
+            square = z.ndim == 4 and z.shape[2] == z.shape[3]
+            if not square or z.shape[1] != channels or z.shape[2] % patch:
+                raise InputError(
+                    f"got a picture of shape {tuple(z.shape)}; this network takes squares of "
+                    f"{channels} channels, (B, {channels}, side, side), with a side that is a "
+                    f"multiple of {patch}"
+                )
+        classes, width = self.config["classes"], self.config["text_width"]
+        if self.label is None and labels is not None:
+            raise InputError("got labels for a network without classes; leave them out")
+        if self.label is not None and labels is None:
+            raise InputError(
+                f"got no labels; write labels= with classes from 0 to {classes - 1}, or "
+                f"{classes} for none"
+            )
+        if self.null_text is None and text is not None:
+            raise InputError("got text for a network without; build it with text_width=")
+        if self.null_text is not None and text is None:
+            raise InputError(
+                f"got no text; write text= with tokens (B, L, {width}) of a text encoder, and "
+                "text_mask="
+            )
+
+    def _initialise(self) -> None:
+        """Initialise as a DiT, where each block begins as the identity and the velocity is 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for embedding in (self.time, self.resolution):
+            nn.init.normal_(embedding.first.weight, std=0.02)
+            nn.init.normal_(embedding.second.weight, std=0.02)
+        if self.label is not None:
+            nn.init.normal_(self.label.weight, std=0.02)
+        silent: list[nn.Linear] = [self.modulation, self.head]
+        if self.span is not None:
+            silent.append(self.span.second)
+        for block in self.blocks:
+            silent.extend(block.silent())  # type: ignore[operator]
+        for layer in silent:
+            nn.init.zeros_(layer.weight)
+
+
+class ResolutionEmbedding(nn.Module):
+    """Sines and cosines of the tokens a side, then an MLP."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(2 * FREQUENCIES, width)
+        self.second = nn.Linear(width, width)
+
+    def forward(self, sides: Tensor) -> Tensor:
+        """Map whole numbers ``(K,)`` to ``(K, width)``; periods from 2 pi up to 2 pi 10^4."""
+        rates = SLOWEST ** (-torch.arange(FREQUENCIES, device=sides.device) / FREQUENCIES)
+        angle = sides[:, None] * rates
+        waves = torch.cat([angle.cos(), angle.sin()], 1).to(self.first.weight.dtype)
+        return self.second(F.silu(self.first(waves)))
+
+
+class PixelFlowBlock(nn.Module):
+    """Attention within a picture, attention to its caption, and an MLP; the first and last are
+    shifted, scaled and gated by the condition.
+    """
+
+    def __init__(self, width: int, heads: int, text_width: int) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(width, 6 * width)
+        self.attention = SelfAttention(width, heads)
+        self.captions: CrossAttention | None = None
+        if text_width:
+            self.captions = CrossAttention(width, heads, text_width)
+        self.norm = Norm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(4 * width, width),
+        )
+
+    def forward(self, x: Tensor, condition: Tensor, context: BlockContext) -> Tensor:
+        """Map tokens to tokens of that shape.
+
+        Args:
+            x: ``(1, N, width)``, or of one resolution ``(B, n, width)``.
+            condition: of the pictures, ``(B, width)``.
+            context: where they lie, and their captions.
+        """
+        spread = context.packing.spread
+        shift, scale, gate, *of_mlp = self.modulation(condition).chunk(6, -1)
+        y = _without_scale(x) * (1 + spread(scale)) + spread(shift)
+        x = x + spread(gate) * self.attention(y, context)
+        if self.captions is not None and context.captions is not None:
+            x = x + self.captions(x, context.captions, context.packing)
+        shift, scale, gate = of_mlp
+        y = self.norm(x) * (1 + spread(scale)) + spread(shift)
+        return x + spread(gate) * self.mlp(y)
+
+    def silent(self) -> list[nn.Linear]:
+        """Return the layers that begin at zero."""
+        layers = [self.modulation]
+        if self.captions is not None:
+            layers.append(self.captions.proj)
+        return layers
+
+
+class SelfAttention(nn.Module):
+    """Attention among the tokens of a picture, turned by their positions; queries and keys are
+    normalised over all heads at once.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm, self.k_norm = Norm(width), Norm(width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, context: BlockContext) -> Tensor:
+        """Map tokens to tokens, of their shape."""
+        q, k, v = self.qkv(x).chunk(3, -1)
+        v = self._by_head(v)
+        q = self._turned(self.q_norm(q), context).to(v.dtype)
+        k = self._turned(self.k_norm(k), context).to(v.dtype)
+        return self.proj(context.packing.self_attention(q, k, v).flatten(2))
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.heads, -1))
+
+    def _turned(self, x: Tensor, context: BlockContext) -> Tensor:
+        heads_first = self._by_head(x).transpose(1, 2)
+        return turned(heads_first, context.cosine, context.sine).transpose(1, 2)
+
+
+class CrossAttention(nn.Module):
+    """Attention of a picture's tokens to those of its caption; it begins at zero."""
+
+    def __init__(self, width: int, heads: int, text_width: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = Norm(width)
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(text_width, 2 * width)
+        self.q_norm, self.k_norm = Norm(width), Norm(width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, captions: Captions, packing: Packing) -> Tensor:
+        """Map tokens to tokens, of their shape."""
+        k, v = self.kv(captions.tokens).chunk(2, -1)
+        v = self._by_head(v)
+        q = self._by_head(self.q_norm(self.q(self.norm(x)))).to(v.dtype)
+        k = self._by_head(self.k_norm(k)).to(v.dtype)
+        return self.proj(packing.cross_attention(q, k, v, captions.mask).flatten(2))
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.heads, -1))
+
+
+def _without_scale(x: Tensor) -> Tensor:
+    """Return the layer norm of tokens without weights: the modulation has them."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def _patches(z: Tensor, patch: int) -> Tensor:
+    """Return the squares of pictures ``(B, channels, side, side)`` as rows ``(B, n, w)``."""
+    return F.pixel_unshuffle(z, patch).flatten(2).transpose(1, 2)
+
+
+def _picture(patches: Tensor, side: int, patch: int) -> Tensor:
+    """Return pictures from their squares: the inverse of `_patches`."""
+    maps = patches.transpose(1, 2).unflatten(2, (side, side))
+    return F.pixel_shuffle(maps, patch)
+
+
+def _joined(values: Sequence[Tensor] | None) -> Any:
+    """Return the values of all resolutions as one tensor."""
+    if values is None:
+        return None
+    if len(values) == 1:
+        return values[0]
+    return torch.cat(list(values))
