@@ -1,0 +1,389 @@
+"""DiT^DH, RAE's network in latents: a deep encoder, and a head that is wide and shallow.
+
+Latents of a representation encoder have hundreds of channels, more than a transformer as wide as
+DiT can carry through every block. DiT^DH (Zheng et al., arXiv 2510.11690, after the decoupled head
+of Wang et al., arXiv 2504.05741) leaves the depth to an encoder of DiT's width, which says what
+each cell should become, and gives the noisy latent itself to two blocks of width 2,048:
+
+    c = silu(e(t) + e(label))
+    h = encoder(z_t, c)                 one condition for all cells
+    v = head(z_t, linear(silu(e(t) + h)))      a condition for each cell
+
+Both are conditioned by adaLN. MeanFlow's form (MF-RAE, arXiv 2511.13019) returns the average
+velocity from t to s instead: it adds an embedding of t - s to e(t) in both places. That embedding
+begins at zero, so that the form built from a flow-matching network returns what that one does.
+
+Each cell of the latent is a token. Blocks have RMS norms, rotary positions, biases and a SwiGLU
+of hidden size 8/3 of the width; only the encoder has fixed positions beside the rotary ones.
+Times are as everywhere here, t = 0 data and t = 1 noise, which are RAE's too.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  # pipelines look for it here
+from timm.layers.mlp import SwiGLU
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from flowspace.errors import InputError, RunError
+from flowspace.vision.checked_model import CheckedModel
+from flowspace.vision.layers import (
+    FourierEmbedding,
+    Norm,
+    RotaryGrid,
+    modulated,
+    sines_of_grid,
+    turned,
+)
+from flowspace.vision.shapes import pair_of
+
+__all__ = ["SIZES", "DiTDH"]
+
+SIZES: dict[str, dict[str, Any]] = {
+    "s": {"depth": 12, "width": 384, "heads": 6},
+    "b": {"depth": 12, "width": 768, "heads": 12},
+    "xl": {"depth": 28, "width": 1152, "heads": 16},
+}
+"""The encoder of each published size; the head of all has 2 blocks of width 2,048 and 16 heads."""
+
+
+class DiTDH(CheckedModel):
+    """Maps noisy latents ``(B, channels, h, w)`` to their velocity, of the same shape.
+
+    Args:
+        channels: of the latent; 768 for RAE's encoders of base size.
+        grid: the cells of a latent: a side of a square, or a pair (height, width). 16 for images
+            of 256 pixels, 32 for 512.
+        classes: labels run from 0 to classes - 1; label ``classes`` is the null class. 0:
+            unconditional.
+        depth: blocks of the encoder.
+        width: of the encoder's tokens; a multiple of 4 heads.
+        heads: of the encoder's attention.
+        head_depth: blocks of the head.
+        head_width: of the head's tokens; a multiple of 4 head_heads.
+        head_heads: of the head's attention.
+        average: whether it is MeanFlow's form, of the average velocity from t to s; flow
+            matching's ignores s.
+        null_trained: whether the null class was trained, as it is where labels are dropped. The
+            network does not depend on it: it is a record for those who draw without labels.
+
+    Raises:
+        InputError: if sizes do not fit together.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["ModulatedBlock"]  # noqa: RUF012  # diffusers' name and type
+    _repeated_blocks = ["ModulatedBlock"]  # noqa: RUF012  # what it compiles
+
+    @register_to_config
+    def __init__(
+        self,
+        channels: int = 768,
+        grid: int | Sequence[int] = 16,
+        classes: int = 1000,
+        depth: int = 28,
+        width: int = 1152,
+        heads: int = 16,
+        head_depth: int = 2,
+        head_width: int = 2048,
+        head_heads: int = 16,
+        average: bool = False,
+        null_trained: bool = False,
+    ) -> None:
+        super().__init__()
+        pair_of(grid, "grid")
+        _check_width("width", width, "heads", heads)
+        _check_width("head_width", head_width, "head_heads", head_heads)
+        self.gradient_checkpointing = False
+        self.time = FourierEmbedding(width)
+        self.difference: FourierEmbedding | None = None
+        if average:
+            self.difference = FourierEmbedding(width)
+        self.label: nn.Embedding | None = None
+        if classes:
+            self.label = nn.Embedding(classes + 1, width)
+        self.embed = nn.Linear(channels, width)
+        self.blocks = nn.ModuleList(ModulatedBlock(width, heads) for _ in range(depth))
+        self.rotary = RotaryGrid(width // heads)
+        self.project = nn.Linear(width, head_width)
+        self.head_embed = nn.Linear(channels, head_width)
+        self.head_blocks = nn.ModuleList(
+            ModulatedBlock(head_width, head_heads) for _ in range(head_depth)
+        )
+        self.head_rotary = RotaryGrid(head_width // head_heads)
+        self.last = ModulatedOutput(head_width, channels)
+        self._initialise()
+
+    @classmethod
+    def from_preset(cls, name: str, **changes: Any) -> "DiTDH":
+        """Build one of the published sizes: ``s``, ``b`` or ``xl``.
+
+        Raises:
+            InputError: if there is no preset of that name.
+        """
+        if name not in SIZES:
+            raise InputError(f"got preset {name!r}; write one of {', '.join(SIZES)}")
+        return cls(**(SIZES[name] | changes))
+
+    @classmethod
+    def from_flow_matching(cls, source: "DiTDH | str | Path", **expected: Any) -> "DiTDH":
+        """Build MeanFlow's form from a flow-matching network: what it returns is the same for all
+        s, to the bit, until it is trained.
+
+        Args:
+            source: the network, which is copied, or the folder that it was saved in.
+            expected: arguments of the constructor that the network must have been built with, such
+                as the ``width`` that a config names.
+
+        Raises:
+            InputError: if the network is MeanFlow's form already, or not of the expected sizes.
+            RunError: if a folder holds no network, or its weights are broken.
+        """
+        if isinstance(source, DiTDH):
+            taught, name = source, "a network"
+        else:
+            taught, name = _loaded(Path(source)), f"the network in {source}"
+        config = _settings(taught)
+        if config["average"]:
+            raise InputError(
+                f"got {name}, which is of average velocities already; copy it, or write "
+                "DiTDH.from_pretrained(folder)"
+            )
+        _require(name, config, expected)
+        made = cls(**(config | {"average": True}))
+        made.load_state_dict(taught.state_dict(), strict=False)
+        return made.to(taught.embed.weight)  # type: ignore[arg-type]  # its device and dtype
+
+    def compile_blocks(self, **options: Any) -> "DiTDH":
+        """Compile each block in place; returns itself.
+
+        Two graphs are compiled, one that serves all blocks of the encoder and one for the head's.
+        Weights and their names stay as they are.
+
+        Args:
+            options: those of ``torch.compile``.
+        """
+        self.compile_repeated_blocks(**options)
+        return self
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """The shape of one latent, (channels, h, w)."""
+        return (self.config["channels"], *pair_of(self.config["grid"], "grid"))
+
+    def forward(
+        self,
+        latents: Tensor,
+        t: Tensor,
+        s: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """Return velocities ``(B, channels, h, w)`` of noisy latents of that shape.
+
+        Args:
+            latents: z_t.
+            t: times ``(B,)`` in [0, 1].
+            s: destinations ``(B,)`` of the average velocity; without them it is the velocity at t.
+                Flow matching's form does not look at them.
+            labels: classes ``(B,)``.
+
+        Raises:
+            InputError: if the latents' shape or the labels do not fit.
+        """
+        batch, channels, height, width = latents.shape
+        self._check((channels, height, width), labels)
+        times = self._times(t, s)[:, None]
+        cells = latents.flatten(2).transpose(1, 2)
+        positions = sines_of_grid(height, width, self.config["width"], latents.device)
+        # Under autocast the residual streams stay in the weights' precision.
+        precision = self.embed.weight.dtype
+        h = self.embed(cells).to(precision) + positions.to(precision)
+        h = self._through(self.blocks, h, self._condition(times, labels), self.rotary)
+        condition = self.project(F.silu(times + h))
+        x = self.head_embed(cells).to(precision)
+        x = self._through(self.head_blocks, x, condition, self.head_rotary)
+        velocities = self.last(x, condition)
+        return velocities.transpose(1, 2).reshape(batch, channels, height, width)
+
+    def require_null(self) -> int:
+        """Return the label of the null class.
+
+        Raises:
+            InputError: if it was not trained: its embedding is then what it began with.
+        """
+        if not self.config["null_trained"]:
+            raise InputError(
+                "got a network whose null class was not trained, which guidance and drawing "
+                "without labels need; write labels, or network.register_to_config("
+                "null_trained=True) if labels were dropped in training"
+            )
+        return self.config["classes"]
+
+    def _times(self, t: Tensor, s: Tensor | None) -> Tensor:
+        """Return the embedding ``(B, width)`` of t, and in MeanFlow's form of t - s."""
+        embedded = self.time(t)
+        if self.difference is None:
+            return embedded
+        if s is None:
+            s = t
+        return embedded + self.difference(t - s)
+
+    def _condition(self, times: Tensor, labels: Tensor | None) -> Tensor:
+        """Return the encoder's condition ``(B, 1, width)``."""
+        if self.label is None or labels is None:
+            return F.silu(times)
+        return F.silu(times + self.label(labels)[:, None])
+
+    def _through(
+        self, blocks: nn.ModuleList, x: Tensor, condition: Tensor, rotary: nn.Module
+    ) -> Tensor:
+        turn = rotary(*self.latent_shape[1:], x.device)
+        for block in blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, condition, *turn, use_reentrant=False)
+            else:
+                x = block(x, condition, *turn)
+        return x
+
+    def _check(self, shape: tuple[int, int, int], labels: Tensor | None) -> None:
+        if shape != self.latent_shape:
+            channels, height, width = self.latent_shape
+            raise InputError(
+                f"got a latent of {shape[0]} channels on {shape[1]} x {shape[2]} cells; this "
+                f"network takes {channels} channels on {height} x {width}"
+            )
+        if self.label is None and labels is not None:
+            raise InputError("got labels for a network without classes; leave them out")
+        if self.label is not None and labels is None:
+            classes = self.config["classes"]
+            raise InputError(
+                f"got no labels; write labels= with classes from 0 to {classes - 1}, or "
+                f"{classes} for none"
+            )
+
+    def _initialise(self) -> None:
+        """Begin as RAE's does; blocks begin by returning their input, the whole by zero."""
+        for layer in (self.embed, self.head_embed):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        for layer in (self.time.first, self.time.second):
+            nn.init.normal_(layer.weight, std=0.02)
+        if self.label is not None:
+            nn.init.normal_(self.label.weight, std=0.02)
+        if self.difference is not None:
+            nn.init.normal_(self.difference.first.weight, std=0.02)
+            _silence(self.difference.second)
+
+
+class ModulatedBlock(nn.Module):
+    """Attention and an MLP on normalised tokens, both shifted, scaled and gated by a condition
+    (adaLN-zero, arXiv 2212.09748).
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.modulation = nn.Linear(width, 6 * width)
+        self.norm1, self.norm2 = Norm(width), Norm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.mlp = SwiGLU(width, 8 * width // 3)
+        _silence(self.modulation)
+
+    def forward(self, x: Tensor, condition: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        """Map tokens ``(B, N, width)`` to tokens.
+
+        Args:
+            x: the tokens.
+            condition: ``(B, 1, width)``, or ``(B, N, width)`` where each token has its own.
+            cosine: of the rotary positions ``(N, width / heads)``.
+            sine: likewise.
+        """
+        parts = self.modulation(F.silu(condition)).chunk(6, -1)
+        shift, scale, gate = parts[:3]
+        x = x + gate * self._attention(modulated(self.norm1(x), shift, scale), cosine, sine)
+        shift, scale, gate = parts[3:]
+        return x + gate * self.mlp(modulated(self.norm2(x), shift, scale))
+
+    def _attention(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        heads = self.qkv(x).unflatten(2, (3, self.heads, -1))
+        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
+        q = turned(q, cosine, sine).to(v.dtype)
+        k = turned(k, cosine, sine).to(v.dtype)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class ModulatedOutput(nn.Module):
+    """A linear layer on normalised tokens, shifted and scaled by a condition of each."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(width, 2 * width)
+        self.norm = Norm(width)
+        self.linear = nn.Linear(width, outputs)
+        _silence(self.modulation)
+        _silence(self.linear)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Map tokens ``(B, N, width)`` to ``(B, N, outputs)``; one condition for each token."""
+        shift, scale = self.modulation(F.silu(condition)).chunk(2, -1)
+        return self.linear(modulated(self.norm(x), shift, scale))
+
+
+def _silence(layer: nn.Linear) -> None:
+    """Let a layer begin at zero."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+
+
+def _settings(network: DiTDH) -> dict[str, Any]:
+    """Return the arguments of the constructor that a network was built with."""
+    return {key: value for key, value in network.config.items() if not key.startswith("_")}
+
+
+def _loaded(folder: Path) -> DiTDH:
+    """Load a network from its folder, once it is seen to be one."""
+    try:
+        kind = json.loads((folder / "config.json").read_text())["_class_name"]
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise RunError(f"{folder} holds no network that was saved: {error}") from error
+    if kind != "DiTDH":
+        raise InputError(f"got {folder}, a folder of {kind}, not of DiTDH")
+    return DiTDH.from_pretrained(folder)
+
+
+def _require(name: str, config: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Refuse a network that was not built with the expected arguments, in one sentence of all."""
+    unknown = sorted(expected.keys() - config.keys())
+    if unknown:
+        raise InputError(f"got {unknown[0]} = {expected[unknown[0]]!r}, which DiTDH does not take")
+    differing = [key for key in expected if _plain(expected[key]) != _plain(config[key])]
+    if differing:
+        has = ", ".join(f"{key} = {config[key]}" for key in differing)
+        wants = ", ".join(f"{key} = {expected[key]}" for key in differing)
+        raise InputError(
+            f"got {name}, of {has}, where {wants} is expected; give weights of these sizes, or "
+            "expect the others"
+        )
+
+
+def _plain(value: Any) -> Any:
+    """Return a pair as a tuple: JSON keeps it as a list."""
+    if isinstance(value, list):
+        return tuple(value)
+    return value
+
+
+def _check_width(name: str, width: int, of_heads: str, heads: int) -> None:
+    if width % (4 * heads):
+        raise InputError(
+            f"got {name} = {width}, {of_heads} = {heads}; rotary positions need a width that is a "
+            "multiple of 4 heads"
+        )
