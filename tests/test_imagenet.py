@@ -26,10 +26,13 @@ for needed in ("pydantic", "accelerate", "diffusers", "timm", "torch_fidelity", 
 
 PROGRAM = Path(__file__).parents[1] / "examples" / "imagenet"
 sys.path.insert(0, str(PROGRAM))
-build, report, settings, ship, stage_one, train = (
-    importlib.import_module(name)
-    for name in ("build", "report", "settings", "ship", "stage_one", "train")
-)
+settings = importlib.import_module("settings")  # finds examples/common
+build = importlib.import_module("build")
+judging = importlib.import_module("judging")
+loop = importlib.import_module("loop")
+ship = importlib.import_module("ship")
+stage_one = importlib.import_module("stage_one")
+train = importlib.import_module("train")
 evaluate = importlib.import_module("flowspace.vision.evaluate")
 SettingsError = settings.SettingsError
 
@@ -804,18 +807,18 @@ class Pixels(evaluate.Extractor):
 def test_features_of_the_reference_are_kept_and_refused_where_they_are_torn(config):
     images, extractor = build.images_of(config), Pixels()
     config.out.mkdir()
-    first = build.reference_of(config, extractor, images).features
+    first = judging.reference_of(config, extractor, images).features
     (path,) = config.out.glob("reference-*")
     whole = path.read_bytes()
     for torn in (whole[:100], whole[:-3] + bytes(3)):
         path.write_bytes(torn)
         with pytest.raises(RunError, match=path.name):
-            build.reference_of(config, extractor, images)
+            judging.reference_of(config, extractor, images)
     path.unlink()
-    assert torch.equal(build.reference_of(config, extractor, images).features, first)
+    assert torch.equal(judging.reference_of(config, extractor, images).features, first)
     other = settings.replaced(config, evaluation={"reference": config.data.path + "/"})
     with pytest.raises(RunError, match="features of"):
-        build.reference_of(other, extractor, images)
+        judging.reference_of(other, extractor, images)
 
 
 class Blind(evaluate.Extractor):
@@ -832,7 +835,7 @@ def test_a_judge_that_does_not_know_real_pictures_judges_nothing(config):
     images = build.images_of(config)
     tried = settings.replaced(config, evaluation={"tried": 24})
     with pytest.raises(RunError, match="blind"):
-        build.tried_judge(tried, Blind(), images)
+        judging.tried_judge(tried, Blind(), images)
     assert not list(config.out.glob("judge-*"))
 
 
@@ -841,8 +844,8 @@ def test_a_reference_is_of_the_size_that_the_judge_sees(config, tmp_path):
     judged, found = judged_by_resnet(config, tmp_path), []
     for size in (None, 48):
         changed = settings.replaced(judged, evaluation={"size": size})
-        extractor = build.extractor_of(changed, torch.device("cpu"))
-        found.append(build.reference_of(changed, extractor, build.images_of(changed)).features)
+        extractor = judging.extractor_of(changed, torch.device("cpu"))
+        found.append(judging.reference_of(changed, extractor, build.images_of(changed)).features)
     assert not torch.allclose(*found)
     names = sorted(path.name for path in config.out.glob("reference-*"))
     assert names == ["reference-test_resnet.safetensors", "reference-test_resnet@48.safetensors"]
@@ -912,7 +915,7 @@ def test_a_step_that_is_not_logged_does_not_wait_for_the_device(
     alone()
     made = given(config, encoder_folder)
     folder = importlib.import_module("encode").main(made)
-    asked, taken = image_loss(tmp_path), train.take
+    asked, taken = image_loss(tmp_path), loop.take
 
     def take(run, step, stream, log, logged):
         if step < 2 or logged:
@@ -921,9 +924,9 @@ def test_a_step_that_is_not_logged_does_not_wait_for_the_device(
         with AsksNothing():
             return taken(run, step, iter(batch), log, logged)
 
-    monkeypatch.setattr(train, "take", take)
-    fused = functools.partial(build.PlainAdamW, fused=True)  # as it is on a GPU
-    monkeypatch.setattr(build, "PlainAdamW", fused)
+    monkeypatch.setattr(loop, "take", take)
+    fused = functools.partial(loop.PlainAdamW, fused=True)  # as it is on a GPU
+    monkeypatch.setattr(loop, "PlainAdamW", fused)
     monkeypatch.setattr("flowspace.training.adversarial.PlainAdamW", fused)
     adversarial = settings.AdversarialConfig(**asked, channels=(32, 32))
     run(

@@ -56,6 +56,7 @@ def looked(config: settings.Config) -> dict[int, float]:
 def sampled(config: settings.Config, samples: int) -> dict[int, float]:
     """Return the first score of so many samples of each average that a run kept."""
     import build
+    import judging
     import ship
     import train
 
@@ -67,12 +68,12 @@ def sampled(config: settings.Config, samples: int) -> dict[int, float]:
     network = build.generator_of(config, len(images.names)).to(device).eval()
     sample = build.sampler_of(config, network, ship.needed_encoder(config, device))
     plan = ship.plan_of(config, network, samples)
-    extractor = build.extractor_of(config, device)
-    real = build.reference_of(config, extractor, images)
+    extractor = judging.extractor_of(config, device)
+    real = judging.reference_of(config, extractor, images)
     curve = {}
     for path in sorted((config.out / "generator").glob("average-*.safetensors")):
         network.load_state_dict(read_tensors(path))
-        made = build.drawn(plan, sample, device)
+        made = judging.drawn(plan, sample, device)
         scores = judge(extractor, features_of(extractor, made.split(plan.batch)), real)
         curve[int(path.stem.removeprefix("average-"))] = next(iter(scores.values.values()))
     return curve

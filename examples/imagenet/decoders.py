@@ -51,6 +51,7 @@ def decode_and_judge(
 ) -> None:
     """Judge every decoder at every snapshot, and draw the figure."""
     import build  # with torch, which a wrong folder need not wait for
+    import judging
     import ship
     import torch
     import train
@@ -66,8 +67,8 @@ def decode_and_judge(
     sample = build.latent_sampler_of(latent, network)
     decoders = decoders_of(image, encoder, options, device)
     plan = ship.plan_of(latent, network, options.samples)
-    extractor = build.extractor_of(latent, device)
-    real = build.reference_of(latent, extractor, images)
+    extractor = judging.extractor_of(latent, device)
+    real = judging.reference_of(latent, extractor, images)
     path = latent.out / "decoders.json"
     asked = {"samples": plan.count, "judge": extractor.name, "decoders": sorted(decoders)}
     asked["generator"] = ship.shipped_of(image).get("weights")

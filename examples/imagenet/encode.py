@@ -12,31 +12,31 @@ import settings
 if __name__ == "__main__":
     CONFIG, _ = settings.from_command_line(__doc__, latents_made=True)
 
-import contextlib
 import functools
 from pathlib import Path
 
 import build
+import loop
 import stage_one
 import train
 from accelerate import Accelerator
+from loop import locked_by_first
 from settings import Config
 
-from flowspace.training import locked
 from flowspace.vision.latents import encode
 
 
 def main(config: Config) -> Path:
     """Encode what is left to encode, shared by the processes; return the folder."""
     accelerator = train.accelerator_of(config)
-    with locked(config.out) if accelerator.is_main_process else contextlib.nullcontext():
+    with locked_by_first(config.out, accelerator):
         return encoded(config, accelerator)
 
 
 def encoded(config: Config, accelerator: Accelerator) -> Path:
     """Encode the pictures by the encoder, which is trained first where the config asks so."""
     images = build.images_of(config)
-    fit = functools.partial(train.fit, accelerator=accelerator)
+    fit = functools.partial(loop.fit, accelerator=accelerator)
     encoder = stage_one.encoder_of(config, images, accelerator, fit)
     folder = Path(config.data.latents or config.out / "latents")
     rank, ranks = accelerator.process_index, accelerator.num_processes

@@ -8,7 +8,6 @@ where it was stopped. ``--average`` ships and judges another average of the weig
 """
 
 import argparse
-import contextlib
 from pathlib import Path
 
 import settings
@@ -28,11 +27,10 @@ def main() -> None:
     import report
     import ship  # with torch, which a wrong folder need not wait for
     import train
-
-    from flowspace.training import locked
+    from loop import locked_by_first
 
     accelerator = train.accelerator_of(config)
-    with locked(config.out) if accelerator.is_main_process else contextlib.nullcontext():
+    with locked_by_first(config.out, accelerator):
         if options.averages:
             ship.best_average(config, accelerator)
         else:

@@ -1,29 +1,27 @@
 """What a finished run gives: its pipeline, samples that follow from their number, scores."""
 
-import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import build
+import judging
 import report
 import stage_one
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from judging import digest
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from settings import Config
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowspace import RunError
 from flowspace.demo.page import markdown_table, write_beside
 from flowspace.training import Checkpoints, fill, unpacked
 from flowspace.vision.encoders import LatentEncoder
-from flowspace.vision.evaluate import Plan, Scores, features_of, judge
+from flowspace.vision.evaluate import Plan, Scores
 from flowspace.vision.generator import CrossFlowGenerator
 from flowspace.vision.pipeline import CrossFlowPipeline
 
@@ -135,15 +133,6 @@ def generator_of_run(config: Config) -> CrossFlowGenerator:
     return found.generator
 
 
-def snapshot(folder: Path, step: int, network: nn.Module) -> None:
-    """Keep averaged weights of a step, for numbers over training."""
-    path = folder / f"average-{step:08d}.safetensors"
-    partial = path.with_suffix(".partial")
-    tensors = {name: value.cpu().contiguous() for name, value in network.state_dict().items()}
-    save_file(tensors, partial)
-    os.replace(partial, path)
-
-
 # --- samples and scores ------------------------------------------------------------------------
 
 
@@ -155,35 +144,13 @@ def evaluate(config: Config, accelerator: Accelerator) -> Scores | None:
     """
     device = accelerator.device
     generator = generator_of_run(config).to(device).eval()
-    plan, maker = plan_of(config, generator), digest(generator)
     draw = build.sampler_of(config, generator, needed_encoder(config, device))
-    folder = config.out / "samples"
-    plan.draw(draw, folder, maker, device, accelerator.process_index, accelerator.num_processes)
-    accelerator.wait_for_everyone()
-    scores = None
-    if accelerator.is_main_process:
-        scores = judged(config, plan.read(folder, maker), generator, device)
-    accelerator.wait_for_everyone()
-    return scores
-
-
-def judged(
-    config: Config, images: Tensor, generator: CrossFlowGenerator, device: torch.device
-) -> Scores:
-    """Judge samples and write down what came out."""
-    extractor, pictures = build.extractor_of(config, device), build.images_of(config)
-    if config.evaluation.tried:
-        build.tried_judge(config, extractor, pictures)
-    real = build.reference_of(config, extractor, pictures)
-    batches = images.split(config.evaluation.batch)
-    scores = judge(extractor, features_of(extractor, batches), real, config.evaluation.pinned)
-    write_beside(config.out / "metrics.json", json.dumps(asdict(scores), indent=2) + "\n")
-    if config.generator.space == "image":
+    plan = plan_of(config, generator)
+    scores = judging.evaluate(config, plan, draw, digest(generator), accelerator)
+    if scores is not None and config.generator.space == "image":
         card = report.card(config, generator, chosen(config), scores)
         write_beside(config.out / "pipeline" / "README.md", card)
-    sheet = report.sheet(images, generator.config["classes"])
-    write_beside(config.out / "samples.png", sheet)
-    print(table(scores))
+    accelerator.wait_for_everyone()
     return scores
 
 
@@ -213,19 +180,11 @@ def best_average(config: Config, accelerator: Accelerator) -> float:
     return best[0]
 
 
-def table(scores: Scores) -> str:
-    """Return the scores as a Markdown table."""
-    lines = [(name, f"{value:.4g}") for name, value in scores.values.items()]
-    head = (f"{scores.count} samples, {scores.extractor}", "value")
-    return f"{markdown_table(head, lines)}\n\nreference {scores.reference[:16]}"
-
-
 def plan_of(config: Config, generator: CrossFlowGenerator, count: int | None = None) -> Plan:
-    """Return which samples are drawn: each follows from its number alone."""
-    e, g = config.evaluation, config.generator
+    """Return which samples of a generator are drawn."""
+    g = config.generator
     shape = (g.channels, g.grid, g.grid)
-    classes = generator.config["classes"]
-    return Plan(count or e.samples, classes, shape, batch=e.batch, shard=e.shard)
+    return judging.plan_of(config, generator.config["classes"], shape, count)
 
 
 def needed_encoder(config: Config, device: torch.device) -> LatentEncoder | None:
@@ -233,15 +192,6 @@ def needed_encoder(config: Config, device: torch.device) -> LatentEncoder | None
     if config.generator.space == "image" and config.evaluation.evaluations == 1:
         return None
     return stage_one.loaded(config).to(device)
-
-
-def digest(network: nn.Module) -> str:
-    """Return a digest of a network's weights."""
-    found = hashlib.sha256()
-    for name, tensor in network.state_dict().items():
-        found.update(name.encode())
-        found.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
-    return found.hexdigest()[:16]
 
 
 def pictures(config: Config, labels: list[int], seed: int) -> list[Any]:

@@ -9,6 +9,9 @@ from typing import Any
 import build
 import torch
 from accelerate import Accelerator
+from image_losses import add_adversarial, add_perceptual, adversary_of, perceptual_of
+from loop import optimizer_of
+from pictures import in_range
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from settings import Config, StageOneConfig
@@ -17,7 +20,6 @@ from torch import Tensor, nn
 
 from flowspace import InputError, RunError
 from flowspace.training import AdversarialStep, Draws
-from flowspace.vision.adversarial import balance
 from flowspace.vision.data import Images
 from flowspace.vision.encoders import LatentEncoder, load_encoder
 
@@ -132,7 +134,7 @@ def first_pictures(images: Images, count: int, device: torch.device) -> Iterator
     for start in range(0, count, MEASURED):
         numbers = range(start, min(start + MEASURED, count))
         pixels = torch.stack([images.row(number)[0] for number in numbers])
-        yield build.in_range(pixels.to(device))
+        yield in_range(pixels.to(device))
 
 
 def train_autoencoder(
@@ -144,8 +146,12 @@ def train_autoencoder(
     torch.manual_seed(config.training.seed + 2)
     adversary = None
     if stage.adversarial:
-        adversary = build.adversary_of(
-            config, stage.adversarial, accelerator.device, accelerator.prepare_model
+        adversary = adversary_of(
+            config,
+            stage.adversarial,
+            build.schedule_of(config),
+            accelerator,
+            config.generator.compile,
         )
     training = replace(
         config.training,
@@ -168,7 +174,7 @@ def train_autoencoder(
             images,
             training,
             folder / "training",
-            build.optimizer_of(training),
+            optimizer_of(training),
             depends=depends_on(config),
             flip=config.data.flip,
             workers=config.data.workers,
@@ -242,25 +248,21 @@ def reconstruction_losses(
     device: torch.device,
 ) -> Callable[[nn.Module, Sequence[Tensor], Draws], Losses]:
     """Return the losses of stage 1: absolute error, divergence of the posterior, perceptual."""
-    perceptual = build.perceptual_of(config, config.perceptual, device)
+    perceptual = perceptual_of(
+        config.perceptual, config.data.size, device, config.generator.compile
+    )
 
     def losses(network: nn.Module, batch: Sequence[Tensor], draws: Draws) -> Losses:
-        images = build.in_range(batch[0])
+        images = in_range(batch[0])
         posterior, made = network(images, draws)
         terms = {
             "reconstruction": (made - images).abs().flatten(1).mean(1),
             "kl": posterior.kl() / posterior.mean[0].numel(),
         }
         weights: dict[str, float | Tensor] = {"reconstruction": 1.0, "kl": stage.kl}
-        for name, term in perceptual.items():
-            terms[name], weights[name] = term.loss(made, images), term.weight
-        cost = Losses(terms, weights, {}, made, images)
-        opinion = adversary and adversary.opinion(made, draws)
-        if opinion is not None:
-            weight = stage.adversarial.weight
-            if stage.adversarial.adaptive:
-                weight = weight * balance(cost.rows, opinion, made)
-            terms["adversarial"], weights["adversarial"] = opinion, weight
+        cost = Losses(terms, weights, made=made, real=images)
+        add_perceptual(cost, perceptual, (made, images))
+        add_adversarial(cost, adversary, stage.adversarial, draws)
         return cost
 
     return losses

@@ -60,7 +60,8 @@ class Run:
         self.optimizer = stage.optimizer(stage.network)
         self.skipped = torch.zeros((), dtype=torch.long, device=accelerator.device)
         self.named, self.fault = 0, None
-        kept = {name: v for name, v in vars(t).items() if name not in FREE}
+        # A setting that is not used is not kept: runs that began before there was one go on.
+        kept = {k: v for k, v in vars(t).items() if k not in FREE and v is not None}
         self.checkpoints = Checkpoints(
             stage.folder, {"name": stage.name, "training": kept, **stage.depends}
         )

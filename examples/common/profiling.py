@@ -1,12 +1,12 @@
 """Where the time of a step goes: a trace, and the share of each part of a step."""
 
-import dataclasses
 import json
+from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from settings import Config
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -16,7 +16,7 @@ PARTS = ("data", "encoder", "flow", "perceptual", "adversarial", "backward", "op
 """The spans of a step, by the names they are recorded under."""
 
 KNOWN = ("H100", "H200")
-"""Cards whose peak is the one that costs are counted with."""
+"""Cards whose peak is known."""
 
 span = record_function
 """Names a part of a step in a trace; costs microseconds where nothing is traced."""
@@ -26,16 +26,25 @@ class Profile:
     """Traces a few steps of a training, after some that are not counted; a context of each step.
 
     Args:
-        config: of the run, in whose folder ``trace.json`` and ``profile.json`` are left.
+        folder: where ``trace.json`` and ``profile.json`` are left.
         accelerator: of the processes; the first one writes.
+        utilisation: from the seconds of a step, and the number of the last one, to the share of a
+            known card's peak that it reaches; None does not say.
         warmup: steps that are not counted: compiling, caches.
         active: steps that are.
     """
 
     def __init__(
-        self, config: Config, accelerator: Any, warmup: int = 5, active: int = 20
+        self,
+        folder: Path,
+        accelerator: Any,
+        utilisation: Callable[[float, int], float] | None = None,
+        warmup: int = 5,
+        active: int = 20,
     ) -> None:
-        self.config, self.folder, self.accelerator = config, config.out, accelerator
+        self.folder = folder
+        self.accelerator = accelerator
+        self.utilisation = utilisation
         self.warmup, self.active, self.step, self.first = warmup, active, 0, 0
         activities = [ProfilerActivity.CPU]
         if accelerator.device.type == "cuda":
@@ -73,16 +82,6 @@ class Profile:
             return event.device_time_total
         return event.cpu_time_total
 
-    def utilisation(self, seconds: float) -> float:
-        """Return the share of the card's peak that a step reaches, by the FLOPs counted."""
-        import flops  # counts networks, which nothing else here needs
-
-        config = self.config
-        if config.adversarial and config.adversarial.start > self.first + self.steps:
-            config = dataclasses.replace(config, adversarial=None)
-        rows = config.training.batch // self.accelerator.num_processes
-        return flops.utilisation(config, rows, seconds)
-
     def write(self) -> None:
         """Leave the trace and the table, and print the table."""
         if not self.accelerator.is_main_process:
@@ -103,8 +102,9 @@ class Profile:
             kernels = [e for e in events if e.device_type == DeviceType.CUDA]
             busy = sum(e.self_device_time_total for e in kernels if not e.is_user_annotation)
             found["idle"] = max(0.0, 1 - busy / whole)
-        if any(card in found["device"] for card in KNOWN):
-            found["utilisation"] = self.utilisation(found["milliseconds"] / 1000)
+        if self.utilisation and any(card in found["device"] for card in KNOWN):
+            last = self.first + self.steps
+            found["utilisation"] = self.utilisation(found["milliseconds"] / 1000, last)
         text = json.dumps(found, indent=2)
         write_beside(self.folder / "profile.json", text + "\n")
         print(f"{found['milliseconds']:.1f} ms a step on {found['device']}; of them")

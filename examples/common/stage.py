@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from settings import TrainingConfig
+from sections import TrainingConfig
 from torch import Tensor, nn
 
 from flowspace.training import AdversarialStep, Draws, Rows
@@ -19,16 +19,17 @@ class Losses:
     Attributes:
         terms: each ``(B,)``, as measured, with gradient.
         weights: of each; a number, or a detached tensor ``(B,)``.
-        times: t and s of each row ``(B,)``, by which the log sorts the terms.
-        made: what the network made of the rows ``(B, *)``, with gradient.
-        real: what the discriminator is shown beside it.
+        times: t, and s where there is one, of each row ``(B,)``: the log sorts the terms by them.
+        made: what the network made of the rows ``(B, *)``, with gradient; None where the log need
+            not say how strong the gradient of each term is, and there is no discriminator.
+        real: what the discriminator is shown beside it; None where there is none.
     """
 
     terms: dict[str, Tensor]
     weights: dict[str, float | Tensor]
-    times: dict[str, Tensor]
-    made: Tensor
-    real: Tensor
+    times: dict[str, Tensor] = field(default_factory=dict)
+    made: Tensor | None = None
+    real: Tensor | None = None
 
     @property
     def rows(self) -> Tensor:
@@ -40,8 +41,13 @@ class Losses:
         return {name: self.weights[name] * term.float() for name, term in self.terms.items()}
 
     def gradients(self) -> dict[str, Tensor]:
-        """Return the norm of each weighted term's gradient at what was made, by row ``(B,)``."""
-        norms = {}
+        """Return the norm of each weighted term's gradient at what was made, by row ``(B,)``.
+
+        Nothing, where the losses do not say what was made.
+        """
+        norms: dict[str, Tensor] = {}
+        if self.made is None:
+            return norms
         for name, term in self.weighted().items():
             (gradient,) = torch.autograd.grad(
                 term.sum(), self.made, retain_graph=True, allow_unused=True
@@ -85,8 +91,8 @@ class Stage:
         workers: processes that read.
         adversary: trained beside the network.
         look: looks at the averaged network now and then; returns numbers for the log.
-        compiled: whether the network's blocks run compiled, and the derivative with them.
         begun: is called once what the folder holds is accepted as this training's.
+        compiled: whether the network's blocks run compiled, and the derivative with them.
     """
 
     name: str

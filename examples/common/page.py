@@ -1,0 +1,211 @@
+"""What one sees of a run: sheets of samples while it trains, and its page at the end.
+
+A program puts together the parts of its page, paragraphs, PNGs and tables, and calls `write`.
+"""
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import journal
+import torch
+from profiling import name_of
+from sections import ProgramConfig
+from torch import Tensor, nn
+
+import flowspace
+from flowspace.demo import page as demo_page
+from flowspace.demo.page import png, sheet, write_beside
+from flowspace.vision.data import Images
+
+__all__ = [
+    "Sheets",
+    "class_rows",
+    "curves",
+    "keep_config",
+    "passes_done",
+    "provenance",
+    "real_pictures",
+    "scores_table",
+    "settings_table",
+    "sheets_over_training",
+    "steps_done",
+    "unfinished",
+    "write",
+]
+
+SHOWN = 8
+"""Pictures of a class in a picture, of at most so many classes."""
+
+MOST_SHEETS = 4
+"""Sheets over training that a page shows: the first, the last and some between."""
+
+FEW_PASSES = 10
+"""Passes over the pictures below which a page says that nothing is trained to its end."""
+
+Part = str | bytes | demo_page.Table
+"""A paragraph, a PNG, or the head and the rows of a table."""
+
+
+def keep_config(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write ``config.json`` into the folder of a run, from which `reading.of_run` reads it."""
+    write_beside(folder / "config.json", json.dumps(settings, indent=2) + "\n")
+
+
+# --- while it trains ---------------------------------------------------------------------------
+
+
+@dataclass
+class Sheets:
+    """Draws a sheet of samples of the averaged network now and then: the ``look`` of a stage.
+
+    Args:
+        folder: of the stage, where ``sheet-STEP.png`` is left.
+        classes: sample i has class i mod classes.
+        draw: from the averaged network to samples, uint8 ``(N, 3, H, W)``.
+        score: from samples to numbers for the log; None gives none.
+    """
+
+    folder: Path
+    classes: int
+    draw: Callable[[nn.Module], Tensor]
+    score: Callable[[Tensor], Mapping[str, float]] | None = None
+
+    def was(self, step: int) -> bool:
+        """Whether a step was looked at before."""
+        return self.path(step).exists()
+
+    def path(self, step: int) -> Path:
+        """Return where the sheet of a step is left."""
+        return self.folder / f"sheet-{step:07d}.png"
+
+    def __call__(self, step: int, averaged: nn.Module) -> Mapping[str, float]:
+        """Leave the sheet of a step and return the scores."""
+        samples = self.draw(averaged)
+        write_beside(self.path(step), sheet(samples, self.classes))
+        if self.score is None:
+            return {}
+        return self.score(samples)
+
+
+# --- parts of a page ---------------------------------------------------------------------------
+
+
+def write(path: Path, title: str, parts: Sequence[Part]) -> Path:
+    """Write a page of paragraphs, PNGs and tables into one file, and return its path."""
+    write_beside(path, demo_page.page(title, parts))
+    return path
+
+
+def steps_done(log: Sequence[Mapping[str, Any]]) -> int:
+    """Return how many steps a log tells of."""
+    steps = [record["step"] for record in log if "loss" in record]
+    if not steps:
+        return 0
+    return steps[-1] + 1
+
+
+def seconds_logged(log: Sequence[Mapping[str, Any]]) -> float:
+    """Return the seconds of training that a log tells of."""
+    return sum(record.get("seconds", 0.0) for record in log if "loss" in record)
+
+
+def passes_done(config: ProgramConfig, count: int, log: Sequence[Mapping[str, Any]]) -> float:
+    """Return how often each of so many pictures was seen."""
+    return steps_done(log) * config.training.batch / count
+
+
+def unfinished(config: ProgramConfig, count: int, log: Sequence[Mapping[str, Any]]) -> list[Part]:
+    """Return a sentence that says so where pictures were seen a few times only."""
+    passes = passes_done(config, count, log)
+    if passes >= FEW_PASSES:
+        return []
+    return [
+        f"Each picture was seen {passes:.1f} times: everything ran, and nothing is trained to "
+        "its end. Samples are blots until the network has seen its pictures many more times."
+    ]
+
+
+def scores_table(folder: Path, command: str) -> Part:
+    """Return the scores of a run, or how it is judged where it was not.
+
+    Args:
+        folder: of the run.
+        command: that judges it.
+    """
+    path = folder / "metrics.json"
+    if not path.is_file():
+        return f"Not judged yet: {command}"
+    found = json.loads(path.read_text())
+    rows = [(name, f"{value:.4g}") for name, value in found["values"].items()]
+    return (f"{found['count']} samples, {found['extractor']}", "value"), rows
+
+
+def sheets_over_training(folder: Path) -> list[Part]:
+    """Return some of the sheets of a stage, under a line that says of which steps they are."""
+    paths = sorted(folder.glob("sheet-*.png"))
+    if len(paths) > MOST_SHEETS:
+        places = [round(i * (len(paths) - 1) / (MOST_SHEETS - 1)) for i in range(MOST_SHEETS)]
+        paths = [paths[place] for place in places]
+    steps = [str(int(path.stem.split("-")[1])) for path in paths]
+    parts: list[Part] = ["Samples over training, at steps " + ", ".join(steps) + ":"]
+    return parts + [path.read_bytes() for path in paths]
+
+
+def curves(log: Sequence[Mapping[str, Any]]) -> list[Part]:
+    """Return the losses, the scores and the gradients' norms of a log, where it has them."""
+    parts: list[Part] = ["Losses, and scores of a few samples, over training:"]
+    parts.append(demo_page.losses(log))
+    if any(record.get("watch") for record in log):
+        parts.append(demo_page.scores(log))
+    sloped = [record for record in log if "t" in record.get("slopes_by", {})]
+    if any(record["slopes_by"]["t"] for record in sloped):
+        parts.append("Norms of each term's gradient at the prediction, by t:")
+        parts.append(demo_page.slopes(sloped))
+    return parts
+
+
+def settings_table(settings: Mapping[str, Any]) -> Part:
+    """Return all settings of a run by their keys."""
+    return ("setting", "value"), list(journal.texts(settings).items())
+
+
+def provenance(log: Sequence[Mapping[str, Any]], device: torch.device) -> Part:
+    """Return what made a run: the command, the versions, the device, the time."""
+    rows = [
+        ("command", shlex.join(["python", *sys.argv])),
+        ("versions", f"flowspace {flowspace.__version__}, torch {torch.__version__}"),
+        ("device", name_of(device)),
+        ("time", f"{seconds_logged(log) / 60:.1f} minutes of training logged"),
+    ]
+    return ("made by", ""), rows
+
+
+def real_pictures(images: Images, label: int, count: int = SHOWN) -> list[Tensor]:
+    """Return the first pictures of a class, uint8, and white ones where there are too few."""
+    numbers = [number for number, own in enumerate(images.labels) if own == label][:count]
+    rows = [images.row(number)[0] for number in numbers]
+    white = torch.full((3, images.size, images.size), 255, dtype=torch.uint8)
+    return rows + [white] * (count - len(rows))
+
+
+def class_rows(rows: Mapping[str, Tensor]) -> bytes:
+    """Return a PNG of rows of uint8 pictures ``(N, 3, H, W)``, each beside its name."""
+    from matplotlib import pyplot as plt
+    from torchvision.utils import make_grid
+
+    figure, axes = plt.subplots(
+        len(rows), figsize=(9, 0.62 * len(rows)), squeeze=False, layout="constrained"
+    )
+    for axis, (name, pictures) in zip(axes.flat, rows.items(), strict=True):
+        strip = make_grid(pictures, len(pictures), padding=2, pad_value=255)
+        axis.imshow(strip.permute(1, 2, 0))
+        axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.spines[:].set_visible(False)
+    return png(figure)

