@@ -96,7 +96,7 @@ FAMILY = (
     ),
     Entry(
         "trajectory matching",
-        lambda teacher, _: TrajectoryMatchingLoss(teacher=teacher, points=9, pairs=1),
+        lambda teacher, _: TrajectoryMatchingLoss(teacher=teacher, steps=8, pairs=1),
     ),
     Entry("pixel MeanFlow", lambda *_: PixelMeanFlowLoss(), "pixels"),
     Entry("CrossFlow", lambda *_: CrossFlowLoss(), "across"),

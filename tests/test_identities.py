@@ -28,6 +28,7 @@ from flowspace import (
     ConsistencyStatistic,
     CrossFlowLoss,
     Euler,
+    FiniteDifference,
     FlowMap,
     FlowMatchingLoss,
     Guidance,
@@ -37,7 +38,9 @@ from flowspace import (
     MeanFlowDistillationLoss,
     MeanFlowLoss,
     PixelMeanFlowLoss,
+    ShiftedTimes,
     SquaredError,
+    TimePairs,
     TrajectoryMatchingLoss,
     alpha_at,
 )
@@ -230,7 +233,7 @@ def test_trajectory_matching_is_zero_for_the_exact_map_of_a_path_that_is_solved_
     """A constant velocity: Euler's steps are exact, and the average velocity is that constant."""
     constant, noise = normal(seed, 4, 3), normal(seed + 1, 4, 3)
     loss_fn = TrajectoryMatchingLoss(
-        schedule=schedule, teacher=lambda z, t: constant, points=5, shift=2.0
+        schedule=schedule, teacher=lambda z, t: constant, steps=4, shift=2.0
     )
     out = loss_fn(lambda z, t, s: constant.repeat(len(z) // 4, 1), noise, noise=noise)
     close(out.residual, torch.zeros_like(out.residual), 1e-9)
@@ -242,8 +245,8 @@ def test_trajectory_matching_is_zero_for_the_exact_map_of_a_path_that_is_solved_
 def test_trajectory_matching_tends_to_the_exact_map_as_the_grid_is_refined():
     data, noise = Gaussian.random(LINEAR, 3), normal(0, 4, 3)
     sizes = []
-    for points in (9, 17, 33):
-        loss_fn = TrajectoryMatchingLoss(teacher=data.velocity, points=points)
+    for steps in (8, 16, 32):
+        loss_fn = TrajectoryMatchingLoss(teacher=data.velocity, steps=steps)
         exact = data.average_velocity()
         out = loss_fn(lambda z, t, s, exact=exact: exact(z, t, s), noise, noise=noise)
         sizes.append(float(out.residual.abs().mean()))
@@ -259,7 +262,7 @@ def test_random_pairs_are_distinct_and_conditions_follow_their_rows():
         return z
 
     loss_fn = TrajectoryMatchingLoss(
-        teacher=lambda z, t, y: z * column(y), points=6, pairs=7, shift=3.0
+        teacher=lambda z, t, y: z * column(y), steps=5, pairs=7, shift=3.0
     )
     loss_fn(
         model,
@@ -273,6 +276,49 @@ def test_random_pairs_are_distinct_and_conditions_follow_their_rows():
     assert seen["y"].tolist() == [0.0, 1.0, 2.0] * 7
     even = torch.linspace(1, 0, 6, dtype=torch.float64)
     close(loss_fn.grid(noise), 3 * even / (1 + 2 * even))
+
+
+@settings(max_examples=10)
+@given(st.integers(1, 9), st.floats(0.3, 8), seeds)
+def test_trajectory_matchings_labels_are_the_times_at_which_its_teacher_was_asked(
+    steps, shift, seed
+):
+    asked, states, noise = [], [], normal(seed, 2, 3)
+
+    def teacher(z, t):
+        asked.append(float(t[0]))
+        states.append(z)
+        return torch.sin(3 * z) + column(t)
+
+    loss_fn = TrajectoryMatchingLoss(teacher=teacher, steps=steps, shift=shift)
+    out = loss_fn(lambda z, t, s: z, noise, noise=noise)
+    assert len(asked) == steps and asked[0] == 1
+    assert set(out.t.tolist()) == set(asked)
+    assert set(out.s.tolist()) == {*asked[1:], 0.0}
+    for row in range(len(out.t)):
+        close(out.z_t[row], states[asked.index(out.t[row])][row % 2])
+    even = torch.arange(steps, 0, -1).double() / steps
+    close(torch.tensor(asked, dtype=torch.float64), shift * even / (1 + (shift - 1) * even))
+
+
+def test_only_the_rows_that_begin_a_trajectory_are_solved_for():
+    noise, asked = normal(0, 5, 3), []
+
+    def teacher(z, t, y, table):
+        asked.append(len(z))
+        return z * column(y) + table.sum()
+
+    cond = {"y": torch.arange(5.0).double(), "table": torch.ones(7, dtype=torch.float64)}
+    some = TrajectoryMatchingLoss(teacher=teacher, steps=3, trajectories=2)
+    out = some(lambda z, t, s, y, table: z * column(y), noise, noise=noise, cond=cond)
+    assert asked == [2, 2, 2] and out.loss.shape == (2 * 6,)
+    alone = TrajectoryMatchingLoss(teacher=teacher, steps=3)
+    first = {"y": cond["y"][:2], "table": cond["table"]}
+    whole = alone(lambda z, t, s, y, table: z * column(y), noise[:2], noise=noise[:2], cond=first)
+    close(out.loss, whole.loss)
+    close(out.z_t, whole.z_t)
+    with pytest.raises(InputError, match="got a batch of 5 rows for trajectories = 6"):
+        TrajectoryMatchingLoss(teacher=teacher, trajectories=6)(torch.sin, noise, cond=cond)
 
 
 # --- the flow map
@@ -334,6 +380,46 @@ def test_the_residuals_mean_square_falls_by_that_of_what_the_noise_put_into_it(s
     error = (gap - noise_term).std() / rows**0.5
     assert (gap - noise_term).mean().abs() < 5 * error
     assert noise_term.mean() > 50 * error
+
+
+@settings(max_examples=20, deadline=None)
+@given(formula_schedules, st.sampled_from([0.0, 0.5, 1.0]), st.booleans(), seeds)
+def test_distillation_trades_variance_for_the_teachers_error(schedule, mix, exact, seed):
+    """Proposition 3.1 at each z_t, for any network: E[|R|^2 | z_t] = |f - h + B - l A dv_phi|^2 +
+    (1 - l)^2 tr(A C A'), C the variance of the conditional velocity given z_t.
+
+    R is affine in the conditional velocity, so six points with the mean and the variance of
+    z given z_t give its mean square exactly.
+    """
+    data, net = Gaussian.random(schedule, seed), Net(seed=seed + 5)
+    t, s = torch.tensor([0.7]).double(), torch.tensor([0.2]).double()
+    z_t = data.sample_state(t, seed)
+    v = data.velocity(z_t, t)
+    off = torch.zeros_like(v) if exact else normal(seed + 9, 1, 3)
+    loss_fn = MeanFlowDistillationLoss(
+        schedule=schedule, teacher=lambda z, t: data.velocity(z, t) + off, mix=mix
+    )
+
+    spread = data.spread * column(schedule.beta(t)) / data.variances(t).sqrt()
+    root = data.rotation * spread
+    z = data.clean(z_t, t) + 3**0.5 * torch.cat([root.T, -root.T])
+    noise = (z_t - column(schedule.alpha(t)) * z) / column(schedule.beta(t))
+    out = loss_fn(net, z, noise=noise, t=t.expand(6), s=s.expand(6))
+    close(out.z_t, z_t.expand(6, 3), 1e-9)
+    measured = out.residual.square().sum(1).mean()
+
+    slope = torch.func.jacrev(lambda x: net(x[None], t, s)[0])(z_t[0])
+    through = torch.eye(3).double() - (t - s) * slope
+    h = data.average_velocity()
+    bias, moved = torch.func.jvp(
+        lambda x, at: net(x, at, s) - h(x, at, s), (z_t, t), (v, torch.ones_like(t))
+    )
+    error = bias + (t - s) * moved - mix * off @ through.T
+    falls = schedule.alpha(t) / schedule.beta(t)  # of the noise where z grows, at a fixed z_t
+    turned = through @ root * (schedule.alpha_dot(t) - schedule.beta_dot(t) * falls)
+    variance = (1 - mix) ** 2 * turned.square().sum()
+    close(measured, error.square().sum() + variance, 1e-8)
+    assert (variance > 0) == (mix < 1)
 
 
 # --- linear networks
@@ -402,8 +488,16 @@ def test_published_numbers_are_the_references():
         4.0,
     )
     assert FlowMatchingLoss.published() == FlowMatchingLoss()
-    matching = TrajectoryMatchingLoss.published(teacher=torch.sin)
-    assert (matching.points, matching.pairs, matching.penalty) == (16, 64, SquaredError())
+    dim = 768 * 16 * 16
+    matching = TrajectoryMatchingLoss.published(dim, teacher=torch.sin)
+    assert (matching.steps, matching.pairs, matching.trajectories) == (16, 64, 2)
+    assert matching.penalty == SquaredError() and matching.shift == (dim / 4096) ** 0.5
+    distilled = MeanFlowDistillationLoss.published(dim, teacher=torch.sin)
+    assert distilled.times == TimePairs(ShiftedTimes(dim), equal=0.0)
+    assert distilled.penalty == SquaredError(summed=True) and distilled.mix == 1
+    assert distilled.derivative == FiniteDifference(step=0.005)
+    t, s = distilled.times(1000, generator=torch.Generator().manual_seed(0))
+    assert (t > s).all()
 
 
 @pytest.mark.parametrize(

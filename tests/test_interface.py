@@ -244,7 +244,7 @@ def test_karras_times_lie_between_their_levels(lowest, span, rho, seed):
         lambda check: PixelMeanFlowLoss(floor=-1, check=check),
         lambda check: MeanFlowDistillationLoss(teacher=None, mix=7, check=check),
         lambda check: MeanFlowDistillationLoss(teacher=torch.sin, mix=math.nan, check=check),
-        lambda check: TrajectoryMatchingLoss(teacher=torch.sin, points=-3, check=check),
+        lambda check: TrajectoryMatchingLoss(teacher=torch.sin, steps=-3, check=check),
         lambda check: ConsistencyLoss(boundary=-1, check=check),
         lambda check: CrossFlowLoss(gap="a half", check=check),
     ],

@@ -43,6 +43,7 @@ NEEDED = {
     "RandomGuidance": {"null": {"labels": 10}},
     "FlowMap": None,
     "VelocityFlow": None,
+    "CascadeFlow": None,
 }
 
 
@@ -57,7 +58,7 @@ def numeric_settings():
         for field in dataclasses.fields(kind):
             value = getattr(made, field.name)
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if field.init and (is_number or field.name in ("gap", "pairs")):
+            if field.init and (is_number or field.name in ("gap", "pairs", "trajectories")):
                 yield kind, field.name
 
 
@@ -102,7 +103,7 @@ def test_settings_are_found():
         ("FiniteDifference", "step"),
         ("HuberError", "threshold"),
         ("TimePairs", "equal"),
-        ("TrajectoryMatchingLoss", "points"),
+        ("TrajectoryMatchingLoss", "steps"),
         ("UniformTimes", "low"),
     } <= names
     assert len(names) >= 40
@@ -128,7 +129,7 @@ def test_an_odd_statistic_is_refused(name, odd):
         lambda: AlphaFlowLoss(bound=-4.0, check=False),
         lambda: ConsistencyLoss(boundary=-1, check=False),
         lambda: MeanFlowDistillationLoss(teacher=None, mix=7, check=False),
-        lambda: TrajectoryMatchingLoss(teacher=torch.sin, points=-3, check=False),
+        lambda: TrajectoryMatchingLoss(teacher=torch.sin, steps=-3, check=False),
         lambda: TrajectoryMatchingLoss(teacher=torch.sin, pairs=0, check=False),
     ],
 )

@@ -185,7 +185,7 @@ def summed(z, t, s, table):
 )
 def test_trajectory_matching_gives_every_pair_the_whole_condition(model, cond):
     (z, _, _), (noise, _, _) = arguments()
-    loss_fn = TrajectoryMatchingLoss(teacher=lambda z, t, **cond: -z * (1 + t)[:, None], points=4)
+    loss_fn = TrajectoryMatchingLoss(teacher=lambda z, t, **cond: -z * (1 + t)[:, None], steps=3)
     out = loss_fn(model, z, noise=noise, cond=cond)
     parts = zip(out.z_t.split(6), out.t.split(6), out.s.split(6), strict=True)
     near(out.prediction, torch.cat([model(*part, **cond) for part in parts]))
@@ -199,7 +199,7 @@ def test_trajectory_matching_takes_all_pairs_at_once_where_it_may():
         sizes.append(len(z))
         return z * labels[:, None]
 
-    loss_fn = TrajectoryMatchingLoss(teacher=lambda z, t, **cond: -z, points=4)
+    loss_fn = TrajectoryMatchingLoss(teacher=lambda z, t, **cond: -z, steps=3)
     loss_fn(model, z, noise=noise, cond={"labels": torch.arange(6)})
     assert sizes == [36, 6]
 
@@ -751,7 +751,7 @@ UNFIT = {
 @pytest.mark.parametrize(("model", "options", "message"), UNFIT.values(), ids=UNFIT)
 @pytest.mark.parametrize(
     "loss_fn",
-    [*LOSSES.values(), TrajectoryMatchingLoss(teacher=lambda z, t, **_: z, points=3)],
+    [*LOSSES.values(), TrajectoryMatchingLoss(teacher=lambda z, t, **_: z, steps=2)],
     ids=[*LOSSES, "trajectory"],
 )
 def test_what_cannot_be_a_model_or_a_batch_is_one_clear_error(loss_fn, model, options, message):

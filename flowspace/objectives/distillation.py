@@ -10,12 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from flowspace.arrays import Model, is_number
+from flowspace.derivatives import FiniteDifference
 from flowspace.errors import InputError
 from flowspace.inputs import require
 from flowspace.objectives.engine import PathPoint, given_velocity
 from flowspace.objectives.mean_flow import MeanFlowLoss
 from flowspace.penalties import SquaredError
-from flowspace.times import TimePairs
+from flowspace.times import ShiftedTimes, TimePairs
 
 __all__ = ["MeanFlowDistillationLoss"]
 
@@ -24,9 +25,13 @@ __all__ = ["MeanFlowDistillationLoss"]
 class MeanFlowDistillationLoss(MeanFlowLoss):
     """MeanFlow with v replaced by (1 - l) v + l v_teacher, in the target and in the tangent.
 
-    With the exact velocity as teacher the residual loses what the noise of v puts into it: its
-    mean square falls by E |A dv|^2 with A = (t - s) d f/d z - 1 and dv = v - v_teacher.
-    `FiniteDifference(step=5e-3)` as ``derivative`` is the reference's.
+    What l trades is proposition 3.1: with A = 1 - (t - s) df/dz, the exact average velocity h and
+    velocity v, and the bias B = (t - s) D_t (f - h) along v,
+
+        E|R|^2 = E|f - h + B - l A (v_teacher - v)|^2 + (1 - l)^2 E|A (eps - z - v)|^2,
+
+    where eps - z stands for the conditional velocity: its variance at l = 0, the teacher's error
+    at l = 1. (The paper's equation 4 has B with the other sign.)
 
     Args:
         teacher: a callable ``(z_t, t, **cond)``, such as a flow-matching network at s = t, or
@@ -38,12 +43,23 @@ class MeanFlowDistillationLoss(MeanFlowLoss):
     mix: float = 1.0
 
     @classmethod
-    def published(cls, **changes: Any) -> "MeanFlowDistillationLoss":
-        """Return it with the reference's share of s = t, 3/4, and summed squares.
+    def published(cls, dim: int, **changes: Any) -> "MeanFlowDistillationLoss":  # pyright: ignore[reportIncompatibleMethodOverride]  # times need dim
+        """Return it with the paper's numbers (sections 3.3, 3.4 and 5).
 
-        Give ``teacher``, and shifted times.
+        The teacher's uniform times, shifted by sqrt(dim / 4096), t > s in every row, summed
+        squares, and differences of 0.005, which are one-sided here and central there. Its code
+        differs: 3/4 of the rows lie on s = t, for which write
+        ``times=TimePairs(ShiftedTimes(dim), equal=0.75)``. Give ``teacher``.
+
+        Args:
+            dim: the number of elements of a latent, such as 768 * 16 * 16.
+            changes: any field of the objective.
         """
-        settings = {"times": TimePairs(equal=0.75), "penalty": SquaredError(summed=True)}
+        settings = {
+            "times": TimePairs(ShiftedTimes(dim), equal=0.0),
+            "penalty": SquaredError(summed=True),
+            "derivative": FiniteDifference(step=5e-3),
+        }
         return cls(**(settings | changes))
 
     def check_settings(self) -> None:

@@ -21,6 +21,7 @@ from flowspace.objectives.engine import LossOutput, PathPoint
 from flowspace.objectives.inputs import Batch, checked_batch, evaluated
 from flowspace.objectives.mean_flow import MeanFlowLoss
 from flowspace.solvers import Euler
+from flowspace.times import ShiftedTimes
 
 __all__ = ["TrajectoryMatchingLoss"]
 
@@ -37,24 +38,36 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
     Args:
         teacher: a callable ``(z_t, t, **cond)``, such as a flow-matching network at s = t, or
             `Guidance.apply` of one.
-        points: of the trajectory, from noise to data, both ends included; 16 in the reference.
+        steps: of Euler from noise to data, an evaluation of the teacher each; a trajectory has one
+            point more.
         pairs: how many of the pairs t_i > t_j are drawn for a batch; None takes all.
+        trajectories: how many rows of the batch, the first ones, begin a trajectory; None takes
+            all. The other rows, with their noise and conditions, are left out.
         shift: k of the grid t' = k t / (1 + (k - 1) t), such as ``ShiftedTimes(dim).shift``; 1
             leaves it even.
     """
 
     teacher: Callable[..., Tensor]
-    points: int = 16
+    steps: int = 16
     pairs: int | None = None
+    trajectories: int | None = None
     shift: float = 1.0
 
     @classmethod
-    def published(cls, **changes: Any) -> "TrajectoryMatchingLoss":
-        """Return it with the reference's numbers: 16 points, 64 of their pairs, mean squares.
+    def published(cls, dim: int, **changes: Any) -> "TrajectoryMatchingLoss":  # pyright: ignore[reportIncompatibleMethodOverride]  # the grid needs dim
+        """Return it as MeanFlow on representation autoencoders takes it (section 3.2, 5).
 
-        Give ``teacher`` and ``shift``.
+        16 steps of Euler, two trajectories an iteration, squared error; the grid is shifted by
+        sqrt(dim / 4096), as the teacher's times. Its code differs: 15 steps between 16 points,
+        and labels on an even grid. That 64 of the 136 pairs are drawn is the code's, which draws
+        them of 120; the text is silent. Give ``teacher``.
+
+        Args:
+            dim: the number of elements of a latent, such as 768 * 16 * 16.
+            changes: any field of the objective.
         """
-        settings: dict[str, Any] = {"pairs": 64}
+        shift = ShiftedTimes(dim).shift
+        settings: dict[str, Any] = {"pairs": 64, "trajectories": 2, "shift": shift}
         return cls(**(settings | changes))
 
     def check_settings(self) -> None:
@@ -71,17 +84,23 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
             "write a function (z_t, t, **cond) of the velocity",
         )
         require(
-            isinstance(self.points, int) and is_number(self.points) and self.points >= 2,
-            "points",
-            self.points,
-            "a trajectory has a whole number of points, at least 2",
+            _is_count(self.steps),
+            "steps",
+            self.steps,
+            "a trajectory has a whole number of steps, at least 1",
         )
-        most = self.points * (self.points - 1) // 2
+        most = self.steps * (self.steps + 1) // 2
         require(
-            self.pairs is None or (isinstance(self.pairs, int) and 1 <= self.pairs <= most),
+            self.pairs is None or (_is_count(self.pairs) and self.pairs <= most),
             "pairs",
             self.pairs,
-            f"{self.points} points make {most} pairs, so write that many at most, or None for all",
+            f"{self.steps} steps make {most} pairs, so write that many at most, or None for all",
+        )
+        require(
+            self.trajectories is None or _is_count(self.trajectories),
+            "trajectories",
+            self.trajectories,
+            "write how many rows of a batch begin a trajectory, at least 1, or None for all",
         )
         require(
             is_number(self.shift) and 0 < self.shift < math.inf,
@@ -91,10 +110,10 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
         )
 
     def grid(self, like: Tensor) -> Tensor:
-        """Return the times of the points, ``(points,)``, falling from 1 to 0."""
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        t = torch.linspace(1, 0, self.points, device=like.device, dtype=dtype)
-        return self.shift * t / (1 + (self.shift - 1) * t)
+        """Return the times of the points, ``(steps + 1,)``, falling from 1 to 0."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        t = torch.linspace(1, 0, self.steps + 1, device=like.device, dtype=dtype)
+        return self.shift * t / (self.shift * t + (1 - t))  # exactly 1 at t = 1
 
     def __call__(  # noqa: PLR0913  # the public door: each argument has its name
         self,
@@ -108,9 +127,10 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
         s: Tensor | None = None,
         generator: Any = None,
     ) -> LossOutput:
-        """Return the loss of each pair of each row.
+        """Return the loss of each pair of each trajectory.
 
-        Every field has B rows for the first pair, then B for the next, and so on.
+        Every field has one row for each trajectory for the first pair, then as many for the next,
+        and so on.
 
         Args:
             model: any callable ``model(z_t, t, s, **cond)``.
@@ -124,7 +144,8 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
             generator: the source of noise and pairs, a torch.Generator.
 
         Raises:
-            InputError: if shapes do not fit, or JAX arrays came.
+            InputError: if shapes do not fit, the batch has fewer rows than trajectories are asked
+                for, or JAX arrays came.
             TimeError: if t or s came.
         """
         xp = one_backend(latents, noise, generator)
@@ -141,14 +162,37 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
                 "got t or s; trajectory matching takes its times from the teacher's grid: leave "
                 "them out"
             )
+        batch = self._begun(batch)
+        noise = batch.noise
         if noise is None:
-            noise = draw_noise(latents, generator)
+            noise = draw_noise(batch.latents, generator)
         at, z_s = self._on_trajectory(model, batch, noise)
-        f = at_least_float32(self._predicted(model, at, len(latents)))
+        f = at_least_float32(self._predicted(model, at, len(batch.latents)))
         wanted = self.coefficients.prediction_of(at.z, z_s, at.t, at.s)
         weights = self.coefficients.at(at.t, at.s)
         a, m = over_rows(weights.prediction, f), over_rows(weights.scale, f)
         return self._output(f, (m - a) * f.detach() - m * wanted, at, weights)
+
+    def _begun(self, batch: Batch) -> Batch:
+        """Return the rows of a batch that begin a trajectory."""
+        count, rows = self.trajectories, len(batch.latents)
+        if count is None or count == rows:
+            return batch
+        if count > rows:
+            raise InputError(
+                f"got a batch of {rows} rows for trajectories = {count}; pass at least as many "
+                "rows, or write trajectories=None to begin one at each"
+            )
+
+        def first(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == rows:
+                return leaf[:count]
+            return leaf
+
+        cond, noise = pytree.tree_map(first, batch.cond), batch.noise
+        if noise is not None:
+            noise = noise[:count]
+        return batch._replace(latents=batch.latents[:count], noise=noise, cond=cond)
 
     def _on_trajectory(
         self, model: Model, batch: Batch, noise: Tensor
@@ -210,11 +254,17 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
         self, generator: torch.Generator | None, device: torch.device
     ) -> tuple[Tensor, Tensor]:
         """Return the indices of the pairs' two points, the earlier on the path first."""
-        early, late = torch.triu_indices(self.points, self.points, 1, device=device)
+        points = self.steps + 1
+        early, late = torch.triu_indices(points, points, 1, device=device)
         if self.pairs is None:
             return early, late
         chosen = torch.randperm(len(early), generator=generator, device=device)[: self.pairs]
         return early[chosen], late[chosen]
+
+
+def _is_count(value: Any) -> bool:
+    """Return whether a value is a whole number of at least 1."""
+    return isinstance(value, int) and is_number(value) and value >= 1
 
 
 def _repeated(cond: dict[str, Any], rows: int, count: int) -> dict[str, Any]:
