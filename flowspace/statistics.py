@@ -425,10 +425,15 @@ def _derive(statistic: AbstractStatistic, schedule: Schedule) -> Coefficients:
     scaled = velocity * beta
     kappa = _at_noise(scaled)
     data = kappa * schedule.signal_to_noise_slope
-    functions = (b.dot, b, ratio.dot, velocity, kappa, data)
+    a = b.dot
+    # One function where a = c everywhere: written in two ways, the one is 0 and the other 1e-16
+    # where lambda' = 0, and the target c/m x would lose its data there.
+    if _equal(a, data):
+        a = data
+    functions = (a, b, ratio.dot, velocity, kappa, data)
     for function in functions:
         function.prepare()
-    return Coefficients(b.dot, b, ratio.dot, velocity, kappa, _left_of_t(scaled), data)
+    return Coefficients(*functions[:5], _left_of_t(scaled), data)
 
 
 def worst_on_diagonal(function: Callable[[Tensor, Tensor], Tensor]) -> tuple[float, float]:
@@ -452,6 +457,20 @@ def _inside(function: TimeFunction) -> Tensor:
     """Return a function's values at `POINTS` points inside the triangle."""
     times = torch.tensor(random_points(POINTS), dtype=torch.float64)
     return function(times[:, 0], times[:, 1])
+
+
+def _equal(first: TimeFunction, second: TimeFunction) -> bool:
+    """Whether two functions have the same values at `POINTS` points inside the triangle."""
+    if first.expression is None or second.expression is None:
+        difference = (_inside(first) - _inside(second)).abs()
+        return bool((difference <= NUMERIC * _inside(second).abs().clamp(min=1)).all())
+    points = random_points(POINTS)
+    values = precise_values(first.expression, points)
+    others = precise_values(second.expression, points)
+    return all(
+        abs(value - other) <= NOT_ZERO * max(1, abs(other))
+        for value, other in zip(values, others, strict=True)
+    )
 
 
 def _function_of_s(kappa: Source) -> TimeFunction:

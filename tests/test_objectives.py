@@ -85,9 +85,7 @@ def mean_residual(loss_fn, data, model, t, s, seed, targets=lambda clean: clean)
     clean, grain = data.clean(z_t, t), data.grain(z_t, t)
     out = loss_fn(model, clean, targets(clean), noise=grain, t=t, s=s)
     torch.testing.assert_close(out.z_t, z_t, rtol=1e-11, atol=1e-11)
-    # Where lambda'(1) = 0 nothing is left of any term at t = s = 1: 0/0, to rounding.
-    scale = loss_fn.coefficients.scale(t, s)
-    return out.residual / column(torch.where(scale.abs() < 1e-12, 1.0, scale))
+    return out.residual / column(loss_fn.coefficients.scale(t, s))
 
 
 @settings(max_examples=40)
@@ -439,6 +437,28 @@ def test_the_target_on_the_diagonal_is_the_data(schedule, times, seed):
     net, (z, x, noise) = Net(), batch(seed, 5)
     out = cross_flow(schedule)(net, z, x, noise=noise, t=t, s=t)
     close(out.target, x, 1e-5 if schedule.functions[0].expression is None else 1e-9)
+
+
+@pytest.mark.parametrize("beta", ["t", "sin(pi*t/2)", "t**2", "1 - (1 - t)**2"])
+@pytest.mark.parametrize(
+    "alpha", ["(1 - t)**2", "(1 - t)**3", "1 - sin(pi*t/2)", "cos(pi*t/2)**2"]
+)
+@pytest.mark.parametrize("written_out", [False, True])
+def test_where_signal_to_noise_stands_still_the_target_is_data_or_nothing_is_learned(
+    alpha, beta, written_out
+):
+    """lambda'(1) = 0: R is 0 f - 0 x at t = s = 1, and the target y* = f - R/m keeps f or is x."""
+    schedule = Schedule(alpha, beta)
+    statistic = MatchedStatistic()
+    if written_out:
+        statistic = statistic.on(schedule)
+    net, (z, x, noise) = Net(), batch(0, 2)
+    ones = torch.ones(2, dtype=torch.float64)
+    out = CrossFlowLoss(schedule=schedule, statistic=statistic)(
+        net, z, x, noise=noise, t=ones, s=ones
+    )
+    if bool((out.target - out.prediction).abs().max() > 1e-9):
+        close(out.target, x)
 
 
 # --- the statistics of the table
