@@ -30,6 +30,7 @@ Hence one noise of the image's size holds all that a cascade needs, and a sample
 it.
 """
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -39,11 +40,12 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
 from flowspace.arrays import Model, draw_noise
+from flowspace.backends import torch_backend
 from flowspace.errors import InputError, TimeError
 from flowspace.flow_map import FlowMap
 from flowspace.guidance import Guidance, RandomGuidance
 from flowspace.inputs import check_model, check_states, checked_cond, require
-from flowspace.objectives import LossOutput, Objective
+from flowspace.objectives import FlowMatchingLoss, LossOutput, Objective
 from flowspace.solvers import Solver, VelocityFlow
 
 __all__ = [
@@ -356,13 +358,18 @@ class CascadeLoss:
         objective: any: ``FlowMatchingLoss()`` is PixelFlow's, ``MeanFlowLoss()`` and
             ``CrossFlowLoss()`` train stages of one evaluation. Or one for each stage, as
             distillation needs: its teacher is ``stage.local(teacher)``.
+        packed: call the model once, with lists: of the states, times, destinations and conditions
+            of each stage that has rows. Such a model may compute pictures of all sizes as one
+            sequence. Flow matching alone allows it, since it differentiates nothing.
 
     Raises:
-        InputError: if an objective is none, or their number is wrong.
+        InputError: if an objective is none, their number is wrong, or packed is asked of another
+            objective than flow matching.
     """
 
     cascade: Cascade
     objective: Objective | Sequence[Objective]
+    packed: bool = False
 
     def __post_init__(self) -> None:
         for objective in self._objectives:
@@ -376,6 +383,11 @@ class CascadeLoss:
             raise InputError(
                 f"got {len(self._objectives)} objectives for {self.cascade.stages} stage(s); "
                 "write one for each stage, or a single one for all"
+            )
+        if self.packed and not all(_evaluates_once(each) for each in self._objectives):
+            raise InputError(
+                "got packed=True for an objective that evaluates the model more than once; write "
+                "FlowMatchingLoss() without guidance, or packed=False"
             )
 
     @property
@@ -408,7 +420,7 @@ class CascadeLoss:
     ) -> CascadeOutput:
         """Return the loss of each row and what it was made of.
 
-        The model is called once for each stage that has rows, at the stage's size.
+        The model is called once for each stage that has rows, at the stage's size, unless packed.
 
         Args:
             model: any callable ``model(z_t, t, s, **cond)`` on images of every stage's size and
@@ -432,20 +444,25 @@ class CascadeLoss:
             noise = draw_noise(images, generator)
         if stages is None:
             stages = self.cascade.assigned(len(images), generator)
-        outputs, order = {}, []
-        for batch in self.cascade.batches(images, noise, stages):
-            index, rows = batch.stage.index, batch.rows
-            times = {"t": _of_rows(t, rows, images), "s": _of_rows(s, rows, images)}
-            outputs[index] = self._objectives[index](
-                batch.stage.local(model),
+        if self.packed and t is None:
+            t, s = self._drawn_times(images, generator)
+        batches = list(self.cascade.batches(images, noise, stages))
+        conds = [_cond_of_rows(given, batch.rows, images) for batch in batches]
+        models = [batch.stage.local(model) for batch in batches]
+        if self.packed:
+            models = self._called_once(model, batches, conds, t)
+        outputs = {}
+        for batch, own_cond, local in zip(batches, conds, models, strict=True):
+            outputs[batch.stage.index] = self._objectives[batch.stage.index](
+                local,
                 batch.latents,
-                cond={name: _of_rows(value, rows, images) for name, value in given.items()},
+                cond=own_cond,
                 noise=batch.noise,
+                t=_of_rows(t, batch.rows, images),
+                s=_of_rows(s, batch.rows, images),
                 generator=generator,
-                **times,
             )
-            order.append(rows)
-        back = torch.cat(order).argsort()
+        back = torch.cat([batch.rows for batch in batches]).argsort()
         return CascadeOutput(
             torch.cat([out.loss for out in outputs.values()])[back],
             torch.cat([out.t for out in outputs.values()])[back],
@@ -453,6 +470,47 @@ class CascadeLoss:
             stages,
             outputs,
         )
+
+    def _drawn_times(
+        self, images: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the times of all rows, which one call of the model needs together."""
+        times = self._objectives[0].times
+        dtype = torch_backend.time_dtype(images)
+        return times(len(images), generator=generator, device=images.device, dtype=dtype)
+
+    def _called_once(
+        self,
+        model: Model,
+        batches: Sequence[CascadeBatch],
+        conds: Sequence[Mapping[str, Any]],
+        t: Any,
+    ) -> list[Model]:
+        """Return for each stage a model that hands out its part of one call."""
+        states, times = [], []
+        for batch in batches:
+            own = t[batch.rows]
+            schedule = self._objectives[batch.stage.index].schedule
+            states.append(schedule.perturb(batch.latents, batch.noise, own)[0])
+            times.append(batch.stage.global_time(own))
+        cond = {name: [each[name] for each in conds] for name in conds[0]}
+        predictions = model(states, times, times, **cond)
+        return [functools.partial(_handed_out, prediction) for prediction in predictions]
+
+
+def _evaluates_once(objective: Objective) -> bool:
+    """Return whether an objective needs no more of a model than its value at the state."""
+    return isinstance(objective, FlowMatchingLoss) and objective.guidance is None
+
+
+def _handed_out(prediction: Tensor, z_t: Tensor, t: Tensor, s: Tensor, **cond: Any) -> Tensor:
+    """Return a prediction that was made before, whatever the model is asked."""
+    return prediction
+
+
+def _cond_of_rows(cond: Mapping[str, Any], rows: Tensor, images: Tensor) -> dict[str, Any]:
+    """Return the model's arguments for some rows of a batch."""
+    return {name: _of_rows(value, rows, images) for name, value in cond.items()}
 
 
 def _of_rows(value: Any, rows: Tensor, images: Tensor) -> Any:

@@ -399,6 +399,48 @@ def test_the_derivative_is_that_of_the_stages_time():
     assert float(out.loss.max()) < 1e-20
 
 
+def listed(pictures, t, s, labels):
+    """The network for several sizes in one call."""
+    return [model(*each) for each in zip(pictures, t, s, labels, strict=True)]
+
+
+@given(rows=st.integers(1, 9), seed=seeds)
+@settings(max_examples=10, deadline=None)
+def test_packed_is_the_same_loss_and_gradient_in_one_call(rows, seed):
+    images, noise = normal(seed, rows, 2, 8, 8), normal(seed + 1, rows, 2, 8, 8)
+    cond = {"labels": torch.arange(rows).double()}
+    results = []
+    for packed in (False, True):
+        scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+        calls = []
+
+        def network(z, t, s, labels, calls=calls, scale=scale):
+            calls.append(z)
+            if isinstance(z, list):
+                return [scale * part for part in listed(z, t, s, labels)]
+            return scale * model(z, t, s, labels)
+
+        t = torch.rand(rows, generator=source(seed)).double() * 0.9 + 0.1
+        loss_fn = CascadeLoss(Cascade(3), FlowMatchingLoss(), packed=packed)
+        out = loss_fn(network, images, cond=cond, noise=noise, t=t, s=t, generator=source(seed))
+        out.loss.sum().backward()
+        results.append((out.loss.detach(), scale.grad))
+        assert len(calls) == (1 if packed else min(rows, 3))
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_packed_draws_its_times_and_refuses_what_it_cannot_do():
+    images = normal(0, 6, 2, 8, 8)
+    cond = {"labels": torch.arange(6).double()}
+    loss_fn = CascadeLoss(Cascade(3), FlowMatchingLoss(), packed=True)
+    out = loss_fn(listed, images, cond=cond, generator=source(0))
+    assert float(out.t.min()) > 0 and torch.equal(out.t, out.s)
+    guided = FlowMatchingLoss(guidance=Guidance(null={"labels": 9.0}, omega=2.0))
+    for objective in (MeanFlowLoss(), guided):
+        with pytest.raises(InputError, match="got packed=True for an objective"):
+            CascadeLoss(Cascade(3), objective, packed=True)
+
+
 def test_distillation_takes_an_objective_for_each_stage():
     cascade = Cascade(2)
 
