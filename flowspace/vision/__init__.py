@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from flowspace.vision.pixel_flow import PixelFlowTransformer
     from flowspace.vision.pixel_mean_flow import PixelMeanFlowTransformer
     from flowspace.vision.shards import ShardImages
+    from flowspace.vision.text import TextEncoder, load_text_encoder
 
 __all__ = [
     "AdversarialLoss",
@@ -34,8 +35,10 @@ __all__ = [
     "PixelFlowTransformer",
     "PixelMeanFlowTransformer",
     "ShardImages",
+    "TextEncoder",
     "TimmFeatures",
     "load_encoder",
+    "load_text_encoder",
 ]
 
 PLACES = {
@@ -50,6 +53,7 @@ PLACES = {
     "pixel_flow": ("PixelFlowTransformer",),
     "pixel_mean_flow": ("PixelMeanFlowTransformer",),
     "shards": ("ShardImages",),
+    "text": ("TextEncoder", "load_text_encoder"),
 }
 
 
