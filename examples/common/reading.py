@@ -45,6 +45,7 @@ __all__ = [
     "check_installed",
     "check_weights",
     "check_writable",
+    "depends_on",
     "from_command_line",
     "load",
     "of_run",
@@ -64,6 +65,9 @@ LARGEST_FILE = 2**20
 RUNS = Path("runs")
 """Where runs are left, unless a config says ``out``."""
 
+FREE = ("workers", "compile")
+"""Settings of sections that weights do not depend on."""
+
 Count = Annotated[int, Field(ge=1, le=MOST, strict=True)]
 Number = Annotated[int, Field(ge=0, le=MOST, strict=True)]
 Weight = Annotated[float, Field(ge=0)]
@@ -82,6 +86,21 @@ class SettingsError(ValueError):
 def as_dict(config: Any) -> dict[str, Any]:
     """Return the settings as JSON has them."""
     return TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def depends_on(config: Any, *sections: str) -> dict[str, Any]:
+    """Return the sections of a config that weights depend on, as JSON has them.
+
+    How many processes read, and whether the network is compiled, is left out.
+    """
+    settings = as_dict(config)
+    found = {}
+    for section in sections:
+        found[section] = settings[section]
+        if isinstance(found[section], dict):
+            for name in FREE:
+                found[section].pop(name, None)
+    return found
 
 
 def replaced(config: Settings, **sections: Any) -> Settings:

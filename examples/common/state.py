@@ -51,7 +51,10 @@ class Run:
         self.stage, self.accelerator = stage, accelerator
         t, rank, ranks = stage.training, accelerator.process_index, accelerator.num_processes
         self.shares = share_of(t.batch, rank, ranks, t.accumulate)
-        self.step, self.finite = 0, torch.ones((), device=accelerator.device)
+        self.step = 0
+        self.loss = torch.zeros((), device=accelerator.device)
+        self.norms: list[Tensor] = []
+        self.finite = torch.ones((), device=accelerator.device)
         self.plain = copy.deepcopy(stage.network)
         self.averages = {str(decay): copy.deepcopy(stage.network) for decay in t.emas}
         if stage.compiled:  # once it was copied: the copies only draw

