@@ -116,6 +116,46 @@ def test_a_sampled_posterior_is_drawn_once(images, tmp_path):
     assert not torch.allclose(mean, encoder().encode(batch(images, 0, 14, 0)[0]), atol=1e-2)
 
 
+def test_the_draw_of_a_posterior_is_the_images_own(images, tmp_path):
+    """Whatever is encoded beside it: other batches and other shards give the same latents."""
+    sampled = encoder()
+    sampled.sample = True
+    latents.encode(images, sampled, tmp_path / "a", shard=14, batch=14)
+    latents.encode(images, sampled, tmp_path / "b", shard=5, batch=2)
+    one, other = latents.LatentImages(tmp_path / "a"), latents.LatentImages(tmp_path / "b")
+    for index in range(14):
+        for mirrored in (False, True):
+            latent = one.row(index, mirrored)[0]
+            torch.testing.assert_close(latent, other.row(index, mirrored)[0], rtol=0, atol=2e-2)
+        apart = one.row(index)[0] - one.row(index, True)[0].flip(-1)
+        assert apart.abs().max() > 0.1  # the mirror image has a draw of its own
+
+
+def test_a_flipped_bit_in_a_shard_is_noticed_when_it_is_opened_and_digests_are_made_once(
+    images, tmp_path, monkeypatch
+):
+    latents.encode(images, encoder(), tmp_path, shard=4)
+    checked = []
+    check = latents.check_whole
+
+    def counted(path):
+        checked.append(path.name)
+        check(path)
+
+    monkeypatch.setattr(latents, "check_whole", counted)
+    monkeypatch.setattr(latents, "MOST_OPEN", 1)
+    whole = latents.LatentImages(tmp_path)
+    for index in (0, 13, 1, 12):
+        whole.row(index)
+    assert checked == ["latents-00000000.safetensors", "latents-00000012.safetensors"]
+    path = tmp_path / "latents-00000004.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(RunError, match=r"00000004.*does not hold what was written.*delete it"):
+        latents.LatentImages(tmp_path).row(5)
+
+
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_a_row_is_the_image_with_its_latent_and_class(images, tmp_path, mirrored):
     latents.encode(images, encoder(), tmp_path, shard=4, batch=3)

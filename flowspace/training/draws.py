@@ -74,6 +74,14 @@ class Draws:
 
         return self.rows(drawn, stream)
 
+    def generators(self, stream: int) -> list[torch.Generator]:
+        """Return a generator of its own for each of these rows, where a library draws itself."""
+        found = []
+        for row in range(self.first, self.last):
+            seed = seed_of(self.seed, self.step, ROWS, stream, row)
+            found.append(torch.Generator(self.device).manual_seed(seed))
+        return found
+
     def rows(self, draw: Callable[[int, torch.Generator], Any], stream: int) -> Any:
         """Return these rows of what is drawn for the whole batch: the same numbers in one process
         as in many.

@@ -22,7 +22,7 @@ from flowspace.errors import InputError, RunError
 from flowspace.training.draws import seed_of
 from flowspace.vision.data import Images, order_of
 from flowspace.vision.encoders import LatentEncoder
-from flowspace.vision.tensor_files import metadata_of, write_whole
+from flowspace.vision.tensor_files import check_whole, metadata_of, write_whole
 
 __all__ = ["LatentImages", "encode", "fingerprint"]
 
@@ -101,8 +101,13 @@ def _encoded(
     views = [x]
     if flip:
         views.append(x.flip(-1))
-    draw = torch.Generator(device).manual_seed(seed_of(numbers[0], DRAWN))
-    encoded = [encoder.encode(view.to(device), draw).cpu() for view in views]
+    encoded = []
+    for mirrored, view in enumerate(views):
+        draw = []
+        for number in numbers:
+            seed = seed_of(number, DRAWN, mirrored)
+            draw.append(torch.Generator(device).manual_seed(seed))
+        encoded.append(encoder.encode(view.to(device), draw).cpu())
     latents = torch.stack(encoded, 1).half()
     finite = latents.flatten(1).isfinite().all(1)
     if not finite.all():
@@ -150,7 +155,7 @@ class LatentImages:
     """Images, their latents and classes by number, from the shards that `encode` wrote.
 
     Files are opened when a row is asked for, by whoever asks: a worker of a DataLoader opens its
-    own.
+    own. The first to open one sees that it holds what was written, by its digest.
 
     Args:
         folder: of the shards.
@@ -185,6 +190,8 @@ class LatentImages:
                 f"{folder} was encoded without mirror images; write data.flip=false, or encode "
                 "again"
             )
+        # In shared memory, so that no worker reads all of a shard that another one has.
+        self._whole = torch.zeros(shards, dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return self.made["count"]
@@ -205,7 +212,8 @@ class LatentImages:
         Raises:
             IndexError: if there is no such image.
             InputError: if the mirror image was not encoded.
-            RunError: if the shard was written again by another run.
+            RunError: if the shard was written again by another run, or does not hold what was
+                written.
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"got index {index}; there are {len(self)} images")
@@ -214,7 +222,7 @@ class LatentImages:
                 f"got mirrored = True; {self.folder} was encoded without mirror images"
             )
         offset = index % len(self) % self.made["shard"]
-        file = self._opened(_path(self.folder, index % len(self) - offset))
+        file = self._opened(index % len(self) - offset)
         one = slice(offset, offset + 1)
         latents = file.get_slice("latents")[one]
         image = file.get_slice("images")[one][0]
@@ -227,12 +235,18 @@ class LatentImages:
         """Return the order in which a pass takes the images."""
         return order_of(seed, number, len(self))
 
-    def _opened(self, path: Path) -> Any:
+    def _opened(self, start: int) -> Any:
+        """Return the open file of the shard whose first image has this number."""
+        path = _path(self.folder, start)
         file = self._files.get(path)
         if file is not None:
             return file
         if _made(path) != self.made:
             raise RunError(f"{path} was written again by another run; start this one anew")
+        number = start // self.made["shard"]
+        if not self._whole[number]:
+            check_whole(path)
+            self._whole[number] = True
         if len(self._files) >= MOST_OPEN:
             self._files.clear()
         file = safe_open(path, "pt").__enter__()

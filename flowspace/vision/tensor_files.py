@@ -20,7 +20,7 @@ from torch import Tensor
 from flowspace.errors import RunError
 from flowspace.training.checkpoints import digest_of
 
-__all__ = ["metadata_of", "read_whole", "write_whole"]
+__all__ = ["check_whole", "metadata_of", "read_whole", "write_whole"]
 
 ABOUT = "about"
 DIGEST = "sha256"
@@ -61,12 +61,31 @@ def read_whole(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise RunError(f"{path} cannot be read ({error}); delete it to make it anew") from error
+    _check_digest(path, tensors, metadata)
+    return tensors, metadata
+
+
+def check_whole(path: Path) -> None:
+    """See that a file holds what `write_whole` wrote; its tensors are not kept in memory.
+
+    Raises:
+        RunError: if it cannot be read, or holds something else.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = _about(file.metadata())
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            _check_digest(path, tensors, metadata)
+    except (SafetensorError, OSError) as error:
+        raise RunError(f"{path} cannot be read ({error}); delete it to make it anew") from error
+
+
+def _check_digest(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     if metadata.get(DIGEST) != digest_of(tensors):
         raise RunError(
             f"{path} does not hold what was written: its tensors have another SHA-256 than its "
             "metadata; delete it to make it anew"
         )
-    return tensors, metadata
 
 
 def metadata_of(path: Path) -> dict[str, str] | None:
