@@ -2,6 +2,7 @@
 out, refused.
 """
 
+import dataclasses
 import functools
 import importlib
 import json
@@ -30,6 +31,8 @@ settings = importlib.import_module("settings")  # finds examples/common
 build = importlib.import_module("build")
 judging = importlib.import_module("judging")
 loop = importlib.import_module("loop")
+report = importlib.import_module("report")
+sections = importlib.import_module("sections")
 ship = importlib.import_module("ship")
 stage_one = importlib.import_module("stage_one")
 train = importlib.import_module("train")
@@ -159,6 +162,18 @@ def test_a_run_trains_ships_logs_and_ends_with_its_page(config, capsys):
     assert "report.html" in capsys.readouterr().out
 
 
+def test_the_steps_that_trackers_are_told_never_fall(config, monkeypatch):
+    """wandb drops what is of an earlier step than what came before; stage 1 comes first."""
+    told = []
+    accelerator = importlib.import_module("accelerate").Accelerator
+    monkeypatch.setattr(accelerator, "log", lambda self, values, step: told.append((step, values)))
+    run(settings.replaced(config, training={"log_every": 1}))
+    steps = [step for step, _ in told]
+    assert steps == sorted(steps) and steps[-1] == 3 + 6 - 1
+    names = [next(iter(values)).split("/")[0] for _, values in told]
+    assert names == ["autoencoder"] * 3 + ["generator"] * 6
+
+
 def test_a_run_has_the_losses_that_were_stored(config):
     """A change of these numbers is a change of what every run trains: say so in the changelog."""
     changed = settings.replaced(config, training={"log_every": 1, "steps": 8})
@@ -218,6 +233,51 @@ def test_any_average_is_shipped_and_the_best_is_named(config, encoder_folder, tm
     best = ship.best_average(judged, accelerator)
     assert best in (0.9, 0.1)
     assert f"which is shipped: {best}" in capsys.readouterr().out
+
+
+def test_several_sets_and_representations_are_judged_and_shown(config, encoder_folder, tmp_path):
+    """The held-out pictures are the first set of samples: then every ratio is 1."""
+    from torchvision.utils import save_image
+
+    made = given(config, encoder_folder, training={"emas": (0.9, 0.1)})
+    made = judged_by_resnet(made, tmp_path)
+    run(made, "--evaluate")
+    alone_found = json.loads((made.out / "metrics.json").read_text())
+    generator = ship.generator_of_run(made).eval()
+    plan, maker = ship.plan_of(made, generator), judging.digest(generator)
+    samples = plan.read(made.out / "samples", maker)
+    for number, sample in enumerate(samples):
+        path = tmp_path / "held out" / "01"[number % 2] / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_image(sample / 255, path)
+    asked = {
+        "sets": 2,
+        "extractors": (sections.ExtractorConfig("test_resnet", made.evaluation.weights, 48),),
+        "held_out": str(tmp_path / "held out"),
+    }
+    several = settings.replaced(made, evaluation=asked)
+    alone()
+    accelerator = train.accelerator_of(several)
+    ship.evaluate(several, accelerator)
+    found = json.loads((made.out / "metrics.json").read_text())
+    assert {name: found[name] for name in alone_found} == alone_found  # those of the first set
+    extractor = judging.extractor_of(made, torch.device("cpu"))
+    second = dataclasses.replace(plan, seed=1).read(made.out / "samples-2", maker)
+    real = judging.reference_of(made, extractor, build.images_of(made)).features
+    features = evaluate.features_of(extractor, second.split(8))
+    other = evaluate.frechet_distance(features, evaluate.Features(real))
+    (name, value), *_ = found["values"].items()
+    assert found["sets"][name] == pytest.approx(min(value, other))
+    assert found["sets"][f"{name}, spread of 2 sets"] == pytest.approx(abs(value - other))
+    assert value != other
+    ratios = found["representations"]
+    assert set(ratios["values"]) == {"test_resnet", "test_resnet@48", "mean"}
+    assert ratios["values"] == pytest.approx(dict.fromkeys(ratios["values"], 1), rel=1e-3)
+    page = report.write(several).read_text()
+    assert "the least over several sets" in page and "that of 24 held-out pictures" in page
+    ship.change_average(several, accelerator, several.training.emas[1])
+    kept = [path.name for path in made.out.glob("samples*")]
+    assert kept == ["samples.png"] and not (made.out / "metrics.json").exists()
 
 
 def judged_by_resnet(config, folder):
@@ -484,8 +544,11 @@ def test_samples_of_several_evaluations_follow_from_their_noise(config, encoder_
     assert [a.tobytes() for a in first] == [b.tobytes() for b in again]
 
 
-def test_accumulation_trains_what_one_pass_does(config, encoder_folder, tmp_path):
+@pytest.mark.parametrize("sample", [False, True], ids=["mean", "drawn"])
+def test_accumulation_trains_what_one_pass_does(config, encoder_folder, tmp_path, sample):
+    """Also where latents are drawn from the encoder's posterior: a draw is a row's own."""
     whole = given(config, encoder_folder)
+    whole = settings.replaced(whole, encoder={"sample": sample})
     run(whole)
     parts = settings.replaced(whole, out=tmp_path / "parts", training={"accumulate": 2})
     run(parts)
@@ -558,6 +621,7 @@ def test_training_reads_the_latents_that_were_encoded(config, encoder_folder):
         ("encoder.name=va-vae", "beside encoder.stage_one"),
         ("encoder.stage_one=null", "got no encoder"),
         ("objective.kind=meanflow", "write generator.space=latent"),
+        ("evaluation.extractors=[{network: resnet18}]", "write evaluation.held_out=FOLDER"),
         ("generator.width", "write KEY=VALUE"),
     ],
 )
@@ -643,6 +707,7 @@ def test_the_earliest_time_of_the_settings_is_the_librarys():
             SettingsError,
             r"perceptual\.0\.weights = /nowhere",
         ),
+        ({"evaluation": {"held_out": "/nowhere"}}, SettingsError, "evaluation.held_out=FOLDER"),
         (
             {"evaluation": {"extractor": "resnet18", "weights": "/nowhere"}},
             SettingsError,

@@ -71,6 +71,14 @@ def flat(record: Mapping[str, Any], before: str = "") -> dict[str, float]:
     return found
 
 
+def track(stage: Any, accelerator: Any, record: Mapping[str, Any], step: int) -> None:
+    """Tell the trackers the numbers of a record, under the name of its stage.
+
+    Their steps go on over the stages of a run: some trackers drop what is of an earlier step.
+    """
+    accelerator.log(flat(record, f"{stage.name}/"), stage.offset + step)
+
+
 def by_bins(values: Tensor, times: Tensor) -> list[float | None]:
     """Return the mean of the values ``(B,)`` in each of `BINS` equal bins of the times ``(B,)``.
 
@@ -160,7 +168,7 @@ class Log:
         self.measured, self.answers = [], []
         if self.accelerator.is_main_process:
             append(self.stage.folder, record)
-        self.accelerator.log(flat(record), step)
+        track(self.stage, self.accelerator, record, step)
         self.bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
 
     def details(self) -> dict[str, Any]:

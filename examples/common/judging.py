@@ -1,18 +1,27 @@
-"""Judging a finished run: its samples, each of which follows from its number alone, and scores."""
+"""Judging a finished run: its samples, each of which follows from its number alone, and scores.
+
+``metrics.json`` keeps them: ``count``, ``extractor``, ``reference`` and ``values`` are of the
+first set of samples; ``sets`` has the least of several and their spread; ``representations`` has
+the score over several extractors.
+"""
 
 import hashlib
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from image_losses import weights_of
+from page import tables
 from pictures import images_of, pictures_in_order
-from sections import ProgramConfig
+from sections import ExtractorConfig, ProgramConfig
 from torch import Tensor, nn
 
+from flowspace import InputError
 from flowspace.demo.page import markdown_table, sheet, write_beside
 from flowspace.vision.data import Images
 from flowspace.vision.evaluate import (
@@ -25,7 +34,9 @@ from flowspace.vision.evaluate import (
     check_judge,
     features_of,
     judge,
+    least_and_spread,
     rounded,
+    validation_ratio,
 )
 from flowspace.vision.perceptual import TimmFeatures
 
@@ -35,11 +46,15 @@ __all__ = [
     "drawn",
     "evaluate",
     "extractor_of",
+    "extractors_of",
+    "forget",
     "plan_of",
     "reference_of",
     "table",
     "tried_judge",
 ]
+
+METRICS = "metrics.json"
 
 Sampler = Callable[[Tensor, Tensor], Tensor]
 """From noise ``(B, *)`` and labels ``(B,)`` to images in [-1, 1], ``(B, 3, H, W)``."""
@@ -87,8 +102,8 @@ def evaluate(
 ) -> Scores | None:
     """Draw the samples that are missing, over all processes; the first one judges them.
 
-    Leaves ``samples/``, ``metrics.json`` and ``samples.png`` in the folder of the run, and prints
-    the scores.
+    Leaves ``samples/`` (``samples-2/`` and so on, where there are several sets),
+    ``metrics.json`` and ``samples.png`` in the folder of the run, and prints the scores.
 
     Args:
         config: of the run.
@@ -98,39 +113,93 @@ def evaluate(
         accelerator: of the processes.
 
     Returns:
-        The scores, in the first process.
+        The scores of the first set, in the first process.
     """
-    folder, device = config.out / "samples", accelerator.device
-    plan.draw(draw, folder, maker, device, accelerator.process_index, accelerator.num_processes)
+    device, rank = accelerator.device, accelerator.process_index
+    for folder, one in sets_of(config, plan).items():
+        one.draw(draw, folder, maker, device, rank, accelerator.num_processes)
     accelerator.wait_for_everyone()
     scores = None
     if accelerator.is_main_process:
-        samples = plan.read(folder, maker)
-        scores = judged(config, samples, device)
-        write_beside(config.out / "samples.png", sheet(samples, plan.classes))
-        print(table(scores))
+        scores = judged(config, plan, maker, device)
+        print(table(json.loads((config.out / METRICS).read_text())))
     accelerator.wait_for_everyone()
     return scores
 
 
-def judged(config: ProgramConfig, samples: Tensor, device: torch.device) -> Scores:
-    """Judge samples, uint8 ``(N, 3, H, W)``, and write down what came out."""
+def sets_of(config: ProgramConfig, plan: Plan) -> dict[Path, Plan]:
+    """Return the plan of each set of samples by its folder: they differ by the seed."""
+    plans = {config.out / "samples": plan}
+    for number in range(1, config.evaluation.sets):
+        folder = config.out / f"samples-{number + 1}"
+        plans[folder] = replace(plan, seed=plan.seed + number)
+    return plans
+
+
+def forget(config: ProgramConfig) -> None:
+    """Delete the samples and the scores of a run, which are of other weights than it has now."""
+    for folder in [config.out / "samples", *config.out.glob("samples-*")]:
+        shutil.rmtree(folder, ignore_errors=True)
+    (config.out / METRICS).unlink(missing_ok=True)
+
+
+def judged(config: ProgramConfig, plan: Plan, maker: str, device: torch.device) -> Scores:
+    """Judge the samples that were drawn and write down what came out; return the first scores.
+
+    One set is in memory at a time.
+    """
+    e = config.evaluation
     extractor = extractor_of(config, device)
     pictures = images_of(config.data, config.out.parent)
-    if config.evaluation.tried:
+    if e.tried:
         tried_judge(config, extractor, pictures)
     real = reference_of(config, extractor, pictures)
-    features = features_of(extractor, samples.split(config.evaluation.batch))
-    scores = judge(extractor, features, real, config.evaluation.pinned)
-    write_beside(config.out / "metrics.json", json.dumps(asdict(scores), indent=2) + "\n")
-    return scores
+    scores: list[Scores] = []
+    found: dict[str, Any] = {}
+    for folder, one in sets_of(config, plan).items():
+        samples = one.read(folder, maker)
+        features = features_of(extractor, samples.split(e.batch))
+        scores.append(judge(extractor, features, real, e.pinned))
+        if len(scores) == 1:
+            write_beside(config.out / "samples.png", sheet(samples, plan.classes))
+            if e.extractors:
+                found["representations"] = ratios(config, samples, pictures, device)
+    if len(scores) > 1:
+        found["sets"] = least_and_spread(scores)
+    found = asdict(scores[0]) | found
+    write_beside(config.out / METRICS, json.dumps(found, indent=2) + "\n")
+    return scores[0]
 
 
-def table(scores: Scores) -> str:
-    """Return the scores as a Markdown table."""
-    lines = [(name, f"{value:.4g}") for name, value in scores.values.items()]
-    head = (f"{scores.count} samples, {scores.extractor}", "value")
-    return f"{markdown_table(head, lines)}\n\nreference {scores.reference[:16]}"
+def ratios(
+    config: ProgramConfig, samples: Tensor, pictures: Images, device: torch.device
+) -> dict[str, Any]:
+    """Return the score over several representations, and of how many samples.
+
+    It compares as many samples as there are held-out pictures, where these are fewer.
+    """
+    e = config.evaluation
+    others = images_of(replace(config.data, path=e.held_out), config.out.parent)
+    count = min(len(samples), len(others))
+    mine: dict[str, Features] = {}
+    real: dict[str, Features] = {}
+    held_out: dict[str, Features] = {}
+    for extractor in extractors_of(config, device):
+        name = extractor.name
+        mine[name] = features_of(extractor, samples[:count].split(e.batch))
+        real[name] = reference_of(config, extractor, pictures)
+        path = config.out / f"held-out-{name}.safetensors"
+        held_out[name] = kept_features(path, config, extractor, others, e.held_out)[:count]
+    return {"count": count, "values": validation_ratio(mine, real, held_out)}
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """Return the scores that ``metrics.json`` keeps as Markdown tables."""
+    parts = []
+    for head, rows in tables(found):
+        parts.append(markdown_table(head, rows))
+    parts.append(f"reference {found['reference'][:16]}")
+    return "\n\n".join(parts)
 
 
 # --- the judge ---------------------------------------------------------------------------------
@@ -139,11 +208,34 @@ def table(scores: Scores) -> str:
 def extractor_of(config: ProgramConfig, device: torch.device) -> Extractor:
     """Return the network that judges."""
     e = config.evaluation
-    weights = weights_of(e.weights)
-    if e.extractor == "inception":
+    return extractor_named(ExtractorConfig(e.extractor, e.weights, e.size), device)
+
+
+def extractors_of(config: ProgramConfig, device: torch.device) -> list[Extractor]:
+    """Return all networks whose representations are compared, the one that judges first.
+
+    Raises:
+        InputError: if two of them are the same.
+    """
+    found = [extractor_of(config, device)]
+    for one in config.evaluation.extractors:
+        found.append(extractor_named(one, device))
+    names = [extractor.name for extractor in found]
+    if len(set(names)) < len(names):
+        raise InputError(
+            f"got evaluation.extractors {', '.join(names)}; write each once, the extractor that "
+            "judges is the first of them"
+        )
+    return found
+
+
+def extractor_named(one: ExtractorConfig, device: torch.device) -> Extractor:
+    """Return a network that judges, from its settings."""
+    weights = weights_of(one.weights)
+    if one.network == "inception":
         return Inception(weights, device)
-    features = TimmFeatures(e.extractor, weights=weights, size=e.size)
-    return TimmExtractor(features.to(device), e.extractor)
+    features = TimmFeatures(one.network, weights=weights, size=one.size)
+    return TimmExtractor(features.to(device), one.network)
 
 
 def reference_of(config: ProgramConfig, extractor: Extractor, images: Images) -> Features:
@@ -156,10 +248,18 @@ def reference_of(config: ProgramConfig, extractor: Extractor, images: Images) ->
     if e.reference:
         images = images_of(replace(config.data, path=e.reference), config.out.parent)
     path = config.out / f"reference-{extractor.name}.safetensors"
-    made = f"{e.reference or config.data.path}, {len(images)} images, by {extractor.name}"
+    return kept_features(path, config, extractor, images, e.reference or config.data.path)
+
+
+def kept_features(
+    path: Path, config: ProgramConfig, extractor: Extractor, images: Images, name: str | None
+) -> Features:
+    """Return the features of pictures; a file keeps them, and refuses to be those of others."""
+    made = f"{name}, {len(images)} images, by {extractor.name}"
     if path.exists():
         return Features.load(path, made)
-    found = features_of(extractor, pictures_in_order(images, e.batch, config.data.workers))
+    batches = pictures_in_order(images, config.evaluation.batch, config.data.workers)
+    found = features_of(extractor, batches)
     features = Features(found.features.contiguous(), None)
     features.save(path, made)
     return features

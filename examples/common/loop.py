@@ -297,7 +297,7 @@ def look(run: Run, done: int, steps: int) -> None:
         found = dict(stage.look(done, averaged))
         if found:
             journal.append(stage.folder, {"name": stage.name, "step": done - 1, "watch": found})
-            accelerator.log(journal.flat(found), done)
+            journal.track(stage, accelerator, found, done)
         if stage.training.snapshots:
             snapshot(stage.folder, done, averaged)
     accelerator.wait_for_everyone()

@@ -30,10 +30,11 @@ __all__ = [
     "passes_done",
     "provenance",
     "real_pictures",
-    "scores_table",
+    "scores_tables",
     "settings_table",
     "sheets_over_training",
     "steps_done",
+    "tables",
     "unfinished",
     "write",
 ]
@@ -130,7 +131,7 @@ def unfinished(config: ProgramConfig, count: int, log: Sequence[Mapping[str, Any
     ]
 
 
-def scores_table(folder: Path, command: str) -> Part:
+def scores_tables(folder: Path, command: str) -> list[Part]:
     """Return the scores of a run, or how it is judged where it was not.
 
     Args:
@@ -139,10 +140,25 @@ def scores_table(folder: Path, command: str) -> Part:
     """
     path = folder / "metrics.json"
     if not path.is_file():
-        return f"Not judged yet: {command}"
-    found = json.loads(path.read_text())
-    rows = [(name, f"{value:.4g}") for name, value in found["values"].items()]
-    return (f"{found['count']} samples, {found['extractor']}", "value"), rows
+        return [f"Not judged yet: {command}"]
+    return list(tables(json.loads(path.read_text())))
+
+
+def tables(found: Mapping[str, Any]) -> list[demo_page.Table]:
+    """Return what ``metrics.json`` keeps as tables: the first set, all sets, representations."""
+    count = found["count"]
+    shown = {f"{count} samples, {found['extractor']}": found["values"]}
+    if "sets" in found:
+        shown["the least over several sets"] = found["sets"]
+    if "representations" in found:
+        compared = found["representations"]
+        title = f"Frechet distance over that of {compared['count']} held-out pictures"
+        shown[title] = compared["values"]
+    made: list[demo_page.Table] = []
+    for title, values in shown.items():
+        rows = [(name, f"{value:.4g}") for name, value in values.items()]
+        made.append(((title, "value"), rows))
+    return made
 
 
 def sheets_over_training(folder: Path) -> list[Part]:

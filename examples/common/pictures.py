@@ -68,8 +68,8 @@ def images_of(data: PicturesConfig, runs: Path = Path("runs")) -> Images:
     if data.path == "emoji":
         folder = emoji.draw(Path(runs) / f"emoji-{data.size}", data.size)
         return FolderImages(folder, data.size, data.classes)
-    name, _, part = data.path.partition("/")
-    if name in SETS and part in ("", "test"):
+    if data.path in SETS:
+        name, _, part = data.path.partition("/")
         return packaged(name, part == "test", data)
     return SOURCES[data.source](Path(data.path), data.size, data.classes)
 

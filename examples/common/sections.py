@@ -8,7 +8,15 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from reading import STRICT, Count, Decay, Number, Positive, Weight
 
-SETS = ("emoji", "digits", "mnist", "fashion-mnist")
+SETS = (
+    "emoji",
+    "digits",
+    "digits/test",
+    "mnist",
+    "mnist/test",
+    "fashion-mnist",
+    "fashion-mnist/test",
+)
 """Pictures that install from packages, for ``data.path``; see ``pictures.py``."""
 
 
@@ -113,6 +121,15 @@ class AdversarialConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class ExtractorConfig:
+    """A network that judges: ``inception`` or a timm network, its weights, the size it knows."""
+
+    network: str
+    weights: str | None = None
+    size: Count | None = None
+
+
+@dataclass(frozen=True, config=STRICT)
 class EvaluationConfig:
     """How many samples are judged, by what, and against which folder.
 
@@ -120,18 +137,33 @@ class EvaluationConfig:
     reference's features must have; a file of samples holds ``shard`` batches; ``evaluations`` is
     of a sampler that takes several steps; the judge is tried on ``tried`` real pictures first,
     and 0 trusts it.
+
+    ``sets`` of samples are drawn by as many seeds: published FIDs are often the least of three,
+    so that and the spread are said beside the first set's. More ``extractors`` give the score
+    over several representations: the samples' Frechet distance over that of ``held_out``
+    pictures, which nobody trained on, averaged (arXiv 2604.28190).
     """
 
     samples: Count = 50_000
+    sets: Count = 1
     extractor: str = "inception"
     weights: str | None = None
     size: Count | None = None
+    extractors: tuple[ExtractorConfig, ...] = ()
     reference: str | None = None
+    held_out: str | None = None
     pinned: str | None = None
     batch: Count = 50
     shard: Count = 20
     evaluations: Count = 1
     tried: Number = 2000
+
+    def __post_init__(self) -> None:
+        if self.extractors and self.held_out is None:
+            raise ValueError(
+                "got extractors without held_out; their distances are over those of pictures that "
+                "nobody trained on: write evaluation.held_out=FOLDER"
+            )
 
 
 @dataclass(frozen=True, config=STRICT)

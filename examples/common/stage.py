@@ -93,6 +93,7 @@ class Stage:
         look: looks at the averaged network now and then; returns numbers for the log.
         begun: is called once what the folder holds is accepted as this training's.
         compiled: whether the network's blocks run compiled, and the derivative with them.
+        offset: steps of the trainings before this one, for trackers, whose steps never fall.
     """
 
     name: str
@@ -109,3 +110,4 @@ class Stage:
     look: Look | None = None
     begun: Callable[[], None] | None = None
     compiled: bool = False
+    offset: int = 0

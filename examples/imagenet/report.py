@@ -67,7 +67,7 @@ def write(config: Config) -> Path:
     parts: list[Any] = [summary(config, images, log)]
     parts += page.unfinished(config, len(images), log)
     command = f"python examples/imagenet/evaluate.py {config.out}"
-    parts += [page.scores_table(config.out, command)]
+    parts += page.scores_tables(config.out, command)
     parts += ["Samples of each class (right) beside training pictures (left):"]
     parts += [beside(config, images)]
     parts += page.sheets_over_training(config.out / "generator")

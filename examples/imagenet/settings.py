@@ -29,6 +29,7 @@ from reading import (
     run_program,
 )
 from sections import (
+    SETS,
     AdversarialConfig,
     EvaluationConfig,
     PerceptualConfig,
@@ -230,11 +231,12 @@ def check_places(config: Config, latents_made: bool = False) -> None:
         place = getattr(config.data, name)
         if name == "latents" and latents_made:
             continue
-        if place not in (None, "emoji") and not Path(place).is_dir():
+        if place not in (None, *SETS) and not Path(place).is_dir():
             hint = f"write data.{name}=FOLDER"
             if name == "latents":
                 hint += ", which encode.py makes of the same config, or null to encode every step"
             raise SettingsError(f"got data.{name} = {place}, which is no folder; {hint}")
+    reading.check_folder("evaluation.held_out", config.evaluation.held_out, SETS)
     reading.check_weights(_weights(config))
     if config.training.wandb:
         reading.check_installed("training.wandb", "wandb")
@@ -249,6 +251,9 @@ def _weights(config: Config) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     if config.evaluation.extractor != "inception":
         found["evaluation.weights"] = config.evaluation.weights
+    for number, judge in enumerate(config.evaluation.extractors):
+        if judge.network != "inception":
+            found[f"evaluation.extractors.{number}.weights"] = judge.weights
     for number, term in enumerate(config.perceptual):
         found[f"perceptual.{number}.weights"] = term.weights
     if config.adversarial:

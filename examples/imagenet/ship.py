@@ -88,8 +88,7 @@ def pipeline(config: Config, average: float | None = None) -> None:
     os.replace(partial, folder)
     made = {"average": average, "weights": digest(generator)}
     if shipped_of(config).get("weights") != made["weights"]:
-        shutil.rmtree(config.out / "samples", ignore_errors=True)
-        (config.out / "metrics.json").unlink(missing_ok=True)
+        judging.forget(config)
     write_beside(config.out / SHIPPED, json.dumps(made) + "\n")
 
 

@@ -14,7 +14,7 @@ from loop import optimizer_of
 from pictures import in_range
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from settings import Config, StageOneConfig
+from settings import Config, StageOneConfig, TrainingConfig
 from stage import Losses, Stage
 from torch import Tensor, nn
 
@@ -137,6 +137,24 @@ def first_pictures(images: Images, count: int, device: torch.device) -> Iterator
         yield in_range(pixels.to(device))
 
 
+def training_of(config: Config) -> TrainingConfig:
+    """Return how the autoencoder is trained."""
+    stage = config.encoder.stage_one
+    return replace(
+        config.training,
+        steps=stage.steps,
+        batch=stage.batch,
+        learning_rate=stage.learning_rate,
+        optimizer="adamw",
+        emas=(AVERAGE,),
+        seed=config.training.seed + 3,
+        accumulate=1,
+        sharded=False,
+        warmup_epochs=0,
+        final_rate=0.05,
+    )
+
+
 def train_autoencoder(
     config: Config, images: Images, accelerator: Accelerator, train: Train
 ) -> None:
@@ -153,19 +171,7 @@ def train_autoencoder(
             accelerator,
             config.generator.compile,
         )
-    training = replace(
-        config.training,
-        steps=stage.steps,
-        batch=stage.batch,
-        learning_rate=stage.learning_rate,
-        optimizer="adamw",
-        emas=(AVERAGE,),
-        seed=config.training.seed + 3,
-        accumulate=1,
-        sharded=False,
-        warmup_epochs=0,
-        final_rate=0.05,
-    )
+    training = training_of(config)
     network = train(
         Stage(
             "autoencoder",

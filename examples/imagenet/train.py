@@ -55,6 +55,7 @@ from flowspace.vision.encoders import LatentEncoder
 from flowspace.vision.perceptual import literal_pair
 
 NOISE, TIMES, DROPPED = range(3)
+POSTERIOR = 6
 """Streams of the draws of a step."""
 
 
@@ -124,7 +125,7 @@ def prepared(config: Config, accelerator: Accelerator, judged: bool = False) -> 
     if config.encoder.stage_one:
         stage_one.check_fit(config, stage_one.shape_of(config))
     if judged or config.evaluation.extractor != "inception":
-        judging.extractor_of(config, device)
+        judging.extractors_of(config, device)
     perceptual = perceptual_of(
         config.perceptual, config.data.size, device, config.generator.compile
     )
@@ -161,7 +162,15 @@ def prepared(config: Config, accelerator: Accelerator, judged: bool = False) -> 
         look=report.look_of(config, images, encoder, device),
         begun=functools.partial(keep_config, config.out, config.as_dict()),
         compiled=config.generator.compile,
+        offset=steps_before(config, len(images)),
     )
+
+
+def steps_before(config: Config, count: int) -> int:
+    """Return how many steps stage 1 takes on so many pictures."""
+    if config.encoder.stage_one is None:
+        return 0
+    return loop.steps_of(stage_one.training_of(config), count)
 
 
 def generator_losses(
@@ -190,7 +199,10 @@ def generator_losses(
         *latents, pixels, labels = batch
         images = in_range(pixels)
         with span("encoder"):
-            z = latents[0].float() if latents else encoder.encode(images)
+            if latents:
+                z = latents[0].float()
+            else:
+                z = encoder.encode(images, draws.generators(POSTERIOR))
         noise = draws.normal(z.shape[1:], NOISE)
         if drop:
             dropped = draws.uniform((), DROPPED) < drop
