@@ -333,6 +333,15 @@ ONE, LABEL = torch.ones(1), torch.zeros(1).long()
             ),
             "got no s",
         ),
+        (
+            lambda: small()(
+                [torch.zeros(1, 3, 4, 4), torch.zeros(2, 3, 8, 8)],
+                [torch.ones(2), torch.ones(1)],
+                labels=[LABEL, torch.zeros(2).long()],
+            ),
+            r"got t for \[2, 1\] pictures, and \[1, 2\]",
+        ),
+        (lambda: small()(torch.zeros(2, 3, 8, 8), ONE, labels=LABEL), r"t for \[1\] pictures"),
         (lambda: small().extended(width=64), "classes, interval"),
         (lambda: small().extended(classes=7), "classes = 0 or 5"),
         (lambda: small().require_null(), "null_trained"),

@@ -241,13 +241,21 @@ class PixelFlowTransformer(CheckedModel):
             InputError: as for `forward`.
         """
         self._check(pictures, labels, text)
+        given = {"t": t, "s": s, "labels": labels, "text": text, "text_mask": text_mask}
+        for name, values in given.items():
+            _check_rows(name, values, pictures)
         patch = self.config["patch"]
         sides = [z.shape[-1] // patch for z in pictures]
         sizes = [(len(z), side * side) for z, side in zip(pictures, sides, strict=True)]
         packing = Packing(tuple(sizes))
         patches = [_patches(z, patch) for z in pictures]
-        condition = self._condition(packing, sides, _joined(t), _joined(s), _joined(labels))
-        turns = [self.rotary(side, side, pictures[0].device) for side in sides]
+        device = pictures[0].device
+        own_side = [
+            torch.full((len(z),), side, device=device)
+            for z, side in zip(pictures, sides, strict=True)
+        ]
+        condition = self._condition(_joined(own_side), _joined(t), _joined(s), _joined(labels))
+        turns = [self.rotary(side, side, device) for side in sides]
         cosine = packing.repeat([turn[0] for turn in turns])
         sine = packing.repeat([turn[1] for turn in turns])
         captions = self._captions(_joined(text), _joined(text_mask))
@@ -285,17 +293,10 @@ class PixelFlowTransformer(CheckedModel):
         return self.head(_without_scale(x) * (1 + spread(scale)) + spread(shift))
 
     def _condition(
-        self,
-        packing: Packing,
-        sides: list[int],
-        t: Tensor,
-        s: Tensor | None,
-        labels: Tensor | None,
+        self, sides: Tensor, t: Tensor, s: Tensor | None, labels: Tensor | None
     ) -> Tensor:
         """Return what modulates the tokens of each picture, ``(B, width)``."""
-        counts = torch.tensor([pictures for pictures, _ in packing.sizes], device=t.device)
-        resolution = self.resolution(torch.tensor(sides, device=t.device))
-        total = self.time(t) + resolution.repeat_interleave(counts, 0, output_size=len(t))
+        total = self.time(t) + self.resolution(sides)
         if self.label is not None and labels is not None:
             total = total + self.label(labels)
         if self.span is not None:
@@ -377,7 +378,7 @@ class ResolutionEmbedding(nn.Module):
         self.second = nn.Linear(width, width)
 
     def forward(self, sides: Tensor) -> Tensor:
-        """Map whole numbers ``(K,)`` to ``(K, width)``; periods from 2 pi up to 2 pi 10^4."""
+        """Map whole numbers ``(B,)`` to ``(B, width)``; periods from 2 pi up to 2 pi 10^4."""
         rates = SLOWEST ** (-torch.arange(FREQUENCIES, device=sides.device) / FREQUENCIES)
         angle = sides[:, None] * rates
         waves = torch.cat([angle.cos(), angle.sin()], 1).to(self.first.weight.dtype)
@@ -495,6 +496,19 @@ def _picture(patches: Tensor, side: int, patch: int) -> Tensor:
     """Return pictures from their squares: the inverse of `_patches`."""
     maps = patches.transpose(1, 2).unflatten(2, (side, side))
     return F.pixel_shuffle(maps, patch)
+
+
+def _check_rows(name: str, values: Sequence[Tensor] | None, pictures: Sequence[Tensor]) -> None:
+    """Raise InputError unless there is a value for each picture of each resolution."""
+    if values is None:
+        return
+    wanted = [len(z) for z in pictures]
+    found = [v.shape[0] if v.ndim else None for v in values]
+    if found != wanted:
+        raise InputError(
+            f"got {name} for {found} pictures, and {wanted} pictures; write for each resolution "
+            "one tensor with as many rows as it has pictures"
+        )
 
 
 def _joined(values: Sequence[Tensor] | None) -> Any:
