@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from flowspace.vision.pipeline import CrossFlowDecoder, CrossFlowPipeline
     from flowspace.vision.pixel_flow import PixelFlowTransformer
     from flowspace.vision.pixel_mean_flow import PixelMeanFlowTransformer
+    from flowspace.vision.rae import DecoderLoss, RAEReconstruction, build_rae
     from flowspace.vision.shards import ShardImages
     from flowspace.vision.text import TextEncoder, load_text_encoder
 
@@ -25,6 +26,7 @@ __all__ = [
     "CrossFlowGenerator",
     "CrossFlowPipeline",
     "DatasetImages",
+    "DecoderLoss",
     "DiTDH",
     "Discriminator",
     "FolderImages",
@@ -34,9 +36,11 @@ __all__ = [
     "PerceptualLoss",
     "PixelFlowTransformer",
     "PixelMeanFlowTransformer",
+    "RAEReconstruction",
     "ShardImages",
     "TextEncoder",
     "TimmFeatures",
+    "build_rae",
     "load_encoder",
     "load_text_encoder",
 ]
@@ -52,6 +56,7 @@ PLACES = {
     "pipeline": ("CrossFlowDecoder", "CrossFlowPipeline"),
     "pixel_flow": ("PixelFlowTransformer",),
     "pixel_mean_flow": ("PixelMeanFlowTransformer",),
+    "rae": ("DecoderLoss", "RAEReconstruction", "build_rae"),
     "shards": ("ShardImages",),
     "text": ("TextEncoder", "load_text_encoder"),
 }

@@ -6,6 +6,7 @@ is done here, so that every latent looks alike to the generator.
 """
 
 import importlib.util
+import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +27,12 @@ SMALLEST_SPREAD = 1e-6
 """A latent channel that varies less than this over the data is constant; dividing by its spread
 would be noise.
 """
+
+Generators = torch.Generator | list[torch.Generator] | None
+"""Of a draw: one for all rows, one for each, or torch's own."""
+
+RAE_EPSILON = 1e-5
+"""What diffusers adds to the spread of RAE's latents before it divides by it."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,8 @@ class LatentEncoder(nn.Module):
 
     Args:
         autoencoder: one of diffusers' autoencoders.
-        mean: per channel of the latent, or None where the autoencoder says itself.
+        mean: per channel of the latent, ``(C,)``, or of each channel at each position,
+            ``(C, h, w)``, as RAE has it; None where the autoencoder says itself.
         std: likewise.
         sample: draw from the posterior; False takes its mean.
         pack: squares of so many cells a side become one cell of as many more channels, before the
@@ -95,8 +103,8 @@ class LatentEncoder(nn.Module):
             do not).
 
     Attributes:
-        mean: ``(C, 1, 1)``, subtracted from latents.
-        std: ``(C, 1, 1)``, by which they are divided.
+        mean: ``(C, 1, 1)`` or ``(C, h, w)``, subtracted from latents.
+        std: of the same shape, by which they are divided.
         known: whether mean and std are known; if not, `fit` estimates them.
     """
 
@@ -125,28 +133,36 @@ class LatentEncoder(nn.Module):
         self.requires_grad_(False).eval()
 
     def _packed(self, value: Tensor, pack: int) -> Tensor:
-        """Return ``(C, 1, 1)`` of a statistic, repeated for the channels of packed cells where it
-        is one of the autoencoder's own channels.
+        """Return ``(C, 1, 1)`` or ``(C, h, w)`` of a statistic, spread over the channels of packed
+        cells where it is one of the autoencoder's own channels.
         """
         config: Any = self.autoencoder.config
-        if value.numel() == config.get("latent_channels"):
-            value = value.repeat_interleave(pack**2)
-        return value.float().reshape(-1, 1, 1)
+        value = _on_grid(value)
+        if len(value) == config.get("latent_channels") and pack > 1:
+            if value.shape[1:] == (1, 1):
+                return value.repeat_interleave(pack**2, 0)
+            return F.pixel_unshuffle(value, pack)
+        return value
 
     def train(self, mode: bool = True) -> "LatentEncoder":
         """Stay in eval mode: the encoder is frozen."""
         return super().train(False)
 
     @torch.no_grad()
-    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def encode(self, images: Tensor, generator: Generators = None) -> Tensor:
         """Return latents ``(B, C, h, w)`` in float32 of images ``(B, 3, H, W)`` in [-1, 1].
+
+        Args:
+            images: of which.
+            generator: of the draws from the posterior, where they are drawn from it; a list of
+                one a row makes what is drawn of a row independent of the rows beside it.
 
         Raises:
             InputError: if images leave [-1, 1] or have a shape that the autoencoder does not
                 take, if the latents are not finite, or if their statistics are not known yet.
         """
         self._require_statistics()
-        return (self._raw(images, generator) - self.mean) / self.std
+        return self._standard(self._raw(images, generator))
 
     @torch.no_grad()
     def encode_prediction(self, predictions: Tensor) -> Tensor:
@@ -167,7 +183,18 @@ class LatentEncoder(nn.Module):
                 are not known yet.
         """
         self._require_statistics()
-        return (self._latents(predictions.clamp(-1, 1), sample=False) - self.mean) / self.std
+        return self._standard(self._latents(predictions.clamp(-1, 1), sample=False))
+
+    def _standard(self, latents: Tensor) -> Tensor:
+        """Return latents less their mean, over their spread."""
+        sides = tuple(latents.shape[-2:])
+        if tuple(self.mean.shape[1:]) not in ((1, 1), sides):
+            height, width = self.mean.shape[1:]
+            raise InputError(
+                f"got latents on {sides[0]} x {sides[1]} cells, of whose statistics each position "
+                f"of {height} x {width} has its own; give images of that size, or fit again"
+            )
+        return (latents - self.mean) / self.std
 
     def _require_statistics(self) -> None:
         if not self.known:
@@ -186,39 +213,46 @@ class LatentEncoder(nn.Module):
         return images
 
     @torch.no_grad()
-    def fit(self, batches: Iterable[Tensor]) -> "LatentEncoder":
-        """Estimate the mean and spread of each channel from batches of images; returns itself.
+    def fit(self, batches: Iterable[Tensor], by_position: bool = False) -> "LatentEncoder":
+        """Estimate the mean and spread of the latents from batches of images; returns itself.
+
+        Args:
+            batches: images ``(B, 3, H, W)`` in [-1, 1].
+            by_position: of each channel at each position, as RAE does, whose latents then suit
+                images of one size alone; by default of each channel.
 
         Raises:
             InputError: if there are no images, or a channel is constant.
         """
+        axes = (0, 2, 3)
+        if by_position:
+            axes = (0,)
         count = 0
         total = torch.zeros(1, dtype=torch.float64)
         squares = torch.zeros(1, dtype=torch.float64)
         for images in batches:
-            flat = self._raw(images, None).transpose(0, 1).flatten(1).double()
-            count += flat.shape[1]
-            total = total + flat.sum(1).cpu()
-            squares = squares + flat.square().sum(1).cpu()
+            latents = self._raw(images, None).double()
+            total = total + latents.sum(axes).cpu()
+            squares = squares + latents.square().sum(axes).cpu()
+            count += latents.numel() // math.prod(total.shape)
         if not count:
             raise InputError("got no images; fit() takes batches (B, 3, H, W) in [-1, 1]")
         mean = total / count
         std = (squares / count - mean.square()).clamp(min=0).sqrt()
         if bool((std < SMALLEST_SPREAD).any()):
-            raise InputError(
-                f"channel {int(std.argmin())} of the latents is constant over {count} cells; give "
-                "other images"
-            )
+            raise InputError(f"{_least(std)} is constant over {count} cells; give other images")
         self.set_statistics(mean, std)
         return self
 
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Take these as the mean and spread of each channel."""
-        self.mean = mean.to(self.mean.device).float().reshape(-1, 1, 1)
-        self.std = std.to(self.std.device).float().reshape(-1, 1, 1)
+        """Take these as the mean and spread of each channel ``(C,)``, or of each channel at each
+        position ``(C, h, w)``.
+        """
+        self.mean = _on_grid(mean).to(self.mean.device)
+        self.std = _on_grid(std).to(self.std.device)
         self.known = True
 
-    def _raw(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _raw(self, images: Tensor, generator: Generators) -> Tensor:
         """Return the autoencoder's latents of images, packed, before the normalisation."""
         low, high = float(images.min()), float(images.max())
         if not (low >= -1.01 and high <= 1.01):
@@ -239,9 +273,7 @@ class LatentEncoder(nn.Module):
             )
         return f"{kind} in {dtype} on finite images; its weights are broken, fetch them again"
 
-    def _latents(
-        self, images: Tensor, sample: bool, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def _latents(self, images: Tensor, sample: bool, generator: Generators = None) -> Tensor:
         """Return the same of images whose values are not looked at."""
         self._check_shape(images.shape)
         given = images
@@ -273,6 +305,27 @@ class LatentEncoder(nn.Module):
                 f"got images of {height} x {width} pixels for {kind}, of whose latents one cell "
                 f"stands for {side} x {side} pixels; write multiples of {side}"
             )
+
+
+def _on_grid(value: Tensor) -> Tensor:
+    """Return a statistic as ``(C, 1, 1)`` or ``(C, h, w)``, of a scalar as ``(1, 1, 1)``; a first
+    axis of one batch is dropped.
+    """
+    value = value.float()
+    if value.ndim == 4:
+        value = value.squeeze(0)
+    if value.ndim == 3:
+        return value
+    return value.reshape(-1, 1, 1)
+
+
+def _least(std: Tensor) -> str:
+    """Name the channel of the smallest spread, and its position where it has one."""
+    place = [int(index) for index in torch.unravel_index(std.argmin(), std.shape)]
+    name = f"channel {place[0]} of the latents"
+    if len(place) == 3:
+        name += f" at row {place[1]}, column {place[2]}"
+    return name
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
