@@ -1,0 +1,51 @@
+"""A judge of digits that shares nothing with what is trained: the demo's classifiers.
+
+They see 8 x 8 grey pictures and were trained on half of the training digits; samples are averaged
+over squares to that size. For digits alone; other pictures are judged by ``judging.py``.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flowspace.demo.data import SETTINGS, load
+from flowspace.demo.loop import Trainer
+from flowspace.demo.metrics import Judge, Verdict
+from flowspace.demo.networks import JudgeClassifier
+from flowspace.demo.stage_one import JUDGES, classification
+
+__all__ = ["grey", "judge_of", "table"]
+
+SIDE = 8
+"""Pixels a side of scikit-learn's digits."""
+
+
+def judge_of(folder: Path) -> Judge:
+    """Return the classifiers, trained into a folder where they are not there yet."""
+    data, settings = load("digits"), SETTINGS["digits"]
+    judges = []
+    for number in range(1, JUDGES + 1):
+        plan = replace(settings.classifier, seed=settings.classifier.seed + 100 * number)
+        name = f"judge-{number}"
+        trainer = Trainer(name, plan, folder / name, {"dataset": "digits"})
+        torch.manual_seed(plan.seed)
+        judges.append(trainer.train(JudgeClassifier(data.side), data.half(1), classification))
+    return Judge(tuple(judges), data)
+
+
+def grey(samples: Tensor) -> Tensor:
+    """Return uint8 samples ``(N, 3, H, W)`` as the judges see them, ``(N, 1, 8, 8)``."""
+    means = samples.float().mean(1, keepdim=True) / 127.5 - 1
+    return F.adaptive_avg_pool2d(means, SIDE)
+
+
+def table(verdicts: dict[str, Verdict]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the head and the rows of a table of verdicts by name."""
+    rows = []
+    for name, v in verdicts.items():
+        numbers = (f"{v.accuracy:.3f}", f"{v.diversity:.2f}", f"{v.frechet:.1f}")
+        rows.append((name, *numbers))
+    return ("samples", "accuracy", "diversity", "Frechet distance"), rows

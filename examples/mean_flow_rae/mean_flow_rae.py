@@ -1,0 +1,508 @@
+"""MeanFlow on a representation autoencoder, in the paper's stages (arXiv 2511.13019).
+
+    accelerate launch examples/mean_flow_rae/mean_flow_rae.py CONFIG [key=value ...] [--check] [--evaluate]
+
+CONFIG is a YAML file, such as examples/mean_flow_rae/configs/small.yaml. In a row are trained
+
+    decoder          of the frozen encoder's features: RAE's stage 1
+    flow_matching    the teacher, at uniform times that are shifted by sqrt(dim / 4096)
+    mid_training     the average velocity between points of the teacher's trajectories
+    distillation     MeanFlow with the teacher's velocity, by central differences
+    fine_tuning      MeanFlow with the one-point velocity; optional
+    scratch          the baseline: MeanFlow alone, for as many evaluations of the network
+
+as far as the config has them. The same command continues a run that was stopped, in whichever
+stage it was. ``--check`` builds everything without weights and sees that the shapes fit;
+``--evaluate`` judges samples of one and of two evaluations.
+
+A run's folder holds a folder of each stage (checkpoints, the log, samples), ``network/`` (what one
+ships), ``scores.json`` and ``report.html``.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "common"))
+from rae_settings import Config, check
+from reading import as_dict, from_command_line, replaced, run_program
+
+if __name__ == "__main__":
+    CONFIG, OPTIONS = from_command_line(
+        Config, __doc__, ("--check", "--evaluate"), check, Path("runs/mean_flow_rae")
+    )
+
+import copy
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import page
+import torch
+from accelerate import Accelerator
+from central_difference import CentralDifference
+from image_losses import adversary_of, perceptual_of, weights_of
+from judging import Sampler, digest, drawn, evaluate, plan_of
+from loop import accelerator_of, check_processes, fit, locked_by_first, optimizer_of, steps_of
+from pictures import images_of, in_range, pictures_in_order
+from rae_report import write_report
+from stage import Losses, LossesOf, Stage
+from torch import Tensor, nn
+
+from flowspace import (
+    Derivative,
+    FlowMap,
+    FlowMatchingLoss,
+    InputError,
+    LinearSchedule,
+    MeanFlowDistillationLoss,
+    MeanFlowLoss,
+    MeanFlowStatistic,
+    Objective,
+    SharedPrimal,
+    ShiftedTimes,
+    TimePairs,
+    TrajectoryMatchingLoss,
+    VelocityFlow,
+)
+from flowspace.training import AdversarialStep, Draws, KeyedPairs, Rows
+from flowspace.vision import DiTDH
+from flowspace.vision.data import Images
+from flowspace.vision.encoders import LatentEncoder, load_encoder
+from flowspace.vision.perceptual import TimmFeatures
+from flowspace.vision.rae import (
+    DecoderLoss,
+    RAEReconstruction,
+    build_rae,
+    keep_statistics,
+    with_decoder,
+)
+
+STAGES = ("decoder", "flow_matching", "mid_training", "distillation", "fine_tuning", "scratch")
+"""In their order; what is trained in one depends on the settings of those before it."""
+
+NOISE, TIMES, SPREAD, DROPPED = 0, 1, 2, 5
+"""Streams of the draws of a step; 3 and 4 are the discriminator's."""
+
+SHEET = 80
+"""Samples that are looked at when a stage ends."""
+
+
+@dataclass
+class Work:
+    """What every stage is given: the settings, the processes, the pictures."""
+
+    config: Config
+    accelerator: Accelerator
+    images: Images
+
+    def fit(self, name: str, network: nn.Module, losses: LossesOf, **more: Any) -> Any:
+        """Train a network as the settings of a stage say, or go on; return its average."""
+        config, number = self.config, STAGES.index(name)
+        earlier = as_dict(config)
+        depends = {"data": earlier["data"] | {"workers": None}}
+        for section in ("representation", "network", "objectives", "teacher", *STAGES[:number]):
+            depends[section] = earlier[section]
+        training = getattr(config, name).over(config.training, number)
+        parts: dict[str, Any] = {"rows": self.images, "depends": depends} | more
+        return fit(
+            Stage(
+                name,
+                network,
+                losses,
+                training=training,
+                folder=config.out / name,
+                optimizer=optimizer_of(training),
+                flip=config.data.flip,
+                workers=config.data.workers,
+                begun=functools.partial(page.keep_config, config.out, as_dict(config)),
+                **parts,
+            ),
+            self.accelerator,
+        )
+
+
+# --- stage 0: the representation ---------------------------------------------------------------
+
+
+def unfilled(config: Config) -> Any:
+    """Build diffusers' ``AutoencoderRAE`` of the config's sizes, with random weights."""
+    r = config.representation
+    sizes: dict[str, Any] = dict(r.sizes)
+    if r.network is not None:
+        sizes |= {
+            "encoder_hidden_size": r.channels,
+            "encoder_num_hidden_layers": 0,  # of the encoder that features take the place of
+            "encoder_input_size": config.data.size,
+            "encoder_patch_size": r.cell,
+            "patch_size": r.cell,
+            "encoder_norm_mean": [0.5, 0.5, 0.5],
+            "encoder_norm_std": [0.5, 0.5, 0.5],
+        }
+    return build_rae(r.encoder, r.decoder, **sizes)
+
+
+def autoencoder_of(config: Config) -> Any:
+    """Return the autoencoder before its decoder is trained: published, or around features."""
+    r = config.representation
+    if r.network is None:
+        published = load_encoder(str(r.source)).autoencoder
+        if config.decoder is None:
+            return published
+        return with_decoder(published, r.decoder, **r.sizes)
+    autoencoder = unfilled(config)
+    autoencoder.encoder = TimmFeatures(
+        r.network, weights=weights_of(r.weights), size=None, layers=(r.layer,)
+    )
+    autoencoder._encoder_forward_fn = tokens_of_features
+    return autoencoder
+
+
+def tokens_of_features(network: nn.Module, images: Tensor) -> Tensor:
+    """Return features as tokens ``(B, h w, channels)`` of images in [-1, 1]."""
+    (features,) = network(images)
+    return features.flatten(2).transpose(1, 2)
+
+
+def representation(work: Work) -> LatentEncoder:
+    """Return the frozen encoder with its decoder, which is trained first if a stage says so."""
+    config, accelerator = work.config, work.accelerator
+    torch.manual_seed(config.training.seed)
+    autoencoder = autoencoder_of(config).to(accelerator.device)
+    if config.decoder is None:
+        return LatentEncoder(autoencoder)
+    if autoencoder._latents_mean.numel() == 1:
+        pixels = pictures_in_order(work.images, 64, config.data.workers)
+        measured = LatentEncoder(autoencoder).fit(
+            (in_range(some.to(accelerator.device)) for some in pixels), by_position=True
+        )
+        keep_statistics(autoencoder, measured.mean, measured.std)
+    autoencoder.decoder.requires_grad_(True)
+    network = RAEReconstruction(autoencoder, config.representation.tau)
+    if config.network.compile:
+        for layer in autoencoder.decoder.decoder_layers:
+            layer.compile()
+    adversary, a = None, config.representation.adversarial
+    if a is not None:
+        adversary = adversary_of(config, a, LinearSchedule(), accelerator)
+    losses = decoder_losses(config, network, adversary, accelerator.device)
+    averaged = work.fit("decoder", network, losses, adversary=adversary)
+    return LatentEncoder(averaged.autoencoder)
+
+
+def decoder_losses(
+    config: Config,
+    reconstruction: RAEReconstruction,
+    adversary: AdversarialStep | None,
+    device: torch.device,
+) -> LossesOf:
+    """Return L1 + w_L LPIPS + w_G eta GAN of pictures whose features were made noisy."""
+    r = config.representation
+    loss = DecoderLoss()
+    if r.perceptual is not None:
+        (term,) = perceptual_of([r.perceptual], config.data.size, device).values()
+        loss = DecoderLoss(term.loss, term.weight)
+
+    def losses(network: nn.Module, batch: Sequence[Tensor], draws: Draws) -> Losses:
+        images = in_range(batch[0])
+        spread = draws.uniform((), SPREAD)
+        made = network(images, spread, draws.normal(config.latent, NOISE))
+        opinion, last = None, None
+        if adversary is not None:
+            opinion = adversary.opinion(made, draws)
+        if not config.training.sharded:
+            last = reconstruction.last_layer
+        terms = loss(made, images, opinion, last)
+        return Losses({"reconstruction": terms.loss}, {"reconstruction": 1.0}, {}, made, images)
+
+    return losses
+
+
+@dataclass
+class LatentRows:
+    """The latents of all pictures, encoded once, with their labels."""
+
+    images: Images
+    latents: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def row(self, index: int, mirrored: bool = False) -> tuple[Tensor, int]:
+        """Return one; a mirror image has no latent here."""
+        return self.latents[index], self.images.labels[index]
+
+    def order(self, seed: int, number: int) -> Sequence[int]:
+        """Return the order in which a pass takes them."""
+        return self.images.order(seed, number)
+
+
+def rows_of(work: Work, encoder: LatentEncoder) -> Rows:
+    """Return what the stages in latents read: latents, or pictures that each step encodes."""
+    if not work.config.representation.cached:
+        return work.images
+    found = []
+    for pixels in pictures_in_order(work.images, 64, work.config.data.workers):
+        found.append(encoder.encode(in_range(pixels.to(work.accelerator.device))).cpu())
+    return LatentRows(work.images, torch.cat(found))
+
+
+# --- stages 1 to 4: the objectives -------------------------------------------------------------
+
+
+def derivative_of(config: Config) -> Derivative:
+    """Return the central difference, or the exact derivative."""
+    if config.objectives.difference is None:
+        return SharedPrimal()
+    return CentralDifference(config.objectives.difference)
+
+
+def objectives_of(config: Config, teacher: Any) -> dict[str, tuple[Objective, float]]:
+    """Return the objective of each stage, and how often it evaluates a network for a row.
+
+    Evaluations are forward passes: of the teacher, of the network with gradient, and of both
+    sides of a difference or of the derivative beside it.
+    """
+    o, dim = config.objectives, math.prod(config.latent)
+    pairs = o.pairs or o.steps * (o.steps + 1) // 2
+    moving = 2.0
+    if o.difference is None:
+        moving = 1.0
+    slope = {"derivative": derivative_of(config)}
+    times = TimePairs(ShiftedTimes(dim), equal=o.equal)
+    flow = FlowMatchingLoss(times=TimePairs(ShiftedTimes(dim), equal=1.0, mask_first=True))
+    trajectories = TrajectoryMatchingLoss.published(
+        dim, teacher=teacher, steps=o.steps, pairs=pairs, trajectories=None
+    )  # as many as the batch has rows
+    taught = MeanFlowDistillationLoss.published(
+        dim, teacher=teacher, times=times, mix=o.mix, **slope
+    )
+    tuned = MeanFlowDistillationLoss.published(dim, teacher=teacher, times=times, mix=0.0, **slope)
+    scratch = MeanFlowLoss.published(**slope)
+    off_diagonal = moving * (1 - o.equal)
+    return {
+        "flow_matching": (flow, 1),
+        "mid_training": (trajectories, o.steps + pairs + 1),  # the first pair is seen twice
+        "distillation": (taught, 2 + off_diagonal),
+        "fine_tuning": (tuned, 1 + off_diagonal),
+        "scratch": (scratch, 1 + moving / 4),
+    }
+
+
+def latent_losses(
+    objective: Objective, encoder: LatentEncoder, null: int, drop: float
+) -> LossesOf:
+    """Return the loss of an objective on a batch of latents, or of pictures that are encoded.
+
+    Args:
+        objective: draws its times by (seed, step, row).
+        encoder: is not called where the batch brings latents.
+        null: the label that stands in for those that are dropped.
+        drop: the share of them.
+    """
+    drawn_times = not isinstance(objective, TrajectoryMatchingLoss)
+    pairs = KeyedPairs(objective.times, TIMES)  # type: ignore[arg-type]
+    if drawn_times:
+        objective = dataclasses.replace(objective, times=pairs)
+
+    def losses(network: nn.Module, batch: Sequence[Tensor], draws: Draws) -> Losses:
+        z, labels = batch
+        if z.dtype == torch.uint8:
+            z = encoder.encode(in_range(z))
+        if drop:
+            labels = torch.where(draws.uniform((), DROPPED) < drop, null, labels)
+        pairs.draws = draws
+        source = None
+        if not drawn_times:
+            source = draws.generator  # of the pairs of a trajectory's points
+        noise = draws.normal(z.shape[1:], NOISE)
+        out = objective(network, z, cond={"labels": labels}, noise=noise, generator=source)
+        return Losses({"flow": out.loss}, {"flow": 1.0}, {"t": out.t, "s": out.s}, out.prediction)
+
+    return losses
+
+
+# --- the run -----------------------------------------------------------------------------------
+
+
+def sampler_of(config: Config, network: nn.Module, encoder: LatentEncoder, steps: int) -> Sampler:
+    """Return what draws pictures in so many evaluations, on the grid that times are shifted to.
+
+    A network of velocities is solved by Euler, one of average velocities jumps.
+    """
+    k = ShiftedTimes(math.prod(config.latent)).shift
+    grid = [k * i / (k * i + steps - i) for i in range(steps, -1, -1)]
+    flow: Any = VelocityFlow(network)
+    if network.config["average"]:  # type: ignore[index]  # a DiTDH
+        flow = FlowMap(network, LinearSchedule(), MeanFlowStatistic())
+
+    def draw(noise: Tensor, labels: Tensor) -> Tensor:
+        return encoder.decode(flow.sample(noise, cond={"labels": labels}, times=grid))
+
+    return draw
+
+
+def in_latents(
+    work: Work, name: str, network: DiTDH, encoder: LatentEncoder, rows: Rows, teacher: Any
+) -> DiTDH:
+    """Train a network of velocities or of average velocities as a stage says."""
+    config, classes, steps = work.config, len(work.images.names), 1
+    objective, _ = objectives_of(config, teacher)[name]
+    drop = 0.0
+    if name == "flow_matching":
+        drop, steps = config.objectives.drop_labels, config.teacher_steps
+    plan = plan_of(config, classes, config.latent, SHEET)
+
+    def look(averaged: nn.Module) -> Tensor:
+        return drawn(plan, sampler_of(config, averaged, encoder, steps), work.accelerator.device)
+
+    return work.fit(
+        name,
+        network,
+        latent_losses(objective, encoder, classes, drop),
+        rows=rows,
+        look=page.Sheets(config.out / name, classes, look),
+        compiled=config.network.compile,
+    )
+
+
+def teacher_of(work: Work, encoder: LatentEncoder, rows: Rows) -> DiTDH:
+    """Return the frozen teacher: from its folder, or from the stage that trains it.
+
+    Raises:
+        InputError: if the network in the folder has other sizes than the config.
+    """
+    config, sizes = work.config, work.config.sizes(len(work.images.names))
+    if config.teacher is not None:
+        DiTDH.from_flow_matching(config.teacher, **sizes)  # says what does not fit
+        teacher = DiTDH.from_pretrained(config.teacher)
+    else:
+        torch.manual_seed(config.training.seed)
+        network = DiTDH(**sizes, null_trained=config.objectives.drop_labels > 0)
+        teacher = in_latents(work, "flow_matching", network, encoder, rows, no_teacher)
+    teacher = teacher.to(work.accelerator.device).requires_grad_(False).eval()  # type: ignore[union-attr, arg-type]
+    if config.network.compile:
+        teacher.compile_blocks()
+    return teacher
+
+
+def no_teacher(z_t: Tensor, t: Tensor, **cond: Any) -> Tensor:
+    """Stand in for the teacher in stages that do not ask it."""
+    raise RuntimeError("a stage without a teacher asked it")
+
+
+def students_of(
+    work: Work, encoder: LatentEncoder, rows: Rows, teacher: DiTDH
+) -> dict[str, DiTDH]:
+    """Return the networks of average velocities by their stages, each begun where the one before
+    it ended, the first from the teacher; the baseline from random weights.
+    """
+    found: dict[str, DiTDH] = {}
+    network = DiTDH.from_flow_matching(teacher)
+    for name in ("mid_training", "distillation", "fine_tuning"):
+        if getattr(work.config, name) is not None:
+            network = in_latents(work, name, network, encoder, rows, teacher)
+            found[name], network = network, copied(network)
+    return found
+
+
+def copied(network: DiTDH) -> DiTDH:
+    """Return a copy that is trained."""
+    return copy.deepcopy(network).requires_grad_(True).train()
+
+
+def baseline_steps(config: Config, count: int) -> int:
+    """Return for how many steps MeanFlow is trained alone: for the evaluations of all stages."""
+    objectives = objectives_of(config, no_teacher)
+    total = 0.0
+    for name in STAGES[1:-1]:
+        stage = getattr(config, name)
+        if stage is not None:
+            t = stage.over(config.training, 0)
+            total += steps_of(t, count) * t.batch * objectives[name][1]
+    scratch: Any = config.scratch
+    return round(total / (scratch.over(config.training, 0).batch * objectives["scratch"][1]))
+
+
+def main(config: Config, options: Sequence[str] = ()) -> None:
+    """Train what is left to train; leave the network and the page."""
+    if "--check" in options:
+        check_shapes(config)
+        return
+    if config.network.compile:  # the log asks for each term's gradient before their sum's
+        torch._functorch.config.donated_buffer = False
+    accelerator = accelerator_of(config.training, config.out, as_dict(config))
+    check_processes(config.training, accelerator, "examples/mean_flow_rae/mean_flow_rae.py")
+    images = images_of(config.data, config.out.parent)
+    if (
+        config.scratch is not None
+        and config.scratch.steps is None
+        and config.scratch.epochs is None
+    ):
+        steps = baseline_steps(config, len(images))
+        config = replaced(config, scratch={"steps": steps})
+    work = Work(config, accelerator, images)
+    with locked_by_first(config.out, accelerator):
+        encoder = representation(work)
+        rows = rows_of(work, encoder)
+        teacher = teacher_of(work, encoder, rows)
+        networks = {"flow_matching": teacher} | students_of(work, encoder, rows, teacher)
+        if config.scratch is not None:
+            torch.manual_seed(config.training.seed)
+            network = DiTDH(**config.sizes(len(images.names)), average=True)
+            networks["scratch"] = in_latents(work, "scratch", network, encoder, rows, no_teacher)
+        shipped = [name for name in networks if name != "scratch"][-1]
+        if accelerator.is_main_process:
+            networks[shipped].save_pretrained(config.out / "network")
+        if "--evaluate" in options:
+            judge_samples(work, networks[shipped], encoder)
+        if accelerator.is_main_process:
+            sampler = functools.partial(sampler_of, config)
+            path = write_report(config, images, networks, encoder, sampler)
+            print(f"finished; the page of the run: {path}")
+        accelerator.wait_for_everyone()
+
+
+def judge_samples(work: Work, network: DiTDH, encoder: LatentEncoder) -> None:
+    """Draw and judge as many samples as the config says, in one evaluation and in two."""
+    config, classes = work.config, len(work.images.names)
+    for steps in (1, 2):
+        own = dataclasses.replace(config, out=config.out / f"evaluations-{steps}")
+        draw = sampler_of(config, network, encoder, steps)
+        plan = plan_of(own, classes, config.latent)
+        evaluate(own, plan, draw, digest(network), work.accelerator)
+
+
+def check_shapes(config: Config) -> None:
+    """Build the networks without memory, let shapes go through them, and print their sizes.
+
+    Raises:
+        InputError: if the shapes do not fit; it says which.
+    """
+    r, side = config.representation, config.data.size
+    with torch.device("meta"):
+        network = DiTDH(**config.sizes(config.data.classes or 0), average=True)
+        autoencoder = unfilled(config)
+        z, t = torch.empty(2, *config.latent), torch.empty(2)
+        made = network(z, t, t, torch.zeros(2, dtype=torch.long))
+        images = autoencoder.decode(z).sample
+        if r.network is None:
+            z = autoencoder.encode(torch.empty(2, 3, side, side)).latent
+    shapes = {"latents": z.shape, "velocities": made.shape, "pictures": images.shape}
+    wanted = {"latents": config.latent, "velocities": config.latent, "pictures": (3, side, side)}
+    for name, shape in shapes.items():
+        if tuple(shape[1:]) != tuple(wanted[name]):
+            raise InputError(
+                f"got {name} of {tuple(shape[1:])} from networks whose config says "
+                f"{wanted[name]}; write representation.channels, network.grid, data.size to fit"
+            )
+    for name, part in (("DiT^DH", network), ("decoder", autoencoder.decoder)):
+        count = sum(parameter.numel() for parameter in part.parameters())
+        print(f"{name}: {count / 1e6:.1f} million parameters")
+    print(f"latents {config.latent}, pictures {(3, side, side)}: all shapes fit")
+
+
+if __name__ == "__main__":
+    run_program(functools.partial(main, CONFIG, OPTIONS))

@@ -1,0 +1,130 @@
+"""What a run leaves beside its weights: scores of small sets, figures, ``report.html``."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import digits_judge
+import journal
+import page
+import torch
+from judging import Sampler, drawn, plan_of
+from matplotlib import pyplot as plt
+from rae_settings import Config
+from reading import as_dict
+from torch import nn
+
+from flowspace.demo.metrics import Verdict
+from flowspace.demo.page import png, write_beside
+from flowspace.vision.data import Images
+from flowspace.vision.encoders import LatentEncoder
+
+__all__ = ["draws_of", "stage_curves", "write_report"]
+
+SHOWN = 10
+"""Samples of each sampler in the figure."""
+
+ROUGH = 16
+"""Steps of the teacher that its trajectories have, in the paper."""
+
+TITLES = {
+    "flow_matching": "flow matching",
+    "mid_training": "mid-training",
+    "distillation": "distillation",
+    "fine_tuning": "fine-tuning",
+    "scratch": "MeanFlow from scratch",
+}
+
+SamplerOf = Callable[..., Sampler]
+"""From a network, and ``encoder=`` and ``steps=``, to a sampler."""
+
+
+def draws_of(config: Config, names: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
+    """Return which samplers are compared: by title the stage, and how many evaluations."""
+    found = {}
+    for name in names:
+        counts = (1, 2)
+        if name == "flow_matching":
+            counts = (config.teacher_steps, ROUGH, 1)
+        for steps in counts:
+            evaluations = "evaluations"
+            if steps == 1:
+                evaluations = "evaluation"
+            found[f"{TITLES[name]}, {steps} {evaluations}"] = (name, steps)
+    return found
+
+
+def write_report(
+    config: Config,
+    images: Images,
+    networks: Mapping[str, nn.Module],
+    encoder: LatentEncoder,
+    sampler_of: SamplerOf,
+) -> Path:
+    """Judge what can be judged on the spot, draw the figures, and write the page.
+
+    Args:
+        config: of the run.
+        images: that were trained on.
+        networks: the averaged network of each stage.
+        encoder: with the decoder.
+        sampler_of: makes a sampler of a network.
+    """
+    device = encoder.mean.device
+    plan = plan_of(config, len(images.names), config.latent)
+    samples = {}
+    for title, (name, steps) in draws_of(config, networks).items():
+        draw = sampler_of(networks[name], encoder=encoder, steps=steps)
+        samples[title] = drawn(plan, draw, device)
+    shown = {"pictures": torch.stack([images.row(i)[0] for i in range(SHOWN)])}
+    shown["reconstructed"] = reconstructed(shown["pictures"], encoder)
+    shown |= {title: pictures[:SHOWN] for title, pictures in samples.items()}
+    write_beside(config.out / "samples.png", page.class_rows(shown))
+    write_beside(config.out / "stages.png", stage_curves(config.out, list(networks)))
+    parts: list[page.Part] = [
+        "Pictures, reconstructions, and samples of each stage, the same noise in each row:",
+        (config.out / "samples.png").read_bytes(),
+    ]
+    if config.data.path == "digits":
+        judge = digits_judge.judge_of(config.out.parent / "judges")
+        labels = torch.arange(plan.count) % plan.classes
+        verdicts: dict[str, Verdict] = {"real digits": judge.real()}
+        for title, pictures in samples.items():
+            verdicts[title] = judge.score(digits_judge.grey(pictures), labels)
+        found = {title: asdict(verdict) for title, verdict in verdicts.items()}
+        write_beside(config.out / "scores.json", json.dumps(found, indent=2) + "\n")
+        parts += ["By classifiers that no stage saw:", digits_judge.table(verdicts)]
+    for steps in (1, 2):
+        folder = config.out / f"evaluations-{steps}"
+        if folder.exists():
+            parts.append(page.scores_table(folder, "--evaluate"))
+    parts += ["Loss and gradient norm of the stages, before clipping:"]
+    parts += [(config.out / "stages.png").read_bytes()]
+    log = [record for name in networks for record in journal.latest(config.out / name)]
+    parts += [page.provenance(log, device), page.settings_table(as_dict(config))]
+    return page.write(config.out / "report.html", f"MeanFlow-RAE: {config.name}", parts)
+
+
+def reconstructed(pictures: torch.Tensor, encoder: LatentEncoder) -> torch.Tensor:
+    """Return what the decoder makes of the latents of uint8 pictures."""
+    images = pictures.to(encoder.mean.device).float() / 127.5 - 1
+    made = encoder.decode(encoder.encode(images))
+    return ((made + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
+def stage_curves(folder: Path, names: list[str]) -> bytes:
+    """Plot loss and gradient norm of stages over their steps: a PNG."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for name in names:
+        log = [record for record in journal.latest(folder / name) if "loss" in record]
+        steps = [record["step"] for record in log]
+        for axis, key in zip(axes, ("loss", "gradient_norm"), strict=True):
+            axis.plot(steps, [record[key] for record in log], label=TITLES.get(name, name))
+    for axis, label in zip(axes, ("loss of the stage", "gradient norm"), strict=True):
+        axis.set_yscale("log")
+        axis.set_xlabel("step")
+        axis.set_ylabel(label)
+    axes[1].legend(fontsize=8)
+    return png(figure)
