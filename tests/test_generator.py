@@ -12,9 +12,11 @@ pytest.importorskip("timm")
 
 from dataclasses import replace
 
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
 from flowspace import CrossFlowLoss, FiniteDifference, ForwardMode, InputError, SharedPrimal
 from flowspace.vision import CrossFlowGenerator
-from flowspace.vision.generator import CONDITIONS
+from flowspace.vision.generator import CONDITIONS, HEADS, ConvolutionalHead
 from flowspace.vision.layers import Norm, RotaryGrid
 
 SMALL = {"channels": 4, "grid": 4, "patch": 2, "classes": 5, "depth": 2, "width": 32, "heads": 4}
@@ -232,6 +234,9 @@ def test_saved_and_loaded_it_is_the_same_to_the_bit(tmp_path):
         (lambda: small(condition="s,t"), "'t,s'"),
         (lambda: small(mlp="relu"), "'swiglu' or 'gelu'"),
         (lambda: small(width=36), "multiple of 4 heads"),
+        (lambda: small(head_kind="conv"), "'linear', 'convolutional'"),
+        (lambda: convolutional(patch=6), "power of two"),
+        (lambda: convolutional(patch=1), "power of two"),
         (lambda: small(grid=(4, 4, 4)), r"pair \(height, width\)"),
         (
             lambda: small()(
@@ -276,32 +281,78 @@ def test_under_autocast_the_norms_stay_in_torchs_fused_kernel():
     torch.testing.assert_close(found.float(), wanted, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("refined", [0, 8])
-def test_a_refinement_sees_across_the_borders_of_the_cells_and_begins_at_the_grey_image(refined):
+def convolutional(**changes):
+    """A small generator whose convolutional head was moved away from the grey image."""
     torch.manual_seed(0)
-    network = CrossFlowGenerator(**(SMALL | {"refined": refined}))
+    network = CrossFlowGenerator(**(SMALL | {"head_kind": "convolutional", "patch": 4} | changes))
+    draw = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in network.head.parameters():
+            noise = torch.randn(parameter.shape, generator=draw)
+            parameter.add_(noise / max(1, parameter[0].numel()) ** 0.5)
+    return network
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("patch", [2, 4, 8])
+def test_either_head_makes_images_of_one_size_and_begins_at_the_grey_one(head, patch):
+    network = CrossFlowGenerator(**(SMALL | {"head_kind": head, "patch": patch}))
     z, t, s, labels = batch()
-    assert torch.equal(network(z, t, s, labels=labels), torch.zeros(6, 3, 8, 8))
-    maps = torch.zeros(1, 8, 8, 8)
-    maps[..., :4, :4] = 1
-    if refined:
-        torch.nn.init.normal_(network.refinement.last.weight)
-        images = network.refinement(maps)
-        assert images.shape == (1, 3, 8, 8) and images[..., 4, 4].abs().max() > 0
+    assert torch.equal(network(z, t, s, labels=labels), torch.zeros(6, 3, 4 * patch, 4 * patch))
 
 
-def test_the_derivative_goes_through_the_refinement():
-    torch.manual_seed(0)
-    network = CrossFlowGenerator(**(SMALL | {"refined": 8})).double()
-    torch.nn.init.normal_(network.refinement.last.weight, std=0.1)
+def test_a_convolutional_head_sees_across_the_borders_of_the_cells():
+    """Without blocks cells do not mix before the head; one cell of sixteen is moved."""
+    z, s = torch.zeros(1, 4, 4, 4), torch.zeros(1)
+    z[:, :, :2] = 1
+    other = z.clone()
+    other[:, :, 1, 1] += 1
+    for network, alone in (
+        (convolutional(depth=0, classes=0), False),
+        (small(depth=0, classes=0), True),
+    ):
+        moved = (network(z, s, s) != network(other, s, s)).any(1)[0]
+        patch = network.config["patch"]
+        inside = torch.zeros_like(moved)
+        inside[patch : 2 * patch, patch : 2 * patch] = True
+        assert moved[inside].any() and bool(moved[~inside].any()) is not alone
+
+
+def test_a_stage_of_the_head_costs_about_as_much_as_the_next():
+    """Half the channels at four times the places: multiply-adds of every stage but the last."""
+    head = ConvolutionalHead(width=256, outputs=3, patch=16, channels=16)
+    places, costs = 1, []
+    for stage in head.stages:
+        up = stage.up.weight.numel() * places
+        places *= 4
+        mixed = sum(p.numel() for p in stage.parameters() if p.ndim == 4) - stage.up.weight.numel()
+        costs.append(up + mixed * places)
+    first, *others = costs
+    assert all(cost <= first for cost in others) and min(costs[1:-1]) >= 0.5 * first
+
+
+@pytest.mark.parametrize("condition", ["s", "t,s"])
+def test_the_derivative_goes_through_the_convolutional_head(condition):
+    network = convolutional(condition=condition).double()
     z, t, s, labels = batch(dtype=torch.float64)
 
     def model(z, t, s):
         return network(z, t, s, labels=labels)
 
     tangents = (torch.randn_like(z), torch.ones_like(t), torch.zeros_like(s))
-    shared, forward = (
-        route(model, (z, t, s), tangents) for route in (SharedPrimal(), ForwardMode())
-    )
-    torch.testing.assert_close(shared[1], forward[1])
-    assert forward[1].abs().max() > 0
+    with sdpa_kernel(SDPBackend.MATH):
+        wanted = torch.func.jvp(model, (z, t, s), tangents)
+    value, derivative = SharedPrimal()(model, (z, t, s), tangents)
+    torch.testing.assert_close(value, wanted[0])
+    torch.testing.assert_close(derivative, wanted[1], rtol=1e-10, atol=1e-10)
+    assert derivative.abs().max() > 1e-2
+
+
+def test_every_parameter_of_a_convolutional_head_matters_and_is_saved(tmp_path):
+    network, (z, t, s, labels) = convolutional(), batch()
+    image = network(z, t, s, labels=labels)
+    image.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
+    network.save_pretrained(tmp_path)
+    again = CrossFlowGenerator.from_pretrained(tmp_path)
+    assert torch.equal(again(z, t, s, labels=labels), image)

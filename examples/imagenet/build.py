@@ -118,7 +118,7 @@ def generator_of(config: Config, classes: int) -> CrossFlowGenerator:
         condition=g.condition,
         class_tokens=g.class_tokens,
         time_tokens=g.time_tokens,
-        head=g.head,
+        head_kind=g.head_kind,
         head_channels=g.head_channels,
         null_trained=config.objective.drop_labels > 0,
         **sizes,

@@ -20,7 +20,6 @@ from pydantic.dataclasses import dataclass
 from reading import (
     STRICT,
     Count,
-    Number,
     Positive,
     SettingsError,
     Share,
@@ -101,9 +100,9 @@ class GeneratorConfig:
     """One of the presets, or sizes of one's own; None takes the preset's.
 
     ``space`` is where it ends: in images, or in latents, which the encoder's decoder takes to
-    images. ``compile`` runs its blocks and
-    the networks of the image losses compiled; ``refined`` channels of convolutions at the
-    resolution of the image follow the blocks, which is ours.
+    images. ``head_kind`` is what makes pixels of cells; the convolutional one is ours, and has
+    ``head_channels`` at the resolution of the image. ``compile`` runs its blocks and the networks
+    of the image losses compiled.
     """
 
     preset: str | None = "crossflow-b"
@@ -118,7 +117,8 @@ class GeneratorConfig:
     condition: Literal["s", "t,s", "t-s"] = "s"
     class_tokens: Count = 12
     time_tokens: Count = 4
-    refined: Number = 0
+    head_kind: Literal["linear", "convolutional"] = "linear"
+    head_channels: Count = 16
     checkpointing: bool = False
     compile: bool = False
 

@@ -38,6 +38,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Depth and width of the paper's three sizes; the heads are ours."""
 
+HEADS = ("linear", "convolutional")
+"""What may make pixels of cells."""
+
 CONDITIONS: dict[str, tuple[str, ...]] = {"s": ("s",), "t,s": ("t", "s"), "t-s": ("t-s",)}
 
 
@@ -63,8 +66,11 @@ class CrossFlowGenerator(CheckedModel):
         null_trained: whether the null class was trained, as it is where labels are dropped or
             training is guided. The network does not depend on it: it is a record for those who
             draw without labels.
-        refined: channels of a last part of 3 x 3 convolutions at the resolution of the image,
-            which see across the borders of the cells; ours, and 0, none of it, the paper's.
+        head_kind: what makes pixels of cells: ``"linear"``, each cell on its own (the paper's), or
+            ``"convolutional"``, as a decoder does, with a stage for each doubling of the
+            resolution, which sees across the borders of the cells (ours).
+        head_channels: of the convolutional head at the resolution of the image; a stage before it
+            has twice as many, and none more than ``width``.
 
     Raises:
         InputError: if sizes do not fit together.
@@ -90,7 +96,8 @@ class CrossFlowGenerator(CheckedModel):
         class_tokens: int = 12,
         time_tokens: int = 4,
         null_trained: bool = False,
-        refined: int = 0,
+        head_kind: str = "linear",
+        head_channels: int = 16,
     ) -> None:
         super().__init__()
         if condition not in CONDITIONS:
@@ -101,6 +108,10 @@ class CrossFlowGenerator(CheckedModel):
             raise InputError(
                 f"got width = {width}, heads = {heads}; rotary positions need a width that is a "
                 "multiple of 4 heads"
+            )
+        if head_kind not in HEADS:
+            raise InputError(
+                f"got head_kind = {head_kind!r}; write one of {', '.join(map(repr, HEADS))}"
             )
         cells = math.prod(pair_of(grid, "grid"))
         self.gradient_checkpointing = False
@@ -115,10 +126,11 @@ class CrossFlowGenerator(CheckedModel):
         )
         self.blocks = nn.ModuleList(Block(width, heads, mlp) for _ in range(depth))
         self.norm = Norm(width)
-        self.head = nn.Linear(width, (refined or outputs) * patch * patch, bias=False)
-        self.refinement: Refinement | None = None
-        if refined:
-            self.refinement = Refinement(refined, outputs)
+        self.head: nn.Linear | ConvolutionalHead
+        if head_kind == "linear":
+            self.head = nn.Linear(width, outputs * patch * patch, bias=False)
+        else:
+            self.head = ConvolutionalHead(width, outputs, patch, head_channels)
         self.rotary = RotaryGrid(width // heads)
         self._initialise()
 
@@ -160,7 +172,7 @@ class CrossFlowGenerator(CheckedModel):
         Raises:
             InputError: if the latents' channels, the labels or the grid do not fit.
         """
-        batch, channels, height, width = latents.shape
+        _, channels, height, width = latents.shape
         self._check((channels, height, width), labels)
         x = self.embed(latents.flatten(2).transpose(1, 2)) + self.position
         context = self._context(t, s, labels)
@@ -171,13 +183,10 @@ class CrossFlowGenerator(CheckedModel):
                 x = checkpoint(block, x, *turn, use_reentrant=False)
             else:
                 x = block(x, *turn)
-        cells = x[:, context.shape[1] :]
-        pixels = self.head(self.norm(cells))
-        maps = pixels.transpose(1, 2).reshape(batch, -1, height, width)
-        images = F.pixel_shuffle(maps, self.config["patch"])
-        if self.refinement is None:
-            return images
-        return self.refinement(images)
+        cells = self.norm(x[:, context.shape[1] :])
+        if isinstance(self.head, ConvolutionalHead):
+            return self.head(_maps(cells, height, width))
+        return F.pixel_shuffle(_maps(self.head(cells), height, width), self.config["patch"])
 
     def require_null(self) -> int:
         """Return the label of the null class.
@@ -230,30 +239,89 @@ class CrossFlowGenerator(CheckedModel):
                     nn.init.zeros_(module.bias)
         if self.label is not None:
             nn.init.normal_(self.label.weight, std=0.02)
-        if self.refinement is None:
+        if isinstance(self.head, nn.Linear):
             nn.init.zeros_(self.head.weight)
-        else:
-            nn.init.zeros_(self.refinement.last.weight)
 
 
-class Refinement(nn.Module):
-    """Residual 3 x 3 convolutions at the resolution of the image, to its channels."""
+def _maps(cells: Tensor, height: int, width: int) -> Tensor:
+    """Return ``(B, height width, C)`` cells as maps ``(B, C, height, width)``."""
+    return cells.transpose(1, 2).unflatten(2, (height, width))
 
-    def __init__(self, channels: int, outputs: int, depth: int = 2) -> None:
+
+class ConvolutionalHead(nn.Module):
+    """Makes pixels of cells as an autoencoder's decoder does: each stage doubles the resolution.
+
+    A stage costs about as much as any other, since it has half the channels at four times the
+    places; a part of the same depth at the resolution of the image alone would cost several times
+    as much.
+
+    Args:
+        width: channels of the cells.
+        outputs: channels of the image.
+        patch: pixels a side of one cell; a power of two.
+        channels: at the resolution of the image; twice as many in the stage before it, but none
+            has more than ``width``.
+
+    Raises:
+        InputError: if the patch is no power of two above 1.
+    """
+
+    def __init__(self, width: int, outputs: int, patch: int, channels: int) -> None:
         super().__init__()
-        self.first = nn.ModuleList(_convolution(channels, channels) for _ in range(depth))
-        self.second = nn.ModuleList(_convolution(channels, channels) for _ in range(depth))
-        self.last = _convolution(channels, outputs)
+        doublings = patch.bit_length() - 1
+        if patch < 2 or patch != 2**doublings:
+            raise InputError(
+                f"got patch = {patch} with a convolutional head, which doubles the resolution in "
+                "each stage; write a power of two, such as 16, or head_kind='linear'"
+            )
+        self.stages = nn.ModuleList()
+        for left in reversed(range(doublings)):
+            size = min(width, channels * 2**left)
+            self.stages.append(UpwardStage(width, size, residual=left > 0))
+            width = size
+        self.last = _convolution(width, outputs, zero=True)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Map ``(B, channels, H, W)`` to ``(B, outputs, H, W)``."""
-        for first, second in zip(self.first, self.second, strict=True):
-            maps = maps + second(F.silu(first(F.silu(maps))))
-        return self.last(F.silu(maps))
+        """Map ``(B, width, h, w)`` to ``(B, outputs, h patch, w patch)``."""
+        for stage in self.stages:
+            maps = stage(maps)
+        return self.last(maps)
 
 
-def _convolution(inputs: int, outputs: int) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+class UpwardStage(nn.Module):
+    """Doubles the resolution of maps, and mixes them with their neighbours.
+
+    Args:
+        inputs: channels.
+        outputs: channels.
+        residual: whether two more convolutions follow at the new resolution.
+    """
+
+    def __init__(self, inputs: int, outputs: int, residual: bool) -> None:
+        super().__init__()
+        self.up = _convolution(inputs, 4 * outputs)
+        self.mix: nn.Sequential | None = None
+        if residual:
+            first = _convolution(outputs, outputs)
+            last = _convolution(outputs, outputs, zero=True)
+            self.mix = nn.Sequential(nn.SiLU(), first, nn.SiLU(), last)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Map ``(B, inputs, h, w)`` to ``(B, outputs, 2 h, 2 w)``."""
+        maps = F.pixel_shuffle(self.up(maps), 2)
+        if self.mix is not None:
+            maps = maps + self.mix(maps)
+        return F.silu(maps)
+
+
+def _convolution(inputs: int, outputs: int, zero: bool = False) -> nn.Conv2d:
+    """Return a 3 x 3 convolution that keeps the size of what passes through, or begins at zero."""
+    made = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+    if zero:
+        nn.init.zeros_(made.weight)
+    else:
+        nn.init.kaiming_normal_(made.weight, nonlinearity="linear")
+    return made
 
 
 class Block(nn.Module):
