@@ -496,6 +496,10 @@ def _from_folder(path: Path) -> nn.Module:
         name = json.loads((path / "config.json").read_text())["_class_name"]
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise RunError(f"{path} holds no autoencoder that diffusers can load: {error}") from error
+    if name == "LinearAutoencoder":
+        from flowspace.vision.linear import LinearAutoencoder
+
+        return LinearAutoencoder.from_pretrained(path)
     if name not in KINDS:
         raise RunError(
             f"{path} holds {name}, which does not encode one image to one grid of continuous "
