@@ -278,7 +278,7 @@ BLOCKS = {
 
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("which", [None, "one", "half"])
-@pytest.mark.parametrize("elements", [1, 100 * 64 * 3, 1 << 20])
+@pytest.mark.parametrize("elements", [1, 100 * 64 * 3, 100 * 100 * 6, 1 << 20])
 def test_the_tangent_of_attention_does_not_depend_on_its_blocks(
     name, which, elements, monkeypatch
 ):
