@@ -1,6 +1,6 @@
 """MeanFlow on a representation autoencoder, in the paper's stages (arXiv 2511.13019).
 
-    accelerate launch examples/mean_flow_rae/mean_flow_rae.py CONFIG [key=value ...] [--check] [--evaluate]
+    accelerate launch examples/mean_flow_rae/mean_flow_rae.py CONFIG [key=value ...] [OPTION ...]
 
 CONFIG is a YAML file, such as examples/mean_flow_rae/configs/small.yaml. In a row are trained
 
@@ -43,42 +43,33 @@ import page
 import torch
 from accelerate import Accelerator
 from central_difference import CentralDifference
-from image_losses import adversary_of, perceptual_of, weights_of
-from judging import Sampler, digest, drawn, evaluate, plan_of
+from image_losses import adversary_of, perceptual_of
+from judging import digest, drawn, evaluate, plan_of
 from loop import accelerator_of, check_processes, fit, locked_by_first, optimizer_of, steps_of
 from pictures import images_of, in_range, pictures_in_order
-from rae_report import write_report
+from rae_report import sampler_of, write_report
+from rae_representation import LatentRows, autoencoder_of, check_shapes
 from stage import Losses, LossesOf, Stage
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 
 from flowspace import (
     Derivative,
-    FlowMap,
     FlowMatchingLoss,
-    InputError,
     LinearSchedule,
     MeanFlowDistillationLoss,
     MeanFlowLoss,
-    MeanFlowStatistic,
     Objective,
     SharedPrimal,
     ShiftedTimes,
     TimePairs,
     TrajectoryMatchingLoss,
-    VelocityFlow,
 )
 from flowspace.training import AdversarialStep, Draws, KeyedPairs, Rows
 from flowspace.vision import DiTDH
 from flowspace.vision.data import Images
-from flowspace.vision.encoders import LatentEncoder, load_encoder
-from flowspace.vision.perceptual import TimmFeatures
-from flowspace.vision.rae import (
-    DecoderLoss,
-    RAEReconstruction,
-    build_rae,
-    keep_statistics,
-    with_decoder,
-)
+from flowspace.vision.encoders import LatentEncoder
+from flowspace.vision.rae import DecoderLoss, RAEReconstruction, keep_statistics
 
 STAGES = ("decoder", "flow_matching", "mid_training", "distillation", "fine_tuning", "scratch")
 """In their order; what is trained in one depends on the settings of those before it."""
@@ -92,11 +83,15 @@ SHEET = 80
 
 @dataclass
 class Work:
-    """What every stage is given: the settings, the processes, the pictures."""
+    """What every stage is given: the settings, the processes, what is read.
+
+    ``rows`` are pictures, or latents that were encoded once.
+    """
 
     config: Config
     accelerator: Accelerator
     images: Images
+    rows: Rows
 
     def fit(self, name: str, network: nn.Module, losses: LossesOf, **more: Any) -> Any:
         """Train a network as the settings of a stage say, or go on; return its average."""
@@ -106,64 +101,26 @@ class Work:
         for section in ("representation", "network", "objectives", "teacher", *STAGES[:number]):
             depends[section] = earlier[section]
         training = getattr(config, name).over(config.training, number)
-        parts: dict[str, Any] = {"rows": self.images, "depends": depends} | more
         return fit(
             Stage(
                 name,
                 network,
                 losses,
+                self.rows,
                 training=training,
+                depends=depends,
                 folder=config.out / name,
                 optimizer=optimizer_of(training),
                 flip=config.data.flip,
                 workers=config.data.workers,
                 begun=functools.partial(page.keep_config, config.out, as_dict(config)),
-                **parts,
+                **more,
             ),
             self.accelerator,
         )
 
 
 # --- stage 0: the representation ---------------------------------------------------------------
-
-
-def unfilled(config: Config) -> Any:
-    """Build diffusers' ``AutoencoderRAE`` of the config's sizes, with random weights."""
-    r = config.representation
-    sizes: dict[str, Any] = dict(r.sizes)
-    if r.network is not None:
-        sizes |= {
-            "encoder_hidden_size": r.channels,
-            "encoder_num_hidden_layers": 0,  # of the encoder that features take the place of
-            "encoder_input_size": config.data.size,
-            "encoder_patch_size": r.cell,
-            "patch_size": r.cell,
-            "encoder_norm_mean": [0.5, 0.5, 0.5],
-            "encoder_norm_std": [0.5, 0.5, 0.5],
-        }
-    return build_rae(r.encoder, r.decoder, **sizes)
-
-
-def autoencoder_of(config: Config) -> Any:
-    """Return the autoencoder before its decoder is trained: published, or around features."""
-    r = config.representation
-    if r.network is None:
-        published = load_encoder(str(r.source)).autoencoder
-        if config.decoder is None:
-            return published
-        return with_decoder(published, r.decoder, **r.sizes)
-    autoencoder = unfilled(config)
-    autoencoder.encoder = TimmFeatures(
-        r.network, weights=weights_of(r.weights), size=None, layers=(r.layer,)
-    )
-    autoencoder._encoder_forward_fn = tokens_of_features
-    return autoencoder
-
-
-def tokens_of_features(network: nn.Module, images: Tensor) -> Tensor:
-    """Return features as tokens ``(B, h w, channels)`` of images in [-1, 1]."""
-    (features,) = network(images)
-    return features.flatten(2).transpose(1, 2)
 
 
 def representation(work: Work) -> LatentEncoder:
@@ -220,29 +177,8 @@ def decoder_losses(
     return losses
 
 
-@dataclass
-class LatentRows:
-    """The latents of all pictures, encoded once, with their labels."""
-
-    images: Images
-    latents: Tensor
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def row(self, index: int, mirrored: bool = False) -> tuple[Tensor, int]:
-        """Return one; a mirror image has no latent here."""
-        return self.latents[index], self.images.labels[index]
-
-    def order(self, seed: int, number: int) -> Sequence[int]:
-        """Return the order in which a pass takes them."""
-        return self.images.order(seed, number)
-
-
-def rows_of(work: Work, encoder: LatentEncoder) -> Rows:
-    """Return what the stages in latents read: latents, or pictures that each step encodes."""
-    if not work.config.representation.cached:
-        return work.images
+def encoded(work: Work, encoder: LatentEncoder) -> Rows:
+    """Return the latents of all pictures, which the other stages read."""
     found = []
     for pixels in pictures_in_order(work.images, 64, work.config.data.workers):
         found.append(encoder.encode(in_range(pixels.to(work.accelerator.device))).cpu())
@@ -250,6 +186,11 @@ def rows_of(work: Work, encoder: LatentEncoder) -> Rows:
 
 
 # --- stages 1 to 4: the objectives -------------------------------------------------------------
+
+
+def no_teacher(z_t: Tensor, t: Tensor, **cond: Any) -> Tensor:
+    """Stand in for the teacher in stages that do not ask it."""
+    raise RuntimeError("a stage without a teacher asked it")
 
 
 def derivative_of(config: Config) -> Derivative:
@@ -327,25 +268,8 @@ def latent_losses(
 # --- the run -----------------------------------------------------------------------------------
 
 
-def sampler_of(config: Config, network: nn.Module, encoder: LatentEncoder, steps: int) -> Sampler:
-    """Return what draws pictures in so many evaluations, on the grid that times are shifted to.
-
-    A network of velocities is solved by Euler, one of average velocities jumps.
-    """
-    k = ShiftedTimes(math.prod(config.latent)).shift
-    grid = [k * i / (k * i + steps - i) for i in range(steps, -1, -1)]
-    flow: Any = VelocityFlow(network)
-    if network.config["average"]:  # type: ignore[index]  # a DiTDH
-        flow = FlowMap(network, LinearSchedule(), MeanFlowStatistic())
-
-    def draw(noise: Tensor, labels: Tensor) -> Tensor:
-        return encoder.decode(flow.sample(noise, cond={"labels": labels}, times=grid))
-
-    return draw
-
-
 def in_latents(
-    work: Work, name: str, network: DiTDH, encoder: LatentEncoder, rows: Rows, teacher: Any
+    work: Work, name: str, network: DiTDH, encoder: LatentEncoder, teacher: Any = no_teacher
 ) -> DiTDH:
     """Train a network of velocities or of average velocities as a stage says."""
     config, classes, steps = work.config, len(work.images.names), 1
@@ -362,13 +286,12 @@ def in_latents(
         name,
         network,
         latent_losses(objective, encoder, classes, drop),
-        rows=rows,
         look=page.Sheets(config.out / name, classes, look),
         compiled=config.network.compile,
     )
 
 
-def teacher_of(work: Work, encoder: LatentEncoder, rows: Rows) -> DiTDH:
+def teacher_of(work: Work, encoder: LatentEncoder) -> DiTDH:
     """Return the frozen teacher: from its folder, or from the stage that trains it.
 
     Raises:
@@ -381,21 +304,14 @@ def teacher_of(work: Work, encoder: LatentEncoder, rows: Rows) -> DiTDH:
     else:
         torch.manual_seed(config.training.seed)
         network = DiTDH(**sizes, null_trained=config.objectives.drop_labels > 0)
-        teacher = in_latents(work, "flow_matching", network, encoder, rows, no_teacher)
+        teacher = in_latents(work, "flow_matching", network, encoder)
     teacher = teacher.to(work.accelerator.device).requires_grad_(False).eval()  # type: ignore[union-attr, arg-type]
     if config.network.compile:
         teacher.compile_blocks()
     return teacher
 
 
-def no_teacher(z_t: Tensor, t: Tensor, **cond: Any) -> Tensor:
-    """Stand in for the teacher in stages that do not ask it."""
-    raise RuntimeError("a stage without a teacher asked it")
-
-
-def students_of(
-    work: Work, encoder: LatentEncoder, rows: Rows, teacher: DiTDH
-) -> dict[str, DiTDH]:
+def students_of(work: Work, encoder: LatentEncoder, teacher: DiTDH) -> dict[str, DiTDH]:
     """Return the networks of average velocities by their stages, each begun where the one before
     it ended, the first from the teacher; the baseline from random weights.
     """
@@ -403,7 +319,7 @@ def students_of(
     network = DiTDH.from_flow_matching(teacher)
     for name in ("mid_training", "distillation", "fine_tuning"):
         if getattr(work.config, name) is not None:
-            network = in_latents(work, name, network, encoder, rows, teacher)
+            network = in_latents(work, name, network, encoder, teacher)
             found[name], network = network, copied(network)
     return found
 
@@ -432,7 +348,7 @@ def main(config: Config, options: Sequence[str] = ()) -> None:
         check_shapes(config)
         return
     if config.network.compile:  # the log asks for each term's gradient before their sum's
-        torch._functorch.config.donated_buffer = False
+        functorch_config.donated_buffer = False
     accelerator = accelerator_of(config.training, config.out, as_dict(config))
     check_processes(config.training, accelerator, "examples/mean_flow_rae/mean_flow_rae.py")
     images = images_of(config.data, config.out.parent)
@@ -443,24 +359,24 @@ def main(config: Config, options: Sequence[str] = ()) -> None:
     ):
         steps = baseline_steps(config, len(images))
         config = replaced(config, scratch={"steps": steps})
-    work = Work(config, accelerator, images)
+    work = Work(config, accelerator, images, images)
     with locked_by_first(config.out, accelerator):
         encoder = representation(work)
-        rows = rows_of(work, encoder)
-        teacher = teacher_of(work, encoder, rows)
-        networks = {"flow_matching": teacher} | students_of(work, encoder, rows, teacher)
+        if config.representation.cached:
+            work.rows = encoded(work, encoder)
+        teacher = teacher_of(work, encoder)
+        networks = {"flow_matching": teacher} | students_of(work, encoder, teacher)
         if config.scratch is not None:
             torch.manual_seed(config.training.seed)
             network = DiTDH(**config.sizes(len(images.names)), average=True)
-            networks["scratch"] = in_latents(work, "scratch", network, encoder, rows, no_teacher)
+            networks["scratch"] = in_latents(work, "scratch", network, encoder)
         shipped = [name for name in networks if name != "scratch"][-1]
         if accelerator.is_main_process:
             networks[shipped].save_pretrained(config.out / "network")
         if "--evaluate" in options:
             judge_samples(work, networks[shipped], encoder)
         if accelerator.is_main_process:
-            sampler = functools.partial(sampler_of, config)
-            path = write_report(config, images, networks, encoder, sampler)
+            path = write_report(config, images, networks, encoder)
             print(f"finished; the page of the run: {path}")
         accelerator.wait_for_everyone()
 
@@ -473,35 +389,6 @@ def judge_samples(work: Work, network: DiTDH, encoder: LatentEncoder) -> None:
         draw = sampler_of(config, network, encoder, steps)
         plan = plan_of(own, classes, config.latent)
         evaluate(own, plan, draw, digest(network), work.accelerator)
-
-
-def check_shapes(config: Config) -> None:
-    """Build the networks without memory, let shapes go through them, and print their sizes.
-
-    Raises:
-        InputError: if the shapes do not fit; it says which.
-    """
-    r, side = config.representation, config.data.size
-    with torch.device("meta"):
-        network = DiTDH(**config.sizes(config.data.classes or 0), average=True)
-        autoencoder = unfilled(config)
-        z, t = torch.empty(2, *config.latent), torch.empty(2)
-        made = network(z, t, t, torch.zeros(2, dtype=torch.long))
-        images = autoencoder.decode(z).sample
-        if r.network is None:
-            z = autoencoder.encode(torch.empty(2, 3, side, side)).latent
-    shapes = {"latents": z.shape, "velocities": made.shape, "pictures": images.shape}
-    wanted = {"latents": config.latent, "velocities": config.latent, "pictures": (3, side, side)}
-    for name, shape in shapes.items():
-        if tuple(shape[1:]) != tuple(wanted[name]):
-            raise InputError(
-                f"got {name} of {tuple(shape[1:])} from networks whose config says "
-                f"{wanted[name]}; write representation.channels, network.grid, data.size to fit"
-            )
-    for name, part in (("DiT^DH", network), ("decoder", autoencoder.decoder)):
-        count = sum(parameter.numel() for parameter in part.parameters())
-        print(f"{name}: {count / 1e6:.1f} million parameters")
-    print(f"latents {config.latent}, pictures {(3, side, side)}: all shapes fit")
 
 
 if __name__ == "__main__":

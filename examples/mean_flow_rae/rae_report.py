@@ -1,7 +1,8 @@
 """What a run leaves beside its weights: scores of small sets, figures, ``report.html``."""
 
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,15 @@ from judging import Sampler, drawn, plan_of
 from matplotlib import pyplot as plt
 from rae_settings import Config
 from reading import as_dict
-from torch import nn
+from torch import Tensor, nn
 
+from flowspace import FlowMap, LinearSchedule, MeanFlowStatistic, ShiftedTimes, VelocityFlow
 from flowspace.demo.metrics import Verdict
 from flowspace.demo.page import png, write_beside
 from flowspace.vision.data import Images
 from flowspace.vision.encoders import LatentEncoder
 
-__all__ = ["draws_of", "stage_curves", "write_report"]
+__all__ = ["draws_of", "sampler_of", "stage_curves", "write_report"]
 
 SHOWN = 10
 """Samples of each sampler in the figure."""
@@ -37,8 +39,22 @@ TITLES = {
     "scratch": "MeanFlow from scratch",
 }
 
-SamplerOf = Callable[..., Sampler]
-"""From a network, and ``encoder=`` and ``steps=``, to a sampler."""
+
+def sampler_of(config: Config, network: nn.Module, encoder: LatentEncoder, steps: int) -> Sampler:
+    """Return what draws pictures in so many evaluations, on the grid that times are shifted to.
+
+    A network of velocities is solved by Euler, one of average velocities jumps.
+    """
+    k = ShiftedTimes(math.prod(config.latent)).shift
+    grid = [k * i / (k * i + steps - i) for i in range(steps, -1, -1)]
+    flow: Any = VelocityFlow(network)
+    if network.config["average"]:  # type: ignore[index]  # a DiTDH
+        flow = FlowMap(network, LinearSchedule(), MeanFlowStatistic())
+
+    def draw(noise: Tensor, labels: Tensor) -> Tensor:
+        return encoder.decode(flow.sample(noise, cond={"labels": labels}, times=grid))
+
+    return draw
 
 
 def draws_of(config: Config, names: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
@@ -61,7 +77,6 @@ def write_report(
     images: Images,
     networks: Mapping[str, nn.Module],
     encoder: LatentEncoder,
-    sampler_of: SamplerOf,
 ) -> Path:
     """Judge what can be judged on the spot, draw the figures, and write the page.
 
@@ -70,13 +85,12 @@ def write_report(
         images: that were trained on.
         networks: the averaged network of each stage.
         encoder: with the decoder.
-        sampler_of: makes a sampler of a network.
     """
     device = encoder.mean.device
     plan = plan_of(config, len(images.names), config.latent)
     samples = {}
     for title, (name, steps) in draws_of(config, networks).items():
-        draw = sampler_of(networks[name], encoder=encoder, steps=steps)
+        draw = sampler_of(config, networks[name], encoder, steps)
         samples[title] = drawn(plan, draw, device)
     shown = {"pictures": torch.stack([images.row(i)[0] for i in range(SHOWN)])}
     shown["reconstructed"] = reconstructed(shown["pictures"], encoder)
@@ -99,7 +113,7 @@ def write_report(
     for steps in (1, 2):
         folder = config.out / f"evaluations-{steps}"
         if folder.exists():
-            parts.append(page.scores_table(folder, "--evaluate"))
+            parts += page.scores_tables(folder, "--evaluate")
     parts += ["Loss and gradient norm of the stages, before clipping:"]
     parts += [(config.out / "stages.png").read_bytes()]
     log = [record for name in networks for record in journal.latest(config.out / name)]
@@ -107,7 +121,7 @@ def write_report(
     return page.write(config.out / "report.html", f"MeanFlow-RAE: {config.name}", parts)
 
 
-def reconstructed(pictures: torch.Tensor, encoder: LatentEncoder) -> torch.Tensor:
+def reconstructed(pictures: Tensor, encoder: LatentEncoder) -> Tensor:
     """Return what the decoder makes of the latents of uint8 pictures."""
     images = pictures.to(encoder.mean.device).float() / 127.5 - 1
     made = encoder.decode(encoder.encode(images))
