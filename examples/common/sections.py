@@ -10,6 +10,7 @@ from reading import STRICT, Count, Decay, Number, Positive, Weight
 
 SETS = (
     "emoji",
+    "emoji/smileys+animals",
     "digits",
     "digits/test",
     "mnist",
