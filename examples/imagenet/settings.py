@@ -68,9 +68,14 @@ class DataConfig(PicturesConfig):
 
 @dataclass(frozen=True, config=STRICT)
 class StageOneConfig:
-    """An autoencoder trained on the spot; its decoder is kept only for comparison."""
+    """An autoencoder trained on the spot; its decoder is kept only for comparison.
+
+    ``linear`` is the side of the squares of pixels of which a linear autoencoder keeps
+    ``channels`` principal components, in closed form; the other settings are then not used.
+    """
 
     channels: Count = 8
+    linear: Count | None = None
     widths: Annotated[tuple[Count, ...], Field(min_length=1)] = (32, 64, 64)
     steps: Count = 500
     batch: Count = 32

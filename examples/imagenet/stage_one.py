@@ -22,6 +22,7 @@ from flowspace import InputError, RunError
 from flowspace.training import AdversarialStep, Draws
 from flowspace.vision.data import Images
 from flowspace.vision.encoders import LatentEncoder, load_encoder
+from flowspace.vision.linear import LinearAutoencoder
 
 POSTERIOR = 5
 """The stream of the draws of posteriors, beside those of train.py."""
@@ -38,7 +39,8 @@ Train = Callable[[Stage], nn.Module]
 def shape_of(config: Config) -> tuple[int, int, int]:
     """Return the shape of the latents that stage 1 of a config will make."""
     stage, pack = config.encoder.stage_one, config.encoder.pack or 1
-    side = config.data.size // 2 ** (len(stage.widths) - 1) // pack
+    shrunk = stage.linear or 2 ** (len(stage.widths) - 1)
+    side = config.data.size // shrunk // pack
     return stage.channels * pack**2, side, side
 
 
@@ -76,7 +78,10 @@ def encoder_of(
     if e.stage_one is not None:
         folder = config.out / "encoder"
         if not (folder / "config.json").exists():
-            train_autoencoder(config, images, accelerator, train)
+            if e.stage_one.linear:
+                fit_linear(config, images, accelerator)
+            else:
+                train_autoencoder(config, images, accelerator, train)
         return loaded(config).to(device)
     encoder = loaded(config).to(device)
     accelerator.wait_for_everyone()  # who is late must not find what the first one writes now
@@ -153,6 +158,14 @@ def training_of(config: Config) -> TrainingConfig:
         warmup_epochs=0,
         final_rate=0.05,
     )
+
+
+def fit_linear(config: Config, images: Images, accelerator: Accelerator) -> None:
+    """Fit the linear autoencoder and leave it in ``encoder/``, as a trained one."""
+    stage = config.encoder.stage_one
+    network = LinearAutoencoder(stage.linear, stage.channels).to(accelerator.device)
+    network.fit(first_pictures(images, config.encoder.fit, accelerator.device))
+    keep(config, network, images, accelerator)
 
 
 def train_autoencoder(
