@@ -1,0 +1,378 @@
+"""Train PixelFlow: one transformer that takes noise to pixels, from small pictures to large.
+
+    accelerate launch examples/pixel_flow/pixel_flow.py CONFIG [key=value ...] [--check]
+
+CONFIG is a YAML file, such as examples/pixel_flow/configs/smoke.yaml. The run's folder is left
+with ``network/`` (what one loads), ``samples/``, ``metrics.json`` and ``report.html``. The same
+command continues a run that was stopped. ``--check`` trains nothing: it builds the network without
+memory, sees that its shapes fit, and counts what a sample costs.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "common"))
+
+# settings are refused before torch is imported, which takes seconds
+import reading
+from pixel_flow_settings import Config
+
+if __name__ == "__main__":
+    CONFIG, OPTIONS = reading.from_command_line(
+        Config, __doc__, ("--check",), runs=Path("runs/pixel_flow")
+    )
+
+import functools
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import journal
+import judging
+import loop
+import page
+import torch
+from page import Sheets
+from pictures import images_of, in_range
+from pixel_flow_costs import cost_line, cost_table, flops_of
+from stage import Losses, LossesOf, Stage
+from torch import Tensor, nn
+
+from flowspace import (
+    Cascade,
+    CascadeFlow,
+    CascadeLoss,
+    CrossFlowLoss,
+    DormandPrince,
+    Euler,
+    FlowMatchingLoss,
+    Guidance,
+    InputError,
+    MeanFlowLoss,
+    Objective,
+)
+from flowspace.training import Draws
+from flowspace.vision import PixelFlowTransformer
+from flowspace.vision.data import FolderImages, Images
+from flowspace.vision.evaluate import Plan, rounded
+from flowspace.vision.text import load_text_encoder
+
+NOISE, TIMES, STAGES, DROPPED = range(4)
+"""Streams of the draws of a step."""
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    "flow-matching": FlowMatchingLoss,
+    "meanflow": MeanFlowLoss,
+    "crossflow": CrossFlowLoss,
+}
+
+SHOWN = 8
+"""Samples of a class that a picture shows."""
+
+
+def main(config: Config, options: Sequence[str] = ()) -> None:
+    """Train, draw, judge, and leave the page of the run."""
+    if "--check" in options:
+        print(check(config))
+        return
+    accelerator = loop.accelerator_of(config.training, config.out, reading.as_dict(config))
+    loop.check_processes(config.training, accelerator, "examples/pixel_flow/pixel_flow.py")
+    with loop.locked_by_first(config.out, accelerator):
+        images = pictures_of(config)
+        conditions = conditions_of(config, images, accelerator.device)
+        stage = prepared(config, images, conditions)
+        network = loop.fit(stage, accelerator)
+        if accelerator.is_main_process:
+            network.save_pretrained(config.out / "network")  # type: ignore[operator]
+        draw = sampler_of(config, network, conditions)
+        plan = plan_of(config, conditions)
+        judging.evaluate(config, plan, draw, judging.digest(network), accelerator)
+        if accelerator.is_main_process:
+            print(f"finished; the page of the run: {report(config, images, network, conditions)}")
+        accelerator.wait_for_everyone()
+
+
+# --- pictures, and what the network is told of them --------------------------------------------
+
+
+def pictures_of(config: Config) -> Images:
+    """Return the pictures; with captions, each caption is a class of its own."""
+    images = images_of(config.data, config.out.parent)
+    if config.condition.kind == "captions":
+        captions = captions_of(images)
+        images.names = tuple(sorted(set(captions)))
+        number = {name: index for index, name in enumerate(images.names)}
+        images.labels = tuple(number[caption] for caption in captions)
+    return images
+
+
+def captions_of(images: Images) -> list[str]:
+    """Return a caption of each picture: what Unicode calls an emoji, or else its class."""
+    captions = []
+    for index, label in enumerate(images.labels):
+        caption = images.names[label]
+        if isinstance(images, FolderImages):
+            caption = unicode_name(images.paths[index].stem) or caption
+        captions.append(caption)
+    return captions
+
+
+def unicode_name(stem: str) -> str:
+    """Return the name of the character of a hexadecimal code, or nothing."""
+    try:
+        return unicodedata.name(chr(int(stem, 16))).lower()
+    except ValueError:
+        return ""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the network may be told: a class, or the tokens of a caption.
+
+    Attributes:
+        names: of the classes, or the captions.
+        text: tokens ``(N, L, width)`` of each caption and which there are; None for classes.
+    """
+
+    names: tuple[str, ...]
+    text: tuple[Tensor, Tensor] | None = None
+
+    def of(self, labels: Tensor, dropped: Tensor | None = None) -> dict[str, Tensor]:
+        """Return the network's arguments for labels ``(B,)``, of which some are dropped."""
+        if dropped is None:
+            dropped = torch.zeros_like(labels, dtype=torch.bool)
+        if self.text is None:
+            return {"labels": torch.where(dropped, len(self.names), labels)}
+        tokens, mask = self.text
+        return {"text": tokens[labels], "text_mask": mask[labels] & ~dropped[:, None]}
+
+    @property
+    def null(self) -> dict[str, Any]:
+        """What the network is told instead, where it is told nothing."""
+        if self.text is None:
+            return {"labels": len(self.names)}
+        return {"text_mask": False}
+
+    @property
+    def of_network(self) -> dict[str, int]:
+        """What the network is built with."""
+        if self.text is None:
+            return {"classes": len(self.names), "text_width": 0}
+        return {"classes": 0, "text_width": self.text[0].shape[-1]}
+
+
+def conditions_of(config: Config, images: Images, device: torch.device) -> Conditions:
+    """Return the classes of pictures, or their captions, encoded once."""
+    c = config.condition
+    if c.kind == "classes":
+        return Conditions(images.names)
+    encoder = load_text_encoder(c.encoder, length=c.length).to(device)
+    parts = [encoder.encode(images.names[i : i + 64]) for i in range(0, len(images.names), 64)]
+    tokens = torch.cat([part[0] for part in parts])
+    return Conditions(images.names, (tokens, torch.cat([part[1] for part in parts])))
+
+
+# --- what is trained ---------------------------------------------------------------------------
+
+
+def network_of(config: Config, conditions: Conditions) -> PixelFlowTransformer:
+    """Build the untrained network."""
+    n = config.network
+    sizes = {name: getattr(n, name) for name in ("depth", "width", "heads")}
+    sizes = {name: size for name, size in sizes.items() if size is not None}
+    if n.preset is None and len(sizes) < 3:
+        raise InputError("got network.preset = null; write network.depth, width and heads too")
+    kind: Any = PixelFlowTransformer
+    if n.preset is not None:
+        kind = functools.partial(PixelFlowTransformer.from_preset, n.preset)
+    torch.manual_seed(config.training.seed)
+    network = kind(
+        patch=n.patch,
+        interval=config.cascade.objective != "flow-matching",
+        null_trained=config.condition.drop > 0,
+        **sizes,
+        **conditions.of_network,
+    )
+    network.gradient_checkpointing = n.checkpointing
+    return network
+
+
+def loss_of(config: Config) -> CascadeLoss:
+    """Return the objective on the stages: PixelFlow's is flow matching."""
+    objective = OBJECTIVES[config.cascade.objective]()
+    return CascadeLoss(Cascade(config.stages), objective, config.cascade.packed)
+
+
+def losses_of(config: Config, conditions: Conditions) -> LossesOf:
+    """Return the loss of a step's rows, each in the stage that it is assigned to."""
+    loss_fn = loss_of(config)
+    times, cascade = loss_fn.objective.times, loss_fn.cascade  # type: ignore[union-attr]
+
+    def losses(network: nn.Module, batch: Sequence[Tensor], draws: Draws) -> Losses:
+        pixels, labels = batch
+        t, s = draws.rows(
+            lambda count, draw: times(count, generator=draw, device=draws.device), TIMES
+        )
+        dropped = draws.uniform((), DROPPED) < config.condition.drop
+        out = loss_fn(
+            network,
+            in_range(pixels),
+            cond=conditions.of(labels, dropped),
+            noise=draws.normal(pixels.shape[1:], NOISE),
+            stages=draws.rows(cascade.assigned, STAGES),
+            t=t,
+            s=s,
+        )
+        return Losses({"flow": out.loss}, {"flow": 1.0}, {"t": out.t, "s": out.s})
+
+    return losses
+
+
+def prepared(config: Config, images: Images, conditions: Conditions) -> Stage:
+    """Return the training; what can be refused is refused before a step is paid for."""
+    if config.training.batch > len(images):
+        raise InputError(
+            f"got training.batch = {config.training.batch} for {len(images)} pictures; write a "
+            "batch that is not larger"
+        )
+    draw_few = functools.partial(sheet_of, config, conditions)
+    return Stage(
+        "network",
+        network_of(config, conditions),
+        losses_of(config, conditions),
+        images,
+        config.training,
+        config.out / "training",
+        loop.optimizer_of(config.training),
+        depends=reading.depends_on(config, "data", "network", "cascade", "condition"),
+        flip=config.data.flip,
+        workers=config.data.workers,
+        look=Sheets(config.out / "training", len(conditions.names), draw_few),
+        begun=functools.partial(page.keep_config, config.out, reading.as_dict(config)),
+        compiled=config.network.compile,
+    )
+
+
+# --- samples -----------------------------------------------------------------------------------
+
+
+def flow_of(config: Config, network: nn.Module) -> CascadeFlow:
+    """Return the sampler of a trained network."""
+    s = config.sampling
+    solvers = {
+        "euler": Euler(),
+        "dormand-prince": DormandPrince(s.rtol, s.atol),
+        "flow-map": None,
+    }
+    return loss_of(config).sampler(network, solvers[s.solver])
+
+
+def sampler_of(config: Config, network: nn.Module, conditions: Conditions) -> judging.Sampler:
+    """Return what draws pictures from noise of their shape and labels."""
+    s = config.sampling
+    flow = flow_of(config, network)
+    guidance: Any = None
+    if s.guidance != 1:
+        guidance = Guidance(null=conditions.null, omega=s.guidance)
+    if guidance is not None and s.ramp is not None:
+        guidance = flow.cascade.ramp(guidance, s.ramp)
+
+    def draw(noise: Tensor, labels: Tensor) -> Tensor:
+        cond = conditions.of(labels)
+        return flow.sample(noise, cond=cond, steps=steps_of(config), guidance=guidance)
+
+    return draw
+
+
+def steps_of(config: Config) -> Any:
+    """Return the steps of each stage; an adaptive solver takes its own."""
+    if config.sampling.solver == "dormand-prince":
+        return 1
+    return config.sampling.steps
+
+
+def plan_of(config: Config, conditions: Conditions, count: int | None = None) -> Plan:
+    """Return which samples are drawn: class after class, each from its own noise."""
+    shape = (3, config.data.size, config.data.size)
+    return judging.plan_of(config, len(conditions.names), shape, count)
+
+
+def sheet_of(config: Config, conditions: Conditions, network: nn.Module) -> Tensor:
+    """Return a few samples, uint8."""
+    plan = plan_of(config, conditions, SHOWN * min(SHOWN, len(conditions.names)))
+    device = next(network.parameters()).device
+    return judging.drawn(plan, sampler_of(config, network, conditions), device)
+
+
+# --- does it fit? ------------------------------------------------------------------------------
+
+
+def check(config: Config) -> str:
+    """Return what a sample costs, from a network without memory, whose shapes are tried.
+
+    Raises:
+        InputError: if sizes do not fit together.
+    """
+    c = config.condition
+    with torch.device("meta"):
+        conditions = Conditions(tuple(map(str, range(config.data.classes or 1))))
+        if c.kind == "captions":
+            tokens = torch.empty(1, c.length, c.width)
+            conditions = Conditions(("",), (tokens, torch.ones(1, c.length, dtype=torch.bool)))
+        network = network_of(config, conditions).eval()
+        cond = conditions.of(torch.zeros(1, dtype=torch.long))
+    flops = flops_of(config, network, cond)
+    millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+    title = f"{config.name}: {millions:.0f} million parameters"
+    return f"{title}\n\n{cost_table(config, flops)}\n\n{cost_line(config, flops)}"
+
+
+# --- the page ----------------------------------------------------------------------------------
+
+
+def report(config: Config, images: Images, network: nn.Module, conditions: Conditions) -> Path:
+    """Write ``report.html``: samples beside real pictures, what each stage ends with, curves."""
+    log = journal.latest(config.out / "training")
+    device = next(network.parameters()).device
+    plan = plan_of(config, conditions, SHOWN * len(conditions.names))
+    draw = sampler_of(config, network, conditions)
+    beside = {}
+    for label in range(min(SHOWN, len(conditions.names))):
+        made = []
+        for number in range(label, plan.count, len(conditions.names)):
+            noise, labels = plan.inputs(number, number + 1)
+            made.append(rounded(draw(noise.to(device), labels.to(device)))[0].cpu())
+        real = page.real_pictures(images, label, SHOWN)
+        beside[conditions.names[label]] = torch.stack([*real, *made])
+    flops = flops_of(config, network, conditions.of(torch.zeros(1, dtype=torch.long)))
+    parts: list[page.Part] = [cost_line(config, flops)]
+    parts += page.unfinished(config, len(images), log)
+    parts += page.scores_tables(config.out, "the same command judges")
+    parts += ["Samples (right) beside pictures of the same class (left):"]
+    parts += [page.class_rows(beside)]
+    parts += ["What each stage ends with, and the noise that it leaves to the next:"]
+    parts += [page.class_rows(stage_rows(config, network, conditions))]
+    parts += page.sheets_over_training(config.out / "training")
+    parts += page.curves(log)
+    parts += [page.settings_table(reading.as_dict(config)), page.provenance(log, device)]
+    return page.write(config.out / "report.html", config.name, parts)
+
+
+def stage_rows(config: Config, network: nn.Module, conditions: Conditions) -> dict[str, Tensor]:
+    """Return the last states of each stage, uint8, enlarged to one size (the paper's figure 3)."""
+    plan = plan_of(config, conditions, 2 * SHOWN)
+    noise, labels = plan.inputs(0, plan.count)
+    device = next(network.parameters()).device
+    cond = conditions.of(labels.to(device))
+    states = flow_of(config, network).states(noise.to(device), cond=cond, steps=steps_of(config))
+    size = config.data.size
+    rows = {}
+    for state in states:
+        large = nn.functional.interpolate(state, size=(size, size), mode="nearest")
+        rows[f"{state.shape[-1]} pixels"] = rounded(large).cpu()
+    return rows
+
+
+if __name__ == "__main__":
+    reading.run_program(functools.partial(main, CONFIG, OPTIONS))

@@ -1,0 +1,150 @@
+"""Compare a cascade with one resolution, and one-step stages with Euler's method.
+
+    python examples/pixel_flow/pixel_flow_compare.py CONFIG [key=value ...]
+
+Trains three networks of one size on the same pictures for as many steps: flow matching at full
+resolution, flow matching on the cascade of the config, MeanFlow on the cascade. Each is sampled
+without guidance. The judges have seen no training picture: a network of ImageNet, and a support
+vector machine that is fitted to the held-out pictures and asked for the class of each sample.
+Leaves ``compare.md`` and ``compare.png`` in the folder of the config; a run that is there is not
+trained again, and other seeds are asked for by ``training.seed=1 out=...``.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "common"))
+
+import reading
+from pixel_flow_settings import Config
+
+if __name__ == "__main__":
+    CONFIG, _ = reading.from_command_line(Config, __doc__, runs=Path("runs/pixel_flow"))
+
+import dataclasses
+import functools
+import time
+from typing import Any
+
+import judging
+import loop
+import page
+import pictures
+import pixel_flow
+import torch
+from pixel_flow_costs import costs_of, flops_of
+from torch import Tensor, nn
+
+from flowspace.demo.page import markdown_table, write_beside
+from flowspace.vision.evaluate import features_of, judge
+
+SHOWN = 10
+"""Samples of each kind that the picture shows, one a class."""
+
+
+def variants_of(config: Config) -> dict[str, Config]:
+    """Return what is trained, by name."""
+    whole = {"kickoff": config.data.size, "objective": "flow-matching", "packed": True}
+    cascaded = {"objective": "flow-matching", "packed": True}
+    one_step = {"objective": "meanflow", "packed": False}
+    found = {
+        "one resolution": changed(config, whole, "euler"),
+        "cascade": changed(config, cascaded, "euler"),
+        "cascade of MeanFlow": changed(config, one_step, "flow-map"),
+    }
+    return {name: each_in_its_folder(one, name) for name, one in found.items()}
+
+
+def changed(config: Config, cascade: dict[str, Any], solver: str) -> Config:
+    """Return a config with another cascade and solver, without guidance."""
+    sampling = {"solver": solver, "guidance": 1.0, "ramp": None, "steps": 1}
+    sampling_config = dataclasses.replace(config.sampling, **sampling)
+    cascade_config = dataclasses.replace(config.cascade, **cascade)
+    return dataclasses.replace(config, cascade=cascade_config, sampling=sampling_config)
+
+
+def each_in_its_folder(config: Config, name: str) -> Config:
+    """Return a config whose run has a folder of its own."""
+    return dataclasses.replace(config, out=config.out / name.replace(" ", "-"))
+
+
+def samplings_of(config: Config) -> list[tuple[str, int | tuple[int, ...]]]:
+    """Return which variant is sampled with how many steps of each stage."""
+    count = len(config.steps)
+    return [
+        ("one resolution", sum(config.steps)),
+        ("cascade", config.steps),
+        ("one resolution", count),
+        ("cascade", 1),
+        ("cascade of MeanFlow", 1),
+    ]
+
+
+def main(config: Config) -> None:
+    """Train each, sample each as asked, judge, and write the table down."""
+    accelerator = loop.accelerator_of(config.training, config.out)
+    images = pixel_flow.pictures_of(config)
+    conditions = pixel_flow.conditions_of(config, images, accelerator.device)
+    networks, seconds, variants = {}, {}, variants_of(config)
+    for name, one in variants.items():
+        begun = time.perf_counter()
+        stage = pixel_flow.prepared(one, images, conditions)
+        networks[name] = loop.fit(stage, accelerator)
+        seconds[name] = time.perf_counter() - begun
+    rows, shown = [], {}
+    for name, steps in samplings_of(config):
+        sampling = dataclasses.replace(variants[name].sampling, steps=steps)
+        one = dataclasses.replace(variants[name], sampling=sampling)
+        samples, cells = judged(one, networks[name], conditions)
+        title = f"{name}, {sum(one.steps)} steps"
+        rows.append([title, *cells])
+        shown[title] = samples[:SHOWN]
+    head = ("what", "evaluations", "GFLOPs a sample", "Frechet distance", "KID", "right class")
+    line = "Seconds of training: " + ", ".join(f"{k} {v:.0f}" for k, v in seconds.items())
+    text = f"{markdown_table(head, rows)}\n\n{line}\n"
+    write_beside(config.out / "compare.md", text)
+    write_beside(config.out / "compare.png", page.class_rows(shown))
+    print(text)
+
+
+@torch.no_grad()
+def judged(
+    config: Config, network: nn.Module, conditions: pixel_flow.Conditions
+) -> tuple[Tensor, list[str]]:
+    """Return samples, uint8, and the cells of their row in the table."""
+    device = next(network.parameters()).device
+    plan = pixel_flow.plan_of(config, conditions)
+    draw = pixel_flow.sampler_of(config, network, conditions)
+    samples = judging.drawn(plan, draw, device)
+    images = pictures.images_of(config.data, config.out.parent)
+    extractor = judging.extractor_of(config, device)
+    real = judging.reference_of(config, extractor, images)
+    scores = judge(extractor, features_of(extractor, samples.split(plan.batch)), real)
+    distance = next(iter(scores.values.values()))
+    cond = conditions.of(torch.zeros(1, dtype=torch.long, device=device))
+    costs, _ = costs_of(config, flops_of(config, network, cond))
+    labels = torch.arange(plan.count) % plan.classes
+    share = right_class(config, samples, labels)
+    cells = [str(sum(config.steps)), f"{sum(costs) / 1e9:.3g}"]
+    return samples, [*cells, f"{distance:.1f}", f"{scores.kid:.3f}", f"{share:.3f}"]
+
+
+def right_class(config: Config, samples: Tensor, labels: Tensor) -> float:
+    """Return the share of samples in which a classifier of held-out pictures sees their class."""
+    from sklearn.svm import SVC
+
+    held_out = dataclasses.replace(config.data, path=config.evaluation.reference)
+    images = pictures.images_of(held_out, config.out.parent)
+    pixels = torch.cat(list(pictures.pictures_in_order(images, 50)))
+    classifier = SVC().fit(flat(pixels), images.labels)
+    return float(classifier.score(flat(samples), labels.numpy()))
+
+
+def flat(pixels: Tensor) -> Any:
+    """Return uint8 pictures ``(N, 3, H, W)`` as rows of numbers, half the size, one colour."""
+    grey = pixels.float().mean(1, keepdim=True) / 255
+    return torch.nn.functional.avg_pool2d(grey, 2).flatten(1).numpy()
+
+
+if __name__ == "__main__":
+    reading.run_program(functools.partial(main, CONFIG))

@@ -1,0 +1,70 @@
+"""What a sample of a cascade costs, stage by stage."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from pixel_flow_settings import Config
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from flowspace import Cascade
+from flowspace.demo.page import markdown_table
+
+__all__ = ["cost_line", "cost_table", "costs_of", "flops_of"]
+
+
+def flops_of(config: Config, network: nn.Module, cond: Mapping[str, Tensor]) -> list[int]:
+    """Return the floating-point operations of one evaluation in each stage, coarsest first.
+
+    A multiply-add counts as two.
+
+    Args:
+        config: of the run.
+        network: trained or not, also on the meta device.
+        cond: its arguments for one picture.
+    """
+    device = next(network.parameters()).device
+    there = {name: value.to(device) for name, value in cond.items()}
+    t = torch.ones(1, device=device)
+    counts = []
+    for stage in Cascade(config.stages):
+        side = config.cascade.kickoff << stage.index
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network(torch.zeros(1, 3, side, side, device=device), t, t, **there)
+        counts.append(counter.get_total_flops())
+    return counts
+
+
+def costs_of(config: Config, flops: Sequence[int]) -> tuple[list[int], int]:
+    """Return the operations of a sample in each stage, and of one by as many steps of full size.
+
+    Guidance, which takes two evaluations a step, is not counted.
+    """
+    steps = config.steps
+    costs = [flop * count for flop, count in zip(flops, steps, strict=True)]
+    return costs, flops[-1] * sum(steps)
+
+
+def cost_line(config: Config, flops: Sequence[int]) -> str:
+    """Return in a sentence what a sample costs."""
+    costs, single = costs_of(config, flops)
+    whole = sum(costs)
+    return (
+        f"A sample takes {whole / 1e9:.4g} GFLOPs, and {single / 1e9:.4g} by as many steps at "
+        f"full resolution: {whole / single:.3f} of them."
+    )
+
+
+def cost_table(config: Config, flops: Sequence[int]) -> str:
+    """Return a Markdown table of the stages."""
+    costs, _ = costs_of(config, flops)
+    rows = []
+    for stage, count, cost in zip(Cascade(config.stages), config.steps, costs, strict=True):
+        side = config.cascade.kickoff << stage.index
+        low, high = stage.window
+        times, noise = f"{high:.3f} to {low:.3f}", f"{stage.start:.3f} to {stage.end:.3f}"
+        tokens = (side // config.network.patch) ** 2
+        cells = (stage.index, side, tokens, times, noise, count, f"{cost / sum(costs):.1%}")
+        rows.append([str(cell) for cell in cells])
+    head = ("stage", "pixels", "tokens", "times", "weight of the noise", "steps", "operations")
+    return markdown_table(head, rows)

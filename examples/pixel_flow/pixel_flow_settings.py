@@ -1,0 +1,117 @@
+"""The settings of the PixelFlow program; nothing heavy is imported here."""
+
+from dataclasses import field
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from reading import STRICT, Count, Positive, Share, Weight
+from sections import ProgramConfig
+
+__all__ = ["CascadeConfig", "ConditionConfig", "Config", "NetworkConfig", "SamplingConfig"]
+
+
+@dataclass(frozen=True, config=STRICT)
+class NetworkConfig:
+    """The transformer: a preset, or depth, width and heads; ``patch`` is pixels a side."""
+
+    preset: Literal["b", "l", "xl"] | None = "xl"
+    depth: Count | None = None
+    width: Count | None = None
+    heads: Count | None = None
+    patch: Count = 4
+    compile: bool = False
+    checkpointing: bool = False
+
+
+@dataclass(frozen=True, config=STRICT)
+class CascadeConfig:
+    """The stages: ``kickoff`` is pixels a side of the first; its double follows, up to the size.
+
+    ``kickoff`` equal to the size of the pictures is no cascade. ``packed`` trains all sizes in one
+    call of the network, which flow matching alone allows.
+    """
+
+    kickoff: Count = 32
+    objective: Literal["flow-matching", "meanflow", "crossflow"] = "flow-matching"
+    packed: bool = True
+
+
+@dataclass(frozen=True, config=STRICT)
+class ConditionConfig:
+    """What the network is told: classes or captions, which a share of the rows loses.
+
+    ``encoder`` is that of captions: a folder, a name of the hub's cache, or ``minilm``; ``length``
+    and ``width`` are those of its tokens.
+    """
+
+    kind: Literal["classes", "captions"] = "classes"
+    drop: Share = 0.1
+    encoder: str = "minilm"
+    length: Count = 16
+    width: Count = 384
+
+
+@dataclass(frozen=True, config=STRICT)
+class SamplingConfig:
+    """How samples are drawn.
+
+    ``steps`` are those of each stage: one number, or one for each. ``flow-map`` steps by the
+    average velocity, which one-step stages need. ``guidance`` 1 is none; ``ramp`` are the shares
+    of it that each stage takes, null is all of it in every stage.
+    """
+
+    solver: Literal["euler", "dormand-prince", "flow-map"] = "euler"
+    steps: Count | tuple[Count, ...] = 30
+    atol: Positive = 1e-6
+    rtol: Positive = 1e-5
+    guidance: Weight = 2.4
+    ramp: Annotated[tuple[Share, ...], Field(min_length=1)] | None = None
+
+
+@dataclass(frozen=True, config=STRICT)
+class Config(ProgramConfig):
+    """A run."""
+
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    cascade: CascadeConfig = field(default_factory=CascadeConfig)
+    condition: ConditionConfig = field(default_factory=ConditionConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self) -> None:
+        size, kickoff, patch = self.data.size, self.cascade.kickoff, self.network.patch
+        if kickoff << (self.stages - 1) != size:
+            raise ValueError(
+                f"got cascade.kickoff = {kickoff} for data.size = {size}; each stage doubles the "
+                f"one before, so write {size} for no cascade, or {size} halved, as {size // 2}"
+            )
+        if kickoff % patch:
+            raise ValueError(
+                f"got network.patch = {patch} for cascade.kickoff = {kickoff}; write a patch that "
+                "divides it"
+            )
+        one_step = self.cascade.objective != "flow-matching"
+        if one_step and (self.cascade.packed or self.sampling.solver != "flow-map"):
+            raise ValueError(
+                f"got cascade.objective = {self.cascade.objective}, which trains steps of the "
+                "flow map; write cascade.packed=false sampling.solver=flow-map"
+            )
+        for name in ("ramp", "steps"):
+            given = getattr(self.sampling, name)
+            if isinstance(given, tuple) and len(given) != self.stages:
+                raise ValueError(
+                    f"got {len(given)} numbers in sampling.{name} for {self.stages} stage(s); "
+                    "write one for each, coarsest first"
+                )
+
+    @property
+    def stages(self) -> int:
+        """How many stages lead from the kick-off to the size of the pictures."""
+        return max(1, (self.data.size // self.cascade.kickoff).bit_length())
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The steps of each stage."""
+        if isinstance(self.sampling.steps, int):
+            return (self.sampling.steps,) * self.stages
+        return self.sampling.steps
