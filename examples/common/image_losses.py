@@ -142,7 +142,7 @@ def adversary_of(
         features.compile_network()
     torch.manual_seed(config.training.seed + 1)
     discriminator = Discriminator(features, a.channels, a.width, a.kernel).to(device)
-    loss = AdversarialLoss(schedule, a.power, a.augmented, a.penalty, a.r1)
+    loss: Any = AdversarialLoss(schedule, a.power, a.augmented, a.penalty, a.r1)
     wrap = accelerator.prepare_model
     return AdversarialStep(discriminator, loss, wrap, start=a.start, learning_rate=a.learning_rate)
 
@@ -166,12 +166,13 @@ def add_adversarial(
     if adversary is None or a is None:
         return
     with span("adversarial"):
-        opinion = adversary.opinion(cost.made, draws)
+        made, _ = cost.shown()
+        opinion = adversary.opinion(made, draws)
         if opinion is None:
             return
         weight: float | Tensor = a.weight
         if a.adaptive:
-            weight = a.weight * balance(cost.rows, opinion, cost.made)
+            weight = a.weight * balance(cost.rows, opinion, made)
         if t is not None:
             opinion = adversary.loss.weight(t) * opinion.float()
         cost.terms["adversarial"] = opinion

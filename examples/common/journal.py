@@ -52,9 +52,10 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 def latest(folder: Path) -> list[dict[str, Any]]:
     """Return the records of a log by step, of each step the one that was written last."""
-    by_step: dict[tuple[int, bool], dict[str, Any]] = {}
+    by_step: dict[Any, dict[str, Any]] = {}
     for record in records(folder):
-        by_step[record.get("step", -1), "watch" in record] = record
+        step = record.get("step", -1)
+        by_step[step, "watch" in record] = record
     return [by_step[key] for key in sorted(by_step)]
 
 
@@ -76,7 +77,8 @@ def track(stage: Any, accelerator: Any, record: Mapping[str, Any], step: int) ->
 
     Their steps go on over the stages of a run: some trackers drop what is of an earlier step.
     """
-    accelerator.log(flat(record, f"{stage.name}/"), stage.offset + step)
+    numbers = flat(record, f"{stage.name}/")
+    accelerator.log(numbers, stage.offset + step)
 
 
 def by_bins(values: Tensor, times: Tensor) -> list[float | None]:
@@ -115,7 +117,9 @@ class Log:
     """
 
     def __init__(self, stage: Any, accelerator: Any, start: int, steps: int) -> None:
-        self.stage, self.accelerator, self.steps = stage, accelerator, steps
+        self.stage = stage
+        self.accelerator = accelerator
+        self.steps = steps
         pace = LOGGED_PACE
         if sys.stderr.isatty():
             pace = 0.5
@@ -129,7 +133,9 @@ class Log:
             maxinterval=20 * pace,
             disable=not accelerator.is_main_process,
         )
-        self.since, self.began, self.waited = start, time.perf_counter(), 0.0
+        self.since = start
+        self.began = time.perf_counter()
+        self.waited = 0.0
         self.measured: list[dict[str, dict[str, Tensor]]] = []
         self.answers: list[Tensor] = []
 
@@ -158,14 +164,16 @@ class Log:
 
     def write(self, step: int, run: Any) -> None:
         """Write the record of a step; all processes must call."""
-        record = {"name": self.stage.name, "step": step, "loss": float(run.loss)}
+        record: dict[str, Any] = {"name": self.stage.name, "step": step}
+        record["loss"] = float(run.loss)
         record["gradient_norm"] = float(run.norms[0])
         if len(run.norms) > 1:
             record["opponent_norm"] = float(run.norms[1])
         record["rate"] = run.optimizer.param_groups[0]["lr"]
         record["skipped"] = int(run.skipped)
         record |= self.details() | self.speed(step)
-        self.measured, self.answers = [], []
+        self.measured = []
+        self.answers = []
         if self.accelerator.is_main_process:
             append(self.stage.folder, record)
         track(self.stage, self.accelerator, record, step)
@@ -173,34 +181,45 @@ class Log:
 
     def details(self) -> dict[str, Any]:
         """Return the means of the terms and their gradients, also by bins of the times."""
-        weighted, raw, times, slopes = (
-            self.gathered(kind) for kind in ("weighted", "raw", "times", "slopes")
-        )
-        found = {"weighted": means(weighted), "raw": means(raw), "slopes": means(slopes)}
+        weighted = self.gathered("weighted")
+        raw = self.gathered("raw")
+        times = self.gathered("times")
+        slopes = self.gathered("slopes")
+        found: dict[str, Any] = {"weighted": means(weighted)}
+        found["raw"] = means(raw)
+        found["slopes"] = means(slopes)
         if self.answers:
             answer = self.accelerator.gather(torch.cat(self.answers).contiguous())
             found["raw"]["opponent"] = float(answer.mean())
         for name, values in (("by", raw), ("slopes_by", slopes)):
             found[name] = {}
             for time_name, at in times.items():
-                found[name][time_name] = {k: by_bins(v, at) for k, v in values.items()}
+                binned = {}
+                for term, cost in values.items():
+                    binned[term] = by_bins(cost, at)
+                found[name][time_name] = binned
         return found
 
     def gathered(self, kind: str) -> dict[str, Tensor]:
         """Return what was measured of the rows of all processes, by name."""
         found = {}
         for name in self.measured[0][kind]:
-            rows = torch.cat([measured[kind][name].float() for measured in self.measured])
-            found[name] = self.accelerator.gather(rows.contiguous())
+            parts = []
+            for measured in self.measured:
+                parts.append(measured[kind][name].float())
+            rows = torch.cat(parts).contiguous()
+            found[name] = self.accelerator.gather(rows)
         return found
 
     def speed(self, step: int) -> dict[str, float]:
         """Return seconds since the last record, those that data was waited for, and the pace."""
         now = time.perf_counter()
-        seconds, self.began = now - self.began, now
+        seconds = now - self.began
+        self.began = now
         each = seconds / (step + 1 - self.since)
         self.since = step + 1
-        waited, self.waited = self.waited, 0.0
+        waited = self.waited
+        self.waited = 0.0
         return {
             "seconds": seconds,
             "waited": waited,

@@ -83,8 +83,10 @@ def drawn(plan: Plan, draw: Sampler, device: torch.device) -> Tensor:
     """Return the samples of a plan, uint8 ``(count, 3, size, size)``, on the CPU."""
     made = []
     for first in range(0, plan.count, plan.batch):
-        noise, labels = plan.inputs(first, min(first + plan.batch, plan.count))
-        made.append(rounded(draw(noise.to(device), labels.to(device))).cpu())
+        last = min(first + plan.batch, plan.count)
+        noise, labels = plan.inputs(first, last)
+        images = draw(noise.to(device), labels.to(device))
+        made.append(rounded(images).cpu())
     return torch.cat(made)
 
 
@@ -93,7 +95,8 @@ def digest(network: nn.Module) -> str:
     found = hashlib.sha256()
     for name, tensor in network.state_dict().items():
         found.update(name.encode())
-        found.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+        values = tensor.detach().cpu().float().contiguous()
+        found.update(values.numpy().tobytes())
     return found.hexdigest()[:16]
 
 
@@ -122,7 +125,8 @@ def evaluate(
     scores = None
     if accelerator.is_main_process:
         scores = judged(config, plan, maker, device)
-        print(table(json.loads((config.out / METRICS).read_text())))
+        found = (config.out / METRICS).read_text()
+        print(table(json.loads(found)))
     accelerator.wait_for_everyone()
     return scores
 
@@ -167,7 +171,8 @@ def judged(config: ProgramConfig, plan: Plan, maker: str, device: torch.device) 
     if len(scores) > 1:
         found["sets"] = least_and_spread(scores)
     found = asdict(scores[0]) | found
-    write_beside(config.out / METRICS, json.dumps(found, indent=2) + "\n")
+    text = json.dumps(found, indent=2)
+    write_beside(config.out / METRICS, text + "\n")
     return scores[0]
 
 
@@ -189,7 +194,8 @@ def ratios(
         mine[name] = features_of(extractor, samples[:count].split(e.batch))
         real[name] = reference_of(config, extractor, pictures)
         path = config.out / f"held-out-{name}.safetensors"
-        held_out[name] = kept_features(path, config, extractor, others, e.held_out)[:count]
+        features = kept_features(path, config, extractor, others, e.held_out)
+        held_out[name] = features[:count]
     return {"count": count, "values": validation_ratio(mine, real, held_out)}
 
 
@@ -276,8 +282,10 @@ def tried_judge(config: ProgramConfig, extractor: Extractor, images: Images) -> 
     path = config.out / f"judge-{extractor.name}-{count}.json"
     if path.exists():
         return json.loads(path.read_text())
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    pictures = torch.stack([images.row(number)[0] for number in order[:count].tolist()])
-    found = check_judge(extractor, pictures, splits=1, batch=e.batch)
-    write_beside(path, json.dumps(found, indent=2) + "\n")
+    draw = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(images), generator=draw).tolist()
+    pictures = [images.row(number)[0] for number in order[:count]]
+    found = check_judge(extractor, torch.stack(pictures), splits=1, batch=e.batch)
+    text = json.dumps(found, indent=2)
+    write_beside(path, text + "\n")
     return found

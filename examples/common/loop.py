@@ -72,7 +72,7 @@ def accelerator_of(
     precision = "no"
     if t.bfloat16:
         precision = "bf16"
-    trackers = [name for name in ("tensorboard", "wandb") if getattr(t, name)]
+    trackers: list[Any] = [name for name in ("tensorboard", "wandb") if getattr(t, name)]
     accelerator = Accelerator(
         cpu=t.cpu or not torch.cuda.is_available(),
         mixed_precision=precision,
@@ -139,10 +139,13 @@ def rate(step: int, t: TrainingConfig, count: int) -> float:
         return (step + 1) / warmup
     if t.decay_epochs is not None:
         first, last = t.decay_epochs
-        progress = (step * t.batch / count - first) / max(last - first, t.batch / count)
+        each = t.batch / count
+        progress = (step * each - first) / max(last - first, each)
         return 1 - (1 - t.final_rate) * min(1.0, max(0.0, progress))
-    progress = min(1.0, (step - warmup) / max(1, steps_of(t, count) - warmup))
-    return t.final_rate + (1 - t.final_rate) * (1 + math.cos(math.pi * progress)) / 2
+    falling = max(1, steps_of(t, count) - warmup)
+    progress = min(1.0, (step - warmup) / falling)
+    cosine = (1 + math.cos(math.pi * progress)) / 2
+    return t.final_rate + (1 - t.final_rate) * cosine
 
 
 # --- a step ------------------------------------------------------------------------------------
@@ -150,7 +153,8 @@ def rate(step: int, t: TrainingConfig, count: int) -> float:
 
 def take(run: Run, step: int, stream: Iterator[Sequence[Tensor]], log: Log, logged: bool) -> None:
     """Take one step: the losses of this process's rows, their gradients, the update."""
-    stage, t, accelerator = run.stage, run.stage.training, run.accelerator
+    stage, accelerator = run.stage, run.accelerator
+    t = stage.training
     run.step = step
     run.optimizer.zero_grad(set_to_none=True)
     if stage.adversary:
@@ -160,7 +164,9 @@ def take(run: Run, step: int, stream: Iterator[Sequence[Tensor]], log: Log, logg
         draws = Draws(t.seed, step, first, last, t.batch, accelerator.device)
         torch.manual_seed(draws.seed_of_rows)
         with span("data"):
-            batch = [rows.to(accelerator.device, non_blocking=True) for rows in next(stream)]
+            batch = []
+            for rows in next(stream):
+                batch.append(rows.to(accelerator.device, non_blocking=True))
         closing = number + 1 == len(run.shares)
         with exchanged(run, run.network, closing):
             with accelerator.autocast():
@@ -169,9 +175,10 @@ def take(run: Run, step: int, stream: Iterator[Sequence[Tensor]], log: Log, logg
                 log.measure(cost)
             backward(run, cost.rows)
         if stage.adversary and stage.adversary.plays(step):
+            made, real = cost.shown()
             with exchanged(run, stage.adversary.wrapped, closing):
                 with accelerator.autocast():
-                    answer = stage.adversary.answer(cost.real, cost.made, draws)
+                    answer = stage.adversary.answer(real, made, draws)
                 backward(run, answer.float())
             if logged:
                 log.answers.append(answer.detach().float())
@@ -180,7 +187,7 @@ def take(run: Run, step: int, stream: Iterator[Sequence[Tensor]], log: Log, logg
         update(run, costs)
 
 
-def exchanged(run: Run, network: nn.Module, closing: bool) -> AbstractContextManager[Any]:
+def exchanged(run: Run, network: Any, closing: bool) -> AbstractContextManager[Any]:
     """Return the context of a part of a batch: gradients are exchanged after the last one.
 
     DDP decides it in the forward pass, FSDP2 by a switch.
@@ -204,20 +211,29 @@ def update(run: Run, costs: Sequence[tuple[Tensor, Mapping[str, Tensor]]]) -> No
     The device decides, and nothing waits for it: what is not finite changes nothing, and is
     read with the log.
     """
-    players = [(run.optimizer, list(run.stage.network.parameters()), run.stage.training.clip)]
+    parameters = list(run.stage.network.parameters())
+    players: list[Any] = [(run.optimizer, parameters, run.stage.training.clip)]
     adversary = run.stage.adversary
     if adversary and adversary.plays(run.step):
         players.append((adversary.optimizer, adversary.heads, 1.0))
-    run.norms = [whole(clip_grad_norm_(held, clip)) for _, held, clip in players]
+    run.norms = []
+    for _, held, clip in players:
+        norm = clip_grad_norm_(held, clip)
+        run.norms.append(whole(norm))
     rows = torch.cat([cost for cost, _ in costs])
-    run.loss = run.accelerator.reduce(rows.mean(), "mean")
-    run.finite = torch.stack([run.loss, *run.norms]).isfinite().all().float()
+    mean: Any = run.accelerator.reduce(rows.mean(), "mean")
+    run.loss = mean
+    judged = torch.stack([run.loss, *run.norms])
+    run.finite = judged.isfinite().all().float()
     for optimizer, _, _ in players:
         optimizer.found_inf = 1 - run.finite
         optimizer.step()
     run.average()
     run.skipped += 1 - run.finite.long()
-    run.note(rows, {k: torch.cat([times[k] for _, times in costs]) for k in costs[0][1]})
+    times = {}
+    for name in costs[0][1]:
+        times[name] = torch.cat([of_part[name] for _, of_part in costs])
+    run.note(rows, times)
 
 
 # --- a training --------------------------------------------------------------------------------
@@ -257,7 +273,8 @@ def fit(stage: Stage, accelerator: Accelerator, profile: Profile | None = None) 
         look(run, start, steps)  # unless it was, before the run was stopped
     with stopped_by_sigterm() as signals, log.bar as bar:
         for step in bar:
-            logged = profile is None and (step % t.log_every == 0 or step + 1 == steps)
+            asked = step % t.log_every == 0 or step + 1 == steps
+            logged = profile is None and asked
             with profile or contextlib.nullcontext():
                 take(run, step, stream, log, logged)
             schedule.step()
@@ -296,7 +313,8 @@ def look(run: Run, done: int, steps: int) -> None:
     if accelerator.is_main_process and not stage.look.was(done):
         found = dict(stage.look(done, averaged))
         if found:
-            journal.append(stage.folder, {"name": stage.name, "step": done - 1, "watch": found})
+            record = {"name": stage.name, "step": done - 1, "watch": found}
+            journal.append(stage.folder, record)
             journal.track(stage, accelerator, found, done)
         if stage.training.snapshots:
             snapshot(stage.folder, done, averaged)
@@ -307,6 +325,8 @@ def snapshot(folder: Path, step: int, network: nn.Module) -> None:
     """Keep averaged weights of a step, for numbers over training."""
     path = folder / f"average-{step:08d}.safetensors"
     partial = path.with_suffix(".partial")
-    tensors = {name: value.cpu().contiguous() for name, value in network.state_dict().items()}
+    tensors = {}
+    for name, value in network.state_dict().items():
+        tensors[name] = value.cpu().contiguous()
     save_file(tensors, partial)
     os.replace(partial, path)

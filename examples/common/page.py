@@ -48,13 +48,17 @@ MOST_SHEETS = 4
 FEW_PASSES = 10
 """Passes over the pictures below which a page says that nothing is trained to its end."""
 
+Log = Sequence[Mapping[str, Any]]
+"""Records of a run, one a logged step: what `journal.latest` returns."""
+
 Part = str | bytes | demo_page.Table
 """A paragraph, a PNG, or the head and the rows of a table."""
 
 
 def keep_config(folder: Path, settings: Mapping[str, Any]) -> None:
     """Write ``config.json`` into the folder of a run, from which `reading.of_run` reads it."""
-    write_beside(folder / "config.json", json.dumps(settings, indent=2) + "\n")
+    text = json.dumps(settings, indent=2)
+    write_beside(folder / "config.json", text + "\n")
 
 
 # --- while it trains ---------------------------------------------------------------------------
@@ -102,7 +106,7 @@ def write(path: Path, title: str, parts: Sequence[Part]) -> Path:
     return path
 
 
-def steps_done(log: Sequence[Mapping[str, Any]]) -> int:
+def steps_done(log: Log) -> int:
     """Return how many steps a log tells of."""
     steps = [record["step"] for record in log if "loss" in record]
     if not steps:
@@ -110,17 +114,21 @@ def steps_done(log: Sequence[Mapping[str, Any]]) -> int:
     return steps[-1] + 1
 
 
-def seconds_logged(log: Sequence[Mapping[str, Any]]) -> float:
+def seconds_logged(log: Log) -> float:
     """Return the seconds of training that a log tells of."""
-    return sum(record.get("seconds", 0.0) for record in log if "loss" in record)
+    seconds = 0.0
+    for record in log:
+        if "loss" in record:
+            seconds += record.get("seconds", 0.0)
+    return seconds
 
 
-def passes_done(config: ProgramConfig, count: int, log: Sequence[Mapping[str, Any]]) -> float:
+def passes_done(config: ProgramConfig, count: int, log: Log) -> float:
     """Return how often each of so many pictures was seen."""
     return steps_done(log) * config.training.batch / count
 
 
-def unfinished(config: ProgramConfig, count: int, log: Sequence[Mapping[str, Any]]) -> list[Part]:
+def unfinished(config: ProgramConfig, count: int, log: Log) -> list[Part]:
     """Return a sentence that says so where pictures were seen a few times only."""
     passes = passes_done(config, count, log)
     if passes >= FEW_PASSES:
@@ -146,8 +154,8 @@ def scores_tables(folder: Path, command: str) -> list[Part]:
 
 def tables(found: Mapping[str, Any]) -> list[demo_page.Table]:
     """Return what ``metrics.json`` keeps as tables: the first set, all sets, representations."""
-    count = found["count"]
-    shown = {f"{count} samples, {found['extractor']}": found["values"]}
+    title = f"{found['count']} samples, {found['extractor']}"
+    shown = {title: found["values"]}
     if "sets" in found:
         shown["the least over several sets"] = found["sets"]
     if "representations" in found:
@@ -156,7 +164,9 @@ def tables(found: Mapping[str, Any]) -> list[demo_page.Table]:
         shown[title] = compared["values"]
     made: list[demo_page.Table] = []
     for title, values in shown.items():
-        rows = [(name, f"{value:.4g}") for name, value in values.items()]
+        rows = []
+        for name, value in values.items():
+            rows.append((name, f"{value:.4g}"))
         made.append(((title, "value"), rows))
     return made
 
@@ -165,14 +175,23 @@ def sheets_over_training(folder: Path) -> list[Part]:
     """Return some of the sheets of a stage, under a line that says of which steps they are."""
     paths = sorted(folder.glob("sheet-*.png"))
     if len(paths) > MOST_SHEETS:
-        places = [round(i * (len(paths) - 1) / (MOST_SHEETS - 1)) for i in range(MOST_SHEETS)]
-        paths = [paths[place] for place in places]
-    steps = [str(int(path.stem.split("-")[1])) for path in paths]
-    parts: list[Part] = ["Samples over training, at steps " + ", ".join(steps) + ":"]
-    return parts + [path.read_bytes() for path in paths]
+        paths = [paths[place] for place in spread(MOST_SHEETS, len(paths))]
+    steps = []
+    pictures: list[Part] = []
+    for path in paths:
+        step = path.stem.removeprefix("sheet-")
+        steps.append(str(int(step)))
+        pictures.append(path.read_bytes())
+    return [f"Samples over training, at steps {', '.join(steps)}:", *pictures]
 
 
-def curves(log: Sequence[Mapping[str, Any]]) -> list[Part]:
+def spread(count: int, length: int) -> list[int]:
+    """Return so many places, from the first to the last of a length."""
+    each = (length - 1) / (count - 1)
+    return [round(number * each) for number in range(count)]
+
+
+def curves(log: Log) -> list[Part]:
     """Return the losses, the scores and the gradients' norms of a log, where it has them."""
     parts: list[Part] = ["Losses, and scores of a few samples, over training:"]
     parts.append(demo_page.losses(log))
@@ -190,7 +209,7 @@ def settings_table(settings: Mapping[str, Any]) -> Part:
     return ("setting", "value"), list(journal.texts(settings).items())
 
 
-def provenance(log: Sequence[Mapping[str, Any]], device: torch.device) -> Part:
+def provenance(log: Log, device: torch.device) -> Part:
     """Return what made a run: the command, the versions, the device, the time."""
     rows = [
         ("command", shlex.join(["python", *sys.argv])),
@@ -203,9 +222,12 @@ def provenance(log: Sequence[Mapping[str, Any]], device: torch.device) -> Part:
 
 def real_pictures(images: Images, label: int, count: int = SHOWN) -> list[Tensor]:
     """Return the first pictures of a class, uint8, and white ones where there are too few."""
-    numbers = [number for number, own in enumerate(images.labels) if own == label][:count]
-    rows = [images.row(number)[0] for number in numbers]
-    white = torch.full((3, images.size, images.size), 255, dtype=torch.uint8)
+    rows = []
+    for number, own in enumerate(images.labels):
+        if own == label and len(rows) < count:
+            rows.append(images.row(number)[0])
+    shape = (3, images.size, images.size)
+    white = torch.full(shape, 255, dtype=torch.uint8)
     return rows + [white] * (count - len(rows))
 
 

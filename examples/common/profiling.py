@@ -1,7 +1,7 @@
 """Where the time of a step goes: a trace, and the share of each part of a step."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -45,7 +45,10 @@ class Profile:
         self.folder = folder
         self.accelerator = accelerator
         self.utilisation = utilisation
-        self.warmup, self.active, self.step, self.first = warmup, active, 0, 0
+        self.warmup = warmup
+        self.active = active
+        self.step = 0
+        self.first = 0
         activities = [ProfilerActivity.CPU]
         if accelerator.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
@@ -88,8 +91,12 @@ class Profile:
             return
         self.profiler.export_chrome_trace(str(self.folder / "trace.json"))
         events = list(self.profiler.key_averages())
-        on_host = {event.key: event for event in events if event.device_type == DeviceType.CPU}
-        whole, shares = on_host["step"].cpu_time_total, {}
+        on_host = {}
+        for event in events:
+            if event.device_type == DeviceType.CPU:
+                on_host[event.key] = event
+        whole = on_host["step"].cpu_time_total
+        shares = {}
         for part in PARTS:
             if part in on_host:
                 shares[part] = self.time_of(on_host[part]) / whole
@@ -99,9 +106,7 @@ class Profile:
             "shares": shares | {"other": 1 - sum(shares.values())},
         }
         if self.accelerator.device.type == "cuda":
-            kernels = [e for e in events if e.device_type == DeviceType.CUDA]
-            busy = sum(e.self_device_time_total for e in kernels if not e.is_user_annotation)
-            found["idle"] = max(0.0, 1 - busy / whole)
+            found["idle"] = max(0.0, 1 - busy_time(events) / whole)
         if self.utilisation and any(card in found["device"] for card in KNOWN):
             last = self.first + self.steps
             found["utilisation"] = self.utilisation(found["milliseconds"] / 1000, last)
@@ -110,6 +115,16 @@ class Profile:
         print(f"{found['milliseconds']:.1f} ms a step on {found['device']}; of them")
         for part, share in found["shares"].items():
             print(f"  {part:<12} {share:6.1%}")
+
+
+def busy_time(events: Sequence[Any]) -> float:
+    """Return the microseconds that the kernels of a card took."""
+    busy = 0.0
+    for event in events:
+        kernel = event.device_type == DeviceType.CUDA
+        if kernel and not event.is_user_annotation:
+            busy += event.self_device_time_total
+    return busy
 
 
 def name_of(device: torch.device) -> str:

@@ -9,6 +9,7 @@ import torch
 from sections import TrainingConfig
 from torch import Tensor, nn
 
+from flowspace import InputError
 from flowspace.training import AdversarialStep, Draws, Rows
 
 
@@ -39,6 +40,19 @@ class Losses:
     def weighted(self) -> dict[str, Tensor]:
         """Return each term times its weight."""
         return {name: self.weights[name] * term.float() for name, term in self.terms.items()}
+
+    def shown(self) -> tuple[Tensor, Tensor]:
+        """Return what a discriminator is shown: what was made, and what is real.
+
+        Raises:
+            InputError: if the losses do not say.
+        """
+        if self.made is None or self.real is None:
+            raise InputError(
+                "got losses without made or real, which the discriminator is shown; write "
+                "Losses(terms, weights, times, made, real)"
+            )
+        return self.made, self.real
 
     def gradients(self) -> dict[str, Tensor]:
         """Return the norm of each weighted term's gradient at what was made, by row ``(B,)``.

@@ -4,6 +4,7 @@ import copy
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -48,26 +49,34 @@ class Run:
     """
 
     def __init__(self, stage: Stage, accelerator: Accelerator) -> None:
-        self.stage, self.accelerator = stage, accelerator
-        t, rank, ranks = stage.training, accelerator.process_index, accelerator.num_processes
+        self.stage = stage
+        self.accelerator = accelerator
+        t = stage.training
+        rank, ranks = accelerator.process_index, accelerator.num_processes
         self.shares = share_of(t.batch, rank, ranks, t.accumulate)
         self.step = 0
         self.loss = torch.zeros((), device=accelerator.device)
         self.norms: list[Tensor] = []
         self.finite = torch.ones((), device=accelerator.device)
         self.plain = copy.deepcopy(stage.network)
-        self.averages = {str(decay): copy.deepcopy(stage.network) for decay in t.emas}
+        self.averages = {}
+        for decay in t.emas:
+            self.averages[str(decay)] = copy.deepcopy(stage.network)
         if stage.compiled:  # once it was copied: the copies only draw
-            stage.network.compile_blocks()
+            blocks: Any = stage.network
+            blocks.compile_blocks()
         self.network = self.distributed()
         self.optimizer = stage.optimizer(stage.network)
         self.skipped = torch.zeros((), dtype=torch.long, device=accelerator.device)
-        self.named, self.fault = 0, None
+        self.named = 0
+        self.fault: Tensor | None = None
         # A setting that is not used is not kept: runs that began before there was one go on.
-        kept = {k: v for k, v in vars(t).items() if k not in FREE and v is not None}
-        self.checkpoints = Checkpoints(
-            stage.folder, {"name": stage.name, "training": kept, **stage.depends}
-        )
+        kept = {}
+        for name, value in vars(t).items():
+            if name not in FREE and value is not None:
+                kept[name] = value
+        settings = {"name": stage.name, "training": kept, **stage.depends}
+        self.checkpoints = Checkpoints(stage.folder, settings)
 
     @torch.no_grad()
     def average(self) -> None:
@@ -78,7 +87,8 @@ class Run:
         """
         values = list(self.stage.network.parameters())
         for decay, network in self.averages.items():
-            share = 1 - min(float(decay), (self.step + 1) / (self.step + 10))
+            rising = (self.step + 1) / (self.step + 10)
+            share = 1 - min(float(decay), rising)
             averages = list(network.parameters())
             towards = torch._foreach_sub(values, averages)
             torch._foreach_mul_(towards, share * self.finite)
@@ -102,13 +112,17 @@ class Run:
     def averaged(self, decay: str | None = None) -> nn.Module:
         """Return a whole copy of the network with averaged weights; all processes must call."""
         average = self.averages[decay or next(iter(self.averages))]
-        state = {name: whole(tensor) for name, tensor in average.state_dict().items()}
+        state = {}
+        for name, tensor in average.state_dict().items():
+            state[name] = whole(tensor)
         self.plain.load_state_dict(state)
-        return self.plain.to(self.accelerator.device).requires_grad_(False).eval()
+        self.plain.to(self.accelerator.device)
+        return self.plain.requires_grad_(False).eval()
 
     def state(self) -> dict[str, Mapping[str, Tensor]]:
         """Return everything that the next step depends on, but for the optimisers'."""
-        parts: dict[str, Mapping[str, Tensor]] = {"network": self.stage.network.state_dict()}
+        parts: dict[str, Mapping[str, Tensor]] = {}
+        parts["network"] = self.stage.network.state_dict()
         for decay, average in self.averages.items():
             parts[f"ema-{decay}"] = average.state_dict()
         parts["run"] = {"skipped": self.skipped}
@@ -152,9 +166,12 @@ class Run:
         worst = rows.isfinite().float().argmin(0, keepdim=True)
         # A row of another process may be the one that is not finite: then no time is named here.
         fine = rows.gather(0, worst)[0].isfinite()
-        at = [torch.where(fine, torch.nan, time.gather(0, worst)[0]) for time in times.values()]
         step = torch.full_like(self.loss, self.step)
-        fault = torch.stack([step, self.loss, self.norms[0], *at])
+        noted = [step, self.loss, self.norms[0]]
+        for time in times.values():
+            at = time.gather(0, worst)[0]
+            noted.append(torch.where(fine, torch.nan, at))
+        fault = torch.stack(noted)
         if self.fault is None:
             self.fault = torch.zeros_like(fault)
         self.fault = torch.where(self.finite.bool(), self.fault, fault)
@@ -170,11 +187,13 @@ class Run:
             return
         self.named = now
         step, loss, norm, *at = self.fault.tolist()
-        named = [f"{k} = {v:.4g}" for k, v in zip("ts", at, strict=False) if math.isfinite(v)]
-        where = ", ".join(named)
         text = f"the loss is {loss} at step {step:.0f}, its gradient's norm {norm}"
-        if where:
-            text += f", at {where}"
+        named = []
+        for name, time in zip("ts", at, strict=False):
+            if math.isfinite(time):
+                named.append(f"{name} = {time:.4g}")
+        if named:
+            text += f", at {', '.join(named)}"
         if now > self.stage.training.skips:
             raise RunError(
                 f"{text}; {now} steps were not finite, more than training.skips = "

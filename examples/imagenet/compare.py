@@ -37,7 +37,8 @@ def main() -> None:
     draw(curves, options.out)
     for name, curve in curves.items():
         step = max(curve)
-        print(f"{name}: {curve[step]:.4g} at step {step}, best {min(curve.values()):.4g}")
+        best = min(curve.values())
+        print(f"{name}: {curve[step]:.4g} at step {step}, best {best:.4g}")
     print(f"over training: {options.out}")
 
 
@@ -65,17 +66,22 @@ def sampled(config: settings.Config, samples: int) -> dict[int, float]:
 
     device = train.accelerator_of(config).device
     images = build.images_of(config)
-    network = build.generator_of(config, len(images.names)).to(device).eval()
-    sample = build.sampler_of(config, network, ship.needed_encoder(config, device))
+    network = build.generator_of(config, len(images.names))
+    network.to(device).eval()
+    encoder = ship.needed_encoder(config, device)
+    sample = build.sampler_of(config, network, encoder)
     plan = ship.plan_of(config, network, samples)
     extractor = judging.extractor_of(config, device)
     real = judging.reference_of(config, extractor, images)
     curve = {}
-    for path in sorted((config.out / "generator").glob("average-*.safetensors")):
+    folder = config.out / "generator"
+    for path in sorted(folder.glob("average-*.safetensors")):
         network.load_state_dict(read_tensors(path))
         made = judging.drawn(plan, sample, device)
-        scores = judge(extractor, features_of(extractor, made.split(plan.batch)), real)
-        curve[int(path.stem.removeprefix("average-"))] = next(iter(scores.values.values()))
+        features = features_of(extractor, made.split(plan.batch))
+        scores = judge(extractor, features, real)
+        step = path.stem.removeprefix("average-")
+        curve[int(step)] = ship.first_of(scores)
     return curve
 
 
@@ -88,7 +94,8 @@ def draw(curves: dict[str, dict[int, float]], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
     for name, curve in curves.items():
         points: list[Any] = sorted(curve.items())
-        axis.semilogy(*zip(*points, strict=True), marker="o", label=name)
+        steps, values = zip(*points, strict=True)
+        axis.semilogy(steps, values, marker="o", label=name)
     axis.set_xlabel("step")
     axis.set_ylabel("distance to the pictures")
     axis.legend(fontsize=7)

@@ -33,7 +33,8 @@ def main() -> None:
         help="of a generator that sees t: latents are not scaled by alpha(level)",
     )
     options = parser.parse_args()
-    image, latent = settings.of_run(options.run), settings.of_run(options.latent_run)
+    image = settings.of_run(options.run)
+    latent = settings.of_run(options.latent_run)
     snapshots = sorted((latent.out / "generator").glob("average-*.safetensors"))
     if latent.generator.space != "latent" or not snapshots:
         raise settings.SettingsError(
@@ -63,14 +64,16 @@ def decode_and_judge(
     device = train.accelerator_of(latent).device
     images = build.images_of(latent)
     encoder = ship.stage_one.loaded(latent).to(device)
-    network = build.generator_of(latent, len(images.names)).to(device).eval()
+    network = build.generator_of(latent, len(images.names))
+    network.to(device).eval()
     sample = build.latent_sampler_of(latent, network)
     decoders = decoders_of(image, encoder, options, device)
     plan = ship.plan_of(latent, network, options.samples)
     extractor = judging.extractor_of(latent, device)
     real = judging.reference_of(latent, extractor, images)
     path = latent.out / "decoders.json"
-    asked = {"samples": plan.count, "judge": extractor.name, "decoders": sorted(decoders)}
+    asked: dict[str, Any] = {"samples": plan.count, "judge": extractor.name}
+    asked["decoders"] = sorted(decoders)
     asked["generator"] = ship.shipped_of(image).get("weights")
     found = kept(path, asked)
     for snapshot in snapshots:
@@ -81,17 +84,23 @@ def decode_and_judge(
         made: dict[str, list[Any]] = {name: [] for name in decoders}
         with torch.no_grad():
             for first in range(0, plan.count, plan.batch):
-                noise, labels = plan.inputs(first, min(first + plan.batch, plan.count))
+                last = min(first + plan.batch, plan.count)
+                noise, labels = plan.inputs(first, last)
                 labels = labels.to(device)
                 latents = sample(noise.to(device), labels)
                 for name, decode in decoders.items():
-                    made[name].append(rounded(decode(latents, labels)).cpu())
+                    images_made = decode(latents, labels)
+                    made[name].append(rounded(images_made).cpu())
         found[step] = {}
         for name, batches in made.items():
-            scores = judge(extractor, features_of(extractor, batches), real)
-            found[step][name] = next(iter(scores.values.values()))
-        write_beside(path, json.dumps({"asked": asked, "scores": found}, indent=2) + "\n")
-        print(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in found[step].items()))
+            features = features_of(extractor, batches)
+            found[step][name] = ship.first_of(judge(extractor, features, real))
+        text = json.dumps({"asked": asked, "scores": found}, indent=2)
+        write_beside(path, text + "\n")
+        said = []
+        for name, value in found[step].items():
+            said.append(f"{name} {value:.4g}")
+        print(f"step {step}: {', '.join(said)}")
     write_beside(latent.out / "decoders.png", figure(found, extractor.distance_name))
 
 

@@ -29,8 +29,11 @@ def main() -> None:
 
     from flowspace.vision.export import Onnx, TorchExport
 
-    export = Onnx() if options.file.suffix == ".onnx" else TorchExport()
-    apart = export(ship.generator_of_run(config).eval(), options.file)
+    export: Onnx | TorchExport = TorchExport()
+    if options.file.suffix == ".onnx":
+        export = Onnx()
+    generator = ship.generator_of_run(config).eval()
+    apart = export(generator, options.file)
     print(f"{options.file}: differs from eager by at most {apart:.1g}")
 
 

@@ -41,7 +41,8 @@ def look_of(
     """
     g, e = config.generator, config.evaluation
     classes = len(images.names)
-    plan = judging.plan_of(config, classes, (g.channels, g.grid, g.grid), WATCHED)
+    shape = (g.channels, g.grid, g.grid)
+    plan = judging.plan_of(config, classes, shape, WATCHED)
 
     def draw(averaged: nn.Module) -> Tensor:
         return judging.drawn(plan, build.sampler_of(config, averaged, encoder), device)
@@ -85,12 +86,20 @@ def summary(config: Config, images: Images, log: list[dict[str, Any]]) -> Any:
         ("pictures", f"{images.report()}, {c.data.size} pixels"),
         ("encoder", c.encoder.name or "trained on the spot"),
         ("objective", objective_line(c)),
-        ("perceptual", ", ".join(term.network for term in c.perceptual) or "none"),
-        ("adversarial", c.adversarial.network if c.adversarial else "none"),
+        *image_losses(c).items(),
         ("optimiser", f"{t.optimizer}, {page.steps_done(log)} steps of {t.batch}"),
         ("time", f"{page.seconds_logged(log) / 60:.1f} minutes of training logged"),
     ]
     return ("what", "value"), rows
+
+
+def image_losses(config: Config) -> dict[str, str]:
+    """Return the networks of the image losses, by the kind of loss."""
+    perceptual = [term.network for term in config.perceptual]
+    adversarial = "none"
+    if config.adversarial:
+        adversarial = config.adversarial.network
+    return {"perceptual": ", ".join(perceptual) or "none", "adversarial": adversarial}
 
 
 def objective_line(config: Config) -> str:
@@ -110,14 +119,17 @@ def beside(config: Config, images: Images) -> bytes:
 
     generator = ship.generator_of_run(config).eval()
     classes = generator.config["classes"]
-    draw = build.sampler_of(config, generator, ship.needed_encoder(config, torch.device("cpu")))
+    encoder = ship.needed_encoder(config, torch.device("cpu"))
+    draw = build.sampler_of(config, generator, encoder)
     plan = ship.plan_of(config, generator, page.SHOWN * classes)
     rows = {}
     for label in range(min(page.SHOWN, classes)):
         made = []
         for number in range(label, plan.count, classes):
-            made.append(rounded(draw(*plan.inputs(number, number + 1)))[0])
-        rows[images.names[label]] = torch.stack([*page.real_pictures(images, label), *made])
+            noise, labels = plan.inputs(number, number + 1)
+            made.append(rounded(draw(noise, labels))[0])
+        real = page.real_pictures(images, label)
+        rows[images.names[label]] = torch.stack([*real, *made])
     return page.class_rows(rows)
 
 
@@ -138,17 +150,20 @@ def by_time(config: Config, images: Images) -> list[str | bytes]:
         encoder = stage_one.loaded(config)
     except RunError:
         return []
-    numbers = [round(i * (len(images) - 1) / (page.SHOWN - 1)) for i in range(page.SHOWN)]
-    pixels = torch.stack([images.row(number)[0] for number in numbers])
-    labels = torch.tensor([images.labels[number] for number in numbers])
+    numbers = page.spread(page.SHOWN, len(images))
+    shown = [images.row(number) for number in numbers]
+    pixels = torch.stack([row[0] for row in shown])
+    labels = torch.tensor([row[1] for row in shown])
     latents = encoder.encode(in_range(pixels))
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    source = torch.Generator().manual_seed(0)
+    noise = torch.randn(latents.shape, generator=source)
     schedule = build.schedule_of(config)
     rows = {"real": pixels}
     for time in SHOWN_TIMES:
         t = torch.full((page.SHOWN,), time)
         state = schedule.perturb(latents, noise, t)[0]
-        rows[f"t = {time:g}"] = rounded(generator(state, t, 0 * t, labels=labels))
+        made = generator(state, t, 0 * t, labels=labels)
+        rows[f"t = {time:g}"] = rounded(made)
     text = "One-step images of noisy latents of real pictures, by t (the paper's figure 6):"
     return [text, page.class_rows(rows)]
 
@@ -171,17 +186,20 @@ def card(
 ) -> str:
     """Return the model card, with scores once there are some."""
     t = config.training
+    if average is None:
+        average = t.emas[0]
+    optimiser = f"{t.optimizer}, batches of {t.batch}, rate {t.learning_rate}"
     training = {
         "pictures": f"{config.data.path}, {config.data.size} pixels",
         "encoder": config.encoder.name or "trained on the spot",
         "objective": objective_line(config),
-        "perceptual": ", ".join(term.network for term in config.perceptual) or "none",
-        "adversarial": config.adversarial.network if config.adversarial else "none",
-        "optimiser": f"{t.optimizer}, batches of {t.batch}, rate {t.learning_rate}, average "
-        f"{t.emas[0] if average is None else average}",
+        **image_losses(config),
+        "optimiser": f"{optimiser}, average {average}",
     }
     judged = None
     if scores:
-        judged = {f"{name}, {scores.count} samples": v for name, v in scores.values.items()}
+        judged = {}
+        for name, value in scores.values.items():
+            judged[f"{name}, {scores.count} samples"] = value
     o = config.objective
     return model_card(config.name, generator, o.alpha, o.beta, training, judged)

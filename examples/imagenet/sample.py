@@ -12,10 +12,11 @@ import settings
 def main() -> None:
     """Draw one image a label into a folder."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="the folder that train.py made")
-    parser.add_argument("--labels", type=int, nargs="+", default=[0], help="classes (default: 0)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("samples"), help="default: %(default)s")
+    add = parser.add_argument
+    add("run", type=Path, help="the folder that train.py made")
+    add("--labels", type=int, nargs="+", default=[0], help="classes (default: 0)")
+    add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    add("--out", type=Path, default=Path("samples"), help="default: %(default)s")
     options = parser.parse_args()
     config = settings.of_run(options.run)
 
@@ -23,8 +24,9 @@ def main() -> None:
 
     pictures = ship.pictures(config, options.labels, options.seed)
     options.out.mkdir(parents=True, exist_ok=True)
-    for number, (label, picture) in enumerate(zip(options.labels, pictures, strict=True)):
-        picture.save(options.out / f"{number:04d}-class-{label}.png")
+    for number, picture in enumerate(pictures):
+        name = f"{number:04d}-class-{options.labels[number]}.png"
+        picture.save(options.out / name)
     print(f"{len(pictures)} image(s) in {options.out}")
 
 

@@ -49,9 +49,14 @@ def averaged(config: Config, average: float | None = None) -> CrossFlowGenerator
     if found is None:
         raise RunError(f"{folder} holds no checkpoint; train.py makes one")
     parts = unpacked(found[2])
-    name = f"ema-{config.training.emas[0] if average is None else average}"
+    if average is None:
+        average = config.training.emas[0]
+    name = f"ema-{average}"
     if name not in parts:
-        kept = [part.removeprefix("ema-") for part in parts if part.startswith("ema-")]
+        kept = []
+        for part in parts:
+            if part.startswith("ema-"):
+                kept.append(part.removeprefix("ema-"))
         raise RunError(f"got the average {average}; the run keeps {', '.join(kept)}")
     network = build.generator_of(config, classes_of(parts[name]))
     fill(network.state_dict(), parts[name], folder)
@@ -73,12 +78,14 @@ def pipeline(config: Config, average: float | None = None) -> None:
         average: its decay, which is remembered; None takes the one that was chosen before, or the
             first of ``training.emas``.
     """
-    folder, o = config.out / "pipeline", config.objective
-    average = chosen(config) if average is None else average
+    folder = config.out / "pipeline"
+    if average is None:
+        average = chosen(config)
     generator = averaged(config, average)
     partial = folder.with_name("pipeline.partial")
     shutil.rmtree(partial, ignore_errors=True)
     if config.generator.space == "image":
+        o = config.objective
         shipped = CrossFlowPipeline(generator, o.alpha, o.beta)
         shipped.card = report.card(config, generator, average)
         shipped.save_pretrained(partial)
@@ -86,7 +93,8 @@ def pipeline(config: Config, average: float | None = None) -> None:
         generator.save_pretrained(partial / "generator")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
-    made = {"average": average, "weights": digest(generator)}
+    made: dict[str, Any] = {"average": average}
+    made["weights"] = digest(generator)
     if shipped_of(config).get("weights") != made["weights"]:
         judging.forget(config)
     write_beside(config.out / SHIPPED, json.dumps(made) + "\n")
@@ -98,7 +106,9 @@ def shipped_of(config: Config) -> dict[str, Any]:
         found = json.loads((config.out / SHIPPED).read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        return {}
+    return found
 
 
 def chosen(config: Config) -> float:
@@ -153,6 +163,11 @@ def evaluate(config: Config, accelerator: Accelerator) -> Scores | None:
     return scores
 
 
+def first_of(scores: Scores) -> float:
+    """Return the first number of a verdict, its Frechet distance."""
+    return next(iter(scores.values.values()))
+
+
 def change_average(config: Config, accelerator: Accelerator, average: float) -> None:
     """Ship another average of the run."""
     if accelerator.is_main_process:
@@ -167,13 +182,15 @@ def best_average(config: Config, accelerator: Accelerator) -> float:
         change_average(config, accelerator, average)
         scores = evaluate(config, accelerator)
         if scores is not None:
-            distances[average] = next(iter(scores.values.values()))
+            distances[average] = first_of(scores)
     best = [min(distances, key=distances.__getitem__, default=None)]
     broadcast_object_list(best)
     change_average(config, accelerator, best[0])
     evaluate(config, accelerator)
     if accelerator.is_main_process:
-        lines = [(str(average), f"{value:.4g}") for average, value in distances.items()]
+        lines = []
+        for average, value in distances.items():
+            lines.append((str(average), f"{value:.4g}"))
         print(markdown_table(("average", "distance"), lines))
         print(f"\nthe best, which is shipped: {best[0]}")
     return best[0]
@@ -188,7 +205,8 @@ def plan_of(config: Config, generator: CrossFlowGenerator, count: int | None = N
 
 def needed_encoder(config: Config, device: torch.device) -> LatentEncoder | None:
     """Return the encoder where drawing samples needs it."""
-    if config.generator.space == "image" and config.evaluation.evaluations == 1:
+    one_step = config.evaluation.evaluations == 1
+    if config.generator.space == "image" and one_step:
         return None
     return stage_one.loaded(config).to(device)
 
@@ -203,13 +221,12 @@ def pictures(config: Config, labels: list[int], seed: int) -> list[Any]:
     classes = generator.config["classes"]
     if not all(0 <= label < classes for label in labels):
         raise RunError(f"got labels {labels}; they are from 0 to {classes - 1}")
-    draw = build.sampler_of(config, generator, needed_encoder(config, torch.device("cpu")))
+    encoder = needed_encoder(config, torch.device("cpu"))
+    draw = build.sampler_of(config, generator, encoder)
     g = config.generator
-    noise = [
-        torch.randn(
-            g.channels, g.grid, g.grid, generator=torch.Generator().manual_seed(seed + place)
-        )
-        for place in range(len(labels))
-    ]
+    noise = []
+    for place in range(len(labels)):
+        source = torch.Generator().manual_seed(seed + place)
+        noise.append(torch.randn(g.channels, g.grid, g.grid, generator=source))
     images = draw(torch.stack(noise), torch.tensor(labels))
     return [to_pil_image(image) for image in rounded(images)]

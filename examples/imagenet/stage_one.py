@@ -106,7 +106,9 @@ def loaded(config: Config) -> LatentEncoder:
                 f"{error}; delete {folder / 'config.json'}: it is written again from stage 1's "
                 "checkpoint"
             ) from error
-    dtype = torch.bfloat16 if e.half else torch.float32
+    dtype = torch.float32
+    if e.half:
+        dtype = torch.bfloat16
     encoder = load_encoder(e.name, sample=e.sample, dtype=dtype, weights=e.weights, pack=e.pack)
     path = config.out / "latents.safetensors"
     if not encoder.known and path.exists():
@@ -128,7 +130,8 @@ def fit_statistics(
     if accelerator.is_main_process:
         path = config.out / "latents.safetensors"
         partial = path.with_suffix(".partial")
-        save_file({"mean": encoder.mean.cpu(), "std": encoder.std.cpu()}, partial)
+        statistics = {"mean": encoder.mean.cpu(), "std": encoder.std.cpu()}
+        save_file(statistics, partial)
         os.replace(partial, path)
     accelerator.wait_for_everyone()
 
@@ -214,7 +217,8 @@ def depends_on(config: Config) -> dict[str, Any]:
 def keep(config: Config, autoencoder: Any, images: Images, accelerator: Accelerator) -> None:
     """Write the autoencoder with the statistics of its latents; the config says that all is."""
     folder = config.out / "encoder"
-    encoder = LatentEncoder(autoencoder, torch.zeros(1), torch.ones(1)).to(accelerator.device)
+    encoder = LatentEncoder(autoencoder, torch.zeros(1), torch.ones(1))
+    encoder.to(accelerator.device)
     encoder.fit(first_pictures(images, config.encoder.fit, accelerator.device))
     autoencoder.register_to_config(
         latents_mean=encoder.mean.flatten().tolist(), latents_std=encoder.std.flatten().tolist()

@@ -68,7 +68,8 @@ def main(config: Config, options: Sequence[str] = ()) -> None:
         profile = None
         if "--profile" in options:
             profile = profile_of(config, accelerator)
-        loop.fit(prepared(config, accelerator, "--evaluate" in options), accelerator, profile)
+        stage = prepared(config, accelerator, "--evaluate" in options)
+        loop.fit(stage, accelerator, profile)
         if profile is not None:
             return
         if first:
@@ -142,8 +143,10 @@ def prepared(config: Config, accelerator: Accelerator, judged: bool = False) -> 
         print(images.report())
     train_stage_one = functools.partial(loop.fit, accelerator=accelerator)
     encoder = stage_one.encoder_of(config, images, accelerator, train_stage_one)
-    one = in_range(images.row(0)[0][None].to(device))
-    stage_one.check_fit(config, tuple(encoder.encode(one).shape[1:]))
+    pixels, _ = images.row(0)
+    one = in_range(pixels[None].to(device))
+    _, *shape = encoder.encode(one).shape
+    stage_one.check_fit(config, tuple(shape))
     build.check_latents(rows, images, encoder)
     return Stage(
         "generator",
@@ -168,7 +171,8 @@ def prepared(config: Config, accelerator: Accelerator, judged: bool = False) -> 
 
 def steps_before(config: Config, count: int) -> int:
     """Return how many steps stage 1 takes on so many pictures."""
-    if config.encoder.stage_one is None:
+    stage = config.encoder.stage_one
+    if stage is None or stage.linear:
         return 0
     return loop.steps_of(stage_one.training_of(config), count)
 
@@ -189,11 +193,14 @@ def generator_losses(
         adversary: None where there is none.
         null: the label of no class, which stands in for dropped labels.
     """
-    estimate = encoder.encode_prediction if config.objective.estimated else None
+    estimate = None
+    if config.objective.estimated:
+        estimate = encoder.encode_prediction
     objective = build.objective_of(config, estimate)
     pairs = KeyedPairs(objective.times, TIMES)
     objective = dataclasses.replace(objective, times=pairs)
-    drop, across = config.objective.drop_labels, config.generator.space == "image"
+    drop = config.objective.drop_labels
+    across = config.generator.space == "image"
 
     def losses(network: nn.Module, batch: Sequence[Tensor], draws: Draws) -> Losses:
         *latents, pixels, labels = batch
@@ -209,10 +216,14 @@ def generator_losses(
             labels = torch.where(dropped, null, labels)
         pairs.draws = draws
         cond = {"labels": labels}
+        targets = None
+        if across:
+            targets = images
         with span("flow"):
-            out = objective(network, z, images if across else None, cond=cond, noise=noise)
+            out = objective(network, z, targets, cond=cond, noise=noise)
         times = {"t": out.t, "s": out.s}
-        cost = Losses({"flow": out.loss}, {"flow": 1.0}, times, out.prediction, images)
+        terms, weights = {"flow": out.loss}, {"flow": 1.0}
+        cost = Losses(terms, weights, times, out.prediction, images)
         literal = functools.partial(literal_pair, objective, out, images)
         add_perceptual(cost, perceptual, (out.prediction, out.target), out.t, literal)
         add_adversarial(cost, adversary, config.adversarial, draws, out.t)
