@@ -658,6 +658,15 @@ def test_odd_files_are_one_error(tmp_path, text, words):
         settings.of_run(tmp_path)
 
 
+def test_a_finished_run_is_judged_otherwise_but_stays_what_was_trained(config):
+    config.out.mkdir()
+    (config.out / "config.json").write_text(json.dumps(config.as_dict()))
+    changed = settings.of_run(config.out, ["evaluation.sets=3", "evaluation.samples=7"])
+    assert changed == settings.replaced(config, evaluation={"sets": 3, "samples": 7})
+    with pytest.raises(SettingsError, match=r"got training\.steps=3, but .*evaluation\.KEY=VALUE"):
+        settings.of_run(config.out, ["training.steps=3"])
+
+
 def test_a_mistyped_key_is_refused_before_torch_is_imported(tiny):
     code = (
         "import sys, runpy\n"

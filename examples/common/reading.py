@@ -146,12 +146,14 @@ def from_command_line(
     try:
         for option in asked:
             if option not in options:
-                raise SettingsError(f"got {option}; options are {', '.join(options) or 'none'}")
+                known = ", ".join(options) or "none"
+                raise SettingsError(f"got {option}; options are {known}")
         config = load(kind, Path(given[0]), given[1:], runs)
         if check is not None:
             check(config)
     except SettingsError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        name = Path(sys.argv[0]).name
+        print(f"{name}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     return config, asked
 
@@ -192,7 +194,9 @@ def load(
         SettingsError: if a file is missing or no YAML, a key is not known (the nearest one is
             named), or a value does not fit.
     """
-    found = {"name": path.stem, "out": str(default_out(path, runs))} | _read(path)
+    found: dict[str, Any] = {"name": path.stem}
+    found["out"] = str(default_out(path, runs))
+    found |= _read(path)
     for change in changes:
         found = _merged(found, _change(change))
     return _checked(kind, found, str(path))
@@ -202,16 +206,21 @@ def default_out(path: Path, runs: Path = RUNS) -> Path:
     """Return the folder of a config's run: ``runs/paper/b-adamw`` of ``configs/paper/b-adamw``."""
     parts = path.with_suffix("").parts
     if "configs" in parts:
-        last = len(parts) - 1 - parts[::-1].index("configs")
-        return Path(runs, *parts[last + 1 :])
+        below = parts[::-1].index("configs")
+        return Path(runs, *parts[len(parts) - below :])
     return Path(runs, path.stem)
 
 
-def of_run(kind: type[Settings], folder: Path) -> Settings:
+def of_run(kind: type[Settings], folder: Path, changes: Sequence[str] = ()) -> Settings:
     """Read the config that a run left in its folder.
 
+    Args:
+        kind: the dataclass of the settings.
+        folder: of the run.
+        changes: of how it is judged, such as ``evaluation.sets=3``.
+
     Raises:
-        SettingsError: if the folder is none of a run.
+        SettingsError: if the folder is none of a run, or a change is of what was trained.
     """
     path = folder / "config.json"
     try:
@@ -222,6 +231,13 @@ def of_run(kind: type[Settings], folder: Path) -> Settings:
         ) from None
     if not isinstance(found, dict):
         raise SettingsError(f"{path} holds {type(found).__name__}, not the settings of a run")
+    for change in changes:
+        if not change.startswith("evaluation."):
+            raise SettingsError(
+                f"got {change}, but {folder} was trained with what it says; write "
+                "evaluation.KEY=VALUE"
+            )
+        found = _merged(found, _change(change))
     return _checked(kind, found | {"out": str(folder)}, str(path))
 
 
@@ -296,7 +312,8 @@ def _read(path: Path, users: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = found.pop("base", None)
     if base is None:
         return found
-    return _merged(_read(path.parent / str(base), (*users, path)), found)
+    under = _read(path.parent / str(base), (*users, path))
+    return _merged(under, found)
 
 
 def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Draw samples of a finished run, once, over all processes, and judge them.
 
-    python examples/imagenet/evaluate.py RUN [--average DECAY | --averages]
+    python examples/imagenet/evaluate.py RUN [evaluation.KEY=VALUE ...] [--averages]
 
 Each sample follows from its number alone. Files of samples are kept: the same command goes on
-where it was stopped. ``--average`` ships and judges another average of the weights than the first;
-``--averages`` judges all that the run keeps, names the best and ships it.
+where it was stopped. ``evaluation.sets=3`` draws three sets. ``--average DECAY`` ships and judges
+another average of the weights than the first; ``--averages`` judges all that the run keeps, names
+the best and ships it.
 """
 
 import argparse
@@ -19,10 +20,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="the folder that train.py made")
+    parser.add_argument("changes", nargs="*", help="such as evaluation.sets=3")
     parser.add_argument("--average", type=float, help="the decay of the average that is shipped")
     parser.add_argument("--averages", action="store_true", help="judge all, and ship the best")
     options = parser.parse_args()
-    config = settings.of_run(options.run)
+    config = settings.of_run(options.run, options.changes)
+    settings.check_evaluation(config)
 
     import report
     import ship  # with torch, which a wrong folder need not wait for

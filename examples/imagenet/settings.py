@@ -44,6 +44,7 @@ __all__ = [
     "PerceptualConfig",
     "SettingsError",
     "TrainingConfig",
+    "check_evaluation",
     "check_places",
     "from_command_line",
     "load",
@@ -214,9 +215,9 @@ def load(path: Path, changes: Sequence[str] = ()) -> Config:
     return reading.load(Config, path, changes)
 
 
-def of_run(folder: Path) -> Config:
+def of_run(folder: Path, changes: Sequence[str] = ()) -> Config:
     """Read the config that a run left in its folder; see `reading.of_run`."""
-    return reading.of_run(Config, folder)
+    return reading.of_run(Config, folder, changes)
 
 
 # --- what the settings name --------------------------------------------------------------------
@@ -241,24 +242,33 @@ def check_places(config: Config, latents_made: bool = False) -> None:
             if name == "latents":
                 hint += ", which encode.py makes of the same config, or null to encode every step"
             raise SettingsError(f"got data.{name} = {place}, which is no folder; {hint}")
-    reading.check_folder("evaluation.held_out", config.evaluation.held_out, SETS)
+    check_evaluation(config)
     reading.check_weights(_weights(config))
     if config.training.wandb:
         reading.check_installed("training.wandb", "wandb")
     reading.check_writable(config.out)
 
 
-def _weights(config: Config) -> dict[str, str | None]:
-    """Return the files of weights that training needs, by their keys.
+def check_evaluation(config: Config) -> None:
+    """See that what judges is there, but for Inception's weights, which may come later.
 
-    Inception judges a finished run, and its weights may come later.
+    Raises:
+        SettingsError: if it is not.
     """
-    found: dict[str, str | None] = {}
-    if config.evaluation.extractor != "inception":
-        found["evaluation.weights"] = config.evaluation.weights
-    for number, judge in enumerate(config.evaluation.extractors):
+    e = config.evaluation
+    reading.check_folder("evaluation.held_out", e.held_out, SETS)
+    files: dict[str, str | None] = {}
+    if e.extractor != "inception":
+        files["evaluation.weights"] = e.weights
+    for number, judge in enumerate(e.extractors):
         if judge.network != "inception":
-            found[f"evaluation.extractors.{number}.weights"] = judge.weights
+            files[f"evaluation.extractors.{number}.weights"] = judge.weights
+    reading.check_weights(files)
+
+
+def _weights(config: Config) -> dict[str, str | None]:
+    """Return the files of weights that training needs, by their keys."""
+    found: dict[str, str | None] = {}
     for number, term in enumerate(config.perceptual):
         found[f"perceptual.{number}.weights"] = term.weights
     if config.adversarial:
