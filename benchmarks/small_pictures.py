@@ -1,0 +1,267 @@
+"""Four ways to a picture in one evaluation, at equal network and steps: ``python
+benchmarks/small_pictures.py --data mnist --seeds 3`` prints the table of the docs page "Small
+pictures".
+
+CrossFlow goes from a noisy latent to pixels; latent MeanFlow from a noisy latent to a latent, for
+the autoencoder's decoder; pixel MeanFlow from noisy patches of pixels to pixels, without an
+autoencoder; the one-step denoiser is CrossFlow's network, shown pure noise alone. All have the
+settings of ``flowspace demo``, whose classifiers, trained on real pictures alone, judge them. A
+run that was stopped is continued by the same command.
+
+``--data emoji --run RUN`` looks at the samples of a run of examples/imagenet instead: each beside
+its nearest training drawing, and how many are nearer to it than another drawing is.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flowspace import CrossFlowLoss, InputError, MeanFlowLoss, PixelMeanFlowLoss
+from flowspace.demo import digits
+from flowspace.demo.data import CLASSES, SETTINGS, Data, Settings, load, seeded
+from flowspace.demo.metrics import Verdict
+from flowspace.demo.networks import Patches
+from flowspace.demo.page import grid, markdown_table, png, write_beside
+from flowspace.demo.stage_one import World, prepare
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "common"))
+from pictures import FASHION_MNIST, IMAGES_HEADER, LABELS_HEADER, values_of
+
+CELLS = 4
+"""Tokens a side, whatever the size of the pictures."""
+
+HEAD = ("method", "accuracy", "diversity", "Frechet distance", "over real against real")
+
+
+# --- the data
+# -------------------------------------------------------------------------------------------------
+
+
+def scaled(data: Data, side: int) -> Data:
+    """Return the same pictures with so many pixels a side, each the mean of what it covers."""
+    images = F.interpolate(data.images, (side, side), mode="area")
+    test_images = F.interpolate(data.test_images, (side, side), mode="area")
+    return replace(data, images=images, test_images=test_images)
+
+
+def fashion(folder: Path, pictures: int) -> Data:
+    """Read the first so many of 60,000 training pictures of clothes, and a third of their number
+    from the 10,000 test pictures.
+
+    Raises:
+        InputError: if the files are not there.
+    """
+    if not (folder / "train-images-idx3-ubyte.gz").exists():
+        raise InputError(
+            f"got no Fashion-MNIST in {folder}; install Debian's package dataset-fashion-mnist, "
+            "write --folder PATH, or --data mnist instead"
+        )
+    parts = []
+    for name, count in (("train", pictures), ("t10k", pictures // 3)):
+        pixels = values_of(folder / f"{name}-images-idx3-ubyte.gz", IMAGES_HEADER)
+        labels = values_of(folder / f"{name}-labels-idx1-ubyte.gz", LABELS_HEADER)
+        images = pixels.reshape(-1, 1, 28, 28)[:count]
+        parts += [images.float() / 127.5 - 1, labels[:count].long()]
+    return Data(*parts)
+
+
+# --- the methods
+# -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the table.
+
+    Attributes:
+        method: how it is trained and sampled.
+        autoencoded: whether it starts from the autoencoder's latents; else from patches of pixels.
+    """
+
+    method: digits.Method
+    autoencoded: bool = True
+
+
+def entries(settings: Settings) -> tuple[Entry, ...]:
+    """Return what is compared."""
+    across = CrossFlowLoss(penalty=settings.penalty)
+    return (
+        Entry(digits.Method("CrossFlow", across)),
+        Entry(digits.Method("latent MeanFlow + decoder", MeanFlowLoss(), pixels=False)),
+        Entry(digits.Method("pixel MeanFlow", PixelMeanFlowLoss(), pixels=False), False),
+        Entry(digits.Method("one-step denoiser", across, only_noise=True)),
+    )
+
+
+def compared(settings: Settings, data: Data, folder: Path, seeds: int) -> dict[str, list[Verdict]]:
+    """Train and judge every method with every seed; leave ``samples.png`` of the first one."""
+    scores: dict[str, list[Verdict]] = {}
+    pictures = {"real": digits.by_class(data.test_images, data.test_labels)}
+    for seed in range(seeds):
+        plan, place = seeded(settings, seed), folder / f"seed-{seed}"
+        world, judge = prepare(data, plan, place)
+        scores.setdefault("real", []).append(judge.real())
+        for entry in entries(plan):
+            name = entry.method.name
+            there = world if entry.autoencoded else in_pixels(world, plan.patch)
+            network = entry.method.train(there, plan, place / name.replace(" ", "-"))
+            images, labels, cost = digits.draw(entry.method, network, there, seed)
+            scores.setdefault(name, []).append(judge.score(images, labels, cost))
+            pictures.setdefault(name, digits.by_class(images, labels))
+            print(f"seed {seed}: {name}: {scores[name][-1]}", file=sys.stderr, flush=True)
+    write_beside(folder / "samples.png", png(grid(pictures, CLASSES, across=5), dpi=70))
+    return scores
+
+
+def in_pixels(world: World, patch: int) -> World:
+    """Return the same world without an autoencoder: its latents are patches of pixels."""
+    patches = Patches(patch)
+    return replace(world, autoencoder=patches, latents=patches.encode(world.data.images))
+
+
+def table(scores: dict[str, list[Verdict]]) -> str:
+    """Return the means over seeds, the range of the distance, and its ratio to the real one."""
+    floor = statistics.mean(score.frechet for score in scores["real"])
+    rows = []
+    for name, found in scores.items():
+        distances = [score.frechet for score in found]
+        rows.append(
+            (
+                name,
+                f"{statistics.mean(score.accuracy for score in found):.3f}",
+                f"{statistics.mean(score.diversity for score in found):.2f}",
+                f"{statistics.mean(distances):.1f} ({min(distances):.1f} to {max(distances):.1f})",
+                f"{statistics.mean(distances) / floor:.1f}",
+            )
+        )
+    return markdown_table(HEAD, rows)
+
+
+# --- a run of examples/imagenet
+# -------------------------------------------------------------------------------------------------
+
+
+def recalled(run: Path, training: Path, shown: int = 48) -> tuple[str, bytes]:
+    """Return how near a run's samples are to their nearest training pictures, and a PNG of pairs.
+
+    Args:
+        run: the folder that train.py made and evaluate.py filled.
+        training: a folder of one folder of pictures a class.
+        shown: pairs in the picture, the first ones.
+    """
+    from flowspace.vision.evaluate import nearest
+
+    samples, pictures = samples_of(run), pictures_of(training)
+    found = nearest(samples, pictures)
+    own = nearest(pictures, pictures)
+    rows = (
+        ("samples", f"{len(samples)}"),
+        ("training pictures", f"{len(pictures)}"),
+        ("distance to the nearest training picture, median", f"{found.distance.median():.3f}"),
+        ("of training pictures to the nearest other, median", f"{own.apart.median():.3f}"),
+        ("share nearer to it than another training picture is", f"{found.share:.2f}"),
+        ("training pictures that are some sample's nearest", f"{len(found.index.unique())}"),
+    )
+    note = "Distances are root mean squares over pixels; white is 1 away from black."
+    text = f"{markdown_table(('what', 'value'), rows)}\n\n{note}"
+    return text, pairs(samples[:shown], pictures[found.index[:shown]])
+
+
+def samples_of(run: Path) -> Tensor:
+    """Return the samples that a run was judged by, uint8 ``(N, 3, H, W)``.
+
+    Raises:
+        InputError: if there are none.
+    """
+    from flowspace.vision.tensor_files import read_whole
+
+    paths = sorted(run.rglob("samples-*.safetensors"))
+    if not paths:
+        raise InputError(
+            f"got {run} without samples; write examples/imagenet/evaluate.py {run} first"
+        )
+    return torch.cat([read_whole(path)[0]["images"] for path in paths])
+
+
+def pictures_of(folder: Path) -> Tensor:
+    """Return all pictures of a folder, uint8 ``(M, 3, H, W)``, in the order of their names."""
+    from torchvision.io import ImageReadMode, read_image
+
+    paths = sorted(folder.glob("*/*.png"))
+    return torch.stack([read_image(str(path), ImageReadMode.RGB) for path in paths])
+
+
+def pairs(samples: Tensor, pictures: Tensor, across: int = 8) -> bytes:
+    """Return a PNG of samples, each with its nearest training picture on its right."""
+    from torchvision.io import encode_png
+    from torchvision.utils import make_grid
+
+    framed = torch.cat([samples, pictures], 3)
+    made: Any = make_grid(framed, across, padding=6, pad_value=200)
+    return bytes(encode_png(made).tolist())
+
+
+def main() -> None:
+    """Print the table and save it, with pictures, in the folder of the run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", default="mnist", choices=["mnist", "fashion-mnist", "emoji"])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=1000, help="of every method's training")
+    parser.add_argument("--side", type=int, default=28, help="pixels, of either set")
+    parser.add_argument("--pictures", type=int, default=3750, help="of Fashion-MNIST's 60,000")
+    parser.add_argument(
+        "--folder", type=Path, default=FASHION_MNIST, help="of Fashion-MNIST's files"
+    )
+    parser.add_argument("--run", type=Path, help="of --data emoji: a run of examples/imagenet")
+    parser.add_argument("--training", type=Path, help="of --data emoji: the folder of pictures")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="default: runs/small-DATA")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    out = options.out or Path("runs") / f"small-{options.data}"
+    start = time.perf_counter()
+    try:
+        text = of(options, out)
+    except InputError as error:
+        sys.exit(f"skipped: {error}")
+    write_beside(out / "table.md", text + "\n")
+    print(f"{text}\n\n{options.data}, {time.perf_counter() - start:.0f} s; in {out}")
+
+
+def of(options: argparse.Namespace, out: Path) -> str:
+    """Do what the options ask for; returns the text."""
+    if options.data == "emoji":
+        if options.run is None or options.training is None:
+            raise InputError("--data emoji needs --run RUN and --training FOLDER")
+        text, picture = recalled(options.run, options.training)
+        write_beside(out / "pairs.png", picture)
+        return text
+    if options.data == "mnist":
+        settings, data = SETTINGS["mnist"], load("mnist")
+    else:
+        settings = replace(SETTINGS["mnist"], dataset="fashion-mnist")
+        data = fashion(options.folder, options.pictures)
+    if options.side % CELLS:
+        raise InputError(f"got --side {options.side}; write a multiple of {CELLS}")
+    plan = replace(settings.generator, steps=options.steps)
+    settings = replace(settings, generator=plan, patch=options.side // CELLS)
+    data = scaled(data, options.side)
+    scores = compared(settings, data, out, options.seeds)
+    each = {name: [vars(score) for score in found] for name, found in scores.items()}
+    write_beside(out / "scores.json", json.dumps(each, indent=2) + "\n")
+    return table(scores)
+
+
+if __name__ == "__main__":
+    main()
