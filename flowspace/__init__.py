@@ -4,78 +4,82 @@ target.
 Times everywhere: t = 0 is data, t = 1 is noise, s is the destination, 0 <= s <= t <= 1.
 """
 
-from flowspace.cascade import (
-    Cascade,
-    CascadeBatch,
-    CascadeFlow,
-    CascadeLoss,
-    CascadeOutput,
-    CascadeStage,
-)
-from flowspace.criteria import CriteriaReport, check_criteria
-from flowspace.derivatives import (
-    Derivative,
-    FiniteDifference,
-    ForwardMode,
-    SharedPrimal,
-    rule,
-)
-from flowspace.errors import (
-    CriterionError,
-    DerivativeError,
-    ExpressionError,
-    FlowspaceError,
-    InputError,
-    RunError,
-    ScheduleError,
-    TimeError,
-)
-from flowspace.flow_map import FlowMap
-from flowspace.guidance import Guidance, RandomGuidance
-from flowspace.objectives import (
-    AlphaFlowLoss,
-    ConsistencyLoss,
-    CrossFlowLoss,
-    FlowMatchingLoss,
-    ImprovedMeanFlowLoss,
-    LossOutput,
-    MeanFlowDistillationLoss,
-    MeanFlowLoss,
-    Objective,
-    PathPoint,
-    PixelMeanFlowLoss,
-    TrajectoryMatchingLoss,
-    alpha_at,
-)
-from flowspace.penalties import AbsoluteError, Adaptive, HuberError, Penalty, SquaredError
-from flowspace.schedules import (
-    TIME_FLOOR,
-    CosineSchedule,
-    LinearSchedule,
-    PolynomialSchedule,
-    Schedule,
-    VariancePreservingSchedule,
-)
-from flowspace.solvers import DormandPrince, Euler, Heun, VelocityFlow
-from flowspace.statistics import (
-    AbstractStatistic,
-    ConsistencyStatistic,
-    MatchedStatistic,
-    MeanFlowStatistic,
-    Statistic,
-)
-from flowspace.times import (
-    KarrasTimes,
-    LogitNormalTimes,
-    PairSampler,
-    PowerTimes,
-    RandomSource,
-    ShiftedTimes,
-    TimePairs,
-    TimeSampler,
-    ToDataTimes,
-    UniformTimes,
-)
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flowspace.cascade import (
+        Cascade,
+        CascadeBatch,
+        CascadeFlow,
+        CascadeLoss,
+        CascadeOutput,
+        CascadeStage,
+    )
+    from flowspace.criteria import CriteriaReport, check_criteria
+    from flowspace.derivatives import (
+        Derivative,
+        FiniteDifference,
+        ForwardMode,
+        SharedPrimal,
+        rule,
+    )
+    from flowspace.errors import (
+        CriterionError,
+        DerivativeError,
+        ExpressionError,
+        FlowspaceError,
+        InputError,
+        RunError,
+        ScheduleError,
+        TimeError,
+    )
+    from flowspace.flow_map import FlowMap
+    from flowspace.guidance import Guidance, RandomGuidance
+    from flowspace.objectives import (
+        AlphaFlowLoss,
+        ConsistencyLoss,
+        CrossFlowLoss,
+        FlowMatchingLoss,
+        ImprovedMeanFlowLoss,
+        LossOutput,
+        MeanFlowDistillationLoss,
+        MeanFlowLoss,
+        Objective,
+        PathPoint,
+        PixelMeanFlowLoss,
+        TrajectoryMatchingLoss,
+        alpha_at,
+    )
+    from flowspace.penalties import AbsoluteError, Adaptive, HuberError, Penalty, SquaredError
+    from flowspace.schedules import (
+        TIME_FLOOR,
+        CosineSchedule,
+        LinearSchedule,
+        PolynomialSchedule,
+        Schedule,
+        VariancePreservingSchedule,
+    )
+    from flowspace.solvers import DormandPrince, Euler, Heun, VelocityFlow
+    from flowspace.statistics import (
+        AbstractStatistic,
+        ConsistencyStatistic,
+        MatchedStatistic,
+        MeanFlowStatistic,
+        Statistic,
+    )
+    from flowspace.times import (
+        KarrasTimes,
+        LogitNormalTimes,
+        PairSampler,
+        PowerTimes,
+        RandomSource,
+        ShiftedTimes,
+        TimePairs,
+        TimeSampler,
+        ToDataTimes,
+        UniformTimes,
+    )
 
 __version__ = "0.1.0"
 
@@ -148,3 +152,88 @@ __all__ = [
     "check_criteria",
     "rule",
 ]
+
+PLACES = {
+    "cascade": (
+        "Cascade",
+        "CascadeBatch",
+        "CascadeFlow",
+        "CascadeLoss",
+        "CascadeOutput",
+        "CascadeStage",
+    ),
+    "criteria": ("CriteriaReport", "check_criteria"),
+    "derivatives": ("Derivative", "FiniteDifference", "ForwardMode", "SharedPrimal", "rule"),
+    "errors": (
+        "CriterionError",
+        "DerivativeError",
+        "ExpressionError",
+        "FlowspaceError",
+        "InputError",
+        "RunError",
+        "ScheduleError",
+        "TimeError",
+    ),
+    "flow_map": ("FlowMap",),
+    "guidance": ("Guidance", "RandomGuidance"),
+    "objectives": (
+        "AlphaFlowLoss",
+        "ConsistencyLoss",
+        "CrossFlowLoss",
+        "FlowMatchingLoss",
+        "ImprovedMeanFlowLoss",
+        "LossOutput",
+        "MeanFlowDistillationLoss",
+        "MeanFlowLoss",
+        "Objective",
+        "PathPoint",
+        "PixelMeanFlowLoss",
+        "TrajectoryMatchingLoss",
+        "alpha_at",
+    ),
+    "penalties": ("AbsoluteError", "Adaptive", "HuberError", "Penalty", "SquaredError"),
+    "schedules": (
+        "TIME_FLOOR",
+        "CosineSchedule",
+        "LinearSchedule",
+        "PolynomialSchedule",
+        "Schedule",
+        "VariancePreservingSchedule",
+    ),
+    "solvers": ("DormandPrince", "Euler", "Heun", "VelocityFlow"),
+    "statistics": (
+        "AbstractStatistic",
+        "ConsistencyStatistic",
+        "MatchedStatistic",
+        "MeanFlowStatistic",
+        "Statistic",
+    ),
+    "times": (
+        "KarrasTimes",
+        "LogitNormalTimes",
+        "PairSampler",
+        "PowerTimes",
+        "RandomSource",
+        "ShiftedTimes",
+        "TimePairs",
+        "TimeSampler",
+        "ToDataTimes",
+        "UniformTimes",
+    ),
+}
+"""Where each public name is: it is imported when it is asked for, since torch takes seconds."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in PLACES:
+        return importlib.import_module(f"flowspace.{name}")
+    for place, names in PLACES.items():
+        if name in names:
+            value = getattr(importlib.import_module(f"flowspace.{place}"), name)
+            globals()[name] = value  # the next time it is found at once
+            return value
+    raise AttributeError(f"module 'flowspace' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

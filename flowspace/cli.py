@@ -1,4 +1,7 @@
-"""The command line: ``flowspace derive | demo``."""
+"""The command line: ``flowspace derive | demo``.
+
+A command imports what it needs when it runs, so that ``--help`` does not wait for torch.
+"""
 
 import argparse
 import contextlib
@@ -6,12 +9,14 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flowspace import __version__
-from flowspace.criteria import check_criteria
 from flowspace.errors import FlowspaceError
-from flowspace.schedules import Schedule
-from flowspace.statistics import AbstractStatistic, MatchedStatistic, Statistic
+
+if TYPE_CHECKING:
+    from flowspace.schedules import Schedule
+    from flowspace.statistics import AbstractStatistic
 
 __all__ = ["main"]
 
@@ -110,6 +115,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _derive(options: argparse.Namespace) -> int:
+    from flowspace.criteria import check_criteria
+    from flowspace.schedules import Schedule
+
     schedule = Schedule(options.alpha, options.beta)
     report = check_criteria(schedule, _statistic(options, schedule))
     print(report)
@@ -124,8 +132,10 @@ def _derive(options: argparse.Namespace) -> int:
     return 0
 
 
-def _statistic(options: argparse.Namespace, schedule: Schedule) -> AbstractStatistic:
+def _statistic(options: argparse.Namespace, schedule: "Schedule") -> "AbstractStatistic":
     """Return the statistic of two of gamma, delta and kappa, or the matched one of none."""
+    from flowspace.statistics import MatchedStatistic, Statistic
+
     gamma, delta, kappa = options.gamma, options.delta, options.kappa
     given = [each for each in (gamma, delta, kappa) if each is not None]
     if not given:

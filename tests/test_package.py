@@ -42,7 +42,7 @@ def test_importing_flowspace_pulls_in_nothing_heavy():
     code = f"""
 import sys, torch, sympy
 before = set(sys.modules)
-import flowspace
+from flowspace import *
 print([name for name in {HEAVY!r} if name in set(sys.modules) - before])"""
     assert python(code) == "[]"
 
@@ -51,7 +51,7 @@ def test_importing_flowspace_imports_no_package_but_torch_and_sympy():
     code = """
 import sys, torch, sympy
 before = {name.split(".")[0] for name in sys.modules}
-import flowspace
+from flowspace import *
 after = {name.split(".")[0] for name in sys.modules}
 print(sorted(after - before - set(sys.stdlib_module_names)))"""
     assert python(code) == "['flowspace']"
@@ -60,10 +60,35 @@ print(sorted(after - before - set(sys.stdlib_module_names)))"""
 def test_importing_flowspace_takes_no_longer_than_torch_and_sympy_and_a_fifth_of_a_second():
     """Of processor time: what else the machine does is not the import's."""
     code = (
-        "import torch, sympy, time; start = time.process_time(); import flowspace; "
+        "import torch, sympy, time; start = time.process_time(); from flowspace import *; "
         "print(time.process_time() - start)"
     )
     assert min(float(python(code)) for _ in range(3)) < 0.2
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["derive", "--alhpa", "1"], ["x"]]
+)
+def test_help_and_mistyped_arguments_do_not_wait_for_torch(arguments):
+    code = f"""
+import contextlib, io, sys
+from flowspace.cli import main
+with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with contextlib.suppress(SystemExit):
+        main({arguments})
+print([name for name in ("torch", "sympy", "numpy") if name in sys.modules])"""
+    assert python(code) == "[]"
+
+
+def test_modules_and_names_are_found_where_they_are_asked_for():
+    code = """
+import flowspace
+print(flowspace.times.TimePairs is flowspace.TimePairs, "CrossFlowLoss" in dir(flowspace))
+flowspace.CrosFlowLoss"""
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        python(code)
+    assert failed.value.stdout.strip() == "True True"
+    assert "module 'flowspace' has no attribute 'CrosFlowLoss'" in failed.value.stderr
 
 
 def test_every_public_name_exists_and_none_is_missing():
