@@ -114,7 +114,9 @@ class TimmFeatures(Features):
         if self.layers is None:
             return [network.forward_features(x)]
         layers = list(self.layers)
-        return network.forward_intermediates(x, indices=layers, intermediates_only=True)
+        return network.forward_intermediates(
+            x, indices=layers, stop_early=True, intermediates_only=True
+        )
 
 
 def _timm(name: str, weights: str | Path | None, size: int | Sequence[int] | None) -> nn.Module:
