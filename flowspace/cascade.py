@@ -73,6 +73,13 @@ def doubled(images: Tensor) -> Tensor:
     return interpolate(images, scale_factor=2, mode="nearest")
 
 
+def _check_stages(name: str, value: Any) -> None:
+    """Refuse what is no number of stages."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    reason = "it counts resolutions, so write 1 or more, 4 in the paper"
+    require(whole and value > 0, name, value, reason)
+
+
 @dataclass(frozen=True)
 class CascadeStage:
     """One stage: which path it is, and where it lies in the network's time.
@@ -80,10 +87,19 @@ class CascadeStage:
     Args:
         index: k, from 0, the coarsest.
         count: S, how many stages there are.
+
+    Raises:
+        InputError: if count is no such count, or index no number below it.
     """
 
     index: int
     count: int
+
+    def __post_init__(self) -> None:
+        _check_stages("count", self.count)
+        inside = isinstance(self.index, int) and 0 <= self.index < self.count
+        reason = f"stages of a cascade of {self.count} are numbered from 0: write less"
+        require(inside, "index", self.index, reason)
 
     @property
     def start(self) -> float:
@@ -191,12 +207,7 @@ class Cascade:
     stages: int = 4
 
     def __post_init__(self) -> None:
-        require(
-            isinstance(self.stages, int) and not isinstance(self.stages, bool) and self.stages > 0,
-            "stages",
-            self.stages,
-            "it counts resolutions, so write 1 or more, 4 in the paper",
-        )
+        _check_stages("stages", self.stages)
 
     def __len__(self) -> int:
         return self.stages

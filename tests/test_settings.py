@@ -44,6 +44,8 @@ NEEDED = {
     "FlowMap": None,
     "VelocityFlow": None,
     "CascadeFlow": None,
+    "CascadeLoss": None,
+    "CascadeStage": {"index": 1, "count": 3},
 }
 
 
