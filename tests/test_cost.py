@@ -105,20 +105,73 @@ def test_hours_are_those_of_the_step_the_frozen_networks_and_the_other_trainings
     assert cost.hours(0.5, peak=100.0) == pytest.approx((5.5 * 360 + 180) / 50 / 3600)
 
 
-def test_rivals_have_their_published_costs():
-    """A multiply-add is one FLOP in their papers.
-
-    DiT-XL/2 118.6 GFLOPs (arXiv 2212.09748), MeanFlow 114 and a decoder of 310, MF-RAE 157 and 106
-    (arXiv 2511.13019).
+def test_networks_have_their_published_costs_as_the_papers_count_them():
+    """A multiply-add is one FLOP in these papers. DiT's (arXiv 2212.09748) counts attention's own
+    products, MF-RAE's (arXiv 2511.13019) leaves them out.
     """
-    mean_flow, rae = rivals.RIVALS["MeanFlow-XL/2"], rivals.RIVALS["MF-RAE, DiTDH-XL"]
-    assert mean_flow.network() / 2e9 == pytest.approx(118.6, rel=0.02)
-    assert mean_flow.decoder() / 2e9 == pytest.approx(310, rel=0.02)
-    assert rae.network() / 2e9 == pytest.approx(157, rel=0.1)
-    assert rae.decoder() / 2e9 == pytest.approx(106, rel=0.06)
-    assert (rae.network() + rae.decoder()) / 2e9 == pytest.approx(263, rel=0.03)
+    assert rivals.dit().total / 2e9 == pytest.approx(118.6, rel=0.01)
+    counts = {
+        310: rivals.sd_decoder(),
+        114: rivals.dit(),
+        106: rivals.representation_decoder(),
+        157: rivals.latent_network(),
+    }
+    for published, found in counts.items():
+        assert found.as_published / 1e9 == pytest.approx(published, rel=0.01)
+    with_attention = rivals.representation_decoder().total / 2e9
+    assert with_attention > 1.03 * 106
+
+
+def test_mf_rae_costs_what_its_paper_says_beside_mean_flow():
+    """In all 263 GFLOPs against 424, 420 against 538 in two evaluations, and 1,051 at 512."""
+    network, decoder = rivals.latent_network(), rivals.representation_decoder()
+    dit, vae = rivals.dit(), rivals.sd_decoder()
+    large = rivals.latent_network(32).as_published + rivals.representation_decoder(32).as_published
+    for published, counted in (
+        (263, decoder.as_published + network.as_published),
+        (424, vae.as_published + dit.as_published),
+        (420, decoder.as_published + 2 * network.as_published),
+        (538, vae.as_published + 2 * dit.as_published),
+        (1051, large),
+    ):
+        assert counted / 1e9 == pytest.approx(published, rel=0.01)
+
+
+def test_dit_dh_is_counted_by_its_matrices_and_its_attention():
+    """Of one image with a multiply-add as two: 12 d^2 numbers of a block meet every cell, the
+    modulation's 6 d^2 meet one condition in the encoder and one of each cell in the head.
+    """
+    d, wide, cells = 1152, 2048, 256
+    encoder = 28 * (12 * cells + 6) * d**2
+    head = 2 * (12 + 6) * cells * wide**2 + 2 * cells * wide**2
+    ends = cells * (768 * d + d * wide + 2 * 768 * wide) + 2 * (512 * d + d**2)
+    attention = 2 * cells**2 * (28 * d + 2 * wide)
+    products = rivals.latent_network()
+    assert products.layers == pytest.approx(2 * (encoder + head + ends), rel=1e-3)
+    assert products.attention == pytest.approx(2 * attention)
+
+
+def test_every_rival_is_a_published_method():
     names = {method.name for method in results.PUBLISHED}
     assert set(rivals.RIVALS) <= names and len(names) == len(results.PUBLISHED)
+
+
+def test_the_command_prints_mf_raes_comparison(capsys):
+    assert costs.main(["mf-rae"]) == 0
+    text = capsys.readouterr().out
+    row = re.search(r"\| MF-RAE in all \| ([\d.]+) \| 263 \| ([\d.]+) \|", text)
+    assert float(row[1]) == pytest.approx(263, rel=0.01)
+    products = (rivals.representation_decoder(), rivals.latent_network())
+    assert float(row[2]) == pytest.approx(sum(each.total for each in products) / 1e9, abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["rae-dinov2", "rae-siglip2", "rae-mae"])
+def test_a_representation_autoencoder_is_counted_with_its_published_decoder(name):
+    pytest.importorskip("transformers")
+    encoder = settings.EncoderConfig(name=name)
+    whole, encoding = flops.whole_autoencoder(encoder, 256), flops.encoder_share(encoder, 256)
+    decoder = rivals.representation_decoder().total
+    assert whole.flops - encoding.flops == pytest.approx(decoder, rel=1e-6)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
     python examples/imagenet/costs.py crossflow-b             a size of the paper
     python examples/imagenet/costs.py CONFIG.yaml             also its encoder and image losses
     python examples/imagenet/costs.py FOLDER                  a line for each of its configs
+    python examples/imagenet/costs.py mf-rae                  MF-RAE's own comparison, as it counts
     python examples/imagenet/costs.py --write README.md       its tables again, as printed today
 
 Parameters and FLOPs are counted on meta tensors; memory and hours are estimates from them. Hours
@@ -19,9 +20,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from flops import IMAGENET, PEAK, Cost, alone, cost_of, generator_cost
+import rivals
+from flops import IMAGENET, PEAK, Cost, Products, alone, cost_of, generator_cost
 from results import PAPER_CONFIGS, PUBLISHED, PublishedMethod, paper_row
-from rivals import RIVALS
+from sections import SETS
 from settings import Config, GeneratorConfig, SettingsError, load, of_run
 
 from flowspace.errors import FlowspaceError
@@ -102,8 +104,8 @@ as the column beside does. Memory and hours are estimates from them. Memory hold
 gradients, averages and states of the optimisers in float32, and activations in bfloat16; it leaves
 out the frozen networks and what the image losses keep. What others publish is table 1 of the
 CrossFlow paper (arXiv 2606.19970) unless a source stands beside it. Their GFLOPs are counted here,
-decoder included, where the network can be built here: DiT, MeanFlow and MF-RAE of diffusers'
-modules, pixel MeanFlow and CrossFlow of this library's blocks."""
+decoder included, where the network can be built here: DiT, MeanFlow and the decoders of diffusers'
+modules, DiT^DH, pixel MeanFlow and CrossFlow of this library's."""
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -222,7 +224,7 @@ def published(method: PublishedMethod) -> tuple[str, ...]:
     if method.source:
         fid += f" ({method.source})"
     counts = ("", "", "")
-    if method.name in RIVALS:
+    if method.name in rivals.RIVALS:
         counts = image_of(method)
     return (
         method.name,
@@ -237,12 +239,51 @@ def published(method: PublishedMethod) -> tuple[str, ...]:
 @cache
 def image_of(method: PublishedMethod) -> tuple[str, str, str]:
     """Return a method's GFLOPs an image in both conventions, and the decoder's of them."""
-    rival = RIVALS[method.name]
-    count = method.steps * method.evaluations * rival.network()
+    rival = rivals.RIVALS[method.name]
+    count = method.steps * method.evaluations * rival.network().total
     if rival.decoder is None:
         return (*flops(count), "")
-    decoder = rival.decoder()
+    decoder = rival.decoder().total
     return (*flops(count + decoder), flops(decoder)[0])
+
+
+# --- MF-RAE's comparison -----------------------------------------------------------------------
+
+MF_RAE = "mf-rae"
+AS_PUBLISHED = ("GFLOPs of one image", "counted here", "in the paper", "with attention, as two")
+HIGH = 32
+"""Cells a side of the latents of 512 pixels."""
+
+AS_PUBLISHED_NOTE = """\
+Counted here as MF-RAE (arXiv 2511.13019) counts: a multiply-add as one, and attention's own
+products left out, without which its numbers come out. The last column counts as the other tables
+do: a multiply-add as two, all products. Both are of the networks' own modules on meta tensors."""
+
+
+def comparison() -> str:
+    """Return the GFLOPs that MF-RAE compares itself by, beside those of its text."""
+    sd, dit = rivals.sd_decoder(), rivals.dit()
+    rae, dit_dh = rivals.representation_decoder(), rivals.latent_network()
+    rae_512, dit_dh_512 = rivals.representation_decoder(HIGH), rivals.latent_network(HIGH)
+    rows = [
+        as_published("SD-VAE's decoder", 310, sd),
+        as_published("DiT-XL/2", 114, dit),
+        as_published("MeanFlow-XL/2 in all", 424, sd, dit),
+        as_published("MeanFlow-XL/2 in all, 2 evaluations", 538, sd, dit, dit),
+        as_published("RAE's ViT-XL decoder", 106, rae),
+        as_published("DiT^DH-XL, of average velocities", 157, dit_dh),
+        as_published("MF-RAE in all", 263, rae, dit_dh),
+        as_published("MF-RAE in all, 2 evaluations", 420, rae, dit_dh, dit_dh),
+        as_published("MF-RAE in all, 512 pixels", 1051, rae_512, dit_dh_512),
+    ]
+    return f"{markdown(AS_PUBLISHED, rows)}\n\n{AS_PUBLISHED_NOTE}"
+
+
+def as_published(name: str, paper: int, *products: Products) -> tuple[str, ...]:
+    """Return a line of some networks together."""
+    counted = sum(each.as_published for each in products) / GIGA
+    total = sum(each.total for each in products) / GIGA
+    return name, f"{counted:,.1f}", f"{paper:,}", f"{total:,.1f}"
 
 
 # --- the table of a folder ---------------------------------------------------------------------
@@ -266,7 +307,7 @@ def table(folder: Path, utilisation: Utilisation) -> str:
     rows = []
     for path in sorted(folder.glob("*.yaml")):
         config = load(path)
-        if config.data.path == "emoji":
+        if config.data.path in SETS:
             continue
         hours = rounded(cost_of(config).hours(utilisation.share))
         row = (f"`{path.stem}`", first_sentence(path), hours, own_fid(config))
@@ -344,7 +385,9 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    usage.add_argument("of", nargs="?", help="a preset, a config's YAML file, or their folder")
+    usage.add_argument(
+        "of", nargs="?", help="a preset, a config's YAML file, their folder, or mf-rae"
+    )
     usage.add_argument(
         "--equal", type=float, help="of a preset: the share of rows with s = t (default: 0.5)"
     )
@@ -369,6 +412,8 @@ def output(options: argparse.Namespace) -> str:
         raise SettingsError(
             f"got --batch {options.batch} --devices {options.devices}; write 1 or more of each"
         )
+    if options.of == MF_RAE:
+        return comparison()
     utilisation = Utilisation()
     if options.run is not None:
         utilisation = measured(options.run)

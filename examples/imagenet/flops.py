@@ -1,8 +1,9 @@
 """What a network costs on paper: counted on meta tensors, without a weight in memory.
 
-A multiply-add is two FLOPs here, as in torch's counter; papers mostly write it as one. Elementwise
-work is not counted. A training step of a generator is its forward pass, twice that for the
-gradient, and one more forward pass' products for the derivative, on the rows that need it.
+A multiply-add is two FLOPs here, as in torch's counter; papers mostly write it as one, and some
+leave out attention's own products (`Products.as_published`). Elementwise work is not counted. A
+training step of a generator is its forward pass, twice that for the gradient, and one more forward
+pass' products for the derivative, on the rows that need it.
 """
 
 import math
@@ -12,8 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import build
-import torch
+# first: it finds examples/common, of which the others import
 from settings import (
     AdversarialConfig,
     Config,
@@ -22,22 +22,33 @@ from settings import (
     ObjectiveConfig,
     PerceptualConfig,
 )
+
+# isort: split
+import build
+import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowspace import ConsistencyLoss, TimePairs
-from flowspace.vision.encoders import load_encoder, make_buildable
+from flowspace.vision import DiTDH
+from flowspace.vision.encoders import load_encoder
+from flowspace.vision.rae import DECODERS, build_rae
 
 __all__ = [
     "IMAGENET",
     "PEAK",
     "Call",
     "Cost",
+    "Products",
     "Share",
     "alone",
     "cost_of",
     "counted",
+    "dit_dh",
     "generator_cost",
+    "one_row",
+    "products_of",
+    "rae_decoder",
     "utilisation",
 ]
 
@@ -61,8 +72,39 @@ Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 """A module, and the arguments and keywords that it is called with."""
 
 
-def counted(build: Callable[[], Call]) -> tuple[int, float]:
-    """Return the parameters of a module and the FLOPs of one forward call.
+ATTENTION = ("bmm", "scaled_dot_product")
+"""What torch calls the products of queries with keys and of weights with values."""
+
+
+@dataclass(frozen=True)
+class Products:
+    """FLOPs of the matrix products of one forward call, a multiply-add as two.
+
+    Attributes:
+        layers: of linear layers and convolutions.
+        attention: of attention's own, queries with keys and weights with values.
+    """
+
+    layers: float
+    attention: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.layers + self.attention
+
+    @property
+    def as_published(self) -> float:
+        """As MF-RAE (arXiv 2511.13019) counts: a multiply-add as one, of the layers alone.
+
+        Its text does not say so. Its numbers for four networks do, which are 0 to 0.6 % from these
+        and up to 4 % from those with attention.
+        """
+        return self.layers / 2
+
+
+def products_of(build: Callable[[], Call]) -> tuple[int, Products]:
+    """Return the parameters of a module and the products of one forward call.
 
     Args:
         build: makes the module and its arguments; run on the meta device.
@@ -72,7 +114,46 @@ def counted(build: Callable[[], Call]) -> tuple[int, float]:
         with FlopCounterMode(display=False) as counter:
             module.eval()(*arguments, **keywords)
     parameters = sum(parameter.numel() for parameter in module.parameters())
-    return parameters, float(counter.get_total_flops())
+    layers, attention = 0.0, 0.0
+    for name, count in counter.get_flop_counts()["Global"].items():
+        if any(each in str(name) for each in ATTENTION):
+            attention += count
+        else:
+            layers += count
+    return parameters, Products(layers, attention)
+
+
+def counted(build: Callable[[], Call]) -> tuple[int, float]:
+    """Return the parameters of a module and the FLOPs of one forward call.
+
+    Args:
+        build: makes the module and its arguments; run on the meta device.
+    """
+    parameters, products = products_of(build)
+    return parameters, products.total
+
+
+def one_row(network: Any) -> Call:
+    """Return a call of a network of latents, times and labels, on one row of zeros."""
+    time, labels = torch.ones(1), torch.zeros(1, dtype=torch.long)
+    latents = torch.zeros(1, *network.latent_shape)
+    return network, (latents, time, time), {"labels": labels}
+
+
+def dit_dh(size: str = "xl", grid: int = 16) -> Call:
+    """Return a call of DiT^DH in MeanFlow's form, on latents of so many cells a side."""
+    return one_row(DiTDH.from_preset(size, grid=grid, average=True))
+
+
+def rae_decoder(size: str = "xl", grid: int = 16) -> Call:
+    """Return a call of RAE's decoder, on latents of so many cells a side."""
+    from diffusers.models.autoencoders.autoencoder_rae import RAEDecoder
+
+    cells = grid * grid
+    network = RAEDecoder(
+        hidden_size=768, num_patches=cells, image_size=16 * grid, **DECODERS[size]
+    )
+    return network, (torch.zeros(1, cells, 768),), {}
 
 
 @dataclass(frozen=True)
@@ -100,6 +181,7 @@ class Cost:
         matrices: how many of them Muon trains; the rest is AdamW's.
         forward: FLOPs of one image, forward.
         activations: bytes that one image of a training step keeps, in bfloat16.
+        attention: how many of them are attention's own products.
         equal: the share of rows with s = t, which need no derivative.
         boundary: losses of one more evaluation, with its gradient, such as consistency's.
         again: forward passes that checkpointing runs again for each gradient.
@@ -118,6 +200,7 @@ class Cost:
     matrices: int
     forward: float
     activations: float
+    attention: float = 0.0
     equal: float = 0.5
     boundary: int = 0
     again: int = 0
@@ -197,9 +280,11 @@ STAGES = {
 DEFAULTS = {
     "flux2": "AutoencoderKLFlux2",
     "dc-ae": "AutoencoderDC",
-    "rae-dinov2": "AutoencoderRAE",
 }
 """Published autoencoders that diffusers' classes build by default."""
+
+RAE = "rae-"
+"""What the names of representation autoencoders begin with; the encoder's name follows."""
 
 
 def alone(generator: GeneratorConfig, equal: float = 0.5) -> Config:
@@ -223,12 +308,7 @@ def generator_cost(config: Config) -> Cost:
         network = build.generator_of(config, config.data.classes or 1000)
     c = network.config
 
-    def call() -> Call:
-        time, labels = torch.ones(1), torch.zeros(1, dtype=torch.long)
-        latents = torch.zeros(1, *network.latent_shape)
-        return network, (latents, time, time), {"labels": labels}
-
-    parameters, forward = counted(call)
+    parameters, products = products_of(lambda: one_row(network))
     cells = math.prod(network.latent_shape[1:])
     tokens = cells + c["time_tokens"] + c["class_tokens"]
     numbers = ACTIVATIONS_PER_TOKEN * c["depth"]
@@ -243,7 +323,8 @@ def generator_cost(config: Config) -> Cost:
         name=config.name,
         parameters=parameters,
         matrices=sum(each.numel() for each in network.blocks.parameters() if each.ndim == 2),
-        forward=forward,
+        forward=products.total,
+        attention=products.attention,
         activations=2.0 * numbers * tokens * c["width"],
         equal=equal,
         boundary=int(isinstance(objective, ConsistencyLoss)),
@@ -412,8 +493,9 @@ def autoencoder(encoder: EncoderConfig) -> nn.Module:
             mid_block_add_attention=False,
         )
     if name in DEFAULTS:
-        make_buildable(DEFAULTS[name])
         return getattr(library, DEFAULTS[name])()
+    if name is not None and name.startswith(RAE):
+        return build_rae(name.removeprefix(RAE), "xl")  # the decoder that is published with each
     if name not in STAGES:
         return load_encoder(name or "", weights=encoder.weights).autoencoder.to("meta")
     widths, channels = STAGES[name]

@@ -1,7 +1,7 @@
 """The networks of other methods, counted as ours are: what one image costs them.
 
-Each function returns FLOPs, a multiply-add as two. What a method's paper says of its widths and
-depths is put into the layers that diffusers or this library has for them.
+Each function returns the products of one call. What a method's paper says of its widths and depths
+is put into the layers that diffusers or this library has for them.
 """
 
 from collections.abc import Callable
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from flops import Call, alone, counted, generator_cost
+from flops import Call, Products, alone, dit_dh, generator_cost, products_of, rae_decoder
 from settings import GeneratorConfig
 
-__all__ = ["RIVALS", "Rival"]
+__all__ = ["RIVALS", "Rival", "dit", "latent_network", "representation_decoder", "sd_decoder"]
 
 
-def transformer(channels: int, side: int, patch: int, layers: int, head: int) -> float:
+def transformer(channels: int, side: int, patch: int, layers: int, head: int) -> Products:
     """Count diffusers' DiT of 16 heads.
 
     On SD-VAE's 4 channels it returns 8, a mean and a variance of each, as DiT does.
@@ -40,40 +40,25 @@ def transformer(channels: int, side: int, patch: int, layers: int, head: int) ->
         latents = torch.zeros(1, channels, side, side)
         return network, (latents,), {"timestep": index, "class_labels": index}
 
-    return counted(build)[1]
+    return products_of(build)[1]
 
 
-def dit() -> float:
+def dit() -> Products:
     """Count DiT-XL/2, whose width, depth and tokens MeanFlow-XL/2 shares."""
     return transformer(channels=4, side=32, patch=2, layers=28, head=72)
 
 
-def dit_dh() -> float:
-    """Count RAE's DiTDH-XL: a body of DiT-XL's size, and a head of 2 blocks of width 2,048."""
-    body = transformer(channels=768, side=16, patch=1, layers=28, head=72)
-    head = transformer(channels=768, side=16, patch=1, layers=2, head=128)
-    return body + head
+def latent_network(grid: int = 16) -> Products:
+    """Count DiT^DH-XL, of MeanFlow's form as MF-RAE trains it."""
+    return products_of(partial(dit_dh, "xl", grid))[1]
 
 
-def rae_decoder() -> float:
+def representation_decoder(grid: int = 16) -> Products:
     """Count RAE's ViT-XL decoder: 28 blocks of width 1,152."""
-    from diffusers.models.autoencoders.autoencoder_rae import RAEDecoder
-
-    def build() -> Call:
-        network = RAEDecoder(
-            hidden_size=768,
-            decoder_hidden_size=1152,
-            decoder_num_hidden_layers=28,
-            decoder_num_attention_heads=16,
-            decoder_intermediate_size=4096,
-            num_patches=256,
-        )
-        return network, (torch.zeros(1, 256, 768),), {}
-
-    return counted(build)[1]
+    return products_of(partial(rae_decoder, "xl", grid))[1]
 
 
-def sd_decoder() -> float:
+def sd_decoder() -> Products:
     """Count the decoder of the SD-VAE."""
     from diffusers.models.autoencoders.vae import Decoder
 
@@ -87,15 +72,21 @@ def sd_decoder() -> float:
         )
         return network, (torch.zeros(1, 4, 32, 32),), {}
 
-    return counted(build)[1]
+    return products_of(build)[1]
 
 
-def crossflow(preset: str) -> float:
+def of_generator(settings: GeneratorConfig) -> Products:
+    """Count a generator of this library."""
+    cost = generator_cost(alone(settings))
+    return Products(cost.forward - cost.attention, cost.attention)
+
+
+def crossflow(preset: str) -> Products:
     """Count CrossFlow in one of the paper's sizes."""
-    return generator_cost(alone(GeneratorConfig(preset=preset))).forward
+    return of_generator(GeneratorConfig(preset=preset))
 
 
-def pixel_mean_flow(width: int, depth: int, heads: int) -> float:
+def pixel_mean_flow(width: int, depth: int, heads: int) -> Products:
     """Count a transformer of pixel MeanFlow's size on squares of 16 x 16 pixels.
 
     Its blocks are this library's; 256 squares and 20 context tokens are pixel MeanFlow's.
@@ -109,7 +100,7 @@ def pixel_mean_flow(width: int, depth: int, heads: int) -> float:
         class_tokens=8,
         time_tokens=12,
     )
-    return generator_cost(alone(settings)).forward
+    return of_generator(settings)
 
 
 @dataclass(frozen=True)
@@ -121,14 +112,14 @@ class Rival:
         decoder: counts the decoder; None where the network returns pixels.
     """
 
-    network: Callable[[], float]
-    decoder: Callable[[], float] | None = None
+    network: Callable[[], Products]
+    decoder: Callable[[], Products] | None = None
 
 
 RIVALS = {
     "DiT-XL/2": Rival(dit, sd_decoder),
     "MeanFlow-XL/2": Rival(dit, sd_decoder),
-    "MF-RAE, DiTDH-XL": Rival(dit_dh, rae_decoder),
+    "MF-RAE, DiTDH-XL": Rival(latent_network, representation_decoder),
     "pMF-B/16": Rival(partial(pixel_mean_flow, width=768, depth=16, heads=12)),
     "pMF-L/16": Rival(partial(pixel_mean_flow, width=1024, depth=32, heads=16)),
     "pMF-H/16": Rival(partial(pixel_mean_flow, width=1280, depth=48, heads=16)),
