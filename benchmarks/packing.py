@@ -9,6 +9,7 @@ the network once for each resolution. Medians of interleaved runs in one process
 import argparse
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,11 +56,13 @@ def padded(
         cosines.append(F.pad(cosine, (0, 0, 0, missing)).expand(len(z), -1, -1))
         sines.append(F.pad(sine, (0, 0, 0, missing)).expand(len(z), -1, -1))
         resolution = network.resolution(torch.tensor([side]))
-        conditions.append(network.time(times) + resolution + network.label(classes))
+        label: Any = network.label
+        conditions.append(network.time(times) + resolution + label(classes))
     x = network.embed(torch.cat(tokens))
     condition = F.silu(torch.cat(conditions))
     turn = torch.cat(cosines)[:, None], torch.cat(sines)[:, None]
-    for block in network.blocks:
+    blocks: Any = network.blocks
+    for block in blocks:
         x = padded_block(block, x, condition, turn, torch.cat(there)[:, None, None])
     shift, scale = network.modulation(condition)[:, None].chunk(2, -1)
     out = network.head(F.layer_norm(x, x.shape[2:], eps=1e-6) * (1 + scale) + shift)
