@@ -473,14 +473,7 @@ class CascadeLoss:
                 s=_of_rows(s, batch.rows, images),
                 generator=generator,
             )
-        back = torch.cat([batch.rows for batch in batches]).argsort()
-        return CascadeOutput(
-            torch.cat([out.loss for out in outputs.values()])[back],
-            torch.cat([out.t for out in outputs.values()])[back],
-            torch.cat([out.s for out in outputs.values()])[back],
-            stages,
-            outputs,
-        )
+        return _in_order(batches, outputs, stages)
 
     def _drawn_times(
         self, images: Tensor, generator: torch.Generator | None
@@ -507,6 +500,17 @@ class CascadeLoss:
         cond = {name: [each[name] for each in conds] for name in conds[0]}
         predictions = model(states, times, times, **cond)
         return [functools.partial(_handed_out, prediction) for prediction in predictions]
+
+
+def _in_order(
+    batches: Sequence[CascadeBatch], outputs: dict[int, LossOutput], stages: Tensor
+) -> CascadeOutput:
+    """Return what the stages gave in the order of the rows."""
+    back = torch.cat([batch.rows for batch in batches]).argsort()
+    loss = torch.cat([out.loss for out in outputs.values()])
+    t = torch.cat([out.t for out in outputs.values()])
+    s = torch.cat([out.s for out in outputs.values()])
+    return CascadeOutput(loss[back], t[back], s[back], stages, outputs)
 
 
 def _evaluates_once(objective: Objective) -> bool:
