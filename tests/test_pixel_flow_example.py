@@ -22,6 +22,7 @@ pixel_flow = pytest.importorskip("pixel_flow")
 reading = pytest.importorskip("reading")
 compare = pytest.importorskip("pixel_flow_compare")
 costs = pytest.importorskip("pixel_flow_costs")
+normal_pictures = pytest.importorskip("normal_pictures")
 Config = pytest.importorskip("pixel_flow_settings").Config
 
 CONFIGS = EXAMPLES / "pixel_flow" / "configs"
@@ -111,6 +112,24 @@ def test_dropped_classes_and_captions_are_the_null_condition_of_guidance():
 def test_captions_are_unicodes_names():
     assert pixel_flow.unicode_name("1f34e") == "red apple"
     assert pixel_flow.unicode_name("digit") == ""
+
+
+# --- normal pictures
+
+
+def test_the_exact_velocity_makes_the_pictures_law_with_an_error_of_first_order(monkeypatch):
+    """Euler's error falls as 1/n, its square, which the Frechet distance is, as 1/n^2."""
+    monkeypatch.setattr(normal_pictures, "SIDE", 8)
+    covariance = normal_pictures.covariance_of_pictures()
+    noise = torch.eye(64, dtype=torch.float64).reshape(-1, 1, 8, 8)
+    for stages in (1, 2):
+        sampler = normal_pictures.sampler_of(stages, covariance)
+        found = []
+        for steps in (16, 32):
+            made = sampler.sample(noise, steps=steps).flatten(1)
+            found.append(normal_pictures.distance(made.T @ made, covariance))
+        assert 3 < found[0] / found[1] < 5
+    assert normal_pictures.distance(covariance, covariance) < 1e-12
 
 
 # --- a run

@@ -141,9 +141,8 @@ def right_class(config: Config, samples: Tensor, labels: Tensor) -> float:
 
 
 def flat(pixels: Tensor) -> Any:
-    """Return uint8 pictures ``(N, 3, H, W)`` as rows of numbers, half the size, one colour."""
-    grey = pixels.float().mean(1, keepdim=True) / 255
-    return torch.nn.functional.avg_pool2d(grey, 2).flatten(1).numpy()
+    """Return uint8 pictures ``(N, 3, H, W)`` as rows of numbers, of one colour."""
+    return (pixels.float().mean(1) / 255).flatten(1).numpy()
 
 
 if __name__ == "__main__":
