@@ -75,7 +75,8 @@ def plan_of(
         count: None takes as many as the config says.
     """
     e = config.evaluation
-    return Plan(count or e.samples, classes, shape, batch=e.batch, shard=e.shard)
+    count = count or e.samples
+    return Plan(count, classes, shape, batch=e.batch, shard=e.shard)
 
 
 @torch.no_grad()
@@ -118,7 +119,8 @@ def evaluate(
     Returns:
         The scores of the first set, in the first process.
     """
-    device, rank = accelerator.device, accelerator.process_index
+    device = accelerator.device
+    rank = accelerator.process_index
     for folder, one in sets_of(config, plan).items():
         one.draw(draw, folder, maker, device, rank, accelerator.num_processes)
     accelerator.wait_for_everyone()
@@ -184,14 +186,16 @@ def ratios(
     It compares as many samples as there are held-out pictures, where these are fewer.
     """
     e = config.evaluation
-    others = images_of(replace(config.data, path=e.held_out), config.out.parent)
+    validation = replace(config.data, path=e.held_out)
+    others = images_of(validation, config.out.parent)
     count = min(len(samples), len(others))
     mine: dict[str, Features] = {}
     real: dict[str, Features] = {}
     held_out: dict[str, Features] = {}
     for extractor in extractors_of(config, device):
         name = extractor.name
-        mine[name] = features_of(extractor, samples[:count].split(e.batch))
+        batches = samples[:count].split(e.batch)
+        mine[name] = features_of(extractor, batches)
         real[name] = reference_of(config, extractor, pictures)
         path = config.out / f"held-out-{name}.safetensors"
         features = kept_features(path, config, extractor, others, e.held_out)
@@ -252,7 +256,8 @@ def reference_of(config: ProgramConfig, extractor: Extractor, images: Images) ->
     """
     e = config.evaluation
     if e.reference:
-        images = images_of(replace(config.data, path=e.reference), config.out.parent)
+        reference = replace(config.data, path=e.reference)
+        images = images_of(reference, config.out.parent)
     path = config.out / f"reference-{extractor.name}.safetensors"
     return kept_features(path, config, extractor, images, e.reference or config.data.path)
 

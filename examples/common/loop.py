@@ -72,7 +72,10 @@ def accelerator_of(
     precision = "no"
     if t.bfloat16:
         precision = "bf16"
-    trackers: list[Any] = [name for name in ("tensorboard", "wandb") if getattr(t, name)]
+    trackers: list[Any] = []
+    for name in ("tensorboard", "wandb"):
+        if getattr(t, name):
+            trackers.append(name)
     accelerator = Accelerator(
         cpu=t.cpu or not torch.cuda.is_available(),
         mixed_precision=precision,
@@ -153,7 +156,8 @@ def rate(step: int, t: TrainingConfig, count: int) -> float:
 
 def take(run: Run, step: int, stream: Iterator[Sequence[Tensor]], log: Log, logged: bool) -> None:
     """Take one step: the losses of this process's rows, their gradients, the update."""
-    stage, accelerator = run.stage, run.accelerator
+    stage = run.stage
+    accelerator = run.accelerator
     t = stage.training
     run.step = step
     run.optimizer.zero_grad(set_to_none=True)
@@ -246,7 +250,8 @@ def fit(stage: Stage, accelerator: Accelerator, profile: Profile | None = None) 
         RunError: if too many steps were not finite, or the folder holds a run of other settings.
         SystemExit: with code 0, when SIGTERM came; the step was finished and saved.
     """
-    t, count = stage.training, len(stage.rows)
+    t = stage.training
+    count = len(stage.rows)
     steps = steps_of(t, count)
     run = Run(stage, accelerator)
     start = run.resume()
@@ -285,7 +290,8 @@ def fit(stage: Stage, accelerator: Accelerator, profile: Profile | None = None) 
 
 def keep(run: Run, log: Log, logged: bool, signals: Sequence[int]) -> None:
     """Write down, save and look at what a step left, as far as its number asks for it."""
-    t, done = run.stage.training, run.step + 1
+    t = run.stage.training
+    done = run.step + 1
     if logged or run.accelerator.device.type == "cpu":
         run.check_finite()
     if logged:
@@ -306,8 +312,10 @@ def look(run: Run, done: int, steps: int) -> None:
         done: how many steps were taken; a look that was is not repeated.
         steps: of the whole training.
     """
-    stage, accelerator = run.stage, run.accelerator
-    if stage.look is None or (done % stage.training.look_every and done != steps):
+    stage = run.stage
+    accelerator = run.accelerator
+    asked = done % stage.training.look_every == 0 or done == steps
+    if stage.look is None or not asked:
         return
     averaged = run.averaged()
     if accelerator.is_main_process and not stage.look.was(done):

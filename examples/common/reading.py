@@ -134,7 +134,8 @@ def from_command_line(
         check: raises `SettingsError` where what a config names is not there.
         runs: the folder of runs.
     """
-    asked, given = [], []
+    asked = []
+    given = []
     for argument in sys.argv[1:]:
         if argument.startswith("-"):
             asked.append(argument)

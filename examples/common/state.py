@@ -52,7 +52,8 @@ class Run:
         self.stage = stage
         self.accelerator = accelerator
         t = stage.training
-        rank, ranks = accelerator.process_index, accelerator.num_processes
+        rank = accelerator.process_index
+        ranks = accelerator.num_processes
         self.shares = share_of(t.batch, rank, ranks, t.accumulate)
         self.step = 0
         self.loss = torch.zeros((), device=accelerator.device)
@@ -99,7 +100,8 @@ class Run:
 
         accelerate would take a CPU's FSDP2 for DDP, and average what is not sharded yet.
         """
-        accelerator, network = self.accelerator, self.stage.network
+        accelerator = self.accelerator
+        network = self.stage.network
         sharded = self.stage.training.sharded and accelerator.num_processes > 1
         for average in self.averages.values():
             average.to(accelerator.device)
@@ -153,7 +155,8 @@ class Run:
         found = self.checkpoints.latest()
         if found is None:
             return 0
-        step, parts = found[0], unpacked(found[1])
+        step, table = found
+        parts = unpacked(table)
         for name, state in self.state().items():
             fill(state, parts.get(name, {}), self.stage.folder)
         for name, (optimizer, network) in self.optimizers().items():

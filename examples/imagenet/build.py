@@ -104,9 +104,11 @@ def generator_of(config: Config, classes: int) -> CrossFlowGenerator:
                 f"got no generator.{name}; write a preset ({', '.join(PRESETS)}), or depth, width "
                 "and heads"
             )
-    patch, outputs = g.patch, 3
+    patch = g.patch
+    outputs = 3
     if g.space == "latent":
-        patch, outputs = 1, g.channels
+        patch = 1
+        outputs = g.channels
     torch.manual_seed(config.training.seed)
     network = CrossFlowGenerator(
         g.channels,
@@ -141,7 +143,8 @@ def objective_of(config: Config, estimate: Callable[[Tensor], Tensor] | None = N
         config: of the run.
         estimate: from images to latents, where the velocity is estimated.
     """
-    o, g = config.objective, config.generator
+    o = config.objective
+    g = config.generator
     dim = g.channels * g.grid**2
     times: Any = UniformTimes()
     if o.shifted:

@@ -39,7 +39,8 @@ def encoded(config: Config, accelerator: Accelerator) -> Path:
     fit = functools.partial(loop.fit, accelerator=accelerator)
     encoder = stage_one.encoder_of(config, images, accelerator, fit)
     folder = Path(config.data.latents or config.out / "latents")
-    rank, ranks = accelerator.process_index, accelerator.num_processes
+    rank = accelerator.process_index
+    ranks = accelerator.num_processes
     encode(images, encoder, folder, flip=config.data.flip, rank=rank, ranks=ranks)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

@@ -39,18 +39,21 @@ def look_of(
         encoder: whose decoder takes latents to images.
         device: where samples are drawn.
     """
-    g, e = config.generator, config.evaluation
+    g = config.generator
+    e = config.evaluation
     classes = len(images.names)
     shape = (g.channels, g.grid, g.grid)
     plan = judging.plan_of(config, classes, shape, WATCHED)
 
     def draw(averaged: nn.Module) -> Tensor:
-        return judging.drawn(plan, build.sampler_of(config, averaged, encoder), device)
+        sample = build.sampler_of(config, averaged, encoder)
+        return judging.drawn(plan, sample, device)
 
     def score(samples: Tensor) -> Mapping[str, float]:
         extractor = judging.extractor_of(config, device)
         features = features_of(extractor, samples.split(plan.batch))
-        scores = judge(extractor, features, judging.reference_of(config, extractor, images))
+        real = judging.reference_of(config, extractor, images)
+        scores = judge(extractor, features, real)
         return scores.values | {"score": scores.kid}
 
     if e.extractor == "inception":  # compare.py and evaluate.py judge by it, once it is finished
@@ -81,14 +84,17 @@ def write(config: Config) -> Path:
 
 def summary(config: Config, images: Images, log: list[dict[str, Any]]) -> Any:
     """Return a table of what was trained, on what, and for how long."""
-    c, t = config, config.training
+    c = config
+    t = config.training
+    steps = page.steps_done(log)
+    minutes = page.seconds_logged(log) / 60
     rows = [
         ("pictures", f"{images.report()}, {c.data.size} pixels"),
         ("encoder", c.encoder.name or "trained on the spot"),
         ("objective", objective_line(c)),
         *image_losses(c).items(),
-        ("optimiser", f"{t.optimizer}, {page.steps_done(log)} steps of {t.batch}"),
-        ("time", f"{page.seconds_logged(log) / 60:.1f} minutes of training logged"),
+        ("optimiser", f"{t.optimizer}, {steps} steps of {t.batch}"),
+        ("time", f"{minutes:.1f} minutes of training logged"),
     ]
     return ("what", "value"), rows
 

@@ -58,7 +58,8 @@ def averaged(config: Config, average: float | None = None) -> CrossFlowGenerator
             if part.startswith("ema-"):
                 kept.append(part.removeprefix("ema-"))
         raise RunError(f"got the average {average}; the run keeps {', '.join(kept)}")
-    network = build.generator_of(config, classes_of(parts[name]))
+    classes = classes_of(parts[name])
+    network = build.generator_of(config, classes)
     fill(network.state_dict(), parts[name], folder)
     return network.requires_grad_(False).eval()
 
@@ -97,7 +98,8 @@ def pipeline(config: Config, average: float | None = None) -> None:
     made["weights"] = digest(generator)
     if shipped_of(config).get("weights") != made["weights"]:
         judging.forget(config)
-    write_beside(config.out / SHIPPED, json.dumps(made) + "\n")
+    text = json.dumps(made)
+    write_beside(config.out / SHIPPED, text + "\n")
 
 
 def shipped_of(config: Config) -> dict[str, Any]:
@@ -153,9 +155,11 @@ def evaluate(config: Config, accelerator: Accelerator) -> Scores | None:
     """
     device = accelerator.device
     generator = generator_of_run(config).to(device).eval()
-    draw = build.sampler_of(config, generator, needed_encoder(config, device))
+    encoder = needed_encoder(config, device)
+    draw = build.sampler_of(config, generator, encoder)
     plan = plan_of(config, generator)
-    scores = judging.evaluate(config, plan, draw, digest(generator), accelerator)
+    maker = digest(generator)
+    scores = judging.evaluate(config, plan, draw, maker, accelerator)
     if scores is not None and config.generator.space == "image":
         card = report.card(config, generator, chosen(config), scores)
         write_beside(config.out / "pipeline" / "README.md", card)

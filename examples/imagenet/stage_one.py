@@ -38,7 +38,8 @@ Train = Callable[[Stage], nn.Module]
 
 def shape_of(config: Config) -> tuple[int, int, int]:
     """Return the shape of the latents that stage 1 of a config will make."""
-    stage, pack = config.encoder.stage_one, config.encoder.pack or 1
+    stage = config.encoder.stage_one
+    pack = config.encoder.pack or 1
     shrunk = stage.linear or 2 ** (len(stage.widths) - 1)
     side = config.data.size // shrunk // pack
     return stage.channels * pack**2, side, side
@@ -50,9 +51,11 @@ def check_fit(config: Config, latent: tuple[int, ...]) -> None:
     Raises:
         InputError: if they do not; it says what to write.
     """
-    g, size = config.generator, config.data.size
+    g = config.generator
+    size = config.data.size
+    shape = (g.channels, g.grid, g.grid)
     sides_fit = g.space == "latent" or g.grid * g.patch == size
-    if tuple(latent) != (g.channels, g.grid, g.grid) or not sides_fit:
+    if tuple(latent) != shape or not sides_fit:
         raise InputError(
             f"got latents of {tuple(latent)} for images of {size}; write "
             f"generator.channels={latent[0]} generator.grid={latent[1]} "
@@ -74,7 +77,8 @@ def encoder_of(
     Raises:
         RunError: if weights are missing.
     """
-    e, device = config.encoder, accelerator.device
+    e = config.encoder
+    device = accelerator.device
     if e.stage_one is not None:
         folder = config.out / "encoder"
         if not (folder / "config.json").exists():
@@ -97,7 +101,8 @@ def loaded(config: Config) -> LatentEncoder:
     Raises:
         RunError: if what is there cannot be read; it says what to delete.
     """
-    e, folder = config.encoder, config.out / "encoder"
+    e = config.encoder
+    folder = config.out / "encoder"
     if e.stage_one is not None:
         try:
             return load_encoder(folder, sample=e.sample, pack=e.pack)
@@ -282,7 +287,8 @@ def reconstruction_losses(
             "reconstruction": (made - images).abs().flatten(1).mean(1),
             "kl": posterior.kl() / posterior.mean[0].numel(),
         }
-        weights: dict[str, float | Tensor] = {"reconstruction": 1.0, "kl": stage.kl}
+        weights: dict[str, float | Tensor] = {"kl": stage.kl}
+        weights["reconstruction"] = 1.0
         cost = Losses(terms, weights, made=made, real=images)
         add_perceptual(cost, perceptual, (made, images))
         add_adversarial(cost, adversary, stage.adversarial, draws)

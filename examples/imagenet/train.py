@@ -115,7 +115,8 @@ def prepared(config: Config, accelerator: Accelerator, judged: bool = False) -> 
         accelerator: of its processes.
         judged: whether the run will be judged, for which the judge's weights are needed.
     """
-    device, rank = accelerator.device, accelerator.process_index
+    device = accelerator.device
+    rank = accelerator.process_index
     if config.generator.compile:  # the log asks for each term's gradient before their sum's
         torch._functorch.config.donated_buffer = False
     images = build.images_of(config)
