@@ -192,11 +192,14 @@ def spread(count: int, length: int) -> list[int]:
 
 
 def curves(log: Log) -> list[Part]:
-    """Return the losses, the scores and the gradients' norms of a log, where it has them."""
-    parts: list[Part] = ["Losses, and scores of a few samples, over training:"]
-    parts.append(demo_page.losses(log))
-    if any(record.get("watch") for record in log):
-        parts.append(demo_page.scores(log))
+    """Return the losses, the scores and the gradients' norms of a log, where it has them.
+
+    One look is no curve.
+    """
+    parts: list[Part] = ["Losses over training:", demo_page.losses(log)]
+    looks = [record for record in log if record.get("watch")]
+    if len(looks) > 1:
+        parts += ["Scores of a few samples over training:", demo_page.scores(looks)]
     sloped = [record for record in log if "t" in record.get("slopes_by", {})]
     if any(record["slopes_by"]["t"] for record in sloped):
         parts.append("Norms of each term's gradient at the prediction, by t:")
@@ -209,14 +212,15 @@ def settings_table(settings: Mapping[str, Any]) -> Part:
     return ("setting", "value"), list(journal.texts(settings).items())
 
 
-def provenance(log: Log, device: torch.device) -> Part:
-    """Return what made a run: the command, the versions, the device, the time."""
+def provenance(log: Log, device: torch.device | None = None) -> Part:
+    """Return what made a run and its page: the command, the versions, the time, the device."""
     rows = [
         ("command", shlex.join(["python", *sys.argv])),
         ("versions", f"flowspace {flowspace.__version__}, torch {torch.__version__}"),
-        ("device", name_of(device)),
         ("time", f"{seconds_logged(log) / 60:.1f} minutes of training logged"),
     ]
+    if device is not None:
+        rows.append(("device", name_of(device)))
     return ("made by", ""), rows
 
 

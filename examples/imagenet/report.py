@@ -78,23 +78,22 @@ def write(config: Config) -> Path:
     parts += page.curves(log)
     if config.generator.space == "image":
         parts += by_time(config, images)
-    parts += [commands(config)]
+    parts += [commands(config), page.provenance(log)]
+    parts += [page.settings_table(config.as_dict())]
     return page.write(config.out / "report.html", config.name, parts)
 
 
 def summary(config: Config, images: Images, log: list[dict[str, Any]]) -> Any:
-    """Return a table of what was trained, on what, and for how long."""
+    """Return a table of what was trained, and on what."""
     c = config
     t = config.training
     steps = page.steps_done(log)
-    minutes = page.seconds_logged(log) / 60
     rows = [
         ("pictures", f"{images.report()}, {c.data.size} pixels"),
         ("encoder", c.encoder.name or "trained on the spot"),
         ("objective", objective_line(c)),
         *image_losses(c).items(),
         ("optimiser", f"{t.optimizer}, {steps} steps of {t.batch}"),
-        ("time", f"{minutes:.1f} minutes of training logged"),
     ]
     return ("what", "value"), rows
 
