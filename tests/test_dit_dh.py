@@ -117,8 +117,8 @@ def placed(cells):
 class ByHand:
     """The network once more, written from the papers in plain products."""
 
-    def __init__(self, weights):
-        self.weights = weights
+    def __init__(self, weights, turn=rotated):
+        self.weights, self.turn = weights, turn
 
     def __call__(self, z, t, s, y):
         time = self.embedded("time", t)
@@ -154,7 +154,7 @@ class ByHand:
         inside = self.norm(f"{name}.norm1", x) * (1 + found[1]) + found[0]
         q, k, v = self.linear(f"{name}.qkv", inside).unflatten(2, (3, 4, -1)).unbind(2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        scores = rotated(q) @ rotated(k).mT / q.shape[-1] ** 0.5
+        scores = self.turn(q) @ self.turn(k).mT / q.shape[-1] ** 0.5
         mixed = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
         x = x + found[2] * self.linear(f"{name}.proj", mixed)
         inside = self.norm(f"{name}.norm2", x) * (1 + found[4]) + found[3]
@@ -289,6 +289,114 @@ def test_saved_and_loaded_it_is_the_same_to_the_bit(tmp_path):
     again = DiTDH.from_pretrained(tmp_path)
     assert torch.equal(network(z, t, s, labels=y), again(z, t, s, labels=y))
     assert dict(again.config)["average"] is True
+
+
+# --- the layout of RAE's code ------------------------------------------------------------------
+
+
+def published(average):
+    """Random weights of the small network, by the names and shapes of RAE's own code."""
+    shapes = {
+        "s_embedder.proj.weight": (32, 6, 1, 1),
+        "s_embedder.proj.bias": (32,),
+        "x_embedder.proj.weight": (48, 6, 1, 1),
+        "x_embedder.proj.bias": (48,),
+        "s_projector.weight": (48, 32),
+        "s_projector.bias": (48,),
+        "y_embedder.embedding_table.weight": (6, 32),
+        "final_layer.norm_final.weight": (48,),
+        "final_layer.linear.weight": (6, 48),
+        "final_layer.linear.bias": (6,),
+        "final_layer.adaLN_modulation.1.weight": (96, 48),
+        "final_layer.adaLN_modulation.1.bias": (96,),
+        "enc_feat_rope.freqs_cos": (16, 8),
+        "dec_feat_rope.freqs_cos": (16, 12),
+    }
+    for name in ("t_embedder", "r_embedder")[: 1 + average]:
+        shapes |= {f"{name}.W": (256,), f"{name}.mlp.0.weight": (32, 512)}
+        shapes |= {f"{name}.mlp.0.bias": (32,), f"{name}.mlp.2.weight": (32, 32)}
+        shapes |= {f"{name}.mlp.2.bias": (32,)}
+    for i, d in enumerate((32, 32, 48, 48)):
+        layers = {"attn.qkv": (3 * d, d), "attn.proj": (d, d), "adaLN_modulation.1": (6 * d, d)}
+        layers |= {"mlp.w12": (2 * (8 * d // 3), d), "mlp.w3": (d, 8 * d // 3)}
+        for name, shape in layers.items():
+            shapes |= {f"blocks.{i}.{name}.weight": shape, f"blocks.{i}.{name}.bias": shape[:1]}
+        shapes |= {f"blocks.{i}.norm1.weight": (d,), f"blocks.{i}.norm2.weight": (d,)}
+    draw = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, shape in shapes.items():
+        tensors[name] = 0.2 * torch.randn(shape, generator=draw)
+    tensors["pos_embed"] = placed(torch.zeros(1, 16, 32))
+    return tensors
+
+
+def by_our_names(tensors):
+    """The same, q and k in the order in which they are, so that neighbours turn together."""
+    pairs = [
+        ("s_embedder.proj", "embed"),
+        ("x_embedder.proj", "head_embed"),
+        ("s_projector", "project"),
+        ("y_embedder.embedding_table", "label"),
+        ("t_embedder.W", "time.frequencies"),
+        ("r_embedder.W", "difference.frequencies"),
+        ("t_embedder", "time"),
+        ("r_embedder", "difference"),
+        ("final_layer.", "last."),
+        ("norm_final", "norm"),
+        ("adaLN_modulation.1", "modulation"),
+        ("attn.", ""),
+        ("blocks.2.", "head_blocks.0."),
+        ("blocks.3.", "head_blocks.1."),
+        ("mlp.0", "first"),
+        ("mlp.2", "second"),
+        ("mlp.w3", "mlp.fc2"),
+    ]
+    found = {}
+    for name, value in tensors.items():
+        for old, new in pairs:
+            name = name.replace(old, new)
+        if "mlp.w12" in name:
+            gate, linear = value.double().chunk(2)
+            found[name.replace("w12", "fc1_g")] = gate
+            found[name.replace("w12", "fc1_x")] = linear
+        else:
+            found[name] = value.double().squeeze()
+    return found
+
+
+def rotated_neighbours(x):
+    """Pairs (2 i, 2 i + 1) as complex numbers, turned as `rotated` turns (i, i + half)."""
+    halves = torch.cat([x[..., ::2], x[..., 1::2]], -1)
+    return rotated(halves).unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_weights_of_raes_code_are_the_network_that_turns_neighbours(average, tmp_path):
+    tensors = published(average)
+    torch.save(tensors, tmp_path / "stage2_model.pt")
+    network = DiTDH.from_published(tmp_path / "stage2_model.pt").double()
+    z, t, s, y = batch(dtype=torch.float64)
+    wanted = ByHand(by_our_names(tensors), rotated_neighbours)(z, t, s, y)
+    torch.testing.assert_close(network(z, t, s, labels=y), wanted, rtol=1e-5, atol=1e-5)
+    assert network.config["average"] is average and network.require_null() == 5
+    assert wanted.std() > 0.1
+
+
+def test_what_is_not_in_raes_layout_is_one_clear_error(tmp_path):
+    path, tensors = tmp_path / "weights.pt", published(False)
+    for name, value, says in (
+        ("blocks.1.mlp.w3.weight", None, "mlp.fc2"),
+        ("s_embedder.proj.weight", None, "s_embedder"),
+        ("blocks.1.attn.proj.bias", torch.zeros(3), r"blocks\.1\.proj"),
+        ("something.weight", torch.zeros(3), "something"),
+        ("pos_embed", torch.zeros(1, 16, 32), "other positions"),
+    ):
+        changed = {key: tensor for key, tensor in tensors.items() if key != name}
+        if value is not None:
+            changed[name] = value
+        torch.save(changed, path)
+        with pytest.raises(RunError, match=says):
+            DiTDH.from_published(path)
 
 
 # --- derivatives, compilation, precision -------------------------------------------------------

@@ -19,7 +19,8 @@ Times are as everywhere here, t = 0 data and t = 1 noise, which are RAE's too.
 """
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from flowspace.vision.layers import (
     turned,
 )
 from flowspace.vision.shapes import pair_of
+from flowspace.vision.weights import read_tensors
 
 __all__ = ["SIZES", "DiTDH"]
 
@@ -159,6 +161,31 @@ class DiTDH(CheckedModel):
         made = cls(**(config | {"average": True}))
         made.load_state_dict(taught.state_dict(), strict=False)
         return made.to(taught.embed.weight)  # type: ignore[arg-type]  # its device and dtype
+
+    @classmethod
+    def from_published(cls, path: str | Path) -> "DiTDH":
+        """Load a file of weights in the layout of RAE's own code, such as ``stage2_model.pt``, or
+        of MF-RAE's, which is MeanFlow's form.
+
+        Sizes are read off the tensors. The null class counts as trained, as it was there.
+
+        Args:
+            path: a checkpoint of torch or a safetensors file, of tensors alone.
+
+        Raises:
+            RunError: if the file cannot be read, or its names or shapes do not make the network.
+        """
+        tensors = read_tensors(Path(path))
+        try:
+            made = cls(**_published_sizes(tensors))
+            made.load_state_dict(_from_published(tensors, made.config))
+        except (KeyError, IndexError, RuntimeError, InputError) as error:
+            raise RunError(
+                f"{path} is not a DiT^DH in the layout of RAE's code: {error}"
+            ) from error
+        if not _same_positions(tensors["pos_embed"], made.config):
+            raise RunError(f"{path} has other positions than sines and cosines of the grid")
+        return made
 
     def compile_blocks(self, **options: Any) -> "DiTDH":
         """Compile each block in place; returns itself.
@@ -387,3 +414,100 @@ def _check_width(name: str, width: int, of_heads: str, heads: int) -> None:
             f"got {name} = {width}, {of_heads} = {heads}; rotary positions need a width that is a "
             "multiple of 4 heads"
         )
+
+
+# --- the layout of RAE's code ------------------------------------------------------------------
+
+RENAMED = {
+    "s_embedder.proj": "embed",
+    "x_embedder.proj": "head_embed",
+    "s_projector": "project",
+    "y_embedder.embedding_table": "label",
+    "final_layer.norm_final": "last.norm",
+    "final_layer.linear": "last.linear",
+    "final_layer.adaLN_modulation.1": "last.modulation",
+}
+EMBEDDINGS = {"t_embedder": "time", "r_embedder": "difference"}
+IN_BLOCK = {
+    "norm1": "norm1",
+    "norm2": "norm2",
+    "attn.qkv": "qkv",
+    "attn.proj": "proj",
+    "mlp.w3": "mlp.fc2",
+    "adaLN_modulation.1": "modulation",
+}
+"""Modules there, and here. Both SwiGLU's first layers are one there, ``mlp.w12``."""
+
+FIXED = ("pos_embed", "enc_feat_rope.", "dec_feat_rope.")
+"""What is computed here."""
+
+
+def _published_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the arguments of the constructor, as the tensors' shapes say them."""
+    width, channels = tensors["s_embedder.proj.weight"].shape[:2]
+    head_width = tensors["x_embedder.proj.weight"].shape[0]
+    norms = [len(value) for name, value in tensors.items() if name.endswith(".norm1.weight")]
+    return {
+        "channels": channels,
+        "grid": math.isqrt(tensors["pos_embed"].shape[1]),
+        "classes": len(tensors["y_embedder.embedding_table.weight"]) - 1,
+        "depth": norms.count(width),
+        "width": width,
+        "heads": width // tensors["enc_feat_rope.freqs_cos"].shape[1],
+        "head_depth": norms.count(head_width),
+        "head_width": head_width,
+        "head_heads": head_width // tensors["dec_feat_rope.freqs_cos"].shape[1],
+        "average": "r_embedder.W" in tensors,
+        "null_trained": True,
+    }
+
+
+def _from_published(tensors: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
+    """Return the tensors by their names here."""
+    found = {}
+    for name, value in tensors.items():
+        if name.startswith(FIXED):
+            continue
+        module, _, kind = name.rpartition(".")
+        first, _, rest = module.partition(".")
+        if first == "blocks":
+            found |= _of_block(rest, kind, value, config)
+        elif name.endswith("_embedder.W"):
+            found[f"{EMBEDDINGS[module]}.frequencies"] = value
+        elif first in EMBEDDINGS:
+            layer = {"mlp.0": "first", "mlp.2": "second"}[rest]
+            found[f"{EMBEDDINGS[first]}.{layer}.{kind}"] = value
+        else:
+            flat = value
+            if value.ndim == 4:  # of a convolution of 1 x 1
+                flat = value.flatten(1)
+            found[f"{RENAMED[module]}.{kind}"] = flat
+    return found
+
+
+def _of_block(module: str, kind: str, value: Tensor, config: Any) -> dict[str, Tensor]:
+    """Return the tensors of a block's module: the encoder's are numbered before the head's."""
+    number, _, name = module.partition(".")
+    place, heads = f"blocks.{number}", config["heads"]
+    if int(number) >= config["depth"]:
+        place, heads = f"head_blocks.{int(number) - config['depth']}", config["head_heads"]
+    if name == "mlp.w12":
+        gate, linear = value.chunk(2)
+        return {f"{place}.mlp.fc1_g.{kind}": gate, f"{place}.mlp.fc1_x.{kind}": linear}
+    if name == "attn.qkv":
+        value = _with_halves(value, heads)
+    return {f"{place}.{IN_BLOCK[name]}.{kind}": value}
+
+
+def _with_halves(value: Tensor, heads: int) -> Tensor:
+    """Put the rows of q and k in another order: neighbours turn together there, here the i-th and
+    the i-th of the second half. Their products stay what they are.
+    """
+    q, k, v = value.unflatten(0, (3, heads, -1, 2)).unbind(0)  # (heads, size / 2, 2, ...)
+    q, k = q.transpose(1, 2).flatten(0, 2), k.transpose(1, 2).flatten(0, 2)
+    return torch.cat([q, k, v.flatten(0, 2)])
+
+
+def _same_positions(given: Tensor, config: Any) -> bool:
+    own = sines_of_grid(config["grid"], config["grid"], config["width"], given.device)
+    return torch.allclose(given[0].float(), own, atol=1e-3)
