@@ -292,14 +292,9 @@ def in_latents(
 
 
 def teacher_of(work: Work, encoder: LatentEncoder) -> DiTDH:
-    """Return the frozen teacher: from its folder, or from the stage that trains it.
-
-    Raises:
-        InputError: if the network in the folder has other sizes than the config.
-    """
+    """Return the frozen teacher: from its folder, or from the stage that trains it."""
     config, sizes = work.config, work.config.sizes(len(work.images.names))
     if config.teacher is not None:
-        DiTDH.from_flow_matching(config.teacher, **sizes)  # says what does not fit
         teacher = DiTDH.from_pretrained(config.teacher)
     else:
         torch.manual_seed(config.training.seed)
@@ -329,17 +324,26 @@ def copied(network: DiTDH) -> DiTDH:
     return copy.deepcopy(network).requires_grad_(True).train()
 
 
-def baseline_steps(config: Config, count: int) -> int:
-    """Return for how many steps MeanFlow is trained alone: for the evaluations of all stages."""
-    objectives = objectives_of(config, no_teacher)
-    total = 0.0
+def with_baseline(config: Config, count: int) -> Config:
+    """Return the config with as many steps of the baseline as have the evaluations of all stages
+    in latents, where it does not say how many.
+
+    Args:
+        config: of the run.
+        count: pictures.
+    """
+    scratch = config.scratch
+    if scratch is None or scratch.steps is not None or scratch.epochs is not None:
+        return config
+    objectives, total = objectives_of(config, no_teacher), 0.0
     for name in STAGES[1:-1]:
         stage = getattr(config, name)
         if stage is not None:
             t = stage.over(config.training, 0)
             total += steps_of(t, count) * t.batch * objectives[name][1]
-    scratch: Any = config.scratch
-    return round(total / (scratch.over(config.training, 0).batch * objectives["scratch"][1]))
+    batch = scratch.over(config.training, 0).batch
+    steps = round(total / (batch * objectives["scratch"][1]))
+    return replaced(config, scratch={"steps": steps})
 
 
 def main(config: Config, options: Sequence[str] = ()) -> None:
@@ -352,13 +356,9 @@ def main(config: Config, options: Sequence[str] = ()) -> None:
     accelerator = accelerator_of(config.training, config.out, as_dict(config))
     check_processes(config.training, accelerator, "examples/mean_flow_rae/mean_flow_rae.py")
     images = images_of(config.data, config.out.parent)
-    if (
-        config.scratch is not None
-        and config.scratch.steps is None
-        and config.scratch.epochs is None
-    ):
-        steps = baseline_steps(config, len(images))
-        config = replaced(config, scratch={"steps": steps})
+    config = with_baseline(config, len(images))
+    if config.teacher is not None:  # refused before a step is paid for
+        DiTDH.from_flow_matching(config.teacher, **config.sizes(len(images.names)))
     work = Work(config, accelerator, images, images)
     with locked_by_first(config.out, accelerator):
         encoder = representation(work)

