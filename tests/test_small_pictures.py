@@ -95,3 +95,29 @@ def test_emoji_of_some_classes_alone_are_drawn(program, tmp_path):
     folder = emoji.draw(tmp_path / "food", 8, ("food",))
     assert [place.name for place in folder.iterdir()] == ["food"]
     assert len(list(folder.glob("food/*.png"))) == len(list(emoji.code_points("food")))
+
+
+def test_the_emoji_config_fits_its_first_stage_in_closed_form(program, tmp_path, monkeypatch):
+    """Nothing is trained, and the latents have the shape that the config's generator takes."""
+    accelerate = pytest.importorskip("accelerate")
+    imagenet = BENCHMARKS.parent / "examples" / "imagenet"
+    monkeypatch.syspath_prepend(str(imagenet))
+    settings, stage_one = importlib.import_module("settings"), importlib.import_module("stage_one")
+    draw = torch.Generator().manual_seed(0)
+    for number in range(40):
+        place = tmp_path / "pictures" / str(number % 2)
+        place.mkdir(parents=True, exist_ok=True)
+        picture = torch.randint(0, 256, (3, 64, 64), generator=draw, dtype=torch.uint8)
+        write_png(picture, str(place / f"{number}.png"))
+    changes = [f"data.path={tmp_path / 'pictures'}", f"out={tmp_path / 'run'}"]
+    config = settings.load(imagenet / "configs" / "emoji.yaml", changes)
+    images = importlib.import_module("pictures").images_of(config.data)
+    encoder = stage_one.encoder_of(config, images, accelerate.Accelerator(cpu=True), train=None)
+    latents = torch.cat(
+        [encoder.encode(part) for part in stage_one.first_pictures(images, 40, "cpu")]
+    )
+    wanted = stage_one.shape_of(config)
+    assert latents.shape == (40, *wanted)
+    stage_one.check_fit(config, wanted)
+    torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(8), rtol=0, atol=1e-4)
+    torch.testing.assert_close(latents.std((0, 2, 3), correction=0), torch.ones(8))
