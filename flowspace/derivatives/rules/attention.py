@@ -10,8 +10,9 @@ where products of scores are elementwise. The value is left to torch's fused ker
 no scores. For the tangent they are formed again, a block of queries at a time, so that no more
 memory is needed than for one block:
 
-* eager, `_write_blocks`: a block is some queries of one head, for one or several rows of the
-  batch; its tangent is written to its place in the output, and the memory of S is used for dS;
+* eager, `_eager_tangent`: where all heads of a row fit into a block, a block is all queries of
+  some heads of some rows, so that short sequences cost few kernels; else it is some queries of one
+  head, for one or several rows. The memory of S is used for dS;
 * traced, `_traced_tangent`: a block is some queries of all heads and rows, as formulas without
   writes, which a compiler fuses.
 
@@ -77,6 +78,10 @@ class Operands(NamedTuple):
             return self
         return self._replace(key=self.key.mT)
 
+    def merge_heads(self) -> "Operands":
+        """Return operands whose first axis holds the heads of the first row, then the second's."""
+        return self.map(lambda x: x.flatten(0, 1))
+
     def at_queries(self, block: slice) -> "Operands":
         """Return the operands of some queries: each of them sees all keys and values."""
         return self._replace(query=_cut(self.query, block), mask=_cut(self.mask, block))
@@ -125,7 +130,7 @@ def scaled_dot_product_attention(  # noqa: PLR0913  # torch's arguments
         scale = 1 / math.sqrt(primals.query.shape[-1])
     form = Form(scale, is_causal)
     # all axes before tokens and channels, two at least: the last of them is called heads
-    *lead, tokens, channels = shape
+    lead = list(shape[:-2])
     while len(lead) < 2:
         lead = [1, *lead]
     primals = primals.map(lambda x: _four_axes(x, lead, out.dtype))
@@ -133,11 +138,7 @@ def scaled_dot_product_attention(  # noqa: PLR0913  # torch's arguments
     if call.traced:
         tangent = _traced_tangent(primals, tangents, form)
         return At(tangent.reshape(shape), layout)
-    *batches, heads = lead
-    # in memory the heads of a token lie side by side, so that to merge them next takes no copy
-    tangent = out.new_empty(math.prod(batches), tokens, heads, channels)
-    tangent = tangent.transpose(1, 2)
-    _write_blocks(tangent, primals, tangents, form)
+    tangent = _eager_tangent(primals, tangents, form)
     return At(tangent.reshape(shape), layout)
 
 
@@ -168,18 +169,45 @@ def _cut(x: Tensor | None, block: slice) -> Tensor | None:
 # --- eager
 
 
-def _write_blocks(out: Tensor, primals: Operands, tangents: Operands, form: Form) -> None:
-    """Write the tangent in blocks of rows and queries of one head."""
-    batch, heads, count, _ = primals.query.shape
-    keys = primals.key.shape[2]
+def _eager_tangent(primals: Operands, tangents: Operands, form: Form) -> Tensor:
+    """Return the tangent, (rows, heads, tokens, channels)."""
+    query, value = primals.query, primals.value
+    batch, heads, count, _ = query.shape
+    keys, channels = primals.key.shape[2], value.shape[3]
     primals = primals.transpose_keys()
     tangents = tangents.transpose_keys()
     elements = GPU_BLOCK_ELEMENTS
-    if out.device.type == "cpu":
+    if query.device.type == "cpu":
         elements = BLOCK_ELEMENTS
+    if primals.mask is None and heads * count * keys <= elements:
+        out = value.new_empty(batch * heads, count, channels)
+        at_once = elements // (count * keys)
+        _write_pairs(out, primals.merge_heads(), tangents.merge_heads(), form, at_once)
+        return out.unflatten(0, (batch, heads))
+    # in memory the heads of a token lie side by side, so that to merge them next takes no copy
+    out = value.new_empty(batch, count, heads, channels).transpose(1, 2)
     # first as many queries of one row as fit, then as many rows
     queries = min(count, max(64, elements // keys))
     rows_at_once = max(1, elements // (queries * keys))
+    _write_blocks(out, primals, tangents, form, (rows_at_once, queries))
+    return out
+
+
+def _write_pairs(
+    out: Tensor, primals: Operands, tangents: Operands, form: Form, at_once: int
+) -> None:
+    """Write the tangent in blocks of pairs of a row and a head, which are the first axis."""
+    for first in range(0, len(out), at_once):
+        part = slice(first, first + at_once)
+        _write_block(out[part], primals.at(part), tangents.at(part), form, 0)
+
+
+def _write_blocks(
+    out: Tensor, primals: Operands, tangents: Operands, form: Form, sizes: tuple[int, int]
+) -> None:
+    """Write the tangent in blocks of so many rows and so many queries of one head."""
+    batch, heads, count, _ = out.shape
+    rows_at_once, queries = sizes
     first_rows = range(0, batch, rows_at_once)
     first_queries = range(0, count, queries)
     starts = itertools.product(first_rows, range(heads), first_queries)
