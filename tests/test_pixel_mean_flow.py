@@ -113,6 +113,13 @@ def test_without_guidance_it_is_told_omega_1_on_the_whole_interval():
     assert torch.equal(bare[0], full[0]) and torch.equal(bare[1], full[1])
 
 
+def test_context_tokens_stand_before_the_cells_as_many_as_asked_for():
+    network, (z, t, s, y) = small(tokens=(3, 1, 1, 1, 2)), batch()
+    assert network.position.shape[1] == 8 + 16
+    assert small(classes=0, tokens=(3, 1, 1, 1, 2)).position.shape[1] == 5 + 16
+    assert network(z, t, s, labels=y)[0].shape == z.shape
+
+
 def test_rows_do_not_mix_and_every_parameter_matters():
     network, (z, t, s, y) = small().double(), batch(torch.float64)
     whole = torch.cat(network(z, t, s, labels=y), 1)
@@ -311,7 +318,7 @@ def test_muon_takes_the_matrices_of_trunk_and_heads():
     groups = assign(small(), ("blocks", "image_head", "velocity_head", "scalars"))
     assert "image_head.last.weight" in groups["muon"]
     assert "velocity_head.blocks.1.qkv.weight" in groups["muon"]
-    left = {"label.weight", "position", "embed.down.weight", "tokens.omega"}
+    left = {"label.weight", "position", "embed.down.weight", "token.omega"}
     assert left <= set(groups["adamw"])
 
 
@@ -320,6 +327,7 @@ def test_muon_takes_the_matrices_of_trunk_and_heads():
     [
         (lambda: PixelMeanFlowTransformer.from_preset("xl"), "write one of b, l, h"),
         (lambda: small(size=9), "multiple of the patch"),
+        (lambda: small(tokens=(1, 2)), "a number for each of label, omega"),
         (lambda: small(width=36), "multiple of 4 heads"),
         (lambda: small(head_depth=5), "1 <= head_depth <= depth"),
         (lambda: small()(torch.zeros(1, 1, 8, 8), *torch.ones(2, 1)), r"takes \(3, 8, 8\)"),

@@ -18,7 +18,7 @@ which a permutation of weights undoes, and hidden sizes that are multiples of 8.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,8 +44,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 PRESET_CELLS = 16
 """Cells a side of the presets: patches of 16 pixels at 256, of 32 at 512."""
 
-TOKENS = {"label": 8, "omega": 4, "t_min": 2, "t_max": 2, "step": 4}
-"""Context tokens for each condition, in their order; ``step`` is the length t - s."""
+TOLD = ("label", "omega", "t_min", "t_max", "step")
+"""What context tokens tell, in their order; ``step`` is the length t - s."""
 
 BLOCK_GAIN = 0.32
 """Matrices of blocks begin with this standard deviation over the root of their inputs."""
@@ -65,6 +65,7 @@ class PixelMeanFlowTransformer(CheckedModel):
         heads: of the attention.
         bottleneck: channels between a patch and its token.
         head_depth: how many of the blocks belong to a head; there are so many more in training.
+        tokens: context tokens for the class, omega, t_min, t_max and t - s.
         two_heads: whether the second head is there, which training needs and sampling not.
 
     Raises:
@@ -87,10 +88,15 @@ class PixelMeanFlowTransformer(CheckedModel):
         heads: int = 12,
         bottleneck: int = 128,
         head_depth: int = 8,
+        tokens: Sequence[int] = (8, 4, 2, 2, 4),
         two_heads: bool = True,
     ) -> None:
         super().__init__()
         _check_sizes(size, patch, width, heads)
+        if len(tokens) != len(TOLD):
+            raise InputError(
+                f"got tokens = {tokens}; write a number for each of {', '.join(TOLD)}"
+            )
         if not 0 < head_depth <= depth:
             raise InputError(
                 f"got head_depth = {head_depth}, depth = {depth}; a head's blocks are counted in "
@@ -101,12 +107,14 @@ class PixelMeanFlowTransformer(CheckedModel):
         self.label: nn.Embedding | None = None
         if classes:
             self.label = nn.Embedding(classes + 1, width)
-        counts = {name: TOKENS[name] for name in TOKENS if name != "label" or classes}
-        self.tokens = nn.ParameterDict(
+        counts = dict(zip(TOLD, tokens, strict=True))
+        if not classes:
+            del counts["label"]
+        self.token = nn.ParameterDict(
             {name: nn.Parameter(torch.empty(count, width)) for name, count in counts.items()}
         )
         self.scalars = nn.ModuleDict(
-            {name: TimeEmbedding(width, width) for name in TOKENS if name != "label"}
+            {name: TimeEmbedding(width, width) for name in TOLD if name != "label"}
         )
         length = sum(counts.values()) + (size // patch) ** 2
         self.position = nn.Parameter(torch.empty(1, length, width))
@@ -203,11 +211,11 @@ class PixelMeanFlowTransformer(CheckedModel):
         return image, self._predicted(self.velocity_head, x, turn)
 
     def _context(self, scalars: Mapping[str, Tensor], labels: Tensor | None) -> Tensor:
-        """Return the context tokens ``(B, 20, width)``; 12 where there are no classes."""
+        """Return the context tokens ``(B, 20, width)``, of the class first."""
         embedded = {name: embed(scalars[name]) for name, embed in self.scalars.items()}
         if self.label is not None and labels is not None:
             embedded["label"] = self.label(labels)
-        parts = [tokens + embedded[name][:, None] for name, tokens in self.tokens.items()]
+        parts = [tokens + embedded[name][:, None] for name, tokens in self.token.items()]
         return torch.cat(parts, 1)
 
     def _through(self, blocks: nn.ModuleList, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
@@ -251,7 +259,7 @@ class PixelMeanFlowTransformer(CheckedModel):
             nn.init.normal_(module.weight, std=gain / math.sqrt(module.in_features))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        for tokens in self.tokens.values():
+        for tokens in self.token.values():
             nn.init.normal_(tokens, std=1 / math.sqrt(width))
         if self.label is not None:
             nn.init.normal_(self.label.weight, std=1 / math.sqrt(width))
