@@ -1,0 +1,85 @@
+"""Grey pictures are judged by classifiers that are trained on the spot, and by nothing else.
+
+They are the demo's: small convolutional networks that share no weights and no architecture with
+the generator. They learn from half of the training pictures, and are tried on held-out ones.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pictures import images_of
+from pixel_settings import CLASSIFIERS, Config
+from torch import Tensor, nn
+
+from flowspace.demo.data import Data
+from flowspace.demo.loop import Trainer, TrainSettings
+from flowspace.demo.metrics import Judge, Verdict
+from flowspace.demo.networks import JudgeClassifier
+from flowspace.demo.page import write_beside
+from flowspace.demo.stage_one import JUDGES, classification
+from flowspace.vision.data import Images
+
+PLAN = TrainSettings(steps=600, batch=64)
+"""How long a judge learns."""
+
+
+def evaluate(config: Config, samples: Tensor) -> Mapping[str, float]:
+    """Judge the samples of a run, and leave ``metrics.json`` in its folder.
+
+    Args:
+        config: of the run.
+        samples: uint8 ``(N, 3, H, W)``, of which number i has class i mod the number of classes.
+    """
+    judge = judge_of(config)
+    labels = torch.arange(len(samples)) % len(judge.data.labels.unique())
+    values = dict(numbers_of(judge.score(grey(samples), labels)))
+    for kind, value in numbers_of(judge.real()).items():
+        values[f"{kind}, real pictures"] = value
+    found = {"count": len(samples), "extractor": CLASSIFIERS, "values": values}
+    write_beside(config.out / "metrics.json", json.dumps(found, indent=2) + "\n")
+    return values
+
+
+def judge_of(config: Config) -> Judge:
+    """Return the judges of a config's pictures, trained where its neighbours left none."""
+    data = data_of(config)
+    classes = len(data.labels.unique())
+    folder = config.out.parent / f"judges-{config.data.path}-{config.data.size}"
+    networks: list[Any] = []
+    for seed in range(1, JUDGES + 1):
+        plan = dataclasses.replace(PLAN, seed=100 * seed)
+        trainer = Trainer(f"judge {seed}", plan, folder / str(seed))
+        torch.manual_seed(plan.seed)
+        network: nn.Module = JudgeClassifier(data.side, classes)
+        networks.append(trainer.train(network, data.half(1), classification))
+    return Judge(tuple(networks), data)
+
+
+def data_of(config: Config) -> Data:
+    """Return all training pictures and all held-out ones, in memory."""
+    held_out = dataclasses.replace(config.data, path=f"{config.data.path}/test")
+    training, test = images_of(config.data), images_of(held_out)
+    return Data(*in_memory(training), *in_memory(test))
+
+
+def in_memory(images: Images) -> tuple[Tensor, Tensor]:
+    """Return pictures as judges take them, and their labels."""
+    pictures = torch.stack([images.row(number)[0] for number in range(len(images))])
+    return grey(pictures), torch.tensor(images.labels)
+
+
+def grey(pictures: Tensor) -> Tensor:
+    """Return uint8 pictures ``(N, 3, H, W)`` as ``(N, 1, H, W)`` in [-1, 1]."""
+    return pictures.float().mean(1, keepdim=True) / 127.5 - 1
+
+
+def numbers_of(verdict: Verdict) -> Mapping[str, float]:
+    """Return a verdict by the names of its numbers."""
+    return {
+        "accuracy": verdict.accuracy,
+        "diversity": verdict.diversity,
+        "Frechet distance": verdict.frechet,
+    }

@@ -1,0 +1,396 @@
+"""Train pixel MeanFlow: images in one evaluation, without latents (arXiv 2601.22158).
+
+    accelerate launch examples/pixel_mean_flow/pixel_mean_flow.py CONFIG [key=value ...]
+    python examples/pixel_mean_flow/pixel_mean_flow.py --check
+
+CONFIG is a YAML file, such as examples/pixel_mean_flow/configs/digits.yaml. The same command
+continues a run that was stopped. With ``--evaluate`` it is judged at its end. ``--check`` builds
+the networks of all published configs without memory for their weights, and trains nothing.
+
+A run's folder holds ``config.json``, ``network/`` (checkpoints, the log, sheets of samples),
+``transformer/`` (the averaged network, as diffusers saves it), ``metrics.json`` and
+``report.html``.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+# settings are refused before torch is imported, which takes seconds
+import pixel_settings
+import reading
+from pixel_settings import CLASSIFIERS, PAPER, PUBLISHED, Config, Published
+
+if __name__ == "__main__":
+    CONFIG, OPTIONS = pixel_settings.from_command_line(__doc__)
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import image_losses
+import journal
+import judges
+import judging
+import loop
+import page
+import torch
+from accelerate import Accelerator
+from pictures import images_of, in_range
+from stage import Losses, LossesOf, Stage
+from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms.functional import resized_crop
+
+from flowspace import (
+    FlowMap,
+    LinearSchedule,
+    LogitNormalTimes,
+    MatchedStatistic,
+    PixelMeanFlowLoss,
+    RandomGuidance,
+    SquaredError,
+    TimePairs,
+    UniformTimes,
+)
+from flowspace.times import PairSampler, RandomSource
+from flowspace.training import Draws, KeyedPairs, MuonAdamW, assign
+from flowspace.vision import PixelMeanFlowTransformer
+from flowspace.vision.data import Images
+from flowspace.vision.perceptual import Features, PerceptualLoss
+
+NOISE, TIMES = range(2)
+"""Streams of the draws of a step."""
+
+MATRICES = ("blocks", "image_head", "velocity_head", "scalars")
+"""Where Muon trains the linear layers: everywhere but in the embedding of patches."""
+
+OFFSET = 0.01
+"""Added to a perceptual distance before a row is divided by it, as `Adaptive` does."""
+
+EARLIEST = 0.01
+"""The smallest of the uniform times."""
+
+
+def main(config: Config, options: Sequence[str] = ()) -> None:
+    """Train what is left to train; leave the network, the samples and the page."""
+    accelerator = loop.accelerator_of(config.training, config.out, reading.as_dict(config))
+    loop.check_processes(
+        config.training, accelerator, "examples/pixel_mean_flow/pixel_mean_flow.py"
+    )
+    with loop.locked_by_first(config.out, accelerator):
+        averaged: Any = loop.fit(prepared(config, accelerator), accelerator)
+        network = averaged.without_velocity_head()
+        if accelerator.is_main_process:
+            network.save_pretrained(config.out / "transformer")
+        if "--evaluate" in options:
+            evaluate(config, network, accelerator)
+        if accelerator.is_main_process:
+            print(f"finished; the page of the run: {report(config, network)}")
+        accelerator.wait_for_everyone()
+
+
+# --- what is trained ---------------------------------------------------------------------------
+
+
+def prepared(config: Config, accelerator: Accelerator) -> Stage:
+    """Return the training; what can be refused is refused before a step is paid for."""
+    images = images_of(config.data, config.out.parent)
+    classes = len(images.names)
+    torch.manual_seed(config.training.seed)
+    network = network_of(config, classes)
+    perceptual = perceptual_of(config, accelerator.device)
+    if accelerator.is_main_process:
+        print(images.report())
+    settings = reading.as_dict(config)
+    sections = ("data", "network", "objective", "perceptual")
+    draw = functools.partial(shown_samples, config, classes, accelerator.device)
+    return Stage(
+        "network",
+        network,
+        losses_of(config, perceptual, classes),
+        images,
+        config.training,
+        config.out / "network",
+        optimizer_of(config),
+        depends={name: settings[name] for name in sections},
+        flip=config.data.flip,
+        workers=config.data.workers,
+        look=page.Sheets(config.out / "network", classes, draw),
+        begun=functools.partial(page.keep_config, config.out, settings),
+        compiled=config.network.compile,
+    )
+
+
+def network_of(config: Config, classes: int) -> PixelMeanFlowTransformer:
+    """Return the network, with both heads."""
+    given = {}
+    for name, value in reading.as_dict(config.network).items():
+        if value is not None and name not in ("preset", "compile"):
+            given[name] = value
+    preset, size = config.network.preset, config.data.size
+    return PixelMeanFlowTransformer.from_preset(preset, size, classes=classes, **given)
+
+
+def optimizer_of(config: Config) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    """Return what builds the optimiser: Muon's matrices are in the heads and embeddings too."""
+    optimizer = loop.optimizer_of(config.training)
+    if isinstance(optimizer, MuonAdamW):
+        return replace(optimizer, inside=MATRICES)
+    return optimizer
+
+
+@dataclass
+class MixedPairs(PairSampler):
+    """Times of one sampler, and for a share of the rows those of another."""
+
+    pairs: PairSampler
+    rare: PairSampler
+    share: float
+
+    def draw(self, rows: int, source: RandomSource) -> tuple[Tensor, Tensor]:
+        """Return t and s, each ``(rows,)``."""
+        first, second, choice = source.split(3)
+        chosen = choice.uniform(rows) < self.share
+        usual, other = self.pairs.draw(rows, first), self.rare.draw(rows, second)
+        t = torch.where(chosen, other[0], usual[0])
+        return t, torch.where(chosen, other[1], usual[1])
+
+
+def objective_of(config: Config, classes: int) -> PixelMeanFlowLoss:
+    """Return the paper's objective: two heads, adaptive weights, guidance drawn for each row."""
+    o = config.objective
+    pairs: PairSampler = TimePairs(LogitNormalTimes(o.location, o.spread), mask_first=True)
+    if o.uniform:
+        pairs = MixedPairs(pairs, TimePairs(UniformTimes(low=EARLIEST)), o.uniform)
+    guidance = RandomGuidance(
+        null={"labels": classes}, largest=o.largest_omega, power=o.power, drop=o.drop
+    )
+    return PixelMeanFlowLoss.published(
+        times=KeyedPairs(pairs, TIMES), head=True, guidance=guidance
+    )
+
+
+def losses_of(
+    config: Config, perceptual: Mapping[str, image_losses.PerceptualTerm], classes: int
+) -> LossesOf:
+    """Return the losses of some rows: of both heads' velocities, and perceptual distances."""
+    objective = objective_of(config, classes)
+    pairs: Any = objective.times
+    o = config.objective
+
+    def losses(network: nn.Module, batch: Sequence[Tensor], draws: Draws) -> Losses:
+        images, labels = in_range(batch[0]), batch[1]
+        noise = o.noise_scale * draws.normal(images.shape[1:], NOISE)
+        pairs.draws = draws
+        out = objective(
+            network,
+            images,
+            cond={"labels": labels},
+            noise=noise,
+            generator=draws.generator,
+        )
+        cost = Losses({"flow": out.loss}, {"flow": 1.0}, {"t": out.t, "s": out.s})
+        compared = (out.prediction, images)
+        if o.crop is not None and perceptual:
+            compared = same_crops(*compared, o.crop)
+        for name, term in perceptual.items():
+            distance = term.loss(*compared, out.t)
+            cost.terms[name] = distance / (distance.detach() + OFFSET)
+            cost.weights[name] = term.weight
+        # Adaptive losses are near 1 whatever was learned: this one falls, and is not trained.
+        error = (out.prediction - images).square().flatten(1).mean(1)
+        cost.terms["squared error"] = error
+        cost.weights["squared error"] = 0.0
+        return cost
+
+    return losses
+
+
+# --- perceptual terms --------------------------------------------------------------------------
+
+
+class Pooled(Features):
+    """The last features of a network, averaged over the image: ``(B, channels)``."""
+
+    def __init__(self, features: nn.Module) -> None:
+        super().__init__()
+        self.features = features
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return the means of the features of images ``(B, 3, H, W)``."""
+        return [layer.flatten(2).mean(2) for layer in self.features(images)]
+
+
+def perceptual_of(config: Config, device: torch.device) -> dict[str, image_losses.PerceptualTerm]:
+    """Return the perceptual terms by name; squared differences, summed where they are pooled."""
+    size = config.objective.crop or config.data.size
+    terms = image_losses.perceptual_of(config.perceptual, size, device, config.network.compile)
+    for (name, term), settings in zip(list(terms.items()), config.perceptual, strict=True):
+        features: nn.Module = term.loss.features
+        if settings.pooled:
+            features = Pooled(features)
+        loss = PerceptualLoss(
+            features, SquaredError(summed=settings.pooled), term.loss.below, term.loss.unit
+        )
+        terms[name] = replace(term, loss=loss)
+    return terms
+
+
+def same_crops(prediction: Tensor, images: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Return random crops of both ``(B, 3, H, W)``, alike for each row, scaled to ``size``.
+
+    They cover 8 to 100 % of the area in proportions of 3:4 to 4:3, as in the reference.
+    """
+    pairs = []
+    for pair in torch.stack([prediction, images], 1):
+        top, left, height, width = RandomResizedCrop.get_params(
+            pair, scale=[0.08, 1.0], ratio=[3 / 4, 4 / 3]
+        )
+        crop = resized_crop(
+            pair,
+            top,
+            left,
+            height,
+            width,
+            size=[size, size],
+            interpolation=InterpolationMode.BICUBIC,
+            antialias=True,
+        )
+        pairs.append(crop)
+    cropped = torch.stack(pairs)
+    return cropped[:, 0], cropped[:, 1]
+
+
+# --- samples -----------------------------------------------------------------------------------
+
+
+def sampler_of(config: Config, network: nn.Module) -> judging.Sampler:
+    """Return what draws images, in as many evaluations as the config says: one.
+
+    The strength may be beyond those in training, as the published 8.5 of the smallest network.
+    """
+    flow_map = FlowMap(network, LinearSchedule(), MatchedStatistic())
+    low, high = config.sampling.interval
+    steps = config.evaluation.evaluations
+
+    def draw(noise: Tensor, labels: Tensor) -> Tensor:
+        one = torch.ones(len(noise), device=noise.device)
+        guidance = {"omega": config.sampling.omega * one, "t_min": low * one, "t_max": high * one}
+        cond = {"labels": labels, **guidance}
+        return flow_map.sample(config.objective.noise_scale * noise, cond=cond, steps=steps)
+
+    return draw
+
+
+def plan_of(config: Config, classes: int, count: int | None = None) -> judging.Plan:
+    """Return which samples are drawn: number i has class i mod classes."""
+    shape = (3, config.data.size, config.data.size)
+    return judging.plan_of(config, classes, shape, count)
+
+
+def shown_samples(
+    config: Config, classes: int, device: torch.device, averaged: nn.Module
+) -> Tensor:
+    """Return the samples of a sheet, uint8 ``(N, 3, size, size)``."""
+    network = averaged
+    if isinstance(averaged, PixelMeanFlowTransformer):
+        network = averaged.without_velocity_head()
+    plan = plan_of(config, classes, page.SHOWN * min(classes, page.SHOWN))
+    return judging.drawn(plan, sampler_of(config, network), device)
+
+
+def evaluate(config: Config, network: nn.Module, accelerator: Accelerator) -> None:
+    """Draw the samples of the config and judge them; leaves ``metrics.json``."""
+    images = images_of(config.data, config.out.parent)
+    plan, draw = plan_of(config, len(images.names)), sampler_of(config, network)
+    if config.evaluation.extractor != CLASSIFIERS:
+        judging.evaluate(config, plan, draw, judging.digest(network), accelerator)
+        return
+    if accelerator.is_main_process:
+        samples = judging.drawn(plan, draw, accelerator.device)
+        for name, value in judges.evaluate(config, samples).items():
+            print(f"{name}: {value:.3f}")
+
+
+# --- the page ----------------------------------------------------------------------------------
+
+
+def report(config: Config, network: nn.Module) -> Path:
+    """Write ``report.html``: samples beside real pictures, scores, curves, settings."""
+    images = images_of(config.data, config.out.parent)
+    log = journal.latest(config.out / "network")
+    command = (
+        f"python examples/pixel_mean_flow/pixel_mean_flow.py CONFIG out={config.out} --evaluate"
+    )
+    parts: list[Any] = page.unfinished(config, len(images), log)
+    parts += ["One-step samples of each class (right) beside training pictures (left):"]
+    parts += [beside(config, network, images)]
+    parts += page.scores_tables(config.out, command)
+    parts += page.sheets_over_training(config.out / "network") + page.curves(log)
+    parts += [page.provenance(log, torch.device("cpu"))]
+    parts += [page.settings_table(reading.as_dict(config))]
+    return page.write(config.out / "report.html", config.name, parts)
+
+
+def beside(config: Config, network: nn.Module, images: Images) -> bytes:
+    """Return a PNG of training pictures and samples, a row a class."""
+    classes = len(images.names)
+    device = next(network.parameters()).device
+    plan = plan_of(config, classes, page.SHOWN * classes)
+    samples = judging.drawn(plan, sampler_of(config, network), device)
+    rows = {}
+    for label in range(min(classes, 10)):
+        real = page.real_pictures(images, label)
+        rows[images.names[label]] = torch.stack([*real, *samples[label::classes]])
+    return page.class_rows(rows)
+
+
+# --- the published settings --------------------------------------------------------------------
+
+
+def check() -> None:
+    """Build the networks of all published configs on meta tensors, and see what they return."""
+    for published in PUBLISHED:
+        config = reading.load(Config, PAPER / f"{published.config}.yaml")
+        print(checked(config, published))
+
+
+def checked(config: Config, published: Published) -> str:
+    """Return a line on a published config, whose network takes its images and returns two.
+
+    Raises:
+        ValueError: if it does not, or has another size than is published.
+    """
+    classes = config.data.classes or 1000
+    shape = (2, 3, config.data.size, config.data.size)
+    objective_of(config, classes)
+    with torch.device("meta"):
+        network = network_of(config, classes)
+        images, time = torch.empty(shape), torch.empty(2)
+        told = {"omega": time, "t_min": time, "t_max": time}
+        labels = torch.empty(2, dtype=torch.long)
+        made = network(images, time, time, labels=labels, **told)
+    found = [tuple(image.shape) for image in made]
+    if found != [shape, shape]:
+        raise ValueError(f"{config.name} returns {found} for images of {shape}")
+    trained = sum(p.numel() for p in network.parameters())
+    second = sum(p.numel() for n, p in network.named_parameters() if n.startswith("velocity"))
+    millions = (trained - second) / 1e6
+    wanted = published.millions
+    if wanted is not None and abs(millions / wanted - 1) > 0.005:
+        raise ValueError(f"{config.name} has {millions:.1f} M parameters, not {wanted} M")
+    muon = len(assign(network, MATRICES)["muon"])
+    return (
+        f"{config.name}: {millions:.1f} M parameters sample, {trained / 1e6:.1f} M are trained, "
+        f"{muon} matrices by Muon; images {shape}; published FID {published.fid}, not run here"
+    )
+
+
+if __name__ == "__main__":
+    if CONFIG is None:
+        check()
+    else:
+        reading.run_program(functools.partial(main, CONFIG, OPTIONS))

@@ -1,0 +1,138 @@
+"""The settings of a run of pixel MeanFlow; nothing heavy is imported here."""
+
+import sys
+from dataclasses import dataclass as plain
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Literal
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "common"))
+
+import reading
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from reading import STRICT, Count, Positive, SettingsError, Share
+from sections import SETS, PerceptualConfig, ProgramConfig
+
+PAPER = Path(__file__).parent / "configs" / "paper"
+"""The configs with the published settings."""
+
+CLASSIFIERS = "classifiers"
+"""The ``evaluation.extractor`` of grey sets: classifiers that are trained on the spot."""
+
+GREY = ("digits", "mnist", "fashion-mnist")
+"""What they judge."""
+
+Strength = Annotated[float, Field(ge=1)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class NetworkConfig:
+    """A preset, ``b``, ``l`` or ``h``, and what differs from it; null takes the preset's.
+
+    ``compile`` runs the blocks compiled, and the derivative with them.
+    """
+
+    preset: Literal["b", "l", "h"] = "b"
+    patch: Count | None = None
+    depth: Count | None = None
+    width: Count | None = None
+    heads: Count | None = None
+    bottleneck: Count | None = None
+    head_depth: Count | None = None
+    tokens: tuple[Count, ...] | None = None
+    compile: bool = False
+
+
+@dataclass(frozen=True, config=STRICT)
+class ObjectiveConfig:
+    """The noise, the times and the guidance in training.
+
+    ``noise_scale`` is the standard deviation of the noise. t and s are logit-normal with
+    ``location`` and ``spread``, for the ``uniform`` share of rows uniform; half of the rows have
+    s = t. The strength of the guidance is drawn from [1, ``largest_omega``] with a density of
+    omega^-``power``; ``drop`` is the share of rows without a class. ``crop`` is the side of the
+    random crops that perceptual terms compare; null compares whole images.
+    """
+
+    noise_scale: Positive = 1.0
+    location: float = 0.8
+    spread: Positive = 0.8
+    uniform: Share = 0.0
+    largest_omega: Strength = 8.0
+    power: float = 1.0
+    drop: Share = 0.1
+    crop: Count | None = None
+
+
+@dataclass(frozen=True, config=STRICT)
+class PixelPerceptualConfig(PerceptualConfig):
+    """A perceptual term; ``pooled`` compares the mean of the last features over the image."""
+
+    pooled: bool = False
+
+
+@dataclass(frozen=True, config=STRICT)
+class SamplingConfig:
+    """The guidance of samples: its strength, and the interval of times that it is told."""
+
+    omega: Strength = 7.0
+    interval: tuple[Share, Share] = (0.0, 1.0)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Config(ProgramConfig):
+    """All settings of a run."""
+
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    perceptual: tuple[PixelPerceptualConfig, ...] = ()
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+
+def from_command_line(usage: str | None) -> tuple[Config | None, list[str]]:
+    """Return the config and the options of the command line; no config with ``--check``."""
+    if sys.argv[1:] == ["--check"]:
+        return None, []
+    return reading.from_command_line(Config, usage, ("--evaluate",), check)
+
+
+def check(config: Config) -> None:
+    """See that what a config names is there, before torch is imported.
+
+    Raises:
+        SettingsError: if it is not.
+    """
+    names = [name for known in SETS for name in (known, f"{known}/test")]
+    reading.check_folder("data.path", config.data.path, names)
+    files = {f"perceptual.{i}.weights": p.weights for i, p in enumerate(config.perceptual)}
+    reading.check_weights(files | {"evaluation.weights": config.evaluation.weights})
+    if config.evaluation.extractor == CLASSIFIERS and config.data.path not in GREY:
+        raise SettingsError(
+            f"got evaluation.extractor = {CLASSIFIERS} for data.path = {config.data.path}; they "
+            f"judge {', '.join(GREY)}"
+        )
+    reading.check_writable(config.out)
+
+
+@plain(frozen=True)
+class Published:
+    """What the paper reports for a config of `PAPER`.
+
+    Attributes:
+        config: its name.
+        fid: with 50,000 samples in one evaluation, on ImageNet.
+        millions: parameters of the network that samples, where the paper counts them.
+    """
+
+    config: str
+    fid: float
+    millions: float | None = None
+
+
+PUBLISHED = (
+    Published("b-256", 3.12, 118),
+    Published("l-256", 2.52, 410),
+    Published("h-256", 2.22, 956),
+    Published("h-512", 2.48),
+)
