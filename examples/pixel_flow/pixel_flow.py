@@ -23,6 +23,7 @@ if __name__ == "__main__":
     )
 
 import functools
+import textwrap
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,6 +70,9 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 SHOWN = 8
 """Samples of a class that a picture shows."""
+
+LONGEST_LINE = 14
+"""Letters in a line of a name beside pictures."""
 
 
 def main(config: Config, options: Sequence[str] = ()) -> None:
@@ -335,28 +339,41 @@ def report(config: Config, images: Images, network: nn.Module, conditions: Condi
     """Write ``report.html``: samples beside real pictures, what each stage ends with, curves."""
     log = journal.latest(config.out / "training")
     device = next(network.parameters()).device
-    plan = plan_of(config, conditions, SHOWN * len(conditions.names))
-    draw = sampler_of(config, network, conditions)
-    beside = {}
-    for label in range(min(SHOWN, len(conditions.names))):
-        made = []
-        for number in range(label, plan.count, len(conditions.names)):
-            noise, labels = plan.inputs(number, number + 1)
-            made.append(rounded(draw(noise.to(device), labels.to(device)))[0].cpu())
-        real = page.real_pictures(images, label, SHOWN)
-        beside[conditions.names[label]] = torch.stack([*real, *made])
-    flops = flops_of(config, network, conditions.of(torch.zeros(1, dtype=torch.long)))
+    one = torch.zeros(1, dtype=torch.long, device=device)
+    flops = flops_of(config, network, conditions.of(one))
     parts: list[page.Part] = [cost_line(config, flops)]
     parts += page.unfinished(config, len(images), log)
     parts += page.scores_tables(config.out, "the same command judges")
     parts += ["Samples (right) beside pictures of the same class (left):"]
-    parts += [page.class_rows(beside)]
+    parts += [page.class_rows(class_rows(config, images, network, conditions))]
     parts += ["What each stage ends with, and the noise that it leaves to the next:"]
     parts += [page.class_rows(stage_rows(config, network, conditions))]
     parts += page.sheets_over_training(config.out / "training")
     parts += page.curves(log)
     parts += [page.settings_table(reading.as_dict(config)), page.provenance(log, device)]
     return page.write(config.out / "report.html", config.name, parts)
+
+
+def class_rows(
+    config: Config, images: Images, network: nn.Module, conditions: Conditions
+) -> dict[str, Tensor]:
+    """Return real pictures, then samples, of the first classes or captions, by their name."""
+    count = len(conditions.names)
+    plan = plan_of(config, conditions, SHOWN * count)
+    draw = sampler_of(config, network, conditions)
+    device = next(network.parameters()).device
+    of_a_class = SHOWN
+    if conditions.text is not None:
+        of_a_class = 1  # a caption has one picture
+    rows = {}
+    for label in range(min(SHOWN, count)):
+        inputs = [plan.inputs(number, number + 1) for number in range(label, plan.count, count)]
+        noise = torch.cat([each[0] for each in inputs]).to(device)
+        made = draw(noise, torch.full((SHOWN,), label, device=device))
+        real = page.real_pictures(images, label, of_a_class)
+        name = textwrap.fill(conditions.names[label], LONGEST_LINE)
+        rows[name] = torch.stack([*real, *rounded(made).cpu()])
+    return rows
 
 
 def stage_rows(config: Config, network: nn.Module, conditions: Conditions) -> dict[str, Tensor]:
