@@ -83,24 +83,27 @@ def check_shapes(config: Config) -> None:
     Raises:
         InputError: if the shapes do not fit; it says which.
     """
-    r, side = config.representation, config.data.size
+    side, classes = config.data.size, config.data.classes or 0
     with torch.device("meta"):
-        network = DiTDH(**config.sizes(config.data.classes or 0), average=True)
+        network = DiTDH(**config.sizes(classes), average=True)
         autoencoder = unfilled(config)
         z, t = torch.empty(2, *config.latent), torch.empty(2)
-        made = network(z, t, t, torch.zeros(2, dtype=torch.long))
-        images = autoencoder.decode(z).sample
-        if r.network is None:
-            z = autoencoder.encode(torch.empty(2, 3, side, side)).latent
-    shapes = {"latents": z.shape, "velocities": made.shape, "pictures": images.shape}
-    wanted = {"latents": config.latent, "velocities": config.latent, "pictures": (3, side, side)}
-    for name, shape in shapes.items():
-        if tuple(shape[1:]) != tuple(wanted[name]):
-            raise InputError(
-                f"got {name} of {tuple(shape[1:])} from networks whose config says "
-                f"{wanted[name]}; write representation.channels, network.grid, data.size to fit"
-            )
+        if config.representation.network is None:  # else the features' place is empty here
+            encoded = autoencoder.encode(torch.empty(2, 3, side, side)).latent
+            require_shape("latents", encoded, config.latent)
+        velocities = network(z, t, t, torch.zeros(2, dtype=torch.long))
+        require_shape("velocities", velocities, config.latent)
+        require_shape("pictures", autoencoder.decode(z).sample, (3, side, side))
     for name, part in (("DiT^DH", network), ("decoder", autoencoder.decoder)):
         count = sum(parameter.numel() for parameter in part.parameters())
         print(f"{name}: {count / 1e6:.1f} million parameters")
     print(f"latents {config.latent}, pictures {(3, side, side)}: all shapes fit")
+
+
+def require_shape(name: str, made: Tensor, wanted: tuple[int, ...]) -> None:
+    """Raise InputError unless what a network makes has the shape that the config says."""
+    if tuple(made.shape[1:]) != wanted:
+        raise InputError(
+            f"got {name} of {tuple(made.shape[1:])} from networks whose config says {wanted}; "
+            "write representation.channels, representation.sizes, network.grid, data.size to fit"
+        )
