@@ -116,18 +116,13 @@ def prepared(config: Config, accelerator: Accelerator, judged: bool = False) -> 
         judged: whether the run will be judged, for which the judge's weights are needed.
     """
     device = accelerator.device
-    rank = accelerator.process_index
     if config.generator.compile:  # the log asks for each term's gradient before their sum's
         torch._functorch.config.donated_buffer = False
     images = build.images_of(config)
     rows = build.rows_of(config, images)
-    share_of(config.training.batch, rank, accelerator.num_processes, config.training.accumulate)
     optimizer = loop.optimizer_of(config.training)
     network = build.generator_of(config, len(images.names))
-    if config.encoder.stage_one:
-        stage_one.check_fit(config, stage_one.shape_of(config))
-    if judged or config.evaluation.extractor != "inception":
-        judging.extractors_of(config, device)
+    check_early(config, accelerator, judged)
     perceptual = perceptual_of(
         config.perceptual, config.data.size, device, config.generator.compile
     )
@@ -168,6 +163,23 @@ def prepared(config: Config, accelerator: Accelerator, judged: bool = False) -> 
         compiled=config.generator.compile,
         offset=steps_before(config, len(images)),
     )
+
+
+def check_early(config: Config, accelerator: Accelerator, judged: bool) -> None:
+    """See that the batch can be shared out, stage 1 fits, and the judge's weights are there.
+
+    Raises:
+        RunError: if the batch cannot be shared out, or weights are missing.
+        InputError: if the latents that stage 1 will make do not fit.
+    """
+    t = config.training
+    share_of(t.batch, accelerator.process_index, accelerator.num_processes, t.accumulate)
+    if config.encoder.stage_one:
+        stage_one.check_fit(config, stage_one.shape_of(config))
+    if judged:
+        judging.extractors_of(config, accelerator.device)
+    elif config.evaluation.extractor != "inception":  # it scores every look
+        judging.extractor_of(config, accelerator.device)
 
 
 def steps_before(config: Config, count: int) -> int:
