@@ -24,6 +24,7 @@ sys.path.insert(0, str(PROGRAM))
 program = importlib.import_module("mean_flow_rae")  # finds examples/common
 rae_settings = importlib.import_module("rae_settings")
 reading = importlib.import_module("reading")
+diagnostics = importlib.import_module("mean_flow_diagnostics")
 central = importlib.import_module("central_difference").CentralDifference
 
 SMALL = PROGRAM / "configs" / "small.yaml"
@@ -50,43 +51,66 @@ def small(folder, *changes):
     return reading.load(rae_settings.Config, SMALL, [*FEW, f"out={folder}", *changes])
 
 
-@pytest.fixture
-def run(monkeypatch):
-    """Return what runs the program in this process, without the judges."""
+def run(config, *options, main=None):
+    """Run the program in this process, as one process of its own."""
     from accelerate.state import AcceleratorState
 
-    monkeypatch.setattr(program, "write_report", lambda config, *_: config.out / "report.html")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    (main or program.main)(config, *options)
 
-    def run(config, *options):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        program.main(config, options)
 
-    return run
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Return the folder of a run of all stages."""
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    run(small(folder))
+    return folder
 
 
 # --- the program -------------------------------------------------------------------------------
 
 
-def test_all_stages_run_in_a_row_and_a_run_that_was_stopped_ends_with_the_same_weights(
-    tmp_path, run
-):
+def test_a_run_that_was_stopped_within_a_stage_ends_with_the_same_weights(tmp_path, finished):
     """Stopped within distillation: the stages before it are not trained again."""
-    run(small(tmp_path / "whole"))
     run(small(tmp_path / "parts", "distillation={steps: 2}", "fine_tuning=null", "scratch=null"))
     before = (tmp_path / "parts" / "flow_matching" / "log.jsonl").read_text()
     run(small(tmp_path / "parts", "scratch=null"))
     assert (tmp_path / "parts" / "flow_matching" / "log.jsonl").read_text() == before
     weights = "network/diffusion_pytorch_model.safetensors"
-    whole, parts = load_file(tmp_path / "whole" / weights), load_file(tmp_path / "parts" / weights)
+    whole, parts = load_file(finished / weights), load_file(tmp_path / "parts" / weights)
     assert whole.keys() == parts.keys()
     for name, tensor in whole.items():
         assert torch.equal(tensor, parts[name]), name
-    assert (tmp_path / "whole" / "network" / "config.json").exists()
     with pytest.raises(ValueError, match="other settings"):
         run(small(tmp_path / "parts", "flow_matching={learning_rate: 0.1}"))
-    log = (tmp_path / "whole" / "scratch" / "log.jsonl").read_text().splitlines()
-    config = small(tmp_path / "whole")
-    assert json.loads(log[-1])["step"] == program.with_baseline(config, 449).scratch.steps - 1
+
+
+def test_a_run_leaves_a_network_and_a_page_with_its_figures(finished):
+    network = program.DiTDH.from_pretrained(finished / "network")
+    assert network.config["average"] and network.latent_shape == (40, 4, 4)
+    page = (finished / "report.html").read_text()
+    assert page.count("data:image/png") == 2 and "mid_training" in page
+    log = (finished / "scratch" / "log.jsonl").read_text().splitlines()
+    steps = [record["step"] for record in map(json.loads, log) if "loss" in record]
+    assert steps[-1] == program.with_baseline(small(finished), 449).scratch.steps - 1
+
+
+def test_the_diagnostics_of_a_run_measure_its_networks(finished, monkeypatch):
+    """With one network and the same rows the residual's mean square is a parabola of the mix: the
+    conditional and the teacher's velocity enter it linearly (proposition 3.1).
+    """
+    monkeypatch.setattr(diagnostics, "STEPS", 2)
+    monkeypatch.setattr(diagnostics, "BATCHES", 3)
+    monkeypatch.setattr(diagnostics, "MIXES", (0.0, 0.25, 0.5, 1.0))
+    monkeypatch.setattr(diagnostics, "DIFFERENCES", (1e-5, 1e-2))
+    run(small(finished), main=diagnostics.main)
+    found = json.loads((finished / "diagnostics.json").read_text())
+    assert set(found["initialisations"]) == {"random", "flow matching", "mid-trained"}
+    none, quarter, half, whole = (row["residual"] for row in found["variances"])
+    assert quarter == pytest.approx((3 * none + 6 * half - whole) / 8, rel=1e-4)
+    exact, drowned, fine = (row["error"] for row in found["differences"])
+    assert exact == 0 < fine < drowned  # in float32's rounding
+    assert "data:image/png" in (finished / "diagnostics.html").read_text()
 
 
 def test_the_baseline_has_the_evaluations_of_all_stages_in_latents(tmp_path):
@@ -101,7 +125,7 @@ def test_the_baseline_has_the_evaluations_of_all_stages_in_latents(tmp_path):
     assert program.with_baseline(exact, 449).scratch.steps == round(evaluations / (4 * 1.25))
 
 
-def test_a_teacher_of_another_width_is_one_error_that_names_both(tmp_path, run):
+def test_a_teacher_of_another_width_is_one_error_that_names_both(tmp_path):
     config = small(tmp_path)
     sizes = config.sizes(10) | {"width": 32}
     program.DiTDH(**sizes).save_pretrained(tmp_path / "teacher")
@@ -161,9 +185,9 @@ def test_the_papers_configs_are_read(path):
 
 
 @pytest.mark.parametrize("size", [256, 512])
-def test_the_papers_networks_fit_each_other_on_meta_tensors(size, run, capsys):
+def test_the_papers_networks_fit_each_other_on_meta_tensors(size, capsys):
     path = PROGRAM / "configs" / "paper" / f"imagenet-{size}.yaml"
-    run(reading.load(rae_settings.Config, path), "--check")
+    run(reading.load(rae_settings.Config, path), ["--check"])
     assert "DiT^DH: 840.3 million" in capsys.readouterr().out
 
 
@@ -175,10 +199,10 @@ def test_the_papers_networks_fit_each_other_on_meta_tensors(size, run, capsys):
         ("representation.decoder=huge", "write one of b, l, xl"),
     ],
 )
-def test_networks_that_do_not_fit_are_refused(change, words, run):
+def test_networks_that_do_not_fit_are_refused(change, words):
     path = PROGRAM / "configs" / "paper" / "imagenet-256.yaml"
     with pytest.raises(InputError, match=words):
-        run(reading.load(rae_settings.Config, path, [change]), "--check")
+        run(reading.load(rae_settings.Config, path, [change]), ["--check"])
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ class Trial:
             out.loss.mean().backward()
             norm = torch.nn.utils.clip_grad_norm_(network.parameters(), t.clip)
             optimizer.step()
-            found.append((float(out.loss.mean()), float(norm)))
+            found.append((float(out.loss.detach().mean()), float(norm)))
         return found
 
 
@@ -170,8 +170,12 @@ def slopes(trial: Trial, network: DiTDH, step: float | None) -> Tensor:
         derivative = CentralDifference(step)
     (out,) = trial.outputs(network, trial.objective(), 1)
     labels = torch.zeros(len(out.t), dtype=torch.long, device=out.t.device)
-    primals, tangents = (out.z_t, out.t, out.s), (out.velocity, torch.ones_like(out.t), None)
-    model = functools.partial(network, labels=labels)
+
+    def model(z_t: Tensor, t: Tensor, s: Tensor, labels: Tensor) -> Tensor:
+        return network(z_t, t, s, labels)
+
+    primals = (out.z_t, out.t, out.s, labels)
+    tangents = (out.velocity, torch.ones_like(out.t), None, None)
     return derivative(model, primals, tangents)[1].detach()
 
 
