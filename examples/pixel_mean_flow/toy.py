@@ -147,11 +147,12 @@ def judged(predicted: str, seed: int, samples: Tensor, lift: Tensor) -> Result:
     return Result(predicted, len(lift), seed, distance, share, within)
 
 
-def floor(seed: int) -> float:
-    """Return the distance of two independent real samples."""
-    first = roll(SHOWN, torch.Generator().manual_seed(3000 + seed))
-    second = roll(SHOWN, torch.Generator().manual_seed(2000 + seed))
-    return sliced_wasserstein(first, second)
+def references(seed: int) -> tuple[float, float]:
+    """Return the distances to real points of other real points, and of noise."""
+    real = roll(SHOWN, torch.Generator().manual_seed(2000 + seed))
+    generator = torch.Generator().manual_seed(3000 + seed)
+    other, noise = roll(SHOWN, generator), torch.randn(SHOWN, 2, generator=generator)
+    return sliced_wasserstein(other, real), sliced_wasserstein(noise, real)
 
 
 # --- the table and the figure ------------------------------------------------------------------
@@ -243,10 +244,10 @@ def main(arguments: list[str] | None = None) -> None:
 def keep(results: Sequence[Result], steps: int, folder: Path) -> str:
     """Leave the table and the figure in a folder; returns the table."""
     seeds = sorted({result.seed for result in results})
-    real = statistics.mean(floor(seed) for seed in seeds)
+    real, noise = torch.tensor([references(seed) for seed in seeds]).mean(0).tolist()
     note = (
         f"{steps} training steps, mean over {len(seeds)} seed(s) ± half of their range; real "
-        f"against real: {real:.3f}."
+        f"points against real ones: {real:.3f}, noise against real ones: {noise:.3f}."
     )
     text = f"{markdown_table(HEAD, rows(results))}\n\n{note}\n"
     write_beside(folder / "table.md", text)
