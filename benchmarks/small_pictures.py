@@ -193,10 +193,16 @@ def samples_of(run: Path) -> Tensor:
 
 
 def pictures_of(folder: Path) -> Tensor:
-    """Return all pictures of a folder, uint8 ``(M, 3, H, W)``, in the order of their names."""
+    """Return all pictures of a folder, uint8 ``(M, 3, H, W)``, in the order of their names.
+
+    Raises:
+        InputError: if there are none.
+    """
     from torchvision.io import ImageReadMode, read_image
 
     paths = sorted(folder.glob("*/*.png"))
+    if not paths:
+        raise InputError(f"got {folder} without CLASS/NAME.png; emoji are drawn beside their run")
     return torch.stack([read_image(str(path), ImageReadMode.RGB) for path in paths])
 
 
