@@ -100,6 +100,7 @@ class Work:
         depends = {"data": earlier["data"] | {"workers": None}}
         for section in ("representation", "network", "objectives", "teacher", *STAGES[:number]):
             depends[section] = earlier[section]
+        depends["network"] = depends["network"] | {"compile": None}
         training = getattr(config, name).over(config.training, number)
         return fit(
             Stage(
@@ -156,11 +157,12 @@ def decoder_losses(
     device: torch.device,
 ) -> LossesOf:
     """Return L1 + w_L LPIPS + w_G eta GAN of pictures whose features were made noisy."""
-    r = config.representation
-    loss = DecoderLoss()
+    r, loss = config.representation, DecoderLoss()
+    if r.adversarial is not None:
+        loss = dataclasses.replace(loss, adversarial_weight=r.adversarial.weight)
     if r.perceptual is not None:
         (term,) = perceptual_of([r.perceptual], config.data.size, device).values()
-        loss = DecoderLoss(term.loss, term.weight)
+        loss = dataclasses.replace(loss, perceptual=term.loss, perceptual_weight=term.weight)
 
     def losses(network: nn.Module, batch: Sequence[Tensor], draws: Draws) -> Losses:
         images = in_range(batch[0])
@@ -226,7 +228,7 @@ def objectives_of(config: Config, teacher: Any) -> dict[str, tuple[Objective, fl
     return {
         "flow_matching": (flow, 1),
         "mid_training": (trajectories, o.steps + pairs + 1),  # the first pair is seen twice
-        "distillation": (taught, 2 + off_diagonal),
+        "distillation": (taught, 1 + float(o.mix > 0) + off_diagonal),
         "fine_tuning": (tuned, 1 + off_diagonal),
         "scratch": (scratch, 1 + moving / 4),
     }
@@ -300,7 +302,7 @@ def teacher_of(work: Work, encoder: LatentEncoder) -> DiTDH:
         torch.manual_seed(config.training.seed)
         network = DiTDH(**sizes, null_trained=config.objectives.drop_labels > 0)
         teacher = in_latents(work, "flow_matching", network, encoder)
-    teacher = teacher.to(work.accelerator.device).requires_grad_(False).eval()  # type: ignore[union-attr, arg-type]
+    teacher.to(work.accelerator.device).requires_grad_(False).eval()  # type: ignore[arg-type]
     if config.network.compile:
         teacher.compile_blocks()
     return teacher

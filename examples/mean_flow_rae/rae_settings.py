@@ -1,6 +1,7 @@
 """The settings of a run, read before torch is imported."""
 
 import dataclasses
+import sys
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any
@@ -133,11 +134,13 @@ class Config(ProgramConfig):
 
 
 def check(config: Config) -> None:
-    """See that what a config names is there.
+    """See that what a config names is there, unless only shapes are looked at.
 
     Raises:
         SettingsError: if it is not.
     """
+    if "--check" in sys.argv:
+        return
     check_folder("data.path", config.data.path, (*SETS, *(f"{name}/test" for name in SETS)))
     if config.teacher is not None and not config.teacher.is_dir():
         raise SettingsError(f"got teacher = {config.teacher}, no folder; write teacher=FOLDER")
