@@ -23,9 +23,9 @@ if __name__ == "__main__":
 
 import dataclasses
 import functools
-import time
 from typing import Any
 
+import journal
 import judging
 import loop
 import page
@@ -87,10 +87,9 @@ def main(config: Config) -> None:
     conditions = pixel_flow.conditions_of(config, images, accelerator.device)
     networks, seconds, variants = {}, {}, variants_of(config)
     for name, one in variants.items():
-        begun = time.perf_counter()
         stage = pixel_flow.prepared(one, images, conditions)
         networks[name] = loop.fit(stage, accelerator)
-        seconds[name] = time.perf_counter() - begun
+        seconds[name] = page.seconds_logged(journal.latest(one.out / "training"))
     rows, shown = [], {}
     for name, steps in samplings_of(config):
         sampling = dataclasses.replace(variants[name].sampling, steps=steps)
