@@ -18,11 +18,14 @@ from flowspace import RunError
 from flowspace.vision.card import model_card
 from flowspace.vision.data import Images
 from flowspace.vision.encoders import LatentEncoder
-from flowspace.vision.evaluate import Scores, features_of, judge, rounded
+from flowspace.vision.evaluate import Scores, features_of, judge, nearest, rounded
 from flowspace.vision.generator import CrossFlowGenerator
 
 WATCHED = 400
 """Samples that are scored while it trains: enough for a trend, too few for a number to report."""
+
+MOST_COMPARED = 10_000
+"""Pictures of a set up to which the one nearest to each sample is looked for."""
 
 SHOWN_TIMES = (0.02, 0.1, 0.25, 0.5, 0.75, 1.0)
 """Times whose one-step images of noisy latents are shown."""
@@ -72,8 +75,10 @@ def write(config: Config) -> Path:
     parts += page.unfinished(config, len(images), log)
     command = f"python examples/imagenet/evaluate.py {config.out}"
     parts += page.scores_tables(config.out, command)
+    samples = samples_of(config)
     parts += ["Samples of each class (right) beside training pictures (left):"]
-    parts += [beside(config, images)]
+    parts += [beside(samples, images)]
+    parts += nearest_pictures(samples, images)
     parts += page.sheets_over_training(config.out / "generator")
     parts += page.curves(log)
     if config.generator.space == "image":
@@ -90,7 +95,7 @@ def summary(config: Config, images: Images, log: list[dict[str, Any]]) -> Any:
     steps = page.steps_done(log)
     rows = [
         ("pictures", f"{images.report()}, {c.data.size} pixels"),
-        ("encoder", c.encoder.name or "trained on the spot"),
+        ("encoder", encoder_line(c)),
         ("objective", objective_line(c)),
         *image_losses(c).items(),
         ("optimiser", f"{t.optimizer}, {steps} steps of {t.batch}"),
@@ -107,6 +112,16 @@ def image_losses(config: Config) -> dict[str, str]:
     return {"perceptual": ", ".join(perceptual) or "none", "adversarial": adversarial}
 
 
+def encoder_line(config: Config) -> str:
+    """Return which encoder it is in a few words."""
+    e = config.encoder
+    if e.stage_one is None:
+        return str(e.name)
+    if e.stage_one.linear:
+        return "linear, in closed form from these pictures"
+    return "trained on the spot"
+
+
 def objective_line(config: Config) -> str:
     """Return what the objective is in a few words."""
     o = config.objective
@@ -118,8 +133,8 @@ def objective_line(config: Config) -> str:
     return f"{kind}; alpha = {o.alpha}, beta = {o.beta}"
 
 
-def beside(config: Config, images: Images) -> bytes:
-    """Return real pictures and samples side by side, a row a class under its name."""
+def samples_of(config: Config) -> list[Tensor]:
+    """Return a few samples of each of the first classes, uint8 ``(SHOWN, 3, size, size)``."""
     import ship
 
     generator = ship.generator_of_run(config).eval()
@@ -127,15 +142,46 @@ def beside(config: Config, images: Images) -> bytes:
     encoder = ship.needed_encoder(config, torch.device("cpu"))
     draw = build.sampler_of(config, generator, encoder)
     plan = ship.plan_of(config, generator, page.SHOWN * classes)
-    rows = {}
+    found = []
     for label in range(min(page.SHOWN, classes)):
         made = []
         for number in range(label, plan.count, classes):
             noise, labels = plan.inputs(number, number + 1)
             made.append(rounded(draw(noise, labels))[0])
+        found.append(torch.stack(made))
+    return found
+
+
+def beside(samples: list[Tensor], images: Images) -> bytes:
+    """Return real pictures and samples side by side, a row a class under its name."""
+    rows = {}
+    for label, made in enumerate(samples):
         real = page.real_pictures(images, label)
         rows[images.names[label]] = torch.stack([*real, *made])
     return page.class_rows(rows)
+
+
+def nearest_pictures(samples: list[Tensor], images: Images) -> list[str | bytes]:
+    """Return each sample with its nearest training picture, and how many are copies of it.
+
+    Nothing for a set of more than `MOST_COMPARED` pictures, all of which would be read.
+    """
+    if not 2 <= len(images) <= MOST_COMPARED:
+        return []
+    training = torch.stack([images.row(number)[0] for number in range(len(images))])
+    found = nearest(torch.cat(samples), training)
+    pairs = torch.cat([torch.cat(samples), training[found.index]], 3)
+    rows = {}
+    for label, row in enumerate(pairs.split(page.SHOWN)):
+        rows[images.names[label]] = row
+    distance, apart = float(found.distance.median()), float(found.apart.median())
+    text = (
+        "Each sample (left) with the training picture nearest to it (right), by its pixels. "
+        f"{found.share:.0%} of these samples are nearer to one than it is to any other training "
+        f"picture: copies are, and so are blots. The median distance is {distance:.3f}; of these "
+        f"pictures from others it is {apart:.3f}."
+    )
+    return [text, page.class_rows(rows)]
 
 
 @torch.no_grad()
@@ -196,7 +242,7 @@ def card(
     optimiser = f"{t.optimizer}, batches of {t.batch}, rate {t.learning_rate}"
     training = {
         "pictures": f"{config.data.path}, {config.data.size} pixels",
-        "encoder": config.encoder.name or "trained on the spot",
+        "encoder": encoder_line(config),
         "objective": objective_line(config),
         **image_losses(config),
         "optimiser": f"{optimiser}, average {average}",
