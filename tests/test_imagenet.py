@@ -275,6 +275,7 @@ def test_several_sets_and_representations_are_judged_and_shown(config, encoder_f
     assert ratios["values"] == pytest.approx(dict.fromkeys(ratios["values"], 1), rel=1e-3)
     page = report.write(several).read_text()
     assert "the least over several sets" in page and "that of 24 held-out pictures" in page
+    assert "with the training picture nearest to it" in page
     ship.change_average(several, accelerator, several.training.emas[1])
     kept = [path.name for path in made.out.glob("samples*")]
     assert kept == ["samples.png"] and not (made.out / "metrics.json").exists()
