@@ -157,8 +157,9 @@ class PixelMeanFlowTransformer(CheckedModel):
 
     def without_velocity_head(self) -> "PixelMeanFlowTransformer":
         """Return a copy that predicts the image alone, with the same weights, for sampling."""
+        config: dict[str, Any] = dict(self.config) | {"two_heads": False}
         with torch.device("meta"):
-            copy = type(self)(**(dict(self.config) | {"two_heads": False}))
+            copy = type(self)(**config)
         own = self.state_dict()
         kept = {name: own[name].clone() for name in copy.state_dict()}
         copy.load_state_dict(kept, assign=True)
