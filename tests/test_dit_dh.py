@@ -539,3 +539,25 @@ def test_misuse_is_one_clear_error(call, says):
 
 def test_a_trained_null_class_is_the_label_after_the_last():
     assert small(null_trained=True).require_null() == 5
+
+
+def test_frequencies_stay_in_float32_whatever_the_weights_are(tmp_path):
+    """Angles of periods up to dozens of turns: rounded to bfloat16 they would be other times."""
+    network = small()
+    frequencies = network.time.frequencies.clone()
+    network.save_pretrained(tmp_path)
+    loaded = DiTDH.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    for each in (small().bfloat16(), loaded):
+        assert each.time.frequencies.dtype == torch.float32
+        assert each.embed.weight.dtype == torch.bfloat16
+    assert torch.equal(loaded.time.frequencies, frequencies)
+
+
+@pytest.mark.parametrize("name", ["t", "s", "labels"])
+def test_one_number_for_several_latents_is_refused(name):
+    network = small()
+    z = torch.zeros(3, *network.latent_shape)
+    given = {"t": torch.ones(3), "s": torch.zeros(3), "labels": torch.zeros(3, dtype=torch.long)}
+    given[name] = given[name][:1]
+    with pytest.raises(InputError, match=rf"got {name} of shape \(1,\) for 3 latents"):
+        network(z, **given)

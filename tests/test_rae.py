@@ -103,13 +103,13 @@ def test_statistics_of_each_position_make_latents_of_mean_0_and_spread_1_at_each
     fitted.fit(batches, by_position=True)
     assert fitted.mean.shape == (64, 4, 4)
     whole = LatentEncoder(tiny(encoder)).fit(batches)
-    keep_statistics(fitted.autoencoder, fitted.mean, fitted.std)
+    before = fitted.encode(batches[0])
+    keep_statistics(fitted)
+    torch.testing.assert_close(fitted.encode(batches[0]), before, rtol=1e-4, atol=1e-4)
     fitted.autoencoder.save_pretrained(tmp_path)
     saved = load_encoder(tmp_path)
     assert saved.known
-    for encoder in (fitted, saved):
-        if encoder is fitted:  # it normalises itself from now on
-            encoder = LatentEncoder(fitted.autoencoder)
+    for encoder in (fitted, LatentEncoder(fitted.autoencoder), saved):
         latents = torch.cat([encoder.encode(batch) for batch in batches])
         assert latents.mean(0).abs().max() < 1e-3
         assert (latents.std(0, correction=0) - 1).abs().max() < 2e-3
@@ -144,7 +144,17 @@ def test_one_image_has_no_spread_at_a_position():
 def test_statistics_are_not_kept_twice():
     network = tiny(latents_mean=normal(64, 4, 4), latents_std=normal(64, 4, 4).exp())
     with pytest.raises(InputError, match="normalises its latents already"):
-        keep_statistics(network, normal(64, 4, 4), normal(64, 4, 4).exp())
+        keep_statistics(LatentEncoder(network))
+    with pytest.raises(InputError, match="without statistics"):
+        keep_statistics(LatentEncoder(tiny()))
+
+
+def test_the_decoder_is_trained_also_where_a_frozen_encoder_held_the_autoencoder():
+    encoder = LatentEncoder(tiny()).fit([images(4)], by_position=True)
+    network = RAEReconstruction(encoder.autoencoder)
+    network(images(2)).square().mean().backward()
+    moved = {name for name, p in network.named_parameters() if p.grad is not None}
+    assert moved and all(".decoder." in name for name in moved)
 
 
 # --- the noise of training ---------------------------------------------------------------------

@@ -34,7 +34,6 @@ if __name__ == "__main__":
 import copy
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -136,8 +135,7 @@ def representation(work: Work) -> LatentEncoder:
         measured = LatentEncoder(autoencoder).fit(
             (in_range(some.to(accelerator.device)) for some in pixels), by_position=True
         )
-        keep_statistics(autoencoder, measured.mean, measured.std)
-    autoencoder.decoder.requires_grad_(True)
+        keep_statistics(measured)
     network = RAEReconstruction(autoencoder, config.representation.tau)
     if config.network.compile:
         for layer in autoencoder.decoder.decoder_layers:
@@ -208,7 +206,7 @@ def objectives_of(config: Config, teacher: Any) -> dict[str, tuple[Objective, fl
     Evaluations are forward passes: of the teacher, of the network with gradient, and of both
     sides of a difference or of the derivative beside it.
     """
-    o, dim = config.objectives, math.prod(config.latent)
+    o, dim = config.objectives, config.dim
     pairs = o.pairs or o.steps * (o.steps + 1) // 2
     moving = 2.0
     if o.difference is None:

@@ -1,7 +1,6 @@
 """What a run leaves beside its weights: scores of small sets, figures, ``report.html``."""
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -45,7 +44,7 @@ def sampler_of(config: Config, network: nn.Module, encoder: LatentEncoder, steps
 
     A network of velocities is solved by Euler, one of average velocities jumps.
     """
-    k = ShiftedTimes(math.prod(config.latent)).shift
+    k = ShiftedTimes(config.dim).shift
     grid = [k * i / (k * i + steps - i) for i in range(steps, -1, -1)]
     flow: Any = VelocityFlow(network)
     if network.config["average"]:  # type: ignore[index]  # a DiTDH

@@ -82,6 +82,7 @@ class DiTDH(CheckedModel):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ModulatedBlock"]  # noqa: RUF012  # diffusers' name and type
     _repeated_blocks = ["ModulatedBlock"]  # noqa: RUF012  # what it compiles
+    _keep_in_fp32_modules = ["frequencies"]  # noqa: RUF012  # of the times, when it is loaded
 
     @register_to_config
     def __init__(
@@ -225,6 +226,7 @@ class DiTDH(CheckedModel):
         """
         batch, channels, height, width = latents.shape
         self._check((channels, height, width), labels)
+        _check_rows(batch, {"t": t, "s": s, "labels": labels})
         times = self._times(t, s)[:, None]
         cells = latents.flatten(2).transpose(1, 2)
         positions = sines_of_grid(height, width, self.config["width"], latents.device)
@@ -406,6 +408,16 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(value)
     return value
+
+
+def _check_rows(batch: int, given: Mapping[str, Tensor | None]) -> None:
+    """Refuse what has not one number for each latent: it would be spread over all of them."""
+    for name, value in given.items():
+        if value is not None and value.shape != (batch,):
+            raise InputError(
+                f"got {name} of shape {tuple(value.shape)} for {batch} latents; write one number "
+                f"for each, as {name}.expand({batch})"
+            )
 
 
 def _check_width(name: str, width: int, of_heads: str, heads: int) -> None:

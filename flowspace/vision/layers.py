@@ -1,6 +1,7 @@
 """Layers that the vision transformers of this package share."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +72,14 @@ class FourierEmbedding(nn.Module):
         self.register_buffer("frequencies", torch.randn(count))
         self.first = nn.Linear(2 * count, width)
         self.second = nn.Linear(width, width)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "FourierEmbedding":
+        """Move the module, as ``to`` does; frequencies keep their dtype, for the angles' sake."""
+        kept = self.frequencies
+        super()._apply(fn, recurse)
+        if self.frequencies.dtype != kept.dtype and not kept.is_meta:
+            self.frequencies = kept.to(self.frequencies.device)
+        return self
 
     def forward(self, time: Tensor) -> Tensor:
         """Map ``(B,)`` to ``(B, width)``; angles are formed in float32 at least."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from flowspace.errors import InputError
 from flowspace.vision.adversarial import LARGEST_BALANCE, SMALLEST_SLOPE, balance
-from flowspace.vision.encoders import RAE_EPSILON, make_buildable
+from flowspace.vision.encoders import RAE_EPSILON, LatentEncoder, make_buildable
 
 __all__ = [
     "DECODERS",
@@ -125,27 +125,35 @@ def _decoder(name: str) -> dict[str, Any]:
     return DECODERS[name]
 
 
-def keep_statistics(autoencoder: Any, mean: Tensor, std: Tensor) -> None:
-    """Let a representation autoencoder normalise its latents by these; they are saved with it.
+def keep_statistics(encoder: LatentEncoder) -> None:
+    """Move the statistics of an encoder into its representation autoencoder, to be saved with it.
+
+    The encoder's latents stay what they were: the autoencoder normalises them from now on.
 
     Args:
-        autoencoder: diffusers' ``AutoencoderRAE``.
-        mean: ``(C, h, w)`` of its latents as they are now, such as ``LatentEncoder.mean`` after
-            ``fit(images, by_position=True)``.
-        std: of the same shape.
+        encoder: of diffusers' ``AutoencoderRAE``, with statistics ``(C, h, w)``, as it has them
+            after ``fit(images, by_position=True)``.
 
     Raises:
-        InputError: if it normalises its latents already.
+        InputError: if the autoencoder normalises its latents already, or statistics are missing.
     """
+    autoencoder: Any = encoder.autoencoder
     if autoencoder._latents_mean.numel() > 1:
         raise InputError(
             "got an autoencoder that normalises its latents already; build it with "
             "latents_mean=None, latents_std=None"
         )
+    mean, std = encoder.mean.float(), encoder.std.float()
+    if mean.numel() == 1:
+        raise InputError(
+            "got an encoder without statistics of its channels; write encoder.fit(images, "
+            "by_position=True) first"
+        )
     where = autoencoder._latents_mean.device
-    autoencoder._latents_mean = mean.float().to(where)
-    autoencoder._latents_std = std.float().to(where)
+    autoencoder._latents_mean = mean.to(where)
+    autoencoder._latents_std = std.to(where)
     autoencoder.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+    encoder.set_statistics(torch.zeros_like(mean), torch.ones_like(std))
 
 
 class RAEReconstruction(nn.Module):
@@ -153,7 +161,7 @@ class RAEReconstruction(nn.Module):
 
     Args:
         autoencoder: diffusers' ``AutoencoderRAE``. Its encoder is frozen and stays in eval mode,
-            and noise of its own (``noise_tau``) is turned off.
+            its decoder is not frozen, and noise of its own (``noise_tau``) is turned off.
         tau: the largest spread of the noise on latents in training.
 
     Raises:
@@ -168,6 +176,8 @@ class RAEReconstruction(nn.Module):
         self.tau = tau
         autoencoder.noise_tau = 0.0
         autoencoder.encoder.requires_grad_(False)
+        # it is frozen where the autoencoder comes from a `LatentEncoder`
+        autoencoder.decoder.requires_grad_(True)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "RAEReconstruction":
