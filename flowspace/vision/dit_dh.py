@@ -30,10 +30,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  # pipelines look for it here
 from timm.layers.mlp import SwiGLU
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from flowspace.errors import InputError, RunError
-from flowspace.vision.checked_model import CheckedModel
 from flowspace.vision.layers import (
     FourierEmbedding,
     Norm,
@@ -43,6 +41,7 @@ from flowspace.vision.layers import (
     turned,
 )
 from flowspace.vision.shapes import pair_of
+from flowspace.vision.transformer import LabelledTransformer
 from flowspace.vision.weights import read_tensors
 
 __all__ = ["SIZES", "DiTDH"]
@@ -55,7 +54,7 @@ SIZES: dict[str, dict[str, Any]] = {
 """The encoder of each published size; the head of all has 2 blocks of width 2,048 and 16 heads."""
 
 
-class DiTDH(CheckedModel):
+class DiTDH(LabelledTransformer):
     """Maps noisy latents ``(B, channels, h, w)`` to their velocity, of the same shape.
 
     Args:
@@ -79,7 +78,6 @@ class DiTDH(CheckedModel):
         InputError: if sizes do not fit together.
     """
 
-    _supports_gradient_checkpointing = True
     _no_split_modules = ["ModulatedBlock"]  # noqa: RUF012  # diffusers' name and type
     _repeated_blocks = ["ModulatedBlock"]  # noqa: RUF012  # what it compiles
     _keep_in_fp32_modules = ["frequencies"]  # noqa: RUF012  # of the times, when it is loaded
@@ -188,18 +186,6 @@ class DiTDH(CheckedModel):
             raise RunError(f"{path} has other positions than sines and cosines of the grid")
         return made
 
-    def compile_blocks(self, **options: Any) -> "DiTDH":
-        """Compile each block in place; returns itself.
-
-        Two graphs are compiled, one that serves all blocks of the encoder and one for the head's.
-        Weights and their names stay as they are.
-
-        Args:
-            options: those of ``torch.compile``.
-        """
-        self.compile_repeated_blocks(**options)
-        return self
-
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """The shape of one latent, (channels, h, w)."""
@@ -240,20 +226,6 @@ class DiTDH(CheckedModel):
         velocities = self.last(x, condition)
         return velocities.transpose(1, 2).reshape(batch, channels, height, width)
 
-    def require_null(self) -> int:
-        """Return the label of the null class.
-
-        Raises:
-            InputError: if it was not trained: its embedding is then what it began with.
-        """
-        if not self.config["null_trained"]:
-            raise InputError(
-                "got a network whose null class was not trained, which guidance and drawing "
-                "without labels need; write labels, or network.register_to_config("
-                "null_trained=True) if labels were dropped in training"
-            )
-        return self.config["classes"]
-
     def _times(self, t: Tensor, s: Tensor | None) -> Tensor:
         """Return the embedding ``(B, width)`` of t, and in MeanFlow's form of t - s."""
         embedded = self.time(t)
@@ -273,12 +245,7 @@ class DiTDH(CheckedModel):
         self, blocks: nn.ModuleList, x: Tensor, condition: Tensor, rotary: nn.Module
     ) -> Tensor:
         turn = rotary(*self.latent_shape[1:], x.device)
-        for block in blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, condition, *turn, use_reentrant=False)
-            else:
-                x = block(x, condition, *turn)
-        return x
+        return self.through(blocks, x, condition, *turn)
 
     def _check(self, shape: tuple[int, int, int], labels: Tensor | None) -> None:
         if shape != self.latent_shape:
@@ -287,14 +254,7 @@ class DiTDH(CheckedModel):
                 f"got a latent of {shape[0]} channels on {shape[1]} x {shape[2]} cells; this "
                 f"network takes {channels} channels on {height} x {width}"
             )
-        if self.label is None and labels is not None:
-            raise InputError("got labels for a network without classes; leave them out")
-        if self.label is not None and labels is None:
-            classes = self.config["classes"]
-            raise InputError(
-                f"got no labels; write labels= with classes from 0 to {classes - 1}, or "
-                f"{classes} for none"
-            )
+        self.check_labels(labels)
 
     def _initialise(self) -> None:
         """Begin as RAE's does; blocks begin by returning their input, the whole by zero."""

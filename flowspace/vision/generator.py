@@ -22,12 +22,11 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  # pipelines look for it here
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from flowspace.errors import InputError
-from flowspace.vision.checked_model import CheckedModel
 from flowspace.vision.layers import MLPS, Norm, RotaryGrid, TimeEmbedding, turned
 from flowspace.vision.shapes import pair_of
+from flowspace.vision.transformer import LabelledTransformer
 
 __all__ = ["PRESETS", "CrossFlowGenerator"]
 
@@ -44,7 +43,7 @@ HEADS = ("linear", "convolutional")
 CONDITIONS: dict[str, tuple[str, ...]] = {"s": ("s",), "t,s": ("t", "s"), "t-s": ("t-s",)}
 
 
-class CrossFlowGenerator(CheckedModel):
+class CrossFlowGenerator(LabelledTransformer):
     """Maps latents ``(B, channels, h, w)`` to images ``(B, outputs, h patch, w patch)``.
 
     Args:
@@ -76,7 +75,6 @@ class CrossFlowGenerator(CheckedModel):
         InputError: if sizes do not fit together.
     """
 
-    _supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012  # diffusers' name and type
     _repeated_blocks = ["Block"]  # noqa: RUF012  # what its compile_repeated_blocks compiles
 
@@ -145,19 +143,6 @@ class CrossFlowGenerator(CheckedModel):
             raise InputError(f"got preset {name!r}; write one of {', '.join(PRESETS)}")
         return cls(**(PRESETS[name] | changes))
 
-    def compile_blocks(self, **options: Any) -> "CrossFlowGenerator":
-        """Compile each block in place; returns itself.
-
-        The blocks are equal, so one graph is compiled and serves all of them, in a fraction of the
-        time that the whole network takes to compile. What is left out, the embeddings and the
-        head, is small. Weights and their names stay as they are.
-
-        Args:
-            options: those of ``torch.compile``.
-        """
-        self.compile_repeated_blocks(**options)
-        return self
-
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """The shape of one latent, (channels, h, w)."""
@@ -178,30 +163,11 @@ class CrossFlowGenerator(CheckedModel):
         context = self._context(t, s, labels)
         x = torch.cat([context, x], 1)
         turn = self.rotary(height, width, x.device)
-        for block in self.blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, *turn, use_reentrant=False)
-            else:
-                x = block(x, *turn)
+        x = self.through(self.blocks, x, *turn)
         cells = self.norm(x[:, context.shape[1] :])
         if isinstance(self.head, ConvolutionalHead):
             return self.head(_maps(cells, height, width))
         return F.pixel_shuffle(_maps(self.head(cells), height, width), self.config["patch"])
-
-    def require_null(self) -> int:
-        """Return the label of the null class.
-
-        Raises:
-            InputError: if it was not trained: its embedding is then what it began with.
-        """
-        if not self.config["null_trained"]:
-            raise InputError(
-                "got a generator whose null class was not trained, which guidance and drawing "
-                "without labels need; write labels, or "
-                "generator.register_to_config(null_trained=True) if labels were dropped in "
-                "training"
-            )
-        return self.config["classes"]
 
     def _context(self, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         values = {"s": s, "t": t, "t_minus_s": t - s}
@@ -219,14 +185,7 @@ class CrossFlowGenerator(CheckedModel):
                 f"got a latent of {shape[0]} channels on {shape[1]} x {shape[2]} cells; this "
                 f"generator takes {channels} channels on {height} x {width}"
             )
-        if self.label is None and labels is not None:
-            raise InputError("got labels for a generator without classes")
-        if self.label is not None and labels is None:
-            classes = self.config["classes"]
-            raise InputError(
-                f"got no labels; write labels= with classes from 0 to {classes - 1}, or "
-                f"{classes} for none"
-            )
+        self.check_labels(labels)
 
     def _initialise(self) -> None:
         """Small linear layers, and a head of zeros, so that training begins at the grey image."""

@@ -1,0 +1,84 @@
+"""What the transformers of this package share: blocks that are compiled or checkpointed one by
+one, and labels with a null class.
+"""
+
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from flowspace.errors import InputError
+from flowspace.vision.checked_model import CheckedModel
+
+__all__ = ["LabelledTransformer"]
+
+Self = TypeVar("Self", bound="LabelledTransformer")
+
+
+class LabelledTransformer(CheckedModel):
+    """A network of equal blocks, of which labels from 0 to classes - 1 may be told.
+
+    A subclass has ``classes`` and ``null_trained`` among its arguments, and sets ``label`` and
+    ``gradient_checkpointing``.
+
+    Attributes:
+        label: the embedding of labels, whose last entry is the null class; None without classes.
+        gradient_checkpointing: whether blocks are run again in the backward pass.
+    """
+
+    _supports_gradient_checkpointing = True
+    label: nn.Embedding | None
+    gradient_checkpointing: bool
+
+    def compile_blocks(self: Self, **options: Any) -> Self:
+        """Compile each block in place; returns itself.
+
+        Equal blocks share one graph, in a fraction of the time that the whole network takes to
+        compile. What is left out, the embeddings and the head, is small. Weights and their names
+        stay as they are.
+
+        Args:
+            options: those of ``torch.compile``.
+        """
+        self.compile_repeated_blocks(**options)
+        return self
+
+    def require_null(self) -> int:
+        """Return the label of the null class.
+
+        Raises:
+            InputError: if it was not trained: its embedding is then what it began with.
+        """
+        if not self.config["null_trained"]:
+            raise InputError(
+                "got a network whose null class was not trained, which guidance and drawing "
+                "without labels need; write labels, or network.register_to_config("
+                "null_trained=True) if labels were dropped in training"
+            )
+        return self.config["classes"]
+
+    def check_labels(self, labels: Any) -> None:
+        """Refuse labels for a network without classes, and none for one that has some.
+
+        Raises:
+            InputError: in both cases.
+        """
+        if self.label is None and labels is not None:
+            raise InputError("got labels for a network without classes; leave them out")
+        if self.label is not None and labels is None:
+            classes = self.config["classes"]
+            raise InputError(
+                f"got no labels; write labels= with classes from 0 to {classes - 1}, or "
+                f"{classes} for none"
+            )
+
+    def through(self, blocks: Iterable[nn.Module], x: Tensor, *context: Any) -> Tensor:
+        """Return tokens after some blocks, each given the same context."""
+        for block in blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, *context, use_reentrant=False)
+            else:
+                x = block(x, *context)
+        return x
