@@ -157,7 +157,7 @@ def objective_of(config: Config, estimate: Callable[[Tensor], Tensor] | None = N
     if o.kind == "improved-meanflow":
         return ImprovedMeanFlowLoss.published(**common)
     if o.kind == "flow-matching":
-        return FlowMatchingLoss(times=TimePairs(times, equal=1.0), **common)
+        return FlowMatchingLoss(times=TimePairs(times, equal=1.0, mask_first=True), **common)
     if o.kind == "consistency":
         return ConsistencyLoss(times=ToDataTimes(times), **common)
     pairs = TimePairs(times, equal=o.equal, mask_first=True)

@@ -3,6 +3,7 @@
 It is MeanFlow on the diagonal, where the average velocity is the velocity.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +11,20 @@ from torch import Tensor
 
 from flowspace.objectives.inputs import Batch
 from flowspace.objectives.mean_flow import MeanFlowLoss
+from flowspace.times import TimePairs
 
 __all__ = ["FlowMatchingLoss"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlowMatchingLoss(MeanFlowLoss):
-    """R = f - v, with s = t in every row; a given s is accepted and ignored."""
+    """R = f - v, with s = t in every row; a given s is accepted and ignored.
+
+    By default t is one uniform draw. Other pairs give their t, which is the larger of two draws
+    where they are sorted first: write ``TimePairs(times, equal=1.0, mask_first=True)``.
+    """
+
+    times: Callable[..., tuple[Tensor, Tensor]] = TimePairs(equal=1.0, mask_first=True)
 
     @classmethod
     def published(cls, **changes: Any) -> "FlowMatchingLoss":
