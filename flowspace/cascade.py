@@ -30,6 +30,7 @@ Hence one noise of the image's size holds all that a cascade needs, and a sample
 it.
 """
 
+import copy
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,8 +39,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
+from torch.utils import _pytree as pytree
 
-from flowspace.arrays import Model, draw_noise
+from flowspace.arrays import Model, checked_times, draw_noise
 from flowspace.backends import torch_backend
 from flowspace.errors import InputError, TimeError
 from flowspace.flow_map import FlowMap
@@ -47,6 +49,7 @@ from flowspace.guidance import Guidance, RandomGuidance
 from flowspace.inputs import check_model, check_states, checked_cond, require
 from flowspace.objectives import FlowMatchingLoss, LossOutput, Objective
 from flowspace.solvers import Solver, VelocityFlow
+from flowspace.times import PairSampler, RandomSource
 
 __all__ = [
     "Cascade",
@@ -236,8 +239,8 @@ class Cascade:
         Args:
             images: ``(B, C, H, W)``.
             noise: standard normal, of the same shape.
-            stages: the stage of each row, whole numbers ``(B,)``; on the CPU nothing waits for the
-                device.
+            stages: the stage of each row, whole numbers ``(B,)``; on the CPU, since to find the
+                rows of a stage on a GPU is to wait for it.
 
         Raises:
             InputError: if images do not halve S - 1 times, or shapes do not fit.
@@ -245,9 +248,10 @@ class Cascade:
         self._check_batch(images, noise, stages)
         last = self.stages - 1
         for stage in self:
-            rows = (stages == stage.index).nonzero().flatten().to(images.device)
+            rows = (stages == stage.index).nonzero().flatten()
             if not len(rows):
                 continue
+            rows = _sent(rows, images.device)
             small = halved(images[rows], last - stage.index)
             yield CascadeBatch(
                 stage, rows, *stage.path(small, self._noise_of(stage, noise[rows], last))
@@ -270,10 +274,11 @@ class Cascade:
         return (first + torch.arange(rows, device=device)) % self.stages
 
     def ramp(self, guidance: Guidance, shares: Sequence[float] = RAMP) -> tuple[Guidance, ...]:
-        """Return the guidance of each stage: 1 + (omega - 1) share (section 4.3).
+        """Return the guidance of each stage: 1 + (g - 1) share, with g the effective scale
+        omega/(1 - own_weight) (section 4.3).
 
         Args:
-            guidance: of full strength.
+            guidance: of full strength; its own_weight stays.
             shares: one for each stage; the paper's are for four.
 
         Raises:
@@ -290,7 +295,9 @@ class Cascade:
                 f"got {len(shares)} shares of guidance for {self.stages} stage(s); write one for "
                 "each stage, coarsest first, as shares=(0, 0.5, 1) for three"
             )
-        return tuple(replace(guidance, omega=1 + (guidance.omega - 1) * share) for share in shares)
+        rest = 1 - guidance.own_weight
+        full = guidance.omega / rest
+        return tuple(replace(guidance, omega=(1 + (full - 1) * share) * rest) for share in shares)
 
     def check_size(self, images: Tensor) -> None:
         """Refuse what are no images, or cannot be halved S - 1 times.
@@ -340,6 +347,13 @@ class Cascade:
         return 2**halvings * halved(noise, halvings)
 
 
+def _sent(rows: Tensor, device: torch.device) -> Tensor:
+    """Return row numbers on a device; a GPU is not waited for, which takes pinned memory."""
+    if device.type != "cuda" or rows.device.type != "cpu":
+        return rows.to(device)
+    return rows.pin_memory().to(device, non_blocking=True)
+
+
 class CascadeOutput(NamedTuple):
     """What the loss of a cascade returns.
 
@@ -372,6 +386,9 @@ class CascadeLoss:
         packed: call the model once, with lists: of the states, times, destinations and conditions
             of each stage that has rows. Such a model may compute pictures of all sizes as one
             sequence. Flow matching alone allows it, since it differentiates nothing.
+
+    Times are drawn for all rows at once where all stages draw alike, so those of a sampler such as
+    `KeyedPairs` do not depend on which rows a process holds.
 
     Raises:
         InputError: if an objective is none, their number is wrong, or packed is asked of another
@@ -437,11 +454,14 @@ class CascadeLoss:
             model: any callable ``model(z_t, t, s, **cond)`` on images of every stage's size and
                 the network's times ``(B,)``: `CascadeStage.global_time`.
             images: ``(B, C, H, W)``, a floating dtype.
-            cond: keyword arguments of the model; tensors whose first axis is B belong to the rows.
+            cond: keyword arguments of the model; tensors whose first axis is B, also within lists
+                and dicts, belong to the rows.
             noise: standard normal noise of the images' shape; by default drawn.
             stages: the stage of each row, ``(B,)``; by default `Cascade.assigned`.
-            t: the stage's own times in (0, 1], ``(B,)``; by default drawn by the objective.
-            s: destinations in [0, t], likewise; given if and only if t is.
+            t: the stage's own times in (0, 1], of shape ``()`` or ``(B,)``; by default drawn by
+                the objective's ``times``.
+            s: destinations in [0, t], likewise; given if and only if t is. Flow matching takes no
+                notice of it.
             generator: the source of what is drawn.
 
         Raises:
@@ -455,51 +475,126 @@ class CascadeLoss:
             noise = draw_noise(images, generator)
         if stages is None:
             stages = self.cascade.assigned(len(images), generator)
-        if self.packed and t is None:
-            t, s = self._drawn_times(images, generator)
         batches = list(self.cascade.batches(images, noise, stages))
         conds = [_cond_of_rows(given, batch.rows, images) for batch in batches]
         models = [batch.stage.local(model) for batch in batches]
+        pairs = self._pairs(batches, images, t, s, generator)
         if self.packed:
-            models = self._called_once(model, batches, conds, t)
+            models = self._called_once(model, batches, conds, pairs)
         outputs = {}
-        for batch, own_cond, local in zip(batches, conds, models, strict=True):
-            outputs[batch.stage.index] = self._objectives[batch.stage.index](
+        for batch, own_cond, local, own in zip(batches, conds, models, pairs, strict=True):
+            times = {}
+            if t is not None:
+                times = {"t": own.t, "s": own.s}
+            outputs[batch.stage.index] = self._objective_at(batch.stage, own)(
                 local,
                 batch.latents,
                 cond=own_cond,
                 noise=batch.noise,
-                t=_of_rows(t, batch.rows, images),
-                s=_of_rows(s, batch.rows, images),
                 generator=generator,
+                **times,
             )
         return _in_order(batches, outputs, stages)
 
-    def _drawn_times(
-        self, images: Tensor, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the times of all rows, which one call of the model needs together."""
+    def _objective_at(self, stage: CascadeStage, pairs: "PairsOfStage") -> Objective:
+        """Return a stage's objective with times that are known.
+
+        It is a copy: to build another one would derive its coefficients again, in each step.
+        """
+        objective = copy.copy(self._objectives[stage.index])
+        object.__setattr__(objective, "times", pairs)
+        return objective
+
+    def _pairs(
+        self,
+        batches: Sequence[CascadeBatch],
+        images: Tensor,
+        t: Tensor | None,
+        s: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> "list[PairsOfStage]":
+        """Return the times of each stage's rows: those given, checked, or drawn."""
+        if all(isinstance(each, FlowMatchingLoss) for each in self._objectives):
+            s = t
+        if t is not None and s is not None:
+            t, s = checked_times(t, s, images)
+            return [PairsOfStage(t[batch.rows], s[batch.rows]) for batch in batches]
+        if t is not None or s is not None:
+            raise TimeError("got only one of t and s; give both, or neither to have them drawn")
         times = self._objectives[0].times
-        dtype = torch_backend.time_dtype(images)
-        return times(len(images), generator=generator, device=images.device, dtype=dtype)
+        if all(each.times == times for each in self._objectives):
+            drawn = _drawn_pairs(times, len(images), images, generator)
+            return [drawn.of(batch.rows) for batch in batches]
+        pairs = []
+        for batch in batches:
+            times = self._objectives[batch.stage.index].times
+            pairs.append(_drawn_pairs(times, len(batch.rows), images, generator))
+        return pairs
 
     def _called_once(
         self,
         model: Model,
         batches: Sequence[CascadeBatch],
         conds: Sequence[Mapping[str, Any]],
-        t: Any,
+        pairs: "Sequence[PairsOfStage]",
     ) -> list[Model]:
         """Return for each stage a model that hands out its part of one call."""
         states, times = [], []
-        for batch in batches:
-            own = t[batch.rows]
+        for batch, own in zip(batches, pairs, strict=True):
             schedule = self._objectives[batch.stage.index].schedule
-            states.append(schedule.perturb(batch.latents, batch.noise, own)[0])
-            times.append(batch.stage.global_time(own))
+            states.append(schedule.perturb(batch.latents, batch.noise, own.t)[0])
+            times.append(batch.stage.global_time(own.t))
         cond = {name: [each[name] for each in conds] for name in conds[0]}
         predictions = model(states, times, times, **cond)
         return [functools.partial(_handed_out, prediction) for prediction in predictions]
+
+
+@dataclass(frozen=True)
+class PairsOfStage(PairSampler):
+    """Times that are known already, which an objective is given as if it drew them.
+
+    So it need not check them again, for which it would wait for the device.
+
+    Attributes:
+        t: times, ``(b,)``.
+        s: destinations, ``(b,)``.
+        most: how many rows have s < t at most; None where that is not known.
+    """
+
+    t: Tensor
+    s: Tensor
+    most: int | None = None
+
+    def draw(self, rows: int, source: RandomSource) -> tuple[Tensor, Tensor]:
+        """Return t and s, each of shape ``(b,)``; the source is not used."""
+        return self.t, self.s
+
+    def most_off_diagonal(self, rows: int) -> int | None:
+        """Return how many of the rows have s < t at most."""
+        if self.most is None:
+            return None
+        return min(rows, self.most)
+
+    def of(self, rows: Tensor) -> "PairsOfStage":
+        """Return those of some rows."""
+        return PairsOfStage(self.t[rows], self.s[rows], self.most)
+
+
+def _drawn_pairs(
+    times: Any, rows: int, images: Tensor, generator: torch.Generator | None
+) -> PairsOfStage:
+    """Return so many times as an objective draws them, beside the images."""
+    dtype = torch_backend.time_dtype(images)
+    t, s = times(rows, generator=generator, device=images.device, dtype=dtype)
+    if t.shape != (rows,) or s.shape != (rows,):
+        raise TimeError(
+            f"got times of shapes {tuple(t.shape)} and {tuple(s.shape)} from {times!r} for {rows} "
+            f"rows; return t and s of shape ({rows},) each"
+        )
+    most = None
+    if isinstance(times, PairSampler):
+        most = times.most_off_diagonal(rows)
+    return PairsOfStage(t, s, most)
 
 
 def _in_order(
@@ -524,15 +619,14 @@ def _handed_out(prediction: Tensor, z_t: Tensor, t: Tensor, s: Tensor, **cond: A
 
 
 def _cond_of_rows(cond: Mapping[str, Any], rows: Tensor, images: Tensor) -> dict[str, Any]:
-    """Return the model's arguments for some rows of a batch."""
-    return {name: _of_rows(value, rows, images) for name, value in cond.items()}
+    """Return the model's arguments for some rows of a batch; lists and dicts are gone through."""
 
+    def of_rows(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == len(images):
+            return leaf[rows.to(leaf.device)]
+        return leaf
 
-def _of_rows(value: Any, rows: Tensor, images: Tensor) -> Any:
-    """Return some rows of what belongs to the rows of a batch, anything else as it is."""
-    if isinstance(value, Tensor) and value.ndim and len(value) == len(images):
-        return value[rows.to(value.device)]
-    return value
+    return pytree.tree_map(of_rows, dict(cond))
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from flowspace import (
     DormandPrince,
     Euler,
     FlowMatchingLoss,
+    FlowspaceError,
     Guidance,
     InputError,
     MeanFlowDistillationLoss,
@@ -31,9 +32,15 @@ from flowspace import (
     PixelMeanFlowLoss,
     RandomGuidance,
     TimeError,
+    TimePairs,
+    TrajectoryMatchingLoss,
+    UniformTimes,
     VelocityFlow,
 )
+from flowspace.cascade import _is_idle as is_idle
+from flowspace.cascade import _sent as sent
 from flowspace.cascade import doubled, halved
+from flowspace.training import Draws, KeyedPairs
 
 SIDE, STAGES = 4, 3
 counts = st.integers(1, 5)
@@ -441,6 +448,175 @@ def test_packed_draws_its_times_and_refuses_what_it_cannot_do():
             CascadeLoss(Cascade(3), objective, packed=True)
 
 
+# --- times, whoever draws them
+
+
+NEAR, FAR = TimePairs(UniformTimes(0.01, 0.1)), TimePairs(UniformTimes(0.9, 1.0))
+
+
+def network_of(packed):
+    """A network without conditions, for one size or several."""
+    if packed:
+        return lambda z, t, s: [model(*each) for each in zip(z, t, s, strict=True)]
+    return model
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_each_stage_draws_by_its_own_objective(packed):
+    objectives = [FlowMatchingLoss(times=NEAR), FlowMatchingLoss(times=FAR)]
+    loss_fn = CascadeLoss(Cascade(2), objectives, packed)
+    out = loss_fn(network_of(packed), normal(0, 8, 1, 4, 4), generator=source(0))
+    assert float(out.t[out.stages == 0].max()) <= 0.1
+    assert float(out.t[out.stages == 1].min()) >= 0.9
+
+
+@given(rows=st.integers(1, 9), seed=seeds)
+@settings(max_examples=10, deadline=None)
+@pytest.mark.parametrize("times", [(NEAR, NEAR), (NEAR, FAR)], ids=["alike", "apart"])
+def test_packed_draws_what_is_drawn_unpacked(times, rows, seed):
+    objectives = [FlowMatchingLoss(times=each) for each in times]
+    images = normal(seed, rows, 1, 4, 4)
+    outs = []
+    for packed in (False, True):
+        loss_fn = CascadeLoss(Cascade(2), objectives, packed)
+        outs.append(loss_fn(network_of(packed), images, generator=source(seed)))
+    for name in ("loss", "t", "s", "stages"):
+        torch.testing.assert_close(getattr(outs[1], name), getattr(outs[0], name))
+
+
+@pytest.mark.parametrize(
+    ("objective", "packed"),
+    [(FlowMatchingLoss, False), (FlowMatchingLoss, True), (MeanFlowLoss, False)],
+)
+def test_keyed_times_do_not_depend_on_the_split_over_processes(objective, packed):
+    """Rows 0 to 12 by one process, or by two or three: the same times and losses."""
+    rows = 12
+    images, noise = normal(0, rows, 1, 8, 8), normal(1, rows, 1, 8, 8)
+    stages = Cascade(3).assigned(rows, source(0))
+    times = KeyedPairs(TimePairs(), 1)
+    loss_fn = CascadeLoss(Cascade(3), objective(times=times), packed)
+    found = []
+    for processes in (1, 2, 3):
+        parts = []
+        size = rows // processes
+        for first in range(0, rows, size):
+            own = slice(first, first + size)
+            times.draws = Draws(0, 5, first, first + size, rows, torch.device("cpu"))
+            out = loss_fn(network_of(packed), images[own], noise=noise[own], stages=stages[own])
+            parts.append(torch.stack([out.loss, out.t, out.s]))
+        found.append(torch.cat(parts, 1))
+    times.draws = Draws(0, 5, 0, rows, rows, torch.device("cpu"))
+    t, s = times(rows)
+    assert torch.equal(found[0][1], t.double())
+    if objective is MeanFlowLoss:
+        assert torch.equal(found[0][2], s.double())
+    for split in found[1:]:
+        torch.testing.assert_close(split, found[0])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("t", [0.5, torch.tensor(0.5), torch.full((6,), 0.5).double()])
+def test_one_time_may_be_given_for_all_rows(packed, t):
+    images, noise = normal(0, 6, 1, 8, 8), normal(1, 6, 1, 8, 8)
+    loss_fn = CascadeLoss(Cascade(3), FlowMatchingLoss(), packed)
+    given = {"noise": noise, "stages": torch.arange(6) % 3}
+    every = torch.full((6,), 0.5).double()
+    expected = CascadeLoss(Cascade(3), FlowMatchingLoss())(
+        model, images, t=every, s=every, **given
+    )
+    for s in (t, 0.9, None):  # flow matching takes no notice of s
+        out = loss_fn(network_of(packed), images, t=t, s=s, **given)
+        torch.testing.assert_close(out.loss, expected.loss)
+        assert torch.equal(out.t, every) and torch.equal(out.s, every)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("t", "wrong"),
+    [
+        (torch.full((2,), 0.5), r"got t of shape \(2,\); it must be \(\) or \(6,\)"),
+        (1.5, r"got t = 1\.5"),
+        (torch.ones(6).long(), "got t of dtype torch.int64"),
+        ("noon", "got t = 'noon'"),
+    ],
+)
+def test_given_times_are_those_of_the_whole_batch(packed, t, wrong):
+    """Two times are as many as a stage has rows, and yet not one for each row."""
+    loss_fn = CascadeLoss(Cascade(3), FlowMatchingLoss(), packed)
+    with pytest.raises(TimeError, match=wrong):
+        loss_fn(network_of(packed), normal(0, 6, 1, 8, 8), t=t, s=t)
+
+
+def test_half_a_pair_of_times_is_refused_and_so_are_times_where_an_objective_takes_none():
+    images, t = normal(0, 4, 1, 4, 4), torch.full((4,), 0.5).double()
+    for half in ({"t": t}, {"s": t}):
+        with pytest.raises(TimeError, match="got only one of t and s"):
+            CascadeLoss(Cascade(2), MeanFlowLoss())(model, images, **half)
+    matching = TrajectoryMatchingLoss(teacher=lambda z, t: z)
+    with pytest.raises(FlowspaceError, match="got t or s; trajectory matching"):
+        CascadeLoss(Cascade(2), matching)(model, images, t=t, s=t)
+
+
+def test_a_sampler_of_the_wrong_number_of_times_is_refused():
+    def few(rows, **how):
+        return torch.full((2,), 0.5), torch.full((2,), 0.5)
+
+    with pytest.raises(TimeError, match=r"got times of shapes \(2,\) and \(2,\) .* for 4 rows"):
+        CascadeLoss(Cascade(2), FlowMatchingLoss(times=few))(model, normal(0, 4, 1, 4, 4))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_conditions_within_conditions_belong_to_their_rows_too(packed):
+    """As in an objective alone: a label deep within dicts and tuples is the row's own."""
+
+    def nested(z, t, s, deep):
+        return model(z, t, s, deep["more"][0]) + deep["all"]
+
+    def listed_nested(z, t, s, deep):
+        return [nested(*each) for each in zip(z, t, s, deep, strict=True)]
+
+    images, noise, labels = normal(0, 6, 1, 8, 8), normal(1, 6, 1, 8, 8), torch.arange(6).double()
+    given = {"noise": noise, "stages": torch.arange(6) % 3, "t": 0.5, "s": 0.5}
+    cond = {"deep": {"more": (labels, "text"), "all": torch.tensor(0.0)}}
+    network = nested
+    if packed:
+        network = listed_nested
+    out = CascadeLoss(Cascade(3), FlowMatchingLoss(), packed)(network, images, cond=cond, **given)
+    flat = CascadeLoss(Cascade(3), FlowMatchingLoss())(
+        model, images, cond={"labels": labels}, **given
+    )
+    torch.testing.assert_close(out.loss, flat.loss)
+
+
+def test_row_numbers_go_to_a_gpu_from_pinned_memory_and_nothing_waits():
+    """Without a GPU: what the rows are asked for."""
+
+    class Rows:
+        device, pinned = torch.device("cpu"), False
+
+        def pin_memory(self):
+            self.pinned = True
+            return self
+
+        def to(self, device, non_blocking=False):
+            return device.type, self.pinned, non_blocking
+
+    assert sent(Rows(), torch.device("cuda")) == ("cuda", True, True)
+    assert sent(Rows(), torch.device("cpu")) == ("cpu", False, False)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU to wait for")
+def test_on_a_gpu_a_step_of_a_cascade_waits_for_nothing():
+    images = torch.randn(6, 1, 8, 8, device="cuda")
+    loss_fn = CascadeLoss(Cascade(3), FlowMatchingLoss())
+    loss_fn(model, images)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss_fn(model, images)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_distillation_takes_an_objective_for_each_stage():
     cascade = Cascade(2)
 
@@ -529,6 +705,18 @@ def test_the_ramp_is_the_papers():
     ramp = Cascade(4).ramp(Guidance(null={"labels": 10}, omega=2.4))
     assert [each.omega for each in ramp] == pytest.approx([1, 1 + 1.4 / 6, 1 + 2.8 / 3, 2.4])
     assert {each.null["labels"] for each in ramp} == {10}
+
+
+@given(omega=st.floats(0.2, 8), own_weight=st.floats(0, 0.9))
+def test_the_ramp_is_of_the_effective_scale(omega, own_weight):
+    """omega / (1 - own_weight) is what sampling knows; the first stage is not guided at all."""
+    guidance = Guidance(null={"labels": 10}, omega=omega, own_weight=own_weight)
+    ramp = Cascade(4).ramp(guidance)
+    full = omega / (1 - own_weight)
+    scales = [each.omega / (1 - each.own_weight) for each in ramp]
+    expected = [1, 1 + (full - 1) / 6, 1 + (full - 1) * 2 / 3, full]
+    assert scales == pytest.approx(expected)
+    assert is_idle(ramp[0]) and {each.own_weight for each in ramp} == {own_weight}
 
 
 def test_a_stage_without_strength_is_evaluated_once_and_others_with_and_without_their_label():
