@@ -180,6 +180,21 @@ def test_a_batch_larger_than_the_pictures_is_refused(few, tmp_path):
         pixel_flow.prepared(config, images, pixel_flow.Conditions(images.names))
 
 
+def test_sharded_processes_must_each_have_all_stages():
+    """Else they call the network unequally often, and FSDP2 waits for a call that never comes."""
+    unpacked = ["cascade.packed=false", "training.sharded=true"]
+    for batch, processes, accumulate in ((8, 4, 1), (16, 2, 4), (12, 4, 1)):
+        changes = [f"training.batch={batch}", f"training.accumulate={accumulate}"]
+        config = load("paper", *unpacked, *changes)
+        assert config.stages == 4
+        with pytest.raises(pixel_flow.InputError, match=f"got training.batch = {batch} in"):
+            pixel_flow.check_share(config, processes)
+        pixel_flow.check_share(config, 1)
+        for ending in ("cascade.packed=true", "training.sharded=false"):
+            pixel_flow.check_share(load("paper", *unpacked, *changes, ending), processes)
+    pixel_flow.check_share(load("paper", *unpacked, "training.batch=16"), 4)
+
+
 def test_what_is_compared_differs_in_the_cascade_alone():
     config = load("digits")
     variants = compare.variants_of(config)

@@ -82,6 +82,7 @@ def main(config: Config, options: Sequence[str] = ()) -> None:
         return
     accelerator = loop.accelerator_of(config.training, config.out, reading.as_dict(config))
     loop.check_processes(config.training, accelerator, "examples/pixel_flow/pixel_flow.py")
+    check_share(config, accelerator.num_processes)
     with loop.locked_by_first(config.out, accelerator):
         images = pictures_of(config)
         conditions = conditions_of(config, images, accelerator.device)
@@ -231,6 +232,29 @@ def losses_of(config: Config, conditions: Conditions) -> LossesOf:
         return Losses({"flow": out.loss}, {"flow": 1.0}, {"t": out.t, "s": out.s})
 
     return losses
+
+
+def check_share(config: Config, processes: int) -> None:
+    """See that processes that share a network's parameters call it equally often.
+
+    Unpacked, a process calls it once for each stage that has rows of its own; among S rows in a
+    row each stage has one. FSDP2 waits in each call for the other processes.
+
+    Raises:
+        InputError: if a process may have no row of some stage.
+    """
+    t, stages = config.training, config.stages
+    alone = processes == 1 or not t.sharded
+    if alone or config.cascade.packed:
+        return
+    parts = processes * t.accumulate
+    if t.batch // parts < stages:
+        raise InputError(
+            f"got training.batch = {t.batch} in {parts} parts, one a process and step of "
+            f"training.accumulate, with training.sharded=true: fewer rows than the {stages} "
+            "stages, so processes would call the network unequally often and wait for ever; "
+            f"write training.batch={parts * stages} or more, or cascade.packed=true"
+        )
 
 
 def prepared(config: Config, images: Images, conditions: Conditions) -> Stage:
