@@ -120,6 +120,28 @@ def test_context_tokens_stand_before_the_cells_as_many_as_asked_for():
     assert network(z, t, s, labels=y)[0].shape == z.shape
 
 
+def test_context_tokens_stand_in_the_order_of_the_config():
+    """The class first, then omega, t_min, t_max and the step, so many tokens as asked for each."""
+    counts = {"label": 1, "omega": 2, "t_min": 3, "t_max": 4, "step": 5}
+    network, (z, t, s, y) = small(tokens=tuple(counts.values())).double(), batch(torch.float64)
+    seen = []
+    network.blocks[0].register_forward_pre_hook(lambda _, given: seen.append(given[0][0, :15]))
+    network(z, t, s, labels=y)
+    wanted = []
+    for place, (name, count) in enumerate(counts.items()):
+        torch.nn.init.zeros_(network.token[name])
+        network(z, t, s, labels=y)
+        moved = (seen[-1] != seen[-2]).any(1)
+        wanted.extend([place] * count)
+        assert torch.equal(moved, torch.tensor(wanted + [-1] * (15 - len(wanted))) == place)
+
+
+def test_the_null_class_is_given_only_where_it_was_trained():
+    assert small(null_trained=True).without_velocity_head().require_null() == 5
+    with pytest.raises(InputError, match="null_trained=True"):
+        small().require_null()
+
+
 def test_rows_do_not_mix_and_every_parameter_matters():
     network, (z, t, s, y) = small().double(), batch(torch.float64)
     whole = torch.cat(network(z, t, s, labels=y), 1)

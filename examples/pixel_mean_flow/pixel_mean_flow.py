@@ -126,7 +126,7 @@ def prepared(config: Config, accelerator: Accelerator) -> Stage:
 
 def network_of(config: Config, classes: int) -> PixelMeanFlowTransformer:
     """Return the network, with both heads."""
-    given = {}
+    given: dict[str, Any] = {"null_trained": config.objective.drop > 0}
     for name, value in reading.as_dict(config.network).items():
         if value is not None and name not in ("preset", "compile"):
             given[name] = value

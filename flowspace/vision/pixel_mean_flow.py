@@ -67,6 +67,8 @@ class PixelMeanFlowTransformer(CheckedModel):
         head_depth: how many of the blocks belong to a head; there are so many more in training.
         tokens: context tokens for the class, omega, t_min, t_max and t - s.
         two_heads: whether the second head is there, which training needs and sampling not.
+        null_trained: whether the null class was trained, as it is where labels are dropped: a
+            record for those who draw without labels.
 
     Raises:
         InputError: if sizes do not fit together.
@@ -90,6 +92,7 @@ class PixelMeanFlowTransformer(CheckedModel):
         head_depth: int = 8,
         tokens: Sequence[int] = (8, 4, 2, 2, 4),
         two_heads: bool = True,
+        null_trained: bool = False,
     ) -> None:
         super().__init__()
         _check_sizes(size, patch, width, heads)
@@ -165,6 +168,20 @@ class PixelMeanFlowTransformer(CheckedModel):
         copy.load_state_dict(kept, assign=True)
         return copy.train(self.training)
 
+    def require_null(self) -> int:
+        """Return the label of the null class.
+
+        Raises:
+            InputError: if it was not trained: its embedding is then what it began with.
+        """
+        if not self.config["null_trained"]:
+            raise InputError(
+                "got a network whose null class was not trained, which drawing without labels "
+                "needs; write labels, or network.register_to_config(null_trained=True) if labels "
+                "were dropped in training"
+            )
+        return self.config["classes"]
+
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """The shape of one image, (channels, size, size)."""
@@ -216,8 +233,9 @@ class PixelMeanFlowTransformer(CheckedModel):
         embedded = {name: embed(scalars[name]) for name, embed in self.scalars.items()}
         if self.label is not None and labels is not None:
             embedded["label"] = self.label(labels)
-        parts = [tokens + embedded[name][:, None] for name, tokens in self.token.items()]
-        return torch.cat(parts, 1)
+        # ParameterDict has its names by the alphabet, so it is TOLD that says the order.
+        told = [name for name in TOLD if name in self.token]
+        return torch.cat([self.token[name] + embedded[name][:, None] for name in told], 1)
 
     def _through(self, blocks: nn.ModuleList, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
         for block in blocks:
