@@ -22,6 +22,7 @@ from flowspace import (
     MeanFlowLoss,
     SharedPrimal,
 )
+from flowspace.cascade import Cascade, CascadeLoss
 from flowspace.vision import PixelFlowTransformer
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
@@ -249,6 +250,14 @@ def test_an_extended_network_begins_as_the_network(changes):
     assert any(found[name].abs().sum() > 0 for name in new)  # so it learns to see them
 
 
+def test_an_extended_network_keeps_what_it_has_and_may_be_told_so():
+    network, (z, t, s, y) = small(interval=True, text_width=12), batch()
+    text, mask = captions()
+    same = network.extended(interval=True, text_width=12, null_trained=True)
+    assert torch.equal(same(z, t, s, y, text, mask), network(z, t, s, y, text, mask))
+    assert same.require_null() == 5
+
+
 # --- what diffusers and torch do with it
 
 
@@ -285,6 +294,53 @@ def test_compiled_blocks_take_packed_pictures_with_captions():
     assert_same(compiled(*lists), plain(*lists), 1e-10)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiled_blocks_train_and_draw_by_stages_that_do_not_divide_the_batch(packed):
+    """Sizes and numbers of pictures change from call to call: every call must find its graph."""
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    parts = CascadeLoss(Cascade(4), FlowMatchingLoss(), packed=packed)
+    plain = small(torch.float32)
+    compiled = small(torch.float32).compile_blocks(backend="eager")
+    for seed in range(5):
+        x, labels = torch.randn(6, 3, 16, 16), torch.arange(6)
+        losses = []
+        for network in (plain, compiled):
+            draw = torch.Generator().manual_seed(seed)
+            out = parts(network, x, cond={"labels": labels}, generator=draw)
+            out.loss.mean().backward()
+            losses.append(out.loss)
+        torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
+    noise, cond = torch.randn(2, 3, 16, 16), {"labels": torch.arange(2)}
+    made = parts.sampler(compiled).sample(noise, cond=cond)
+    assert made.isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_blocks_are_never_given_a_view(rows):
+    """Guards of torch.compile on the base of a view fail at the next x that has no base."""
+    network, (z, t, _, y), seen = small(), batch(rows), []
+    for block in network.blocks:
+        block.register_forward_pre_hook(lambda _, given: seen.append(given[0]._is_view()))
+    network(z, t, labels=y)
+    network([z, z], [t, t], labels=[y, y])
+    assert seen == [False] * 4
+
+
+@pytest.mark.parametrize("sides", [(8,), (4, 8)])
+def test_under_autocast_the_tokens_stay_in_float32(sides):
+    """Linear layers compute in bfloat16, and what the blocks add up does not lose digits."""
+    network, seen = small(torch.float32, text_width=12), []
+    for block in network.blocks:
+        block.register_forward_hook(lambda _, given, out: seen.extend([given[0].dtype, out.dtype]))
+    parts = [(*batch(2, side, torch.float32), *captions(2, side)) for side in sides]
+    lists = [list(each) for each in zip(*parts, strict=True)]
+    with torch.autocast("cpu", torch.bfloat16):
+        network(*lists)
+    assert seen == [torch.float32] * 4
+
+
 def test_under_autocast_it_runs_and_stays_near():
     network, parts = small(torch.float32), [batch(2, side, torch.float32) for side in (4, 8)]
     z, t, _, y = [list(each) for each in zip(*parts, strict=True)]
@@ -305,6 +361,23 @@ def test_saved_and_loaded_its_weights_are_the_same_to_the_bit(tmp_path):
 
 
 ONE, LABEL = torch.ones(1), torch.zeros(1).long()
+
+
+def told(text=None, t=None, **changes):
+    """Call a network of two pictures with captions, of which something does not fit."""
+    network, (z, times, s, y) = small(text_width=12, interval=True), batch(2)
+    if t is None:
+        t = times
+    if text is None:
+        text = captions(2)[0]
+    return network(z, t, **({"s": s, "labels": y, "text": text} | changes))
+
+
+def two_lengths():
+    parts = [(*batch(2, side), captions(2)[0]) for side in (4, 8)]
+    z, t, s, y, text = [list(each) for each in zip(*parts, strict=True)]
+    text[1] = text[1][:, :4]
+    return small(text_width=12, interval=True)(z, t, s, y, text)
 
 
 @pytest.mark.parametrize(
@@ -345,6 +418,21 @@ ONE, LABEL = torch.ones(1), torch.zeros(1).long()
         (lambda: small().extended(width=64), "classes, interval"),
         (lambda: small().extended(classes=7), "classes = 0 or 5"),
         (lambda: small().require_null(), "null_trained"),
+        (lambda: small(interval=True).extended(interval=False), "leave interval out"),
+        (lambda: small(text_width=12).extended(text_width=0), "leave text_width out"),
+        (lambda: small(text_width=12).extended(text_width=16), "text_width = 16 for a network"),
+        (lambda: small()([], [], labels=[]), "got no pictures"),
+        (lambda: told(t=0.5), r"t = \[0.5\] for \[2\] pictures"),
+        (lambda: told(t=torch.ones(2, 1)), r"write shapes \[\(2,\)\]"),
+        (lambda: told(labels=1), "no list of tensors"),
+        (lambda: told(torch.zeros(2, 5, 9)), r"write \(B, L, 12\)"),
+        (lambda: told(torch.zeros(2, 12)), r"write \(B, L, 12\)"),
+        (lambda: told(text_mask=torch.ones(2, 4)), r"write \(2, 6\)"),
+        (two_lengths, "captions of 6 and of 4 tokens"),
+        (
+            lambda: small()([torch.zeros(1, 3, 8, 8)], ONE, labels=[LABEL]),
+            "no list of tensors",
+        ),
     ],
 )
 def test_misuse_is_one_clear_error(call, says):

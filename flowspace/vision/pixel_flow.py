@@ -41,6 +41,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 EXTENSIONS = ("classes", "interval", "null_trained", "text_width")
 """What may differ between a network and one that is extended from it."""
 
+ONE_A_PICTURE = ("t", "s", "labels")
+"""Of these a picture has one number."""
+
 
 class Captions(NamedTuple):
     """The captions of pictures, as a network sees them.
@@ -150,17 +153,18 @@ class PixelFlowTransformer(CheckedModel):
         return cls(**(PRESETS[name] | changes))
 
     def extended(self, **changes: Any) -> "PixelFlowTransformer":
-        """Return a copy of this network with other conditions, which begins as this one.
+        """Return a copy of this network with more conditions, which begins as this one.
 
         A second time (``interval=True``) and text (``text_width=2048``) come in through layers
-        that begin at zero, so the copy's output is at first this network's. Without labels
-        (``classes=0``) their part of the condition is missing.
+        that begin at zero, so the copy's output is at first this network's. One thing alone can
+        be taken away, the labels (``classes=0``): then their part of the condition is missing.
 
         Args:
             changes: of ``classes`` to 0, ``interval``, ``text_width`` and ``null_trained``.
 
         Raises:
-            InputError: if anything else is to change, or another number of classes is asked for.
+            InputError: if anything else is to change, another number of classes is asked for, or
+                a second time or text that this network has is to go or to be another.
         """
         classes = self.config["classes"]
         if not set(changes) <= set(EXTENSIONS) or changes.get("classes", 0) not in (0, classes):
@@ -168,6 +172,13 @@ class PixelFlowTransformer(CheckedModel):
                 f"got changes {changes}; the weights serve {', '.join(EXTENSIONS)} alone, and "
                 f"classes = 0 or {classes}"
             )
+        for name in ("interval", "text_width"):
+            own = self.config[name]
+            if own and changes.get(name, own) != own:
+                raise InputError(
+                    f"got {name} = {changes[name]} for a network with {name} = {own}; an extended "
+                    f"network keeps what it has: leave {name} out"
+                )
         settings = {key: value for key, value in self.config.items() if key[0] != "_"}
         other = type(self)(**(settings | changes))
         other.load_state_dict(self.state_dict(), strict=False)
@@ -178,6 +189,12 @@ class PixelFlowTransformer(CheckedModel):
         """Compile each block in place; returns itself.
 
         The blocks are equal, so one graph serves all of them. Weights and their names stay.
+
+        Pictures packed into one batch bring their numbers along, and torch compiles anew for some
+        of them: write batches that the number of stages divides, whose numbers never change. In
+        training with 4 stages, 8 pictures took 1 graph, 10 took 3, and 6 took 4, since a size with
+        one picture is always compiled apart; the first sampling added 2. After 8 graphs, torch's
+        ``recompile_limit``, new sizes run without compilation.
 
         Args:
             options: those of ``torch.compile``.
@@ -240,10 +257,14 @@ class PixelFlowTransformer(CheckedModel):
         Raises:
             InputError: as for `forward`.
         """
+        if not len(pictures):
+            raise InputError("got no pictures; write one tensor for each resolution, at least one")
         self._check(pictures, labels, text)
         given = {"t": t, "s": s, "labels": labels, "text": text, "text_mask": text_mask}
         for name, values in given.items():
             _check_rows(name, values, pictures)
+        if text is not None:
+            _check_text(text, text_mask, self.config["text_width"])
         patch = self.config["patch"]
         sides = [z.shape[-1] // patch for z in pictures]
         sizes = [(len(z), side * side) for z, side in zip(pictures, sides, strict=True)]
@@ -282,7 +303,9 @@ class PixelFlowTransformer(CheckedModel):
 
     def _velocity(self, patches: Tensor, condition: Tensor, context: BlockContext) -> Tensor:
         """Return the velocity of patches, of their shape."""
-        x = self.embed(patches)
+        # A copy in the weights' type: under autocast the sum over the blocks stays float32, and
+        # torch.compile's guards fail on an x that is a view in one call and not in the next.
+        x = self.embed(patches).to(self.embed.weight.dtype, copy=True)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, condition, context, use_reentrant=False)
@@ -503,12 +526,48 @@ def _check_rows(name: str, values: Sequence[Tensor] | None, pictures: Sequence[T
     if values is None:
         return
     wanted = [len(z) for z in pictures]
+    advice = "write for each resolution one tensor with as many rows as it has pictures"
+    if not isinstance(values, Sequence) or not all(isinstance(v, Tensor) for v in values):
+        raise InputError(
+            f"got {name} = {values} for {wanted} pictures, which is no list of tensors; {advice}"
+        )
     found = [v.shape[0] if v.ndim else None for v in values]
     if found != wanted:
+        raise InputError(f"got {name} for {found} pictures, and {wanted} pictures; {advice}")
+    shapes = [tuple(v.shape) for v in values]
+    if name in ONE_A_PICTURE and any(len(shape) != 1 for shape in shapes):
         raise InputError(
-            f"got {name} for {found} pictures, and {wanted} pictures; write for each resolution "
-            "one tensor with as many rows as it has pictures"
+            f"got {name} of shapes {shapes}, and a picture has one; write shapes "
+            f"{[(rows,) for rows in wanted]}"
         )
+
+
+def _check_text(text: Sequence[Tensor], masks: Sequence[Tensor] | None, width: int) -> None:
+    """Raise InputError unless captions are tokens of that width, and a mask fits its captions.
+
+    Args:
+        text: for each resolution tokens ``(B_k, L, width)``, of one length L for all.
+        masks: for each resolution a mask ``(B_k, L)``, or None.
+        width: of the tokens.
+    """
+    shapes = [tuple(tokens.shape) for tokens in text]
+    for shape in shapes:
+        if len(shape) != 3 or shape[2] != width:
+            raise InputError(
+                f"got text of shape {shape}; this network was built for tokens of width {width}: "
+                f"write (B, L, {width})"
+            )
+        if shape[1] != shapes[0][1]:
+            raise InputError(
+                f"got captions of {shapes[0][1]} and of {shape[1]} tokens, which do not go into "
+                "one batch; pad them to one length, and write text_mask="
+            )
+    for mask, shape in zip(masks or [], shapes, strict=False):
+        if tuple(mask.shape) != shape[:2]:
+            raise InputError(
+                f"got text_mask of shape {tuple(mask.shape)} for text of shape {shape}; a mask "
+                f"says of each token whether it is there: write {shape[:2]}"
+            )
 
 
 def _joined(values: Sequence[Tensor] | None) -> Any:
