@@ -22,12 +22,11 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  # pipelines look for it here
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from flowspace.errors import InputError
-from flowspace.vision.checked_model import CheckedModel
 from flowspace.vision.layers import FREQUENCIES, SLOWEST, Norm, RotaryGrid, TimeEmbedding, turned
 from flowspace.vision.packing import Packing
+from flowspace.vision.transformer import LabelledTransformer
 
 __all__ = ["PRESETS", "PixelFlowTransformer"]
 
@@ -73,7 +72,7 @@ class BlockContext(NamedTuple):
     captions: Captions | None
 
 
-class PixelFlowTransformer(CheckedModel):
+class PixelFlowTransformer(LabelledTransformer):
     """Maps pictures ``(B, channels, side, side)`` at times ``(B,)`` to velocities of that shape.
 
     Any side that the patch divides will do, and several in one call: a list of pictures, one
@@ -97,7 +96,6 @@ class PixelFlowTransformer(CheckedModel):
         InputError: if sizes do not fit together.
     """
 
-    _supports_gradient_checkpointing = True
     _no_split_modules = ["PixelFlowBlock"]  # noqa: RUF012  # diffusers' name and type
     _repeated_blocks = ["PixelFlowBlock"]  # noqa: RUF012  # what compile_repeated_blocks compiles
 
@@ -287,30 +285,12 @@ class PixelFlowTransformer(CheckedModel):
             velocities.append(_picture(part, side, patch))
         return velocities
 
-    def require_null(self) -> int:
-        """Return the label of the null class.
-
-        Raises:
-            InputError: if it was not trained: its embedding is then what it began with.
-        """
-        if not self.config["null_trained"]:
-            raise InputError(
-                "got a network whose null class was not trained, which guidance and drawing "
-                "without labels need; write labels, or "
-                "model.register_to_config(null_trained=True) if labels were dropped in training"
-            )
-        return self.config["classes"]
-
     def _velocity(self, patches: Tensor, condition: Tensor, context: BlockContext) -> Tensor:
         """Return the velocity of patches, of their shape."""
         # A copy in the weights' type: under autocast the sum over the blocks stays float32, and
         # torch.compile's guards fail on an x that is a view in one call and not in the next.
         x = self.embed(patches).to(self.embed.weight.dtype, copy=True)
-        for block in self.blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, condition, context, use_reentrant=False)
-            else:
-                x = block(x, condition, context)
+        x = self.through(self.blocks, x, condition, context)
         shift, scale = self.modulation(condition).chunk(2, -1)
         spread = context.packing.spread
         return self.head(_without_scale(x) * (1 + spread(scale)) + spread(shift))
@@ -355,14 +335,8 @@ class PixelFlowTransformer(CheckedModel):
                     f"{channels} channels, (B, {channels}, side, side), with a side that is a "
                     f"multiple of {patch}"
                 )
-        classes, width = self.config["classes"], self.config["text_width"]
-        if self.label is None and labels is not None:
-            raise InputError("got labels for a network without classes; leave them out")
-        if self.label is not None and labels is None:
-            raise InputError(
-                f"got no labels; write labels= with classes from 0 to {classes - 1}, or "
-                f"{classes} for none"
-            )
+        width = self.config["text_width"]
+        self.check_labels(labels)
         if self.null_text is None and text is not None:
             raise InputError("got text for a network without; build it with text_width=")
         if self.null_text is not None and text is None:

@@ -26,11 +26,10 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  # pipelines look for it here
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from flowspace.errors import InputError
-from flowspace.vision.checked_model import CheckedModel
 from flowspace.vision.layers import Norm, RotaryGrid, TimeEmbedding, swiglu, turned
+from flowspace.vision.transformer import LabelledTransformer
 
 __all__ = ["PRESETS", "PixelMeanFlowTransformer"]
 
@@ -51,7 +50,7 @@ BLOCK_GAIN = 0.32
 """Matrices of blocks begin with this standard deviation over the root of their inputs."""
 
 
-class PixelMeanFlowTransformer(CheckedModel):
+class PixelMeanFlowTransformer(LabelledTransformer):
     """Maps noisy images ``(B, channels, size, size)`` to clean ones, of the same shape.
 
     Args:
@@ -74,7 +73,6 @@ class PixelMeanFlowTransformer(CheckedModel):
         InputError: if sizes do not fit together.
     """
 
-    _supports_gradient_checkpointing = True
     _no_split_modules = ["GatedBlock"]  # noqa: RUF012  # diffusers' name and type
     _repeated_blocks = ["GatedBlock"]  # noqa: RUF012  # its compile_repeated_blocks compiles them
 
@@ -147,17 +145,6 @@ class PixelMeanFlowTransformer(CheckedModel):
         grid: dict[str, Any] = {"size": size, "patch": size // PRESET_CELLS}
         return cls(**(grid | PRESETS[name] | changes))
 
-    def compile_blocks(self, **options: Any) -> "PixelMeanFlowTransformer":
-        """Compile each block in place, those of the heads included; returns itself.
-
-        The blocks are equal, so that one graph serves all of them. Weights and their names stay.
-
-        Args:
-            options: those of ``torch.compile``.
-        """
-        self.compile_repeated_blocks(**options)
-        return self
-
     def without_velocity_head(self) -> "PixelMeanFlowTransformer":
         """Return a copy that predicts the image alone, with the same weights, for sampling."""
         config: dict[str, Any] = dict(self.config) | {"two_heads": False}
@@ -167,20 +154,6 @@ class PixelMeanFlowTransformer(CheckedModel):
         kept = {name: own[name].clone() for name in copy.state_dict()}
         copy.load_state_dict(kept, assign=True)
         return copy.train(self.training)
-
-    def require_null(self) -> int:
-        """Return the label of the null class.
-
-        Raises:
-            InputError: if it was not trained: its embedding is then what it began with.
-        """
-        if not self.config["null_trained"]:
-            raise InputError(
-                "got a network whose null class was not trained, which drawing without labels "
-                "needs; write labels, or network.register_to_config(null_trained=True) if labels "
-                "were dropped in training"
-            )
-        return self.config["classes"]
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -222,7 +195,7 @@ class PixelMeanFlowTransformer(CheckedModel):
         x = torch.cat([context, self.embed(z_t).to(context.dtype)], 1) + self.position
         side = self.config["size"] // self.config["patch"]
         turn = self.rotary(side, side, x.device)
-        x = self._through(self.blocks, x, turn)
+        x = self.through(self.blocks, x, *turn)
         image = self._predicted(self.image_head, x, turn)
         if self.velocity_head is None:
             return image
@@ -237,17 +210,9 @@ class PixelMeanFlowTransformer(CheckedModel):
         told = [name for name in TOLD if name in self.token]
         return torch.cat([self.token[name] + embedded[name][:, None] for name in told], 1)
 
-    def _through(self, blocks: nn.ModuleList, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-        for block in blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, *turn, use_reentrant=False)
-            else:
-                x = block(x, *turn)
-        return x
-
     def _predicted(self, head: "PixelHead", x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
         """Return the images of one head, ``(B, channels, size, size)``."""
-        x = self._through(head.blocks, x, turn)
+        x = self.through(head.blocks, x, *turn)
         side = self.config["size"] // self.config["patch"]
         pixels = head.last(head.norm(x[:, -side * side :]))
         maps = pixels.transpose(1, 2).unflatten(2, (side, side))
@@ -256,14 +221,7 @@ class PixelMeanFlowTransformer(CheckedModel):
     def _check(self, shape: tuple[int, ...], labels: Tensor | None) -> None:
         if shape != self.image_shape:
             raise InputError(f"got images of shape {shape}; this network takes {self.image_shape}")
-        if self.label is None and labels is not None:
-            raise InputError("got labels for a network without classes")
-        if self.label is not None and labels is None:
-            classes = self.config["classes"]
-            raise InputError(
-                f"got no labels; write labels= with classes from 0 to {classes - 1}, or "
-                f"{classes} for none"
-            )
+        self.check_labels(labels)
 
     @torch.no_grad()
     def _initialise(self) -> None:
