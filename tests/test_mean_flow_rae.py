@@ -156,7 +156,7 @@ def test_the_central_difference_tends_to_the_derivative_with_the_square_of_its_s
 
 
 def test_the_objectives_are_the_papers(tmp_path):
-    config, teacher = small(tmp_path, "objectives={steps: 16, pairs: 64}"), torch.sin
+    config, teacher = small(tmp_path, "objectives={steps: 16, pairs: 64, dim: null}"), torch.sin
     objectives = program.objectives_of(config, teacher)
     taught, evaluations = objectives["distillation"]
     dim = 40 * 4 * 4
@@ -166,6 +166,8 @@ def test_the_objectives_are_the_papers(tmp_path):
     assert (trajectories.steps, trajectories.trajectories) == (16, None)
     assert trajectories.shift == (dim / 4096) ** 0.5 and evaluations == 16 + 64 + 1
     assert objectives["fine_tuning"][0].mix == 0.0
+    still = program.objectives_of(small(tmp_path, "objectives={dim: 4096}"), teacher)
+    assert still["mid_training"][0].shift == still["distillation"][0].times.times.shift == 1
     exact = program.objectives_of(small(tmp_path, "objectives={difference: null}"), teacher)
     assert exact["distillation"][0].derivative == SharedPrimal()
 

@@ -197,8 +197,7 @@ class PixelFlowTransformer(LabelledTransformer):
         Args:
             options: those of ``torch.compile``.
         """
-        self.compile_repeated_blocks(**options)
-        return self
+        return super().compile_blocks(**options)
 
     def forward(
         self,
