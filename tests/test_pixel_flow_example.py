@@ -22,6 +22,7 @@ pixel_flow = pytest.importorskip("pixel_flow")
 reading = pytest.importorskip("reading")
 compare = pytest.importorskip("pixel_flow_compare")
 costs = pytest.importorskip("pixel_flow_costs")
+conditions = pytest.importorskip("pixel_flow_conditions")
 normal_pictures = pytest.importorskip("normal_pictures")
 Config = pytest.importorskip("pixel_flow_settings").Config
 
@@ -110,8 +111,8 @@ def test_dropped_classes_and_captions_are_the_null_condition_of_guidance():
 
 
 def test_captions_are_unicodes_names():
-    assert pixel_flow.unicode_name("1f34e") == "red apple"
-    assert pixel_flow.unicode_name("digit") == ""
+    assert conditions.unicode_name("1f34e") == "red apple"
+    assert conditions.unicode_name("digit") == ""
 
 
 # --- normal pictures

@@ -24,9 +24,7 @@ if __name__ == "__main__":
 
 import functools
 import textwrap
-import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import journal
@@ -36,6 +34,7 @@ import page
 import torch
 from page import Sheets
 from pictures import images_of, in_range
+from pixel_flow_conditions import Conditions, captions_of, conditions_of
 from pixel_flow_costs import cost_line, cost_table, flops_of
 from stage import Losses, LossesOf, Stage
 from torch import Tensor, nn
@@ -55,9 +54,8 @@ from flowspace import (
 )
 from flowspace.training import Draws
 from flowspace.vision import PixelFlowTransformer
-from flowspace.vision.data import FolderImages, Images
+from flowspace.vision.data import Images
 from flowspace.vision.evaluate import Plan, rounded
-from flowspace.vision.text import load_text_encoder
 
 NOISE, TIMES, STAGES, DROPPED = range(4)
 """Streams of the draws of a step."""
@@ -110,72 +108,6 @@ def pictures_of(config: Config) -> Images:
         number = {name: index for index, name in enumerate(images.names)}
         images.labels = tuple(number[caption] for caption in captions)
     return images
-
-
-def captions_of(images: Images) -> list[str]:
-    """Return a caption of each picture: what Unicode calls an emoji, or else its class."""
-    captions = []
-    for index, label in enumerate(images.labels):
-        caption = images.names[label]
-        if isinstance(images, FolderImages):
-            caption = unicode_name(images.paths[index].stem) or caption
-        captions.append(caption)
-    return captions
-
-
-def unicode_name(stem: str) -> str:
-    """Return the name of the character of a hexadecimal code, or nothing."""
-    try:
-        return unicodedata.name(chr(int(stem, 16))).lower()
-    except ValueError:
-        return ""
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """What the network may be told: a class, or the tokens of a caption.
-
-    Attributes:
-        names: of the classes, or the captions.
-        text: tokens ``(N, L, width)`` of each caption and which there are; None for classes.
-    """
-
-    names: tuple[str, ...]
-    text: tuple[Tensor, Tensor] | None = None
-
-    def of(self, labels: Tensor, dropped: Tensor | None = None) -> dict[str, Tensor]:
-        """Return the network's arguments for labels ``(B,)``, of which some are dropped."""
-        if dropped is None:
-            dropped = torch.zeros_like(labels, dtype=torch.bool)
-        if self.text is None:
-            return {"labels": torch.where(dropped, len(self.names), labels)}
-        tokens, mask = self.text
-        return {"text": tokens[labels], "text_mask": mask[labels] & ~dropped[:, None]}
-
-    @property
-    def null(self) -> dict[str, Any]:
-        """What the network is told instead, where it is told nothing."""
-        if self.text is None:
-            return {"labels": len(self.names)}
-        return {"text_mask": False}
-
-    @property
-    def of_network(self) -> dict[str, int]:
-        """What the network is built with."""
-        if self.text is None:
-            return {"classes": len(self.names), "text_width": 0}
-        return {"classes": 0, "text_width": self.text[0].shape[-1]}
-
-
-def conditions_of(config: Config, images: Images, device: torch.device) -> Conditions:
-    """Return the classes of pictures, or their captions, encoded once."""
-    c = config.condition
-    if c.kind == "classes":
-        return Conditions(images.names)
-    encoder = load_text_encoder(c.encoder, length=c.length).to(device)
-    parts = [encoder.encode(images.names[i : i + 64]) for i in range(0, len(images.names), 64)]
-    tokens = torch.cat([part[0] for part in parts])
-    return Conditions(images.names, (tokens, torch.cat([part[1] for part in parts])))
 
 
 # --- what is trained ---------------------------------------------------------------------------
