@@ -460,8 +460,7 @@ class CascadeLoss:
             stages: the stage of each row, ``(B,)``; by default `Cascade.assigned`.
             t: the stage's own times in (0, 1], of shape ``()`` or ``(B,)``; by default drawn by
                 the objective's ``times``.
-            s: destinations in [0, t], likewise; given if and only if t is. Flow matching takes no
-                notice of it.
+            s: destinations in [0, t], likewise; given if and only if t is; flow matching has none.
             generator: the source of what is drawn.
 
         Raises:
