@@ -182,7 +182,7 @@ class Images(abc.ABC):
             return None
         try:
             with self.open(index) as picture:
-                _check_shape(picture)  # before anything is decoded
+                check_shape(picture)  # before anything is decoded
                 square = centre_crop(_rgb(picture), self.size)
         except BROKEN as error:
             self._unreadable[index] = True
@@ -216,7 +216,7 @@ class Images(abc.ABC):
         return "; ".join(parts)
 
 
-def _check_shape(picture: Image.Image) -> None:
+def check_shape(picture: Image.Image) -> None:
     """Refuse pictures that would fill the memory."""
     short, long = sorted(picture.size)
     if short < 1 or short * long > MOST_PIXELS or long > MOST_ASPECT * short:
