@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flowspace.adapters import Adapter, adapt
     from flowspace.cascade import (
         Cascade,
         CascadeBatch,
@@ -87,6 +88,7 @@ __all__ = [
     "TIME_FLOOR",
     "AbsoluteError",
     "AbstractStatistic",
+    "Adapter",
     "Adaptive",
     "AlphaFlowLoss",
     "Cascade",
@@ -148,12 +150,14 @@ __all__ = [
     "UniformTimes",
     "VariancePreservingSchedule",
     "VelocityFlow",
+    "adapt",
     "alpha_at",
     "check_criteria",
     "rule",
 ]
 
 PLACES = {
+    "adapters": ("Adapter", "adapt"),
     "cascade": (
         "Cascade",
         "CascadeBatch",
