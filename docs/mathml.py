@@ -1,5 +1,5 @@
 """A mkdocs hook: formulas become MathML when the pages are built, so that they need no script and
-no network.
+no network; what is wider than a phone scrolls within a box of its own.
 """
 
 import html
@@ -13,6 +13,12 @@ FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>
 
 def on_page_content(content: str, **_: Any) -> str:
     """Replace every formula of a page."""
-    return FORMULA.sub(
-        lambda m: convert(html.unescape(m[3]), "block" if m[2] == "[" else "inline"), content
-    )
+    return FORMULA.sub(_as_mathml, content)
+
+
+def _as_mathml(found: re.Match[str]) -> str:
+    """Return a formula as MathML; one on a line of its own stands in a box that scrolls."""
+    latex = html.unescape(found[3])
+    if found[2] == "[":
+        return f'<div class="formula" tabindex="0">{convert(latex, "block")}</div>'
+    return convert(latex, "inline")
