@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from flowspace.vision.pixel_flow import PixelFlowTransformer
     from flowspace.vision.pixel_mean_flow import PixelMeanFlowTransformer
     from flowspace.vision.rae import DecoderLoss, RAEReconstruction, build_rae
+    from flowspace.vision.scheduler import FlowMapScheduler, PipelineNetwork
     from flowspace.vision.shards import ShardImages
     from flowspace.vision.text import TextEncoder, load_text_encoder
 
@@ -29,11 +30,13 @@ __all__ = [
     "DecoderLoss",
     "DiTDH",
     "Discriminator",
+    "FlowMapScheduler",
     "FolderImages",
     "LatentEncoder",
     "LatentImages",
     "LearnedDistance",
     "PerceptualLoss",
+    "PipelineNetwork",
     "PixelFlowTransformer",
     "PixelMeanFlowTransformer",
     "RAEReconstruction",
@@ -57,6 +60,7 @@ PLACES = {
     "pixel_flow": ("PixelFlowTransformer",),
     "pixel_mean_flow": ("PixelMeanFlowTransformer",),
     "rae": ("DecoderLoss", "RAEReconstruction", "build_rae"),
+    "scheduler": ("FlowMapScheduler", "PipelineNetwork"),
     "shards": ("ShardImages",),
     "text": ("TextEncoder", "load_text_encoder"),
 }
