@@ -49,6 +49,9 @@ class CriteriaReport:
     """What holds for one statistic under one schedule; ``str(report)`` is the page to read.
 
     Attributes:
+        schedule: what the statistic was checked under.
+        statistic: with gamma and delta written out for that schedule.
+        coefficients: what multiplies what in the residual.
         criterion1: kappa = (1 + gamma/delta) beta(t) depends on s alone, so identity (II) holds
             (CrossFlow's Criterion 1).
         criterion2: gamma(1,0) = 1 and delta(1,0) = -1, so f at (1, 0) is a sample (CrossFlow's
@@ -144,6 +147,10 @@ def check_criteria(schedule: Schedule, statistic: AbstractStatistic) -> Criteria
     """Derive kappa, and say which properties a statistic has under a schedule.
 
     They are the two criteria, anchored and matched.
+
+    Args:
+        schedule: alpha and beta.
+        statistic: gamma and delta.
 
     Returns:
         A report that never raises by itself; see `CriteriaReport.raise_if_failed`.

@@ -37,6 +37,9 @@ class FlowMap:
         model: any callable ``model(z_t, t, s, **cond)``.
         schedule: the schedule it was trained with.
         statistic: the statistic it was trained for.
+
+    Raises:
+        InputError: if model, schedule or statistic is none.
     """
 
     model: Model

@@ -36,7 +36,11 @@ def _over_axes(values: Tensor, summed: bool) -> Tensor:
 
 @dataclass(frozen=True)
 class SquaredError(Penalty):
-    """``d^2``, averaged or summed over the axes of a row."""
+    """``d^2``, averaged or summed over the axes of a row.
+
+    Args:
+        summed: the sum over the axes of a row instead of the mean.
+    """
 
     summed: bool = False
 
@@ -47,7 +51,11 @@ class SquaredError(Penalty):
 
 @dataclass(frozen=True)
 class AbsoluteError(Penalty):
-    """``|d|``, averaged or summed over the axes of a row."""
+    """``|d|``, averaged or summed over the axes of a row.
+
+    Args:
+        summed: the sum over the axes of a row instead of the mean.
+    """
 
     summed: bool = False
 
@@ -59,6 +67,10 @@ class AbsoluteError(Penalty):
 @dataclass(frozen=True)
 class HuberError(Penalty):
     """``d^2/2`` up to the threshold h and ``h (|d| - h/2)`` beyond it (Huber, 1964).
+
+    Args:
+        threshold: h, above which the penalty grows linearly.
+        summed: the sum over the axes of a row instead of the mean.
 
     Raises:
         InputError: unless the threshold is positive.
@@ -88,6 +100,11 @@ class Adaptive(Penalty):
 
     With p = 1 every row's loss is near 1 whatever it has learned, so log the plain penalty beside
     it.
+
+    Args:
+        penalty: from differences ``(B, *)`` to numbers ``(B,)``.
+        p: the power; 0 leaves the penalty as it is.
+        c: the offset, positive.
 
     Raises:
         InputError: unless c is positive and p at least 0.

@@ -97,6 +97,10 @@ class TimeSampler(abc.ABC):
 class UniformTimes(TimeSampler):
     """Uniform on [low, high].
 
+    Args:
+        low: the smallest time.
+        high: the largest time.
+
     Raises:
         TimeError: unless TIME_FLOOR <= low < high <= 1.
     """
@@ -124,6 +128,9 @@ class PowerTimes(TimeSampler):
 
     With power 2 half of the times are below a quarter; the larger of two is uniform.
 
+    Args:
+        power: of the uniform number; 1 draws uniform times.
+
     Raises:
         TimeError: unless the power is positive.
     """
@@ -149,6 +156,10 @@ class LogitNormalTimes(TimeSampler):
     to TIME_FLOOR.
 
     MeanFlow draws with mean -0.4 and spread 1, pixel MeanFlow with 0.8 and 0.8.
+
+    Args:
+        mean: of the normal number; negative moves times towards the data.
+        spread: its standard deviation.
 
     Raises:
         TimeError: unless spread is positive.
@@ -339,7 +350,14 @@ class TimePairs(PairSampler):
 
 @dataclass(frozen=True)
 class ToDataTimes(PairSampler):
-    """t as drawn and s = 0 in every row: the pairs of consistency models."""
+    """t as drawn and s = 0 in every row: the pairs of consistency models.
+
+    Args:
+        times: how t is drawn.
+
+    Raises:
+        TimeError: unless times is a `TimeSampler`.
+    """
 
     times: TimeSampler = UniformTimes()
 

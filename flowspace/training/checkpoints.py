@@ -228,7 +228,11 @@ def packed(parts: Mapping[str, Mapping[str, Tensor]], kept: bool = True) -> dict
 
 
 def unpacked(table: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Return the parts that `packed` put together."""
+    """Return the parts that `packed` put together.
+
+    Args:
+        table: what `packed` returned.
+    """
     parts: dict[str, dict[str, Tensor]] = {}
     for key, value in table.items():
         part, name = key.split(":", 1)
@@ -262,7 +266,12 @@ def fill(state: Mapping[str, Tensor], values: Mapping[str, Tensor], where: Path)
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Tensor]:
-    """Return the optimiser's state as tensors named by parameter and slot."""
+    """Return the optimiser's state as tensors named by parameter and slot.
+
+    Args:
+        optimizer: of the network's parameters.
+        network: whose names of parameters are taken.
+    """
     names: dict[Tensor, str] = {parameter: name for name, parameter in network.named_parameters()}
     tensors = {}
     for parameter, slots in optimizer.state.items():
@@ -275,7 +284,13 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer, network: nn.Module) -> d
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, network: nn.Module, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Put back what `flatten_optimizer` returned."""
+    """Put back what `flatten_optimizer` returned.
+
+    Args:
+        optimizer: is changed in place.
+        network: whose parameters it trains.
+        tensors: what `flatten_optimizer` returned.
+    """
     parameters = dict(network.named_parameters())
     for key, value in tensors.items():
         name, slot = key.rsplit("/", 1)
@@ -296,7 +311,11 @@ def _on_device(optimizer: torch.optim.Optimizer, parameter: Tensor) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor with all its parts, where it is shared out; all processes must call."""
+    """Return a tensor with all its parts, where it is shared out; all processes must call.
+
+    Args:
+        tensor: a plain tensor is returned as it is.
+    """
     full = getattr(tensor, "full_tensor", None)
     if full is None:
         return tensor
@@ -320,6 +339,9 @@ def locked(folder: Path) -> Iterator[None]:
     """Keep a folder for this process; two runs in one would write over each other.
 
     The lock ends with the process, however it ends.
+
+    Args:
+        folder: is made if it is not there.
 
     Raises:
         RunError: if another process has it; names it.

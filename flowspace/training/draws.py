@@ -20,7 +20,11 @@ ROWS = 3
 
 
 def seed_of(*parts: int) -> int:
-    """Mix integers into one seed, so that neighbouring steps and seeds share nothing."""
+    """Mix integers into one seed, so that neighbouring steps and seeds share nothing.
+
+    Args:
+        parts: such as the seed of a run, the number of a step and of a row.
+    """
     mixed = 0
     for part in parts:
         mixed = (mixed * 6364136223846793005 + part + 1442695040888963407) % 2**63

@@ -88,6 +88,12 @@ class BatchRows(Sampler[list[int]]):
 def share_of(batch: int, rank: int, ranks: int, parts: int = 1) -> list[tuple[int, int]]:
     """Return the first and last rows of a batch that a process takes, in so many parts.
 
+    Args:
+        batch: rows of all processes together.
+        rank: the number of this process, from 0.
+        ranks: how many processes there are.
+        parts: how many parts a process takes its rows in.
+
     Raises:
         RunError: if the batch cannot be shared equally.
     """

@@ -125,7 +125,11 @@ class Call:
 
 
 def rule(names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for the functions of these names, which spaces separate."""
+    """Register a rule for the functions of these names.
+
+    Args:
+        names: of functions of torch, separated by spaces, such as ``"sin"`` or ``"cat concat"``.
+    """
 
     def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(names.split(), function))
