@@ -1,15 +1,18 @@
-"""The command line: ``flowspace derive | demo``.
+"""The command line: ``flowspace derive | demo | doctor``.
 
 A command imports what it needs when it runs, so that ``--help`` does not wait for torch.
 """
 
 import argparse
 import contextlib
+import difflib
+import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from flowspace import __version__
 from flowspace.errors import FlowspaceError
@@ -23,19 +26,43 @@ __all__ = ["main"]
 FORMULAS = ("--alpha", "--beta", "--gamma", "--delta", "--kappa")
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that says which argument a mistyped one may have been."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, and what is near to it; exit 2."""
+        typed = re.search(r"(?:arguments: |choice: ')([\w-]+)", message)
+        if typed:
+            near = difflib.get_close_matches(typed[1], self._words(), n=1)
+            if near:
+                message = f"{message}; did you mean {near[0]}?"
+        super().error(message)
+
+    def _words(self) -> list[str]:
+        """Return the options and the commands that this parser takes."""
+        words: list[str] = []
+        for action in self._actions:
+            words += [*action.option_strings, *map(str, action.choices or ())]
+        return words
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns 0, 1 where a criterion or a run fails, 130 if interrupted."""
-    options = _parser().parse_args(_joined(sys.argv[1:] if arguments is None else arguments))
+    if arguments is None:
+        arguments = sys.argv[1:]
+    options, unknown = _parser().parse_known_args(_joined(arguments))
+    if unknown:
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         return options.command(options)
     except FlowspaceError as error:
         print(f"flowspace: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
-        print(
-            f"flowspace: {error.name} is not installed; write: pip install 'flowspace[demo]'",
-            file=sys.stderr,
-        )
+        from flowspace.doctor.libraries import missing_library
+
+        remedy = missing_library(error.name or "")
+        print(f"flowspace: {error.name} is not installed; write: {remedy}", file=sys.stderr)
         return 1
     except OSError as error:
         print(
@@ -64,11 +91,18 @@ def _joined(arguments: Sequence[str]) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "flowspace", description="Cross-space flow maps: derive, check, train, sample."
     )
     parser.add_argument("--version", action="version", version=f"flowspace {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_derive(commands)
+    _add_demo(commands)
+    _add_doctor(commands)
+    return parser
+
+
+def _add_derive(commands: "argparse._SubParsersAction[Parser]") -> None:
     derive = commands.add_parser(
         "derive",
         help="derive kappa and the residual of a schedule and a statistic, and check the criteria",
@@ -90,7 +124,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     derive.add_argument("--delta", help="weight of the velocity's integral, a formula in t and s")
     derive.add_argument("--kappa", help="a formula in s, from which gamma or delta is derived")
-    derive.set_defaults(command=_derive)
+    derive.set_defaults(command=_derive, parser=derive)
+
+
+def _add_demo(commands: "argparse._SubParsersAction[Parser]") -> None:
     demo = commands.add_parser(
         "demo",
         help="train one-step digits from a noisy latent and report how good they are",
@@ -110,8 +147,59 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also a denoiser, latent MeanFlow + decoder, decoder on noise",
     )
-    demo.set_defaults(command=_demo)
-    return parser
+    demo.set_defaults(command=_demo, parser=demo)
+
+
+def _add_doctor(commands: "argparse._SubParsersAction[Parser]") -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what this machine can do, or what a model of yours needs",
+        description="Without MODEL: versions, device, attention kernels, torch.compile, and which "
+        "extra brings what is missing. With MODEL: the error and the cost of each way to "
+        "differentiate it, whether its rows mix and its times leave torch, and what to write. "
+        "MODEL is MODULE:FUNCTION or FILE.py:FUNCTION, as in my_model:build; the function takes "
+        "nothing and returns model, or (model, latents), or (model, latents, images), or (model, "
+        "latents, images, cond). The file is imported and the function is run.",
+    )
+    doctor.add_argument(
+        "model", nargs="?", type=_target, metavar="MODEL", help="as in my_model:build"
+    )
+    doctor.add_argument(
+        "--latents",
+        type=_shape,
+        metavar="B,...",
+        help="shape of random latents, as in 4,16,32,32, where the function returns no batch",
+    )
+    doctor.add_argument(
+        "--seconds",
+        type=float,
+        default=10.0,
+        help="about how long it may take; compiling takes most (default: %(default)s)",
+    )
+    doctor.add_argument(
+        "--no-compile", action="store_true", help="leave torch.compile out: a second or two"
+    )
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    doctor.set_defaults(command=_doctor, parser=doctor)
+
+
+def _target(text: str) -> str:
+    """Return the name of a model's function, if it has both of its parts."""
+    module, _, function = text.partition(":")
+    if not module or not function:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}; write MODULE:FUNCTION or FILE.py:FUNCTION, as in my_model:build"
+        )
+    return text
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    """Return a shape from text such as 4,16,32,32."""
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}; write sizes with commas, rows first, as in 4,16,32,32"
+        )
+    return tuple(int(size) for size in text.split(","))
 
 
 def _derive(options: argparse.Namespace) -> int:
@@ -167,6 +255,32 @@ def _demo(options: argparse.Namespace) -> int:
         f"{folder / 'report.html'}"
     )
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    if options.model is None:
+        from flowspace.doctor.machine import examine_machine
+        from flowspace.doctor.page import machine_page
+
+        machine = examine_machine()
+        _print_either(options.json, machine.as_dict(), machine_page(machine))
+        return 0
+    from flowspace.doctor.examination import examine_model
+    from flowspace.doctor.page import model_page
+
+    if options.seconds <= 0:
+        raise FlowspaceError(f"got --seconds {options.seconds:g}; write more than 0")
+    found = examine_model(
+        options.model, options.latents, options.seconds, compiling=not options.no_compile
+    )
+    _print_either(options.json, found.as_dict(), model_page(found))
+    return int(found.advised is None)
+
+
+def _print_either(as_json: bool, record: dict[str, Any], page: str) -> None:
+    if as_json:
+        page = json.dumps(record, indent=2, allow_nan=False)
+    print(page)
 
 
 @contextlib.contextmanager

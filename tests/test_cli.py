@@ -167,3 +167,54 @@ def test_the_demo_keeps_to_one_thread_unless_it_is_told(monkeypatch, told, wante
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def run(*arguments):
+    """Run the command as a user does; return what it did and the seconds of its processor."""
+    command = (
+        "import sys, time\nfrom flowspace.cli import main\ntry:\n    main(sys.argv[1:])\n"
+        "finally:\n    print('seconds', time.process_time())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", command, *arguments], capture_output=True, text=True, check=False
+    )
+    return done, float(done.stdout.split()[-1])
+
+
+def test_help_takes_half_a_second_of_the_processor():
+    assert min(run("--help")[1] for _ in range(3)) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["derive", "--alhpa", "1-t"], "did you mean --alpha?"),
+        (["derive", "--kapa=s"], "did you mean --kappa?"),
+        (["demo", "--seed5", "3"], "did you mean --seeds?"),
+        (["demo", "--dataset", "mist"], "did you mean mnist?"),
+        (["dmeo"], "did you mean demo?"),
+        (["doctor", "--jsn"], "did you mean --json?"),
+    ],
+)
+def test_a_mistyped_argument_is_answered_in_a_second_with_what_was_meant(arguments, hint):
+    done, seconds = run(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith(hint)
+    assert seconds < 1
+
+
+def test_what_is_near_to_nothing_gets_no_hint(capsys):
+    with pytest.raises(SystemExit):
+        main(["derive", "--xyzzy", "1"])
+    assert "did you mean" not in capsys.readouterr().err
+
+
+def test_a_missing_library_is_named_with_the_extra_that_brings_it(capsys, monkeypatch):
+    def fails(*_):
+        raise ModuleNotFoundError("No module named 'torchdiffeq'", name="torchdiffeq")
+
+    monkeypatch.setattr(cli, "_derive", fails)
+    assert main(["derive"]) == 1
+    assert capsys.readouterr().err == (
+        "flowspace: torchdiffeq is not installed; write: pip install 'flowspace[ode]'\n"
+    )

@@ -1,0 +1,199 @@
+"""What a model of one's own needs: the error and the cost of each route, and which to write."""
+
+import dataclasses
+import itertools
+import math
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from flowspace.doctor.accuracy import AGREEMENT, Accuracy, examine_accuracy
+from flowspace.doctor.compiled import start_compiled
+from flowspace.doctor.steps import (
+    PLAIN,
+    ROUTES,
+    Cost,
+    Stopwatch,
+    one_thread,
+    run_in_turn,
+    steps_of,
+)
+from flowspace.doctor.target import Example, load
+
+__all__ = ["Examination", "RouteFigures", "examine_model"]
+
+RIGHT = 2e-2
+"""The largest error of a route that is advised: that of differences, and of half precision."""
+
+EXACT = 1e-3
+"""The largest error of a route that counts as exact."""
+
+WORTH = 0.7
+"""A route with an error is advised where its step takes less than this part of an exact one's."""
+
+EAGER_SHARE = 0.5
+"""What part of the time that is left the uncompiled steps may take."""
+
+
+@dataclass(frozen=True)
+class RouteFigures:
+    """What was found of one route.
+
+    Attributes:
+        name: what one writes to have it.
+        error: of its derivative; None where there is none.
+        eager: its step over the plain step.
+        compiled: the same, both compiled.
+        failure: what it raised, or empty.
+    """
+
+    name: str
+    error: float | None
+    eager: Cost | None
+    compiled: Cost | None
+    failure: str
+
+    @property
+    def right(self) -> bool:
+        """Whether it may be advised."""
+        return not self.failure and self.error is not None and self.error <= RIGHT
+
+    @property
+    def cost(self) -> float:
+        """Its step over the plain step, uncompiled; infinite where it was not measured."""
+        if self.eager is None:
+            return math.inf
+        return self.eager.median
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What was found of a model.
+
+    Attributes:
+        example: the model and its batch.
+        accuracy: the errors and what the model is like.
+        routes: the figures of each route.
+        compiled: why nothing compiled was measured, or empty.
+        milliseconds: of a plain step, not compiled.
+        over_eager: the compiled plain step over the uncompiled one; None if not measured.
+        warned: what flowspace warned of on the way.
+    """
+
+    example: Example
+    accuracy: Accuracy
+    routes: list[RouteFigures]
+    compiled: str
+    milliseconds: float | None
+    over_eager: float | None
+    warned: list[str]
+
+    @property
+    def advised(self) -> RouteFigures | None:
+        """The route to write: the cheapest exact one, unless another one is much cheaper."""
+        right = [route for route in self.routes if route.right]
+        exact = [route for route in right if (route.error or 0) <= EXACT]
+        if not right:
+            return None
+        cheapest = min(right, key=lambda route: route.cost)
+        if not exact:
+            return cheapest
+        best = min(exact, key=lambda route: route.cost)
+        if cheapest.cost < WORTH * best.cost:
+            return cheapest
+        return best
+
+    @property
+    def hidden(self) -> bool:
+        """Whether forward mode and differences disagree: something is hidden, or not smooth."""
+        return self.accuracy.apart is not None and self.accuracy.apart > AGREEMENT
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it for JSON."""
+        example, accuracy = self.example, self.accuracy
+        advised = self.advised
+        return {
+            "target": example.name,
+            "latents": list(example.latents.shape),
+            "images": list(example.images.shape),
+            "cond": list(example.cond),
+            "reference": accuracy.reference,
+            "apart": accuracy.apart,
+            "remarks": accuracy.remarks,
+            "findings": accuracy.findings._asdict(),
+            "routes": [_route_as_dict(route) for route in self.routes],
+            "plain_step_milliseconds": self.milliseconds,
+            "compiled": self.compiled,
+            "compiled_over_eager": self.over_eager,
+            "warnings": self.warned,
+            "write": advised and advised.name,
+        }
+
+
+def _route_as_dict(route: RouteFigures) -> dict[str, Any]:
+    """Return a route for JSON; a cost is a dict of its quartiles."""
+    found = dataclasses.asdict(route)
+    for name in ("eager", "compiled"):
+        cost = getattr(route, name)
+        if cost is not None:
+            found[name] = cost._asdict()
+    return found
+
+
+def examine_model(
+    name: str, latents: tuple[int, ...] | None, seconds: float, compiling: bool = True
+) -> Examination:
+    """Return what a model needs.
+
+    Args:
+        name: as `flowspace.doctor.target.load` takes it.
+        latents: the shape of a batch, where none is given by the model's function.
+        seconds: about how long it may take; each step runs a few times in any case.
+        compiling: whether the model is compiled, in a process of its own.
+
+    Raises:
+        InputError: if there is no such model, or a plain forward pass of it fails.
+    """
+    watch = Stopwatch(seconds)
+    example = load(name, latents)
+    process = None
+    if compiling:
+        process = start_compiled(name, latents)
+    try:
+        with one_thread(example.latents.device):
+            accuracy = examine_accuracy(example)
+            trials = run_in_turn(example, steps_of(example), EAGER_SHARE * watch.left)
+        compiled: dict[str, Any] = {"reason": "not asked for"}
+        if process is not None:
+            compiled = process.measure(watch)
+    finally:
+        if process is not None:
+            process.end()
+    plain = trials.pop(PLAIN)
+    milliseconds = None
+    if not plain.failure:
+        milliseconds = 1000 * statistics.median(plain.seconds)
+    told = [accuracy.warned, *[trial.warned for trial in trials.values()]]
+    told.append(compiled.get("warned", []))
+    warned = list(dict.fromkeys(itertools.chain.from_iterable(told)))
+    routes = []
+    for route in ROUTES:
+        trial = trials[route]
+        eager = None
+        if trial.seconds and not trial.failure and not plain.failure:
+            eager = Cost.of(trial.seconds, plain.seconds)
+        error, failure = accuracy.errors.get(route), accuracy.failures.get(route)
+        together = None
+        if route in compiled.get("costs", {}):
+            together = Cost(*compiled["costs"][route])
+        figures = RouteFigures(route, error, eager, together, failure or trial.failure)
+        routes.append(figures)
+    return Examination(
+        example,
+        accuracy,
+        routes,
+        compiled.get("reason", ""),
+        milliseconds,
+        compiled.get("over_eager"),
+        warned,
+    )
