@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         CascadeOutput,
         CascadeStage,
     )
+    from flowspace.citations import citation
     from flowspace.criteria import CriteriaReport, check_criteria
     from flowspace.derivatives import (
         Derivative,
@@ -153,6 +154,7 @@ __all__ = [
     "adapt",
     "alpha_at",
     "check_criteria",
+    "citation",
     "rule",
 ]
 
@@ -166,6 +168,7 @@ PLACES = {
         "CascadeOutput",
         "CascadeStage",
     ),
+    "citations": ("citation",),
     "criteria": ("CriteriaReport", "check_criteria"),
     "derivatives": ("Derivative", "FiniteDifference", "ForwardMode", "SharedPrimal", "rule"),
     "errors": (

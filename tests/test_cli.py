@@ -191,7 +191,6 @@ def test_help_takes_half_a_second_of_the_processor():
         (["derive", "--alhpa", "1-t"], "did you mean --alpha?"),
         (["derive", "--kapa=s"], "did you mean --kappa?"),
         (["demo", "--seed5", "3"], "did you mean --seeds?"),
-        (["demo", "--dataset", "mist"], "did you mean mnist?"),
         (["dmeo"], "did you mean demo?"),
         (["doctor", "--jsn"], "did you mean --json?"),
     ],
