@@ -2,7 +2,9 @@
 home in diffusers.
 """
 
+import ast
 import base64
+import importlib
 import json
 import os
 import subprocess
@@ -27,6 +29,7 @@ from flowspace import (
 from flowspace.vision import CrossFlowGenerator
 from flowspace.vision.card import model_card
 from flowspace.vision.pipeline import CrossFlowDecoder, CrossFlowPipeline
+from flowspace.vision.standalone import standalone
 
 
 def network(**changes):
@@ -41,7 +44,8 @@ def network(**changes):
         "heads": 4,
     }
     made = CrossFlowGenerator(**(settings | changes)).eval()
-    torch.nn.init.normal_(made.head.weight, std=0.1)
+    last = getattr(made.head, "last", made.head)
+    torch.nn.init.normal_(last.weight, std=0.1)
     return made
 
 
@@ -318,15 +322,154 @@ def test_a_pushed_pipeline_is_uploaded_whole_with_its_own_card(tmp_path, how):
         server.shutdown()
         server.server_close()
     weights = "generator/diffusion_pytorch_model.safetensors"
-    assert set(Hub.kept) == {"README.md", "model_index.json", "generator/config.json", weights}
+    told = {"README.md", "model_index.json", "generator/config.json", weights}
+    assert set(Hub.kept) == told | {"pipeline.py", "generator/crossflow_generator.py"}
     assert Hub.kept["README.md"].decode().endswith("# Emoji, from somebody/emoji\n")
     assert Hub.kept[weights] == (tmp_path / weights).read_bytes()
 
 
 def test_a_pipeline_without_a_card_is_saved_with_one_that_tells_its_sizes(tmp_path):
     CrossFlowPipeline(network()).save_pretrained(tmp_path)
-    assert "2 blocks of width 32, 5 classes" in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert "2 blocks of width 32, 5 classes" in card and "trust_remote_code=True" in card
     assert CrossFlowPipeline.from_pretrained(tmp_path).card == (tmp_path / "README.md").read_text()
+
+
+# --- without flowspace
+# -------------------------------------------------------------------------------------------------
+
+WITHOUT = """
+import sys
+sys.modules["flowspace"] = None  # importing it raises
+import torch
+from diffusers import DiffusionPipeline
+
+
+def draw(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+for folder in sys.argv[1:]:
+    pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    calls, wanted = torch.load(folder + "/images.pt", weights_only=True)
+    for call, images in zip(calls, wanted, strict=True):
+        seeds = call.pop("seed")
+        source = [draw(seed) for seed in seeds]
+        if len(source) == 1:
+            source = source[0]
+        found = pipeline(**call, generator=source, output_type="pt").images
+        assert torch.equal(found, images), (call, float((found - images).abs().max()))
+    assert pipeline(**calls[0]).images[0].mode == "RGB"
+    print("equal")
+"""
+
+
+def test_diffusers_draws_the_same_bits_without_flowspace(tmp_path):
+    """From the folder alone, by the code that lies in it."""
+    with_classes = network(null_trained=True, mlp="gelu")
+    without = network(classes=0, condition="t,s", head_kind="convolutional", head_channels=4)
+    cases = {
+        "classes": (
+            CrossFlowPipeline(with_classes),
+            [
+                {"labels": [0, 3], "seed": [0]},
+                {"labels": [0, 3], "seed": [7, 8]},
+                {"labels": [1, 5], "seed": [2], "scale": 2.5},
+            ],
+        ),
+        "cosine": (
+            CrossFlowPipeline(without, alpha="cos(pi*t/2)", beta="sin(pi*t/2)"),
+            [{"count": 3, "seed": [1]}],
+        ),
+    }
+    for name, (pipeline, calls) in cases.items():
+        pipeline.save_pretrained(tmp_path / name)
+        images = []
+        for call in calls:
+            settings = {key: value for key, value in call.items() if key != "seed"}
+            sources = [draw(seed) for seed in call["seed"]]
+            if len(sources) == 1:
+                sources = sources[0]
+            images.append(pipeline(**settings, generator=sources, output_type="pt").images)
+        torch.save((calls, images), tmp_path / name / "images.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, *(str(tmp_path / name) for name in cases)],
+        env=os.environ | {"HF_HOME": str(tmp_path / "home")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.stdout.split() == ["equal", "equal"], done.stderr[-2000:]
+
+
+def test_code_of_a_folder_runs_for_nobody_who_did_not_ask(tmp_path):
+    """Neither in diffusers without trust, nor in flowspace, which has its own."""
+    from diffusers import DiffusionPipeline
+
+    pipeline = CrossFlowPipeline(network())
+    pipeline.save_pretrained(tmp_path)
+    for code in [tmp_path / "pipeline.py", *(tmp_path / "generator").glob("*.py")]:
+        code.write_text("raise AssertionError('this code ran')")
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        DiffusionPipeline.from_pretrained(tmp_path)
+    again = CrossFlowPipeline.from_pretrained(tmp_path, torch_dtype=torch.float64)
+    assert again.generator.dtype == torch.float64 and again.card is not None
+    given = CrossFlowPipeline.from_pretrained(tmp_path, generator=pipeline.generator)
+    assert given.generator is pipeline.generator
+
+
+def test_a_repository_of_the_hub_is_fetched_and_loaded_with_its_card(tmp_path, monkeypatch):
+    pipeline, asked = CrossFlowPipeline(network()), {}
+    pipeline.card = "---\nlibrary_name: diffusers\n---\n# Emoji\n"
+    pipeline.save_pretrained(tmp_path)
+
+    def fetch(name, *, allow_patterns, revision):
+        asked.update(name=name, revision=revision, patterns=allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    again = CrossFlowPipeline.from_pretrained("somebody/emoji", revision="main")
+    assert asked["name"] == "somebody/emoji" and asked["revision"] == "main"
+    assert "generator/*" in asked["patterns"] and again.card == pipeline.card
+    images = [
+        each(labels=[1], generator=draw(), output_type="pt").images for each in (pipeline, again)
+    ]
+    assert torch.equal(*images)
+
+
+def test_a_folder_of_before_the_code_was_shipped_is_loaded(tmp_path):
+    CrossFlowPipeline(network(), alpha="1 - t**2", beta="t**2").save_pretrained(tmp_path)
+    index = tmp_path / "model_index.json"
+    told = json.loads(index.read_text())
+    told["_class_name"] = "CrossFlowPipeline"
+    told["generator"] = ["flowspace.vision.generator", "CrossFlowGenerator"]
+    index.write_text(json.dumps(told))
+    for code in [tmp_path / "pipeline.py", *(tmp_path / "generator").glob("*.py")]:
+        code.unlink()
+    assert CrossFlowPipeline.from_pretrained(tmp_path).config["alpha"] == "1 - t**2"
+
+
+ALONE = ["one_step", "generator", "dit_dh", "pixel_mean_flow", "pixel_flow"]
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_module_in_one_file_defines_what_it_did_and_imports_no_flowspace(name):
+    module = importlib.import_module(f"flowspace.vision.{name}")
+    code = standalone(f"flowspace.vision.{name}")
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            assert "flowspace" not in ast.unparse(node)
+    names = {"__name__": name}
+    exec(compile(code, name, "exec"), names)
+    assert set(module.__all__) <= names.keys()
+    assert names["InputError"].__doc__ == InputError.__doc__
+
+
+def test_two_modules_with_one_name_for_two_things_are_not_put_in_one_file():
+    with pytest.raises(RunError, match="both define Source; rename one of them"):
+        standalone("flowspace.vision.rae")
 
 
 # --- broken files

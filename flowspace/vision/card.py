@@ -32,6 +32,17 @@ pipeline = CrossFlowPipeline.from_pretrained("{place}")
 image = pipeline({call}, generator=torch.Generator().manual_seed(0)).images[0]
 ```
 
+Without flowspace, diffusers draws the same image by the code in this folder, which needs timm.
+Read it before you trust it: `pipeline.py` and `generator/crossflow_generator.py`.
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{place}", trust_remote_code=True)
+image = pipeline({call}, generator=torch.Generator().manual_seed(0)).images[0]
+```
+
 ## Model
 
 {size}, {parameters:.1f} million parameters, conditioned on {condition};

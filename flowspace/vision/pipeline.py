@@ -2,6 +2,7 @@
 decoder of noisy latents.
 """
 
+import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -12,8 +13,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  # pipelines look for it here
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
 from flowspace.errors import InputError
@@ -24,14 +24,31 @@ from flowspace.statistics import MatchedStatistic
 from flowspace.vision.card import PLACE, model_card
 from flowspace.vision.checked_model import CheckedModel
 from flowspace.vision.generator import CrossFlowGenerator
+from flowspace.vision.one_step import OneStepPipeline
+from flowspace.vision.standalone import standalone
 
 __all__ = ["CrossFlowDecoder", "CrossFlowPipeline"]
 
-OUTPUTS = ("pil", "np", "pt")
+CODE = {
+    "pipeline": "flowspace.vision.one_step",
+    "generator/crossflow_generator": "flowspace.vision.generator",
+}
+"""Files of code in a folder, and the modules whose source they are."""
+
+INDEX = {
+    "_class_name": ["pipeline", "OneStepPipeline"],
+    "generator": ["crossflow_generator", "CrossFlowGenerator"],
+}
+"""What ``model_index.json`` says of them: the file of each class, as diffusers finds it."""
+
+DOWNLOAD = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+FILES = ("README.md", "model_index.json", "generator/*")
+"""What is fetched of a repository."""
+
 UPLOAD = ("commit_message", "private", "token", "create_pr")
 
 
-class CrossFlowPipeline(DiffusionPipeline):
+class CrossFlowPipeline(OneStepPipeline):
     """Images of classes from noise, in one evaluation of a trained generator of the matched
     statistic.
 
@@ -48,14 +65,10 @@ class CrossFlowPipeline(DiffusionPipeline):
             alone.
     """
 
-    model_cpu_offload_seq = "generator"
-
     def __init__(
         self, generator: CrossFlowGenerator, alpha: str = "1 - t", beta: str = "t"
     ) -> None:
-        super().__init__()
-        self.register_modules(generator=generator)
-        self.register_to_config(alpha=alpha, beta=beta)
+        super().__init__(generator, alpha, beta)
         self.schedule = Schedule(alpha, beta)
         self.card: str | None = None
 
@@ -63,14 +76,32 @@ class CrossFlowPipeline(DiffusionPipeline):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> "CrossFlowPipeline":
-        """Load a pipeline as diffusers does, from a folder or the hub, with the card of the
-        folder.
+        """Load a pipeline with its card, from a folder or the hub; the code that is shipped with
+        it is not run.
+
+        Args:
+            pretrained_model_name_or_path: the folder, or the name of a repository of the hub.
+            kwargs: ``generator``, a network that is loaded already; or those of diffusers' method
+                for its models, such as ``torch_dtype``, and of the hub's, such as ``revision``.
 
         Raises:
             RunError: if the weights are not what was saved, or a tensor is missing.
+            FlowspaceError: if the formulas make no schedule.
         """
-        found = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        card = Path(pretrained_model_name_or_path) / "README.md"
+        kwargs.pop("trust_remote_code", None)
+        download = {name: kwargs.pop(name) for name in DOWNLOAD if name in kwargs}
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            from huggingface_hub import snapshot_download
+
+            name = str(pretrained_model_name_or_path)
+            folder = Path(snapshot_download(name, allow_patterns=list(FILES), **download))
+        generator = kwargs.pop("generator", None)
+        if generator is None:
+            generator = CrossFlowGenerator.from_pretrained(folder / "generator", **kwargs)
+        config: Any = cls.load_config(folder)
+        found = cls(generator, config["alpha"], config["beta"])
+        card = folder / "README.md"
         if card.is_file():
             found.card = card.read_text()
         return found
@@ -78,7 +109,10 @@ class CrossFlowPipeline(DiffusionPipeline):
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
     ) -> None:
-        """Save the pipeline and its card.
+        """Save the pipeline, its card, and the code to draw from it without flowspace.
+
+        ``DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`` runs that code: it is
+        the source of `OneStepPipeline` and of the generator, each in one file.
 
         Args:
             save_directory: the folder.
@@ -93,6 +127,7 @@ class CrossFlowPipeline(DiffusionPipeline):
             "CrossFlow", self.generator, config["alpha"], config["beta"]
         )
         (Path(save_directory) / "README.md").write_text(card)
+        _ship_code(Path(save_directory))
         if push_to_hub:
             self.push_to_hub(repository, **upload)
 
@@ -133,11 +168,11 @@ class CrossFlowPipeline(DiffusionPipeline):
         count: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
-        steps: int = 1,
-        encode: Callable[[Tensor], Tensor] | None = None,
         scale: float = 1.0,
         output_type: str = "pil",
         return_dict: bool = True,
+        steps: int = 1,
+        encode: Callable[[Tensor], Tensor] | None = None,
     ) -> "ImagePipelineOutput | tuple[Any]":
         """Return one image a label.
 
@@ -147,92 +182,53 @@ class CrossFlowPipeline(DiffusionPipeline):
             generator: the source of the noise: one, or one for each image, which makes an image
                 independent of its batch.
             latents: the noise itself, ``(B, channels, h, w)``, instead of ``generator``.
-            steps: evaluations; more than one needs ``encode``.
-            encode: from images to latents, such as ``encode_prediction`` of
-                `load_encoder`.
             scale: of classifier-free guidance, for a generator whose null class was trained; other
                 than 1 costs a second evaluation.
             output_type: ``"pil"``, ``"np"`` (floats in [0, 1], channels last) or ``"pt"`` (in [-1,
                 1]).
             return_dict: False returns a tuple.
+            steps: evaluations; more than one needs ``encode``.
+            encode: from images to latents, such as ``encode_prediction`` of
+                `load_encoder`.
 
         Raises:
             InputError: if labels are missing or out of range, the noise has another shape, steps
                 need an encoder, or the null class is needed and was not trained.
         """
-        if output_type not in OUTPUTS:
-            raise InputError(
-                f"got output_type = {output_type!r}; write one of {', '.join(map(repr, OUTPUTS))}"
-            )
         if steps > 1 and encode is None:
             raise InputError(
                 f"got steps = {steps} without encode=, a function from images to latents such as "
                 "an encoder's encode_prediction"
             )
-        network: CrossFlowGenerator = self.generator
-        cond = {}
-        if (classes := self._classes(labels)) is not None:
-            count = len(classes)
+        if steps == 1:
+            return super().__call__(
+                labels,
+                count=count,
+                generator=generator,
+                latents=latents,
+                scale=scale,
+                output_type=output_type,
+                return_dict=return_dict,
+            )
+        noise, classes = self._start(labels, count, generator, latents, output_type)
+        cond, guidance = {}, None
+        if classes is not None:
             cond["labels"] = classes
-        guidance = None
         if scale != 1:
-            guidance = Guidance(null={"labels": network.require_null()}, omega=scale)
-        images = FlowMap(network, self.schedule, MatchedStatistic()).sample(
-            self._noise(count, generator, latents),
-            cond=cond,
-            steps=steps,
-            encode=encode,
-            guidance=guidance,
+            guidance = Guidance(null={"labels": self.generator.require_null()}, omega=scale)
+        images = FlowMap(self.generator, self.schedule, MatchedStatistic()).sample(
+            noise, cond=cond, steps=steps, encode=encode, guidance=guidance
         )
         return self._finished(images.float(), output_type, return_dict)
 
-    def _noise(self, count: int, generator: Any, latents: Tensor | None) -> Tensor:
-        """Return the noise of so many images: what was given, or drawn."""
-        network: CrossFlowGenerator = self.generator
-        shape = (count, *network.latent_shape)
-        if latents is None:
-            return randn_tensor(
-                shape, generator=generator, device=network.device, dtype=network.dtype
-            )
-        if tuple(latents.shape) != shape:
-            raise InputError(
-                f"got latents of shape {tuple(latents.shape)}; this generator takes {shape}"
-            )
-        return latents.to(network.device)
 
-    def _classes(self, labels: Sequence[int] | Tensor | None) -> Tensor | None:
-        """Return the labels on the network's device, checked; None where it has no classes."""
-        count = self.generator.config["classes"]
-        if labels is None and count:
-            raise InputError(
-                f"got no labels for a generator of {count} classes; write labels=[...]"
-            )
-        if labels is None:
-            return None
-        if not count:
-            raise InputError("got labels for a generator without classes; write count= instead")
-        classes = torch.as_tensor(labels, device=self.generator.device)
-        whole = classes.ndim == 1 and not classes.is_floating_point()
-        if not whole or bool(((classes < 0) | (classes > count)).any()):
-            raise InputError(
-                f"got labels = {classes.tolist()}; write integers from 0 to {count - 1}, or "
-                f"{count} for no class"
-            )
-        if bool((classes == count).any()):
-            self.generator.require_null()
-        return classes
-
-    def _finished(
-        self, images: Tensor, output_type: str, return_dict: bool
-    ) -> "ImagePipelineOutput | tuple[Any]":
-        found: Any = images
-        if output_type != "pt":
-            found = (images.clamp(-1, 1) / 2 + 0.5).permute(0, 2, 3, 1).cpu().numpy()
-        if output_type == "pil":
-            found = self.numpy_to_pil(found)
-        if not return_dict:
-            return (found,)
-        return ImagePipelineOutput(images=found)
+def _ship_code(folder: Path) -> None:
+    """Write the code of a saved pipeline beside its weights, and tell diffusers where it is."""
+    for place, module in CODE.items():
+        (folder / f"{place}.py").write_text(standalone(module))
+    index = folder / "model_index.json"
+    listed = json.loads(index.read_text()) | INDEX
+    index.write_text(json.dumps(listed, indent=2, sort_keys=True) + "\n")
 
 
 class CrossFlowDecoder(CheckedModel):
@@ -245,13 +241,14 @@ class CrossFlowDecoder(CheckedModel):
     whose null class was trained.
 
     Args:
-        generator: the trained network.
+        generator_config: of the trained network, what `CrossFlowGenerator` takes.
         t: the noise level that latents are believed to have where the caller does not say, in
             [TIME_FLOOR, 1].
         alpha: the schedule, a formula in t.
         beta: likewise.
         rescale: multiply latents by alpha(t) first, so that a clean latent lies where a noisy one
             of that level has its mean.
+        scaling_factor: what diffusers' pipelines divide latents by before they hand them on.
     """
 
     @register_to_config

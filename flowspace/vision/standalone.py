@@ -1,0 +1,160 @@
+"""Our own source as one file that needs no flowspace, to be shipped beside weights.
+
+Nothing is written twice: a module and all of flowspace that it imports, in the order in which they
+import each other, less the imports between them. What other libraries give is imported at the top.
+Two modules with one name for two things cannot stand in one file, and are refused.
+"""
+
+import ast
+import importlib.util
+import sys
+import textwrap
+from collections.abc import Iterator
+
+from flowspace import __version__
+from flowspace.errors import RunError
+
+__all__ = ["standalone"]
+
+HEADER = """# SPDX-License-Identifier: MIT
+# Copyright the flowspace authors. Assembled from flowspace {version}:
+# {names}
+{docstring}
+"""
+LINE = 99
+
+
+def standalone(module: str) -> str:
+    """Return one file with everything that a module has and needs, except other libraries.
+
+    Args:
+        module: by its name, such as ``"flowspace.vision.generator"``.
+
+    Raises:
+        RunError: if two modules give one name to two things, or import one under another name.
+    """
+    parts = _in_order(module, {})
+    _check_names(parts)
+    names = textwrap.fill(", ".join(part.name for part in parts), LINE - 2).replace("\n", "\n# ")
+    docstring = parts[-1].docstring()
+    header = HEADER.format(version=__version__, names=names, docstring=docstring)
+    sections = [f"{header}\n{_imports(parts)}"]
+    sections += [part.body() for part in parts]
+    return "\n\n\n".join(section.strip("\n") for section in sections if section) + "\n"
+
+
+class _Part:
+    """A module's source, and what of it goes into the file."""
+
+    def __init__(self, name: str) -> None:
+        spec = importlib.util.find_spec(name)
+        loader = getattr(spec, "loader", None)
+        self.name = name
+        self.source: str = loader.get_source(name)  # type: ignore[union-attr]
+        self.tree = ast.parse(self.source)
+
+    def docstring(self) -> str:
+        """Return the docstring as it is written."""
+        return ast.get_source_segment(self.source, self.tree.body[0]) or ""
+
+    def imports(self) -> Iterator[ast.Import | ast.ImportFrom]:
+        """Give the imports at the top."""
+        for node in self.tree.body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                yield node
+
+    def neighbours(self) -> Iterator[str]:
+        """Give the modules of flowspace that it imports."""
+        for node in self.imports():
+            if not isinstance(node, ast.ImportFrom) or not _is_ours(node):
+                continue
+            if any(each.asname for each in node.names):
+                raise RunError(f"{self.name} imports under another name: {ast.unparse(node)}")
+            yield str(node.module)
+
+    def names(self) -> Iterator[str]:
+        """Give the names that it defines."""
+        for node in self.tree.body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                yield node.name
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                yield node.target.id
+            elif isinstance(node, ast.Assign):
+                for target in node.targets:
+                    for each in ast.walk(target):
+                        if isinstance(each, ast.Name) and each.id != "__all__":
+                            yield each.id
+
+    def body(self) -> str:
+        """Return the source without its docstring, imports and ``__all__``, comments included."""
+        lines = self.source.splitlines()
+        for node in self.tree.body:
+            if self._is_left_out(node):
+                first, last = node.lineno - 1, node.end_lineno
+                lines[first:last] = [""] * len(lines[first:last])
+        text = "\n".join(lines).strip("\n")
+        while "\n\n\n\n" in text:
+            text = text.replace("\n\n\n\n", "\n\n\n")
+        return text
+
+    def _is_left_out(self, node: ast.stmt) -> bool:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            return True
+        if isinstance(node, ast.Assign):
+            return ast.unparse(node.targets[0]) == "__all__"
+        return node is self.tree.body[0] and isinstance(node, ast.Expr)
+
+
+def _is_ours(node: ast.Import | ast.ImportFrom) -> bool:
+    return isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "flowspace"
+
+
+def _in_order(name: str, seen: dict[str, _Part]) -> list[_Part]:
+    """Return a module and all of flowspace that it needs, what is needed first."""
+    seen[name] = part = _Part(name)
+    found = []
+    for neighbour in part.neighbours():
+        if neighbour not in seen:
+            found += _in_order(neighbour, seen)
+    return [*found, part]
+
+
+def _check_names(parts: list[_Part]) -> None:
+    """Refuse a name that two modules define."""
+    owners: dict[str, str] = {}
+    for part in parts:
+        for name in set(part.names()):
+            if name in owners:
+                raise RunError(
+                    f"{part.name} and {owners[name]} both define {name}; rename one of them, "
+                    "since they are shipped in one file"
+                )
+            owners[name] = part.name
+
+
+def _imports(parts: list[_Part]) -> str:
+    """Return what the modules import of other libraries, each once."""
+    plain: set[str] = set()
+    named: dict[str, set[str]] = {}
+    for part in parts:
+        for node in part.imports():
+            if isinstance(node, ast.Import):
+                plain.add(ast.unparse(node))
+            elif not _is_ours(node):
+                names = named.setdefault(str(node.module), set())
+                names.update(ast.unparse(each) for each in node.names)
+    lines = sorted(plain)
+    for module, names in sorted(named.items()):
+        line = f"from {module} import {', '.join(sorted(names))}"
+        if len(line) > LINE:
+            inside = "".join(f"    {name},\n" for name in sorted(names))
+            line = f"from {module} import (\n{inside})"
+        lines.append(line)
+    first = [line for line in lines if _of_python(line)]
+    rest = [line for line in lines if not _of_python(line)]
+    return "\n\n".join("\n".join(block) for block in (first, rest) if block)
+
+
+def _of_python(line: str) -> bool:
+    """Return whether an import is of Python itself."""
+    return line.split()[1].split(".")[0] in sys.stdlib_module_names
