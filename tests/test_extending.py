@@ -1,6 +1,6 @@
 """One of each part, added from outside with public names alone, and a law that it obeys.
 
-These are the programs that `flowspace/README.md` shows.
+These are the programs that `flowspace/README.md` and the page "Write your own" show.
 """
 
 import inspect
@@ -40,6 +40,7 @@ from flowspace import (
 )
 
 ROOT = Path(__file__).parents[1]
+OWN = ROOT / "docs" / "pages" / "write_your_own.md"
 LONGEST = 30
 """Lines that adding a part may take."""
 
@@ -162,6 +163,28 @@ def matrix_exp(call, x):
     return torch.matrix_exp(torch.cat([top, bottom], -2))[..., :size, size:]
 
 
+# --- an encoder
+
+
+class PrincipalParts(torch.nn.Module):
+    """The first principal directions of a set of images, each of mean 0 and spread 1."""
+
+    def __init__(self, images: Tensor, size: int) -> None:
+        super().__init__()
+        self.shape, flat = images.shape[1:], images.flatten(1)
+        _, spread, directions = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
+        self.register_buffer("mean", flat.mean(0))
+        self.register_buffer("spread", spread[:size] / (len(images) - 1) ** 0.5)
+        self.register_buffer("directions", directions[:size])
+
+    def encode(self, images: Tensor) -> Tensor:
+        return (images.flatten(1) - self.mean) @ self.directions.T / self.spread
+
+    def decode(self, latents: Tensor) -> Tensor:
+        flat = latents * self.spread @ self.directions + self.mean
+        return flat.unflatten(1, self.shape)
+
+
 ADDED = (
     SquaredSchedule,
     early_statistic,
@@ -182,7 +205,14 @@ def test_adding_a_part_takes_less_than_thirty_lines_and_the_readme_shows_them(pa
     assert source in (ROOT / "flowspace" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("program", [Path(__file__), ROOT / "flowspace" / "README.md"])
+@pytest.mark.parametrize("part", [*ADDED, PrincipalParts], ids=lambda part: part.__name__)
+def test_the_page_of_how_to_write_your_own_shows_each_part(part):
+    source = inspect.getsource(part)
+    assert len(source.splitlines()) < LONGEST
+    assert source in OWN.read_text()
+
+
+@pytest.mark.parametrize("program", [Path(__file__), ROOT / "flowspace" / "README.md", OWN])
 def test_all_that_is_imported_of_flowspace_comes_from_the_top(program):
     modules = re.findall(r"^(?:from|import) (flowspace\S*)", program.read_text(), re.MULTILINE)
     assert modules == ["flowspace"]
@@ -399,3 +429,37 @@ def test_the_rule_is_the_derivative_that_torch_has_on_the_rows_asked_for_alone(a
     close(value, wanted[0])
     close(derivative, torch.where(rows[:, None], wanted[1], 0.0))
     assert seen == [len(asked)]
+
+
+def encoded(size=3):
+    images = normal(0, 32, 2, 2, 2) + normal(1, 2, 2, 2)
+    return images, PrincipalParts(images, size)
+
+
+def test_latents_have_mean_zero_and_spread_one_and_decoding_is_a_projection():
+    images, encoder = encoded()
+    latents = encoder.encode(images)
+    close(latents.mean(0), torch.zeros(3, dtype=torch.float64))
+    close(latents.T.cov(), torch.eye(3, dtype=torch.float64))
+    close(encoder.encode(encoder.decode(latents)), latents)
+    lost = images - encoder.decode(latents)
+    close(encoder.encode(lost + encoder.decode(0 * latents)), 0 * latents)
+    assert lost.abs().max() > 0.1
+    whole = PrincipalParts(images, 8)
+    close(whole.decode(whole.encode(images)), images)
+
+
+def test_several_steps_through_an_affine_encoder_are_the_exact_flow_map():
+    _, encoder = encoded()
+    data = Gaussian.random(LinearSchedule(), 0)
+    clean = data.matched()
+
+    def images(z_t, t, s):
+        return encoder.decode(clean(z_t, t, s))
+
+    noise, one = normal(2, 4, 3), torch.ones(4, dtype=torch.float64)
+    wanted = encoder.decode(data.transported(noise, one, 0 * one))
+    flow_map = CrossFlowLoss().flow_map(images)
+    for steps in (1, 3):
+        sample = flow_map.sample(noise, steps=steps, encode=encoder.encode, renoise=False)
+        close(sample, wanted)

@@ -286,6 +286,7 @@ def test_the_options_of_lightning_that_the_page_names_work(options, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch.compile's own
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_blocks_that_inductor_compiled_give_the_loss_of_the_plain_network():
     names = {}
