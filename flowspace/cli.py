@@ -130,15 +130,27 @@ def _add_derive(commands: "argparse._SubParsersAction[Parser]") -> None:
 def _add_demo(commands: "argparse._SubParsersAction[Parser]") -> None:
     demo = commands.add_parser(
         "demo",
-        help="train one-step digits from a noisy latent and report how good they are",
-        description="Real handwritten digits, two stages, one evaluation; leaves checkpoints, "
-        "samples.png, metrics.json and "
+        help="train a one-step generator on digits or on your own pictures, and judge it",
+        description="Two stages, one evaluation: real handwritten digits, or your own pictures. "
+        "Leaves checkpoints, samples/CLASS/0.png to 49.png, samples.png, metrics.json and "
         "report.html. Run it again to continue a run that was stopped.",
     )
     demo.add_argument(
-        "--dataset", default="digits", choices=["digits", "mnist"], help="default: %(default)s"
+        "--data",
+        "--dataset",
+        default="digits",
+        metavar="DATA",
+        help="a folder of pictures, flat or with one folder a class; or digits, mnist, "
+        "fashion-mnist, openmoji (default: %(default)s)",
     )
-    demo.add_argument("--out", type=Path, help="where the run is kept (default: runs/DATASET)")
+    demo.add_argument(
+        "--side",
+        type=int,
+        help="pixels a side, 28 to 64 (default: chosen from the pictures); they are cropped to "
+        "their middle square and scaled",
+    )
+    demo.add_argument("--steps", type=int, help="of the generator (default: by the pictures)")
+    demo.add_argument("--out", type=Path, help="where the run is kept (default: runs/DATA)")
     demo.add_argument(
         "--seeds", type=int, default=1, help="how many seeds to average (default: %(default)s)"
     )
@@ -239,20 +251,23 @@ def _statistic(options: argparse.Namespace, schedule: "Schedule") -> "AbstractSt
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from flowspace.demo import digits
+    from flowspace.demo import digits, sets
     from flowspace.demo.page import markdown_table
 
     if options.seeds < 1:
         raise FlowspaceError(f"got --seeds {options.seeds}; write 1 or more")
-    folder = options.out or Path("runs") / options.dataset
+    if options.steps is not None and options.steps < 1:
+        raise FlowspaceError(f"got --steps {options.steps}; write 1 or more")
+    folder = options.out or Path("runs") / Path(options.data).resolve().name
     with _one_thread():
-        metrics = digits.run(
-            digits.SETTINGS[options.dataset], folder, options.baselines, options.seeds
-        )
+        settings, data = sets.chosen(options.data, options.side, options.steps)
+        metrics = digits.run(settings, folder, options.baselines, options.seeds, data)
     print(markdown_table(digits.HEAD, digits.rows(metrics)))
+    for doubt in metrics["doubts"]:
+        print(f"\n{doubt}")
     print(
-        f"\nmeans over {options.seeds} seed(s); pictures: {folder / 'samples.png'}, page: "
-        f"{folder / 'report.html'}"
+        f"\nmeans over {options.seeds} seed(s); samples: {folder / 'samples'}, pictures: "
+        f"{folder / 'samples.png'}, page: {folder / 'report.html'}"
     )
     return 0
 

@@ -1,5 +1,8 @@
-"""What the demo is given: real digits of an installed package, and the settings for each set."""
+"""What the demo is given: pictures that nothing is judged by after it was trained on them, and the
+settings for each set.
+"""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -10,9 +13,22 @@ from flowspace.demo.loop import TrainSettings
 from flowspace.errors import InputError
 from flowspace.penalties import AbsoluteError, Penalty, SquaredError
 
-__all__ = ["CLASSES", "SETTINGS", "Data", "Settings", "load", "seeded"]
+__all__ = [
+    "CLASSES",
+    "SETTINGS",
+    "Data",
+    "PictureSettings",
+    "Settings",
+    "in_range",
+    "load",
+    "seeded",
+]
 
 CLASSES = 10
+"""Of digits."""
+
+MOST_JUDGED = 2500
+"""Images that are compared with the test images at a time: more cost time and change little."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +73,39 @@ class Settings:
         return {name: value for name, value in asdict(self).items() if name not in elsewhere}
 
 
+@dataclass(frozen=True)
+class PictureSettings(Settings):
+    """How pictures of a folder are learned: components of whole pictures, dense layers, then
+    convolutions.
+
+    ``patch``, ``channels`` and ``heads`` have no use here.
+
+    Attributes:
+        pictures: a digest of the training pictures: weights of others are not taken.
+        numbers: of the latent.
+        cells: channels where the convolutions begin.
+    """
+
+    width: int = 384
+    depth: int = 4
+    perceptual: float = 0.3
+    penalty: Penalty = field(default_factory=SquaredError)
+    generator: TrainSettings = field(
+        default_factory=lambda: TrainSettings(steps=1500, batch=64, learning_rate=1e-3)
+    )
+    classifier: TrainSettings = field(
+        default_factory=lambda: TrainSettings(steps=300, batch=64, warmup=20)
+    )
+    pictures: str = ""
+    numbers: int = 64
+    cells: int = 96
+
+    def context(self) -> dict[str, Any]:
+        """Return the settings that weights depend on, besides training plan and objective."""
+        names = ("pictures", "numbers", "width", "depth", "cells", "perceptual")
+        return {name: getattr(self, name) for name in names}
+
+
 SETTINGS = {
     "digits": Settings(),
     "mnist": Settings(
@@ -87,21 +136,57 @@ class Data:
 
     Training images are all for the autoencoder and the generator; half of them train the judges,
     the other half the perceptual classifier.
+
+    Attributes:
+        images: for training, ``(N, C, H, H)``: in [-1, 1], or uint8, as large sets are kept.
+        labels: the class of each.
+        test_images: held out, of the same kind.
+        test_labels: the class of each.
+        class_names: in the order of the labels.
+        conditional: whether there are classes.
+        skipped: files that could not be read, by name, and why.
     """
 
     images: Tensor
     labels: Tensor
     test_images: Tensor
     test_labels: Tensor
+    class_names: tuple[str, ...] = tuple("0123456789")
+    conditional: bool = True
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def side(self) -> int:
         """Pixels a side."""
         return self.images.shape[-1]
 
+    @property
+    def channels(self) -> int:
+        """1 where every picture is grey, 3 in colour."""
+        return self.images.shape[1]
+
+    @property
+    def classes(self) -> int:
+        """How many there are; 1 where the network is told none."""
+        return len(self.class_names)
+
+    @property
+    def judged(self) -> int:
+        """How many images are compared with the test images at a time: as many as a half has, but
+        no more than are needed.
+        """
+        return min(len(self.half(0)[0]), MOST_JUDGED)
+
     def half(self, number: int) -> tuple[Tensor, Tensor]:
         """Return every other training image and its label, from the first or the second on."""
         return self.images[number::2], self.labels[number::2]
+
+
+def in_range(images: Tensor) -> Tensor:
+    """Return images in [-1, 1], of uint8 ones too."""
+    if images.dtype == torch.uint8:
+        return images.float() / 127.5 - 1
+    return images
 
 
 def load(dataset: str) -> Data:

@@ -1,33 +1,43 @@
-"""The demo: real handwritten digits, from a noisy latent to pixels in one evaluation.
+"""The demo: digits or pictures of your own, from a noisy latent to pixels in one evaluation.
 
-Stage 1 trains an autoencoder and keeps the encoder, frozen. Stage 2 trains a small ViT from noisy
-latents to pixels with `CrossFlowLoss`, class-conditional, with a perceptual term. Samples are
-judged by classifiers that share no weights, seed, architecture or training images with the
-perceptual one; test images are seen by nothing else.
+Stage 1 makes an autoencoder and keeps the encoder, frozen. Stage 2 trains a small network from
+noisy latents to pixels with `CrossFlowLoss`, class-conditional where there are classes, with a
+perceptual term. Samples are judged by classifiers that share no weights, seed, architecture or
+training images with the perceptual one; test images are seen by nothing else.
 """
 
-import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flowspace.demo.data import CLASSES, SETTINGS, Settings, load, seeded
-from flowspace.demo.loop import Trainer
+from flowspace.demo import results
+from flowspace.demo.data import (
+    CLASSES,
+    SETTINGS,
+    Data,
+    PictureSettings,
+    Settings,
+    in_range,
+    load,
+    seeded,
+)
+from flowspace.demo.loop import CPU, Trainer
 from flowspace.demo.metrics import AT_ONCE, Verdict
 from flowspace.demo.networks import Patches, SmallViT, ViTSize
-from flowspace.demo.page import grid, page, png, write_beside
-from flowspace.demo.stage_one import JUDGES, World, prepare
+from flowspace.demo.picture_networks import FromWholeLatent, PictureSize
+from flowspace.demo.record import KEPT
+from flowspace.demo.stage_one import World, prepare
 from flowspace.flow_map import FlowMap
 from flowspace.objectives import CrossFlowLoss, FlowMatchingLoss, MeanFlowLoss, Objective
 from flowspace.solvers import VelocityFlow
 from flowspace.training.draws import Draws, seed_of
 
-__all__ = ["SETTINGS", "Method", "Settings", "draw", "methods", "run"]
+__all__ = ["HEAD", "SETTINGS", "Method", "Settings", "by_class", "draw", "methods", "rows", "run"]
 
 DRAWS = 4
 """How many sets of samples a method is judged by, each as large as the set of real images it is
@@ -36,6 +46,8 @@ compared with.
 
 SHOWN = 8
 """Pictures of a class that are shown."""
+
+MAIN = "crossflow"
 
 DECODER_ON_NOISE = "decoder on noise"
 
@@ -62,11 +74,14 @@ class Method:
     only_noise: bool = False
     renoise: bool | None = None
 
-    def train(self, world: World, settings: Settings, folder: Path) -> nn.Module:
-        """Train the ViT of this method; methods that output images get the perceptual term."""
+    def train(
+        self, world: World, settings: Settings, folder: Path, device: torch.device = CPU
+    ) -> nn.Module:
+        """Train the network of this method; methods that output images get the perceptual term."""
 
         def loss(network: nn.Module, batch: tuple[Tensor, ...], draws: Draws) -> Tensor:
-            out = self._outcome(network, batch, draws)
+            latents, images, labels = batch
+            out = self._outcome(network, (latents, in_range(images), labels), draws)
             mean = out.loss.mean()
             if not settings.perceptual or not self._perceives(world):
                 return mean
@@ -76,14 +91,27 @@ class Method:
                 second = world.autoencoder.decode(second)
             return mean + settings.perceptual * world.perceptual(first, second).mean()
 
+        def watch(step: int, network: nn.Module) -> None:
+            labels = torch.arange(world.data.classes).repeat_interleave(SHOWN)
+            noise = noise_of(world, len(labels), settings.generator.seed)
+            images, _ = self.draw(network, world, noise, labels)
+            results.keep_look(folder, step, images.unflatten(0, (-1, SHOWN)))
+
         context = settings.context() | {"objective": repr(self.objective)}
-        trainer = Trainer(self.name, settings.generator, folder, context)
+        trainer = Trainer(self.name, settings.generator, folder, context, device, watch)
         tensors = (world.latents, world.data.images, world.data.labels)
         return trainer.train(self.network(world, settings), tensors, loss)
 
-    def network(self, world: World, settings: Settings) -> SmallViT:
-        """Build the same ViT for every method; only its last layer knows the output space."""
+    def network(self, world: World, settings: Settings) -> nn.Module:
+        """Build the same network for every method; only its last layer knows the output space."""
         torch.manual_seed(settings.generator.seed)
+        if isinstance(settings, PictureSettings):
+            numbers = world.latents.shape[1]
+            shape: tuple[int, ...] = (numbers,)
+            if self.pixels:
+                shape = tuple(world.data.images.shape[1:])
+            inner = PictureSize(settings.width, settings.depth, settings.cells)
+            return FromWholeLatent(numbers, shape, world.data.classes, inner)
         channels, side = world.latents.shape[1], world.latents.shape[-1]
         outputs, patch = channels, 1
         if self.pixels:
@@ -138,6 +166,18 @@ class Method:
             return out
         return world.autoencoder.decode(out)
 
+    def draw(
+        self, network: nn.Module, world: World, noise: Tensor, labels: Tensor, steps: int = 1
+    ) -> tuple[Tensor, float]:
+        """Return images on the CPU, drawn a few at a time, and the seconds that all took."""
+        device = next(network.parameters()).device
+        images = []
+        start = time.perf_counter()
+        for z, c in zip(noise.split(AT_ONCE), labels.split(AT_ONCE), strict=True):
+            drawn = self.sample(network, world, z.to(device), c.to(device), steps)
+            images.append(drawn.cpu())
+        return torch.cat(images), time.perf_counter() - start
+
 
 def methods(settings: Settings) -> dict[str, Method]:
     """Return the main method and the baselines, at the same size and number of steps."""
@@ -153,56 +193,90 @@ def methods(settings: Settings) -> dict[str, Method]:
 # -------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Made:
+    """What one seed made.
+
+    Attributes:
+        scores: by method, those of real images first.
+        samples: by method, ``(classes, K, C, H, W)``, real images first.
+        seconds: how long each part took.
+        folder: of the seed.
+    """
+
+    scores: dict[str, Verdict]
+    samples: dict[str, Tensor]
+    seconds: dict[str, float] = field(default_factory=dict)
+    folder: Path = Path()
+
+
 def run(
-    settings: Settings, folder: Path, baselines: bool = False, seeds: int = 1
+    settings: Settings,
+    folder: Path,
+    baselines: bool = False,
+    seeds: int = 1,
+    data: Data | None = None,
 ) -> dict[str, Any]:
-    """Do the main job and leave checkpoints, ``samples.png``, ``metrics.json`` and ``report.html``
-    in the folder.
+    """Do the main job and leave in the folder checkpoints, ``samples.png``, 50 samples a class as
+    ``samples/CLASS/0.png`` to ``49.png``, ``metrics.json`` and ``report.html``.
 
     A run that was stopped continues with the same call. Returns what ``metrics.json`` holds.
+
+    Args:
+        settings: of `SETTINGS`, or of `pictures_of`.
+        folder: where the run is kept.
+        baselines: also train and judge the other methods.
+        seeds: how many runs are averaged.
+        data: the pictures; None loads those that the settings name.
 
     Raises:
         RunError: if the folder holds a run with other settings.
         InputError: if the data set is not known.
     """
-    chosen = ["crossflow"]
+    chosen = [MAIN]
     if baselines:
         chosen += ["denoiser", "meanflow+decoder", DECODER_ON_NOISE]
-    runs = [run_seed(settings, seed, chosen, folder / f"seed-{seed}") for seed in range(seeds)]
-    scores, samples = runs[0]
-    metrics = {
-        "dataset": settings.dataset,
-        "seeds": seeds,
-        "settings": asdict(settings) | {"penalty": repr(settings.penalty)},
-        "methods": {name: summary([found[name] for found, _ in runs]) for name in scores},
-    }
-    picture = png(grid(samples, CLASSES))
-    write_beside(folder / "samples.png", picture)
-    write_beside(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    write_beside(folder / "report.html", report(metrics, picture))
-    return metrics
+    start = time.perf_counter()
+    if data is None:
+        data = load(settings.dataset)
+    made = []
+    for seed in range(seeds):
+        made.append(run_seed(settings, seed, chosen, folder / f"seed-{seed}", data))
+    scores = {name: summary([found.scores[name] for found in made]) for name in made[0].scores}
+    first = made[0]
+    first.seconds["whole"] = time.perf_counter() - start
+    return results.leave(folder, settings, data, scores, first)
 
 
-def run_seed(
-    settings: Settings, seed: int, chosen: list[str], folder: Path
-) -> tuple[dict[str, Verdict], dict[str, Tensor]]:
-    """Train and judge the chosen methods with one seed; return scores and samples by name, those
-    of real images first.
-    """
+def run_seed(settings: Settings, seed: int, chosen: list[str], folder: Path, data: Data) -> Made:
+    """Train and judge the chosen methods with one seed."""
     settings = seeded(settings, seed)
-    data = load(settings.dataset)
-    world, judge = prepare(data, settings, folder)
+    device = device_of(settings)
+    clock = results.Clock()
+    world, judge = prepare(data, settings, folder, device)
+    clock.passed("autoencoder and judges")
     scores = {"real": judge.real()}
-    samples = {"real": by_class(data.test_images, data.test_labels)}
+    samples = {"real": by_class(data.test_images, data.test_labels, data.classes)}
     for name in chosen:
         method = methods(settings).get(name)
         network = None
         if method:
-            network = method.train(world, settings, folder / name)
+            network = method.train(world, settings, folder / name, device)
+        clock.passed(name)
         images, labels, cost = draw(method, network, world, seed)
         scores[name] = judge.score(images, labels, cost)
-        samples[name] = by_class(images, labels)
-    return scores, samples
+        samples[name] = by_class(images, labels, data.classes, KEPT)
+        clock.passed("sampling and judging")
+    return Made(scores, samples, clock.seconds, folder)
+
+
+def device_of(settings: Settings) -> torch.device:
+    """Return where networks are trained: those of pictures on a GPU where there is one; the
+    digits' are too small for it, and are the same numbers everywhere on a CPU.
+    """
+    if isinstance(settings, PictureSettings) and torch.cuda.is_available():
+        return torch.device("cuda")
+    return CPU
 
 
 def draw(
@@ -211,24 +285,34 @@ def draw(
     """Return judged samples, their labels and the milliseconds an image took; no method is the
     decoder on pure noise.
     """
-    count = DRAWS * len(world.data.half(0)[0])
-    labels = torch.arange(count) % CLASSES
-    generator = torch.Generator().manual_seed(seed_of(seed, count))
-    noise = torch.randn(count, *world.latents.shape[1:], generator=generator)
+    classes, judged = world.data.classes, world.data.judged
+    count = judged * max(DRAWS, -(-KEPT * classes // judged))
+    labels = torch.arange(count) % classes
+    noise = noise_of(world, count, seed)
+    if method is not None and network is not None:
+        images, seconds = method.draw(network, world, noise, labels, steps)
+        return images, labels, 1000 * seconds / count
     start = time.perf_counter()
-    images = []
     with torch.no_grad():
-        for z, c in zip(noise.split(AT_ONCE), labels.split(AT_ONCE), strict=True):
-            if method is None or network is None:
-                images.append(world.autoencoder.decode(z))
-            else:
-                images.append(method.sample(network, world, z, c, steps))
-    return torch.cat(images), labels, 1000 * (time.perf_counter() - start) / count
+        images = torch.cat([world.autoencoder.decode(z) for z in noise.split(AT_ONCE)])
+    return images, labels, 1000 * (time.perf_counter() - start) / count
 
 
-def by_class(images: Tensor, labels: Tensor) -> Tensor:
-    """Return the first few images of each class, ``(classes, SHOWN, 1, H, H)``."""
-    return torch.stack([images[labels == label][:SHOWN] for label in range(CLASSES)])
+def noise_of(world: World, count: int, seed: int) -> Tensor:
+    """Return standard normal noise of the latents' shape, of a seed."""
+    generator = torch.Generator().manual_seed(seed_of(seed, count))
+    return torch.randn(count, *world.latents.shape[1:], generator=generator)
+
+
+def by_class(images: Tensor, labels: Tensor, classes: int = CLASSES, shown: int = SHOWN) -> Tensor:
+    """Return the first few images of each class, ``(classes, shown, C, H, W)``; where a class has
+    fewer, they begin again.
+    """
+    rows = []
+    for label in range(classes):
+        found = images[labels == label]
+        rows.append(found[torch.arange(shown) % len(found)])
+    return torch.stack(rows)
 
 
 # --- what it leaves to read
@@ -240,7 +324,12 @@ HEAD = ("method", "accuracy", "diversity", "Frechet distance", "excess over real
 def summary(scores: list[Verdict]) -> dict[str, Any]:
     """Return the mean of each score over seeds, and each seed's."""
     each = [asdict(score) for score in scores]
-    means = {key: sum(row[key] for row in each) / len(each) for key in each[0]}
+    means: dict[str, Any] = {}
+    for key in each[0]:
+        values = [row[key] for row in each]
+        means[key] = None
+        if None not in values:
+            means[key] = sum(values) / len(values)
     return means | {"by_seed": each}
 
 
@@ -250,32 +339,12 @@ def rows(metrics: Mapping[str, Any]) -> list[tuple[str, ...]]:
     found = []
     for name, m in metrics["methods"].items():
         excess = cost = ""
+        accuracy = "-"
         if name != "real":
             excess = f"{m['frechet'] - floor:.1f}"
             cost = f"{m['milliseconds']:.2f}"
-        scores = (f"{m['accuracy']:.3f}", f"{m['diversity']:.2f}", f"{m['frechet']:.1f}")
+        if m["accuracy"] is not None:
+            accuracy = f"{m['accuracy']:.3f}"
+        scores = (accuracy, f"{m['diversity']:.2f}", f"{m['frechet']:.1f}")
         found.append((name, *scores, excess, cost))
     return found
-
-
-def report(metrics: Mapping[str, Any], picture: bytes) -> str:
-    """Return the page: what was done, the table, the pictures."""
-    settings, seeds = metrics["settings"], metrics["seeds"]
-    plan = settings["generator"]
-    return page(
-        f"flowspace demo: {metrics['dataset']} in one evaluation",
-        [
-            f"A ViT of {settings['depth']} blocks of width {settings['width']}, {plan['steps']} "
-            f"steps of {plan['batch']} rows, maps a noisy latent to pixels in one evaluation. "
-            f"Means over {seeds} seed(s).",
-            (HEAD, rows(metrics)),
-            f"Accuracy: how often independent judges ({JUDGES} classifiers, averaged, that share "
-            "no weights, seed, architecture or training images with the perceptual network) see "
-            "the class that was asked for; for real, on test images. Frechet distance: in the "
-            "judges' features, against real test images; for real, of images that no judge has "
-            "seen either. Diversity: mean distance within a class over that of real test images.",
-            picture,
-            "One row a class. Real test images first; every other block is one-step samples of "
-            "the first seed, not selected.",
-        ],
-    )

@@ -29,13 +29,18 @@ from flowspace.training.checkpoints import (
 from flowspace.training.draws import Draws, seed_of
 from flowspace.training.signals import stopped_by_sigterm
 
-__all__ = ["StepLoss", "TrainSettings", "Trainer", "rows_of"]
+__all__ = ["StepLoss", "TrainSettings", "Trainer", "Watch", "rows_of"]
 
 StepLoss = Callable[[nn.Module, tuple[Tensor, ...], Draws], Tensor]
 """The mean loss of a batch, with gradient."""
 
+Watch = Callable[[int, nn.Module], None]
+"""Is given the number of steps that were done and the averaged network, in eval mode."""
+
 HARMLESS = ("checkpoint_every", "log_every", "skips")
 """Settings that the weights do not depend on: a run goes on with others."""
+
+CPU = torch.device("cpu")
 
 ORDER = 1
 """Keeps the order of a pass apart from the other uses of (seed, number)."""
@@ -104,12 +109,19 @@ class Trainer:
         folder: where checkpoints and ``log.jsonl`` go, and from where the run continues.
         context: what else the weights depend on, such as the data set; a run of another context
             is not continued.
+        device: where the network is trained. On a GPU it is compiled.
+        watch: is called before the first step, and after each whole share of the steps; it must
+            not draw from torch's own generator. None watches nothing.
+        looks: how many shares.
     """
 
     name: str
     settings: TrainSettings
     folder: Path
     context: Mapping[str, Any] = field(default_factory=dict)
+    device: torch.device = CPU
+    watch: Watch | None = None
+    looks: int = 6
 
     def train(self, network: nn.Module, tensors: tuple[Tensor, ...], loss: StepLoss) -> nn.Module:
         """Train a network in place on rows of the tensors; return its average, in eval mode.
@@ -120,22 +132,41 @@ class Trainer:
         """
         s = self.settings
         checkpoints = Checkpoints(self.folder, self.plan())
+        network.to(self.device)
         run = _Progress(network, s)
+        if self.device.type == "cuda":
+            network.compile()
         start = run.restored(checkpoints)
         network.train()
+        if start == 0:
+            self.look(0, run.average.module)
         with stopped_by_sigterm() as signals, self.bar(start) as bar:
             for step in bar:
                 chosen = rows_of(step, s, len(tensors[0]))
-                record = run.step(step, tuple(tensor[chosen] for tensor in tensors), loss)
+                batch = tuple(tensor[chosen].to(self.device) for tensor in tensors)
+                record = run.step(step, batch, loss)
                 if s.logged(step) or "why" in record:
                     bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
                     self.log({"name": self.name, "step": step, **record})
                 run.refuse_more_skips(record)
+                self.look(step + 1, run.average.module)
                 if s.saved(step) or signals:
                     checkpoints.save(step + 1, run.tensors())
                 if signals:
                     raise SystemExit(0)
         return run.average.module.requires_grad_(False).eval()
+
+    def look(self, done: int, average: nn.Module) -> None:
+        """Show the averaged network to who watches, where a share of the steps is done."""
+        if self.watch is None or done not in self.looks_at():
+            return
+        training = average.training
+        self.watch(done, average.eval())
+        average.train(training)
+
+    def looks_at(self) -> set[int]:
+        """Return after how many steps the network is shown."""
+        return {number * self.settings.steps // self.looks for number in range(self.looks + 1)}
 
     def plan(self) -> dict[str, Any]:
         """Return everything that the weights depend on."""

@@ -5,10 +5,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from flowspace.demo.data import Data
+from flowspace.demo.data import Data, in_range
 from flowspace.demo.networks import JudgeClassifier
+from flowspace.demo.picture_networks import PictureJudge
 
 __all__ = ["Judge", "Verdict", "diversity", "frechet_distance"]
+
+MOST_PAIRED = 2000
+"""Images of a class whose pairs are compared."""
 
 AT_ONCE = 256
 """Images that are drawn or judged together: more do not stay in the cache."""
@@ -41,7 +45,9 @@ def within_class_distance(images: Tensor, labels: Tensor) -> float:
     """Return the mean Euclidean distance of pairs of one class, averaged over classes."""
     means = []
     for label in labels.unique():
-        means.append(torch.nn.functional.pdist(images[labels == label].flatten(1)).mean())
+        rows = images[labels == label].flatten(1)
+        if len(rows) > 1:
+            means.append(torch.nn.functional.pdist(rows[:MOST_PAIRED]).mean())
     return float(torch.stack(means).mean())
 
 
@@ -54,9 +60,9 @@ def diversity(images: Tensor, labels: Tensor, real: Tensor, real_labels: Tensor)
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judges say of one set of images."""
+    """What the judges say of one set of images; without classes there is no accuracy."""
 
-    accuracy: float
+    accuracy: float | None
     diversity: float
     frechet: float
     milliseconds: float = 0.0
@@ -66,18 +72,21 @@ class Verdict:
 class Judge:
     """Independent classifiers and the real test images that they compare with."""
 
-    networks: tuple[JudgeClassifier, ...]
+    networks: tuple[JudgeClassifier | PictureJudge, ...]
     data: Data
 
     def score(self, images: Tensor, labels: Tensor, milliseconds: float = 0.0) -> Verdict:
         """Return accuracy on the labels, diversity and Frechet distance to real test images."""
         d = self.data
+        images, test_images = in_range(images), in_range(d.test_images)
         scores = torch.tensor(
             [self._scores(network, images, labels) for network in self.networks],
             dtype=torch.float64,
         )
         accuracy, frechet = scores.mean(0).tolist()
-        spread = diversity(images, labels, d.test_images, d.test_labels)
+        spread = diversity(images, labels, test_images, d.test_labels)
+        if not d.conditional:
+            accuracy = None
         return Verdict(accuracy, spread, frechet, milliseconds)
 
     def real(self) -> Verdict:
@@ -90,21 +99,28 @@ class Judge:
         """
         d = self.data
         test = self.score(d.test_images, d.test_labels)
-        return replace(self.score(*d.half(0)), accuracy=test.accuracy)
+        images, labels = d.half(0)
+        unseen = self.score(images[: d.judged], labels[: d.judged])
+        return replace(unseen, accuracy=test.accuracy)
 
     @torch.no_grad()
     def _scores(
-        self, network: JudgeClassifier, images: Tensor, labels: Tensor
+        self, network: JudgeClassifier | PictureJudge, images: Tensor, labels: Tensor
     ) -> tuple[float, float]:
         """Return one judge's accuracy and Frechet distance."""
         found = _features(network, images)
         test = _features(network, self.data.test_images)
-        right = (network.head(found).argmax(1) == labels).double().mean()
-        sets = found.split(len(self.data.half(0)[0]))
+        device = found.device
+        right = (network.head(found).argmax(1) == labels.to(device)).double().mean()
+        sets = found.split(self.data.judged)
         distances = [frechet_distance(features, test) for features in sets]
         return float(right), sum(distances) / len(distances)
 
 
-def _features(network: JudgeClassifier, images: Tensor) -> Tensor:
+def _features(network: JudgeClassifier | PictureJudge, images: Tensor) -> Tensor:
     """Return the features of many images, a few at a time."""
-    return torch.cat([network.features(part) for part in images.split(AT_ONCE)])
+    device = next(network.parameters()).device
+    parts = []
+    for part in images.split(AT_ONCE):
+        parts.append(network.features(in_range(part).to(device)))
+    return torch.cat(parts)

@@ -22,8 +22,8 @@ from flowspace.vision.data import BROKEN, FORMATS, SUFFIXES, Images, check_file,
 
 __all__ = ["FEWEST", "FEWEST_OF_A_CLASS", "SIDES", "FoundPictures", "read_folder"]
 
-SIDES = range(28, 65, 4)
-"""Pixels a side that the recipe suits: the latent's grid has four cells a side."""
+SIDES = (28, 32, 40, 48, 56, 64)
+"""Pixels a side that the recipe suits: four to seven cells, doubled two to four times."""
 
 COMMON_SIDES = (28, 32, 48, 64)
 """Of which one is taken where none is asked for."""
@@ -84,9 +84,7 @@ def read_folder(root: Path, side: int | None = None) -> FoundPictures:
             folders of pictures; if the side is none of `SIDES`.
     """
     if side is not None and side not in SIDES:
-        raise InputError(
-            f"got --side {side}; write a multiple of 4 from {SIDES[0]} to {SIDES[-1]}, such as 32"
-        )
+        raise InputError(f"got --side {side}; write one of {', '.join(map(str, SIDES))}")
     root = _innermost(root)
     groups, ignored = _files_by_class(root)
     conditional = len(groups) > 1

@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowspace.demo.data import Data, Settings
+from flowspace.demo.data import Data, PictureSettings, Settings, in_range
 from flowspace.demo.loop import Trainer
 from flowspace.demo.metrics import Judge
 from flowspace.demo.networks import Autoencoder, FeatureClassifier, JudgeClassifier, Patches
+from flowspace.demo.picture_networks import Components, PictureFeatures, PictureJudge
+from flowspace.training.checkpoints import Checkpoints, fill
 from flowspace.training.draws import Draws
 
 __all__ = ["JUDGES", "FeatureDistance", "World", "prepare"]
@@ -24,6 +26,14 @@ JUDGES = 3
 """How many classifiers judge, whose scores are averaged: a Frechet distance in the features of one
 depends on its seed.
 """
+
+CPU = torch.device("cpu")
+
+QUARTERS = 4
+"""Turns that are told apart where there are no classes."""
+
+MANY = 4096
+"""Images that are encoded together, and of which features are measured."""
 
 SMOOTHING = 1e-4
 """Added under the root of a perceptual distance, whose gradient is infinite at zero."""
@@ -38,15 +48,17 @@ class FeatureDistance:
     spread on real images.
     """
 
-    network: FeatureClassifier
+    network: FeatureClassifier | PictureFeatures
     scales: tuple[float, ...]
 
     @classmethod
-    def of(cls, network: FeatureClassifier, images: Tensor) -> "FeatureDistance":
+    def of(cls, network: FeatureClassifier | PictureFeatures, images: Tensor) -> "FeatureDistance":
         """Measure the scales, and freeze the network."""
         network.requires_grad_(False)
+        device = next(network.parameters()).device
         with torch.no_grad():
-            return cls(network, tuple(float(f.var(0).mean()) for f in network.features(images)))
+            features = network.features(in_range(images).to(device))
+            return cls(network, tuple(float(f.var(0).mean()) for f in features))
 
     def __call__(self, first: Tensor, second: Tensor) -> Tensor:
         """Return the distance of each row, ``(B,)``."""
@@ -64,30 +76,73 @@ class World:
     """
 
     data: Data
-    autoencoder: Autoencoder | Patches
+    autoencoder: Autoencoder | Patches | Components
     latents: Tensor
     perceptual: FeatureDistance
 
 
-def prepare(data: Data, settings: Settings, folder: Path) -> tuple[World, Judge]:
+def prepare(
+    data: Data, settings: Settings, folder: Path, device: torch.device = CPU
+) -> tuple[World, Judge]:
     """Train what every method shares: the autoencoder, the perceptual classifier, the judges."""
-    autoencoder = train_autoencoder(data, settings, folder / "autoencoder")
+    if isinstance(settings, PictureSettings):
+        autoencoder: Any = fitted_components(data, settings, folder / "autoencoder")
+    else:
+        autoencoder = train_autoencoder(data, settings, folder / "autoencoder")
     autoencoder.requires_grad_(False)
     with torch.no_grad():
-        latents = autoencoder.encode(data.images)
-
-    def classifier(kind: type[nn.Module], half: int, seed: int, name: str) -> Any:
-        plan = replace(settings.classifier, seed=settings.classifier.seed + seed)
-        trainer = Trainer(name, plan, folder / name, {"dataset": settings.dataset})
-        torch.manual_seed(plan.seed)
-        return trainer.train(kind(data.side), data.half(half), classification)
-
-    features = classifier(FeatureClassifier, 0, 0, "features")
+        parts = [autoencoder.encode(images) for images in data.images.split(MANY)]
+    latents = torch.cat(parts)
+    features = _classifier("features", data, settings, folder, device)
     judges = []
     for k in range(1, JUDGES + 1):
-        judges.append(classifier(JudgeClassifier, 1, 100 * k, f"judge-{k}"))
-    world = World(data, autoencoder, latents, FeatureDistance.of(features, data.images))
-    return world, Judge(tuple(judges), data)
+        judges.append(_classifier(f"judge-{k}", data, settings, folder, device))
+    scale = FeatureDistance.of(features, data.images[:MANY])
+    return World(data, autoencoder, latents, scale), Judge(tuple(judges), data)
+
+
+def _classifier(
+    name: str, data: Data, settings: Settings, folder: Path, device: torch.device
+) -> Any:
+    """Train the perceptual classifier (``features``) on the first half of the training images, or
+    a judge (``judge-1`` ...) on the second.
+    """
+    number = 0
+    if name != "features":
+        number = int(name.removeprefix("judge-"))
+    plan = replace(settings.classifier, seed=settings.classifier.seed + 100 * number)
+    loss = classification
+    classes = data.classes
+    if not data.conditional:
+        loss, classes = turns, QUARTERS
+    torch.manual_seed(plan.seed)
+    if isinstance(settings, PictureSettings):
+        context = {"pictures": settings.pictures}
+        kind = PictureJudge if number else PictureFeatures
+        network: nn.Module = kind(data.channels, data.side, classes)
+    else:
+        context = {"dataset": settings.dataset}
+        small = JudgeClassifier if number else FeatureClassifier
+        network = small(data.side)
+    trainer = Trainer(name, plan, folder / name, context, device)
+    return trainer.train(network, data.half(min(number, 1)), loss)
+
+
+def fitted_components(data: Data, settings: PictureSettings, folder: Path) -> Components:
+    """Stage 1 in closed form: components of whole pictures; kept, so that a run that continues
+    has the same.
+    """
+    numbers = min(settings.numbers, len(data.images) // 2)
+    components = Components(tuple(data.images.shape[1:]), numbers)
+    plan = {"pictures": settings.pictures, "numbers": numbers, "seed": settings.autoencoder.seed}
+    checkpoints = Checkpoints(folder, plan)
+    found = checkpoints.latest()
+    if found is None:
+        components.fit(data.images, settings.autoencoder.seed)
+        checkpoints.save(1, components.state_dict())
+    else:
+        fill(components.state_dict(), found[1], folder)
+    return components
 
 
 def train_autoencoder(data: Data, settings: Settings, folder: Path) -> Autoencoder:
@@ -110,7 +165,19 @@ def reconstruction(network: nn.Module, batch: tuple[Tensor, ...], draws: Draws) 
 def classification(network: nn.Module, batch: tuple[Tensor, ...], draws: Draws) -> Tensor:
     """Return the cross-entropy on jittered images."""
     images, labels = batch
-    return F.cross_entropy(network(jitter(images, draws.generator)), labels)
+    return F.cross_entropy(network(jitter(in_range(images), draws.generator)), labels)
+
+
+def turns(network: nn.Module, batch: tuple[Tensor, ...], draws: Draws) -> Tensor:
+    """Return the cross-entropy on how many quarter turns an image was given: where there are no
+    classes, what tells them apart knows the pictures (Gidaris et al., arXiv 1803.07728).
+    """
+    images = in_range(batch[0])
+    device = images.device
+    quarters = torch.randint(QUARTERS, (len(images),), generator=draws.generator, device=device)
+    turned = torch.stack([images.rot90(k, (2, 3)) for k in range(QUARTERS)])
+    chosen = turned[quarters, torch.arange(len(images), device=device)]
+    return F.cross_entropy(network(jitter(chosen, draws.generator)), quarters)
 
 
 def jitter(images: Tensor, generator: torch.Generator) -> Tensor:
