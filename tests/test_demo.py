@@ -23,7 +23,6 @@ from torch import nn
 
 from flowspace import InputError, RunError
 from flowspace.demo import data, digits, metrics
-from flowspace.demo import page as pages
 from flowspace.demo.loop import Trainer, TrainSettings, rows_of
 from flowspace.demo.networks import Autoencoder, JudgeClassifier, SmallViT
 
@@ -176,77 +175,6 @@ def test_weights_are_not_taken_from_a_run_with_other_settings(tmp_path, change):
     digits.run(TINY, tmp_path)
     with pytest.raises(RunError, match=f"{next(iter(change))}: .* there, .* now"):
         digits.run(dataclasses.replace(TINY, **change), tmp_path)
-
-
-def test_a_table_has_a_column_for_each_heading():
-    table = pages.markdown_table(("a", "b"), [("x", "1"), ("y", "2")])
-    assert table.splitlines() == ["| a | b |", "| --- | ---: |", "| x | 1 |", "| y | 2 |"]
-
-
-def test_the_page_escapes_what_it_is_given():
-    assert "<script>" not in pages.page("<script>", ["<script>", (("<script>",), [("<script>",)])])
-
-
-# --- pages
-
-
-LOG = [
-    {"step": step, "loss": 1.0 / (step + 1), "raw": {"flow": 0.5, "liked": 0.1 - step}}
-    for step in range(4)
-] + [{"step": 3, "watch": {"kid": 0.5}}]
-
-
-@pytest.fixture
-def curves(monkeypatch):
-    """The curves of the figures that are made: by name, their steps and values."""
-    found = {}
-
-    def kept(figure, dpi=130):
-        for axis in figure.axes:
-            for line in axis.lines:
-                found[line.get_label()] = (list(line.get_xdata()), list(line.get_ydata()))
-            found["scale"] = axis.get_yscale()
-        return png(figure, dpi)
-
-    png = pages.png
-    monkeypatch.setattr(pages, "png", kept)
-    return found
-
-
-def test_losses_are_drawn_with_each_term_over_steps(curves):
-    assert pages.losses(LOG).startswith(b"\x89PNG")
-    assert curves["loss"] == ([0, 1, 2, 3], [1, 1 / 2, 1 / 3, 1 / 4])
-    assert curves["liked"] == ([0, 1, 2, 3], [0.1, 0.1 - 1, 0.1 - 2, 0.1 - 3])
-    assert curves["scale"] == "symlog"
-    pages.losses([{"step": 0, "loss": 1.0}])
-    assert curves["scale"] == "log"
-
-
-def test_scores_are_drawn_where_the_average_was_looked_at(curves):
-    pages.scores(LOG)
-    assert curves == {"kid": ([3], [0.5]), "scale": "log"}
-
-
-def test_slopes_are_means_over_the_second_half_of_the_log_by_time(curves):
-    by_time = [[1.0, None], [9.0, 9.0], [2.0, None], [4.0, 6.0]]
-    pages.slopes([{"slopes_by": {"t": {"flow": row}}} for row in by_time])
-    middles, values = curves["flow"]
-    assert middles == [0.25, 0.75]
-    assert values == [3.0, 6.0]
-
-
-@pytest.mark.parametrize("draw", [pages.losses, pages.scores, pages.slopes])
-def test_an_empty_log_is_an_empty_figure(draw):
-    assert draw([]).startswith(b"\x89PNG")
-
-
-def test_a_sheet_has_a_row_for_each_class():
-    torchvision = pytest.importorskip("torchvision")
-    images = (torch.arange(12) % 3 * 100).to(torch.uint8)[:, None, None, None]
-    picture = pages.sheet(images.expand(12, 3, 4, 4), classes=3)
-    pixels = torchvision.io.decode_png(torch.frombuffer(bytearray(picture), dtype=torch.uint8))
-    assert pixels.shape[1] == 3 * (4 + 2) + 2
-    assert pixels[0, 3::6, 3].tolist() == [0, 100, 200]
 
 
 # --- the training loop

@@ -51,8 +51,8 @@ FEW_PASSES = 10
 Log = Sequence[Mapping[str, Any]]
 """Records of a run, one a logged step: what `journal.latest` returns."""
 
-Part = str | bytes | demo_page.Table
-"""A paragraph, a PNG, or the head and the rows of a table."""
+Part = demo_page.Part
+"""A paragraph, a PNG, the head and the rows of a table, or HTML."""
 
 
 def keep_config(folder: Path, settings: Mapping[str, Any]) -> None:

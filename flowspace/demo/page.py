@@ -1,13 +1,18 @@
 """What a run leaves to look at: grids and sheets of pictures, curves, tables, one self-contained
 page.
+
+A page is one file. It asks for nothing from elsewhere and runs no script; it follows the reader's
+light or dark theme, and its pictures wrap on a narrow screen.
 """
 
 import base64
+import contextlib
 import html
 import io
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +25,88 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # the backend must be chosen first
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 __all__ = [
+    "Markup",
+    "Part",
+    "curves",
+    "details",
+    "escaped",
     "grid",
+    "heading",
+    "listing",
     "losses",
     "markdown_table",
+    "named_rows",
     "page",
+    "pair",
+    "picture",
+    "picture_address",
     "png",
     "scores",
     "sheet",
     "slopes",
+    "strip",
+    "vector",
     "write_beside",
 ]
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto;
-       padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin: 1rem 0; }
-th, td { padding: .35rem .8rem; text-align: right; }
-th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #222; }
-tbody td { border-bottom: 1px solid #ddd; }
-img { max-width: 100%; }
-.note { color: #666; font-size: .9rem; }
+:root { color-scheme: light dark; --ink: #1c2127; --soft: #5d6773; --line: #d9dee4;
+        --ground: #fdfdfc; --raised: #f2f4f6; --accent: #2a6fb0; --warm: #c2641f; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e7eaee; --soft: #a0a9b4; --line: #39414b; --ground: #14181d;
+          --raised: #1e242b; --accent: #7db6ec; --warm: #eba063; } }
+* { box-sizing: border-box; }
+body { font: 17px/1.55 system-ui, sans-serif; max-width: 72rem; margin: 0 auto;
+       padding: 1.5rem 1rem 4rem; color: var(--ink); background: var(--ground); }
+h1 { font-size: 2rem; line-height: 1.2; margin: .5rem 0; }
+h2 { font-size: 1.35rem; margin: 2.8rem 0 .4rem; padding-top: .8rem;
+     border-top: 1px solid var(--line); }
+h3 { font-size: 1rem; margin: 1.4rem 0 .5rem; }
+p, dl, li { max-width: 46rem; }
+.lead { font-size: 1.15rem; }
+.soft, figcaption { color: var(--soft); font-size: .92rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
+th, td { padding: .4rem 1.2rem .4rem 0; text-align: right; vertical-align: top; }
+.numbers th, .numbers td { white-space: nowrap; }
+.words td { text-align: left; overflow-wrap: anywhere; } .words td:first-child { min-width: 8rem; }
+th { color: var(--soft); font-weight: 600; }
+th:first-child, td:first-child { text-align: left; }
+thead th { border-bottom: 2px solid var(--line); }
+tbody td { border-bottom: 1px solid var(--line); }
+dt { font-weight: 600; } dd { margin: 0 0 .6rem; color: var(--soft); }
+pre { background: var(--raised); padding: .8rem 1rem; border-radius: .4rem; overflow-x: auto;
+      font-size: .9rem; }
+summary { cursor: pointer; color: var(--accent); }
+figure { margin: 1rem 0; }
+img, svg { max-width: 100%; height: auto; }
+.crisp { image-rendering: pixelated; }
+.doubt { border-left: 4px solid var(--warm); padding-left: .8rem; }
+.drawing { width: 40rem; fill: currentColor; font: 18px system-ui, sans-serif;
+           text-anchor: middle; }
+.drawing path, .drawing .box { fill: none; stroke: var(--soft); stroke-width: 2; }
+.drawing .box { stroke: var(--accent); stroke-width: 3; }
+.figures { display: flex; flex-wrap: wrap; gap: 1rem 2.5rem; }
+.figures > * { flex: 1 1 20rem; min-width: 0; max-width: 34rem; }
+.row { display: grid; grid-template-columns: 7rem 1fr 1fr; gap: .3rem 1.2rem;
+       align-items: center; margin: .35rem 0; }
+.row.one { grid-template-columns: 7rem 1fr; }
+.row > :first-child { overflow-wrap: anywhere; line-height: 1.2; }
+.strip { display: grid; grid-template-columns: repeat(var(--across), minmax(0, 1fr));
+         gap: 3px; }
+.strip img, .pair img { display: block; width: 100%; border-radius: 2px; }
+.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr));
+         gap: .9rem 1.4rem; }
+.pair { margin: 0; } .pair div { display: grid; grid-template-columns: 1fr 1fr; gap: 3px; }
+@media (max-width: 44rem) {
+  body { font-size: 16px; } h1 { font-size: 1.6rem; }
+  .row, .row.one { grid-template-columns: 1fr; margin: .8rem 0; }
+  .row.titles { display: none; }
+  .strip[data-title]::before { content: attr(data-title); grid-column: 1 / -1;
+                               color: var(--soft); font-size: .85rem; } }
 """
 
 SHOWN = 8
@@ -50,11 +115,35 @@ SHOWN = 8
 NEAR_ZERO = 1e-2
 """Below it in size curves with values of both signs are drawn on a linear scale."""
 
+DECADE = 10
+"""Ratio of the largest value to the smallest above which powers of ten alone have a number."""
+
 Log = Sequence[Mapping[str, Any]]
 """Records of a run, one a logged step."""
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 """The head of a table and its rows."""
+
+INK = "#010203"
+"""What a figure is drawn in, which becomes the colour of the text around it."""
+
+ENLARGED = 48
+"""Sides of pictures, in pixels, up to which each pixel is shown as a sharp square."""
+
+
+LEAST_WIDTH = 640
+"""Pixels that a smaller PNG is enlarged to, at most, by a whole number."""
+
+
+@dataclass(frozen=True)
+class Markup:
+    """HTML that a page takes as it is."""
+
+    text: str
+
+
+Part = str | bytes | Table | Markup
+"""A paragraph, a PNG, a table, or HTML."""
 
 
 # --- pictures
@@ -122,8 +211,8 @@ def sheet(images: Tensor, classes: int) -> bytes:
 # -------------------------------------------------------------------------------------------------
 
 
-def losses(log: Log) -> bytes:
-    """Plot the loss and each term as measured, without its weight, over steps: a PNG."""
+def losses(log: Log) -> Markup:
+    """Plot the loss and each term as measured, without its weight, over steps."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for record in log:
         if "loss" not in record:
@@ -131,55 +220,88 @@ def losses(log: Log) -> bytes:
         lines.setdefault("loss", []).append((record["step"], record["loss"]))
         for name, value in record.get("raw", {}).items():
             lines.setdefault(name, []).append((record["step"], value))
-    return _curves(lines, "loss; terms without weights")
+    return curves(lines, "loss; terms without weights")
 
 
-def scores(log: Log) -> bytes:
-    """Plot each number that a look at the averaged network left, over steps: a PNG."""
+def scores(log: Log) -> Markup:
+    """Plot each number that a look at the averaged network left, over steps."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for record in log:
         for name, value in record.get("watch", {}).items():
             lines.setdefault(name, []).append((record["step"], value))
-    return _curves(lines, "score")
+    return curves(lines, "score")
 
 
-def slopes(log: Log) -> bytes:
+def slopes(log: Log) -> Markup:
     """Plot the norms of each term's gradient at the prediction by t, over the second half of a log
     (the paper's figure 7).
     """
     found = [record["slopes_by"]["t"] for record in log if record.get("slopes_by")]
     half = found[len(found) // 2 :]
-    figure, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
-    for name in dict.fromkeys(name for record in half[-1:] for name in record):
-        rows = torch.tensor([_numbers(record[name]) for record in half if name in record])
-        middles = (torch.arange(rows.shape[1]) + 0.5) / rows.shape[1]
-        axis.semilogy(middles, rows.nanmean(0), marker="o", label=name)
-    axis.set_xlabel("t")
-    axis.set_ylabel("norm of the gradient at the prediction")
-    return _finished(figure, axis)
+    with _inked():
+        figure, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
+        for name in dict.fromkeys(name for record in half[-1:] for name in record):
+            rows = torch.tensor([_numbers(record[name]) for record in half if name in record])
+            middles = (torch.arange(rows.shape[1]) + 0.5) / rows.shape[1]
+            axis.semilogy(middles, rows.nanmean(0), marker="o", label=name)
+        axis.set_xlabel("t")
+        axis.set_ylabel("norm of the gradient at the prediction")
+        return _finished(figure, axis)
 
 
-def _curves(lines: Mapping[str, Sequence[tuple[int, float]]], label: str) -> bytes:
-    """Plot values over steps, on a log scale; where one is not positive, linear near zero."""
-    figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
-    for name, points in lines.items():
-        steps, values = zip(*points, strict=True)
-        axis.plot(steps, values, label=name)
-    values = [value for points in lines.values() for _, value in points]
-    if min(values, default=0) > 0:
-        axis.set_yscale("log")
-    else:
-        axis.set_yscale("symlog", linthresh=NEAR_ZERO)
-    axis.set_xlabel("step")
-    axis.set_ylabel(label)
-    return _finished(figure, axis)
+def curves(lines: Mapping[str, Sequence[tuple[int, float]]], label: str) -> Markup:
+    """Plot values over steps, on a log scale; where one is not positive, linear near zero.
+
+    Args:
+        lines: by name, pairs of a step and a value.
+        label: of the values.
+    """
+    with _inked():
+        figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
+        for name, points in lines.items():
+            steps, values = zip(*points, strict=True)
+            axis.plot(steps, values, label=name)
+        values = [value for points in lines.values() for _, value in points]
+        if min(values, default=0) > 0:
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:g}")
+            if max(values) > DECADE * min(values):
+                axis.yaxis.set_minor_formatter(NullFormatter())
+        else:
+            axis.set_yscale("symlog", linthresh=NEAR_ZERO)
+        axis.set_xlabel("step")
+        axis.set_ylabel(label)
+        return _finished(figure, axis)
 
 
-def _finished(figure: Figure, axis: Axes) -> bytes:
-    """Name the curves, if there are any, and return the PNG."""
+@contextlib.contextmanager
+def _inked() -> Iterator[None]:
+    """Draw text and axes in `INK`, and keep letters as letters."""
+    names = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    found: Any = dict.fromkeys(names, INK)
+    found |= {"svg.fonttype": "none", "svg.hashsalt": "flowspace", "legend.frameon": False}
+    with plt.rc_context(found):
+        yield
+
+
+def _finished(figure: Figure, axis: Axes) -> Markup:
+    """Name the curves, if there are any, and return the drawing."""
+    axis.spines[["top", "right"]].set_visible(False)
     if axis.lines:
         axis.legend()
-    return png(figure)
+    return vector(figure)
+
+
+def vector(figure: Figure) -> Markup:
+    """Return a figure as inline SVG, and close it."""
+    buffer = io.StringIO()
+    unsaid = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=unsaid)
+    plt.close(figure)
+    drawn = buffer.getvalue()
+    start = drawn.index("<svg")
+    return Markup(drawn[start:].replace(INK, "currentColor"))
 
 
 def _numbers(values: Sequence[float | None]) -> list[float]:
@@ -197,15 +319,15 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def page(title: str, parts: Sequence[str | bytes | Table]) -> str:
-    """Return one self-contained HTML page of paragraphs (text), pictures (PNG bytes) and tables
-    (head, rows).
+def page(title: str, parts: Sequence[Part]) -> str:
+    """Return one self-contained HTML page of paragraphs (text), pictures (PNG bytes), tables
+    (head, rows) and HTML (`Markup`).
     """
     body = "\n".join(_part(part) for part in parts)
-    name = html.escape(title)
+    name = escaped(title)
     head = (
         '<meta charset="utf-8"><meta name="viewport" '
-        f'content="width=device-width"><title>{name}</title>'
+        f'content="width=device-width, initial-scale=1"><title>{name}</title>'
     )
     return (
         f"<!doctype html><html lang=en><head>{head}<style>{STYLE}</style></head>"
@@ -213,20 +335,124 @@ def page(title: str, parts: Sequence[str | bytes | Table]) -> str:
     )
 
 
-def _part(part: str | bytes | Table) -> str:
+def _part(part: Part) -> str:
     """Return a paragraph, a picture or a table as HTML."""
+    if isinstance(part, Markup):
+        return part.text
     if isinstance(part, str):
-        return f"<p>{html.escape(part)}</p>"
+        return f"<p>{escaped(part)}</p>"
     if isinstance(part, bytes):
-        return f'<img alt="figure" src="data:image/png;base64,{base64.b64encode(part).decode()}">'
+        width = int.from_bytes(part[16:20], "big")  # of a PNG, which says so there
+        shown = width * max(1, LEAST_WIDTH // width)
+        return f'<img class=crisp alt="figure" style="width:{shown}px" src="{_address(part)}">'
     head, rows = part
     lines = "".join(f"<tr>{_cells(row, 'td')}</tr>" for row in rows)
-    return f"<table><thead><tr>{_cells(head, 'th')}</tr></thead><tbody>{lines}</tbody></table>"
+    inner = f"<thead><tr>{_cells(head, 'th')}</tr></thead><tbody>{lines}</tbody>"
+    kind = "numbers"
+    if len(head) == 2:
+        kind = "words"
+    return f"<div class=wide><table class={kind}>{inner}</table></div>"
 
 
 def _cells(row: Sequence[str], tag: str) -> str:
     """Return a row's cells as HTML."""
-    return "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
+    return "".join(f"<{tag}>{escaped(cell)}</{tag}>" for cell in row)
+
+
+def _address(content: bytes) -> str:
+    """Return a PNG as the address of an image that is the image itself."""
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
+def escaped(text: str) -> str:
+    """Return text as HTML shows it, letter by letter."""
+    return html.escape(text)
+
+
+def heading(text: str) -> Markup:
+    """Return the title of a section."""
+    return Markup(f"<h2>{escaped(text)}</h2>")
+
+
+def listing(lines: Sequence[str]) -> Markup:
+    """Return commands, one a line, to copy."""
+    text = "\n".join(lines)
+    return Markup(f"<pre>{escaped(text)}</pre>")
+
+
+def details(title: str, part: Part) -> Markup:
+    """Return a part that a reader opens by its title."""
+    return Markup(f"<details><summary>{escaped(title)}</summary>{_part(part)}</details>")
+
+
+def picture(pixels: Tensor, title: str) -> str:
+    """Return one picture as HTML, a small one as sharp squares.
+
+    Args:
+        pixels: uint8, ``(C, H, W)``, grey or red, green and blue.
+        title: what it shows, for those who do not see it.
+    """
+    crisp = ""
+    if max(pixels.shape[1:]) <= ENLARGED:
+        crisp = " class=crisp"
+    return f'<img{crisp} alt="{escaped(title)}" src="{picture_address(pixels)}">'
+
+
+def picture_address(pixels: Tensor) -> str:
+    """Return a uint8 picture ``(C, H, W)`` as the address of an image that is the image itself."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    levels = pixels.permute(1, 2, 0).squeeze(2)
+    Image.fromarray(levels.contiguous().numpy()).save(buffer, "png", optimize=True)
+    return _address(buffer.getvalue())
+
+
+def pair(first: Tensor, second: Tensor, caption: str) -> str:
+    """Return two pictures side by side as HTML, above a caption."""
+    inner = picture(first, caption) + picture(second, "the nearest training picture")
+    below = f"<figcaption>{escaped(caption)}</figcaption>"
+    return f"<figure class=pair><div>{inner}</div>{below}</figure>"
+
+
+def named_rows(
+    rows: Mapping[str, Sequence[Sequence[Tensor] | Tensor]], titles: Sequence[str] = ()
+) -> Markup:
+    """Return rows of pictures, each under or beside its name.
+
+    Args:
+        rows: by name, one strip of pictures or two.
+        titles: of the strips, which have none of their own.
+    """
+    found = ""
+    if titles:
+        cells = "".join(f"<span>{escaped(title)}</span>" for title in titles)
+        found = f'<div class="row titles soft"><span></span>{cells}</div>'
+    for name, strips in rows.items():
+        label = f"<span>{escaped(name)}</span>"
+        kind = "row"
+        if len(strips) == 1:
+            kind = "row one"
+        shown = ""
+        for pictures, title in zip(strips, titles or [""] * len(strips), strict=True):
+            shown += strip(pictures, f"{title} {name}".strip(), title)
+        found += f'<div class="{kind}">{label}{shown}</div>'
+    return Markup(f"<div>{found}</div>")
+
+
+def strip(pictures: Sequence[Tensor] | Tensor, title: str, kind: str = "") -> str:
+    """Return pictures in a row as HTML, each as wide as the others.
+
+    Args:
+        pictures: uint8 ``(C, H, W)`` each.
+        title: what each shows, for those who do not see it.
+        kind: is written above the row on a narrow screen.
+    """
+    shown = "".join(picture(each, title) for each in pictures)
+    above = ""
+    if kind:
+        above = f' data-title="{escaped(kind)}"'
+    return f'<div class=strip{above} style="--across:{len(pictures)}">{shown}</div>'
 
 
 def write_beside(path: Path, content: str | bytes) -> None:
