@@ -1,4 +1,4 @@
-"""The command line: ``flowspace derive | demo | doctor``.
+"""The command line: ``flowspace derive | demo | doctor | explore``.
 
 A command imports what it needs when it runs, so that ``--help`` does not wait for torch.
 """
@@ -99,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_derive(commands)
     _add_demo(commands)
     _add_doctor(commands)
+    _add_explore(commands)
     return parser
 
 
@@ -193,6 +194,26 @@ def _add_doctor(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     doctor.add_argument("--json", action="store_true", help="print JSON instead of a table")
     doctor.set_defaults(command=_doctor, parser=doctor)
+
+
+def _add_explore(commands: "argparse._SubParsersAction[Parser]") -> None:
+    explore = commands.add_parser(
+        "explore",
+        help="open a local page on which one types a schedule and a statistic",
+        description="Opens a page in the browser: type alpha, beta, gamma, delta, kappa or h, and "
+        "see the criteria, the residual and its coefficients, the flow of a mixture, and a small "
+        "network that trains. It is served to this machine alone, without a network.",
+    )
+    explore.add_argument(
+        "--port", type=int, help="default: 8080, or any free one if that is taken"
+    )
+    explore.add_argument(
+        "--host", default="127.0.0.1", help="a loopback address (default: %(default)s)"
+    )
+    explore.add_argument(
+        "--no-open", action="store_true", help="only print the address, open no window"
+    )
+    explore.set_defaults(command=_explore, parser=explore)
 
 
 def _target(text: str) -> str:
@@ -290,6 +311,13 @@ def _doctor(options: argparse.Namespace) -> int:
     )
     _print_either(options.json, found.as_dict(), model_page(found))
     return int(found.advised is None)
+
+
+def _explore(options: argparse.Namespace) -> int:
+    from flowspace.explore.server import serve
+
+    serve(options.host, options.port, open_browser=not options.no_open)
+    return 0
 
 
 def _print_either(as_json: bool, record: dict[str, Any], page: str) -> None:
