@@ -229,6 +229,9 @@ def citation(*objects: Any) -> str:
     fields come from: objective, schedule, statistic, times, penalty, guidance. Each stands there
     once, also if several objects are given. Which numbers of a paper are used makes no difference.
 
+    Args:
+        objects: such as an objective, a schedule or a guidance.
+
     Raises:
         InputError: for what is no object of flowspace, and for a class in place of its object.
     """

@@ -13,18 +13,24 @@ How a page is written so that it is tested:
   file of this repository that a command names is there.
 """
 
+import argparse
 import contextlib
 import doctest
+import importlib
+import inspect
 import io
 import re
+import runpy
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from flowspace.cli import _joined, _parser, main
+import flowspace
+from flowspace.cli import main
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs" / "pages"
@@ -148,7 +154,22 @@ def test_few_programs_are_left_out_and_each_says_why():
     assert len(left) <= NOT_RUN, left
 
 
+@pytest.fixture
+def only_parsed(monkeypatch, tmp_path):
+    """Commands are parsed, and then do nothing."""
+    parse = argparse.ArgumentParser.parse_known_args
+
+    def parse_known_args(self, args=None, namespace=None):
+        options, rest = parse(self, args, namespace)
+        options.command = lambda _: 0
+        return options, rest
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_known_args)
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.mark.parametrize("page", with_programs(), ids=named)
+@pytest.mark.usefixtures("only_parsed")
 def test_every_command_of_a_page_is_one_that_exists(page):
     for block in blocks(page):
         if block.kind != "bash":
@@ -159,5 +180,168 @@ def test_every_command_of_a_page_is_one_that_exists(page):
                 if re.match(r"(examples|benchmarks|tests|docs)/[\w/.-]+\.(py|yaml|md)$", word):
                     assert (ROOT / word).exists(), f"{named(page)}:{block.line}: {word}"
             if words[0].endswith("bin/flowspace") or words[0] == "flowspace":
-                with contextlib.redirect_stderr(io.StringIO()):
-                    _parser().parse_args(_joined(words[1:]))
+                assert main(words[1:]) == 0
+
+
+# --- links ---------------------------------------------------------------------------------------
+
+
+def without_code(text):
+    return re.sub(r"^( *)```.*?^\1```|`[^`\n]+`", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def slug(heading):
+    """The anchor that code hosts and mkdocs make of a heading."""
+    words = re.sub(r"[^\w\s-]", "", re.sub(r"[`*]", "", heading).strip().lower())
+    return re.sub(r"[\s]+", "-", words)
+
+
+def anchors(page):
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {slug(heading) for heading in headings}
+
+
+LINKING = [
+    *PAGES,
+    *sorted((ROOT / "examples").glob("*/README.md")),
+    *sorted((ROOT / ".github").rglob("*.md")),
+]
+
+
+@pytest.mark.parametrize("page", LINKING, ids=named)
+def test_every_link_leads_to_a_file_and_a_heading(page):
+    text = without_code(page.read_text())
+    for link in re.findall(r"\]\(([^)\s]+)\)|<a href=\"([^\"]+)\"", text):
+        address = link[0] or link[1]
+        if re.match(r"(https?|mailto):", address):
+            continue
+        path, _, anchor = address.partition("#")
+        target = (page.parent / path) if path else page
+        assert target.exists(), f"{named(page)}: {address}"
+        names_code = anchor.startswith("flowspace.")  # mkdocs looks at those of the reference
+        if anchor and not names_code:
+            assert anchor in anchors(target), f"{named(page)}: {address}"
+
+
+def pages_of_nav():
+    nav = (ROOT / "docs" / "mkdocs.yml").read_text().split("\nnav:")[1]
+    return re.findall(r": ([\w/]+\.md)$", nav, re.MULTILINE)
+
+
+def test_every_page_is_in_the_navigation_once():
+    written = {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
+    nav = pages_of_nav()
+    assert written == set(nav) and len(nav) == len(set(nav))
+
+
+@pytest.fixture(scope="module")
+def llms():
+    """The hook that writes the map of the site for language models."""
+    pytest.importorskip("mkdocs")
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / "llms.py")))
+
+
+def test_the_map_for_language_models_has_a_sentence_of_every_page(llms):
+    for page in PAGES[2:]:
+        sentence = llms.first_sentence(page.read_text())
+        assert re.match(r"[A-Za-z`].{20,}", sentence), f"{named(page)}: {sentence!r}"
+        assert not re.search(r"\]\(|<|\n", sentence), f"{named(page)}: {sentence!r}"
+
+
+def test_the_map_for_language_models_lists_the_navigation_in_its_order(llms):
+    nav = [{"A": "index.md"}, {"B": [{"C": "c.md"}, {"D": [{"E": "e/f.md"}]}]}]
+    assert list(llms.listed(nav)) == [
+        ("", "A", "index.md"),
+        ("B", "C", "c.md"),
+        ("D", "E", "e/f.md"),
+    ]
+    assert [llms.address(page) for page in ("index.md", "c.md", "e/f.md")] == ["./", "c/", "e/f/"]
+
+
+# --- the reference -------------------------------------------------------------------------------
+
+REFERENCE = [DOCS / f"reference{part}.md" for part in ("", "_vision", "_training")]
+PUBLIC = ["flowspace", "flowspace.derivatives", "flowspace.training", "flowspace.vision"]
+BUILT_BY = {"Adapter": "adapt"}
+"""Classes that nobody makes by hand, and the function that says what they are made of."""
+
+
+def public():
+    """Every public object that can be called, by its full name."""
+    for module in PUBLIC:
+        package = importlib.import_module(module)
+        for name in package.__all__:
+            yield module, name
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_every_public_name_is_on_a_page_of_reference(module):
+    shown = set(flowspace.errors.__all__)
+    for page in REFERENCE:
+        for members in re.findall(r"[ {]members: \[(.*?)\]", page.read_text()):
+            shown.update(members.split(", "))
+    missing = set(importlib.import_module(module).__all__) - shown
+    assert not missing
+
+
+def documented(doc):
+    """The names in the sections Args and Attributes of a docstring."""
+    names = set()
+    sections = re.findall(r"^(?:Args|Attributes):\n((?:^(?: .*)?\n?)+)", doc, re.MULTILINE)
+    for section in sections:
+        for listed in re.findall(r"^ {4}([\w, *]+?):", section, re.MULTILINE):
+            names.update(re.split(r"[, *]+", listed))
+    return names
+
+
+def of_class(cls):
+    """The docstrings of a class and its bases here, and the code that makes an object."""
+    docs, sources = [], []
+    for base in cls.__mro__:
+        if not base.__module__.startswith("flowspace"):
+            continue
+        docs.append(inspect.cleandoc(base.__doc__ or ""))
+        for method in ("__init__", "__post_init__"):
+            made = base.__dict__.get(method)
+            if made is not None and made.__code__.co_filename == inspect.getsourcefile(base):
+                docs.append(inspect.cleandoc(made.__doc__ or ""))
+                sources.append(inspect.getsource(made))
+    return "\n\n".join(docs), "".join(sources)
+
+
+def asked(thing):
+    """What the docstring of a callable is held to: its text, its arguments, its code."""
+    if inspect.isclass(thing):
+        doc, source = of_class(thing)
+    else:
+        doc, source = inspect.getdoc(thing) or "", inspect.getsource(thing)
+    arguments = set(inspect.signature(thing).parameters)
+    return doc, {name for name in arguments if not name.startswith("_")}, source
+
+
+@pytest.mark.parametrize(("module", "name"), public())
+def test_every_public_docstring_says_what_it_takes_and_raises(module, name):
+    if module == "flowspace.vision":
+        pytest.importorskip("diffusers")
+        pytest.importorskip("timm")
+    package = importlib.import_module(module)
+    thing = getattr(package, name)
+    is_error = inspect.isclass(thing) and issubclass(thing, Exception)
+    if not callable(thing) or is_error or getattr(thing, "_is_protocol", False):
+        return
+    doc, arguments, source = asked(thing)
+    if name in BUILT_BY:
+        doc += "\n\n" + (inspect.getdoc(getattr(package, BUILT_BY[name])) or "")
+    missing = arguments - documented(doc) - {"args", "kwargs", "self"}
+    assert not missing, f"{module}.{name} does not say what these are: {sorted(missing)}"
+    if re.search(r"^\s+raise ", source, re.MULTILINE):
+        assert "Raises:" in doc, f"{module}.{name} does not say what it raises"
+
+
+def test_every_objective_says_how_it_is_called():
+    for name in flowspace.__all__:
+        thing = getattr(flowspace, name)
+        if inspect.isclass(thing) and issubclass(thing, flowspace.Objective):
+            doc = inspect.getdoc(thing.__call__) or ""
+            arguments = set(inspect.signature(thing.__call__).parameters) - {"self"}
+            assert arguments <= documented(doc) and "Raises:" in doc, name
