@@ -79,7 +79,8 @@ def adapt(  # noqa: PLR0913  # the public door: each argument has its name
         output: from what the network returns to a tensor, such as ``lambda out: out.sample[:,
             :4]``; by default the tensor itself, ``.sample``, or the first of a tuple.
         added: a time that the network does not take, such as ``"t - s"``; its embedding begins at
-            zero and is added to that of the network's own time.
+            zero and is added to that of the network's own time. From then on the network is called
+            through the model alone.
         added_to: the module that returns the embedding of the network's own time, ``(B, width)``,
             by its name in ``network.named_modules()``; by default every one called
             ``time_embedding``, ``timestep_embedder`` or ``t_embedder``.
@@ -282,8 +283,9 @@ class _Adding:
         if added is None:
             raise InputError(
                 f"got a call of {self.name} outside of the adapted model, which alone knows the "
-                "time that was added: call the model that adapt returned, and for gradient "
-                "checkpointing write adapted.enable_gradient_checkpointing()"
+                "time that was added: call what adapt returned, or a network that no time was "
+                "added to; for gradient checkpointing write "
+                "adapted.enable_gradient_checkpointing()"
             )
         if output.shape != added.shape:
             raise InputError(
