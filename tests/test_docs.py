@@ -5,6 +5,7 @@ How a page is written so that it is tested:
 * Every ``python`` block runs. The blocks of a page share one namespace, in order, in an empty
   folder, with one thread and with warnings as errors.
 * ``<!-- not run: REASON -->`` before a block is the only way out of it.
+* ``<!-- shortened: 3000 to 20 -->`` before a block: the test writes 20 for 3000.
 * ``<!-- needs: diffusers accelerate -->`` anywhere on a page skips it where one is not installed.
 * ``<!-- setup`` ... ``-->`` holds Python that readers do not see, such as a folder of pictures.
 * ``<!-- prints -->`` before a ``text`` block: it is what the block before it prints.
@@ -43,7 +44,7 @@ BLOCK = re.compile(
     r"|^<!-- setup\n(?P<setup>.*?)^-->",
     re.MULTILINE | re.DOTALL,
 )
-MARK = re.compile(r"<!-- (not run|prints)(?:: *(.*?))? *-->\s*\Z", re.DOTALL)
+MARK = re.compile(r"<!-- (not run|prints|shortened)(?:: *([^>]*?))? *-->\s*\Z")
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,12 @@ def one_thread():
 
 
 def run_python(block, page, names):
-    code = compile("\n" * block.line + block.code, named(page), "exec")
+    text = block.code
+    if block.mark == "shortened":
+        long, short = block.reason.split(" to ")
+        assert text.count(long) == 1, f"{named(page)}:{block.line}: {long}"
+        text = text.replace(long, short)
+    code = compile("\n" * block.line + text, named(page), "exec")
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(code, names)

@@ -170,29 +170,6 @@ except ImportError as error:
     assert "pip install 'flowspace[vision]'" in python(code)
 
 
-PAGES = ["README.md", "flowspace/README.md"]
-PAGES += [f"docs/pages/{name}.md" for name in ("index", "choosing", "objectives", "jax")]
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_the_programs_of_a_page_run_as_written(page):
-    if page.endswith("jax.md"):
-        pytest.importorskip("jax")
-    names = {}
-    for program in re.findall(
-        r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL
-    ):
-        exec(compile(program, page, "exec"), names)
-
-
-def test_every_public_name_is_on_the_page_of_reference():
-    page = (ROOT / "docs" / "pages" / "reference.md").read_text()
-    shown = set(flowspace.errors.__all__)
-    for members in re.findall(r"[ {]members: \[(.*?)\]", page):
-        shown.update(members.split(", "))
-    assert set(flowspace.__all__) - shown == set()
-
-
 def test_the_reference_shows_how_every_objective_is_called():
     [pattern] = re.findall(r'filters: \["!(.*?)"\]', (ROOT / "docs" / "mkdocs.yml").read_text())
     assert re.search(pattern, "_private") and re.search(pattern, "__init__")
