@@ -20,7 +20,12 @@ DISTRIBUTIONS = {
 }
 """What is installed under another name than it is imported by."""
 
-BROUGHT = {"pillow": "matplotlib"}
+BROUGHT = {
+    "huggingface-hub": "diffusers",
+    "mpmath": "sympy",
+    "pillow": "matplotlib",
+    "starlette": "nicegui",
+}
 """What no extra names, since a library that it names brings it."""
 
 
