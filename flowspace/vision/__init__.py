@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flowspace.vision.adversarial import AdversarialLoss, Discriminator
     from flowspace.vision.data import DatasetImages, FolderImages
+    from flowspace.vision.dit import DiT
     from flowspace.vision.dit_dh import DiTDH
     from flowspace.vision.encoders import LatentEncoder, load_encoder
     from flowspace.vision.generator import CrossFlowGenerator
@@ -28,6 +29,7 @@ __all__ = [
     "CrossFlowPipeline",
     "DatasetImages",
     "DecoderLoss",
+    "DiT",
     "DiTDH",
     "Discriminator",
     "FlowMapScheduler",
@@ -51,6 +53,7 @@ __all__ = [
 PLACES = {
     "adversarial": ("AdversarialLoss", "Discriminator"),
     "data": ("DatasetImages", "FolderImages"),
+    "dit": ("DiT",),
     "dit_dh": ("DiTDH",),
     "encoders": ("LatentEncoder", "load_encoder"),
     "latents": ("LatentImages",),
