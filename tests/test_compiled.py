@@ -35,7 +35,7 @@ from flowspace import (
     PixelMeanFlowLoss,
     SharedPrimal,
 )
-from flowspace.derivatives import hidden_calls, shared_primal
+from flowspace.derivatives import hidden_calls, route, shared_primal
 from flowspace.derivatives.shared_primal import compiled
 
 pytestmark = [
@@ -137,6 +137,33 @@ def pair(net, how=compile_whole):
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.4)
     return how(copy.deepcopy(net)), net
+
+
+# --- how often a model is evaluated
+
+
+@pytest.mark.parametrize("how", [lambda net: net, compile_blocks], ids=["eager", "blocks"])
+def test_each_of_several_processes_evaluates_once_whatever_rows_move(monkeypatch, how):
+    """A permutation puts the batch on an axis that is found by its number of rows. Where all of
+    them moved it was not found, and the others waited for a process that evaluated twice.
+    """
+    monkeypatch.setattr(route, "several_processes", lambda: True)
+    again = []
+    derive = SharedPrimal.derive
+    monkeypatch.setattr(
+        SharedPrimal, "derive", lambda self, *args: again.append(args) or derive(self, *args)
+    )
+    model, written = pair(Net(count=2), how)
+    torch.manual_seed(0)
+    z, v = torch.randn(2, 8, 5, 4, dtype=torch.float64)
+    t = torch.rand(8, dtype=torch.float64)
+    primals, tangents = (z, t, t / 2), (v, torch.ones_like(t), None)
+    _, wanted = ForwardMode()(written, primals, tangents)
+    for count in range(len(z) + 1):
+        rows = torch.arange(len(z)) < count
+        _, found = SharedPrimal()(model, primals, tangents, rows=rows)
+        close(found, torch.where(rows[:, None, None], wanted, 0.0))
+    assert not again
 
 
 def batch(rows=8, moving=4, seed=0):

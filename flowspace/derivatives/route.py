@@ -136,7 +136,9 @@ def _indices(mask: Tensor, at_most: int | None) -> Tensor | None:
     indices.
 
     A model whose rows mix is evaluated once more where only some of them are asked for, and other
-    processes wait for that.
+    processes wait for that. So it must be found out that they mix where all rows are asked for
+    too: the first is asked for twice then, since the axis that holds the batch in a tensor is
+    found by a number of rows that differs from the batch's.
 
     Args:
         mask: which rows, of shape ``(B,)``.
@@ -147,11 +149,14 @@ def _indices(mask: Tensor, at_most: int | None) -> Tensor | None:
         indices = mask.nonzero().squeeze(1)
     else:
         indices = mask.argsort(descending=True, stable=True)[:at_most]
+    all_rows = len(indices) == len(mask)
     if several_processes():
-        if len(indices):
-            return indices
-        return torch.zeros(1, dtype=torch.long, device=mask.device)
-    if len(indices) == len(mask):
+        if not len(indices):
+            return torch.zeros(1, dtype=torch.long, device=mask.device)
+        if all_rows:
+            return torch.cat([indices, indices[:1]])
+        return indices
+    if all_rows:
         return None
     return indices
 

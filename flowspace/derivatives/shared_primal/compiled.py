@@ -682,12 +682,16 @@ def _sizes(inputs: Values) -> tuple[Any, ...]:
 def _room(chosen: ChosenRows | None) -> int | None:
     """Return how many moving rows a graph has room for; None: for all.
 
-    It is the next multiple of a share of the batch.
+    It is the next multiple of a share of the batch, and never the batch: the axis that holds the
+    batch in a tensor is found by another number of rows.
     """
     if chosen is None:
         return None
     share = max(1, chosen.batch // SHARES)
-    return min(chosen.batch, -(-chosen.few // share) * share)
+    size = -(-chosen.few // share) * share
+    if size < chosen.batch:
+        return size
+    return max(chosen.few, chosen.batch - 1)
 
 
 def _indices(chosen: ChosenRows | None, size: int | None) -> list[Tensor]:
