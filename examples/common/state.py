@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from stage import Stage
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -59,6 +59,7 @@ class Run:
         self.loss = torch.zeros((), device=accelerator.device)
         self.norms: list[Tensor] = []
         self.finite = torch.ones((), device=accelerator.device)
+        agree(stage.network, accelerator)
         self.plain = copy.deepcopy(stage.network)
         self.averages = {}
         for decay in t.emas:
@@ -213,6 +214,20 @@ class Run:
             return False
         asked = torch.tensor(float(bool(signals)), device=self.accelerator.device)
         return bool(self.accelerator.reduce(asked, "sum"))
+
+
+@torch.no_grad()
+def agree(network: nn.Module, accelerator: Accelerator) -> None:
+    """Give every process the weights and buffers of the first one.
+
+    DDP does so for the network that it is given, and for no copy; FSDP2 does not.
+    """
+    if accelerator.num_processes == 1:
+        return
+    for tensor in network.state_dict().values():
+        sent = tensor.to(accelerator.device)
+        distributed.broadcast(sent, 0)
+        tensor.copy_(sent)
 
 
 def shard(network: nn.Module, accelerator: Accelerator) -> nn.Module:

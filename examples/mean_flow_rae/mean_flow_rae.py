@@ -311,6 +311,7 @@ def students_of(work: Work, encoder: LatentEncoder, teacher: DiTDH) -> dict[str,
     it ended, the first from the teacher; the baseline from random weights.
     """
     found: dict[str, DiTDH] = {}
+    torch.manual_seed(work.config.training.seed)  # of its new embedding, in a continued run too
     network = DiTDH.from_flow_matching(teacher)
     for name in ("mid_training", "distillation", "fine_tuning"):
         if getattr(work.config, name) is not None:
