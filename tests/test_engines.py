@@ -3,13 +3,11 @@ them.
 """
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launch import in_processes
 from strategies import normal
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -70,22 +68,7 @@ COMPILED = ["ddp+blocks", "ddp+within", "ddp+round", "fsdp2+blocks"]
     "how", ["ddp", "static_graph", "find_unused_parameters", "fsdp2", *COMPILED]
 )
 def test_two_processes_have_the_gradients_of_one(how):
-    here = Path(__file__).parent
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            here / "engines_worker.py",
-            how,
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = in_processes(2, Path(__file__).with_name("engines_worker.py"), how)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count(f"{how}: 3 steps agree") == 2
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launch import in_processes
 from safetensors.torch import load_file
 
 from flowspace import InputError, RunError
@@ -126,17 +127,6 @@ def records(config):
         json.loads(line)
         for line in (config.out / "generator" / "log.jsonl").read_text().splitlines()
     ]
-
-
-def in_processes(count, program, *arguments):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-    return subprocess.run(
-        [sys.executable, *torchrun, str(PROGRAM / program), *map(str, arguments)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 # --- a run -------------------------------------------------------------------------------------
@@ -472,7 +462,7 @@ def test_several_processes_train_what_one_does(
     run(settings.load(tiny, [f"out={tmp_path / 'one'}", *changes]))
     out = tmp_path / "several"
     found = in_processes(
-        count, "train.py", tiny, f"out={out}", f"training.processes={count}", *changes
+        count, PROGRAM / "train.py", tiny, f"out={out}", f"training.processes={count}", *changes
     )
     assert found.returncode == 0, found.stderr[-2000:]
     close(weights(tmp_path / "one"), weights(out), tolerance)
@@ -484,7 +474,13 @@ def test_another_number_of_processes_continues_a_run(tiny, encoder_folder, tmp_p
     run(settings.load(tiny, [f"out={tmp_path / 'one'}", *changes]))
     out = tmp_path / "other"
     found = in_processes(
-        2, "train.py", tiny, f"out={out}", "training.steps=3", "training.sharded=true", *changes
+        2,
+        PROGRAM / "train.py",
+        tiny,
+        f"out={out}",
+        "training.steps=3",
+        "training.sharded=true",
+        *changes,
     )
     assert found.returncode == 0, found.stderr[-2000:]
     run(settings.load(tiny, [f"out={out}", *changes]))
@@ -504,7 +500,7 @@ def test_two_processes_draw_what_one_does(config, encoder_folder):
     one = {path.name: path.read_bytes() for path in (made.out / "samples").iterdir()}
     assert len(one) == 3
     shutil.rmtree(made.out / "samples")
-    found = in_processes(2, "evaluate.py", made.out)
+    found = in_processes(2, PROGRAM / "evaluate.py", made.out)
     assert "Inception's weights" in found.stderr
     assert {path.name: path.read_bytes() for path in (made.out / "samples").iterdir()} == one
 

@@ -2,9 +2,7 @@
 it.
 """
 
-import os
 import random
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from launch import in_processes
 from strategies import normal
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -35,6 +34,7 @@ from flowspace import (
     TrajectoryMatchingLoss,
 )
 
+RANKS = Path(__file__).with_name("ranks_worker.py")
 ROUTES = [SharedPrimal(), ForwardMode(), FiniteDifference(1e-4), FiniteDifference(1e-6, order=1)]
 each_route = pytest.mark.parametrize("route", ROUTES, ids=repr)
 each_second_run = pytest.mark.parametrize("route", ROUTES[1:], ids=repr)
@@ -439,34 +439,14 @@ def test_what_autograd_does_not_see_is_an_engines_and_stays():
     assert filled.tolist() == [1.0] * 3 and held.tolist() == [0.0] * 3
 
 
-def started(script, *args, processes=1):
-    """Run a script beside this file, in that many processes."""
-    here = Path(__file__).parent
-    return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={processes}",
-            here / script,
-            *args,
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
 def test_fsdp2_on_one_process_is_exact():
-    done = started("ranks_worker.py")
+    done = in_processes(1, RANKS)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("agrees") == 7
 
 
 def test_no_process_waits_for_one_whose_rows_all_lie_on_the_diagonal():
-    done = started("ranks_worker.py", processes=2)
+    done = in_processes(2, RANKS)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("agrees") == 2 * 8
 
