@@ -91,10 +91,10 @@ class PictureSettings(Settings):
     perceptual: float = 0.3
     penalty: Penalty = field(default_factory=SquaredError)
     generator: TrainSettings = field(
-        default_factory=lambda: TrainSettings(steps=1500, batch=64, learning_rate=1e-3)
+        default_factory=lambda: TrainSettings(steps=2000, batch=32, learning_rate=1e-3)
     )
     classifier: TrainSettings = field(
-        default_factory=lambda: TrainSettings(steps=300, batch=64, warmup=20)
+        default_factory=lambda: TrainSettings(steps=400, batch=32, warmup=20)
     )
     pictures: str = ""
     numbers: int = 64
@@ -144,6 +144,8 @@ class Data:
         test_labels: the class of each.
         class_names: in the order of the labels.
         conditional: whether there are classes.
+        shared: whether judges and perceptual network are trained on all training images, because
+            there are too few to halve; then the judges know what the generator was trained on.
         skipped: files that could not be read, by name, and why.
     """
 
@@ -153,6 +155,7 @@ class Data:
     test_labels: Tensor
     class_names: tuple[str, ...] = tuple("0123456789")
     conditional: bool = True
+    shared: bool = False
     skipped: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -178,7 +181,11 @@ class Data:
         return min(len(self.half(0)[0]), MOST_JUDGED)
 
     def half(self, number: int) -> tuple[Tensor, Tensor]:
-        """Return every other training image and its label, from the first or the second on."""
+        """Return every other training image and its label, from the first or the second on; all
+        of them where they are shared.
+        """
+        if self.shared:
+            return self.images, self.labels
         return self.images[number::2], self.labels[number::2]
 
 

@@ -238,25 +238,28 @@ class ConvolutionsUp(nn.Module):
 
 
 class PictureJudge(nn.Module):
-    """A strided convolutional classifier with batch norms that judges samples; `features` is its
-    last hidden layer, ``(B, 64)``.
+    """A convolutional classifier with pooling, group norms and ReLU that judges samples;
+    `features` is its last hidden layer, ``(B, 64)``.
 
     Args:
         channels: of the pictures.
         side: of the pictures.
         classes: how many it tells apart.
+        width: channels of its first layer.
     """
 
-    def __init__(self, channels: int, side: int, classes: int) -> None:
+    def __init__(self, channels: int, side: int, classes: int, width: int = 32) -> None:
         super().__init__()
-        grid = -(-side // 8)
+        pooled = -(-side // 2) // 4
         self.body = nn.Sequential(
-            *_judging(channels, 32, 5),
-            *_judging(32, 64, 3),
-            *_judging(64, 64, 3),
+            *_judging(channels, width, 5, 2),
+            *_judging(width, 2 * width, 3, 1),
+            nn.MaxPool2d(2),
+            *_judging(2 * width, 2 * width, 3, 1),
+            nn.MaxPool2d(2),
             nn.Flatten(),
             nn.Dropout(0.3),
-            nn.Linear(64 * grid**2, 64),
+            nn.Linear(2 * width * pooled**2, 64),
             nn.ReLU(),
         )
         self.head = nn.Linear(64, classes)
@@ -270,10 +273,10 @@ class PictureJudge(nn.Module):
         return self.head(self.body(images))
 
 
-def _judging(inputs: int, outputs: int, size: int) -> tuple[nn.Module, ...]:
-    """Return a convolution that halves the resolution, its norm and its nonlinearity."""
-    convolution = nn.Conv2d(inputs, outputs, size, 2, size // 2)
-    return convolution, nn.BatchNorm2d(outputs), nn.ReLU()
+def _judging(inputs: int, outputs: int, size: int, stride: int) -> tuple[nn.Module, ...]:
+    """Return a convolution, its norm and its nonlinearity."""
+    convolution = nn.Conv2d(inputs, outputs, size, stride, size // 2)
+    return convolution, nn.GroupNorm(8, outputs), nn.ReLU()
 
 
 class PictureFeatures(nn.Module):

@@ -278,6 +278,12 @@ def doubts(data: Data, scores: Mapping[str, Any]) -> list[str]:
             f"The accuracy is a rough one: for one class the judges saw {trained} pictures, and "
             f"{FEWEST_FOR_JUDGES} or more would do."
         )
+    if data.shared:
+        found.append(
+            "The pictures are too few to halve them. The judges were trained on the same pictures "
+            "as the generator, so a copy of one is right in their eyes. The row real has their "
+            "accuracy on held-out pictures, but its Frechet distance is of pictures that they know."
+        )
     real = scores["real"]["accuracy"]
     if real < ABLE:
         found.append(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flowspace.demo.data import SETTINGS, Data, PictureSettings, Settings, load
+from flowspace.demo.loop import TrainSettings
 from flowspace.demo.pictures import FoundPictures, read_folder
 from flowspace.errors import InputError
 
@@ -40,6 +41,14 @@ IMAGES_HEADER, LABELS_HEADER = 16, 8
 
 MOST_HELD_OUT = 5000
 """Pictures that are held out at most, over all classes."""
+
+FEWEST_TO_HALVE = 200
+"""Training pictures of a class: of fewer, judges and perceptual network both need all."""
+
+FEW = 1000
+"""Training pictures for which the recipe's steps are meant; of more, the steps grow as the root of
+their number.
+"""
 
 HELD_OUT = 4
 """One picture in so many is held out."""
@@ -79,7 +88,18 @@ def pictures(name: str, found: FoundPictures) -> tuple[PictureSettings, Data]:
     """Return the settings and the data of pictures that were read."""
     data = split(found)
     settings = PictureSettings(dataset=name, pictures=digest(data))
+    more = max(1.0, len(data.images) / FEW) ** 0.5
+    settings = replace(
+        settings,
+        generator=longer(settings.generator, more),
+        classifier=longer(settings.classifier, more**0.5),
+    )
     return settings, data
+
+
+def longer(plan: TrainSettings, times: float) -> TrainSettings:
+    """Return a plan of so many times as many steps, to the next hundred."""
+    return replace(plan, steps=100 * round(plan.steps * times / 100))
 
 
 def split(found: FoundPictures) -> Data:
@@ -104,7 +124,8 @@ def split(found: FoundPictures) -> Data:
         found.labels[tested],
         found.class_names,
         found.conditional,
-        found.skipped,
+        shared=min(len(places) for places in training) < FEWEST_TO_HALVE,
+        skipped=found.skipped,
     )
 
 

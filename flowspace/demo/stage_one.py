@@ -32,6 +32,9 @@ CPU = torch.device("cpu")
 QUARTERS = 4
 """Turns that are told apart where there are no classes."""
 
+RECOLOUR = 0.4
+"""The largest change of contrast, and of brightness."""
+
 MANY = 4096
 """Images that are encoded together, and of which features are measured."""
 
@@ -111,10 +114,11 @@ def _classifier(
     if name != "features":
         number = int(name.removeprefix("judge-"))
     plan = replace(settings.classifier, seed=settings.classifier.seed + 100 * number)
-    loss = classification
-    classes = data.classes
+    loss, classes = classification, data.classes
     if not data.conditional:
         loss, classes = turns, QUARTERS
+    elif number and isinstance(settings, PictureSettings):
+        loss = colourful_classification
     torch.manual_seed(plan.seed)
     if isinstance(settings, PictureSettings):
         context = {"pictures": settings.pictures}
@@ -166,6 +170,25 @@ def classification(network: nn.Module, batch: tuple[Tensor, ...], draws: Draws) 
     """Return the cross-entropy on jittered images."""
     images, labels = batch
     return F.cross_entropy(network(jitter(in_range(images), draws.generator)), labels)
+
+
+def colourful_classification(
+    network: nn.Module, batch: tuple[Tensor, ...], draws: Draws
+) -> Tensor:
+    """Return the cross-entropy on jittered images in other colours: of few pictures a judge would
+    learn the colours, not the shapes.
+    """
+    images, labels = batch
+    moved = recolour(jitter(in_range(images), draws.generator), draws.generator)
+    return F.cross_entropy(network(moved), labels)
+
+
+def recolour(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Change contrast and brightness of each channel by up to four tenths."""
+    shape = (2, *images.shape[:2], 1, 1)
+    drawn = torch.rand(shape, generator=generator, device=images.device)
+    contrast, brightness = RECOLOUR * (2 * drawn - 1)
+    return images * (1 + contrast) + brightness
 
 
 def turns(network: nn.Module, batch: tuple[Tensor, ...], draws: Draws) -> Tensor:
