@@ -32,6 +32,7 @@ import torch
 
 import flowspace
 from flowspace.cli import main
+from flowspace.derivatives import rules
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs" / "pages"
@@ -85,11 +86,14 @@ def commands(code):
 
 
 @pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
+def alone():
+    """One thread, and no rule of a derivative stays that a page adds."""
+    threads, known = torch.get_num_threads(), dict(rules.RULES)
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(threads)
+    rules.RULES.clear()
+    rules.RULES.update(known)
 
 
 def run_python(block, page, names):
@@ -135,7 +139,7 @@ def with_programs():
 
 
 @pytest.mark.parametrize("page", with_programs(), ids=named)
-@pytest.mark.usefixtures("one_thread")
+@pytest.mark.usefixtures("alone")
 def test_the_programs_of_a_page_run_as_written(page, tmp_path, monkeypatch):
     for needs in re.findall(r"<!-- needs: (.*?) *-->", page.read_text()):
         for module in needs.split():
