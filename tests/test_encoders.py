@@ -480,3 +480,91 @@ def test_a_representation_autoencoder_does_not_squeeze_rectangles():
     encoder = LatentEncoder(rae("mae"), torch.zeros(1), torch.ones(1))
     with pytest.raises(InputError, match="crop them to squares"):
         encoder.encode(torch.zeros(1, 3, 16, 32))
+
+
+# --- any module, any id
+
+
+class Halves(torch.nn.Module):
+    """An autoencoder that nobody knows: squares of two pixels become cells."""
+
+    def encode(self, images):
+        return torch.nn.functional.pixel_unshuffle(images, 2) * 3 + 1
+
+    def decode(self, latents):
+        return torch.nn.functional.pixel_shuffle((latents - 1) / 3, 2)
+
+
+def of_functions():
+    module = Halves()
+    return LatentEncoder.of(module.encode, module.decode)
+
+
+@pytest.mark.parametrize("build", [lambda: LatentEncoder(Halves()), of_functions])
+def test_any_module_or_two_functions_are_an_encoder_whose_latents_are_standard(build):
+    encoder, x = build(), images(8)
+    with pytest.raises(InputError, match="call fit"):
+        encoder.encode(x)
+    latents = encoder.fit([x]).encode(x)
+    assert latents.shape == (8, 12, 16, 16)
+    torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(12), atol=1e-5, rtol=0)
+    torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(12), atol=1e-3, rtol=0)
+    torch.testing.assert_close(encoder.decode(latents), x, atol=1e-5, rtol=0)
+
+
+def test_two_functions_take_the_module_they_belong_to_along():
+    network = va_vae_like()
+    encoder = LatentEncoder.of(network.encode, network.decode, torch.zeros(4), torch.ones(4))
+    assert len(list(encoder.parameters())) == len(list(network.parameters()))
+    assert not any(weight.requires_grad for weight in network.parameters())
+    x = images()
+    torch.testing.assert_close(encoder.encode(x), network.encode(x).latent_dist.mode())
+
+
+def test_a_module_that_returns_vectors_is_told_what_to_return():
+    vectors = torch.nn.Flatten()
+    encoder = LatentEncoder.of(vectors, lambda latents: latents)
+    with pytest.raises(InputError, match=r"got shape \(4, 3072\).*return latents \(B, C, h, w\)"):
+        encoder.fit([images()])
+
+
+def served(monkeypatch, folder):
+    """Let the hub serve the files of a folder as those of ``someone/pictures``."""
+    from diffusers import configuration_utils
+    from diffusers.utils import hub_utils
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    asked = []
+
+    def download(repo_id, filename=None, subfolder=None, **rest):
+        asked.append((repo_id, filename, subfolder))
+        if repo_id != "someone/pictures":
+            raise LocalEntryNotFoundError("the hub cannot be reached")
+        path = folder / (subfolder or "") / filename
+        if not path.exists():
+            raise EntryNotFoundError(f"no {filename}")
+        return str(path)
+
+    monkeypatch.setattr(configuration_utils, "hf_hub_download", download)
+    monkeypatch.setattr(hub_utils, "hf_hub_download", download)
+    return asked
+
+
+@pytest.mark.parametrize("below", ["", "vae"])
+def test_an_id_on_the_hub_gives_the_same_encoder_as_its_folder(tmp_path, monkeypatch, below):
+    va_vae_like(scaling_factor=0.5).save_pretrained(tmp_path / below)
+    asked = served(monkeypatch, tmp_path)
+    encoder = load_encoder(f"someone/pictures/{below}".rstrip("/"))
+    x = images()
+    assert torch.equal(encoder.encode(x), load_encoder(tmp_path / below).encode(x))
+    assert {name for name, *_ in asked} == {"someone/pictures"}
+    assert any(file == "diffusion_pytorch_model.safetensors" for _, file, _ in asked)
+
+
+def test_an_id_that_cannot_be_fetched_or_does_not_suit_is_one_clear_error(tmp_path, monkeypatch):
+    served(monkeypatch, tmp_path)
+    with pytest.raises(RunError, match=r"nobody/nothing is no folder.*as in nobody/nothing/vae"):
+        load_encoder("nobody/nothing")
+    AutoencoderTiny().save_pretrained(tmp_path)
+    with pytest.raises(RunError, match=r"someone/pictures holds AutoencoderTiny"):
+        load_encoder("someone/pictures")

@@ -1,15 +1,16 @@
 """Frozen encoders: images in [-1, 1] become latents of mean 0 and spread 1, and back.
 
-`load_encoder` takes a name, a folder in diffusers' layout, or the file of VA-VAE. What an
-autoencoder's own pipeline does around it (scaling, patches, normalisation, the range of its input)
-is done here, so that every latent looks alike to the generator.
+`load_encoder` takes a name, a folder in diffusers' layout, an id on the hub, or the file of
+VA-VAE; `LatentEncoder` any module that encodes and decodes. What an autoencoder's own pipeline
+does around it (scaling, patches, normalisation, the range of its input) is done here, so that
+every latent looks alike to the generator.
 """
 
 import importlib.util
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,11 +90,19 @@ LEVELS = ("block_out_channels", "encoder_block_out_channels", "ch_mult")
 """What configs call the widths of an encoder's levels; each but the first halves the image."""
 
 
+HUB_ID = r"[\w.-]+/[\w.-]+(/[\w.-]+)*"
+"""What an id on the hub looks like, with folders below it."""
+
+
 class LatentEncoder(nn.Module):
     """A frozen autoencoder in eval mode, with the normalisation of its latents.
 
     Args:
-        autoencoder: one of diffusers' autoencoders.
+        autoencoder: one of diffusers' autoencoders, or any module with ``encode(images)`` and
+            ``decode(latents)``. What ``encode`` returns may be the latents ``(B, C, h, w)``
+            themselves, or hold them as ``latent`` or ``latent_dist``; what ``decode`` returns, the
+            images ``(B, 3, H, W)`` in [-1, 1], or hold them as ``sample``. Two functions become
+            such a module by `LatentEncoder.of`.
         mean: per channel of the latent, ``(C,)``, or of each channel at each position,
             ``(C, h, w)``, as RAE has it; None where the autoencoder says itself.
         std: likewise.
@@ -132,11 +141,24 @@ class LatentEncoder(nn.Module):
         self.register_buffer("std", self._packed(std, pack or 1))
         self.requires_grad_(False).eval()
 
+    @classmethod
+    def of(
+        cls,
+        encode: Callable[[Tensor], Any],
+        decode: Callable[[Tensor], Any],
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+    ) -> "LatentEncoder":
+        """Return the encoder of two functions, or modules, or methods of one; see
+        `LatentEncoder` for what they take and return, and for the statistics.
+        """
+        return cls(TwoFunctions(encode, decode), mean, std)
+
     def _packed(self, value: Tensor, pack: int) -> Tensor:
         """Return ``(C, 1, 1)`` or ``(C, h, w)`` of a statistic, spread over the channels of packed
         cells where it is one of the autoencoder's own channels.
         """
-        config: Any = self.autoencoder.config
+        config = _config(self.autoencoder)
         value = _on_grid(value)
         if len(value) == config.get("latent_channels") and pack > 1:
             if value.shape[1:] == (1, 1):
@@ -207,7 +229,8 @@ class LatentEncoder(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Return images of latents, by the autoencoder's own decoder."""
         raw = F.pixel_shuffle(latents * self.std + self.mean, self.patch)
-        images = self.autoencoder.decode(raw.to(_dtype(self.autoencoder))).sample.float()  # type: ignore[operator]
+        decoded: Any = self.autoencoder.decode(raw.to(_dtype(self.autoencoder)))  # type: ignore[operator]
+        images = _held(decoded, "sample").float()
         if _from_zero(self.autoencoder):
             return images * 2 - 1
         return images
@@ -280,12 +303,17 @@ class LatentEncoder(nn.Module):
         if _from_zero(self.autoencoder):
             given = (images + 1) / 2
         out: Any = self.autoencoder.encode(given.to(_dtype(self.autoencoder)))  # type: ignore[operator]
-        if hasattr(out, "latent"):
-            latents = out.latent
+        if not hasattr(out, "latent_dist"):
+            latents = _held(out, "latent")
         elif sample:
             latents = out.latent_dist.sample(generator)
         else:
             latents = out.latent_dist.mode()
+        if not isinstance(latents, Tensor) or latents.ndim != 4:
+            raise InputError(
+                f"got {_shape_of(latents)} from encode() of {_kind(self.autoencoder)}; return "
+                "latents (B, C, h, w): a vector (B, C) is latents[:, :, None, None]"
+            )
         return F.pixel_unshuffle(latents, self.patch).float()
 
     def _check_shape(self, shape: Sequence[int]) -> None:
@@ -328,8 +356,57 @@ def _least(std: Tensor) -> str:
     return name
 
 
+class TwoFunctions(nn.Module):
+    """Two functions as one module; what they belong to moves with it, where it is a module.
+
+    Args:
+        encode: of images.
+        decode: of latents.
+    """
+
+    def __init__(self, encode: Callable[[Tensor], Any], decode: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.functions = encode, decode
+        self.owners = nn.ModuleList()
+        for function in self.functions:
+            owner = getattr(function, "__self__", function)
+            if isinstance(owner, nn.Module):
+                self.owners.append(owner)
+
+    def encode(self, images: Tensor) -> Any:
+        """Call the first."""
+        return self.functions[0](images)
+
+    def decode(self, latents: Tensor) -> Any:
+        """Call the second."""
+        return self.functions[1](latents)
+
+
+def _held(out: Any, name: str) -> Any:
+    """Return what an output holds by this name, or the output itself where it holds nothing."""
+    return getattr(out, name, out)
+
+
+def _shape_of(value: Any) -> str:
+    """Name a value by its shape, or by its type where it has none."""
+    if isinstance(value, Tensor):
+        return f"shape {tuple(value.shape)}"
+    return type(value).__name__
+
+
 def _dtype(module: nn.Module) -> torch.dtype:
-    return next(module.parameters()).dtype
+    """Return the dtype of a module's weights; float32 of one without any."""
+    for parameter in module.parameters():
+        return parameter.dtype
+    return torch.float32
+
+
+def _config(autoencoder: nn.Module) -> Any:
+    """Return the config of an autoencoder of diffusers; of another module, an empty one."""
+    config = getattr(autoencoder, "config", None)
+    if isinstance(config, Mapping):
+        return config
+    return {}
 
 
 def _kind(autoencoder: nn.Module) -> str:
@@ -338,7 +415,7 @@ def _kind(autoencoder: nn.Module) -> str:
 
 def _cell_side(autoencoder: nn.Module) -> int:
     """Return how many pixels a side become one cell; 1 where the config does not say."""
-    config: Any = autoencoder.config
+    config = _config(autoencoder)
     if "spatial_compression_ratio" in config:
         return config["spatial_compression_ratio"]
     for name in LEVELS:
@@ -354,7 +431,7 @@ def _from_zero(autoencoder: nn.Module) -> bool:
 
 def _patch(autoencoder: nn.Module) -> int:
     """FLUX.2's pipeline packs 2 x 2 cells into one: 128 channels at a sixteenth of the size."""
-    config: Any = autoencoder.config
+    config = _config(autoencoder)
     if _kind(autoencoder) == "AutoencoderKLFlux2":
         return config.patch_size[0]
     return 1
@@ -364,7 +441,7 @@ def _own_statistics(autoencoder: nn.Module) -> tuple[Tensor, Tensor] | None:
     """Return the mean and spread that the autoencoder brings: of its batch norm, its config, or
     its scaling factor.
     """
-    config: Any = autoencoder.config
+    config = _config(autoencoder)
     if _kind(autoencoder) == "AutoencoderKLFlux2":
         norm: Any = autoencoder.bn
         return norm.running_mean, (norm.running_var + config.batch_norm_eps).sqrt()
@@ -396,8 +473,10 @@ def load_encoder(
     """Load a frozen encoder.
 
     Args:
-        name_or_path: a name of `SOURCES`; a folder in diffusers' layout; or VA-VAE's ``.pt``,
-            beside its ``latents_stats.pt``.
+        name_or_path: a name of `SOURCES`; a folder in diffusers' layout; VA-VAE's ``.pt``,
+            beside its ``latents_stats.pt``; or the id of a repository on the hub in diffusers'
+            layout, ``owner/name`` or ``owner/name/subfolder``, which is fetched unless it is in
+            the cache.
         sample: draw from the posterior; False takes its mean.
         dtype: of the autoencoder; latents are float32. One whose config says ``force_upcast``, as
             SDXL's does, overflows in float16 and stays in float32, as in diffusers' pipelines.
@@ -407,7 +486,8 @@ def load_encoder(
 
     Raises:
         RunError: if weights are missing; it names the file, where it goes and the command that
-            fetches it. If the autoencoder is of a class that is not in `KINDS`.
+            fetches it. If the autoencoder is of a class that is not in `KINDS`. If an id cannot be
+            fetched.
 
     Warns:
         UserWarning: if float16 was asked for and the config forbids it.
@@ -421,9 +501,12 @@ def load_encoder(
         autoencoder, statistics = _from_folder(path), None
     elif path.is_file():
         autoencoder, statistics = from_ldm(read_tensors(path)), _statistics_beside(path)
+    elif re.fullmatch(HUB_ID, str(name_or_path)):
+        autoencoder, statistics = _from_hub(str(name_or_path)), None
     else:
         raise RunError(
-            f"{name_or_path} is neither a folder, a file nor one of {', '.join(SOURCES)}"
+            f"{name_or_path} is neither a folder, a file, an id on the hub (owner/name) nor one "
+            f"of {', '.join(SOURCES)}"
         )
     mean, std = statistics or (None, None)
     config: Any = autoencoder.config
@@ -487,6 +570,39 @@ def _fetch(name: str, place: Path | None) -> str:
     return f"fetch it into {where} with: {' '.join(command)}"
 
 
+def _from_hub(name: str) -> nn.Module:
+    """Return the autoencoder of a repository on the hub, or of a folder in it."""
+    import diffusers
+
+    owner, repository, *below = name.split("/")
+    place: dict[str, Any] = {"subfolder": "/".join(below)}
+    source = f"{owner}/{repository}"
+    try:
+        config: Any = diffusers.AutoencoderKL.load_config(source, **place)
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{name} is no folder or file here, and cannot be fetched from the hub; check the "
+            "name and the network, or give a folder. A pipeline's autoencoder is below it, as in "
+            f"{source}/vae ({error})"
+        ) from error
+    kind = config.get("_class_name", "no class")
+    if kind not in KINDS:
+        raise RunError(_not_one_grid(name, kind))
+    make_buildable(kind)
+    try:
+        return getattr(diffusers, kind).from_pretrained(source, use_safetensors=True, **place)
+    except (OSError, ValueError, AttributeError) as error:
+        raise RunError(f"{name} holds no autoencoder that diffusers can load: {error}") from error
+
+
+def _not_one_grid(place: object, kind: str) -> str:
+    """Say that a class of autoencoder does not suit."""
+    return (
+        f"{place} holds {kind}, which does not encode one image to one grid of continuous "
+        f"latents; write a folder of {', '.join(KINDS)}"
+    )
+
+
 def _from_folder(path: Path) -> nn.Module:
     import json
 
@@ -501,10 +617,7 @@ def _from_folder(path: Path) -> nn.Module:
 
         return LinearAutoencoder.from_pretrained(path)
     if name not in KINDS:
-        raise RunError(
-            f"{path} holds {name}, which does not encode one image to one grid of continuous "
-            f"latents; write a folder of {', '.join(KINDS)}"
-        )
+        raise RunError(_not_one_grid(path, name))
     make_buildable(name)
     try:
         return getattr(diffusers, name).from_pretrained(
