@@ -282,7 +282,7 @@ def doubts(data: Data, scores: Mapping[str, Any]) -> list[str]:
         found.append(
             "The pictures are too few to halve them. The judges were trained on the same pictures "
             "as the generator, so a copy of one is right in their eyes. The row real has their "
-            "accuracy on held-out pictures, but its Frechet distance is of pictures that they know."
+            "accuracy on held-out pictures, but its Frechet distance is of pictures they know."
         )
     real = scores["real"]["accuracy"]
     if real < ABLE:
