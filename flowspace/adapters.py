@@ -18,6 +18,7 @@ Song, arXiv 2410.11081, section 4.1).
 
 import math
 from collections.abc import Callable, Mapping
+from inspect import Signature
 from typing import Any
 
 import torch
@@ -296,14 +297,24 @@ class _Adding:
         return output + added.to(output.dtype)
 
 
+def _signature(network: nn.Module) -> Signature:
+    """Return the arguments of a network, also of one that torch.compile wraps."""
+    return signature_of(getattr(network, "_orig_mod", network))
+
+
+def _listed(signature: Signature) -> str:
+    """Return the names of the arguments, for a message."""
+    return f"({', '.join(signature.parameters)})"
+
+
 def _known_times(network: nn.Module) -> dict[str, str]:
     """Return what a network's times are, by their names alone."""
-    signature = signature_of(network)
+    signature = _signature(network)
     for arguments, times in KNOWN_TIMES.items():
         if signature.parameters.keys() >= set(arguments):
             return times
     raise InputError(
-        f"got {type(network).__name__} with the arguments {signature}, whose times do not tell "
+        f"got {type(network).__name__} with the arguments {_listed(signature)}, whose times do not tell "
         "their range; write times={'t': 't'} for times from 0, data, to 1, noise, {'t': '1 - t'} "
         "for the other direction, or {'t': '1000*t'}"
     )
@@ -311,12 +322,12 @@ def _known_times(network: nn.Module) -> dict[str, str]:
 
 def _check_names(network: nn.Module, names: list[str]) -> None:
     """Raise InputError unless a network takes a state first and has arguments of these names."""
-    signature = signature_of(network)
+    signature = _signature(network)
     try:
         signature.bind_partial(None, **dict.fromkeys(names))
     except TypeError as error:
         raise InputError(
-            f"got {type(network).__name__} with the arguments {signature}, which does not take a "
+            f"got {type(network).__name__} with the arguments {_listed(signature)}, which does not take a "
             f"state first and then {', '.join(names)} by name: {error}; name its own arguments in "
             "times= and names="
         ) from error
@@ -324,12 +335,12 @@ def _check_names(network: nn.Module, names: list[str]) -> None:
 
 def _refuse_unfit(network: nn.Module, given: Mapping[str, Any], error: TypeError) -> None:
     """Raise InputError if a network cannot be called with what it was given."""
-    signature = signature_of(network)
+    signature = _signature(network)
     try:
         signature.bind(None, **given)
     except TypeError as unfit:
         raise InputError(
-            f"got {type(network).__name__} with the arguments {signature}, which cannot be called "
+            f"got {type(network).__name__} with the arguments {_listed(signature)}, which cannot be called "
             f"with a state and {', '.join(given)}: {unfit}; give conditions in cond=, and their "
             "names in the network in names="
         ) from error

@@ -8,7 +8,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+
+pytest.importorskip("diffusers")
+
+import diffusers
 from gaussian import Gaussian
+from huggingface_hub import PyTorchModelHubMixin
 from hypothesis import given, settings
 from strategies import PRESETS, normal, seeds
 from torch import nn
@@ -27,9 +32,8 @@ from flowspace import (
     SharedPrimal,
     VelocityFlow,
     adapt,
+    vision,
 )
-
-diffusers = pytest.importorskip("diffusers")
 
 
 def awake(module):
@@ -380,6 +384,46 @@ def test_blocks_that_are_compiled_give_the_same_loss_and_gradient(name):
         model.compile_blocks(backend=backend)
     torch.testing.assert_close(*found)
     assert graphs
+
+
+def test_a_network_that_is_compiled_already_is_adapted_by_its_own_arguments():
+    network = unet()
+    compiled = adapt(torch.compile(network, backend="eager"), names={"labels": "class_labels"})
+    assert compiled.times == adapt(network).times
+    with pytest.raises(InputError, match="a state first and then timestep, classes by name"):
+        adapt(torch.compile(network, backend="eager"), names={"labels": "classes"})
+
+
+class OfTheHub(nn.Module, PyTorchModelHubMixin):
+    """A user's own class around an adapted network."""
+
+    def __init__(self, channels: int = 3):
+        super().__init__()
+        self.model = adapt(unet(in_channels=channels), added="t - s")
+
+    def forward(self, z, t, s, **cond):
+        return self.model(z, t, s, **cond)
+
+
+def test_a_class_of_the_hub_with_an_adapted_network_is_saved_and_loaded(tmp_path):
+    made = awake(OfTheHub(channels=2))
+    made.save_pretrained(tmp_path)
+    again = OfTheHub.from_pretrained(tmp_path)
+    cond = {"class_labels": LABELS}
+    z, t, s = torch.randn(3, 2, 4, 4), T_.float(), S_.float()
+    assert torch.equal(again(z, t, s, **cond), made(z, t, s, **cond))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["CrossFlowGenerator", "DiTDH", "PixelFlowTransformer", "PixelMeanFlowTransformer"],
+)
+def test_networks_of_flowspace_are_models_of_diffusers_which_share_themselves(name):
+    """So none of them needs the hub's mixin."""
+    pytest.importorskip("timm")
+    network = getattr(vision, name)
+    assert issubclass(network, diffusers.ModelMixin)
+    assert callable(network.push_to_hub) and callable(network.from_pretrained)
 
 
 # --- what does not fit
