@@ -6,9 +6,9 @@ the text of all of them.
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 FOREWORD = """# {name}
@@ -27,12 +27,14 @@ All pages in one file: [llms-full.txt](llms-full.txt)
 
 def on_files(files: Files, config: Any) -> Files:
     """Add both files to the site."""
-    pages = Path(config.docs_dir)
     name, description = config.site_name, config.site_description
     short = [FOREWORD.format(name=name, description=description)]
     full = [f"# {name}\n"]
     for section, title, page in listed(config.nav):
-        text = (pages / page).read_text(encoding="utf-8")
+        file = files.get_file_from_path(page)
+        if file is None:
+            raise PluginError(f"got {page} in the navigation; there is no such page")
+        text = file.content_string  # of a page on disk, or of one that a hook made
         if section:
             short.append(f"\n## {section}\n")
         short.append(f"- [{title}]({address(page)}): {first_sentence(text)}")
