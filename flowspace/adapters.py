@@ -302,9 +302,10 @@ def _signature(network: nn.Module) -> Signature:
     return signature_of(getattr(network, "_orig_mod", network))
 
 
-def _listed(signature: Signature) -> str:
-    """Return the names of the arguments, for a message."""
-    return f"({', '.join(signature.parameters)})"
+def _described(network: nn.Module) -> str:
+    """Return a network's class and the names of its arguments, for a message."""
+    names = ", ".join(_signature(network).parameters)
+    return f"{type(network).__name__} with the arguments ({names})"
 
 
 def _known_times(network: nn.Module) -> dict[str, str]:
@@ -314,7 +315,7 @@ def _known_times(network: nn.Module) -> dict[str, str]:
         if signature.parameters.keys() >= set(arguments):
             return times
     raise InputError(
-        f"got {type(network).__name__} with the arguments {_listed(signature)}, whose times do not tell "
+        f"got {_described(network)}, whose times do not tell "
         "their range; write times={'t': 't'} for times from 0, data, to 1, noise, {'t': '1 - t'} "
         "for the other direction, or {'t': '1000*t'}"
     )
@@ -327,7 +328,7 @@ def _check_names(network: nn.Module, names: list[str]) -> None:
         signature.bind_partial(None, **dict.fromkeys(names))
     except TypeError as error:
         raise InputError(
-            f"got {type(network).__name__} with the arguments {_listed(signature)}, which does not take a "
+            f"got {_described(network)}, which does not take a "
             f"state first and then {', '.join(names)} by name: {error}; name its own arguments in "
             "times= and names="
         ) from error
@@ -340,7 +341,7 @@ def _refuse_unfit(network: nn.Module, given: Mapping[str, Any], error: TypeError
         signature.bind(None, **given)
     except TypeError as unfit:
         raise InputError(
-            f"got {type(network).__name__} with the arguments {_listed(signature)}, which cannot be called "
+            f"got {_described(network)}, which cannot be called "
             f"with a state and {', '.join(given)}: {unfit}; give conditions in cond=, and their "
             "names in the network in names="
         ) from error
