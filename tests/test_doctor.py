@@ -327,6 +327,17 @@ def test_the_machine_page_says_what_is_installed_and_what_brings_the_rest(capsys
     assert "pip install 'flowspace[odd" in page
 
 
+def test_a_copy_that_is_not_installed_is_examined_all_the_same(capsys, monkeypatch):
+    def nowhere(_):
+        raise libraries.metadata.PackageNotFoundError("flowspace")
+
+    libraries._requirements.cache_clear()
+    monkeypatch.setattr(libraries.metadata, "requires", nowhere)
+    assert main(["doctor"]) == 0
+    assert "pip install -e ." in capsys.readouterr().out
+    assert libraries.missing_library("torchdiffeq") == "pip install torchdiffeq"
+
+
 def test_an_old_library_is_not_ready():
     assert libraries.Library("a", "1.10", "1.9.3").ready is False
     assert libraries.Library("a", "1.10", "1.10.0").ready is True

@@ -74,7 +74,7 @@ class Examination:
         example: the model and its batch.
         accuracy: the errors and what the model is like.
         routes: the figures of each route.
-        compiled: why nothing compiled was measured, or empty.
+        compiled: why not every route was measured compiled, or empty.
         milliseconds: of a plain step, not compiled.
         over_eager: the compiled plain step over the uncompiled one; None if not measured.
         warned: what flowspace warned of on the way.
@@ -192,8 +192,17 @@ def examine_model(
         example,
         accuracy,
         routes,
-        compiled.get("reason", ""),
+        _reason(compiled),
         milliseconds,
         compiled.get("over_eager"),
         warned,
     )
+
+
+def _reason(compiled: dict[str, Any]) -> str:
+    """Return why steps were not measured compiled: each that failed, and the time."""
+    failures = compiled.get("failures", {})
+    reasons = [f"{step}: {text}" for step, text in failures.items()]
+    if compiled.get("reason"):
+        reasons.append(compiled["reason"])
+    return "; ".join(reasons)

@@ -115,7 +115,11 @@ def missing_library(imported: str) -> str:
     name = DISTRIBUTIONS.get(package, package.replace("_", "-")).lower()
     name = BROUGHT.get(name, name)
     fitting = {}
-    for extra, libraries in extras().items():
+    try:
+        known = extras()
+    except RunError:
+        return f"pip install {name}"
+    for extra, libraries in known.items():
         if any(library.name == name for library in libraries):
             fitting[extra] = len(libraries)
     if not fitting:

@@ -11,7 +11,7 @@ import sys
 import sysconfig
 import tempfile
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flowspace import __version__
 from flowspace.doctor.libraries import Library, extras, installed_version
+from flowspace.errors import RunError
 
 __all__ = ["Machine", "examine_machine"]
 
@@ -48,6 +49,7 @@ class Machine:
         attention: the kernels of scaled_dot_product_attention that run on the device.
         compiling: whether torch.compile can build kernels, and why not.
         extras: for each extra the libraries that it brings.
+        unknown: why extras are not known, or empty.
     """
 
     versions: dict[str, str]
@@ -56,6 +58,7 @@ class Machine:
     attention: list[str]
     compiling: str
     extras: dict[str, list[Library]] = field(default_factory=dict)
+    unknown: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Return it for JSON: each library with whether it is ready."""
@@ -81,7 +84,11 @@ def examine_machine() -> Machine:
         versions[name] = installed_version(name) or "not installed"
     versions["torch"] = str(torch.__version__)
     system = f"{platform.system()} {platform.release()}, {platform.machine()}"
-    return Machine(versions, system, _device(), _attention(), _compiling(), extras())
+    machine = Machine(versions, system, _device(), _attention(), _compiling())
+    try:
+        return replace(machine, extras=extras())
+    except RunError as error:
+        return replace(machine, unknown=str(error))
 
 
 def best_device() -> torch.device:

@@ -35,7 +35,10 @@ def machine_page(machine: Machine) -> str:
         if missing:
             state = "missing: " + ", ".join(missing)
         rows.append((extra, state))
-    lines += table(("extra", "its libraries"), rows)
+    if machine.unknown:
+        lines.append(_line("extras", machine.unknown))
+    else:
+        lines += table(("extra", "its libraries"), rows)
     missing_extras = machine.missing_extras()
     if missing_extras:
         lines += ["", f"To add some: pip install 'flowspace[{','.join(missing_extras)}]'"]

@@ -47,9 +47,15 @@ FEWEST_ROUNDS = 2
 
 
 class Stopwatch:
-    """How much of a time limit is left."""
+    """How much of a time limit is left.
+
+    Attributes:
+        seconds: the limit.
+        end: when it is over.
+    """
 
     def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
         self.end = time.monotonic() + seconds
 
     @property
