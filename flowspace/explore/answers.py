@@ -143,7 +143,7 @@ def residual_of(coefficients: Coefficients) -> Residual:
 
 def markup(latex: str) -> str:
     """Return LaTeX as MathML."""
-    return convert(latex, "block")
+    return convert(latex, display="block")
 
 
 def _derived(c: Coefficients) -> Derived:

@@ -54,14 +54,14 @@ def heat_map(coefficient: CoefficientMap, number_of_map: int) -> str:
     )
 
 
-def paths(states: np.ndarray) -> str:
-    """Return trajectories ``(n, B, 2)``: lines, grey dots where they begin and full ones at the
-    end.
+def paths(states: np.ndarray, shown: int = -1) -> str:
+    """Return trajectories ``(n, B, 2)``: lines, grey dots where they begin, and coloured ones at
+    one of the n times.
     """
     lines = "".join(_line(states[:, row]) for row in range(states.shape[1]))
     return _square(
         f'<path class="path" d="{lines}"/><path class="dots noise" d="{_dots(states[0])}"/>'
-        f'<path class="dots made" d="{_dots(states[-1])}"/>',
+        f'<path class="dots made" d="{_dots(states[shown])}"/>',
         "trajectories from noise to data",
     )
 

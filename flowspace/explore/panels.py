@@ -11,6 +11,7 @@ from flowspace.explore import drawing
 from flowspace.explore.answers import Derived, Properties, Residual, Trajectories, WrittenOut
 from flowspace.explore.design import FORMS, Design
 from flowspace.explore.maps import CoefficientMap
+from flowspace.explore.mixture import TIMES
 from flowspace.explore.presets import PRESETS, SUGGESTIONS
 from flowspace.explore.training import SHOWN, TrainingLook, roll, train
 from flowspace.explore.workers import Ended, Job, send_all
@@ -39,7 +40,7 @@ FORM_LABELS = {
     "kappa, gamma": "\N{GREEK SMALL LETTER KAPPA} and \N{GREEK SMALL LETTER GAMMA}",
     "kappa, h": "h and \N{GREEK SMALL LETTER KAPPA}",
 }
-STEPS = [400, 800, 3000]
+STEPS = [500, 2000, 8000]
 
 POINTED_AT = f"""(e) => {{
   const r = e.currentTarget.getBoundingClientRect();
@@ -264,17 +265,28 @@ class FlowPanel:
     """The exact flow of a mixture of Gaussians."""
 
     def __init__(self) -> None:
+        self._trajectories: Trajectories | None = None
         with ui.element("div"):
             ui.html("Exact flow of a mixture", tag="h2", sanitize=False)
             ui.label(
-                "Grey: noise at t = 1. Coloured: five Gaussians, reached along the "
-                "probability-flow ODE of this schedule. The velocity is known in closed form."
+                "Grey: noise at t = 1. Coloured: where the probability-flow ODE of this schedule "
+                "takes it, to five Gaussians. The velocity is known in closed form."
             ).classes("note")
             self._picture = _markup("picture card")
+            last = len(TIMES) - 1
+            self._slider = ui.slider(min=0, max=last, value=last, on_change=self._draw)
+            self._slider.props('aria-label="time of the flow"').classes("px-2")
+            self._readout = ui.label().classes("readout")
 
     def show(self, trajectories: Trajectories) -> None:
         """Draw the trajectories."""
-        self._picture.set_content(drawing.paths(trajectories.states))
+        self._trajectories = trajectories
+        self._draw()
+
+    def _draw(self) -> None:
+        if self._trajectories is not None:
+            self._picture.set_content(drawing.paths(self._trajectories.states, self._slider.value))
+            self._readout.set_text(f"t = {float(TIMES[self._slider.value]):.2f}")
 
 
 class TrainingPanel:
