@@ -530,6 +530,16 @@ def test_weights_that_were_trained_on_and_saved_again_have_new_digests(tmp_path)
     assert torch.equal(last.head.weight, again.head.weight) and not told["missing_keys"]
 
 
+def test_a_pipeline_whose_schedule_is_lost_is_refused(tmp_path):
+    CrossFlowPipeline(network()).save_pretrained(tmp_path)
+    place = tmp_path / "model_index.json"
+    told = json.loads(place.read_text())
+    told.pop("beta")
+    place.write_text(json.dumps(told))
+    with pytest.raises(RunError, match=r"model_index.json names no schedule"):
+        CrossFlowPipeline.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("alpha", ["10**10**10", "cos(" * 200 + "t" + ")" * 200, "(1-t)**9999", 3])
 def test_a_schedule_of_a_stranger_is_refused_and_keeps_nobody_waiting(alpha, tmp_path):
     CrossFlowPipeline(network()).save_pretrained(tmp_path)

@@ -16,7 +16,7 @@ from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  # pipeline
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
-from flowspace.errors import InputError
+from flowspace.errors import InputError, RunError
 from flowspace.flow_map import FlowMap
 from flowspace.guidance import Guidance
 from flowspace.schedules import TIME_FLOOR, Schedule
@@ -85,7 +85,8 @@ class CrossFlowPipeline(OneStepPipeline):
                 for its models, such as ``torch_dtype``, and of the hub's, such as ``revision``.
 
         Raises:
-            RunError: if the weights are not what was saved, or a tensor is missing.
+            RunError: if the weights are not what was saved, a tensor is missing, or
+                ``model_index.json`` has no formulas.
             FlowspaceError: if the formulas make no schedule.
         """
         kwargs.pop("trust_remote_code", None)
@@ -100,6 +101,8 @@ class CrossFlowPipeline(OneStepPipeline):
         if generator is None:
             generator = CrossFlowGenerator.from_pretrained(folder / "generator", **kwargs)
         config: Any = cls.load_config(folder)
+        if not {"alpha", "beta"} <= config.keys():
+            raise RunError(f"{folder / cls.config_name} names no schedule; fetch it again")
         found = cls(generator, config["alpha"], config["beta"])
         card = folder / "README.md"
         if card.is_file():
