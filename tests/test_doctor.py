@@ -207,6 +207,41 @@ def test_a_shape_is_found_for_a_model_that_comes_alone(examine):
     assert examine(pictures, latents=(2, 3, 8, 4)).example.images.shape == (2, 3, 8, 4)
 
 
+def test_a_shape_is_not_one_whose_rows_are_taken_for_tokens(examine):
+    """(4, 8) runs too, by broadcasting: its four rows are then four tokens of each row."""
+    found = examine("""
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 24)
+        def forward(self, z_t, t, s):
+            q, k, v = self.layer(z_t + (t - s)[:, None, None]).chunk(3, -1)
+            return nn.functional.scaled_dot_product_attention(q, k, v)
+    build = Attention()
+    """)
+    assert found.example.latents.shape == (4, 64, 8)
+    assert found.accuracy.findings.rows_mix is False
+
+
+def test_what_leaves_torch_unseen_is_wrong_and_not_advised(examine):
+    found = examine("""
+    def call(net, z_t, t, s):
+        factor = torch.from_numpy(t.detach().numpy() ** 2)
+        return net(joined(z_t, t, s)) * factor[:, None].to(z_t.dtype)
+    def build(): return batch(Wrapped(call))
+    """)
+    assert by_name(found)["SharedPrimal()"].error > 0.05
+    assert found.hidden and found.advised.name == "FiniteDifference(order=2)"
+
+
+def test_parameters_of_half_precision_are_refused_with_the_dtypes(examine):
+    with pytest.raises(InputError, match=r"bfloat16 .* and times of dtype torch.float32"):
+        examine("""
+        def build():
+            return Wrapped(lambda net, *a: net(joined(*a))).bfloat16(), torch.ones(4, 2).bfloat16()
+        """)
+
+
 def test_a_condition_reaches_the_model(examine):
     found = examine("""
     class Labelled(nn.Module):
@@ -244,7 +279,7 @@ BAD = {
         "my_model:build",
         "def build(): return plain, torch.ones(2, 2).long()",
     ),
-    "fails on latents of shape (4, 7)": (
+    "latents of dtype torch.float32 and shape (4, 7)": (
         "my_model:build",
         "def build(): return plain, torch.ones(4, 7)",
     ),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from flowspace.backends import torch_backend
 from flowspace.derivatives import Derivative, ForwardMode
 from flowspace.derivatives.replay import RandomState, agree, restoring_buffers
 from flowspace.doctor.steps import ROUTES, recorded_warnings, said
@@ -148,7 +149,8 @@ def examine_accuracy(example: Example) -> Accuracy:
 def _point(example: Example) -> Point:
     """Return a point of the linear path for each row, with s half of t."""
     latents = example.latents
-    t = torch.linspace(0.9, 0.3, len(latents), device=latents.device).to(latents.dtype)
+    t = torch.linspace(0.9, 0.3, len(latents), device=latents.device)
+    t = t.to(torch_backend.time_dtype(latents))
     z_t, velocity = LinearSchedule().perturb(latents, torch.randn_like(latents), t)
     return Point(z_t.to(latents.dtype), velocity.to(latents.dtype), t, 0.5 * t, example.cond)
 

@@ -105,8 +105,11 @@ class Examination:
 
     @property
     def hidden(self) -> bool:
-        """Whether forward mode and differences disagree: something is hidden, or not smooth."""
-        return self.accuracy.apart is not None and self.accuracy.apart > AGREEMENT
+        """Whether exact routes and differences disagree: something is hidden, or not smooth."""
+        if self.accuracy.apart is not None and self.accuracy.apart > AGREEMENT:
+            return True
+        exact = [route for route in self.routes if not route.name.startswith("Finite")]
+        return any(not route.failure and not route.right for route in exact)
 
     def as_dict(self) -> dict[str, Any]:
         """Return it for JSON."""

@@ -139,7 +139,7 @@ def _about(found: Examination) -> list[str]:
         lines.append(
             _line(
                 "hidden",
-                "forward mode and differences disagree: a part of the model is detached, is not "
+                "exact routes and differences disagree: a part of the model is detached, is not "
                 "seen by torch, or is not smooth",
             )
         )

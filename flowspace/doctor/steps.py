@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flowspace.backends import torch_backend
 from flowspace.derivatives import Derivative, FiniteDifference, ForwardMode, SharedPrimal
 from flowspace.doctor.target import Example
 from flowspace.objectives import CrossFlowLoss
@@ -121,7 +122,7 @@ def steps_of(example: Example) -> dict[str, Callable[[], Any]]:
 def _plain(example: Example) -> None:
     """Make a step of regression, with the same evaluations as any training has."""
     latents = example.latents
-    t = torch.rand(len(latents), device=latents.device).to(latents.dtype)
+    t = torch.rand(len(latents), device=latents.device).to(torch_backend.time_dtype(latents))
     z_t = latents + torch.randn_like(latents)
     out = example.model(z_t, t, 0.5 * t, **example.cond)
     _backward((out - example.images).square().mean())

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowspace.backends import torch_backend
 from flowspace.errors import InputError
 from flowspace.inputs import check_model, check_states, checked_cond, kind_of
 
@@ -41,6 +42,9 @@ LENGTHS = (64, 16)
 
 MOST_LAYERS = 4
 """How many layers' sizes are tried."""
+
+TRIED = "random; their shape was found by trying"
+"""What is said of latents that nobody gave."""
 
 HOW = (
     "write def build(): return model, or return model, latents, images, cond, of which the last "
@@ -206,17 +210,17 @@ def plain_forward(example: Example) -> Tensor:
     Raises:
         InputError: if it fails, or returns something else than one tensor of shape ``(B, *)``.
     """
-    rows = len(example.latents)
-    times = torch.linspace(0.3, 0.9, rows, device=example.latents.device)
-    times = times.to(example.latents.dtype)
+    rows, latents = len(example.latents), example.latents
+    times = torch.linspace(0.3, 0.9, rows, device=latents.device)
+    times = times.to(torch_backend.time_dtype(latents))
     try:
         with torch.no_grad():
             out = example.model(example.latents, times, 0.5 * times, **example.cond)
     # whatever a user's own model raises
     except Exception as error:
         raise InputError(
-            f"model(z_t, t, s{_named(example.cond)}) fails on latents of shape "
-            f"{tuple(example.latents.shape)} and times of shape ({rows},): {_said(error)}"
+            f"model(z_t, t, s{_named(example.cond)}) fails on latents of {kind_of(latents)} and "
+            f"times of {kind_of(times)}: {_said(error)}"
         ) from error
     if not isinstance(out, Tensor) or out.ndim < 1 or len(out) != rows:
         raise InputError(
@@ -233,14 +237,20 @@ def _found_latents(
     device, dtype = _place(model)
     if shape is not None:
         return torch.randn(shape, device=device, dtype=dtype), f"random, of shape {shape}"
+    mixing = None
     for candidate in _shapes(model):
         latents = torch.randn(candidate, device=device, dtype=dtype)
         example = Example("", model, latents, latents, cond)
         try:
-            plain_forward(example)
+            out = plain_forward(example)
+            alone = plain_forward(replace(example, latents=latents[:2]))
         except InputError:
             continue
-        return latents, "random; their shape was found by trying"
+        if out.shape[1:] == alone.shape[1:]:
+            return latents, TRIED
+        mixing = latents  # its rows were taken for another axis, or it does mix them
+    if mixing is not None:
+        return mixing, TRIED
     raise InputError(
         "got a model alone from build(), and found no shape of latents that it takes; let it "
         "return model, latents, or write --latents 4,16,32,32 (the shape, rows first)"
