@@ -29,9 +29,6 @@ __all__ = [
 
 SIGNS = {1: "+", -1: "-"}
 TRAJECTORIES = 120
-ONE_LINE = 110
-"""Characters of LaTeX up to which a residual stands on one line."""
-
 TOO_LONG = 420
 """Characters of LaTeX beyond which a coefficient is shown by its letter."""
 
@@ -79,10 +76,17 @@ class Properties:
 
 @dataclass(frozen=True)
 class Residual:
-    """The residual in LaTeX, and as lines of MathML."""
+    """The residual.
+
+    Attributes:
+        latex: in full.
+        markup: its terms as MathML.
+        is_whole: whether the terms show every coefficient in full.
+    """
 
     latex: str
     markup: list[str]
+    is_whole: bool
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ def answers(design: Design) -> Iterator[Answer]:
 
 
 def residual_of(coefficients: Coefficients) -> Residual:
-    """Return the residual: on one line where that is short, else a line a term."""
+    """Return the residual, term by term, so that it can be broken between them."""
     parts, shown = [], []
     for name, place, function in terms(coefficients):
         sign = 1
@@ -134,11 +138,16 @@ def residual_of(coefficients: Coefficients) -> Residual:
         if part:
             parts.append(part)
             shown.append(_shown(part, name, place, sign))
-    latex = "R = " + " ".join(parts).removeprefix("+ ")
-    if len(latex) <= ONE_LINE:
-        return Residual(latex, [markup(latex)])
-    lines = ["R = " + shown[0].removeprefix("+ "), *shown[1:]]
-    return Residual(latex, [markup(line) for line in lines])
+    first = _sum(shown[:1])
+    return Residual(
+        latex=_sum(parts),
+        markup=[markup(each) for each in (first, *shown[1:])],
+        is_whole=parts == shown,
+    )
+
+
+def _sum(parts: list[str]) -> str:
+    return "R = " + " ".join(parts).removeprefix("+ ")
 
 
 def markup(latex: str) -> str:

@@ -24,6 +24,10 @@ CONTRAST = 4.0
 LEFT, TOP, SIDE = 22, 12, 216
 """Of the square in which a triangle lies, in units of its picture."""
 
+SMALL_T = '<tspan class="small-letter" dy="3">t</tspan>'
+PLACES = {"D_t f": f'D{SMALL_T}<tspan dy="-3"> f</tspan>', "z_t": f"z{SMALL_T}"}
+"""What a coefficient may stand in front of, as it is written in a picture."""
+
 PICTURE = (252, 252)
 RANGE = 2.9
 """Clouds and paths are drawn for coordinates of this size."""
@@ -105,7 +109,7 @@ def _png(coefficient: CoefficientMap) -> str:
     rows, columns = np.indices(values.shape)
     above = rows > columns
     values[above] = np.diag(values)[columns[above]]  # so that no edge fades along the diagonal
-    sizes = np.arcsinh(CONTRAST * np.abs(values) / coefficient.limit) / math.asinh(CONTRAST)
+    sizes = np.arcsinh(CONTRAST * np.abs(values) / (coefficient.limit or 1)) / math.asinh(CONTRAST)
     colours = np.zeros((*values.shape, 4), np.uint8)
     colours[..., :3] = np.where((values > 0)[..., None], POSITIVE, NEGATIVE)
     colours[..., 3] = 235 * np.nan_to_num(sizes, nan=0, posinf=1).clip(0, 1)
@@ -129,13 +133,17 @@ def _mark(edge: str) -> str:
 
 def _scale(coefficient: CoefficientMap, number_of_map: int) -> str:
     """Return the name and the scale of colours, in the half of the square that is empty."""
-    gradient, limit = f"scale{number_of_map}", number(coefficient.limit, 2)
-    negative, positive = (f"rgb{colour}" for colour in (NEGATIVE, POSITIVE))
-    place = coefficient.place.replace("D_t", "D\N{SUBSCRIPT ONE}").replace("z_t", "z")
-    return (
+    place = PLACES.get(coefficient.place, coefficient.place)
+    title = (
         f'<text class="name" x="{LEFT}" y="34">{coefficient.name}</text>'
         f'<text class="tick" x="{LEFT}" y="52">in front of {place}</text>'
-        f'<linearGradient id="{gradient}"><stop stop-color="{negative}"/>'
+    )
+    if coefficient.limit == 0:
+        return f'{title}<text class="tick" x="{LEFT}" y="70">zero everywhere</text>'
+    gradient, limit = f"scale{number_of_map}", number(coefficient.limit, 2)
+    negative, positive = f"rgb{NEGATIVE}", f"rgb{POSITIVE}"
+    return (
+        f'{title}<linearGradient id="{gradient}"><stop stop-color="{negative}"/>'
         f'<stop offset=".5" stop-color="{negative}" stop-opacity="0"/>'
         f'<stop offset=".5" stop-color="{positive}" stop-opacity="0"/>'
         f'<stop offset="1" stop-color="{positive}"/></linearGradient>'

@@ -39,7 +39,7 @@ class CoefficientMap:
         place: what it stands in front of.
         values: at the centres of the cells, ``(GRID, GRID)``, row by s and column by t; above the
             diagonal, where s > t, nan.
-        limit: the size up to which values are told apart.
+        limit: the size up to which values are told apart; 0 where all are zero.
         singular: the edges on which it has no finite value.
     """
 
@@ -95,8 +95,8 @@ def _map(name: str, place: str, function: TimeFunction) -> CoefficientMap:
     values[inside] = function(t[inside], s[inside])
     sizes = values[inside].abs()
     sizes = sizes[sizes.isfinite()]
-    limit = 1.0
-    if len(sizes) and float(sizes.max()) > 0:
+    limit = 0.0
+    if len(sizes):
         limit = float(sizes.quantile(TYPICAL)) or float(sizes.max())
     return CoefficientMap(name, place, values.numpy(), limit, singular_edges(function))
 

@@ -58,7 +58,7 @@ class ExplorePage:
     def __init__(self, query: dict[str, str]) -> None:
         self._calculator: Calculator | None = None
         ui.add_css(resources.files("flowspace.explore").joinpath("explore.css").read_text())
-        ui.colors(primary="#4f5bd5")
+        ui.colors(primary="var(--accent)")
         design, problem = PRESETS[0].design, ""
         try:
             if query:
@@ -100,7 +100,7 @@ class ExplorePage:
                 quiet_button("", "contrast", self._switch_dark).props('aria-label="light or dark"')
 
     def _changed(self, design: Design) -> None:
-        self._training.design = design
+        self._training.take(design)
         ui.navigate.history.replace(f"/?{design.query()}")
         if self._calculator is not None:
             self._calculator.ask(design)

@@ -181,16 +181,21 @@ class ResidualPanel:
                 self._state = ui.label().classes("note").props('aria-live="polite"')
                 quiet_button("copy LaTeX", "content_copy", self._copy)
             self._formulas = _markup("formulas")
+            self._long = ui.label(
+                "Some coefficients are too long to read here; copy LaTeX has them."
+            )
+            self._long.classes("note text-center").set_visibility(False)
             self._kappa = _markup("kappa")
             self._kappa.props('data-testid="kappa"')
             self._properties = ui.element("div").classes("properties")
             self._advice = ui.label().classes("advice")
 
     def show_residual(self, residual: Residual) -> None:
-        """Show R; of several lines, one a term."""
+        """Show R, broken between its terms where the window is narrow."""
         self._latex = residual.latex
-        lines = "".join(residual.markup)
-        self._formulas.set_content(f'<div class="lines" tabindex="0">{lines}</div>')
+        terms = "".join(residual.markup)
+        self._long.set_visibility(not residual.is_whole)
+        self._formulas.set_content(f'<div class="terms" tabindex="0">{terms}</div>')
         self._formulas.classes(remove="stale")
 
     def show_derived(self, derived: Derived) -> None:
@@ -285,8 +290,9 @@ class FlowPanel:
 
     def _draw(self) -> None:
         if self._trajectories is not None:
-            self._picture.set_content(drawing.paths(self._trajectories.states, self._slider.value))
-            self._readout.set_text(f"t = {float(TIMES[self._slider.value]):.2f}")
+            shown = int(self._slider.value or 0)
+            self._picture.set_content(drawing.paths(self._trajectories.states, shown))
+            self._readout.set_text(f"t = {float(TIMES[shown]):.2f}")
 
 
 class TrainingPanel:
@@ -294,6 +300,7 @@ class TrainingPanel:
 
     def __init__(self, design: Design) -> None:
         self.design = design
+        self._trained: Design | None = None
         self._job: Job | None = None
         with ui.element("div"):
             ui.html("Train a small network", tag="h2", sanitize=False)
@@ -305,12 +312,18 @@ class TrainingPanel:
             self._samples.set_content(drawing.clouds(data, data[:0]))
             with ui.element("div").classes("controls"):
                 self._button = ui.button("Start", on_click=self._start_or_stop)
-                self._button.props('unelevated no-caps aria-label="start or stop training"')
+                self._button.props('outline no-caps aria-label="start or stop training"')
                 self._steps = ui.select(STEPS, value=STEPS[1], label="steps").classes("steps")
                 self._steps.props('outlined dense options-dense aria-label="training steps"')
                 self._status = ui.label("").classes("readout").props('aria-live="polite"')
             self._bar = ui.linear_progress(0, show_value=False).props("rounded size=4px")
             self._curve = _markup("")
+
+    def take(self, design: Design) -> None:
+        """Train this design when it is started next."""
+        self.design = design
+        if self._job is None and self._trained not in (None, design):
+            self._status.set_text("These samples are of an earlier design. Start trains this one.")
 
     def poll(self) -> None:
         """Show what the training has sent."""
@@ -338,6 +351,7 @@ class TrainingPanel:
             self.stop()
             return
         self._job = Job(send_all, train, self.design, self._steps.value)
+        self._trained = self.design
         self._button.set_text("Stop")
         self._status.set_text("starting")
         self._bar.set_value(0)

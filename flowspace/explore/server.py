@@ -2,6 +2,7 @@
 
 import contextlib
 import ipaddress
+import os
 import socket
 import threading
 
@@ -96,4 +97,7 @@ def _socket(host: str) -> socket.socket:
     family = socket.AF_INET
     if ":" in host:
         family = socket.AF_INET6
-    return socket.socket(family, socket.SOCK_STREAM)
+    made = socket.socket(family, socket.SOCK_STREAM)
+    if os.name == "posix":  # a server that has just ended leaves its port free
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    return made
