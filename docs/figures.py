@@ -104,10 +104,9 @@ class Output:
     def printed(self) -> str:
         """Run the command and return what it prints."""
         words = shlex.split(self.command)
-        if words[0] == "python":
-            words[0] = sys.executable
-        else:
-            words[0] = str(Path(sys.executable).with_name(words[0]))
+        if words[0] not in ("python", "flowspace"):
+            raise SystemExit(f"no command makes {self.path.name}: {self.command}")
+        words[0] = str(Path(sys.executable).with_name(words[0]))
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
         run = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
         if run.returncode:

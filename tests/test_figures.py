@@ -8,7 +8,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent.parent / "docs"))
 
-import figures
+import figures  # pyright: ignore[reportMissingImports]
 
 TABLES = [table for page in figures.pages() for table in figures.tables(page)]
 FROM = [table for table in TABLES if table.kind == "from"]
