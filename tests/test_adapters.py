@@ -138,6 +138,24 @@ def test_value_and_derivative_of_a_network_of_diffusers_are_those_of_a_model_by_
     assert slope.abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("build", [unet, dit], ids=["unet", "dit"])
+def test_a_finite_difference_of_a_thousand_t_needs_a_step_far_below_the_default(build):
+    model = adapt(build(), names={"labels": "class_labels"})
+    z, v, one = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4), torch.ones(3)
+
+    def derivative(route):
+        arguments = (z, T_.float(), S_.float())
+        return route(lambda z, t, s: model(z, t, s, labels=LABELS), arguments, (v, one, None))[1]
+
+    exact = derivative(ForwardMode())
+
+    def error(route):
+        return float((derivative(route) - exact).norm() / exact.norm())
+
+    assert error(FiniteDifference()) > 0.5
+    assert error(FiniteDifference(step=1e-4)) < 0.02
+
+
 @pytest.mark.parametrize(
     "route",
     [SharedPrimal(), ForwardMode(), FiniteDifference(step=1e-4)],
@@ -154,12 +172,8 @@ def test_an_added_time_is_the_embedding_that_one_would_add_by_hand(route):
     def by_hand(z, t, s):
         angle = (t - s)[:, None] * rates
         hidden = F.silu(added.first(torch.cat([angle.cos(), angle.sin()], 1)))
-        first = network.t_embedder.mlp(
-            torch.cat(
-                [(t[:, None] * torch.arange(1, 5)).cos(), (t[:, None] * torch.arange(1, 5)).sin()],
-                1,
-            )
-        )
+        angle = t[:, None] * torch.arange(1, 5)
+        first = network.t_embedder.mlp(torch.cat([angle.cos(), angle.sin()], 1))
         return network.body(z, first + added.second(hidden) + network.y_embedder(LABELS))
 
     wanted, slope = jvp(by_hand, z, v)
