@@ -49,6 +49,9 @@ SHOWN = 8
 
 MAIN = "crossflow"
 
+SHIFTS = 2
+"""Keeps the shifts of a step apart from the other uses of (seed, step)."""
+
 DECODER_ON_NOISE = "decoder on noise"
 
 
@@ -89,6 +92,8 @@ class Method:
             if not self.pixels:
                 first = world.autoencoder.decode(first)
                 second = world.autoencoder.decode(second)
+            if isinstance(settings, PictureSettings):
+                first, second = shifted(first, second, draws)
             return mean + settings.perceptual * world.perceptual(first, second).mean()
 
         def watch(step: int, network: nn.Module) -> None:
@@ -296,6 +301,15 @@ def draw(
     with torch.no_grad():
         images = torch.cat([world.autoencoder.decode(z) for z in noise.split(AT_ONCE)])
     return images, labels, 1000 * (time.perf_counter() - start) / count
+
+
+def shifted(first: Tensor, second: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+    """Return both images shifted alike by up to 7 pixels, around the edges: the strides of the
+    perceptual network would leave a fine texture unseen if they always fell on the same pixels.
+    """
+    generator = torch.Generator().manual_seed(seed_of(draws.seed, draws.step, SHIFTS))
+    down, right = torch.randint(8, (2,), generator=generator).tolist()
+    return first.roll((down, right), (2, 3)), second.roll((down, right), (2, 3))
 
 
 def noise_of(world: World, count: int, seed: int) -> Tensor:

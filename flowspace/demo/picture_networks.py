@@ -5,6 +5,7 @@ classifiers.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from flowspace.demo.data import in_range
 from flowspace.demo.networks import fourier
+from flowspace.errors import InputError
 
 __all__ = [
     "Components",
@@ -40,6 +42,9 @@ SPARE = 16
 MOST_FITTED = 4096
 """Pictures of which components are computed; of more, evenly spread ones."""
 
+SAME = 1e-3
+"""Pictures that differ by less, a quarter of a level of eight bits, are the same."""
+
 SMALLEST_SPREAD = 1e-4
 """Of a component, over that of the first; one that varies less is kept at it."""
 
@@ -60,9 +65,9 @@ class Components(nn.Module):
     basis: Tensor
     spread: Tensor
 
-    def __init__(self, shape: tuple[int, ...], numbers: int) -> None:
+    def __init__(self, shape: Sequence[int], numbers: int) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape = tuple(shape)
         pixels = math.prod(shape)
         self.register_buffer("center", torch.zeros(pixels))
         self.register_buffer("basis", torch.eye(numbers, pixels))
@@ -87,10 +92,17 @@ class Components(nn.Module):
         Args:
             images: ``(N, C, H, W)``, with ``N`` above the numbers.
             seed: of the random projection that finds them.
+
+        Raises:
+            InputError: if all pictures are the same.
         """
         stride = -(-len(images) // MOST_FITTED)
         rows = in_range(images[::stride]).flatten(1)
         center = rows.mean(0)
+        if float((rows - center).abs().max()) < SAME:
+            raise InputError(
+                f"got {len(rows)} pictures that are all the same; give different ones"
+            )
         kept = len(self.spread)
         wanted = min(kept + SPARE, *rows.shape)
         with torch.random.fork_rng(devices=[]):
@@ -179,9 +191,14 @@ class FromWholeLatent(nn.Module):
     """
 
     def __init__(
-        self, numbers: int, shape: tuple[int, ...], classes: int, size: PictureSize
+        self,
+        numbers: int,
+        shape: Sequence[int],
+        classes: int,
+        size: PictureSize | None = None,
     ) -> None:
         super().__init__()
+        size = size or PictureSize()
         width = size.width
         self.embed = nn.Linear(numbers, width)
         self.label = nn.Embedding(classes, width)
@@ -215,7 +232,7 @@ class ConvolutionsUp(nn.Module):
         cells: channels of the coarsest grid.
     """
 
-    def __init__(self, width: int, shape: tuple[int, ...], cells: int) -> None:
+    def __init__(self, width: int, shape: Sequence[int], cells: int) -> None:
         super().__init__()
         grid, doublings = grid_of(shape[-1])
         self.begin = nn.Sequential(

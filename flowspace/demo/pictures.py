@@ -42,6 +42,9 @@ MANY = 1000
 
 MOST_NAMED = 5
 
+TRANSPARENT = ("RGBA", "LA", "PA", "La", "RGBa")
+"""Modes of pictures that may be transparent."""
+
 SYSTEM = ("__MACOSX",)
 """Folders that systems leave, besides those whose names begin with a dot."""
 
@@ -122,10 +125,10 @@ class PictureFiles(Images):
     def open(self, index: int) -> Image.Image:
         """Open one file: turned as its camera says, and laid on white where it is transparent."""
         check_file(self.paths[index])
-        picture = Image.open(self.paths[index], formats=FORMATS)
-        check_shape(picture)  # before anything is decoded
-        picture = ImageOps.exif_transpose(picture)
-        if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        with Image.open(self.paths[index], formats=FORMATS) as held:
+            check_shape(held)  # before anything is decoded
+            picture = ImageOps.exif_transpose(held)  # a copy
+        if "transparency" in picture.info or picture.mode in TRANSPARENT:
             picture = picture.convert("RGBA")
             white = Image.new("RGBA", picture.size, "white")
             return Image.alpha_composite(white, picture)
