@@ -42,7 +42,7 @@ def names_of(page, *needed):
     for block in programs(page):
         code = re.split(r"^torch\.manual_seed", block.code, flags=re.MULTILINE)[0]
         if re.search(r"^(def|class) ", code, re.MULTILINE):
-            exec(re.split(r"^(?:net|out) = ", code, flags=re.MULTILINE)[0], names)
+            exec(re.split(r"^(?:net|out|model) = ", code, flags=re.MULTILINE)[0], names)
     return names
 
 
