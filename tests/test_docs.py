@@ -23,6 +23,7 @@ import io
 import re
 import runpy
 import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -141,9 +142,8 @@ def with_programs():
 @pytest.mark.parametrize("page", with_programs(), ids=named)
 @pytest.mark.usefixtures("alone")
 def test_the_programs_of_a_page_run_as_written(page, tmp_path, monkeypatch):
-    for needs in re.findall(r"<!-- needs: (.*?) *-->", page.read_text()):
-        for module in needs.split():
-            pytest.importorskip(module)
+    for module in sorted(needed(page)):
+        pytest.importorskip(module)
     monkeypatch.chdir(tmp_path)
     names, printed = {"__name__": "page"}, ""
     for block in blocks(page):
@@ -151,6 +151,30 @@ def test_the_programs_of_a_page_run_as_written(page, tmp_path, monkeypatch):
             assert block.code.rstrip() == printed.rstrip(), f"{named(page)}:{block.line}"
         elif block.kind in RUNS and block.mark != "not run":
             printed = RUNS[block.kind](block, page, names)
+
+
+def needed(page):
+    """The libraries that a page says it needs."""
+    return {
+        module
+        for needs in re.findall(r"<!-- needs: (.*?) *-->", page.read_text())
+        for module in needs.split()
+    }
+
+
+@pytest.mark.parametrize("page", with_programs(), ids=named)
+def test_a_page_says_which_libraries_it_needs(page):
+    """Beyond those of the core; what is for pictures needs diffusers."""
+    imported = set()
+    for block in blocks(page):
+        if block.kind in ("python", "pycon") and block.mark != "not run":
+            code = re.sub(r"^(>>>|\.\.\.) ", "", block.code, flags=re.MULTILINE)
+            imported.update(re.findall(r"^ *(?:from|import) ([\w.]+)", code, re.MULTILINE))
+    if any(module.startswith("flowspace.vision") for module in imported):
+        imported.add("diffusers")
+    packages = {module.split(".")[0] for module in imported}
+    known = set(sys.stdlib_module_names) | {"flowspace", "numpy", "pytest", "sympy", "torch"}
+    assert packages - known <= needed(page), packages - known - needed(page)
 
 
 def test_few_programs_are_left_out_and_each_says_why():
