@@ -221,7 +221,15 @@ class Adapter(nn.Module):
     def enable_gradient_checkpointing(self) -> None:
         """Let a network of diffusers run its blocks again in the backward pass, an added time
         included.
+
+        Raises:
+            InputError: if the network is not of diffusers, or has no such blocks.
         """
+        if not getattr(self.network, "_supports_gradient_checkpointing", False):
+            raise InputError(
+                f"got {type(self.network).__name__}, which has no gradient checkpointing of "
+                "diffusers; let its blocks run under torch.utils.checkpoint themselves"
+            )
         self.network.enable_gradient_checkpointing(self._checkpointed)  # type: ignore[operator]
 
     def _checkpointed(self, block: Callable[..., Any], *inputs: Any) -> Any:

@@ -460,6 +460,11 @@ class Dictionary(nn.Module):
         (lambda: adapt(unet(), added="t - s", added_to="conv_act"), "without a linear layer"),
         (lambda: adapt(unet(), added_to="time_embedding"), "added='t - s' too"),
         (lambda: adapt(unet(), factor="-1"), "factor = '-1'"),
+        (
+            lambda: adapt(XTH()).enable_gradient_checkpointing(),
+            "torch.utils.checkpoint themselves",
+        ),
+        (lambda: adapt(XTH()).compile_blocks(), r"write adapted\.compile\(\)"),
     ],
 )
 def test_what_cannot_be_adapted_is_one_clear_error(call, says):

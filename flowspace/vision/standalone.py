@@ -31,7 +31,8 @@ def standalone(module: str) -> str:
         module: by its name, such as ``"flowspace.vision.generator"``.
 
     Raises:
-        RunError: if two modules give one name to two things, or import one under another name.
+        RunError: if two modules give one name to two things, one imports under another name, or
+            the source is not installed.
     """
     parts = _in_order(module, {})
     _check_names(parts)
@@ -48,9 +49,14 @@ class _Part:
 
     def __init__(self, name: str) -> None:
         spec = importlib.util.find_spec(name)
-        loader = getattr(spec, "loader", None)
+        source = spec.loader.get_source(name)  # type: ignore[union-attr]
+        if source is None:
+            raise RunError(
+                f"the source of {name} is not installed, so it cannot be shipped; install "
+                "flowspace with its source, as pip does"
+            )
         self.name = name
-        self.source: str = loader.get_source(name)  # type: ignore[union-attr]
+        self.source: str = source
         self.tree = ast.parse(self.source)
 
     def docstring(self) -> str:
