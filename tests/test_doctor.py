@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from flowspace import Derivative, InputError, SharedPrimal
 from flowspace.cli import main
 from flowspace.derivatives.shared_primal.kinds import warn_of_whole_numbers
 from flowspace.doctor import libraries, machine, steps
-from flowspace.doctor.examination import examine_model
+from flowspace.doctor.examination import RouteFigures, examine_model
 from flowspace.doctor.page import model_page
 from flowspace.doctor.target import load
 
@@ -88,7 +89,36 @@ def test_the_error_of_a_route_that_is_off_by_a_quarter_is_a_quarter(examine, mon
     monkeypatch.setitem(steps.ROUTES, "SharedPrimal()", Scaled())
     found = examine("def build(): return batch(plain)")
     assert by_name(found)["SharedPrimal()"].error == pytest.approx(0.25, rel=1e-5)
-    assert found.advised.name != "SharedPrimal()"
+    assert found.advised.name == "ForwardMode()"
+
+
+def figures(name, low, high, error=1e-6):
+    return RouteFigures(name, error, steps.Cost((low + high) / 2, low, high, 5), None, "")
+
+
+@pytest.mark.parametrize(
+    ("routes", "advised"),
+    [
+        (
+            {"SharedPrimal()": (1.6, 1.7), "FiniteDifference(order=2)": (1.3, 1.4)},
+            "SharedPrimal()",
+        ),
+        ({"SharedPrimal()": (2.6, 2.7), "ForwardMode()": (1.3, 1.4)}, "ForwardMode()"),
+        ({"SharedPrimal()": (1.2, 2.7), "ForwardMode()": (1.0, 1.4)}, "SharedPrimal()"),
+        (
+            {"FiniteDifference(order=1)": (1.3, 1.4), "FiniteDifference(order=2)": (1.4, 1.5)},
+            "FiniteDifference(order=2)",
+        ),
+    ],
+)
+def test_another_route_than_the_preferred_one_is_advised_where_it_is_clearly_cheaper(
+    examine, routes, advised
+):
+    found = examine("def build(): return batch(plain)")
+    measured = [figures(name, *cost) for name, cost in routes.items()]
+    assert replace(found, routes=measured).advised.name == advised
+    wrong = [replace(route, error=0.5) for route in measured]
+    assert replace(found, routes=wrong).advised is None
 
 
 def test_times_that_leave_torch_are_told_and_differences_are_advised(examine):

@@ -25,11 +25,16 @@ __all__ = ["Examination", "RouteFigures", "examine_model"]
 RIGHT = 2e-2
 """The largest error of a route that is advised: that of differences, and of half precision."""
 
-EXACT = 1e-3
-"""The largest error of a route that counts as exact."""
-
 WORTH = 0.7
-"""A route with an error is advised where its step takes less than this part of an exact one's."""
+"""A route comes before a preferred one where its step takes less than this part of that one's."""
+
+PREFERRED = (
+    "SharedPrimal()",
+    "ForwardMode()",
+    "FiniteDifference(order=2)",
+    "FiniteDifference(order=1)",
+)
+"""The routes, exact ones first, and the default before all."""
 
 EAGER_SHARE = 0.5
 """What part of the time that is left the uncompiled steps may take."""
@@ -65,6 +70,12 @@ class RouteFigures:
             return math.inf
         return self.eager.median
 
+    def clearly_below(self, share: float, other: "RouteFigures") -> bool:
+        """Return whether its cost is below a share of another's, quartiles included."""
+        if self.eager is None or other.eager is None:
+            return False
+        return self.eager.high < share * other.eager.low
+
 
 @dataclass(frozen=True)
 class Examination:
@@ -90,18 +101,14 @@ class Examination:
 
     @property
     def advised(self) -> RouteFigures | None:
-        """The route to write: the cheapest exact one, unless another one is much cheaper."""
-        right = [route for route in self.routes if route.right]
-        exact = [route for route in right if (route.error or 0) <= EXACT]
+        """The route to write: the first that is right, unless another is clearly much cheaper."""
+        right = [route for name in PREFERRED for route in self.routes if route.name == name]
+        right = [route for route in right if route.right]
         if not right:
             return None
-        cheapest = min(right, key=lambda route: route.cost)
-        if not exact:
-            return cheapest
-        best = min(exact, key=lambda route: route.cost)
-        if cheapest.cost < WORTH * best.cost:
-            return cheapest
-        return best
+        chosen = right[0]
+        cheaper = [route for route in right if route.clearly_below(WORTH, chosen)]
+        return min([chosen, *cheaper], key=lambda route: route.cost)
 
     @property
     def hidden(self) -> bool:
