@@ -153,7 +153,8 @@ def test_a_run_leaves_its_pictures_numbers_and_page_and_continues(tmp_path):
     page = Page((tmp_path / "report.html").read_text())
     assert page.sources
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
-    assert page.tags.count("tr") == 1 + len(names)
+    tables = (tmp_path / "report.html").read_text().split("</table>")
+    assert tables[0].count("<tr>") == 1 + len(names)
     assert (tmp_path / "samples.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.rglob("*.partial"))
     again = digits.run(TINY, tmp_path, baselines=True, seeds=2)

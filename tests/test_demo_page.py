@@ -2,9 +2,11 @@
 
 import base64
 import dataclasses
+import html
 import html.parser
 import io
 import re
+import shlex
 from pathlib import Path
 
 import numpy
@@ -14,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from flowspace import cli
 from flowspace.demo import page as pages
 from flowspace.demo.record import Look, RunRecord
 from flowspace.demo.report import report
@@ -176,6 +179,22 @@ def test_looks_during_training_are_few_with_the_first_and_the_last():
     assert [steps[0], *sorted(steps)[1:5], steps[5]] == steps
     assert (steps[0], steps[5]) == (0, 950)
     assert "during training" not in Read(report(record(along=[]))).text
+
+
+def test_every_command_of_a_page_is_one_that_the_program_takes(monkeypatch):
+    words = ["demo", "--data", "my pictures", "--side", "32"]
+    for argv in (["pytest"], ["/usr/bin/flowspace", *words]):
+        monkeypatch.setattr("sys.argv", argv)
+        shown = re.findall(r"<pre>(.*?)</pre>", report(record(dataset="my pictures", others={})))
+        parsed = []
+        for command in shown:
+            program, *rest = shlex.split(html.unescape(command))
+            assert program == "flowspace"
+            parsed.append(cli._parser().parse_args(rest))
+        assert [each.data for each in parsed] == ["my pictures", "my pictures", "FOLDER"]
+        assert [each.baselines for each in parsed] == [True, False, False]
+        assert [each.seeds for each in parsed] == [1, 3, 1]
+        assert [each.side for each in parsed][:2] in ([None, None], [32, 32])
 
 
 # --- its pieces, which the reports of the examples share

@@ -65,7 +65,7 @@ h1 { font-size: 2rem; line-height: 1.2; margin: .5rem 0; }
 h2 { font-size: 1.35rem; margin: 2.8rem 0 .4rem; padding-top: .8rem;
      border-top: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 1.4rem 0 .5rem; }
-p, dl, li { max-width: 46rem; }
+p, dl, li { max-width: 46rem; overflow-wrap: anywhere; }
 .lead { font-size: 1.15rem; }
 .soft, figcaption { color: var(--soft); font-size: .92rem; }
 .wide { overflow-x: auto; }
@@ -428,6 +428,7 @@ def named_rows(
     if titles:
         cells = "".join(f"<span>{escaped(title)}</span>" for title in titles)
         found = f'<div class="row titles soft"><span></span>{cells}</div>'
+    across = max((len(each) for strips in rows.values() for each in strips), default=1)
     for name, strips in rows.items():
         label = f"<span>{escaped(name)}</span>"
         kind = "row"
@@ -435,24 +436,25 @@ def named_rows(
             kind = "row one"
         shown = ""
         for pictures, title in zip(strips, titles or [""] * len(strips), strict=True):
-            shown += strip(pictures, f"{title} {name}".strip(), title)
+            shown += strip(pictures, f"{title} {name}".strip(), title, across)
         found += f'<div class="{kind}">{label}{shown}</div>'
     return Markup(f"<div>{found}</div>")
 
 
-def strip(pictures: Sequence[Tensor] | Tensor, title: str, kind: str = "") -> str:
+def strip(pictures: Sequence[Tensor] | Tensor, title: str, kind: str = "", across: int = 0) -> str:
     """Return pictures in a row as HTML, each as wide as the others.
 
     Args:
         pictures: uint8 ``(C, H, W)`` each.
         title: what each shows, for those who do not see it.
         kind: is written above the row on a narrow screen.
+        across: pictures that the row has room for; 0 is as many as there are.
     """
     shown = "".join(picture(each, title) for each in pictures)
     above = ""
     if kind:
         above = f' data-title="{escaped(kind)}"'
-    return f'<div class=strip{above} style="--across:{len(pictures)}">{shown}</div>'
+    return f'<div class=strip{above} style="--across:{across or len(pictures)}">{shown}</div>'
 
 
 def write_beside(path: Path, content: str | bytes) -> None:

@@ -150,11 +150,14 @@ def in_short(record: RunRecord) -> str:
             f"{main['accuracy']:.1%} of the samples, and the right class in "
             f"{real['accuracy']:.1%} of held-out real pictures. "
         )
-    return text + (
+    text += (
         f"The samples' Frechet distance to held-out pictures is {main['frechet']:.1f}; that of "
         f"other real pictures is {real['frechet']:.1f}. A sample took "
         f"{main['milliseconds']:.2f} ms on this machine."
     )
+    if record.doubts:
+        text += " Not all of this can be trusted: see the notes under the table below."
+    return text
 
 
 def drawing(sample: Tensor) -> Markup:
@@ -373,12 +376,11 @@ def training(record: RunRecord) -> list[Part]:
 
 def made(record: RunRecord) -> list[Part]:
     """Return what made the run: command, versions, machine, time, settings."""
-    program = Path(sys.argv[0]).name
     machine = f"{platform.system()} on {platform.machine()}, {os.cpu_count()} cores, "
     machine += f"{torch.get_num_threads()} used"
     counts = [f"{count:,} {name}" for name, count in record.counts.items() if count]
     rows = [
-        ("command", shlex.join([program, *sys.argv[1:]])),
+        ("command", command_of(record)),
         ("pictures", ", ".join([record.dataset, *counts])),
         ("time of this call", duration(record.seconds)),
         ("machine", machine),
@@ -431,22 +433,30 @@ def flat(settings: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
 
 def onward(record: RunRecord) -> list[Part]:
     """Return commands for what to do next."""
-    command = f"flowspace demo {given(record)} --out {shlex.quote(str(record.folder))}"
+    command = command_of(record)
+    parts: list[Part] = [heading("What to do next")]
+    if not record.others:
+        parts += [
+            "Compare with other ways to do it. What is trained already is not trained again:",
+            listing([f"{command} --baselines"]),
+        ]
+    if record.metrics["seeds"] == 1:
+        parts += [
+            "See how much the figures differ from seed to seed:",
+            listing([f"{command} --seeds 3"]),
+        ]
     return [
-        heading("What to do next"),
-        "Compare with other ways to do it. What is trained already is not trained again:",
-        listing([f"{command} --baselines"]),
-        "See how much the figures differ from seed to seed:",
-        listing([f"{command} --seeds 3"]),
+        *parts,
         "Train on pictures of your own, one folder a class, or all in one folder:",
         listing(["flowspace demo --data FOLDER"]),
     ]
 
 
-def given(record: RunRecord) -> str:
-    """Return the option that names the pictures of a run."""
-    from flowspace.demo.data import SETTINGS
-
-    if record.dataset in SETTINGS:
-        return f"--dataset {record.dataset}"
-    return f"--data {shlex.quote(record.dataset)}"
+def command_of(record: RunRecord) -> str:
+    """Return the command of a run, which continues it; where Python started it, the command that
+    does the same with the usual settings.
+    """
+    program, *words = sys.argv
+    if Path(program).name == "flowspace" and words[:1] == ["demo"]:
+        return shlex.join(["flowspace", *words])
+    return shlex.join(["flowspace", "demo", "--data", record.dataset, "--out", str(record.folder)])
