@@ -142,7 +142,7 @@ def _add_demo(commands: "argparse._SubParsersAction[Parser]") -> None:
         default="digits",
         metavar="DATA",
         help="a folder of pictures, flat or with one folder a class; or digits, mnist, "
-        "fashion-mnist, openmoji (default: %(default)s)",
+        "fashion-mnist, openmoji, shapes (default: %(default)s)",
     )
     demo.add_argument(
         "--side",

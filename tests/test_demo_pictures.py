@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 import sys
 
 import pytest
@@ -23,6 +24,7 @@ from flowspace.demo.picture_networks import (
 )
 from flowspace.demo.pictures import SIDES, FoundPictures, read_folder
 from flowspace.demo.record import nearest, to_bytes
+from flowspace.demo.shapes import SHAPES, drawn_shapes, shape
 
 
 def picture(size=(32, 32), mode="RGB", seed=0):
@@ -407,7 +409,7 @@ def test_data_that_nobody_knows_is_one_error(capsys, tmp_path):
     assert main(["demo", "--data", str(tmp_path / "nowhere")]) == 1
     told = capsys.readouterr().err
     assert "is no folder" in told
-    assert "digits, mnist, fashion-mnist, openmoji" in told
+    assert "digits, mnist, fashion-mnist, openmoji, shapes" in told
 
 
 def test_fashion_mnist_is_read_and_where_it_is_missing_the_package_is_named(tmp_path, monkeypatch):
@@ -437,6 +439,21 @@ def test_drawings_of_openmoji_are_in_colour():
     assert data.images.shape[1:] == (3, 28, 28)
     assert data.class_names == ("smileys", "animals", "food")
     assert (data.images[:, 0] != data.images[:, 2]).any()
+
+
+def test_shapes_are_drawn_alike_from_a_seed_and_as_their_files_would_be_read(tmp_path):
+    found = drawn_shapes(28)
+    assert found.pixels.shape == (300, 3, 28, 28)
+    assert torch.equal(found.pixels, drawn_shapes(28).pixels)
+    assert not torch.equal(found.pixels, drawn_shapes(28, seed=1).pixels)
+    source = random.Random(0)
+    for kind in SHAPES:
+        (tmp_path / kind).mkdir()
+        for number in range(60):
+            shape(kind, source, 28).save(tmp_path / kind / f"{number}.png")
+    read = read_folder(tmp_path)
+    assert read.class_names == found.class_names
+    assert torch.equal(read.pixels, found.pixels)
 
 
 def test_a_set_with_its_own_side_takes_no_other():

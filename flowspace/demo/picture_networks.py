@@ -207,7 +207,7 @@ class FromWholeLatent(nn.Module):
         )
         self.layers = nn.ModuleList(ConditionedLayer(width) for _ in range(size.depth))
         if len(shape) == 1:
-            self.head: nn.Module = nn.Linear(width, *shape)
+            self.head: nn.Module = nn.Linear(width, shape[0])
         else:
             self.head = ConvolutionsUp(width, shape, size.cells)
 

@@ -20,7 +20,14 @@ from tqdm import tqdm
 from flowspace.errors import InputError
 from flowspace.vision.data import BROKEN, FORMATS, SUFFIXES, Images, check_file, check_shape
 
-__all__ = ["FEWEST", "FEWEST_OF_A_CLASS", "SIDES", "FoundPictures", "read_folder"]
+__all__ = [
+    "FEWEST",
+    "FEWEST_OF_A_CLASS",
+    "SIDES",
+    "FoundPictures",
+    "check_side",
+    "read_folder",
+]
 
 SIDES = (28, 32, 40, 48, 56, 64)
 """Pixels a side that the recipe suits: four to seven cells, doubled two to four times."""
@@ -86,8 +93,7 @@ def read_folder(root: Path, side: int | None = None) -> FoundPictures:
         InputError: if it is no folder, holds no pictures, too few of them, or pictures beside
             folders of pictures; if the side is none of `SIDES`.
     """
-    if side is not None and side not in SIDES:
-        raise InputError(f"got --side {side}; write one of {', '.join(map(str, SIDES))}")
+    check_side(side)
     root = _innermost(root)
     groups, ignored = _files_by_class(root)
     conditional = len(groups) > 1
@@ -104,6 +110,16 @@ def read_folder(root: Path, side: int | None = None) -> FoundPictures:
     _check_counts(root, found)
     _warn(root, found)
     return found
+
+
+def check_side(side: int | None) -> None:
+    """Refuse a side that the recipe does not suit; None chooses one.
+
+    Raises:
+        InputError: if it is none of `SIDES`.
+    """
+    if side is not None and side not in SIDES:
+        raise InputError(f"got --side {side}; write one of {', '.join(map(str, SIDES))}")
 
 
 class PictureFiles(Images):

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from flowspace.demo.data import SETTINGS, Data, PictureSettings, Settings, load
 from flowspace.demo.loop import TrainSettings
-from flowspace.demo.pictures import FoundPictures, read_folder
+from flowspace.demo.pictures import FoundPictures, check_side, read_folder
+from flowspace.demo.shapes import drawn_shapes
 from flowspace.errors import InputError
 
 __all__ = ["CLOTHES", "FASHION_MNIST", "NAMES", "chosen", "fashion_mnist", "split"]
@@ -58,7 +59,7 @@ def chosen(name: str, side: int | None = None, steps: int | None = None) -> tupl
     """Return the settings and the data of a name or a folder.
 
     Args:
-        name: ``digits``, ``mnist``, ``fashion-mnist``, ``openmoji``, or a folder of pictures.
+        name: one of `NAMES`, or a folder of pictures.
         side: pixels a side; None chooses. Digits and MNIST have their own.
         steps: of the generator; None is the recipe's own number.
 
@@ -71,6 +72,7 @@ def chosen(name: str, side: int | None = None, steps: int | None = None) -> tupl
             raise InputError(f"got --side {side} with --data {name}, whose side is its own")
         settings, data = SETTINGS[name], load(name)
     elif name in SHIPPED:
+        check_side(side)
         settings, data = pictures(name, SHIPPED[name](side))
     elif Path(name).is_dir():
         settings, data = pictures(name, read_folder(Path(name), side))
@@ -184,9 +186,15 @@ def _openmoji(side: int | None) -> FoundPictures:
     return drawings(side or 32)
 
 
+def _shapes(side: int | None) -> FoundPictures:
+    """Return shapes that a program draws."""
+    return drawn_shapes(side or 32)
+
+
 SHIPPED: Mapping[str, Callable[[int | None], FoundPictures]] = {
     "fashion-mnist": _clothes,
     "openmoji": _openmoji,
+    "shapes": _shapes,
 }
 
 NAMES = (*SETTINGS, *SHIPPED)
