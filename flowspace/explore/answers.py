@@ -141,7 +141,7 @@ def residual_of(coefficients: Coefficients) -> Residual:
     first = _sum(shown[:1])
     return Residual(
         latex=_sum(parts),
-        markup=[markup(each) for each in (first, *shown[1:])],
+        markup=[markup(first), *[markup("{} " + each) for each in shown[1:]]],
         is_whole=parts == shown,
     )
 
