@@ -257,16 +257,16 @@ class OfGaussian(nn.Module):
 
 
 @given(seed=seeds)
-@settings(max_examples=5)
+@settings(max_examples=3)
 def test_a_network_of_the_other_direction_flows_to_the_same_data(seed):
     exact = Gaussian.random(PRESETS["linear"], seed)
     noise = normal(seed, 16, 3)
     model = adapt(OfGaussian(exact), {"tau": "1 - t"}, factor=-1.0)
     end = VelocityFlow(FlowMap(model, LinearSchedule(), MeanFlowStatistic()).velocity).sample(
-        noise, steps=400
+        noise, steps=100
     )
     one, zero = torch.ones(16, dtype=torch.float64), torch.zeros(16, dtype=torch.float64)
-    torch.testing.assert_close(end, exact.transported(noise, one, zero), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(end, exact.transported(noise, one, zero), rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize(
