@@ -182,7 +182,8 @@ def sheets_over_training(folder: Path) -> list[Part]:
         step = path.stem.removeprefix("sheet-")
         steps.append(str(int(step)))
         pictures.append(path.read_bytes())
-    return [f"Samples over training, at steps {', '.join(steps)}:", *pictures]
+    title = demo_page.heading("Samples during training")
+    return [title, f"The same noise after {', '.join(steps)} steps:", *pictures]
 
 
 def spread(count: int, length: int) -> list[int]:
@@ -196,10 +197,10 @@ def curves(log: Log) -> list[Part]:
 
     One look is no curve.
     """
-    parts: list[Part] = ["Losses over training:", demo_page.losses(log)]
+    parts: list[Part] = [demo_page.heading("Losses"), demo_page.losses(log)]
     looks = [record for record in log if record.get("watch")]
     if len(looks) > 1:
-        parts += ["Scores of a few samples over training:", demo_page.scores(looks)]
+        parts += ["Scores of a few samples during training:", demo_page.scores(looks)]
     sloped = [record for record in log if "t" in record.get("slopes_by", {})]
     if any(record["slopes_by"]["t"] for record in sloped):
         parts.append("Norms of each term's gradient at the prediction, by t:")
@@ -209,7 +210,8 @@ def curves(log: Log) -> list[Part]:
 
 def settings_table(settings: Mapping[str, Any]) -> Part:
     """Return all settings of a run by their keys."""
-    return ("setting", "value"), list(journal.texts(settings).items())
+    table = ("setting", "value"), list(journal.texts(settings).items())
+    return demo_page.details("All settings", table)
 
 
 def provenance(log: Log, device: torch.device | None = None) -> Part:

@@ -72,7 +72,8 @@ p, dl, li { max-width: 46rem; overflow-wrap: anywhere; }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem 1.2rem .4rem 0; text-align: right; vertical-align: top; }
 .numbers th, .numbers td { white-space: nowrap; }
-.words td { text-align: left; overflow-wrap: anywhere; } .words td:first-child { min-width: 8rem; }
+.words th, .words td { text-align: left; overflow-wrap: anywhere; }
+.words td:first-child { min-width: 8rem; }
 th { color: var(--soft); font-weight: 600; }
 th:first-child, td:first-child { text-align: left; }
 thead th { border-bottom: 2px solid var(--line); }
@@ -343,8 +344,12 @@ def _part(part: Part) -> str:
         return f"<p>{escaped(part)}</p>"
     if isinstance(part, bytes):
         width = int.from_bytes(part[16:20], "big")  # of a PNG, which says so there
-        shown = width * max(1, LEAST_WIDTH // width)
-        return f'<img class=crisp alt="figure" style="width:{shown}px" src="{_address(part)}">'
+        times = max(1, LEAST_WIDTH // width)
+        kind = ""
+        if times > 1:
+            kind = " class=crisp"
+        style = f"width:{times * width}px"
+        return f'<img{kind} alt="figure" style="{style}" src="{_address(part)}">'
     head, rows = part
     lines = "".join(f"<tr>{_cells(row, 'td')}</tr>" for row in rows)
     inner = f"<thead><tr>{_cells(head, 'th')}</tr></thead><tbody>{lines}</tbody>"
