@@ -1,11 +1,13 @@
 """The page of ``flowspace explore``: what it shows is what the library says."""
 
 import contextlib
+import multiprocessing
 import os
 import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -291,6 +293,46 @@ def test_training_that_diverges_ends_with_a_reason(monkeypatch):
     (look,) = train(Design(), 50)
     assert look.done
     assert "not finite at step 1" in look.problem
+
+
+# --- the processes
+# -------------------------------------------------------------------------------------------------
+
+
+def answered(design, monkeypatch, answers=None):
+    """Ask one question as a process is asked, and close the pipe; returns what it sends."""
+    pytest.importorskip("latex2mathml")
+    from flowspace.explore import workers
+
+    if answers is not None:
+        monkeypatch.setattr(workers, "answers", answers)
+    ours, theirs = multiprocessing.Pipe()
+    thread = threading.Thread(target=workers.answer_questions, args=(theirs,))
+    thread.start()
+    ours.send((7, design))
+    found = []
+    while not (found and isinstance(found[-1], workers.Ended)):
+        number, answer = ours.recv()
+        assert number == 7
+        found.append(answer)
+    ours.close()
+    thread.join(10)
+    assert not thread.is_alive()
+    return found[1:-1]
+
+
+def test_what_no_one_has_foreseen_is_said_and_ends_nothing(monkeypatch):
+    def fails(design):
+        raise RecursionError("too deep")
+
+    (refused,) = answered(Design(), monkeypatch, fails)
+    assert "RecursionError: too deep" in refused.problems["statistic"]
+
+
+def test_the_parts_come_with_the_quick_ones_first(monkeypatch):
+    pytest.importorskip("torchdiffeq")
+    kinds = [type(each).__name__ for each in answered(Design(), monkeypatch)]
+    assert kinds == ["Derived", "Properties", "Residual", "WrittenOut", "Trajectories"]
 
 
 # --- the server

@@ -11,7 +11,7 @@ from latex2mathml.converter import convert
 from flowspace.errors import FlowspaceError
 from flowspace.explore.design import Design, DesignError, python_of, read, report_of
 from flowspace.explore.maps import CoefficientMap, coefficient_maps, terms
-from flowspace.explore.mixture import CLOVER, flow
+from flowspace.explore.mixture import CLOVER, TIMES, flow
 from flowspace.formulas import readable
 from flowspace.statistics import Coefficients
 from flowspace.typeset import latex_of, latex_term, text_of
@@ -98,7 +98,10 @@ class WrittenOut:
 
 @dataclass(frozen=True)
 class Trajectories:
-    """The mixture's flow under the schedule: states ``(n, B, 2)`` from noise to data."""
+    """The mixture's flow under the schedule: states ``(n, B, 2)`` from noise to data.
+
+    B is 0 where the solver does not come through.
+    """
 
     states: np.ndarray
 
@@ -124,7 +127,10 @@ def answers(design: Design) -> Iterator[Answer]:
     noise = torch.randn(
         TRAJECTORIES, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
-    yield Trajectories(flow(schedule, CLOVER, noise).numpy())
+    try:
+        yield Trajectories(flow(schedule, CLOVER, noise).numpy())
+    except AssertionError:  # torchdiffeq's word for a step that became too small
+        yield Trajectories(np.zeros((len(TIMES), 0, 2)))
 
 
 def residual_of(coefficients: Coefficients) -> Residual:

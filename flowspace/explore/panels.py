@@ -292,7 +292,10 @@ class FlowPanel:
         if self._trajectories is not None:
             shown = int(self._slider.value or 0)
             self._picture.set_content(drawing.paths(self._trajectories.states, shown))
-            self._readout.set_text(f"t = {float(TIMES[shown]):.2f}")
+            text = f"t = {float(TIMES[shown]):.2f}"
+            if self._trajectories.states.size == 0:
+                text = "The solver does not come through: this schedule changes too fast."
+            self._readout.set_text(text)
 
 
 class TrainingPanel:

@@ -26,17 +26,20 @@ def serve(host: str = "127.0.0.1", port: int | None = None, open_browser: bool =
         ModuleNotFoundError: if NiceGUI or latex2mathml is missing (the extra ``explore``).
     """
     host, port = local_host(host), free_port(host, port)
-    print(f"Opening http://{host}:{port}; Ctrl+C ends it.", flush=True)
     import nicegui
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     from flowspace.explore import page, workers
 
+    shown = host
+    if ":" in host:
+        shown = f"[{host}]"
     threading.Thread(target=workers.warm_up, daemon=True).start()
     page.add_page()
     nicegui.app.add_middleware(
         TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]", host]
     )
+    print(f"The page is at http://{shown}:{port}; Ctrl+C ends it.", flush=True)
     nicegui.ui.run(
         host=host,
         port=port,

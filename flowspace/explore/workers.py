@@ -7,14 +7,14 @@ forked from one that has imported torch and sympy, which takes a tenth of a seco
 import contextlib
 import multiprocessing
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
 from flowspace.errors import FlowspaceError
-from flowspace.explore.answers import Answer, answers
+from flowspace.explore.answers import Answer, Refused, answers
 from flowspace.explore.design import Design
 
 __all__ = ["GRACE", "TIME_LIMIT", "Calculator", "Ended", "Job", "warm_up"]
@@ -99,18 +99,25 @@ def send_all(pipe: Connection, function: Callable[..., Iterable[Any]], *argument
 def answer_questions(pipe: Connection) -> None:
     """Answer designs until the pipe closes; a newer question ends the answer to an older one."""
     torch.set_num_threads(1)
-    try:
+    with contextlib.suppress(EOFError, OSError):
         while True:
             number, design = pipe.recv()
             pipe.send((number, None))
-            for answer in answers(design):
+            for answer in _answers_or_failure(design):
                 pipe.send((number, answer))
                 if pipe.poll():
                     break
             else:
                 pipe.send((number, Ended()))
-    except (EOFError, OSError):
-        return
+
+
+def _answers_or_failure(design: Design) -> Iterator[Answer]:
+    """Yield the answers; what no one has foreseen is said on the page and ends nothing."""
+    try:
+        yield from answers(design)
+    except Exception as error:
+        reason = f"these formulas made {type(error).__name__}: {error}; write them another way"
+        yield Refused({"statistic": reason})
 
 
 class Calculator:
