@@ -248,7 +248,9 @@ def test_an_archive_has_the_package_and_its_licence_and_no_tests(archives, kind)
     assert "flowspace/py.typed" in names
     assert [name for name in names if name.endswith("LICENSE")]
     folders = {name.split("/")[0] for name in names if "/" in name}
-    assert folders <= {"flowspace", f"flowspace-{flowspace.__version__}.dist-info"}
+    assert folders <= {"docs", "flowspace", f"flowspace-{flowspace.__version__}.dist-info"}
+    of_docs = [name for name in names if name.startswith("docs/")]
+    assert of_docs in ([], ["docs/hatch_build.py"])  # makes the description of an index
     assert max(map(len, names)) < 120
 
 
