@@ -31,7 +31,7 @@ from flowspace.demo.page import (
 )
 from flowspace.demo.record import RunRecord
 
-__all__ = ["report"]
+__all__ = ["copies", "report"]
 
 IN_A_ROW = 8
 """Pictures of a class in a row."""
