@@ -256,7 +256,7 @@ def _others(ignored: Counter[str]) -> str:
     if not ignored:
         return ""
     named = ", ".join(f"{count} {ending}" for ending, count in ignored.most_common(MOST_NAMED))
-    return f"; it holds other files ({named}): convert them to PNG"
+    return f"; it holds other files ({named}): if they are pictures, convert them to PNG"
 
 
 def _common_side(paths: Sequence[Path]) -> int:
