@@ -116,8 +116,10 @@ SHOWN = 8
 NEAR_ZERO = 1e-2
 """Below it in size curves with values of both signs are drawn on a linear scale."""
 
-DECADE = 10
-"""Ratio of the largest value to the smallest above which powers of ten alone have a number."""
+SPARSE = 4
+"""Ratio of the largest value to the smallest above which powers of ten alone have a number: more
+numbers would touch.
+"""
 
 Log = Sequence[Mapping[str, Any]]
 """Records of a run, one a logged step."""
@@ -267,7 +269,7 @@ def curves(lines: Mapping[str, Sequence[tuple[int, float]]], label: str) -> Mark
             axis.set_yscale("log")
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter("{x:g}")
-            if max(values) > DECADE * min(values):
+            if max(values) > SPARSE * min(values):
                 axis.yaxis.set_minor_formatter(NullFormatter())
         else:
             axis.set_yscale("symlog", linthresh=NEAR_ZERO)

@@ -458,5 +458,10 @@ def command_of(record: RunRecord) -> str:
     """
     program, *words = sys.argv
     if Path(program).name == "flowspace" and words[:1] == ["demo"]:
+        if "--seeds" in words:  # is said anew by what comes next
+            place = words.index("--seeds")
+            del words[place : place + 2]
+        if record.metrics["seeds"] > 1:
+            words += ["--seeds", str(record.metrics["seeds"])]
         return shlex.join(["flowspace", *words])
     return shlex.join(["flowspace", "demo", "--data", record.dataset, "--out", str(record.folder)])
