@@ -536,16 +536,18 @@ def test_a_sample_of_one_step_is_the_old_network_s_first(layout):
 def test_routes_agree_compiled_and_checkpointed_too(layout):
     z, t, s, y = batch(layout)
     network = trained(converted(layout))
-    compiled = copy.deepcopy(network).compile_blocks(backend="aot_eager")
     checkpointed = copy.deepcopy(network)
     checkpointed.gradient_checkpointing = True
-    found = []
-    for model, route in (
+    models = [
         (network, ForwardMode()),
         (network, SharedPrimal()),
-        (compiled, SharedPrimal()),
         (checkpointed, SharedPrimal()),
-    ):
+    ]
+    if layout != "lightning-dit":  # whose blocks have the parts of the others'
+        compiled = copy.deepcopy(network).compile_blocks(backend="aot_eager")
+        models.append((compiled, SharedPrimal()))
+    found = []
+    for model, route in models:
         loss_fn = MeanFlowLoss(statistic=MatchedStatistic(), derivative=route)
         noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(2))
         out = loss_fn(model, z, cond={"labels": y}, noise=noise, t=t, s=s)

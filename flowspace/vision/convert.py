@@ -97,7 +97,7 @@ def convert(
     weights: str | None = None,
     **settings: Any,
 ) -> DiT:
-    """Return a trained network as the start of a flow map.
+    """Return a trained network as the start of a flow map, in the precision of its weights.
 
     Args:
         source: a file of safetensors or of torch, or a table of tensors by name. A training
@@ -201,10 +201,11 @@ def _chosen(loaded: Mapping[str, Any], weights: str | None, name: str) -> Mappin
     """Return the table that is asked for, or the average, or the model, or the whole."""
     tables = [key for key, value in loaded.items() if isinstance(value, Mapping)]
     if weights is not None:
+        if not tables:
+            raise RunError(f"got weights = {weights!r}, but {name} is one table; leave it out")
         if weights not in tables:
             raise RunError(
-                f"{name} has no table {weights!r}; write one of "
-                f"{', '.join(map(repr, tables)) or 'none: it is one table'}"
+                f"{name} has no table {weights!r}; write one of {', '.join(map(repr, tables))}"
             )
         return loaded[weights]
     for key in (*AVERAGES, "model", "state_dict"):
