@@ -20,5 +20,5 @@ def _as_mathml(found: re.Match[str]) -> str:
     """Return a formula as MathML; one on a line of its own stands in a box that scrolls."""
     latex = html.unescape(found[3])
     if found[2] == "[":
-        return f'<div class="formula" tabindex="0">{convert(latex, "block")}</div>'
-    return convert(latex, "inline")
+        return f'<div class="formula" tabindex="0">{convert(latex, display="block")}</div>'
+    return convert(latex, display="inline")
