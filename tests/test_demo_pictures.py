@@ -185,6 +185,15 @@ def test_halves_share_nothing_where_there_are_enough_and_all_where_not():
         assert torch.bincount(many.half(number)[1]).tolist() == [105, 113 - number]
 
 
+def test_what_is_compared_is_of_every_class_and_all_of_a_half_where_that_is_small(monkeypatch):
+    small = sets.split(found_pictures((280, 300)))
+    assert torch.equal(small.compared()[1], small.half(0)[1])
+    monkeypatch.setattr("flowspace.demo.data.MOST_JUDGED", 30)
+    images, labels = small.compared()
+    assert len(images) == small.judged == 30
+    assert torch.bincount(labels).tolist() == [15, 15]
+
+
 def scored(accuracy):
     return {"real": {"accuracy": accuracy}}
 

@@ -180,6 +180,14 @@ class Data:
         """
         return min(len(self.half(0)[0]), MOST_JUDGED)
 
+    def compared(self) -> tuple[Tensor, Tensor]:
+        """Return as many images of the first half as are compared at a time, and their labels:
+        evenly spread ones, since classes may follow each other.
+        """
+        images, labels = self.half(0)
+        places = torch.arange(self.judged) * len(images) // self.judged
+        return images[places], labels[places]
+
     def half(self, number: int) -> tuple[Tensor, Tensor]:
         """Return every other training image and its label, from the first or the second on; all
         of them where they are shared.

@@ -99,8 +99,7 @@ class Judge:
         """
         d = self.data
         test = self.score(d.test_images, d.test_labels)
-        images, labels = d.half(0)
-        unseen = self.score(images[: d.judged], labels[: d.judged])
+        unseen = self.score(*d.compared())
         return replace(unseen, accuracy=test.accuracy)
 
     @torch.no_grad()

@@ -100,8 +100,9 @@ def prepare(
     judges = []
     for k in range(1, JUDGES + 1):
         judges.append(_classifier(f"judge-{k}", data, settings, folder, device))
-    scale = FeatureDistance.of(features, data.images[:MANY])
-    return World(data, autoencoder, latents, scale), Judge(tuple(judges), data)
+    spread = data.images[:: -(-len(data.images) // MANY)]
+    perceptual = FeatureDistance.of(features, spread)
+    return World(data, autoencoder, latents, perceptual), Judge(tuple(judges), data)
 
 
 def _classifier(
