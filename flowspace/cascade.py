@@ -400,6 +400,12 @@ class CascadeLoss:
     packed: bool = False
 
     def __post_init__(self) -> None:
+        require(
+            isinstance(self.cascade, Cascade),
+            "cascade",
+            self.cascade,
+            "write for example Cascade(3)",
+        )
         for objective in self._objectives:
             require(
                 isinstance(objective, Objective),

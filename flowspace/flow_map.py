@@ -126,6 +126,11 @@ class FlowMap:
                 f"got {type(prediction).__name__} from the model; wrap it so that it returns one "
                 "tensor"
             )
+        if not prediction.ndim or len(prediction) != len(z):
+            raise InputError(
+                f"got shape {tuple(prediction.shape)} from the model for {len(z)} rows; wrap it "
+                "so that it returns one tensor of shape (B, *)"
+            )
         return prediction
 
     @torch.no_grad()

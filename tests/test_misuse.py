@@ -10,6 +10,7 @@ from torch import nn
 
 from flowspace import (
     Adaptive,
+    CascadeLoss,
     ConsistencyLoss,
     CriterionError,
     CrossFlowLoss,
@@ -19,6 +20,7 @@ from flowspace import (
     LogitNormalTimes,
     MatchedStatistic,
     MeanFlowStatistic,
+    PixelMeanFlowLoss,
     SquaredError,
     Statistic,
     TimeError,
@@ -26,6 +28,7 @@ from flowspace import (
     UniformTimes,
     check_criteria,
 )
+from flowspace.time_functions import TimeFunction
 
 Z = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
 
@@ -137,3 +140,22 @@ def test_several_steps_keep_half_precision():
     for encode in (None, lambda x: x.float()):
         flow_map = FlowMap(half, LinearSchedule(), MatchedStatistic())
         assert flow_map.sample(noise, steps=3, encode=encode).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: PixelMeanFlowLoss()(lambda z, t, s: z[:, :1], Z), "states and predictions"),
+        (lambda: PixelMeanFlowLoss()(lambda z, t, s: z.sum(-1), Z), "states and predictions"),
+        (
+            lambda: PixelMeanFlowLoss().flow_map(lambda z, t, s: torch.ones(2)).sample(Z),
+            "got shape .* from the model",
+        ),
+        (lambda: CascadeLoss(cascade=0, objective=CrossFlowLoss()), "got cascade = 0"),
+        (lambda: TimeFunction("1e300", 1)(torch.tensor([0.5])), "cannot hold"),
+    ],
+    ids=["broadcast", "summed", "sampled", "cascade", "overflow"],
+)
+def test_what_a_search_over_inputs_found_is_refused(call, says):
+    with pytest.raises(InputError, match=says):
+        call()

@@ -2,6 +2,7 @@
 from.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import (
 from torch.overrides import handle_torch_function, has_torch_function
 
 from flowspace.backends.process import forward_mode_lock
+from flowspace.errors import InputError
 
 __all__ = [
     "as_array",
@@ -111,7 +113,10 @@ def like(value: Any, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     number in the other's.
     """
     if not isinstance(value, Tensor):
-        return torch.full_like(like, float(value))
+        number = float(value)
+        if like.is_floating_point() and torch.finfo(like.dtype).max < abs(number) < math.inf:
+            raise InputError(f"got {number:g}, which {like.dtype} cannot hold; give float64 times")
+        return torch.full_like(like, number)
     if dtype is not None:
         value = value.to(dtype)
     return value.expand_as(like)

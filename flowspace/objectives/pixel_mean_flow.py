@@ -94,6 +94,11 @@ class PixelMeanFlowLoss(ImprovedMeanFlowLoss):
 
     def to_velocity(self, output: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
         """Return (z_t - f)/max(t, floor), or its like for another schedule."""
+        if output.shape != z_t.shape:
+            raise InputError(
+                f"got shape {tuple(output.shape)} from the model for states of shape "
+                f"{tuple(z_t.shape)}; in pixel MeanFlow states and predictions are both images"
+            )
         return self.schedule.velocity(output, z_t, backend_of(t).clamp(t, self.floor))
 
     def residual_velocity(self, model: Model, at: PathPoint) -> Tensor:

@@ -92,8 +92,11 @@ class Checkpoints:
                 before = file.metadata() or {}
         except (SafetensorError, OSError):
             before = {}
-        if before.get("fingerprint") == self.fingerprint and not score < float(before["score"]):
-            return False
+        if before.get("fingerprint") == self.fingerprint:
+            if "score" not in before:
+                raise RunError(f"{path} lacks its score; move it away, or delete it")
+            if not score < float(before["score"]):
+                return False
         self._write(path, step, tensors, {"score": repr(score)})
         return True
 
