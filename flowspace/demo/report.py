@@ -54,7 +54,8 @@ COLUMNS = {
     "accuracy": (
         "accuracy",
         "How often classifiers see the class that was asked for. They learned from real pictures "
-        "alone, and share neither weights nor pictures with anything that trained the generator.",
+        "alone, and share no weights with anything that trained the generator; no pictures "
+        "either, unless a note below says that there were too few.",
         "{:.3f}",
     ),
     "diversity": (

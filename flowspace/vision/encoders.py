@@ -573,12 +573,13 @@ def _fetch(name: str, place: Path | None) -> str:
 def _from_hub(name: str) -> nn.Module:
     """Return the autoencoder of a repository on the hub, or of a folder in it."""
     import diffusers
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     owner, repository, *below = name.split("/")
     place: dict[str, Any] = {"subfolder": "/".join(below)}
     source = f"{owner}/{repository}"
     try:
-        config: Any = diffusers.AutoencoderKL.load_config(source, **place)
+        config: Any = AutoencoderKL.load_config(source, **place)
     except (OSError, ValueError) as error:
         raise RunError(
             f"{name} is no folder or file here, and cannot be fetched from the hub; check the "
