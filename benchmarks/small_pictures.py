@@ -26,15 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowspace import CrossFlowLoss, InputError, MeanFlowLoss, PixelMeanFlowLoss
-from flowspace.demo import digits
+from flowspace.demo import digits, sets
 from flowspace.demo.data import CLASSES, SETTINGS, Data, Settings, load, seeded
 from flowspace.demo.metrics import Verdict
 from flowspace.demo.networks import Patches
 from flowspace.demo.page import grid, markdown_table, png, write_beside
 from flowspace.demo.stage_one import World, prepare
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "common"))
-from pictures import FASHION_MNIST, IMAGES_HEADER, LABELS_HEADER, values_of
 
 CELLS = 4
 """Tokens a side, whatever the size of the pictures."""
@@ -60,17 +57,11 @@ def fashion(folder: Path, pictures: int) -> Data:
     Raises:
         InputError: if the files are not there.
     """
-    if not (folder / "train-images-idx3-ubyte.gz").exists():
-        raise InputError(
-            f"got no Fashion-MNIST in {folder}; install Debian's package dataset-fashion-mnist, "
-            "write --folder PATH, or --data mnist instead"
-        )
     parts = []
     for name, count in (("train", pictures), ("t10k", pictures // 3)):
-        pixels = values_of(folder / f"{name}-images-idx3-ubyte.gz", IMAGES_HEADER)
-        labels = values_of(folder / f"{name}-labels-idx1-ubyte.gz", LABELS_HEADER)
-        images = pixels.reshape(-1, 1, 28, 28)[:count]
-        parts += [images.float() / 127.5 - 1, labels[:count].long()]
+        pixels, labels = sets.fashion_mnist(name, folder)
+        images = pixels[:count, None]
+        parts += [images.float() / 127.5 - 1, labels[:count]]
     return Data(*parts)
 
 
@@ -227,7 +218,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=28, help="pixels, of either set")
     parser.add_argument("--pictures", type=int, default=3750, help="of Fashion-MNIST's 60,000")
     parser.add_argument(
-        "--folder", type=Path, default=FASHION_MNIST, help="of Fashion-MNIST's files"
+        "--folder", type=Path, default=sets.FASHION_MNIST, help="of Fashion-MNIST's files"
     )
     parser.add_argument("--run", type=Path, help="of --data emoji: a run of examples/imagenet")
     parser.add_argument("--training", type=Path, help="of --data emoji: the folder of pictures")

