@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, _guards, fx
 from torch._dynamo import config as dynamo_config
-from torch._dynamo.exc import RestartAnalysis
+from torch._dynamo.exc import RestartAnalysis, SkipFrame
 from torch._ops import HigherOrderOperator
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -120,6 +120,7 @@ class Backend:
     def __call__(self, graph: fx.GraphModule, inputs: Values) -> "Region":
         """Return what runs a captured graph."""
         _warn_of_limit()
+        _refuse_open_numbers(graph)
         return Region(graph, inputs, self.backend)
 
 
@@ -491,6 +492,21 @@ def _no_saving_hooks() -> Any:
 def _same(tensor: Tensor) -> Tensor:
     """Return the tensor that was given."""
     return tensor
+
+
+def _refuse_open_numbers(graph: fx.GraphModule) -> None:
+    """Have dynamo leave a function to Python that changes a float of its own, such as a counter.
+
+    dynamo makes the new number an output of the graph, and under a function mode the graph that
+    comes here lacks it.
+
+    Raises:
+        SkipFrame: to dynamo, which runs the function as it is written from then on.
+    """
+    (output,) = graph.graph.find_nodes(op="output")
+    if any(value is None for value in output.args[0]):  # type: ignore[union-attr]
+        _warn_of(ValueError("it changes a Python float of its own; make that a buffer"))
+        raise SkipFrame
 
 
 def _copied(graph: fx.GraphModule) -> fx.GraphModule:
