@@ -199,6 +199,7 @@ def test_a_null_class_that_was_not_trained_is_never_drawn_from(tmp_path):
     place = tmp_path / "generator" / "config.json"
     old = json.loads(place.read_text())
     old.pop("null_trained")
+    old.pop("_digests")
     place.write_text(json.dumps(old))
     again = CrossFlowPipeline.from_pretrained(tmp_path)
     with pytest.raises(InputError, match="null_trained=True"):
@@ -503,6 +504,23 @@ def test_one_flipped_bit_of_the_weights_is_found_and_its_file_named(kind, place,
 
 
 @pytest.mark.parametrize("kind", ["pipeline", "generator", "decoder"])
+def test_a_config_with_another_name_or_value_of_an_argument_is_refused(kind, tmp_path):
+    """diffusers itself only logs a name that it does not know, and takes the default."""
+    of, weights = saved(kind, tmp_path)
+    config = weights.with_name("config.json")
+    text = config.read_text()
+    told = json.loads(text)
+    for name in sorted(key for key in told if not key.startswith("_")):
+        for changed in ({f"{name}s": told[name]}, {name: "another"}):
+            kept = {key: value for key, value in told.items() if key != name}
+            config.write_text(json.dumps(kept | changed))
+            with pytest.raises(RunError, match=r"config.json is not what was saved"):
+                of.from_pretrained(tmp_path)
+    config.write_text(text)
+    of.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["pipeline", "generator", "decoder"])
 def test_weights_that_lack_a_tensor_are_refused_even_without_digests(kind, tmp_path):
     """diffusers itself only warns, and leaves the tensor empty."""
     from safetensors.torch import load_file, save_file
@@ -510,7 +528,7 @@ def test_weights_that_lack_a_tensor_are_refused_even_without_digests(kind, tmp_p
     of, weights = saved(kind, tmp_path)
     config = weights.with_name("config.json")
     told = json.loads(config.read_text())
-    assert told.pop("_digests").keys() == {WEIGHTS}
+    assert told.pop("_digests").keys() == {WEIGHTS, "config.json"}
     config.write_text(json.dumps(told))
     of.from_pretrained(tmp_path)
     tensors = load_file(weights)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from flowspace.errors import RunError
 __all__ = ["CheckedModel"]
 
 DIGESTS = "_digests"
-"""The entry of ``config.json`` that holds the SHA-256 of each file of weights, by its name. What
-begins with an underscore is no argument of the model, and other readers pass it over.
+"""The entry of ``config.json`` that holds the SHA-256 of each file of weights, by its name, and
+that of its own arguments. What begins with an underscore is no argument of the model, and other
+readers pass it over.
 """
 
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -24,12 +26,13 @@ BLOCK = 1 << 20
 
 
 class CheckedModel(ModelMixin, ConfigMixin):
-    """A model whose folder keeps a digest of each file of weights.
+    """A model whose folder keeps a digest of each file of weights, and of its config.
 
     A flipped bit of a weight is otherwise noticed by nobody: safetensors has no checksum, and a
-    tensor that is missing is only warned of, and left empty. Both are refused where a folder is
-    loaded, which is also how a pipeline loads from the hub. A folder without digests, of other
-    programs or older versions, is loaded as it is.
+    tensor that is missing is only warned of, and left empty. So is an argument whose name has a
+    flipped bit: the model has its default then. All of them are refused where a folder is loaded,
+    which is also how a pipeline loads from the hub. A folder without digests, of other programs or
+    older versions, is loaded as it is.
     """
 
     config_name = "config.json"
@@ -56,6 +59,7 @@ class CheckedModel(ModelMixin, ConfigMixin):
             place = folder / self.config_name
             config = json.loads(place.read_text())
             config[DIGESTS] = {path.name: _digest(path) for path in _weights(folder)}
+            config[DIGESTS][self.config_name] = _digest_of_arguments(config)
             place.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         if push_to_hub:
             self.push_to_hub(repository, token=kwargs.get("token"))
@@ -67,7 +71,8 @@ class CheckedModel(ModelMixin, ConfigMixin):
         """Load a model as diffusers does, and see that its weights are whole.
 
         Raises:
-            RunError: if a file of weights is not what was saved, or a tensor is missing.
+            RunError: if the config or a file of weights is not what was saved, or a tensor is
+                missing.
         """
         place = pretrained_model_name_or_path
         _check_digests(Path(str(place)) / (kwargs.get("subfolder") or ""), cls.config_name)
@@ -98,12 +103,25 @@ def _digest(path: Path) -> str:
     return found.hexdigest()
 
 
+def _digest_of_arguments(config: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a config without what begins with an underscore."""
+    arguments = {name: value for name, value in config.items() if not name.startswith("_")}
+    return hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()
+
+
 def _check_digests(folder: Path, config_name: str) -> None:
-    """Refuse a folder of which a file of weights has another digest than its config says."""
+    """Refuse a folder whose config or weights have another digest than its config says."""
     try:
-        wanted = json.loads((folder / config_name).read_text()).get(DIGESTS, {})
-    except (OSError, ValueError):  # diffusers says what is wrong with a config
-        return
+        config = json.loads((folder / config_name).read_text())
+        wanted = dict(config.get(DIGESTS, {}))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return  # diffusers says what is wrong with a config
+    if wanted.get(config_name) not in (None, _digest_of_arguments(config)):
+        raise RunError(
+            f"{folder / config_name} is not what was saved: its arguments have another SHA-256 "
+            f"than it says; fetch it again, or take {config_name!r} out of its {DIGESTS!r} if you "
+            "changed them on purpose"
+        )
     for path in _weights(folder):
         if path.name in wanted and _digest(path) != wanted[path.name]:
             raise RunError(
