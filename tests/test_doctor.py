@@ -74,7 +74,7 @@ def test_every_route_is_right_on_a_smooth_model_and_the_default_is_advised(exami
     assert all(route.eager.median > 0.5 for route in found.routes)
     assert found.accuracy.apart < 1e-6 and not found.hidden
     assert found.accuracy.findings == (False, False, True, True, 0)
-    assert model_page(found).splitlines()[-1].startswith("Write: CrossFlowLoss()")
+    assert model_page(found).splitlines()[-1].startswith("Write: CrossFlowLoss(")
 
 
 class Scaled(Derivative):
@@ -89,7 +89,7 @@ def test_the_error_of_a_route_that_is_off_by_a_quarter_is_a_quarter(examine, mon
     monkeypatch.setitem(steps.ROUTES, "SharedPrimal()", Scaled())
     found = examine("def build(): return batch(plain)")
     assert by_name(found)["SharedPrimal()"].error == pytest.approx(0.25, rel=1e-5)
-    assert found.advised.name == "ForwardMode()"
+    assert found.advised.name != "SharedPrimal()"  # which of the others depends on the machine
 
 
 def figures(name, low, high, error=1e-6):
