@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from gaussian import Gaussian
+from launch import SHORT_MEAN_FLOW_RAE
 from safetensors.torch import load_file
 
 from flowspace import InputError, LinearSchedule, MeanFlowDistillationLoss, SharedPrimal
@@ -29,22 +30,7 @@ central = importlib.import_module("central_difference").CentralDifference
 
 SMALL = PROGRAM / "configs" / "small.yaml"
 PAPER = sorted((PROGRAM / "configs" / "paper").glob("*.yaml"))
-FEW = [
-    "data.path=digits/test",
-    "decoder={steps: 2, batch: 4}",
-    "flow_matching={steps: 3}",
-    "mid_training={steps: 2, batch: 2}",
-    "distillation={steps: 3}",
-    "fine_tuning={steps: 2}",
-    "training.batch=4",
-    "training.checkpoint_every=2",
-    "training.log_every=1",
-    "network.depth=1",
-    "network.head_depth=1",
-    "objectives={pairs: 3, steps: 3}",
-    "evaluation={samples: 10, batch: 10}",
-    "teacher_steps=3",
-]
+FEW = [*SHORT_MEAN_FLOW_RAE, "objectives={pairs: 3, steps: 3}"]
 
 
 def small(folder, *changes):

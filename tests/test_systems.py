@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import in_processes
+from launch import SHORT_MEAN_FLOW_RAE, in_processes
 from safetensors.torch import load_file
 
 pytest.importorskip("accelerate")
@@ -21,20 +21,8 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 PROGRAMS = {
     "mean_flow_rae": (
         "small.yaml",
-        "data.path=digits/test",
-        "decoder={steps: 2, batch: 4}",
-        "flow_matching={steps: 3}",
-        "mid_training={steps: 2, batch: 2}",
-        "distillation={steps: 3}",
-        "fine_tuning={steps: 2}",
-        "training.batch=4",
-        "training.checkpoint_every=2",
-        "training.log_every=1",
-        "network.depth=1",
-        "network.head_depth=1",
-        "objectives={pairs: 4, steps: 3}",
-        "evaluation={samples: 10, batch: 10}",
-        "teacher_steps=3",
+        *SHORT_MEAN_FLOW_RAE,
+        "objectives={pairs: 4, steps: 3}",  # as many for each of two processes
     ),
     "pixel_flow": (
         "smoke.yaml",

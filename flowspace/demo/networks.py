@@ -14,9 +14,11 @@ from flowspace.demo.data import CLASSES
 __all__ = [
     "Autoencoder",
     "FeatureClassifier",
+    "HiddenClassifier",
     "JudgeClassifier",
     "Patches",
     "SmallViT",
+    "StagedClassifier",
     "ViTSize",
 ]
 
@@ -207,7 +209,41 @@ class Patches(nn.Module):
         return F.pixel_shuffle(latents, self.patch)
 
 
-class JudgeClassifier(nn.Module):
+class HiddenClassifier(nn.Module):
+    """A classifier whose features are its last hidden layer: a ``body`` to it, then a ``head``."""
+
+    body: nn.Module
+    head: nn.Linear
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return the last hidden layer, ``(B, 64)``."""
+        return self.body(images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits, ``(B, classes)``."""
+        return self.head(self.body(images))
+
+
+class StagedClassifier(nn.Module):
+    """A classifier whose features are those of each stage: a ``stem``, ``stages``, a ``head``."""
+
+    stem: nn.Module
+    stages: nn.ModuleList
+    head: nn.Linear
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Return the output of the stem and of each stage."""
+        found = [self.stem(images)]
+        for stage in self.stages:
+            found.append(stage(found[-1]))
+        return found
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits, ``(B, classes)``."""
+        return self.head(F.gelu(self.features(images)[-1]).flatten(1))
+
+
+class JudgeClassifier(HiddenClassifier):
     """A convolutional classifier that judges samples; `features` is its last hidden layer, ``(B,
     64)``.
     """
@@ -230,16 +266,8 @@ class JudgeClassifier(nn.Module):
         )
         self.head = nn.Linear(64, classes)
 
-    def features(self, images: Tensor) -> Tensor:
-        """Return the last hidden layer, ``(B, 64)``."""
-        return self.body(images)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits, ``(B, classes)``."""
-        return self.head(self.body(images))
-
-
-class FeatureClassifier(nn.Module):
+class FeatureClassifier(StagedClassifier):
     """A residual, strided classifier without pooling, GELU and group norms: its stages are the
     perceptual features.
     """
@@ -259,14 +287,3 @@ class FeatureClassifier(nn.Module):
         )
         grid = math.ceil(math.ceil(side / 2) / 2)
         self.head = nn.Linear(4 * width * grid**2, classes)
-
-    def features(self, images: Tensor) -> list[Tensor]:
-        """Return the output of the stem and of each stage."""
-        found = [self.stem(images)]
-        for stage in self.stages:
-            found.append(stage(found[-1]))
-        return found
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits, ``(B, classes)``."""
-        return self.head(F.gelu(self.features(images)[-1]).flatten(1))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowspace.demo.data import in_range
-from flowspace.demo.networks import fourier
+from flowspace.demo.networks import HiddenClassifier, StagedClassifier, fourier
 from flowspace.errors import InputError
 
 __all__ = [
@@ -254,7 +254,7 @@ class ConvolutionsUp(nn.Module):
         return self.last(maps)
 
 
-class PictureJudge(nn.Module):
+class PictureJudge(HiddenClassifier):
     """A convolutional classifier with pooling, group norms and ReLU that judges samples;
     `features` is its last hidden layer, ``(B, 64)``.
 
@@ -281,14 +281,6 @@ class PictureJudge(nn.Module):
         )
         self.head = nn.Linear(64, classes)
 
-    def features(self, images: Tensor) -> Tensor:
-        """Return the last hidden layer, ``(B, 64)``."""
-        return self.body(images)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits, ``(B, classes)``."""
-        return self.head(self.body(images))
-
 
 def _judging(inputs: int, outputs: int, size: int, stride: int) -> tuple[nn.Module, ...]:
     """Return a convolution, its norm and its nonlinearity."""
@@ -296,7 +288,7 @@ def _judging(inputs: int, outputs: int, size: int, stride: int) -> tuple[nn.Modu
     return convolution, nn.GroupNorm(8, outputs), nn.ReLU()
 
 
-class PictureFeatures(nn.Module):
+class PictureFeatures(StagedClassifier):
     """A strided classifier with group norms and GELU: its stages are the perceptual features.
 
     Args:
@@ -315,17 +307,6 @@ class PictureFeatures(nn.Module):
             self.stages.append(_feeling(inner))
             grid = -(-grid // 2)
         self.head = nn.Linear(4 * width * grid**2, classes)
-
-    def features(self, images: Tensor) -> list[Tensor]:
-        """Return the output of the stem and of each stage."""
-        found = [self.stem(images)]
-        for stage in self.stages:
-            found.append(stage(found[-1]))
-        return found
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits, ``(B, classes)``."""
-        return self.head(F.gelu(self.features(images)[-1]).flatten(1))
 
 
 def _feeling(width: int) -> nn.Sequential:
