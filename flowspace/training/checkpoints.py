@@ -77,39 +77,18 @@ class Checkpoints:
         """
         for torn in [path for pattern in LEFT_OVER for path in self.folder.glob(pattern)]:
             torn.unlink()
-        path = self._write(self.folder / f"step-{step:08d}.safetensors", step, tensors, {})
+        path = self._write(self.folder / f"step-{step:08d}.safetensors", step, tensors)
         for old in self._paths()[: -self.keep]:
             old.unlink()
         return path
 
-    def keep_best(self, step: int, tensors: Mapping[str, Tensor], score: float) -> bool:
-        """Write ``best.safetensors`` if the score is lower than that of the one there; returns
-        whether it was.
-        """
-        path = self.folder / "best.safetensors"
-        try:
-            with safe_open(path, "pt") as file:
-                before = file.metadata() or {}
-        except (SafetensorError, OSError):
-            before = {}
-        if before.get("fingerprint") == self.fingerprint:
-            if "score" not in before:
-                raise RunError(f"{path} lacks its score; move it away, or delete it")
-            if not score < float(before["score"]):
-                return False
-        self._write(path, step, tensors, {"score": repr(score)})
-        return True
-
-    def _write(
-        self, path: Path, step: int, tensors: Mapping[str, Tensor], more: Mapping[str, str]
-    ) -> Path:
+    def _write(self, path: Path, step: int, tensors: Mapping[str, Tensor]) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         metadata = {
             "step": str(step),
             "fingerprint": self.fingerprint,
             "settings": json.dumps(self.settings, default=str),
-            **more,
         }
         held = {
             name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()
