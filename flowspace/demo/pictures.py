@@ -77,7 +77,7 @@ class FoundPictures:
     ignored: dict[str, int]
 
 
-def read_folder(root: Path, side: int | None = None) -> FoundPictures:
+def read_folder(root: Path | str, side: int | None = None) -> FoundPictures:
     """Read the pictures of a folder, cropped to their middle square and scaled to one side.
 
     A folder that holds folders has one class for each of them, and whatever lies deeper belongs
@@ -94,7 +94,7 @@ def read_folder(root: Path, side: int | None = None) -> FoundPictures:
             folders of pictures; if the side is none of `SIDES`.
     """
     check_side(side)
-    root = _innermost(root)
+    root = _innermost(Path(root))
     groups, ignored = _files_by_class(root)
     conditional = len(groups) > 1
     paths, labels = [], []
