@@ -487,6 +487,11 @@ def test_a_loss_of_any_batch_is_a_loss_or_refused(data):
             assert out.loss.isfinite().all()
 
 
+def few(steps):
+    """Not many steps, which are meant, and take as long as they do."""
+    return not isinstance(steps, (int, float)) or not 1000 < steps < math.inf
+
+
 @search(80)
 @given(data=st.data())
 def test_a_sample_of_any_noise_is_a_sample_or_refused(data):
@@ -495,7 +500,7 @@ def test_a_sample_of_any_noise_is_a_sample_or_refused(data):
     model = MODELS[chosen]
     arguments = {}
     for name, values in {
-        "steps": st.integers(1, 3) | odd_values(),
+        "steps": st.integers(1, 3) | odd_values().filter(few),
         "times": st.just([1.0, 0.5, 0.0]) | odd_values(),
         "cond": st.just({}) | odd_values(),
         "renoise": st.booleans() | odd_values(),
