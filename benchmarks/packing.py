@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flowspace.demo.page import markdown_table
 from flowspace.vision import PixelFlowTransformer
+from flowspace.vision.layers import turned
 from flowspace.vision.pixel_flow import PixelFlowBlock
 
 SIDES = (8, 16, 32, 64)
@@ -87,8 +88,8 @@ def padded_block(
 
     y = F.layer_norm(x, x.shape[2:], eps=1e-6) * (1 + scale1) + shift1
     q, k, v = layer.qkv(y).chunk(3, -1)
-    q = rotated(heads_first(layer.q_norm(q), layer.heads), turn)
-    k = rotated(heads_first(layer.k_norm(k), layer.heads), turn)
+    q = turned(heads_first(layer.q_norm(q), layer.heads), *turn)
+    k = turned(heads_first(layer.k_norm(k), layer.heads), *turn)
     v = heads_first(v, layer.heads)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=there)
     x = x + gate1 * layer.proj(y.transpose(1, 2).flatten(2))
@@ -99,12 +100,6 @@ def padded_block(
 
 def heads_first(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(2, (heads, -1)).transpose(1, 2)
-
-
-def rotated(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-    cosine, sine = turn
-    first, second = x.chunk(2, -1)
-    return x * cosine + torch.cat([-second, first], -1) * sine
 
 
 def separate(

@@ -18,6 +18,7 @@ from flowspace import CrossFlowLoss, FiniteDifference, ForwardMode, InputError, 
 from flowspace.vision import CrossFlowGenerator
 from flowspace.vision.generator import CONDITIONS, HEADS, ConvolutionalHead
 from flowspace.vision.layers import Norm, RotaryGrid
+from flowspace.vision.layers import turned as rotated
 
 SMALL = {"channels": 4, "grid": 4, "patch": 2, "classes": 5, "depth": 2, "width": 32, "heads": 4}
 
@@ -133,8 +134,7 @@ def test_rotary_positions_turn_by_the_distance_of_cells():
     q, k = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
 
     def turned(x, cell):
-        first, second = x.chunk(2)
-        return x * cosine[cell] + torch.cat([-second, first]) * sine[cell]
+        return rotated(x[None], cosine[cell], sine[cell])[0]
 
     def product(a, b):
         return turned(q, 4 * a[0] + a[1]) @ turned(k, 4 * b[0] + b[1])

@@ -92,7 +92,7 @@ def test_it_begins_at_the_grey_image_and_its_blocks_pass_their_input_on():
     for image in network(z, t, s, labels=y, **told()):
         assert torch.equal(image, torch.zeros_like(z))
     x = torch.randn(2, 36, 32)
-    assert torch.equal(network.blocks[0](x, *network.rotary(4, 4, x.device)), x)
+    assert torch.equal(network.blocks[0](x, *network.rotary(4, 4, x.device, before=20)), x)
 
 
 def test_it_sees_the_length_of_the_step_and_each_condition_and_not_t_itself():

@@ -449,7 +449,7 @@ def _turns_of(network: DiT) -> dict[str, Tensor]:
     half = cosine.shape[1] // 2
     return {
         TURNS[0]: cosine[:, :half].repeat_interleave(2, 1),
-        TURNS[1]: sine[:, :half].repeat_interleave(2, 1),
+        TURNS[1]: sine[:, half:].repeat_interleave(2, 1),
     }
 
 

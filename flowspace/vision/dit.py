@@ -298,18 +298,24 @@ class DiT(LabelledTransformer):
 
     def _through_all(self, cells: Tensor, condition: Tensor, label: Tensor) -> Tensor:
         """Return the tokens of cells after all blocks."""
-        turn: tuple[Tensor | None, Tensor | None] = (None, None)
-        if self.config["rotary"]:
-            side = self.config["size"] // self.config["patch"]
-            turn = self.turns(side, side, cells.device)
+        turn = self._turn(cells.device)
         if self.context is None:
             return self.through(self.blocks, cells, condition, *turn)
         start = self.config["context_start"]
         cells = self.through(self.blocks[:start], cells, condition, *turn)
         context = label[:, None] + self.context
+        before = context.shape[1]
         tokens = torch.cat([context.to(cells.dtype), cells], 1)
+        turn = self._turn(cells.device, before)
         tokens = self.through(self.blocks[start:], tokens, condition, *turn)
-        return tokens[:, context.shape[1] :]
+        return tokens[:, before:]
+
+    def _turn(self, device: torch.device, before: int = 0) -> tuple[Tensor | None, Tensor | None]:
+        """Return the rotary positions of cells after so many tokens of the context, or Nones."""
+        if not self.config["rotary"]:
+            return None, None
+        side = self.config["size"] // self.config["patch"]
+        return self.turns(side, side, device, before)
 
     def _squares(self, cells: Tensor) -> Tensor:
         """Put the numbers of each token into its square; in a token, channels come last."""
@@ -416,7 +422,7 @@ class AdaptiveBlock(nn.Module):
         Args:
             x: the tokens; those of the context come first.
             condition: ``(B, 1, width)``.
-            cosine: of the rotary positions ``(cells, width / heads)``; None: without.
+            cosine: of the rotary positions ``(N, width / heads)``; None: without.
             sine: likewise.
         """
         parts = self.modulation(F.silu(condition)).chunk(6, -1)

@@ -162,7 +162,7 @@ class CrossFlowGenerator(LabelledTransformer):
         x = self.embed(latents.flatten(2).transpose(1, 2)) + self.position
         context = self._context(t, s, labels)
         x = torch.cat([context, x], 1)
-        turn = self.rotary(height, width, x.device)
+        turn = self.rotary(height, width, x.device, before=context.shape[1])
         x = self.through(self.blocks, x, *turn)
         cells = self.norm(x[:, context.shape[1] :])
         if isinstance(self.head, ConvolutionalHead):

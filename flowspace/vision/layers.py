@@ -99,8 +99,14 @@ class RotaryGrid(nn.Module):
         super().__init__()
         self.size = size
 
-    def forward(self, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines ``(height width, size)``; (i, i + size/2) turn together."""
+    def forward(
+        self, height: int, width: int, device: torch.device, before: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines ``(before + height width, size)``, as `turned` takes them.
+
+        Numbers i and i + size/2 of a token turn together. The first ``before`` tokens, which are
+        no cells, do not turn.
+        """
         quarter = self.size // 4
         rates = SLOWEST ** (-torch.arange(quarter, device=device) / quarter)
         row = torch.arange(height, device=device)[:, None] * rates
@@ -108,8 +114,9 @@ class RotaryGrid(nn.Module):
         rows = row.repeat_interleave(width, 0)
         columns = column.repeat(height, 1)
         angle = torch.cat([rows, columns], 1)
+        angle = F.pad(angle, (0, 0, before, 0))
         cosine, sine = angle.cos(), angle.sin()
-        return torch.cat([cosine, cosine], 1), torch.cat([sine, sine], 1)
+        return torch.cat([cosine, cosine], 1), torch.cat([-sine, sine], 1)
 
 
 def sines_of_grid(height: int, width: int, size: int, device: torch.device) -> Tensor:
@@ -147,10 +154,7 @@ MLPS = {"swiglu": swiglu, "gelu": gelu}
 
 
 def turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turn the cells, which come last; context tokens stay as they are."""
-    before = x.shape[2] - len(cosine)
-    context, cells = x[:, :, :before], x[:, :, before:]
-    first, second = cells.chunk(2, -1)
-    quarter_turn = torch.cat([-second, first], -1)
-    turned = cells * cosine + quarter_turn * sine
-    return torch.cat([context, turned], 2)
+    """Turn each pair of numbers (x_i, x_j), j = i + size/2, of ``(..., tokens, size)`` by its
+    token's angle, to (x_i cos - x_j sin, x_j cos + x_i sin); the sines of x_j have their sign.
+    """
+    return x * cosine + x.roll(x.shape[-1] // 2, -1) * sine

@@ -194,7 +194,7 @@ class PixelMeanFlowTransformer(LabelledTransformer):
         context = self._context(scalars, labels)
         x = torch.cat([context, self.embed(z_t).to(context.dtype)], 1) + self.position
         side = self.config["size"] // self.config["patch"]
-        turn = self.rotary(side, side, x.device)
+        turn = self.rotary(side, side, x.device, before=context.shape[1])
         x = self.through(self.blocks, x, *turn)
         image = self._predicted(self.image_head, x, turn)
         if self.velocity_head is None:

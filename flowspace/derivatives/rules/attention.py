@@ -147,6 +147,8 @@ def _four_axes(x: Tensor, lead: Sequence[int], dtype: torch.dtype) -> Tensor:
 
     It is expanded without a copy where at most one of the axes that become rows is longer than 1.
     """
+    if x.ndim == 4 and x.dtype == dtype and list(x.shape[:2]) == lead:
+        return x  # as most are: the steps below take longer than a small product
     if x.dtype != torch.bool:
         x = x.to(dtype)
     *batches, heads = lead

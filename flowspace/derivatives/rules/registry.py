@@ -191,9 +191,11 @@ def differentiable(value: Any) -> bool:
 
 def moves(out: Any) -> bool:
     """Return whether an output has any part that can carry a tangent."""
+    if isinstance(out, Tensor):
+        return differentiable(out)
     if isinstance(out, (tuple, list)):
         return any(moves(part) for part in out)
-    return differentiable(out) or isinstance(out, dict)
+    return isinstance(out, dict)
 
 
 def _in_double(value: Any) -> Any:

@@ -32,6 +32,7 @@ from flowspace.derivatives.replay import RandomState, in_transform
 from flowspace.derivatives.rules.dual import Dual, Layout, LostRowsError
 from flowspace.derivatives.shared_primal import higher_order
 from flowspace.derivatives.shared_primal.kinds import (
+    OUT_OF_PLACE,
     TRANSFORMED,
     WHOLE,
     Treatment,
@@ -300,9 +301,9 @@ class Carrier(TorchFunctionMode):
             raise DerivativeError(refusal(name or func.__name__))
         if kind == "in place":
             return self.writes.write(call, name, args[0])
+        if kind in ("constant", "itself") and call.evaluate() is call.primals[0]:
+            return args[0]
         if kind == "constant":
-            if call.evaluate() is call.primals[0]:
-                return args[0]
             return call.out
         if kind == "detached":
             return self._detached(call.evaluate())
@@ -316,7 +317,7 @@ class Carrier(TorchFunctionMode):
         """Enter a function that is written in others, or stand for it if it was entered before."""
         func = call.func
         # Some call the builtin of their own name: seen for the second time, it has a rule.
-        if func in self.inside:
+        if func in self.inside or (func in OUT_OF_PLACE and not kwargs["inplace"]):
             return self.ruled(call, name)
         off = func is F.dropout and not (kwargs["training"] and kwargs["p"])
         # Most models call dropout also where it does nothing.

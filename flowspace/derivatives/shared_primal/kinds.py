@@ -12,7 +12,15 @@ from torch._ops import HigherOrderOperator
 
 from flowspace.derivatives import rules
 
-__all__ = ["TRANSFORMED", "WHOLE", "Treatment", "refusal", "treatment_of", "warn_of_whole_numbers"]
+__all__ = [
+    "OUT_OF_PLACE",
+    "TRANSFORMED",
+    "WHOLE",
+    "Treatment",
+    "refusal",
+    "treatment_of",
+    "warn_of_whole_numbers",
+]
 
 TRANSFORMED = (
     "the model calls a transform of torch.func, where tangents cannot follow; write "
@@ -50,8 +58,17 @@ primal: a hook that is set on an alias has to be called in the backward pass of 
 LEAVES = frozenset("item tolist numpy __array__ __float__ __complex__".split())
 """Functions that hand a value out of torch, where no tangent follows it."""
 
+ITSELF = frozenset("to contiguous float double type type_as".split())
+"""Functions that return the tensor itself where it is already what they make of it."""
+
 WHOLE = frozenset("long int short char byte to type".split())
 """Functions that may make whole numbers of others, which do not move."""
+
+OUT_OF_PLACE = frozenset((F.silu, F.relu))
+"""Functions written in Python that are called with their rule unless they are to write in place.
+
+Their builtins have the same name, and no argument ``inplace``.
+"""
 
 AS_BUILTIN = frozenset(
     (F.layer_norm, F.group_norm, F.rms_norm, F.softmax, F.log_softmax, Tensor.unflatten)
@@ -111,6 +128,7 @@ class Treatment(NamedTuple):
             * python: it is written in other functions of torch, and entered.
             * random: it draws, and may be written in others.
             * in place: it writes into its first argument.
+            * itself: it may return its first argument as it is.
             * constant: its output does not move.
             * detached: its output shares memory, and does not move.
             * leaves: its value leaves torch.
@@ -188,6 +206,8 @@ def _kind(name: str) -> str:
         return "detached"
     if name in rules.CONSTANT:
         return "constant"
+    if name in ITSELF:
+        return "itself"
     return "rule"
 
 
