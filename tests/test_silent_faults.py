@@ -2,6 +2,7 @@
 it.
 """
 
+import contextlib
 import random
 import sys
 import threading
@@ -624,6 +625,26 @@ def test_threads_take_turns_in_forward_mode():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_what_is_compiled_runs_compiled_once_every_thread_has_left():
+    """The stance of torch.compile is the whole process's, and threads leave in any order."""
+    captured = []
+
+    def backend(graph, inputs):
+        captured.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda x: x.sin() + 1, backend=backend)
+    first, second = contextlib.ExitStack(), contextlib.ExitStack()
+    for thread in (first, second):
+        thread.enter_context(replay.uncompiled())
+    for thread in (first, second):
+        compiled(torch.ones(3))
+        assert not captured
+        thread.close()
+    compiled(torch.ones(3))
+    assert len(captured) == 1
 
 
 @each_route

@@ -15,6 +15,7 @@ import contextlib
 import inspect
 import random
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -382,6 +383,13 @@ def restoring_buffers(mixed: bool = True) -> Iterator[RestoringMode]:
         mode.restore()
 
 
+_stance_lock = threading.Lock()
+"""Held while the stance of torch.compile is changed."""
+
+_stances: list[contextlib.ExitStack] = []
+"""What sets the stance back, once for every thread and call that wants another."""
+
+
 def without_trace(function: Callable[[], Any], beside: Tensor) -> Any:
     """Evaluate a function without gradient, and without a trace in the buffers of its modules.
 
@@ -396,11 +404,27 @@ def without_trace(function: Callable[[], Any], beside: Tensor) -> Any:
         return function()
 
 
-def uncompiled() -> contextlib.AbstractContextManager[Any]:
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
     """Run what torch.compile compiled as it was written.
 
-    Its kernels know nothing of the levels of forward mode.
+    Its kernels know nothing of the levels of forward mode. The stance of torch.compile is that of
+    the whole process: the first thread to come here sets it, and the last to leave sets it back.
     """
     if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
-        return contextlib.nullcontext()
-    return torch.compiler.set_stance("force_eager")
+        yield
+        return
+    with _stance_lock:
+        if not _stances:
+            before = contextlib.ExitStack()
+            before.enter_context(torch.compiler.set_stance("force_eager"))
+            _stances.append(before)
+        else:
+            _stances.append(_stances[0])
+    try:
+        yield
+    finally:
+        with _stance_lock:
+            before = _stances.pop()
+            if not _stances:
+                before.close()
