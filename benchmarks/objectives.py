@@ -235,7 +235,8 @@ def rolled(steps: int, seeds: int, chosen: list[Entry]) -> tuple[dict[str, Any],
         )
         clouds.setdefault("real", real)
         for entry in chosen:
-            objective: Any = replace(entry.make(teacher, lambda x: x), penalty=SquaredError())  # type: ignore[arg-type]
+            made: Any = entry.make(teacher, lambda x: x)
+            objective: Any = replace(made, penalty=SquaredError())
             network = train_roll(objective, world, steps, seed)
             flow: Any = FlowMap(network, objective.schedule, objective.outputs)
             if entry.name == TEACHER:

@@ -1,8 +1,8 @@
 """A trained flow-matching network becomes a one-step generator of 8x8 digits, on a CPU in minutes.
 
 A small SiT is trained by flow matching and saved as SiT's own code saves it. Its file is converted
-and training goes on as MeanFlow, for as many steps. MeanFlow from scratch is judged after the same
-number of steps, and after the sum of both. Judges that share nothing with them say how good one
+and training goes on as MeanFlow. MeanFlow from scratch is judged after as many steps as that, and
+after the sum of both. Judges that share nothing with them say how good one
 step is, beside the old network's 1, 2 and 50 steps of Euler.
 
     python examples/fine_tune/fine_tune.py --seeds 3
@@ -79,13 +79,15 @@ def judges(data: Data, seed: int) -> Judge:
     return Judge(tuple(networks), data)
 
 
-def one_seed(seed: int, steps: int, folder: Path) -> dict[str, tuple[float, float, float]]:
+def one_seed(
+    seed: int, old_steps: int, steps: int, folder: Path
+) -> dict[str, tuple[float, float, float]]:
     """Return accuracy, diversity and Frechet distance of each row of the table."""
     data = load("digits")
     judge = judges(data, seed)
     torch.manual_seed(seed)
     print(f"seed {seed}: flow matching")
-    (teacher,) = train(DiT(**SIZE, average=False), data, FlowMatchingLoss(), (steps,), seed)
+    (teacher,) = train(DiT(**SIZE, average=False), data, FlowMatchingLoss(), (old_steps,), seed)
     file = folder / f"sit-{seed}.safetensors"
     save_file(to_layout(teacher, "sit"), file)
 
@@ -94,8 +96,9 @@ def one_seed(seed: int, steps: int, folder: Path) -> dict[str, tuple[float, floa
     (student,) = train(start, data, MEAN_FLOW, (steps,), seed + 1)
     print(f"seed {seed}: MeanFlow from scratch")
     torch.manual_seed(seed + 2)
-    scratch, longer = train(DiT(**SIZE), data, MEAN_FLOW, (steps, 2 * steps), seed + 1)
-    networks = {"converted": student, "scratch": scratch, "scratch, twice as long": longer}
+    both = (steps, old_steps + steps)
+    scratch, longer = train(DiT(**SIZE), data, MEAN_FLOW, both, seed + 1)
+    networks = {"converted": student, "scratch": scratch, "scratch, steps of both": longer}
 
     draw = torch.Generator().manual_seed(seed + 3)
     labels = data.test_labels.repeat(3)
@@ -122,7 +125,8 @@ def scored(judge: Judge, images: Tensor, labels: Tensor) -> tuple[float, float, 
 def main() -> None:
     """Train, judge and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1000, help="of each training")
+    parser.add_argument("--old-steps", type=int, default=2000, help="of flow matching")
+    parser.add_argument("--steps", type=int, default=1000, help="of MeanFlow")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/fine_tune"))
     options = parser.parse_args()
@@ -130,7 +134,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     tables = []
     for seed in range(options.seeds):
-        tables.append(one_seed(seed, options.steps, options.out))
+        tables.append(one_seed(seed, options.old_steps, options.steps, options.out))
         show(tables)
 
 

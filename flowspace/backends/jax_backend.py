@@ -172,7 +172,7 @@ def value_and_derivative(
         return fn(*arguments)
 
     inputs = tuple(primals[i] for i in moving)
-    directions = tuple(tangents[i].astype(primals[i].dtype) for i in moving)  # type: ignore[union-attr]
+    directions = tuple(tangents[i].astype(primals[i].dtype) for i in moving)  # type: ignore
     try:
         value, derivative = jax.jvp(of_moving, inputs, directions)
     except Exception as error:

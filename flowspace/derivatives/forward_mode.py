@@ -87,7 +87,7 @@ class ForwardMode(SecondRun):
         try:
             with _one_thread(), sdpa_kernel(SDPBackend.MATH):
                 directions = tuple(tangents[i] for i in moving)
-                value, derivative = torch.func.jvp(of_moving, inputs, directions)  # type: ignore[misc]
+                both: Any = torch.func.jvp(of_moving, inputs, directions)
         except (RuntimeError, NotImplementedError, KeyError) as error:
             if isinstance(error.__context__, KeyboardInterrupt):
                 # it came while torch opened a level, which torch then failed to close
@@ -99,6 +99,7 @@ class ForwardMode(SecondRun):
                 "derivative=SharedPrimal(), or FiniteDifference(), which needs no forward "
                 "derivatives"
             ) from error
+        value, derivative = both
         return Second(derivative, value)
 
 

@@ -285,7 +285,8 @@ def under_checkpoint() -> bool:
 
     So do checkpoints, which compute it again in the backward pass and compare.
     """
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # pyright: ignore
+    hooks: Any = torch._C._autograd
+    return hooks._top_saved_tensors_default_hooks(False) is not None
 
 
 def capture_as_outside(fn: Callable[..., Any]) -> Callable[..., Any]:

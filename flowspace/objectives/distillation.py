@@ -43,7 +43,8 @@ class MeanFlowDistillationLoss(MeanFlowLoss):
     mix: float = 1.0
 
     @classmethod
-    def published(cls, dim: int, **changes: Any) -> "MeanFlowDistillationLoss":  # pyright: ignore[reportIncompatibleMethodOverride]  # times need dim
+    # dim, which others do not take: the times need it
+    def published(cls, dim: int, **changes: Any) -> "MeanFlowDistillationLoss":  # pyright: ignore
         """Return it with the paper's numbers (sections 3.3, 3.4 and 5).
 
         The teacher's uniform times, shifted by sqrt(dim / 4096), t > s in every row, summed

@@ -54,7 +54,8 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
     shift: float = 1.0
 
     @classmethod
-    def published(cls, dim: int, **changes: Any) -> "TrajectoryMatchingLoss":  # pyright: ignore[reportIncompatibleMethodOverride]  # the grid needs dim
+    # dim, which others do not take: the grid needs it
+    def published(cls, dim: int, **changes: Any) -> "TrajectoryMatchingLoss":  # pyright: ignore
         """Return it as MeanFlow on representation autoencoders takes it (section 3.2, 5).
 
         16 steps of Euler, two trajectories an iteration, squared error; the grid is shifted by

@@ -310,7 +310,7 @@ def alike(value: Tensor, like: Tensor) -> Tensor:
         return value
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(value, like.device_mesh, like.placements)  # type: ignore[attr-defined]
+    return distribute_tensor(value, like.device_mesh, like.placements)  # type: ignore
 
 
 # --- who writes --------------------------------------------------------------------------------

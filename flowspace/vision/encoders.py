@@ -229,7 +229,7 @@ class LatentEncoder(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Return images of latents, by the autoencoder's own decoder."""
         raw = F.pixel_shuffle(latents * self.std + self.mean, self.patch)
-        decoded: Any = self.autoencoder.decode(raw.to(_dtype(self.autoencoder)))  # type: ignore[operator]
+        decoded: Any = self.autoencoder.decode(raw.to(_dtype(self.autoencoder)))  # type: ignore
         images = _held(decoded, "sample").float()
         if _from_zero(self.autoencoder):
             return images * 2 - 1
@@ -302,7 +302,7 @@ class LatentEncoder(nn.Module):
         given = images
         if _from_zero(self.autoencoder):
             given = (images + 1) / 2
-        out: Any = self.autoencoder.encode(given.to(_dtype(self.autoencoder)))  # type: ignore[operator]
+        out: Any = self.autoencoder.encode(given.to(_dtype(self.autoencoder)))  # type: ignore
         if not hasattr(out, "latent_dist"):
             latents = _held(out, "latent")
         elif sample:
