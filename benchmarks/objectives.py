@@ -235,7 +235,7 @@ def rolled(steps: int, seeds: int, chosen: list[Entry]) -> tuple[dict[str, Any],
         )
         clouds.setdefault("real", real)
         for entry in chosen:
-            made: Any = entry.make(teacher, lambda x: x)
+            made: Any = entry.make(teacher, lambda x: x)  # type: ignore[arg-type]
             objective: Any = replace(made, penalty=SquaredError())
             network = train_roll(objective, world, steps, seed)
             flow: Any = FlowMap(network, objective.schedule, objective.outputs)

@@ -285,7 +285,7 @@ def under_checkpoint() -> bool:
 
     So do checkpoints, which compute it again in the backward pass and compare.
     """
-    hooks: Any = torch._C._autograd
+    hooks: Any = torch._C._autograd  # pyright: ignore
     return hooks._top_saved_tensors_default_hooks(False) is not None
 
 
