@@ -34,7 +34,7 @@ from flowspace import (
     SharedPrimal,
 )
 from flowspace.vision.convert import LAYOUTS, convert, to_layout
-from flowspace.vision.dit import PRESETS, DiT, settings_of
+from flowspace.vision.dit import PRESETS, DiT
 
 # --- the layouts by hand -----------------------------------------------------------------------
 
@@ -605,8 +605,8 @@ def test_a_preset_is_found_again_from_its_tensors(name):
     with torch.device("meta"):
         network = DiT.from_preset(name, average=False, null_trained=True)
     found = convert(to_layout(network, layout), layout, average=False)
-    own = settings_of(network) | {"hidden": found.config["hidden"]}
-    assert settings_of(found) == own
+    own = network.settings | {"hidden": found.config["hidden"]}
+    assert found.settings == own
 
 
 def test_unknown_presets_and_parts_are_refused():

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from flowspace.errors import InputError, RunError
-from flowspace.vision.dit import SIZES, DiT, settings_of
+from flowspace.vision.dit import SIZES, DiT
 
 __all__ = ["LAYOUTS", "convert", "read_checkpoint", "to_layout"]
 
@@ -143,7 +143,7 @@ def to_layout(network: DiT, layout: str) -> dict[str, Tensor]:
         InputError: if the network has parts that the layout has not.
     """
     _check_layout(layout)
-    config = settings_of(network)
+    config = network.settings
     _check_parts(config, layout)
     found = {}
     for name, value in network.state_dict().items():

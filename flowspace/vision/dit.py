@@ -37,12 +37,13 @@ from flowspace.errors import InputError
 from flowspace.vision.layers import (
     FREQUENCIES,
     SLOWEST,
+    AdaptiveBlock,
+    AdaptiveOutput,
     Norm,
     RotaryGrid,
     TimeEmbedding,
-    modulated,
+    silence,
     sines_of_grid,
-    turned,
 )
 from flowspace.vision.transformer import LabelledTransformer
 
@@ -182,14 +183,14 @@ class DiT(LabelledTransformer):
         if context_tokens:
             self.context = nn.Parameter(0.02 * torch.randn(1, context_tokens, width))
         self.blocks = nn.ModuleList(
-            AdaptiveBlock(width, heads, norm, MLPS[mlp](width, hidden), normalised_heads)
+            AdaptiveBlock(width, heads, NORMS[norm], MLPS[mlp](width, hidden), normalised_heads)
             for _ in range(depth)
         )
         self.turns = RotaryGrid(width // heads)
         numbers = (outputs or channels) * (output_patch or patch) ** 2
         if sigma:
             numbers *= 2
-        self.last = AdaptiveOutput(width, numbers, norm)
+        self.last = AdaptiveOutput(width, numbers, NORMS[norm])
         self._initialise()
 
     @classmethod
@@ -231,7 +232,7 @@ class DiT(LabelledTransformer):
                 f"got compression = {compression!r}; write the pixels a side of one cell of the "
                 "latent, such as 8"
             )
-        config = settings_of(self) | {
+        config = self.settings | {
             "outputs": outputs,
             "output_patch": compression * self.config["patch"],
             "predicts": "data",
@@ -350,9 +351,9 @@ class DiT(LabelledTransformer):
         for layer in (self.time.first, self.time.second):
             nn.init.normal_(layer.weight, std=0.02)
         for block in self.blocks:
-            _silence(block.modulation)  # type: ignore[arg-type]
-        _silence(self.last.modulation)
-        _silence(self.last.linear)
+            silence(block.modulation)  # type: ignore[arg-type]
+        silence(self.last.modulation)
+        silence(self.last.linear)
         self.initialise_difference()
 
     def initialise_difference(self) -> None:
@@ -396,71 +397,6 @@ class SquareEmbedding(nn.Module):
         return self.up(self.down(states))
 
 
-class AdaptiveBlock(nn.Module):
-    """Attention and an MLP on normalised tokens, both shifted, scaled and gated by a condition."""
-
-    def __init__(
-        self, width: int, heads: int, norm: str, mlp: nn.Module, normalised_heads: bool
-    ) -> None:
-        super().__init__()
-        self.heads = heads
-        self.modulation = nn.Linear(width, 6 * width)
-        self.norm1, self.norm2 = NORMS[norm](width), NORMS[norm](width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm: nn.Module = nn.Identity()
-        self.k_norm: nn.Module = nn.Identity()
-        if normalised_heads:
-            self.q_norm, self.k_norm = Norm(width // heads), Norm(width // heads)
-        self.proj = nn.Linear(width, width)
-        self.mlp = mlp
-
-    def forward(
-        self, x: Tensor, condition: Tensor, cosine: Tensor | None, sine: Tensor | None
-    ) -> Tensor:
-        """Map tokens ``(B, N, width)`` to tokens.
-
-        Args:
-            x: the tokens; those of the context come first.
-            condition: ``(B, 1, width)``.
-            cosine: of the rotary positions ``(N, width / heads)``; None: without.
-            sine: likewise.
-        """
-        parts = self.modulation(F.silu(condition)).chunk(6, -1)
-        shift, scale, gate = parts[:3]
-        x = x + gate * self._attention(modulated(self.norm1(x), shift, scale), cosine, sine)
-        shift, scale, gate = parts[3:]
-        return x + gate * self.mlp(modulated(self.norm2(x), shift, scale))
-
-    def _attention(self, x: Tensor, cosine: Tensor | None, sine: Tensor | None) -> Tensor:
-        heads = self.qkv(x).unflatten(2, (3, self.heads, -1))
-        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if cosine is not None and sine is not None:
-            q, k = turned(q, cosine, sine), turned(k, cosine, sine)
-        x = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
-        return self.proj(x.transpose(1, 2).flatten(2))
-
-
-class AdaptiveOutput(nn.Module):
-    """A linear layer on normalised tokens, shifted and scaled by a condition."""
-
-    def __init__(self, width: int, numbers: int, norm: str) -> None:
-        super().__init__()
-        self.modulation = nn.Linear(width, 2 * width)
-        self.norm = NORMS[norm](width)
-        self.linear = nn.Linear(width, numbers)
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Map tokens ``(B, N, width)`` to ``(B, N, numbers)``."""
-        shift, scale = self.modulation(F.silu(condition)).chunk(2, -1)
-        return self.linear(modulated(self.norm(x), shift, scale))
-
-
-def settings_of(network: DiT) -> dict[str, Any]:
-    """Return the arguments of the constructor that a network was built with."""
-    return {key: value for key, value in network.config.items() if not key.startswith("_")}
-
-
 def _layer_norm(width: int) -> nn.Module:
     return nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
 
@@ -476,12 +412,6 @@ def _swiglu(width: int, hidden: int | None) -> nn.Module:
 
 NORMS = {"layer": _layer_norm, "rms": Norm}
 MLPS = {"gelu": _gelu, "swiglu": _swiglu}
-
-
-def _silence(layer: nn.Linear) -> None:
-    """Let a layer begin at zero."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
 
 
 def _check_choices(**given: Any) -> None:

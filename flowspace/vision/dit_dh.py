@@ -33,12 +33,13 @@ from torch import Tensor, nn
 
 from flowspace.errors import InputError, RunError
 from flowspace.vision.layers import (
+    AdaptiveBlock,
+    AdaptiveOutput,
     FourierEmbedding,
     Norm,
     RotaryGrid,
-    modulated,
+    silence,
     sines_of_grid,
-    turned,
 )
 from flowspace.vision.shapes import pair_of
 from flowspace.vision.transformer import LabelledTransformer
@@ -78,8 +79,8 @@ class DiTDH(LabelledTransformer):
         InputError: if sizes do not fit together.
     """
 
-    _no_split_modules = ["ModulatedBlock"]  # noqa: RUF012  # diffusers' name and type
-    _repeated_blocks = ["ModulatedBlock"]  # noqa: RUF012  # what it compiles
+    _no_split_modules = ["AdaptiveBlock"]  # noqa: RUF012  # diffusers' name and type
+    _repeated_blocks = ["AdaptiveBlock"]  # noqa: RUF012  # what it compiles
     _keep_in_fp32_modules = ["frequencies"]  # noqa: RUF012  # of the times, when it is loaded
 
     @register_to_config
@@ -110,15 +111,13 @@ class DiTDH(LabelledTransformer):
         if classes:
             self.label = nn.Embedding(classes + 1, width)
         self.embed = nn.Linear(channels, width)
-        self.blocks = nn.ModuleList(ModulatedBlock(width, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(_block(width, heads) for _ in range(depth))
         self.rotary = RotaryGrid(width // heads)
         self.project = nn.Linear(width, head_width)
         self.head_embed = nn.Linear(channels, head_width)
-        self.head_blocks = nn.ModuleList(
-            ModulatedBlock(head_width, head_heads) for _ in range(head_depth)
-        )
+        self.head_blocks = nn.ModuleList(_block(head_width, head_heads) for _ in range(head_depth))
         self.head_rotary = RotaryGrid(head_width // head_heads)
-        self.last = ModulatedOutput(head_width, channels)
+        self.last = AdaptiveOutput(head_width, channels, Norm)
         self._initialise()
 
     @classmethod
@@ -150,7 +149,7 @@ class DiTDH(LabelledTransformer):
             taught, name = source, "a network"
         else:
             taught, name = _loaded(Path(source)), f"the network in {source}"
-        config = _settings(taught)
+        config = taught.settings
         if config["average"]:
             raise InputError(
                 f"got {name}, which is of average velocities already; copy it, or write "
@@ -267,74 +266,11 @@ class DiTDH(LabelledTransformer):
             nn.init.normal_(self.label.weight, std=0.02)
         if self.difference is not None:
             nn.init.normal_(self.difference.first.weight, std=0.02)
-            _silence(self.difference.second)
+            silence(self.difference.second)
 
 
-class ModulatedBlock(nn.Module):
-    """Attention and an MLP on normalised tokens, both shifted, scaled and gated by a condition
-    (adaLN-zero, arXiv 2212.09748).
-    """
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.modulation = nn.Linear(width, 6 * width)
-        self.norm1, self.norm2 = Norm(width), Norm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-        self.mlp = SwiGLU(width, 8 * width // 3)
-        _silence(self.modulation)
-
-    def forward(self, x: Tensor, condition: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        """Map tokens ``(B, N, width)`` to tokens.
-
-        Args:
-            x: the tokens.
-            condition: ``(B, 1, width)``, or ``(B, N, width)`` where each token has its own.
-            cosine: of the rotary positions ``(N, width / heads)``.
-            sine: likewise.
-        """
-        parts = self.modulation(F.silu(condition)).chunk(6, -1)
-        shift, scale, gate = parts[:3]
-        x = x + gate * self._attention(modulated(self.norm1(x), shift, scale), cosine, sine)
-        shift, scale, gate = parts[3:]
-        return x + gate * self.mlp(modulated(self.norm2(x), shift, scale))
-
-    def _attention(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        heads = self.qkv(x).unflatten(2, (3, self.heads, -1))
-        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
-        q = turned(q, cosine, sine).to(v.dtype)
-        k = turned(k, cosine, sine).to(v.dtype)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).flatten(2))
-
-
-class ModulatedOutput(nn.Module):
-    """A linear layer on normalised tokens, shifted and scaled by a condition of each."""
-
-    def __init__(self, width: int, outputs: int) -> None:
-        super().__init__()
-        self.modulation = nn.Linear(width, 2 * width)
-        self.norm = Norm(width)
-        self.linear = nn.Linear(width, outputs)
-        _silence(self.modulation)
-        _silence(self.linear)
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Map tokens ``(B, N, width)`` to ``(B, N, outputs)``; one condition for each token."""
-        shift, scale = self.modulation(F.silu(condition)).chunk(2, -1)
-        return self.linear(modulated(self.norm(x), shift, scale))
-
-
-def _silence(layer: nn.Linear) -> None:
-    """Let a layer begin at zero."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-
-
-def _settings(network: DiTDH) -> dict[str, Any]:
-    """Return the arguments of the constructor that a network was built with."""
-    return {key: value for key, value in network.config.items() if not key.startswith("_")}
+def _block(width: int, heads: int) -> AdaptiveBlock:
+    return AdaptiveBlock(width, heads, Norm, SwiGLU(width, 8 * width // 3))
 
 
 def _loaded(folder: Path) -> DiTDH:

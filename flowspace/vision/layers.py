@@ -1,6 +1,7 @@
 """Layers that the vision transformers of this package share."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,12 +12,15 @@ from torch import Tensor, nn
 
 __all__ = [
     "MLPS",
+    "AdaptiveBlock",
+    "AdaptiveOutput",
     "FourierEmbedding",
     "Norm",
     "RotaryGrid",
     "TimeEmbedding",
     "gelu",
     "modulated",
+    "silence",
     "sines_of_grid",
     "swiglu",
     "turned",
@@ -158,3 +162,86 @@ def turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     token's angle, to (x_i cos - x_j sin, x_j cos + x_i sin); the sines of x_j have their sign.
     """
     return x * cosine + x.roll(x.shape[-1] // 2, -1) * sine
+
+
+class AdaptiveBlock(nn.Module):
+    """Attention and an MLP on normalised tokens, both shifted, scaled and gated by a condition
+    (adaLN-zero, arXiv 2212.09748); it begins by returning its input.
+
+    Args:
+        width: of the tokens.
+        heads: of the attention.
+        norm: makes a norm of tokens of a width.
+        mlp: maps tokens to tokens.
+        normalised_heads: whether queries and keys pass an RMS norm.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        norm: Callable[[int], nn.Module],
+        mlp: nn.Module,
+        normalised_heads: bool = False,
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.modulation = nn.Linear(width, 6 * width)
+        self.norm1, self.norm2 = norm(width), norm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        if normalised_heads:
+            self.q_norm, self.k_norm = Norm(width // heads), Norm(width // heads)
+        self.proj = nn.Linear(width, width)
+        self.mlp = mlp
+        silence(self.modulation)
+
+    def forward(
+        self, x: Tensor, condition: Tensor, cosine: Tensor | None, sine: Tensor | None
+    ) -> Tensor:
+        """Map tokens ``(B, N, width)`` to tokens.
+
+        Args:
+            x: the tokens; those of the context come first.
+            condition: ``(B, 1, width)``, or ``(B, N, width)`` where each token has its own.
+            cosine: of the rotary positions ``(N, width / heads)``; None: without.
+            sine: likewise.
+        """
+        parts = self.modulation(F.silu(condition)).chunk(6, -1)
+        shift, scale, gate = parts[:3]
+        x = x + gate * self._attention(modulated(self.norm1(x), shift, scale), cosine, sine)
+        shift, scale, gate = parts[3:]
+        return x + gate * self.mlp(modulated(self.norm2(x), shift, scale))
+
+    def _attention(self, x: Tensor, cosine: Tensor | None, sine: Tensor | None) -> Tensor:
+        heads = self.qkv(x).unflatten(2, (3, self.heads, -1))
+        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if cosine is not None and sine is not None:
+            q, k = turned(q, cosine, sine), turned(k, cosine, sine)
+        x = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class AdaptiveOutput(nn.Module):
+    """A linear layer on normalised tokens, shifted and scaled by a condition; begins at zero."""
+
+    def __init__(self, width: int, numbers: int, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(width, 2 * width)
+        self.norm = norm(width)
+        self.linear = nn.Linear(width, numbers)
+        silence(self.modulation)
+        silence(self.linear)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Map tokens ``(B, N, width)`` to ``(B, N, numbers)``."""
+        shift, scale = self.modulation(F.silu(condition)).chunk(2, -1)
+        return self.linear(modulated(self.norm(x), shift, scale))
+
+
+def silence(layer: nn.Linear) -> None:
+    """Let a layer begin at zero."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)

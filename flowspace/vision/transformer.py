@@ -32,6 +32,11 @@ class LabelledTransformer(CheckedModel):
     label: nn.Embedding | None
     gradient_checkpointing: bool
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments of the constructor that it was built with."""
+        return {key: value for key, value in self.config.items() if not key.startswith("_")}
+
     def compile_blocks(self: Self, **options: Any) -> Self:
         """Compile each block in place; returns itself.
 
