@@ -9,7 +9,6 @@ step is, beside the old network's 1, 2 and 50 steps of Euler.
 """
 
 import argparse
-import copy
 from pathlib import Path
 
 import torch
@@ -32,20 +31,18 @@ from flowspace.vision.convert import convert, to_layout
 from flowspace.vision.dit import DiT
 
 SIZE = {"channels": 1, "size": 8, "patch": 2, "classes": 10, "depth": 3, "width": 64, "heads": 4}
-BATCH, DECAY = 64, 0.99
+BATCH, RATE, DECAY = 64, 5e-4, 0.99
 JUDGES = 2
 MEAN_FLOW = MeanFlowLoss.published()
 
 
-def train(
-    network: DiT, data: Data, objective: Objective, steps: tuple[int, ...], seed: int
-) -> list[DiT]:
-    """Train on all training images; returns the average of the weights after so many steps."""
+def train(network: DiT, data: Data, objective: Objective, steps: int, seed: int) -> DiT:
+    """Train on all training images, with a rate that falls; returns the average of the weights."""
     draw = torch.Generator().manual_seed(seed)
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
-    optimizer = torch.optim.Adam(network.parameters(), 1e-3)
-    found = []
-    for step in range(1, max(steps) + 1):
+    optimizer = torch.optim.Adam(network.parameters(), RATE)
+    rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(1, steps + 1):
         rows = torch.randint(len(data.images), (BATCH,), generator=draw)
         cond = {"labels": data.labels[rows]}
         out = objective(network, data.images[rows], cond=cond, generator=draw)
@@ -53,12 +50,12 @@ def train(
         out.loss.mean().backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
+        rate.step()
         average.update_parameters(network)
-        if step in steps:
-            found.append(copy.deepcopy(average.module))
+        if step % 500 == 0:
             error = (out.prediction - out.target).square().mean().item()
             print(f"  step {step}: squared error {error:.3f}", flush=True)
-    return found
+    return average.module
 
 
 def judges(data: Data, seed: int) -> Judge:
@@ -87,18 +84,18 @@ def one_seed(
     judge = judges(data, seed)
     torch.manual_seed(seed)
     print(f"seed {seed}: flow matching")
-    (teacher,) = train(DiT(**SIZE, average=False), data, FlowMatchingLoss(), (old_steps,), seed)
+    teacher = train(DiT(**SIZE, average=False), data, FlowMatchingLoss(), old_steps, seed)
     file = folder / f"sit-{seed}.safetensors"
     save_file(to_layout(teacher, "sit"), file)
 
     print(f"seed {seed}: the converted network, as MeanFlow")
     start = convert(file, "sit", heads=SIZE["heads"])
-    (student,) = train(start, data, MEAN_FLOW, (steps,), seed + 1)
+    student = train(start, data, MEAN_FLOW, steps, seed + 1)
     print(f"seed {seed}: MeanFlow from scratch")
-    torch.manual_seed(seed + 2)
-    both = (steps, old_steps + steps)
-    scratch, longer = train(DiT(**SIZE), data, MEAN_FLOW, both, seed + 1)
-    networks = {"converted": student, "scratch": scratch, "scratch, steps of both": longer}
+    networks = {"converted": student}
+    for name, count in (("scratch", steps), ("scratch, steps of both", old_steps + steps)):
+        torch.manual_seed(seed + 2)
+        networks[name] = train(DiT(**SIZE), data, MEAN_FLOW, count, seed + 1)
 
     draw = torch.Generator().manual_seed(seed + 3)
     labels = data.test_labels.repeat(3)
