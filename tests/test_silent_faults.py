@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # or nothing of ours asks for its stance
 import torch.nn.functional as F
 from launch import in_processes
 from strategies import normal
@@ -683,6 +684,7 @@ def test_an_interrupt_leaves_nothing_behind(route):
     while interrupted(line):
         assert torch.is_grad_enabled() and torch._C._len_torch_function_stack() == 0
         assert torch._C._functorch.peek_interpreter_stack() is None
+        assert torch._dynamo.eval_frame._stance.stance == "default"
         derivative, rows = derived(
             ForwardMode(), lambda z, t, s: torch.sin(z) * t[:, None], primals, tangents
         )[1:]

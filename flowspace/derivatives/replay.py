@@ -386,8 +386,11 @@ def restoring_buffers(mixed: bool = True) -> Iterator[RestoringMode]:
 _stance_lock = threading.Lock()
 """Held while the stance of torch.compile is changed."""
 
-_stances: list[contextlib.ExitStack] = []
-"""What sets the stance back, once for every thread and call that wants another."""
+_stance_users: list[object] = []
+"""Who wants another stance now, in all threads."""
+
+_stance = contextlib.ExitStack()
+"""What sets the stance back."""
 
 
 def without_trace(function: Callable[[], Any], beside: Tensor) -> Any:
@@ -414,17 +417,16 @@ def uncompiled() -> Iterator[None]:
     if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
         yield
         return
-    with _stance_lock:
-        if not _stances:
-            before = contextlib.ExitStack()
-            before.enter_context(torch.compiler.set_stance("force_eager"))
-            _stances.append(before)
-        else:
-            _stances.append(_stances[0])
+    user = object()
     try:
+        with _stance_lock:
+            _stance_users.append(user)
+            if len(_stance_users) == 1:
+                _stance.enter_context(torch.compiler.set_stance("force_eager"))
         yield
     finally:
         with _stance_lock:
-            before = _stances.pop()
-            if not _stances:
-                before.close()
+            if user in _stance_users:
+                _stance_users.remove(user)
+            if not _stance_users:
+                _stance.close()
