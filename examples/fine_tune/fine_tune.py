@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from flowspace import (
@@ -31,17 +32,22 @@ from flowspace.vision.convert import convert, to_layout
 from flowspace.vision.dit import DiT
 
 SIZE = {"channels": 1, "size": 8, "patch": 2, "classes": 10, "depth": 3, "width": 64, "heads": 4}
-BATCH, RATE, DECAY = 64, 5e-4, 0.99
+BATCH, DECAY = 64, 0.99
 JUDGES = 2
 MEAN_FLOW = MeanFlowLoss.published()
 
 
-def train(network: DiT, data: Data, objective: Objective, steps: int, seed: int) -> DiT:
-    """Train on all training images, with a rate that falls; returns the average of the weights."""
+def train(  # noqa: PLR0913  # all that decides a training
+    network: DiT, data: Data, objective: Objective, steps: int, seed: int, falling: bool
+) -> DiT:
+    """Train on all training images; returns the average of the weights.
+
+    The learning rate is constant, or falls to zero in the second half.
+    """
     draw = torch.Generator().manual_seed(seed)
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
-    optimizer = torch.optim.Adam(network.parameters(), RATE)
-    rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    optimizer = torch.optim.Adam(network.parameters(), 1e-3)
+    rate = LambdaLR(optimizer, lambda step: min(1.0, 2 - 2 * step / steps) if falling else 1.0)
     for step in range(1, steps + 1):
         rows = torch.randint(len(data.images), (BATCH,), generator=draw)
         cond = {"labels": data.labels[rows]}
@@ -76,26 +82,25 @@ def judges(data: Data, seed: int) -> Judge:
     return Judge(tuple(networks), data)
 
 
-def one_seed(
-    seed: int, old_steps: int, steps: int, folder: Path
-) -> dict[str, tuple[float, float, float]]:
+def one_seed(seed: int, options: argparse.Namespace) -> dict[str, tuple[float, float, float]]:
     """Return accuracy, diversity and Frechet distance of each row of the table."""
-    data = load("digits")
+    data, steps, old_steps = load("digits"), options.steps, options.old_steps
     judge = judges(data, seed)
     torch.manual_seed(seed)
     print(f"seed {seed}: flow matching")
-    teacher = train(DiT(**SIZE, average=False), data, FlowMatchingLoss(), old_steps, seed)
-    file = folder / f"sit-{seed}.safetensors"
+    begun = DiT(**SIZE, average=False)
+    teacher = train(begun, data, FlowMatchingLoss(), old_steps, seed, options.falling)
+    file = options.out / f"sit-{seed}.safetensors"
     save_file(to_layout(teacher, "sit"), file)
 
     print(f"seed {seed}: the converted network, as MeanFlow")
     start = convert(file, "sit", heads=SIZE["heads"])
-    student = train(start, data, MEAN_FLOW, steps, seed + 1)
+    student = train(start, data, MEAN_FLOW, steps, seed + 1, options.falling)
     print(f"seed {seed}: MeanFlow from scratch")
     networks = {"converted": student}
     for name, count in (("scratch", steps), ("scratch, steps of both", old_steps + steps)):
         torch.manual_seed(seed + 2)
-        networks[name] = train(DiT(**SIZE), data, MEAN_FLOW, count, seed + 1)
+        networks[name] = train(DiT(**SIZE), data, MEAN_FLOW, count, seed + 1, options.falling)
 
     draw = torch.Generator().manual_seed(seed + 3)
     labels = data.test_labels.repeat(3)
@@ -124,6 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--old-steps", type=int, default=2000, help="of flow matching")
     parser.add_argument("--steps", type=int, default=1000, help="of MeanFlow")
+    parser.add_argument("--falling", action="store_true", help="let the learning rate fall")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/fine_tune"))
     options = parser.parse_args()
@@ -131,7 +137,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     tables = []
     for seed in range(options.seeds):
-        tables.append(one_seed(seed, options.old_steps, options.steps, options.out))
+        tables.append(one_seed(seed, options))
         show(tables)
 
 
