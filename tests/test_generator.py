@@ -17,8 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from flowspace import CrossFlowLoss, FiniteDifference, ForwardMode, InputError, SharedPrimal
 from flowspace.vision import CrossFlowGenerator
 from flowspace.vision.generator import CONDITIONS, HEADS, ConvolutionalHead
-from flowspace.vision.layers import Norm, RotaryGrid
-from flowspace.vision.layers import turned as rotated
+from flowspace.vision.layers import Norm, RotaryGrid, turned
 
 SMALL = {"channels": 4, "grid": 4, "patch": 2, "classes": 5, "depth": 2, "width": 32, "heads": 4}
 
@@ -126,6 +125,17 @@ def test_a_rectangle_is_saved_and_differentiated_like_a_square(tmp_path):
     assert torch.equal(again(z.float(), one, one), network(z.float(), one, one))
 
 
+def test_tokens_before_the_cells_stay_and_cells_turn_as_complex_numbers():
+    x = torch.randn(2, 3, 3 + 2 * 4, 8, generator=torch.Generator().manual_seed(0))
+    found = turned(x, *RotaryGrid(8)(2, 4, torch.device("cpu"), before=3))
+    rates = torch.tensor([1.0, 1e-2])
+    angles = [torch.cat([row * rates, column * rates]) for row in range(2) for column in range(4)]
+    turns = torch.polar(torch.ones(8, 4), torch.stack(angles))
+    pairs = turns * torch.complex(x[:, :, 3:, :4], x[:, :, 3:, 4:])
+    assert torch.equal(found[:, :, :3], x[:, :, :3])
+    torch.testing.assert_close(found[:, :, 3:], torch.cat([pairs.real, pairs.imag], -1))
+
+
 def test_rotary_positions_turn_by_the_distance_of_cells():
     """q and k turned at two cells have a product that depends on the difference of rows and
     columns alone.
@@ -133,11 +143,11 @@ def test_rotary_positions_turn_by_the_distance_of_cells():
     cosine, sine = RotaryGrid(8)(4, 4, torch.device("cpu"))
     q, k = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
 
-    def turned(x, cell):
-        return rotated(x[None], cosine[cell], sine[cell])[0]
+    def at(x, cell):
+        return turned(x[None], cosine[cell], sine[cell])[0]
 
     def product(a, b):
-        return turned(q, 4 * a[0] + a[1]) @ turned(k, 4 * b[0] + b[1])
+        return at(q, 4 * a[0] + a[1]) @ at(k, 4 * b[0] + b[1])
 
     torch.testing.assert_close(product((0, 1), (2, 2)), product((1, 2), (3, 3)))
     assert (product((0, 1), (2, 2)) - product((0, 1), (2, 3))).abs() > 1e-3

@@ -2,10 +2,10 @@
 
 A small SiT is trained by flow matching and saved as SiT's own code saves it. Its file is converted
 and training goes on as MeanFlow. MeanFlow from scratch is judged after as many steps as that, and
-after the sum of both. Judges that share nothing with them say how good one
-step is, beside the old network's 1, 2 and 50 steps of Euler.
+after the sum of both. Judges that share nothing with them say how good one step is, beside the old
+network's 1, 2 and 50 steps of Euler.
 
-    python examples/fine_tune/fine_tune.py --seeds 3
+    python examples/fine_tune/fine_tune.py --seeds 2
 """
 
 import argparse

@@ -383,16 +383,6 @@ def restoring_buffers(mixed: bool = True) -> Iterator[RestoringMode]:
         mode.restore()
 
 
-_stance_lock = threading.Lock()
-"""Held while the stance of torch.compile is changed."""
-
-_stance_users: list[object] = []
-"""Who wants another stance now, in all threads."""
-
-_stance = contextlib.ExitStack()
-"""What sets the stance back."""
-
-
 def without_trace(function: Callable[[], Any], beside: Tensor) -> Any:
     """Evaluate a function without gradient, and without a trace in the buffers of its modules.
 
@@ -405,6 +395,16 @@ def without_trace(function: Callable[[], Any], beside: Tensor) -> Any:
         return xp.detach(function())
     with torch.no_grad(), restoring_buffers():
         return function()
+
+
+_stance_lock = threading.Lock()
+"""Held while the stance of torch.compile is changed."""
+
+_stance_users: list[object] = []
+"""Who wants another stance now, in all threads."""
+
+_stance = contextlib.ExitStack()
+"""What sets the stance back."""
 
 
 @contextlib.contextmanager
