@@ -257,6 +257,13 @@ def test_pictures_that_say_little_have_finite_latents_and_equal_ones_are_refused
     assert found.encode(images).isfinite().all()
 
 
+def test_fewer_pictures_than_numbers_are_refused_with_a_latent_that_fits():
+    images = torch.rand(25, 1, 28, 28)
+    with pytest.raises(InputError, match=r"25 pictures .* 32 numbers; .* Components\(shape, 12\)"):
+        Components((1, 28, 28), 32).fit(images, seed=0)
+    assert Components((1, 28, 28), 12).fit(images, seed=0).encode(images).isfinite().all()
+
+
 def test_who_watches_changes_nothing(tmp_path):
     seen = {}
 

@@ -94,8 +94,14 @@ class Components(nn.Module):
             seed: of the random projection that finds them.
 
         Raises:
-            InputError: if all pictures are the same.
+            InputError: if all pictures are the same, or no more than the numbers.
         """
+        kept = len(self.spread)
+        if len(images) <= kept:
+            raise InputError(
+                f"got {len(images)} pictures for a latent of {kept} numbers; give more, or "
+                f"write Components(shape, {max(1, len(images) // 2)})"
+            )
         stride = -(-len(images) // MOST_FITTED)
         rows = in_range(images[::stride]).flatten(1)
         center = rows.mean(0)
@@ -103,7 +109,6 @@ class Components(nn.Module):
             raise InputError(
                 f"got {len(rows)} pictures that are all the same; give different ones"
             )
-        kept = len(self.spread)
         wanted = min(kept + SPARE, *rows.shape)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
