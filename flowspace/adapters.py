@@ -210,8 +210,8 @@ class Adapter(nn.Module):
         lists = [each for each in self.network.children() if isinstance(each, nn.ModuleList)]
         if not lists:
             raise InputError(
-                f"got {type(self.network).__name__}, which has no list of blocks; write "
-                "adapted.compile()"
+                f"got {type(self.network).__name__}, which has no list of blocks; "
+                "write adapted.compile()"
             )
         for blocks in lists:
             for block in blocks:
@@ -227,8 +227,9 @@ class Adapter(nn.Module):
         """
         if not getattr(self.network, "_supports_gradient_checkpointing", False):
             raise InputError(
-                f"got {type(self.network).__name__}, which has no gradient checkpointing of "
-                "diffusers; let its blocks run under torch.utils.checkpoint themselves"
+                f"got {type(self.network).__name__}, "
+                "which has no gradient checkpointing of diffusers; "
+                "let its blocks run under torch.utils.checkpoint themselves"
             )
         self.network.enable_gradient_checkpointing(self._checkpointed)  # type: ignore[operator]
 
@@ -291,16 +292,16 @@ class _Adding:
         added = self.embedding.value
         if added is None:
             raise InputError(
-                f"got a call of {self.name} outside of the adapted model, which alone knows the "
-                "time that was added: call what adapt returned, or a network that no time was "
-                "added to; for gradient checkpointing write "
-                "adapted.enable_gradient_checkpointing()"
+                f"got a call of {self.name} outside of the adapted model, "
+                "which alone knows the time that was added: "
+                "call what adapt returned, or a network that no time was added to; "
+                "for gradient checkpointing write adapted.enable_gradient_checkpointing()"
             )
         if output.shape != added.shape:
             raise InputError(
-                f"got shape {tuple(output.shape)} from {self.name}, where the added time has "
-                f"{tuple(added.shape)}; let added_to name a module that returns the embedding of "
-                "the time, (B, width)"
+                f"got shape {tuple(output.shape)} from {self.name}, "
+                f"where the added time has {tuple(added.shape)}; "
+                "let added_to name a module that returns the embedding of the time, (B, width)"
             )
         return output + added.to(output.dtype)
 
@@ -323,9 +324,9 @@ def _known_times(network: nn.Module) -> dict[str, str]:
         if signature.parameters.keys() >= set(arguments):
             return times
     raise InputError(
-        f"got {_described(network)}, whose times do not tell "
-        "their range; write times={'t': 't'} for times from 0, data, to 1, noise, {'t': '1 - t'} "
-        "for the other direction, or {'t': '1000*t'}"
+        f"got {_described(network)}, whose times do not tell their range; "
+        "write times={'t': 't'} for times from 0, data, to 1, noise, "
+        "{'t': '1 - t'} for the other direction, or {'t': '1000*t'}"
     )
 
 
@@ -336,9 +337,9 @@ def _check_names(network: nn.Module, names: list[str]) -> None:
         signature.bind_partial(None, **dict.fromkeys(names))
     except TypeError as error:
         raise InputError(
-            f"got {_described(network)}, which does not take a "
-            f"state first and then {', '.join(names)} by name: {error}; name its own arguments in "
-            "times= and names="
+            f"got {_described(network)}, which does not take a state first "
+            f"and then {', '.join(names)} by name: {error}; "
+            "name its own arguments in times= and names="
         ) from error
 
 
@@ -349,9 +350,9 @@ def _refuse_unfit(network: nn.Module, given: Mapping[str, Any], error: TypeError
         signature.bind(None, **given)
     except TypeError as unfit:
         raise InputError(
-            f"got {_described(network)}, which cannot be called "
-            f"with a state and {', '.join(given)}: {unfit}; give conditions in cond=, and their "
-            "names in the network in names="
+            f"got {_described(network)}, "
+            f"which cannot be called with a state and {', '.join(given)}: {unfit}; "
+            "give conditions in cond=, and their names in the network in names="
         ) from error
 
 
@@ -361,8 +362,9 @@ def _time_embeddings(network: nn.Module, name: str | None) -> dict[str, nn.Modul
     if name is not None:
         if name not in modules or not name:
             raise InputError(
-                f"got added_to = {name!r}, which {type(network).__name__} does not have; write "
-                f"one of {', '.join(_names_of_embeddings(modules)) or 'network.named_modules()'}"
+                f"got added_to = {name!r}, "
+                f"which {type(network).__name__} does not have; write one "
+                f"of {', '.join(_names_of_embeddings(modules)) or 'network.named_modules()'}"
             )
         return {name: modules[name]}
     found = {}
@@ -371,9 +373,9 @@ def _time_embeddings(network: nn.Module, name: str | None) -> dict[str, nn.Modul
             found[each] = module
     if not found:
         raise InputError(
-            f"got {type(network).__name__}, of whose modules none is called "
-            f"{', '.join(TIME_EMBEDDINGS)}; name the one that returns the embedding of the time, "
-            "as added_to='time_mlp'"
+            f"got {type(network).__name__}, "
+            f"of whose modules none is called {', '.join(TIME_EMBEDDINGS)}; "
+            "name the one that returns the embedding of the time, as added_to='time_mlp'"
         )
     return found
 
@@ -390,8 +392,10 @@ def _last_linear(modules: Mapping[str, nn.Module]) -> nn.Linear:
         if linear:
             return linear[-1]
         raise InputError(
-            f"got {name} to add a time to, a {type(module).__name__} without a linear layer; name "
-            "the module that returns the embedding of the time, (B, width), in added_to="
+            f"got {name} to add a time to, "
+            f"a {type(module).__name__} without a linear layer; "
+            "name the module that returns the embedding of the time, "
+            "(B, width), in added_to="
         )
     raise InputError("got no module to add a time to")
 
@@ -426,6 +430,7 @@ def _first_tensor(found: Any) -> Tensor:
     if isinstance(sample, Tensor):
         return sample
     raise InputError(
-        f"got {type(found).__name__} from the network; write output=, a function from it to one "
-        "tensor, such as lambda out: out['prediction']"
+        f"got {type(found).__name__} from the network; "
+        "write output=, a function from it to one tensor, "
+        "such as lambda out: out['prediction']"
     )

@@ -85,13 +85,13 @@ def _one_per_row(name: str, time: Tensor | float, states: Tensor) -> Tensor:
     array: Tensor = xp.as_array(time, states)
     if not xp.is_floating(array):
         raise TimeError(
-            f"got {name} of dtype {array.dtype}; times are real numbers in [0, 1]: write "
-            f"{xp.to_float.format(name)}"
+            f"got {name} of dtype {array.dtype}; "
+            f"times are real numbers in [0, 1]: write {xp.to_float.format(name)}"
         )
     if array.shape not in ((), (rows,)):
         raise TimeError(
-            f"got {name} of shape {tuple(array.shape)}; it must be () or ({rows},), one time per "
-            "row"
+            f"got {name} of shape {tuple(array.shape)}; "
+            f"it must be () or ({rows},), one time per row"
         )
     return xp.one_per_row(xp.cast(array, xp.time_dtype(states)), rows)
 
@@ -101,7 +101,7 @@ def _check_range(name: str, holds: Tensor, t: Tensor, s: Tensor) -> None:
         return
     row = holds.tolist().index(False)
     raise TimeError(
-        f"got t = {float(t[row]):.6g}, s = {float(s[row]):.6g} in row {row}; {name} is out of "
-        "range: times obey 0 <= s <= t <= 1 with t > 0, where t = 0 is data (lambda is infinite "
-        "there) and t = 1 is noise"
+        f"got t = {float(t[row]):.6g}, s = {float(s[row]):.6g} in row {row}; "
+        f"{name} is out of range: times obey 0 <= s <= t <= 1 with t > 0, "
+        "where t = 0 is data (lambda is infinite there) and t = 1 is noise"
     )

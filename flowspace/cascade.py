@@ -292,8 +292,8 @@ class Cascade:
         )
         if len(shares) != self.stages:
             raise InputError(
-                f"got {len(shares)} shares of guidance for {self.stages} stage(s); write one for "
-                "each stage, coarsest first, as shares=(0, 0.5, 1) for three"
+                f"got {len(shares)} shares of guidance for {self.stages} stage(s); "
+                "write one for each stage, coarsest first, as shares=(0, 0.5, 1) for three"
             )
         rest = 1 - guidance.own_weight
         full = guidance.omega / rest
@@ -308,15 +308,16 @@ class Cascade:
         check_states("images", images)
         if not isinstance(images, Tensor) or images.ndim != 4:
             raise InputError(
-                f"got images of shape {tuple(images.shape)}; a cascade halves tensors of shape "
-                "(B, C, H, W)"
+                f"got images of shape {tuple(images.shape)}; "
+                "a cascade halves tensors of shape (B, C, H, W)"
             )
         height, width = images.shape[2:]
         unit = 2 ** (self.stages - 1)
         if height % unit or width % unit:
             raise InputError(
-                f"got images of {height} x {width} for {self.stages} stages, which halve them "
-                f"{self.stages - 1} time(s); write sizes divisible by {unit}, or fewer stages"
+                f"got images of {height} x {width} for {self.stages} stages, "
+                f"which halve them {self.stages - 1} time(s); "
+                f"write sizes divisible by {unit}, or fewer stages"
             )
 
     def _check_batch(self, images: Tensor, noise: Tensor, stages: Tensor) -> None:
@@ -328,14 +329,14 @@ class Cascade:
             )
         if stages.shape != (len(images),) or stages.is_floating_point():
             raise InputError(
-                f"got stages of dtype {stages.dtype} and shape {tuple(stages.shape)} for "
-                f"{len(images)} images; write one whole number for each, as "
-                "cascade.assigned(len(images)) does"
+                f"got stages of dtype {stages.dtype} "
+                f"and shape {tuple(stages.shape)} for {len(images)} images; "
+                "write one whole number for each, as cascade.assigned(len(images)) does"
             )
         if bool(((stages < 0) | (stages >= self.stages)).any()):
             raise InputError(
-                f"got stages from {int(stages.min())} to {int(stages.max())}; they are numbered "
-                f"from 0, the coarsest, to {self.stages - 1}"
+                f"got stages from {int(stages.min())} to {int(stages.max())}; "
+                f"they are numbered from 0, the coarsest, to {self.stages - 1}"
             )
 
     @staticmethod
@@ -420,8 +421,8 @@ class CascadeLoss:
             )
         if self.packed and not all(_evaluates_once(each) for each in self._objectives):
             raise InputError(
-                "got packed=True for an objective that evaluates the model more than once; write "
-                "FlowMatchingLoss() without guidance, or packed=False"
+                "got packed=True for an objective that evaluates the model more than once; "
+                "write FlowMatchingLoss() without guidance, or packed=False"
             )
 
     @property
@@ -593,8 +594,9 @@ def _drawn_pairs(
     t, s = times(rows, generator=generator, device=images.device, dtype=dtype)
     if t.shape != (rows,) or s.shape != (rows,):
         raise TimeError(
-            f"got times of shapes {tuple(t.shape)} and {tuple(s.shape)} from {times!r} for {rows} "
-            f"rows; return t and s of shape ({rows},) each"
+            f"got times of shapes {tuple(t.shape)} "
+            f"and {tuple(s.shape)} from {times!r} for {rows} rows; "
+            f"return t and s of shape ({rows},) each"
         )
     most = None
     if isinstance(times, PairSampler):
@@ -735,8 +737,8 @@ class CascadeFlow:
         whole = [n for n in counts if isinstance(n, int) and not isinstance(n, bool) and n > 0]
         if len(counts) != self.cascade.stages or len(whole) != len(counts):
             raise TimeError(
-                f"got steps = {steps!r} for {self.cascade.stages} stage(s); write 1 or a larger "
-                "integer, or one for each stage, coarsest first"
+                f"got steps = {steps!r} for {self.cascade.stages} stage(s); "
+                "write 1 or a larger integer, or one for each stage, coarsest first"
             )
         return whole
 
@@ -748,8 +750,9 @@ class CascadeFlow:
             return [guidance] * self.cascade.stages
         if not isinstance(guidance, Sequence) or len(guidance) != self.cascade.stages:
             raise InputError(
-                f"got guidance = {guidance!r} for {self.cascade.stages} stage(s); write one "
-                "Guidance(...), or one for each stage, as cascade.ramp(Guidance(...)) returns"
+                f"got guidance = {guidance!r} for {self.cascade.stages} stage(s); "
+                "write one Guidance(...), or one for each stage, "
+                "as cascade.ramp(Guidance(...)) returns"
             )
         return guidance
 

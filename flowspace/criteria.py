@@ -161,8 +161,8 @@ def check_criteria(schedule: Schedule, statistic: AbstractStatistic) -> Criteria
     """
     if not isinstance(statistic, AbstractStatistic):
         raise InputError(
-            f"got statistic = {statistic!r}; write check_criteria(LinearSchedule(), "
-            "MatchedStatistic())"
+            f"got statistic = {statistic!r}; "
+            "write check_criteria(LinearSchedule(), MatchedStatistic())"
         )
     c = statistic.coefficients(schedule)
     properties = {
@@ -255,9 +255,10 @@ def _advice_without_data(c: Coefficients) -> str:
     if _is_mean_flow(c):
         return f"{why}, and f is the average velocity; use MeanFlowLoss(), in one space"
     return (
-        f"{why}; use MeanFlowLoss(statistic=...), which has a velocity in its place, in one "
-        "space, or Statistic.from_kappa(schedule, kappa, delta), which derives the gamma that "
-        "meets it"
+        f"{why}; use MeanFlowLoss(statistic=...), "
+        "which has a velocity in its place, in one space, "
+        "or Statistic.from_kappa(schedule, kappa, delta), "
+        "which derives the gamma that meets it"
     )
 
 
@@ -276,8 +277,8 @@ def _advice_for_no_sample(gamma: float, delta: float) -> str:
             f"f at (1, 0) is {-delta:.6g} times a sample: divide gamma and delta by {-delta:.6g}"
         )
     return (
-        "f at (1, 0) is no sample, so one step from noise gives none; use MatchedStatistic(), or "
-        "CrossFlowLoss(check=False) to train it all the same"
+        "f at (1, 0) is no sample, so one step from noise gives none; "
+        "use MatchedStatistic(), or CrossFlowLoss(check=False) to train it all the same"
     )
 
 

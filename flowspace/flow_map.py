@@ -50,13 +50,13 @@ class FlowMap:
         check_model(self.model)
         if not isinstance(self.schedule, Schedule):
             raise InputError(
-                f"got schedule = {self.schedule!r}; write for example FlowMap(model, "
-                "schedule=LinearSchedule(), statistic=MatchedStatistic())"
+                f"got schedule = {self.schedule!r}; write for example "
+                "FlowMap(model, schedule=LinearSchedule(), statistic=MatchedStatistic())"
             )
         if not isinstance(self.statistic, AbstractStatistic):
             raise InputError(
-                f"got statistic = {self.statistic!r}; write for example FlowMap(model, "
-                "schedule=LinearSchedule(), statistic=MatchedStatistic())"
+                f"got statistic = {self.statistic!r}; write for example "
+                "FlowMap(model, schedule=LinearSchedule(), statistic=MatchedStatistic())"
             )
 
     @property
@@ -110,8 +110,8 @@ class FlowMap:
         prediction = self._predict(z_t, t, t, cond)
         if prediction.shape != z_t.shape:
             raise InputError(
-                f"got shape {tuple(prediction.shape)} from the model for states of "
-                f"{tuple(z_t.shape)}; a velocity needs one space"
+                f"got shape {tuple(prediction.shape)} from the model "
+                f"for states of {tuple(z_t.shape)}; a velocity needs one space"
             )
         return self.coefficients.diagonal_velocity(prediction, z_t, t)
 
@@ -123,13 +123,13 @@ class FlowMap:
             raise
         if not backend_of(z).is_array(prediction):
             raise InputError(
-                f"got {type(prediction).__name__} from the model; wrap it so that it returns one "
-                "tensor"
+                f"got {type(prediction).__name__} from the model; "
+                "wrap it so that it returns one tensor"
             )
         if not prediction.ndim or len(prediction) != len(z):
             raise InputError(
-                f"got shape {tuple(prediction.shape)} from the model for {len(z)} rows; wrap it "
-                "so that it returns one tensor of shape (B, *)"
+                f"got shape {tuple(prediction.shape)} from the model for {len(z)} rows; "
+                "wrap it so that it returns one tensor of shape (B, *)"
             )
         return prediction
 
@@ -259,8 +259,9 @@ class FlowMap:
         left = abs(c.velocity(t, zero)).max()
         if xp.has_values(left) and bool(left > NOTHING_LEFT):
             raise InputError(
-                f"got {self.statistic}, whose step to s = 0 keeps some of z_t, so it cannot end "
-                "in another space; use a statistic with kappa(0) = 0, such as MatchedStatistic(), "
+                f"got {self.statistic}, whose step to s = 0 keeps some of z_t, "
+                "so it cannot end in another space; "
+                "use a statistic with kappa(0) = 0, such as MatchedStatistic(), "
                 "or the sampler of the objective, loss_fn.flow_map(model)"
             )
         sample = -over_rows(c.derivative(t, zero), prediction) * prediction
@@ -270,7 +271,7 @@ class FlowMap:
 def _check_one_space(prediction: Tensor, states: Tensor) -> None:
     if prediction.shape != states.shape:
         raise InputError(
-            f"got shape {tuple(prediction.shape)} from the model for states of "
-            f"{tuple(states.shape)}; several steps across spaces need encode=, a function from "
-            "images to latents"
+            f"got shape {tuple(prediction.shape)} from the model "
+            f"for states of {tuple(states.shape)}; "
+            "several steps across spaces need encode=, a function from images to latents"
         )

@@ -111,8 +111,8 @@ def parse(text: str) -> sympy.Expr:
     """
     if len(text) > MAX_TEXT:
         raise ExpressionError(
-            f"got an expression of {len(text)} characters, the limit is {MAX_TEXT}; pass a "
-            "callable instead"
+            f"got an expression of {len(text)} characters, "
+            f"the limit is {MAX_TEXT}; pass a callable instead"
         )
     try:
         tree = ast.parse(text.strip(), mode="eval").body
@@ -125,8 +125,8 @@ def parse(text: str) -> sympy.Expr:
         raise ExpressionError(f"{shortened(text)} divides by zero or overflows") from None
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         raise ExpressionError(
-            f"{shortened(text)} is not a formula{_hint(text)}; write something like '1 - t' or "
-            "'sin(pi*t/2)'"
+            f"{shortened(text)} is not a formula{_hint(text)}; "
+            "write something like '1 - t' or 'sin(pi*t/2)'"
         ) from None
     if not has_values(expression):
         raise ExpressionError(f"{shortened(text)} divides by zero, overflows or is not real")
@@ -196,8 +196,8 @@ def _build(node: ast.AST) -> sympy.Expr:
         case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in FUNCTIONS:
             return _function(name, _build(argument))
     raise ExpressionError(
-        f"{ast.unparse(node)!r} is not allowed{_hint_at(node)}; only numbers, {', '.join(NAMES)}, "
-        f"+ - * / ** and {', '.join(FUNCTIONS)} are"
+        f"{ast.unparse(node)!r} is not allowed{_hint_at(node)}; "
+        f"only numbers, {', '.join(NAMES)}, + - * / ** and {', '.join(FUNCTIONS)} are"
     )
 
 
@@ -222,8 +222,8 @@ def _function(name: str, argument: sympy.Expr) -> sympy.Expr:
         sizes = [abs(value) for value in precise_values(argument, random_points(3), 15)]
         if any(size > MAX_ARGUMENT[name] for size in sizes):
             raise ExpressionError(
-                f"got an argument of {name} of {mpmath.nstr(max(sizes), 3)}, the limit is "
-                f"{MAX_ARGUMENT[name]:g}"
+                f"got an argument of {name} of {mpmath.nstr(max(sizes), 3)}, "
+                f"the limit is {MAX_ARGUMENT[name]:g}"
             )
     return FUNCTIONS[name](argument)
 
@@ -243,8 +243,8 @@ def _refuse_deep(tree: ast.AST) -> None:
         node, level = waiting.pop()
         if level > MAX_DEPTH:
             raise ExpressionError(
-                f"got functions, powers and brackets nested more than {MAX_DEPTH} deep; pass a "
-                "callable instead"
+                f"got functions, powers and brackets nested more than {MAX_DEPTH} deep; "
+                "pass a callable instead"
             )
         for child in ast.iter_child_nodes(node):
             flat = _are_both(SUMS, node, child) or _are_both(PRODUCTS, node, child)
@@ -268,8 +268,8 @@ def _refuse_towers(node: ast.AST) -> float:
         growth = _refuse_towers(node.left) * max(1.0, _largest_number(node.right))
         if growth > MAX_EXPONENT:
             raise ExpressionError(
-                f"got constant exponents that multiply to {growth:.3g}, the limit is "
-                f"{MAX_EXPONENT}"
+                f"got constant exponents that multiply to {growth:.3g}, "
+                f"the limit is {MAX_EXPONENT}"
             )
         return growth
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "exp":
@@ -288,8 +288,8 @@ def _refuse_inside(node: ast.AST, where: str, functions: tuple[str, ...]) -> Non
         is_function = isinstance(inner, ast.Name) and inner.id in functions
         if is_function or (is_power and "sqrt" in functions):
             raise ExpressionError(
-                f"{ast.unparse(inner)!r} inside {where} is a power tower; write a**t instead of "
-                "exp(t*log(a)), or pass a callable"
+                f"{ast.unparse(inner)!r} inside {where} is a power tower; "
+                "write a**t instead of exp(t*log(a)), or pass a callable"
             )
 
 

@@ -57,24 +57,24 @@ class Guidance:
     def __post_init__(self) -> None:
         if not isinstance(self.null, Mapping) or not self.null:
             raise InputError(
-                f"got null = {self.null!r}; it names what the model is given instead, as "
-                "{'labels': 1000}"
+                f"got null = {self.null!r}; "
+                "it names what the model is given instead, as {'labels': 1000}"
             )
         if not _is_strength(self.omega):
             raise InputError(
-                f"got omega = {self.omega!r}; write 1 for no guidance and more for stronger "
-                "guidance"
+                f"got omega = {self.omega!r}; "
+                "write 1 for no guidance and more for stronger guidance"
             )
         if not (is_number(self.own_weight) and 0 <= self.own_weight < 1):
             raise InputError(
-                f"got own_weight = {self.own_weight!r}; the effective scale is omega / (1 - "
-                "own_weight), so write 0 <= own_weight < 1"
+                f"got own_weight = {self.own_weight!r}; "
+                "the effective scale is omega / (1 - own_weight), so write 0 <= own_weight < 1"
             )
         _check_interval(self.interval)
         if not (is_number(self.drop) and 0 <= self.drop <= 1):
             raise InputError(
-                f"got drop = {self.drop!r}; it is the share of rows without their condition, in "
-                "[0, 1]"
+                f"got drop = {self.drop!r}; "
+                "it is the share of rows without their condition, in [0, 1]"
             )
 
     def drop_condition(
@@ -162,8 +162,9 @@ class Guidance:
         missing = self.null.keys() - cond.keys()
         if missing:
             raise InputError(
-                f"got a null value for {', '.join(sorted(missing))}, but cond has "
-                f"{', '.join(sorted(cond)) or 'nothing'}; give cond the same names"
+                f"got a null value for {', '.join(sorted(missing))}, "
+                f"but cond has {', '.join(sorted(cond)) or 'nothing'}; "
+                "give cond the same names"
             )
         replaced = {name: self._nulled(cond[name], null, rows) for name, null in self.null.items()}
         return cond | replaced
@@ -172,8 +173,8 @@ class Guidance:
     def _nulled(given: Any, null: Any, rows: Tensor | None) -> Any:
         if not isinstance(given, Tensor):
             raise InputError(
-                f"got {type(given).__name__} in cond where guidance drops rows; give a tensor of "
-                "shape (B, *)"
+                f"got {type(given).__name__} in cond where guidance drops rows; "
+                "give a tensor of shape (B, *)"
             )
         replacement = torch.as_tensor(null, dtype=given.dtype, device=given.device)
         if rows is None:
@@ -210,13 +211,13 @@ class RandomGuidance(Guidance):
         super().__post_init__()
         if not (is_number(self.largest) and 1 < self.largest < math.inf):
             raise InputError(
-                f"got largest = {self.largest!r}; omega is drawn between 1 and it, so write more "
-                "than 1"
+                f"got largest = {self.largest!r}; "
+                "omega is drawn between 1 and it, so write more than 1"
             )
         if not (is_number(self.power) and 0 <= self.power < math.inf):
             raise InputError(
-                f"got power = {self.power!r}; omega has a density of omega^-power, so write 0 or "
-                "more, 1 for log-uniform"
+                f"got power = {self.power!r}; "
+                "omega has a density of omega^-power, so write 0 or more, 1 for log-uniform"
             )
 
     def drop_condition(
@@ -279,7 +280,8 @@ class RandomGuidance(Guidance):
     def apply(self, predict: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Refuse: the model takes its guidance as a condition."""
         raise InputError(
-            "got RandomGuidance to sample with, whose model takes its strength as a condition; "
+            "got RandomGuidance to sample with, "
+            "whose model takes its strength as a condition; "
             "add sampling_condition(noise, omega) to cond"
         )
 

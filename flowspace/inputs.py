@@ -92,9 +92,10 @@ def refuse_unfit(model: Any, cond: Mapping[str, Any], error: TypeError) -> None:
     except TypeError as unfit:
         named = "".join(f", {name}=..." for name in cond)
         raise InputError(
-            f"got a model with the arguments {signature}, which cannot be called as "
-            f"model(z_t, t, s{named}): {unfit}; write it as def model(z_t, t, s, **cond), where "
-            "cond has other names than z_t, t and s"
+            f"got a model with the arguments {signature}, "
+            f"which cannot be called as model(z_t, t, s{named}): {unfit}; "
+            "write it as def model(z_t, t, s, **cond), "
+            "where cond has other names than z_t, t and s"
         ) from error
 
 
@@ -120,8 +121,8 @@ def checked_cond(cond: Any) -> dict[str, Any]:
         return {}
     if not isinstance(cond, Mapping):
         raise InputError(
-            f"got cond of type {type(cond).__name__}; write a dict of the model's arguments, as "
-            "in {'labels': y}"
+            f"got cond of type {type(cond).__name__}; "
+            "write a dict of the model's arguments, as in {'labels': y}"
         )
     return dict(cond)
 
@@ -135,6 +136,6 @@ def check_states(name: str, states: Any) -> None:
         )
     if 0 in states.shape:
         raise InputError(
-            f"got {name} of shape {tuple(states.shape)}, which hold no number; write at least one "
-            "row of one number"
+            f"got {name} of shape {tuple(states.shape)}, which hold no number; "
+            "write at least one row of one number"
         )

@@ -117,8 +117,8 @@ class Adaptive(Penalty):
     def __post_init__(self) -> None:
         if not callable(self.penalty) or isinstance(self.penalty, type):
             raise InputError(
-                f"got penalty = {self.penalty!r}; write for example "
-                "Adaptive(SquaredError(summed=True))"
+                f"got penalty = {self.penalty!r}; "
+                "write for example Adaptive(SquaredError(summed=True))"
             )
         are_numbers = is_number(self.p) and is_number(self.c)
         if not (are_numbers and 0 < self.c < math.inf and 0 <= self.p < math.inf):

@@ -120,14 +120,14 @@ class Schedule:
         xp = one_backend(latents, noise, t)
         if noise.shape != latents.shape:
             raise InputError(
-                f"got noise of shape {tuple(noise.shape)} for latents of shape "
-                f"{tuple(latents.shape)}; they must be equal"
+                f"got noise of shape {tuple(noise.shape)} for latents "
+                f"of shape {tuple(latents.shape)}; they must be equal"
             )
         t = _as_times(t, latents)
         if t.ndim > 1 or (t.ndim == 1 and t.shape[0] != latents.shape[0]):
             raise TimeError(
-                f"got t of shape {tuple(t.shape)} for latents of shape {tuple(latents.shape)}; "
-                "use (B,) or ()"
+                f"got t of shape {tuple(t.shape)} for latents "
+                f"of shape {tuple(latents.shape)}; use (B,) or ()"
             )
 
         def mix(data: Tensor, grain: Tensor) -> Tensor:
@@ -177,8 +177,8 @@ class Schedule:
                 value = _value_at(function, time, name)
                 if not abs(value - wanted) <= END_TOLERANCE:
                     raise ScheduleError(
-                        f"got {name}({time:g}) = {value:.6g}, but it must be {wanted:g}: t = 0 is "
-                        "data (alpha = 1, beta = 0) and t = 1 is noise (alpha = 0, beta = 1); "
+                        f"got {name}({time:g}) = {value:.6g}, but it must be {wanted:g}: t = 0 "
+                        "is data (alpha = 1, beta = 0) and t = 1 is noise (alpha = 0, beta = 1); "
                         f"{name} is {function}.{self._advice(name, time, value)}"
                     )
 
@@ -287,8 +287,8 @@ class VariancePreservingSchedule(Schedule):
         are_numbers = is_number(beta_min) and is_number(beta_max)
         if not (are_numbers and 0 < beta_min <= beta_max < math.inf):
             raise ScheduleError(
-                f"got beta_min = {beta_min!r}, beta_max = {beta_max!r}; write 0 < beta_min <= "
-                "beta_max"
+                f"got beta_min = {beta_min!r}, beta_max = {beta_max!r}; "
+                "write 0 < beta_min <= beta_max"
             )
         raw: Any = parse(f"exp(-{beta_min}*t/2 - ({beta_max} - {beta_min})*t**2/4)")
         end = raw.subs(T, 1)
@@ -297,9 +297,10 @@ class VariancePreservingSchedule(Schedule):
 
 
 _TERMINAL_ADVICE = (
-    " A raw diffusion schedule leaves signal at t = 1, where sampling starts; rescale it to zero "
-    "terminal SNR, (alpha(t) - alpha(1))/(1 - alpha(1)) with beta = sqrt(1 - alpha**2), as "
-    "VariancePreservingSchedule() does."
+    " A raw diffusion schedule leaves signal at t = 1, "
+    "where sampling starts; rescale it to zero terminal SNR, "
+    "(alpha(t) - alpha(1))/(1 - alpha(1)) with beta = sqrt(1 - alpha**2), "
+    "as VariancePreservingSchedule() does."
 )
 
 
@@ -315,8 +316,8 @@ def _as_times(t: Tensor | float, beside: Tensor | None = None) -> Tensor:
     if not xp.is_floating(times):
         hint = xp.to_float.format("t")
         raise TimeError(
-            f"got times of dtype {times.dtype}; flowspace's times are real numbers in [0, 1]: "
-            f"write {hint}"
+            f"got times of dtype {times.dtype}; "
+            f"flowspace's times are real numbers in [0, 1]: write {hint}"
         )
     return xp.at_least_float32(times)
 

@@ -87,8 +87,8 @@ class DormandPrince(Solver):
         are_numbers = is_number(self.rtol) and is_number(self.atol)
         if not (are_numbers and 0 < self.rtol < math.inf and 0 < self.atol < math.inf):
             raise InputError(
-                f"got rtol = {self.rtol!r}, atol = {self.atol!r}; tolerances are above 0, such as "
-                "1e-5"
+                f"got rtol = {self.rtol!r}, atol = {self.atol!r}; "
+                "tolerances are above 0, such as 1e-5"
             )
 
     def path(self, velocity: Velocity, z: Tensor, times: Tensor) -> Tensor:
@@ -101,8 +101,8 @@ def _odeint(velocity: Velocity, z: Tensor, times: Tensor, **options: Any) -> Ten
         from torchdiffeq import odeint  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise InputError(
-            "got a solver of torchdiffeq, which is not installed; write: pip install "
-            "'flowspace[ode]'"
+            "got a solver of torchdiffeq, which is not installed; "
+            "write: pip install 'flowspace[ode]'"
         ) from error
 
     def right_hand_side(t: Tensor, state: Tensor) -> Tensor:
@@ -116,8 +116,8 @@ def _odeint(velocity: Velocity, z: Tensor, times: Tensor, **options: Any) -> Ten
 def _checked(velocity: Tensor, z: Tensor) -> Tensor:
     if velocity.shape != z.shape:
         raise InputError(
-            f"got shape {tuple(velocity.shape)} from the velocity for states of shape "
-            f"{tuple(z.shape)}; return a velocity of the states' shape"
+            f"got shape {tuple(velocity.shape)} from the velocity for states "
+            f"of shape {tuple(z.shape)}; return a velocity of the states' shape"
         )
     return velocity
 

@@ -196,8 +196,9 @@ class Coefficients:
         """
         if not self.anchored:
             raise CriterionError(
-                "got a statistic that is not anchored, so f on the diagonal does not say what the "
-                "velocity is; give a velocity of its own, such as velocity=teacher"
+                "got a statistic that is not anchored, "
+                "so f on the diagonal does not say what the velocity is; "
+                "give a velocity of its own, such as velocity=teacher"
             )
         a, state = over_rows(self.prediction(t, t), z_t), over_rows(self.state(t, t), z_t)
         return (a * prediction - state * z_t) / over_rows(self.velocity(t, t), z_t)
@@ -262,13 +263,15 @@ class Statistic(AbstractStatistic):
         for name, function in (("gamma", self.gamma), ("delta", self.delta)):
             if not bool(_inside(function).isfinite().all()):
                 raise CriterionError(
-                    f"got {name} = {function}, which is not a finite real number everywhere "
-                    "inside 0 < s < t < 1; write for example gamma='1', delta='-t/(t - s)'"
+                    f"got {name} = {function}, "
+                    "which is not a finite real number everywhere inside 0 < s < t < 1; "
+                    "write for example gamma='1', delta='-t/(t - s)'"
                 )
         if bool((_inside(self.delta).abs() < NEVER).any()):
             raise CriterionError(
-                f"got delta = {self.delta}, which is zero inside 0 < s < t < 1, so f would not "
-                "see the path and 1/delta does not exist; write for example '-t/(t - s)'"
+                f"got delta = {self.delta}, which is zero inside 0 < s < t < 1, "
+                "so f would not see the path and 1/delta does not exist; "
+                "write for example '-t/(t - s)'"
             )
 
     @classmethod
@@ -303,8 +306,8 @@ class Statistic(AbstractStatistic):
             given = TimeFunction(gamma, 2)
             return cls(given, given * beta / (wanted - beta))
         raise InputError(
-            f"got delta = {delta!r} and gamma = {gamma!r}; give one of the two, the other follows "
-            "from kappa"
+            f"got delta = {delta!r} and gamma = {gamma!r}; "
+            "give one of the two, the other follows from kappa"
         )
 
     @classmethod
@@ -326,8 +329,9 @@ class Statistic(AbstractStatistic):
         b = _function_of_s(kappa) * TimeFunction(h, 2)
         if bool((_inside(b).abs() < NEVER).any()):
             raise CriterionError(
-                f"got kappa h = {b}, which is zero inside 0 < s < t < 1, so delta = 1/(kappa h) "
-                "does not exist; write for example h='1/t - 1/s', kappa='s'"
+                f"got kappa h = {b}, which is zero inside 0 < s < t < 1, "
+                "so delta = 1/(kappa h) does not exist; "
+                "write for example h='1/t - 1/s', kappa='s'"
             )
         return cls.from_kappa(schedule, kappa, delta=1 / b)
 
@@ -479,8 +483,8 @@ def _function_of_s(kappa: Source) -> TimeFunction:
     function = TimeFunction(kappa, 2)
     if function.expression is not None and T in function.expression.free_symbols:
         raise CriterionError(
-            f"got kappa = {function}, which depends on t; Criterion 1 asks for a function of s "
-            "alone"
+            f"got kappa = {function}, which depends on t; "
+            "Criterion 1 asks for a function of s alone"
         )
     return function
 
@@ -513,7 +517,8 @@ def _left_of_t(scaled: TimeFunction) -> str:
     for (t_, s_), dot, size in zip(points, dots, sizes, strict=True):
         if not abs(dot) <= tolerance * max(1, abs(size)) or not math.isfinite(size):
             return (
-                f"{how} must be a function of s alone, but at (t, s) = ({t_:.3f}, {s_:.3f}) it is "
-                f"{float(size):.5g} and changes with t at the rate {float(dot):.5g}"
+                f"{how} must be a function of s alone, "
+                f"but at (t, s) = ({t_:.3f}, {s_:.3f}) it is {float(size):.5g} "
+                f"and changes with t at the rate {float(dot):.5g}"
             )
     return ""

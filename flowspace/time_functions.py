@@ -98,8 +98,8 @@ def _refuse_unknown(expression: sympy.Expr) -> None:
     unknown = {f.func.__name__ for f in expression.atoms(Application)} - ON_ARRAYS.keys()
     if unknown:
         raise ExpressionError(
-            f"{expression} has {', '.join(sorted(unknown))}, which is not known on tensors; write "
-            "a callable of t instead"
+            f"{expression} has {', '.join(sorted(unknown))}, "
+            "which is not known on tensors; write a callable of t instead"
         )
 
 
@@ -453,6 +453,7 @@ def _formula_of(source: Source) -> sympy.Expr | None:
     if callable(source):
         return None
     raise ExpressionError(
-        f"got {source!r} of type {type(source).__name__}; write text such as '1 - t', a number, "
+        f"got {source!r} of type {type(source).__name__}; "
+        "write text such as '1 - t', a number, "
         "a sympy expression or a callable on tensors"
     )

@@ -140,8 +140,8 @@ class PowerTimes(TimeSampler):
     def __post_init__(self) -> None:
         if not (is_number(self.power) and 0 < self.power < math.inf):
             raise TimeError(
-                f"got power = {self.power}; write a positive number, above 1 for more times near "
-                "the data"
+                f"got power = {self.power}; "
+                "write a positive number, above 1 for more times near the data"
             )
 
     def draw(self, rows: int, source: RandomSource) -> Tensor:
@@ -172,8 +172,8 @@ class LogitNormalTimes(TimeSampler):
         are_numbers = is_number(self.mean) and is_number(self.spread)
         if not (are_numbers and 0 < self.spread < math.inf and math.isfinite(self.mean)):
             raise TimeError(
-                f"got mean = {self.mean}, spread = {self.spread}; write finite numbers, spread "
-                "above 0"
+                f"got mean = {self.mean}, spread = {self.spread}; "
+                "write finite numbers, spread above 0"
             )
 
     def draw(self, rows: int, source: RandomSource) -> Tensor:
@@ -206,8 +206,8 @@ class ShiftedTimes(TimeSampler):
             )
         if not (is_number(self.dim) and 1 <= self.dim < math.inf):
             raise TimeError(
-                f"got dim = {self.dim}; it is the number of elements of a latent, such as 32 * "
-                "16 * 16"
+                f"got dim = {self.dim}; "
+                "it is the number of elements of a latent, such as 32 * 16 * 16"
             )
 
     @property
@@ -311,8 +311,8 @@ class TimePairs(PairSampler):
     def __post_init__(self) -> None:
         if not isinstance(self.times, TimeSampler):
             raise TimeError(
-                f"got times = {self.times!r}; write for example TimePairs(UniformTimes(), "
-                "equal=0.5)"
+                f"got times = {self.times!r}; "
+                "write for example TimePairs(UniformTimes(), equal=0.5)"
             )
         if not (is_number(self.equal) and 0 <= self.equal <= 1):
             raise TimeError(

@@ -41,8 +41,9 @@ def one_backend(*arrays: Any) -> Any:
     tensors = [isinstance(array, (Tensor, torch.Generator)) for array in arrays]
     if any(tensors) and not torch.compiler.is_compiling() and any(map(_is_jax, arrays)):
         raise InputError(
-            "got tensors of torch and arrays of JAX together; write all of them in one library, "
-            "generator included: generator=torch.Generator() or generator=jax.random.key(0)"
+            "got tensors of torch and arrays of JAX together; "
+            "write all of them in one library, generator included: "
+            "generator=torch.Generator() or generator=jax.random.key(0)"
         )
     return xp
 

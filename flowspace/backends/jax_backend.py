@@ -178,16 +178,15 @@ def value_and_derivative(
     except Exception as error:
         if type(error).__name__ == "TraceContextError":
             raise DerivativeError(
-                "got a model that changes a state of flax.nnx within the derivative, such as the "
-                "counter of its Dropout's "
-                "draws; pass what it draws in cond, or switch it off by model.eval()"
+                "got a model that changes a state of flax.nnx within the derivative, "
+                "such as the counter of its Dropout's draws; "
+                "pass what it draws in cond, or switch it off by model.eval()"
             ) from error
         if not isinstance(error, TypeError) or "custom_vjp" not in str(error):
             raise
         raise DerivativeError(
-            "the model has a jax.custom_vjp function, which has no forward derivative; define it "
-            "by jax.custom_jvp, or "
-            "write derivative=FiniteDifference()"
+            "the model has a jax.custom_vjp function, which has no forward derivative; "
+            "define it by jax.custom_jvp, or write derivative=FiniteDifference()"
         ) from error
     return value, jax.tree.map(detach, derivative)
 
@@ -200,9 +199,9 @@ def split(generator: Any, count: int) -> tuple[Any, ...]:
     """
     if not _is_key(generator):
         raise InputError(
-            f"got generator = {_described(generator)}, but times or noise are to be drawn and JAX "
-            "draws from one key, given each time; write generator=jax.random.key(0), split anew "
-            "for every step"
+            f"got generator = {_described(generator)}, but times or noise "
+            "are to be drawn and JAX draws from one key, given each time; "
+            "write generator=jax.random.key(0), split anew for every step"
         )
     return tuple(jax.random.split(generator, count))
 

@@ -13,7 +13,7 @@ from flowspace.arrays import is_number, over_rows
 from flowspace.errors import InputError
 from flowspace.inputs import require, warn_once
 from flowspace.objectives.engine import LossOutput, PathPoint
-from flowspace.objectives.inputs import Batch
+from flowspace.objectives.inputs import Batch, with_fields
 from flowspace.objectives.mean_flow import MeanFlowLoss
 from flowspace.penalties import Adaptive, SquaredError
 from flowspace.statistics import PointCoefficients
@@ -72,7 +72,8 @@ class AlphaFlowLoss(MeanFlowLoss):
         super().check_call(batch)
         if self.gap is None:
             warn_once(
-                "AlphaFlowLoss without gap trains MeanFlow, as at the end of its schedule; before "
+                "AlphaFlowLoss without gap trains MeanFlow, "
+                "as at the end of its schedule; before "
                 "that write dataclasses.replace(loss_fn, gap=alpha_at(step / steps) or None)"
             )
 
@@ -89,7 +90,7 @@ class AlphaFlowLoss(MeanFlowLoss):
         if self.gap is None:
             return out
         share = xp.where(at.s < at.t, self.gap, xp.ones_like(out.loss))
-        return out._replace(loss=share * out.loss)
+        return with_fields(out, loss=share * out.loss)
 
 
 def alpha_at(

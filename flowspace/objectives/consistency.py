@@ -10,7 +10,7 @@ from flowspace.arrays import Model, at_least_float32, draw_noise, is_number
 from flowspace.errors import CriterionError
 from flowspace.inputs import require
 from flowspace.objectives.engine import LossOutput, Objective, PathPoint
-from flowspace.objectives.inputs import Batch, evaluated
+from flowspace.objectives.inputs import Batch, evaluated, with_fields
 from flowspace.penalties import SquaredError
 from flowspace.schedules import TIME_FLOOR
 from flowspace.statistics import AbstractStatistic, ConsistencyStatistic
@@ -61,13 +61,13 @@ class ConsistencyLoss(Objective):
         """Refuse a statistic whose kappa is not zero, and the literal form, where a = 0."""
         if self.literal:
             raise CriterionError(
-                "got literal=True, but a = 0 for kappa = 0, so the literal form has no gradient; "
-                "write literal=False"
+                "got literal=True, but a = 0 for kappa = 0, "
+                "so the literal form has no gradient; write literal=False"
             )
         if self.coefficients.failure or not self.coefficients.data_vanishes:
             raise CriterionError(
-                f"got {self.statistic}, whose kappa is not 0; use CrossFlowLoss(statistic=...) "
-                "for it"
+                f"got {self.statistic}, whose kappa is not 0; "
+                "use CrossFlowLoss(statistic=...) for it"
             )
 
     def known_part(self, at: PathPoint) -> Tensor:
@@ -95,4 +95,4 @@ class ConsistencyLoss(Objective):
         z_u = self.schedule.perturb(batch.latents, noise, u)[0]
         f = at_least_float32(evaluated(model, z_u, u, s, batch.cond))
         boundary = self._penalised(f - at_least_float32(edge))
-        return out._replace(loss=out.loss + self.boundary * boundary)
+        return with_fields(out, loss=out.loss + self.boundary * boundary)

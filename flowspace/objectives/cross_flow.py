@@ -81,15 +81,16 @@ class CrossFlowLoss(Objective):
         report = check_criteria(self.schedule, self.statistic)
         if report.criterion1 and report.coefficients.data_vanishes:
             raise CriterionError(
-                "got kappa = 0, so the data term vanishes and nothing ties f to the data; use "
-                "ConsistencyLoss(), which adds the boundary loss that this family needs."
-                f"\n{report}"
+                "got kappa = 0, so the data term vanishes and nothing ties f to the data; "
+                "use ConsistencyLoss(), "
+                f"which adds the boundary loss that this family needs.\n{report}"
             )
         report.raise_if_failed()
         if not report.anchored:
             warnings.warn(
-                "the statistic is not anchored, so no row is a reconstruction loss and training "
-                f"may diverge; compare MatchedStatistic().\n{report}",
+                "the statistic is not anchored, "
+                "so no row is a reconstruction loss and training may diverge; "
+                f"compare MatchedStatistic().\n{report}",
                 stacklevel=4,
             )
 
@@ -97,9 +98,9 @@ class CrossFlowLoss(Objective):
         """Refuse guidance in training with targets of another space."""
         if self.guidance is not None and batch.targets is not None:
             raise InputError(
-                "got guidance with targets of another space, where the guided velocity says "
-                "nothing of them; leave targets out, or guide at sampling: "
-                "FlowMap.sample(..., guidance=...)"
+                "got guidance with targets of another space, "
+                "where the guided velocity says nothing of them; "
+                "leave targets out, or guide at sampling: FlowMap.sample(..., guidance=...)"
             )
 
     def known_part(self, at: PathPoint) -> Tensor:

@@ -14,6 +14,7 @@ from flowspace.derivatives import FiniteDifference
 from flowspace.errors import InputError
 from flowspace.inputs import require
 from flowspace.objectives.engine import PathPoint, given_velocity
+from flowspace.objectives.inputs import with_fields
 from flowspace.objectives.mean_flow import MeanFlowLoss
 from flowspace.penalties import SquaredError
 from flowspace.times import ShiftedTimes, TimePairs
@@ -79,13 +80,13 @@ class MeanFlowDistillationLoss(MeanFlowLoss):
         )
         if self.velocity is not None:
             raise InputError(
-                "got velocity= beside teacher=; the teacher is what replaces the velocity: leave "
-                "velocity out"
+                "got velocity= beside teacher=; "
+                "the teacher is what replaces the velocity: leave velocity out"
             )
 
     def residual_velocity(self, model: Model, at: PathPoint) -> Tensor:
         """Return the mixture of conditional and teacher's velocity, guided where asked for."""
         if self.mix:
             taught = given_velocity("teacher", self.teacher, at)
-            at = at._replace(velocity=(1 - self.mix) * at.velocity + self.mix * taught)
+            at = with_fields(at, velocity=(1 - self.mix) * at.velocity + self.mix * taught)
         return super().residual_velocity(model, at)

@@ -40,7 +40,7 @@ from flowspace.errors import InputError, TimeError
 from flowspace.flow_map import FlowMap
 from flowspace.guidance import Guidance
 from flowspace.inputs import check_model, checked_cond, refuse_unfit, require, takes
-from flowspace.objectives.inputs import Batch, checked_batch, evaluated, warn_of_scale
+from flowspace.objectives.inputs import Batch, checked_batch, evaluated, warn_of_scale, with_fields
 from flowspace.penalties import Penalty, SquaredError
 from flowspace.schedules import LinearSchedule, Schedule
 from flowspace.statistics import (
@@ -231,18 +231,18 @@ class Objective(abc.ABC):
             is_number(self.gap) and 0 < self.gap <= 1,
             "gap",
             self.gap,
-            "it is the share of t - s that the second point lies earlier, so write for example "
-            "0.1, or None for the derivative",
+            "it is the share of t - s that the second point lies earlier, "
+            "so write for example 0.1, or None for the derivative",
         )
         if self.literal:
             raise InputError(
-                "got gap with literal=True; the two-point form has a target only: write "
-                "literal=False"
+                "got gap with literal=True; "
+                "the two-point form has a target only: write literal=False"
             )
         if type(self).known_part_between is Objective.known_part_between:
             raise InputError(
-                f"got gap for {type(self).__name__}, which has no two-point form; define "
-                "known_part_between, or leave gap out"
+                f"got gap for {type(self).__name__}, which has no two-point form; "
+                "define known_part_between, or leave gap out"
             )
 
     def check_settings(self) -> None:  # noqa: B027  # most objectives have no other settings
@@ -291,8 +291,9 @@ class Objective(abc.ABC):
         )
         if prediction.shape != at.state.shape:
             raise InputError(
-                f"got shape {tuple(prediction.shape)} from the model for latents of "
-                f"{tuple(at.state.shape)}, so it has no velocity of its own to be guided by; "
+                f"got shape {tuple(prediction.shape)} from the model "
+                f"for latents of {tuple(at.state.shape)}, "
+                "so it has no velocity of its own to be guided by; "
                 "guide at sampling: FlowMap.sample(..., guidance=...)"
             )
         return self.coefficients.diagonal_velocity(at_least_float32(prediction), at.z, at.t)
@@ -306,7 +307,7 @@ class Objective(abc.ABC):
             return velocity
         return self.guidance.guided(
             velocity,
-            lambda cond: self.own_velocity(model, at._replace(cond=cond)),
+            lambda cond: self.own_velocity(model, with_fields(at, cond=cond)),
             at.t,
             at.cond,
             at.dropped,
@@ -399,11 +400,11 @@ class Objective(abc.ABC):
             return at, noise
         if xp is not torch_backend:
             raise InputError(
-                "got guidance with JAX arrays, which it does not know; write velocity= with a "
-                "mixture"
+                "got guidance with JAX arrays, which it does not know; "
+                "write velocity= with a mixture"
             )
         cond, dropped = self.guidance.drop_condition(batch.cond, t, s, batch.generator)
-        return at._replace(cond=cond, dropped=dropped), noise
+        return with_fields(at, cond=cond, dropped=dropped), noise
 
     def _pairs(
         self, batch: Batch, t: Tensor | None, s: Tensor | None, generator: Any
@@ -419,16 +420,19 @@ class Objective(abc.ABC):
         )
         if t.shape != (rows,) or s.shape != (rows,):
             raise TimeError(
-                f"got times of shapes {tuple(t.shape)} and {tuple(s.shape)} from {self.times!r} "
-                f"for {rows} rows; return t and s of shape ({rows},) each"
+                f"got times of shapes {tuple(t.shape)} "
+                f"and {tuple(s.shape)} from {self.times!r} for {rows} rows; "
+                f"return t and s of shape ({rows},) each"
             )
         return t, s
 
     def _evaluate(self, model: Model, at: PathPoint, latents: Tensor, noise: Tensor) -> LossOutput:
         conditional = at.velocity
-        at = at._replace(velocity=self.residual_velocity(model, at))
+        at = with_fields(at, velocity=self.residual_velocity(model, at))
         tangent = self.tangent_velocity(model, at)
-        at = at._replace(velocity=at_least_float32(at.velocity), data=at_least_float32(at.data))
+        at = with_fields(
+            at, velocity=at_least_float32(at.velocity), data=at_least_float32(at.data)
+        )
         weights = self.coefficients.at(at.t, at.s)
         if self.gap is None:
             f, rest = self._differentiated(model, at, tangent, weights)
@@ -436,7 +440,7 @@ class Objective(abc.ABC):
         r = at.library.where(at.s < at.t, at.t - self.gap * (at.t - at.s), at.t)
         z_r = self.schedule.perturb(latents, noise, r)[0]
         z_r = z_r + over_rows(at.t - r, z_r) * (conditional - at.velocity)
-        earlier = at._replace(state=at.library.cast(z_r, at.state.dtype), t=r)
+        earlier = with_fields(at, state=at.library.cast(z_r, at.state.dtype), t=r)
         f, rest = self._two_points(model, at, earlier, weights)
         return self._output(f, rest, at, weights)
 
@@ -512,9 +516,9 @@ class Objective(abc.ABC):
         if isinstance(self.penalty, Penalty) or tuple(loss.shape) == (len(difference),):
             return loss
         raise InputError(
-            f"got shape {tuple(loss.shape)} from penalty = {self.penalty!r} for "
-            f"{len(difference)} rows; reduce over all axes but the first, as in "
-            "lambda d: d.abs().flatten(1).mean(1)"
+            f"got shape {tuple(loss.shape)} from penalty = {self.penalty!r} "
+            f"for {len(difference)} rows; reduce over all axes but the first, "
+            "as in lambda d: d.abs().flatten(1).mean(1)"
         )
 
 
@@ -536,8 +540,9 @@ def given_velocity(name: str, function: Callable[..., Tensor], at: PathPoint) ->
     velocity = at.library.detach(function(at.state, at.t, **at.cond))
     if velocity.shape != at.state.shape:
         raise InputError(
-            f"got shape {tuple(velocity.shape)} from {name} for states of shape "
-            f"{tuple(at.state.shape)}; return a velocity of the states' shape"
+            f"got shape {tuple(velocity.shape)} from {name} "
+            f"for states of shape {tuple(at.state.shape)}; "
+            "return a velocity of the states' shape"
         )
     return velocity
 
@@ -545,6 +550,7 @@ def given_velocity(name: str, function: Callable[..., Tensor], at: PathPoint) ->
 def _check_shape(f: Tensor, known: Tensor) -> None:
     if f.shape != known.shape:
         raise InputError(
-            f"got shape {tuple(f.shape)} from the model, but the targets have "
-            f"{tuple(known.shape)}; give targets= of what the model returns"
+            f"got shape {tuple(f.shape)} from the model, "
+            f"but the targets have {tuple(known.shape)}; "
+            "give targets= of what the model returns"
         )

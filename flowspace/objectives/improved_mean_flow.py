@@ -16,7 +16,7 @@ from flowspace.derivatives.route import checked
 from flowspace.errors import InputError
 from flowspace.inputs import signature_of
 from flowspace.objectives.engine import LossOutput, PathPoint
-from flowspace.objectives.inputs import Batch, evaluated
+from flowspace.objectives.inputs import Batch, evaluated, with_fields
 from flowspace.objectives.mean_flow import MeanFlowLoss
 from flowspace.penalties import Adaptive
 from flowspace.times import LogitNormalTimes, TimePairs
@@ -70,7 +70,7 @@ class ImprovedMeanFlowLoss(MeanFlowLoss):
         if not self.own_tangent:
             return at.velocity
         if self.guidance is not None:
-            at = at._replace(cond=self.guidance.own_condition(at.t, at.cond))
+            at = with_fields(at, cond=self.guidance.own_condition(at.t, at.cond))
         return self.own_velocity(model, at)
 
     def check_call(self, batch: Batch) -> None:
@@ -78,8 +78,8 @@ class ImprovedMeanFlowLoss(MeanFlowLoss):
         super().check_call(batch)
         if self.head and batch.library is not torch_backend:
             raise InputError(
-                "got head=True with JAX arrays, where a second output cannot be kept; write "
-                "head=False"
+                "got head=True with JAX arrays, "
+                "where a second output cannot be kept; write head=False"
             )
 
     def wrapped(self, model: Model) -> Model:
@@ -91,7 +91,7 @@ class ImprovedMeanFlowLoss(MeanFlowLoss):
         if not self.head or not isinstance(model, Trunk):
             return out
         error = at_least_float32(model.heads[0]) - out.velocity
-        return out._replace(loss=out.loss + self._penalised(error))
+        return with_fields(out, loss=out.loss + self._penalised(error))
 
 
 class Trunk:
@@ -119,7 +119,7 @@ class Trunk:
 def _two_outputs(output: Any) -> tuple[Tensor, Tensor]:
     if not isinstance(output, tuple | list) or len(output) != 2:
         raise InputError(
-            f"got {type(output).__name__} from the model with head=True; return (u, v), or write "
-            "head=False"
+            f"got {type(output).__name__} from the model with head=True; "
+            "return (u, v), or write head=False"
         )
     return output[0], output[1]

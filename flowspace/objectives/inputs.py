@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from flowspace.derivatives.route import checked
 from flowspace.errors import InputError
 from flowspace.inputs import check_states, first_time, kind_of, warn_once
 
-__all__ = ["Batch", "checked_batch", "evaluated", "warn_of_scale"]
+__all__ = ["Batch", "checked_batch", "evaluated", "warn_of_scale", "with_fields"]
 
 WIDE = 100.0
 """Latents with a spread this many times the noise's are taken for unscaled ones."""
@@ -47,6 +47,18 @@ class Batch(NamedTuple):
         return self.targets
 
 
+Record = TypeVar("Record", bound=tuple)
+"""A named tuple."""
+
+
+def with_fields(record: Record, **changes: Any) -> Record:
+    """Return a named tuple with other values in some fields.
+
+    It is `_replace`, which torch.compile of torch 2.11 does not follow.
+    """
+    return type(record)(**{**record._asdict(), **changes})  # type: ignore[attr-defined]
+
+
 def evaluated(model: Model, z_t: Tensor, t: Tensor, s: Tensor, cond: Mapping[str, Any]) -> Tensor:
     """Return what a model gives at states and times, which it may write into: it gets copies."""
     return checked(on_copies(lambda *inputs: model(*inputs, **cond))(z_t, t, s), (z_t,))
@@ -64,19 +76,19 @@ def checked_batch(batch: Batch) -> Batch:
     check_states("targets", batch.data)
     if len(batch.latents) != len(batch.data):
         raise InputError(
-            f"got {len(batch.latents)} latents and {len(batch.data)} targets; each row needs its "
-            "pair"
+            f"got {len(batch.latents)} latents and {len(batch.data)} targets; "
+            "each row needs its pair"
         )
     if noise is not None and not (xp.is_array(noise) and xp.is_floating(noise)):
         raise InputError(
-            f"got noise of {kind_of(noise)}; write real numbers of the latents' shape, or leave "
-            "it out"
+            f"got noise of {kind_of(noise)}; "
+            "write real numbers of the latents' shape, or leave it out"
         )
     is_source = batch.generator is None or isinstance(batch.generator, torch.Generator)
     if xp is torch_backend and not is_source:
         raise InputError(
-            f"got generator = {batch.generator!r}; write torch.Generator().manual_seed(0), or "
-            "leave it out"
+            f"got generator = {batch.generator!r}; "
+            "write torch.Generator().manual_seed(0), or leave it out"
         )
     return batch
 
@@ -92,13 +104,14 @@ def warn_of_scale(owner: str, batch: Batch) -> None:
     largest = float(abs(xp.detach(latents)).max())
     if not largest < math.inf:
         warn_once(
-            "got latents that are not all finite, so the loss is not either; look at the encoder: "
-            "half precision overflows in some, which float32 mends"
+            "got latents that are not all finite, so the loss is not either; "
+            "look at the encoder: half precision overflows in some, which float32 mends"
         )
         return
     spread = float(xp.detach(latents).std())
     if spread > WIDE:
         warn_once(
-            f"got latents with a spread of {spread:.3g} beside noise with a spread of 1, which "
-            "disappears in them; subtract their mean and divide by their spread"
+            f"got latents with a spread of {spread:.3g} beside noise "
+            "with a spread of 1, which disappears in them; "
+            "subtract their mean and divide by their spread"
         )

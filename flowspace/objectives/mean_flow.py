@@ -66,6 +66,7 @@ def warn_of_targets(owner: str, batch: Batch) -> None:
     if targets.shape == latents.shape and (not known or bool((targets == latents).all())):
         return
     warn_once(
-        f"{owner} ignores the targets that it got, of shape {tuple(targets.shape)}: it trains a "
-        "velocity of the latents; leave targets out, or use CrossFlowLoss() to train images"
+        f"{owner} ignores the targets that it got, "
+        f"of shape {tuple(targets.shape)}: it trains a velocity of the latents; "
+        "leave targets out, or use CrossFlowLoss() to train images"
     )

@@ -15,6 +15,7 @@ from flowspace.errors import InputError
 from flowspace.inputs import require
 from flowspace.objectives.engine import LossOutput, PathPoint
 from flowspace.objectives.improved_mean_flow import ImprovedMeanFlowLoss
+from flowspace.objectives.inputs import with_fields
 from flowspace.penalties import Adaptive
 from flowspace.statistics import MeanFlowStatistic, PointCoefficients, Statistic
 from flowspace.time_functions import TimeFunction
@@ -77,8 +78,8 @@ class PixelMeanFlowLoss(ImprovedMeanFlowLoss):
         """Refuse another statistic than the average velocity."""
         if self.statistic != MeanFlowStatistic():
             raise InputError(
-                f"got statistic = {self.statistic!r}; the images of pixel MeanFlow become average "
-                "velocities: leave it out"
+                f"got statistic = {self.statistic!r}; "
+                "the images of pixel MeanFlow become average velocities: leave it out"
             )
 
     @cached_property
@@ -96,8 +97,9 @@ class PixelMeanFlowLoss(ImprovedMeanFlowLoss):
         """Return (z_t - f)/max(t, floor), or its like for another schedule."""
         if output.shape != z_t.shape:
             raise InputError(
-                f"got shape {tuple(output.shape)} from the model for states of shape "
-                f"{tuple(z_t.shape)}; in pixel MeanFlow states and predictions are both images"
+                f"got shape {tuple(output.shape)} from the model "
+                f"for states of shape {tuple(z_t.shape)}; "
+                "in pixel MeanFlow states and predictions are both images"
             )
         return self.schedule.velocity(output, z_t, backend_of(t).clamp(t, self.floor))
 
@@ -107,7 +109,7 @@ class PixelMeanFlowLoss(ImprovedMeanFlowLoss):
         floored = self.to_velocity(clean, at.state, at.t)
         below = over_rows(at.t < self.floor, at.velocity)
         velocity = at.library.where(below, floored, at.velocity)
-        return super().residual_velocity(model, at._replace(velocity=velocity))
+        return super().residual_velocity(model, with_fields(at, velocity=velocity))
 
     def perceptual_mask(self, out: LossOutput) -> Tensor:
         """Return which rows ``(B,)`` a perceptual loss is of use for: t < perceptual_below."""
@@ -120,7 +122,8 @@ class PixelMeanFlowLoss(ImprovedMeanFlowLoss):
         xp = at.library
         floored = xp.clamp(at.t, self.floor)
         state = xp.cast(at.state, out.prediction.dtype)
-        return out._replace(
+        return with_fields(
+            out,
             prediction=self.schedule.latents(out.prediction, state, floored),
             target=self.schedule.latents(out.target, state, floored),
         )

@@ -18,7 +18,7 @@ from flowspace.derivatives.replay import RandomState, RowsMixError, agree, resto
 from flowspace.errors import InputError, TimeError
 from flowspace.inputs import check_model, checked_cond, refuse_unfit, require
 from flowspace.objectives.engine import LossOutput, PathPoint
-from flowspace.objectives.inputs import Batch, checked_batch, evaluated
+from flowspace.objectives.inputs import Batch, checked_batch, evaluated, with_fields
 from flowspace.objectives.mean_flow import MeanFlowLoss
 from flowspace.solvers import Euler
 from flowspace.times import ShiftedTimes
@@ -75,8 +75,8 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
         """Refuse what is no teacher, numbers out of their range, and parts that have no use."""
         if self.gap is not None or self.guidance is not None or self.velocity is not None:
             raise InputError(
-                "got gap, guidance or velocity; leave it out, and guide the teacher: "
-                "Guidance.apply"
+                "got gap, guidance or velocity; "
+                "leave it out, and guide the teacher: Guidance.apply"
             )
         require(
             callable(self.teacher),
@@ -155,13 +155,13 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
         checked_batch(batch)
         if xp is not torch_backend:
             raise InputError(
-                "got JAX arrays, but trajectory matching is written for tensors of torch; pass "
-                "tensors"
+                "got JAX arrays, but trajectory matching "
+                "is written for tensors of torch; pass tensors"
             )
         if t is not None or s is not None:
             raise TimeError(
-                "got t or s; trajectory matching takes its times from the teacher's grid: leave "
-                "them out"
+                "got t or s; trajectory matching takes its times "
+                "from the teacher's grid: leave them out"
             )
         batch = self._begun(batch)
         noise = batch.noise
@@ -181,8 +181,8 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
             return batch
         if count > rows:
             raise InputError(
-                f"got a batch of {rows} rows for trajectories = {count}; pass at least as many "
-                "rows, or write trajectories=None to begin one at each"
+                f"got a batch of {rows} rows for trajectories = {count}; "
+                "pass at least as many rows, or write trajectories=None to begin one at each"
             )
 
         def first(leaf: Any) -> Any:
@@ -193,7 +193,7 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
         cond, noise = pytree.tree_map(first, batch.cond), batch.noise
         if noise is not None:
             noise = noise[:count]
-        return batch._replace(latents=batch.latents[:count], noise=noise, cond=cond)
+        return with_fields(batch, latents=batch.latents[:count], noise=noise, cond=cond)
 
     def _on_trajectory(
         self, model: Model, batch: Batch, noise: Tensor
