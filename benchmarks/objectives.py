@@ -226,7 +226,7 @@ def rolled(steps: int, seeds: int, chosen: list[Entry]) -> tuple[dict[str, Any],
     found: dict[str, Any] = {}
     clouds: dict[str, Tensor] = {}
     for seed in range(seeds):
-        world, teacher = swiss_roll.World.of(seed), None
+        world, teacher = swiss_roll.RollSpaces.of(seed), None
         draw = torch.Generator().manual_seed(7000 + seed)
         real = world.latents(swiss_roll.roll(5000, draw))
         other = world.latents(swiss_roll.roll(5000, draw))
@@ -257,11 +257,13 @@ def rolled(steps: int, seeds: int, chosen: list[Entry]) -> tuple[dict[str, Any],
     return found, scatter(clouds)
 
 
-def train_roll(objective: Objective, world: swiss_roll.World, steps: int, seed: int) -> nn.Module:
+def train_roll(
+    objective: Objective, world: swiss_roll.RollSpaces, steps: int, seed: int
+) -> nn.Module:
     """Adam with a rate that falls along a cosine from 1e-3 to 0, batches of 512."""
     torch.manual_seed(seed)
     draw = torch.Generator().manual_seed(1000 + seed)
-    network = swiss_roll.Network(outputs=2)
+    network = swiss_roll.RollMLP(outputs=2)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):

@@ -70,7 +70,7 @@ def fashion(folder: Path, pictures: int) -> Data:
 
 
 @dataclass(frozen=True)
-class Entry:
+class ComparedMethod:
     """A row of the table.
 
     Attributes:
@@ -82,14 +82,14 @@ class Entry:
     autoencoded: bool = True
 
 
-def entries(settings: Settings) -> tuple[Entry, ...]:
+def entries(settings: Settings) -> tuple[ComparedMethod, ...]:
     """Return what is compared."""
     across = CrossFlowLoss(penalty=settings.penalty)
     return (
-        Entry(digits.Method("CrossFlow", across)),
-        Entry(digits.Method("latent MeanFlow + decoder", MeanFlowLoss(), pixels=False)),
-        Entry(digits.Method("pixel MeanFlow", PixelMeanFlowLoss(), pixels=False), False),
-        Entry(digits.Method("one-step denoiser", across, only_noise=True)),
+        ComparedMethod(digits.Method("CrossFlow", across)),
+        ComparedMethod(digits.Method("latent MeanFlow + decoder", MeanFlowLoss(), pixels=False)),
+        ComparedMethod(digits.Method("pixel MeanFlow", PixelMeanFlowLoss(), pixels=False), False),
+        ComparedMethod(digits.Method("one-step denoiser", across, only_noise=True)),
     )
 
 

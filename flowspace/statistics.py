@@ -17,9 +17,9 @@ on the edges; only a, b, c are used there.
 import abc
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import sympy
 import torch
@@ -37,6 +37,7 @@ from flowspace.formulas import (
     random_points,
     readable,
 )
+from flowspace.inputs import require
 from flowspace.schedules import TIME_FLOOR, Schedule
 from flowspace.time_functions import NUDGE, Source, TimeFunction, limit_on_edge
 from flowspace.typeset import text_of
@@ -50,6 +51,9 @@ __all__ = [
     "PointCoefficients",
     "Statistic",
 ]
+
+Kappa: TypeAlias = "sympy.Expr | TimeFunction"
+"""kappa as a formula in s, or as a function where callables are behind it."""
 
 POINTS = 12
 """Random (t, s) at which a claim about formulas is tested: one wrong answer in 10^50 each."""
@@ -138,10 +142,10 @@ class Coefficients:
 
         That is so in the consistency family.
         """
-        return bool((_inside(self.scaled_kappa).abs() < NEVER).all())
+        return bool(_is_zero(self.scaled_kappa).all())
 
     @property
-    def kappa(self) -> "sympy.Expr | TimeFunction":
+    def kappa(self) -> Kappa:
         """kappa as a sympy expression in s, or as a function where callables are behind it."""
         if self.scaled_kappa.expression is None:
             return self.scaled_kappa
@@ -149,9 +153,14 @@ class Coefficients:
 
     def prepare(self) -> bool:
         """Compile every function now rather than in the first call; returns `anchored`."""
-        for function in (self.prediction, self.derivative, self.state, self.velocity, self._data):
-            function.prepare()
+        self._compile()
         return self.anchored
+
+    def _compile(self) -> None:
+        for each in fields(self):
+            function = getattr(self, each.name)
+            if isinstance(function, TimeFunction):
+                function.prepare()
 
     def at(self, t: Tensor, s: Tensor) -> PointCoefficients:
         """Return a, b and m at (t, s), of shape ``(B,)`` each; a and b are evaluated once.
@@ -159,11 +168,15 @@ class Coefficients:
         On the diagonal, and where b = 0, m = a. Where that is zero too nothing is to be learned:
         R/m = 0 by its limit, and m is infinite.
         """
-        xp, a, b = backend_of(t), self.prediction(t, s), self.derivative(t, s)
+        xp = backend_of(t)
+        a = self.prediction(t, s)
+        b = self.derivative(t, s)
         off_diagonal = xp.off_diagonal(t, s) & (b != 0)
         duration = xp.where(off_diagonal, t - s, 1.0)
-        m = xp.where(off_diagonal, xp.sign(b) * xp.maximum(abs(a), abs(b) / duration), a)
-        return PointCoefficients(a, b, xp.where(m == 0, math.inf, m))
+        size = xp.maximum(abs(a), abs(b) / duration)
+        m = xp.where(off_diagonal, xp.sign(b) * size, a)
+        m = xp.where(m == 0, math.inf, m)
+        return PointCoefficients(a, b, m)
 
     def scale(self, t: Tensor, s: Tensor) -> Tensor:
         """Return m alone, see `at`."""
@@ -174,16 +187,16 @@ class Coefficients:
 
         It is identity (I), integrated, and exact for the exact f.
         """
-        kept, moved = self.velocity(t, s), self.derivative(t, s)
-        return backend_of(z_t).cast(
-            over_rows(kept, z_t) * z_t - over_rows(moved, z_t) * prediction, z_t.dtype
-        )
+        kept = over_rows(self.velocity(t, s), z_t)
+        b = over_rows(self.derivative(t, s), z_t)
+        z_s = kept * z_t - b * prediction
+        return backend_of(z_t).cast(z_s, z_t.dtype)
 
     def prediction_of(self, z_t: Tensor, z_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """Return the f whose step takes z_t to z_s: `step` solved for f; s < t, in one space."""
-        return (over_rows(self.velocity(t, s), z_t) * z_t - z_s) / over_rows(
-            self.derivative(t, s), z_t
-        )
+        kept = over_rows(self.velocity(t, s), z_t)
+        b = over_rows(self.derivative(t, s), z_t)
+        return (kept * z_t - z_s) / b
 
     def diagonal_velocity(self, prediction: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
         """Return the velocity that f(z_t, t, t) stands for, in one space.
@@ -200,8 +213,10 @@ class Coefficients:
                 "so f on the diagonal does not say what the velocity is; "
                 "give a velocity of its own, such as velocity=teacher"
             )
-        a, state = over_rows(self.prediction(t, t), z_t), over_rows(self.state(t, t), z_t)
-        return (a * prediction - state * z_t) / over_rows(self.velocity(t, t), z_t)
+        a = over_rows(self.prediction(t, t), z_t)
+        state = over_rows(self.state(t, t), z_t)
+        velocity = over_rows(self.velocity(t, t), z_t)
+        return (a * prediction - state * z_t) / velocity
 
 
 class AbstractStatistic(abc.ABC):
@@ -223,11 +238,11 @@ class AbstractStatistic(abc.ABC):
 
         It is derived once, then remembered.
         """
-        if not isinstance(schedule, Schedule):
-            raise InputError(f"got schedule = {schedule!r}; write for example LinearSchedule()")
+        is_schedule = isinstance(schedule, Schedule)
+        require(is_schedule, "schedule", schedule, "write for example LinearSchedule()")
         return _derive(self, schedule)
 
-    def kappa(self, schedule: Schedule) -> "sympy.Expr | TimeFunction":
+    def kappa(self, schedule: Schedule) -> Kappa:
         """Return (1 + gamma/delta) beta(t), which by Criterion 1 is a function of s alone.
 
         It is a sympy expression in s, or for callables a function of (t, s) that ignores t.
@@ -237,7 +252,8 @@ class AbstractStatistic(abc.ABC):
         """
         c = self.coefficients(schedule)
         if c.failure:
-            raise CriterionError(f"Criterion 1 fails for {self} under {schedule}: {c.failure}")
+            under = f"{self} under {schedule}"
+            raise CriterionError(f"Criterion 1 fails for {under}: {c.failure}")
         return c.kappa
 
     def __repr__(self) -> str:
@@ -259,15 +275,17 @@ class Statistic(AbstractStatistic):
     """
 
     def __init__(self, gamma: Source, delta: Source) -> None:
-        self.gamma, self.delta = TimeFunction(gamma, 2), TimeFunction(delta, 2)
-        for name, function in (("gamma", self.gamma), ("delta", self.delta)):
+        self.gamma = TimeFunction(gamma, 2)
+        self.delta = TimeFunction(delta, 2)
+        named = {"gamma": self.gamma, "delta": self.delta}
+        for name, function in named.items():
             if not bool(_inside(function).isfinite().all()):
                 raise CriterionError(
                     f"got {name} = {function}, "
                     "which is not a finite real number everywhere inside 0 < s < t < 1; "
                     "write for example gamma='1', delta='-t/(t - s)'"
                 )
-        if bool((_inside(self.delta).abs() < NEVER).any()):
+        if bool(_is_zero(self.delta).any()):
             raise CriterionError(
                 f"got delta = {self.delta}, which is zero inside 0 < s < t < 1, "
                 "so f would not see the path and 1/delta does not exist; "
@@ -298,13 +316,14 @@ class Statistic(AbstractStatistic):
             InputError: if both delta and gamma are given, or neither.
             CriterionError: if kappa mentions t, or delta is zero.
         """
-        wanted, beta = _function_of_s(kappa), schedule.functions[1]
+        kappa_ = _function_of_s(kappa)
+        beta = schedule.functions[1]
         if delta is not None and gamma is None:
-            given = cls(0, delta).delta
-            return cls(given * (wanted / beta - 1), given)
+            delta_ = cls(0, delta).delta
+            return cls(delta_ * (kappa_ / beta - 1), delta_)
         if gamma is not None and delta is None:
-            given = TimeFunction(gamma, 2)
-            return cls(given, given * beta / (wanted - beta))
+            gamma_ = TimeFunction(gamma, 2)
+            return cls(gamma_, gamma_ * beta / (kappa_ - beta))
         raise InputError(
             f"got delta = {delta!r} and gamma = {gamma!r}; "
             "give one of the two, the other follows from kappa"
@@ -327,7 +346,7 @@ class Statistic(AbstractStatistic):
             CriterionError: if kappa mentions t, or kappa or h is zero inside 0 < s < t < 1.
         """
         b = _function_of_s(kappa) * TimeFunction(h, 2)
-        if bool((_inside(b).abs() < NEVER).any()):
+        if bool(_is_zero(b).any()):
             raise CriterionError(
                 f"got kappa h = {b}, which is zero inside 0 < s < t < 1, "
                 "so delta = 1/(kappa h) does not exist; "
@@ -337,7 +356,8 @@ class Statistic(AbstractStatistic):
 
     def ratios(self, schedule: Schedule) -> tuple[TimeFunction, TimeFunction]:
         """Return b = 1/delta and gamma/delta, the same under every schedule."""
-        return 1 / self.delta, self.gamma / self.delta
+        b = 1 / self.delta
+        return b, self.gamma / self.delta
 
     def on(self, schedule: Schedule) -> "Statistic":
         """Return the statistic itself: its gamma and delta are written out."""
@@ -375,7 +395,8 @@ class MatchedStatistic(AbstractStatistic):
     def on(self, schedule: Schedule) -> Statistic:
         """Return the same statistic with gamma and delta written out for one schedule."""
         b, ratio = self.ratios(schedule)
-        return Statistic(ratio / b, 1 / b)
+        delta = 1 / b
+        return Statistic(ratio / b, delta)
 
     @property
     def gamma(self) -> TimeFunction:
@@ -428,16 +449,23 @@ def _derive(statistic: AbstractStatistic, schedule: Schedule) -> Coefficients:
     velocity = 1 + ratio
     scaled = velocity * beta
     kappa = _at_noise(scaled)
-    data = kappa * schedule.signal_to_noise_slope
     a = b.dot
+    c = kappa * schedule.signal_to_noise_slope
     # One function where a = c everywhere: written in two ways, the one is 0 and the other 1e-16
     # where lambda' = 0, and the target c/m x would lose its data there.
-    if _equal(a, data):
-        a = data
-    functions = (a, b, ratio.dot, velocity, kappa, data)
-    for function in functions:
-        function.prepare()
-    return Coefficients(*functions[:5], _left_of_t(scaled), data)
+    if _equal(a, c):
+        a = c
+    derived = Coefficients(
+        prediction=a,
+        derivative=b,
+        state=ratio.dot,
+        velocity=velocity,
+        scaled_kappa=kappa,
+        failure=_left_of_t(scaled),
+        _data=c,
+    )
+    derived._compile()
+    return derived
 
 
 def worst_on_diagonal(function: Callable[[Tensor, Tensor], Tensor]) -> tuple[float, float]:
@@ -446,42 +474,55 @@ def worst_on_diagonal(function: Callable[[Tensor, Tensor], Tensor]) -> tuple[flo
     It is infinite where it is not finite, or large and still grows towards the diagonal: rounded,
     or evaluated just inside, an infinite limit is a large number.
     """
-    times = torch.linspace(TIME_FLOOR, 1 - TIME_FLOOR, DIAGONAL_POINTS, dtype=torch.float64)
+    first, last = TIME_FLOOR, 1 - TIME_FLOOR
+    times = torch.linspace(first, last, DIAGONAL_POINTS, dtype=torch.float64)
     sizes = function(times, times).abs()
     infinite = ~sizes.isfinite()
-    if bool((sizes > LARGE).any()):
+    large = sizes > LARGE
+    if bool(large.any()):
         near = function(times, times - 100 * NUDGE).abs()
         nearer = function(times, times - NUDGE).abs()
-        infinite |= (sizes > LARGE) & (nearer > GROWS * near)
+        infinite |= large & (nearer > GROWS * near)
     sizes = sizes.where(~infinite, torch.inf)
-    return float(sizes.max()), float(times[sizes.argmax()])
+    worst = sizes.argmax()
+    return float(sizes[worst]), float(times[worst])
 
 
 def _inside(function: TimeFunction) -> Tensor:
     """Return a function's values at `POINTS` points inside the triangle."""
-    times = torch.tensor(random_points(POINTS), dtype=torch.float64)
-    return function(times[:, 0], times[:, 1])
+    points = random_points(POINTS)
+    t, s = torch.tensor(points, dtype=torch.float64).unbind(1)
+    return function(t, s)
+
+
+def _is_zero(function: TimeFunction) -> Tensor:
+    """Return at which of `POINTS` points inside the triangle a function is zero."""
+    return _inside(function).abs() < NEVER
 
 
 def _equal(first: TimeFunction, second: TimeFunction) -> bool:
     """Whether two functions have the same values at `POINTS` points inside the triangle."""
     if first.expression is None or second.expression is None:
-        difference = (_inside(first) - _inside(second)).abs()
-        return bool((difference <= NUMERIC * _inside(second).abs().clamp(min=1)).all())
+        values, others = _inside(first), _inside(second)
+        tolerance = NUMERIC * others.abs().clamp(min=1)
+        return bool(((values - others).abs() <= tolerance).all())
     points = random_points(POINTS)
     values = precise_values(first.expression, points)
     others = precise_values(second.expression, points)
-    return all(
-        abs(value - other) <= NOT_ZERO * max(1, abs(other))
-        for value, other in zip(values, others, strict=True)
-    )
+    for value, other in zip(values, others, strict=True):
+        tolerance = NOT_ZERO * max(1, abs(other))
+        if not abs(value - other) <= tolerance:
+            return False
+    return True
 
 
 def _function_of_s(kappa: Source) -> TimeFunction:
-    if callable(kappa) and not isinstance(kappa, (sympy.Expr, TimeFunction)):
+    knows_times = isinstance(kappa, (sympy.Expr, TimeFunction))
+    if callable(kappa) and not knows_times:
         return TimeFunction(kappa).at(S)
     function = TimeFunction(kappa, 2)
-    if function.expression is not None and T in function.expression.free_symbols:
+    formula = function.expression
+    if formula is not None and T in formula.free_symbols:
         raise CriterionError(
             f"got kappa = {function}, which depends on t; "
             "Criterion 1 asks for a function of s alone"
@@ -491,34 +532,41 @@ def _function_of_s(kappa: Source) -> TimeFunction:
 
 def _at_noise(scaled: TimeFunction) -> TimeFunction:
     """Return kappa as a function of s: (1 + gamma/delta) beta(t) at t = 1, or its limit there."""
-    if scaled.expression is None:
-        return TimeFunction(lambda t_, s_: scaled.raw(backend_of(t_).ones_like(t_), s_), 2)
-    value: Any = scaled.expression.subs(T, 1)
+    formula = scaled.expression
+    if formula is None:
+
+        def at_noise(t: Tensor, s: Tensor) -> Tensor:
+            return scaled.raw(backend_of(t).ones_like(t), s)
+
+        return TimeFunction(at_noise, 2)
+    value: Any = formula.subs(T, 1)
     if not has_values(value):
-        value = limit_on_edge(scaled.expression, T, sympy.Integer(1))
+        value = limit_on_edge(formula, T, sympy.Integer(1))
     if value is None or not has_values(value):
-        value = scaled.expression.subs(T, (1 + S) / 2)
+        value = formula.subs(T, (1 + S) / 2)
     return TimeFunction(readable(value), 2)
 
 
 def _left_of_t(scaled: TimeFunction) -> str:
     """Return an empty text if (1 + gamma/delta) beta(t) is free of t, else what is left of t."""
     points = random_points(POINTS)
-    if scaled.expression is not None:
-        dots = precise_values(scaled.expression.diff(T), points)
-        sizes = precise_values(scaled.expression, points)
-        text = text_of(readable(scaled.expression))
-        tolerance, how = NOT_ZERO, f"(1 + gamma/delta) beta(t) = {text}"
+    formula = scaled.expression
+    if formula is None:
+        values = _inside(scaled).tolist()
+        slopes = _inside(scaled.dot).tolist()
+        tolerance = NUMERIC
+        what = f"(1 + gamma/delta) beta(t), derived numerically to {NUMERIC:g},"
     else:
-        times = torch.tensor(points, dtype=torch.float64)
-        dots = scaled.dot(times[:, 0], times[:, 1]).tolist()
-        sizes = scaled(times[:, 0], times[:, 1]).tolist()
-        tolerance, how = NUMERIC, f"(1 + gamma/delta) beta(t), derived numerically to {NUMERIC:g},"
-    for (t_, s_), dot, size in zip(points, dots, sizes, strict=True):
-        if not abs(dot) <= tolerance * max(1, abs(size)) or not math.isfinite(size):
+        values = precise_values(formula, points)
+        slopes = precise_values(formula.diff(T), points)
+        tolerance = NOT_ZERO
+        what = f"(1 + gamma/delta) beta(t) = {text_of(readable(formula))}"
+    for (t, s), value, slope in zip(points, values, slopes, strict=True):
+        is_flat = abs(slope) <= tolerance * max(1, abs(value))
+        if not is_flat or not math.isfinite(value):
             return (
-                f"{how} must be a function of s alone, "
-                f"but at (t, s) = ({t_:.3f}, {s_:.3f}) it is {float(size):.5g} "
-                f"and changes with t at the rate {float(dot):.5g}"
+                f"{what} must be a function of s alone, "
+                f"but at (t, s) = ({t:.3f}, {s:.3f}) it is {float(value):.5g} "
+                f"and changes with t at the rate {float(slope):.5g}"
             )
     return ""

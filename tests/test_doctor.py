@@ -93,7 +93,7 @@ def test_the_error_of_a_route_that_is_off_by_a_quarter_is_a_quarter(examine, mon
 
 
 def figures(name, low, high, error=1e-6):
-    return RouteFigures(name, error, steps.Cost((low + high) / 2, low, high, 5), None, "")
+    return RouteFigures(name, error, steps.StepCost((low + high) / 2, low, high, 5), None, "")
 
 
 @pytest.mark.parametrize(

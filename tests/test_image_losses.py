@@ -25,14 +25,14 @@ from flowspace.vision.adversarial import (
     tokens_of,
 )
 from flowspace.vision.perceptual import (
-    Features,
+    FeatureNetwork,
     PerceptualLoss,
     TimmFeatures,
     literal_pair,
 )
 
 
-class Small(Features):
+class Small(FeatureNetwork):
     """Two layers of random features."""
 
     def __init__(self, channels=3):

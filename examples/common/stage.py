@@ -76,7 +76,7 @@ LossesOf = Callable[[nn.Module, Sequence[Tensor], Draws], Losses]
 """From a network, a batch and the draws of its rows to what they cost."""
 
 
-class Look(Protocol):
+class LookCallback(Protocol):
     """Looks at an averaged network."""
 
     def __call__(self, step: int, averaged: nn.Module) -> Mapping[str, float]:
@@ -121,7 +121,7 @@ class Stage:
     flip: bool = True
     workers: int = 0
     adversary: AdversarialStep | None = None
-    look: Look | None = None
+    look: LookCallback | None = None
     begun: Callable[[], None] | None = None
     compiled: bool = False
     offset: int = 0

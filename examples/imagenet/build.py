@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from judging import Sampler
 from pictures import images_of as pictures_of
-from settings import Config
+from settings import ImageNetConfig
 from torch import Tensor, nn
 
 from flowspace import (
@@ -42,7 +42,7 @@ PENALTIES = {"absolute": AbsoluteError, "squared": SquaredError, "huber": HuberE
 # --- pictures ----------------------------------------------------------------------------------
 
 
-def images_of(config: Config) -> Images:
+def images_of(config: ImageNetConfig) -> Images:
     """Return the pictures of a run; ``emoji`` draws them first."""
     return pictures_of(config.data, config.out.parent)
 
@@ -64,7 +64,7 @@ def check_latents(rows: Rows, images: Images, encoder: LatentEncoder) -> None:
             )
 
 
-def rows_of(config: Config, images: Images) -> Rows:
+def rows_of(config: ImageNetConfig, images: Images) -> Rows:
     """Return what training reads: the pictures, or their latents where they were encoded.
 
     Raises:
@@ -84,7 +84,7 @@ def rows_of(config: Config, images: Images) -> Rows:
 # --- the network and its objective -------------------------------------------------------------
 
 
-def generator_of(config: Config, classes: int) -> CrossFlowGenerator:
+def generator_of(config: ImageNetConfig, classes: int) -> CrossFlowGenerator:
     """Build the untrained generator; one that stays in the latents' space returns latents.
 
     Raises:
@@ -129,12 +129,14 @@ def generator_of(config: Config, classes: int) -> CrossFlowGenerator:
     return network
 
 
-def schedule_of(config: Config) -> Schedule:
+def schedule_of(config: ImageNetConfig) -> Schedule:
     """Return the schedule."""
     return Schedule(config.objective.alpha, config.objective.beta)
 
 
-def objective_of(config: Config, estimate: Callable[[Tensor], Tensor] | None = None) -> Objective:
+def objective_of(
+    config: ImageNetConfig, estimate: Callable[[Tensor], Tensor] | None = None
+) -> Objective:
     """Return the objective of a run.
 
     Half of the rows have s = t, drawn once; elsewhere two draws are sorted (appendix B.3).
@@ -166,7 +168,9 @@ def objective_of(config: Config, estimate: Callable[[Tensor], Tensor] | None = N
     return CrossFlowLoss(times=pairs, estimate=estimate, **common)
 
 
-def sampler_of(config: Config, network: nn.Module, encoder: LatentEncoder | None) -> Sampler:
+def sampler_of(
+    config: ImageNetConfig, network: nn.Module, encoder: LatentEncoder | None
+) -> Sampler:
     """Return what draws images: the flow map of the objective, and a decoder after latents.
 
     Args:
@@ -197,7 +201,7 @@ def sampler_of(config: Config, network: nn.Module, encoder: LatentEncoder | None
     return draw
 
 
-def latent_sampler_of(config: Config, network: nn.Module) -> Sampler:
+def latent_sampler_of(config: ImageNetConfig, network: nn.Module) -> Sampler:
     """Return what draws latents: a flow map's steps, or the ODE by Heun's rule for flow matching.
 
     Heun's rule takes two evaluations a step.

@@ -42,7 +42,7 @@ def main() -> None:
     print(f"over training: {options.out}")
 
 
-def looked(config: settings.Config) -> dict[int, float]:
+def looked(config: settings.ImageNetConfig) -> dict[int, float]:
     """Return the first score of each look of a run, by its step."""
     import journal
 
@@ -54,7 +54,7 @@ def looked(config: settings.Config) -> dict[int, float]:
     return curve
 
 
-def sampled(config: settings.Config, samples: int) -> dict[int, float]:
+def sampled(config: settings.ImageNetConfig, samples: int) -> dict[int, float]:
     """Return the first score of so many samples of each average that a run kept."""
     import build
     import judging

@@ -24,7 +24,7 @@ import rivals
 from flops import IMAGENET, PEAK, Cost, Products, alone, cost_of, generator_cost
 from results import PAPER_CONFIGS, PUBLISHED, PublishedMethod, paper_row
 from sections import SETS
-from settings import Config, GeneratorConfig, SettingsError, load, of_run
+from settings import GeneratorConfig, ImageNetConfig, SettingsError, load, of_run
 
 from flowspace.errors import FlowspaceError
 
@@ -340,7 +340,7 @@ def in_the_paper(path: Path) -> tuple[str, str]:
     return f"{row.fid:.2f}", f"{row.setting} ({row.table})"
 
 
-def own_fid(config: Config) -> str:
+def own_fid(config: ImageNetConfig) -> str:
     """Return the FID that a run of this config was judged with, if there is one."""
     try:
         run = of_run(config.out)
@@ -353,7 +353,7 @@ def own_fid(config: Config) -> str:
     return f"{fid:.2f}, {count:,} samples"
 
 
-def network_and_losses(config: Config) -> tuple[Any, ...]:
+def network_and_losses(config: ImageNetConfig) -> tuple[Any, ...]:
     """Return that in which a run and a config must agree for the run's FID to be the config's."""
     generator = replace(config.generator, compile=False, checkpointing=False)
     return generator, config.objective, config.perceptual, config.adversarial

@@ -45,8 +45,8 @@ def main() -> None:
 
 
 def decode_and_judge(
-    image: settings.Config,
-    latent: settings.Config,
+    image: settings.ImageNetConfig,
+    latent: settings.ImageNetConfig,
     snapshots: list[Path],
     options: argparse.Namespace,
 ) -> None:
@@ -114,7 +114,7 @@ def kept(path: Path, asked: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def decoders_of(
-    image: settings.Config, encoder: Any, options: argparse.Namespace, device: Any
+    image: settings.ImageNetConfig, encoder: Any, options: argparse.Namespace, device: Any
 ) -> dict[str, Any]:
     """Return functions from latents and labels to images, by name."""
     import ship

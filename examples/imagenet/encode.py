@@ -21,19 +21,19 @@ import stage_one
 import train
 from accelerate import Accelerator
 from loop import locked_by_first
-from settings import Config
+from settings import ImageNetConfig
 
 from flowspace.vision.latents import encode
 
 
-def main(config: Config) -> Path:
+def main(config: ImageNetConfig) -> Path:
     """Encode what is left to encode, shared by the processes; return the folder."""
     accelerator = train.accelerator_of(config)
     with locked_by_first(config.out, accelerator):
         return encoded(config, accelerator)
 
 
-def encoded(config: Config, accelerator: Accelerator) -> Path:
+def encoded(config: ImageNetConfig, accelerator: Accelerator) -> Path:
     """Encode the pictures by the encoder, which is trained first where the config asks so."""
     images = build.images_of(config)
     fit = functools.partial(loop.fit, accelerator=accelerator)

@@ -16,9 +16,9 @@ from typing import Any
 # first: it finds examples/common, of which the others import
 from settings import (
     AdversarialConfig,
-    Config,
     EncoderConfig,
     GeneratorConfig,
+    ImageNetConfig,
     ObjectiveConfig,
     PerceptualConfig,
 )
@@ -287,9 +287,9 @@ RAE = "rae-"
 """What the names of representation autoencoders begin with; the encoder's name follows."""
 
 
-def alone(generator: GeneratorConfig, equal: float = 0.5) -> Config:
+def alone(generator: GeneratorConfig, equal: float = 0.5) -> ImageNetConfig:
     """Return the config of a generator alone, of which a share of the rows has s = t."""
-    return Config(
+    return ImageNetConfig(
         name=generator.preset or "these sizes",
         out=Path("runs"),
         encoder=EncoderConfig(name="va-vae"),
@@ -298,7 +298,7 @@ def alone(generator: GeneratorConfig, equal: float = 0.5) -> Config:
     )
 
 
-def generator_cost(config: Config) -> Cost:
+def generator_cost(config: ImageNetConfig) -> Cost:
     """Count the generator of a config and nothing beside it.
 
     Raises:
@@ -332,7 +332,7 @@ def generator_cost(config: Config) -> Cost:
     )
 
 
-def cost_of(config: Config) -> Cost:
+def cost_of(config: ImageNetConfig) -> Cost:
     """Count a config: its generator, its encoder, its image losses and stage 1.
 
     Raises:
@@ -374,7 +374,7 @@ def cost_of(config: Config) -> Cost:
     )
 
 
-def utilisation(config: Config, rows: int, seconds: float, peak: float = PEAK) -> float:
+def utilisation(config: ImageNetConfig, rows: int, seconds: float, peak: float = PEAK) -> float:
     """Return the share of a device's peak that a measured training step reaches.
 
     Args:
@@ -425,7 +425,7 @@ def image_loss(name: str, size: int, passes: int) -> Share:
     return Share(name, parameters, passes * forward)
 
 
-def stage_one(config: Config) -> list[Share]:
+def stage_one(config: ImageNetConfig) -> list[Share]:
     """Count the training of an autoencoder, with its image losses, if the config has one."""
     stage, size = config.encoder.stage_one, config.data.size
     if stage is None:
@@ -436,7 +436,7 @@ def stage_one(config: Config) -> list[Share]:
     return [Share("stage 1", whole.parameters, stage.steps * stage.batch * image)]
 
 
-def latents_made(config: Config, encoder: Share) -> list[Share]:
+def latents_made(config: ImageNetConfig, encoder: Share) -> list[Share]:
     """Count the latents of ImageNet, and of its mirrored images, where they are computed once."""
     if config.data.latents is None:
         return []

@@ -11,7 +11,7 @@ import page
 import torch
 from page import Sheets
 from pictures import in_range
-from settings import Config
+from settings import ImageNetConfig
 from torch import Tensor, nn
 
 from flowspace import RunError
@@ -32,7 +32,7 @@ SHOWN_TIMES = (0.02, 0.1, 0.25, 0.5, 0.75, 1.0)
 
 
 def look_of(
-    config: Config, images: Images, encoder: LatentEncoder, device: torch.device
+    config: ImageNetConfig, images: Images, encoder: LatentEncoder, device: torch.device
 ) -> Sheets:
     """Return what draws a sheet of samples of the averaged network, and scores a few.
 
@@ -67,7 +67,7 @@ def look_of(
 # --- the page ----------------------------------------------------------------------------------
 
 
-def write(config: Config) -> Path:
+def write(config: ImageNetConfig) -> Path:
     """Write ``report.html``: what was trained, its samples beside real pictures, its curves."""
     images = build.images_of(config)
     log = journal.latest(config.out / "generator")
@@ -88,7 +88,7 @@ def write(config: Config) -> Path:
     return page.write(config.out / "report.html", config.name, parts)
 
 
-def summary(config: Config, images: Images, log: list[dict[str, Any]]) -> Any:
+def summary(config: ImageNetConfig, images: Images, log: list[dict[str, Any]]) -> Any:
     """Return a table of what was trained, and on what."""
     c = config
     t = config.training
@@ -103,7 +103,7 @@ def summary(config: Config, images: Images, log: list[dict[str, Any]]) -> Any:
     return ("what", "value"), rows
 
 
-def image_losses(config: Config) -> dict[str, str]:
+def image_losses(config: ImageNetConfig) -> dict[str, str]:
     """Return the networks of the image losses, by the kind of loss."""
     perceptual = [term.network for term in config.perceptual]
     adversarial = "none"
@@ -112,7 +112,7 @@ def image_losses(config: Config) -> dict[str, str]:
     return {"perceptual": ", ".join(perceptual) or "none", "adversarial": adversarial}
 
 
-def encoder_line(config: Config) -> str:
+def encoder_line(config: ImageNetConfig) -> str:
     """Return which encoder it is in a few words."""
     e = config.encoder
     if e.stage_one is None:
@@ -122,7 +122,7 @@ def encoder_line(config: Config) -> str:
     return "trained on the spot"
 
 
-def objective_line(config: Config) -> str:
+def objective_line(config: ImageNetConfig) -> str:
     """Return what the objective is in a few words."""
     o = config.objective
     kind = o.kind
@@ -133,7 +133,7 @@ def objective_line(config: Config) -> str:
     return f"{kind}; alpha = {o.alpha}, beta = {o.beta}"
 
 
-def samples_of(config: Config) -> list[Tensor]:
+def samples_of(config: ImageNetConfig) -> list[Tensor]:
     """Return a few samples of each of the first classes, uint8 ``(SHOWN, 3, size, size)``."""
     import ship
 
@@ -185,7 +185,7 @@ def nearest_pictures(samples: list[Tensor], images: Images) -> list[str | bytes]
 
 
 @torch.no_grad()
-def by_time(config: Config, images: Images) -> list[str | bytes]:
+def by_time(config: ImageNetConfig, images: Images) -> list[str | bytes]:
     """Return what the generator makes of noisy latents of real pictures, a row a time.
 
     Nothing, where the encoder is not on this machine.
@@ -219,7 +219,7 @@ def by_time(config: Config, images: Images) -> list[str | bytes]:
     return [text, page.class_rows(rows)]
 
 
-def commands(config: Config) -> str:
+def commands(config: ImageNetConfig) -> str:
     """Return what to do next."""
     return (
         f"Next: python examples/imagenet/sample.py {config.out} --labels 0 1 2; "
@@ -230,7 +230,7 @@ def commands(config: Config) -> str:
 
 
 def card(
-    config: Config,
+    config: ImageNetConfig,
     generator: CrossFlowGenerator,
     average: float | None,
     scores: Scores | None = None,

@@ -39,8 +39,8 @@ from sections import (
 
 __all__ = [
     "AdversarialConfig",
-    "Config",
     "EvaluationConfig",
+    "ImageNetConfig",
     "PerceptualConfig",
     "SettingsError",
     "TrainingConfig",
@@ -151,7 +151,7 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Config(ProgramConfig):
+class ImageNetConfig(ProgramConfig):
     """A whole run."""
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -199,7 +199,7 @@ class Config(ProgramConfig):
 
 def from_command_line(
     usage: str | None, options: Sequence[str] = (), latents_made: bool = False
-) -> tuple[Config, list[str]]:
+) -> tuple[ImageNetConfig, list[str]]:
     """Return the config of ``CONFIG key=value ...`` and the options that were given.
 
     With ``latents_made`` the folder of latents need not be there.
@@ -207,23 +207,23 @@ def from_command_line(
     Ends the program, with one line that says why, where they cannot be used.
     """
     check = functools.partial(check_places, latents_made=latents_made)
-    return reading.from_command_line(Config, usage, options, check)
+    return reading.from_command_line(ImageNetConfig, usage, options, check)
 
 
-def load(path: Path, changes: Sequence[str] = ()) -> Config:
+def load(path: Path, changes: Sequence[str] = ()) -> ImageNetConfig:
     """Read a config, with changes such as ``training.batch=64``; see `reading.load`."""
-    return reading.load(Config, path, changes)
+    return reading.load(ImageNetConfig, path, changes)
 
 
-def of_run(folder: Path, changes: Sequence[str] = ()) -> Config:
+def of_run(folder: Path, changes: Sequence[str] = ()) -> ImageNetConfig:
     """Read the config that a run left in its folder; see `reading.of_run`."""
-    return reading.of_run(Config, folder, changes)
+    return reading.of_run(ImageNetConfig, folder, changes)
 
 
 # --- what the settings name --------------------------------------------------------------------
 
 
-def check_places(config: Config, latents_made: bool = False) -> None:
+def check_places(config: ImageNetConfig, latents_made: bool = False) -> None:
     """See that the folders and files of a config are there, and that its own can be written.
 
     Args:
@@ -249,7 +249,7 @@ def check_places(config: Config, latents_made: bool = False) -> None:
     reading.check_writable(config.out)
 
 
-def check_evaluation(config: Config) -> None:
+def check_evaluation(config: ImageNetConfig) -> None:
     """See that what judges is there, but for Inception's weights, which may come later.
 
     Raises:
@@ -266,7 +266,7 @@ def check_evaluation(config: Config) -> None:
     reading.check_weights(files)
 
 
-def _weights(config: Config) -> dict[str, str | None]:
+def _weights(config: ImageNetConfig) -> dict[str, str | None]:
     """Return the files of weights that training needs, by their keys."""
     found: dict[str, str | None] = {}
     for number, term in enumerate(config.perceptual):

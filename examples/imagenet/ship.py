@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from judging import digest
 from safetensors import SafetensorError
-from settings import Config
+from settings import ImageNetConfig
 from torch import Tensor
 
 from flowspace import RunError
@@ -34,7 +34,7 @@ BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorEr
 # --- the pipeline ------------------------------------------------------------------------------
 
 
-def averaged(config: Config, average: float | None = None) -> CrossFlowGenerator:
+def averaged(config: ImageNetConfig, average: float | None = None) -> CrossFlowGenerator:
     """Return the generator with one of its averages, from the last checkpoint.
 
     Args:
@@ -69,7 +69,7 @@ def classes_of(state: dict[str, Tensor]) -> int:
     return len(state["label.weight"]) - 1
 
 
-def pipeline(config: Config, average: float | None = None) -> None:
+def pipeline(config: ImageNetConfig, average: float | None = None) -> None:
     """Write ``pipeline/`` beside and rename it: the generator with one of its averages.
 
     What was drawn and measured of other weights goes.
@@ -102,7 +102,7 @@ def pipeline(config: Config, average: float | None = None) -> None:
     write_beside(config.out / SHIPPED, text + "\n")
 
 
-def shipped_of(config: Config) -> dict[str, Any]:
+def shipped_of(config: ImageNetConfig) -> dict[str, Any]:
     """Return which average was shipped, and the digest of its weights; nothing before."""
     try:
         found = json.loads((config.out / SHIPPED).read_text())
@@ -113,7 +113,7 @@ def shipped_of(config: Config) -> dict[str, Any]:
     return found
 
 
-def chosen(config: Config) -> float:
+def chosen(config: ImageNetConfig) -> float:
     """Return the decay of the average that is shipped."""
     average = shipped_of(config).get("average")
     if average in config.training.emas:
@@ -121,7 +121,7 @@ def chosen(config: Config) -> float:
     return config.training.emas[0]
 
 
-def generator_of_run(config: Config) -> CrossFlowGenerator:
+def generator_of_run(config: ImageNetConfig) -> CrossFlowGenerator:
     """Load the generator that was shipped.
 
     Raises:
@@ -147,7 +147,7 @@ def generator_of_run(config: Config) -> CrossFlowGenerator:
 # --- samples and scores ------------------------------------------------------------------------
 
 
-def evaluate(config: Config, accelerator: Accelerator) -> Scores | None:
+def evaluate(config: ImageNetConfig, accelerator: Accelerator) -> Scores | None:
     """Draw the samples that are missing, over all processes; the first one judges them.
 
     Leaves ``metrics.json``, the card of the pipeline and ``samples.png``; returns the scores in
@@ -172,14 +172,14 @@ def first_of(scores: Scores) -> float:
     return next(iter(scores.values.values()))
 
 
-def change_average(config: Config, accelerator: Accelerator, average: float) -> None:
+def change_average(config: ImageNetConfig, accelerator: Accelerator, average: float) -> None:
     """Ship another average of the run."""
     if accelerator.is_main_process:
         pipeline(config, average)
     accelerator.wait_for_everyone()
 
 
-def best_average(config: Config, accelerator: Accelerator) -> float:
+def best_average(config: ImageNetConfig, accelerator: Accelerator) -> float:
     """Judge each average that the run keeps, ship the best and name it; return its decay."""
     distances = {}
     for average in config.training.emas:
@@ -200,14 +200,16 @@ def best_average(config: Config, accelerator: Accelerator) -> float:
     return best[0]
 
 
-def plan_of(config: Config, generator: CrossFlowGenerator, count: int | None = None) -> Plan:
+def plan_of(
+    config: ImageNetConfig, generator: CrossFlowGenerator, count: int | None = None
+) -> Plan:
     """Return which samples of a generator are drawn."""
     g = config.generator
     shape = (g.channels, g.grid, g.grid)
     return judging.plan_of(config, generator.config["classes"], shape, count)
 
 
-def needed_encoder(config: Config, device: torch.device) -> LatentEncoder | None:
+def needed_encoder(config: ImageNetConfig, device: torch.device) -> LatentEncoder | None:
     """Return the encoder where drawing samples needs it."""
     one_step = config.evaluation.evaluations == 1
     if config.generator.space == "image" and one_step:
@@ -215,7 +217,7 @@ def needed_encoder(config: Config, device: torch.device) -> LatentEncoder | None
     return stage_one.loaded(config).to(device)
 
 
-def pictures(config: Config, labels: list[int], seed: int) -> list[Any]:
+def pictures(config: ImageNetConfig, labels: list[int], seed: int) -> list[Any]:
     """Return an image of each label, as Pillow's; each follows from the seed and its place."""
     from torchvision.transforms.functional import to_pil_image
 

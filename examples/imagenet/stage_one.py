@@ -14,7 +14,7 @@ from loop import optimizer_of
 from pictures import in_range
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from settings import Config, StageOneConfig, TrainingConfig
+from settings import ImageNetConfig, StageOneConfig, TrainingConfig
 from stage import Losses, Stage
 from torch import Tensor, nn
 
@@ -36,7 +36,7 @@ AVERAGE = 0.99
 Train = Callable[[Stage], nn.Module]
 
 
-def shape_of(config: Config) -> tuple[int, int, int]:
+def shape_of(config: ImageNetConfig) -> tuple[int, int, int]:
     """Return the shape of the latents that stage 1 of a config will make."""
     stage = config.encoder.stage_one
     pack = config.encoder.pack or 1
@@ -45,7 +45,7 @@ def shape_of(config: Config) -> tuple[int, int, int]:
     return stage.channels * pack**2, side, side
 
 
-def check_fit(config: Config, latent: tuple[int, ...]) -> None:
+def check_fit(config: ImageNetConfig, latent: tuple[int, ...]) -> None:
     """See that latents of this shape, the generator and the pictures fit.
 
     Raises:
@@ -64,7 +64,7 @@ def check_fit(config: Config, latent: tuple[int, ...]) -> None:
 
 
 def encoder_of(
-    config: Config, images: Images, accelerator: Accelerator, train: Train
+    config: ImageNetConfig, images: Images, accelerator: Accelerator, train: Train
 ) -> LatentEncoder:
     """Return the encoder of a config, with the statistics of its latents.
 
@@ -95,7 +95,7 @@ def encoder_of(
     return encoder
 
 
-def loaded(config: Config) -> LatentEncoder:
+def loaded(config: ImageNetConfig) -> LatentEncoder:
     """Load the encoder of a config, and the statistics that the run keeps.
 
     Raises:
@@ -128,7 +128,7 @@ def loaded(config: Config) -> LatentEncoder:
 
 
 def fit_statistics(
-    config: Config, images: Images, encoder: LatentEncoder, accelerator: Accelerator
+    config: ImageNetConfig, images: Images, encoder: LatentEncoder, accelerator: Accelerator
 ) -> None:
     """Estimate the statistics of the latents from the first pictures, and keep them."""
     encoder.fit(first_pictures(images, config.encoder.fit, accelerator.device))
@@ -150,7 +150,7 @@ def first_pictures(images: Images, count: int, device: torch.device) -> Iterator
         yield in_range(pixels.to(device))
 
 
-def training_of(config: Config) -> TrainingConfig:
+def training_of(config: ImageNetConfig) -> TrainingConfig:
     """Return how the autoencoder is trained."""
     stage = config.encoder.stage_one
     return replace(
@@ -168,7 +168,7 @@ def training_of(config: Config) -> TrainingConfig:
     )
 
 
-def fit_linear(config: Config, images: Images, accelerator: Accelerator) -> None:
+def fit_linear(config: ImageNetConfig, images: Images, accelerator: Accelerator) -> None:
     """Fit the linear autoencoder and leave it in ``encoder/``, as a trained one."""
     stage = config.encoder.stage_one
     network = LinearAutoencoder(stage.linear, stage.channels).to(accelerator.device)
@@ -177,7 +177,7 @@ def fit_linear(config: Config, images: Images, accelerator: Accelerator) -> None
 
 
 def train_autoencoder(
-    config: Config, images: Images, accelerator: Accelerator, train: Train
+    config: ImageNetConfig, images: Images, accelerator: Accelerator, train: Train
 ) -> None:
     """Train diffusers' autoencoder and leave it in ``encoder/``, with its latents' statistics."""
     stage = config.encoder.stage_one
@@ -211,7 +211,7 @@ def train_autoencoder(
     keep(config, network.autoencoder, images, accelerator)
 
 
-def depends_on(config: Config) -> dict[str, Any]:
+def depends_on(config: ImageNetConfig) -> dict[str, Any]:
     """Return what the weights of stage 1 depend on, beside its training."""
     settings = config.as_dict()
     stage = settings["encoder"]["stage_one"] | {"steps": None}
@@ -219,7 +219,9 @@ def depends_on(config: Config) -> dict[str, Any]:
     return {"data": data, "stage_one": stage, "perceptual": settings["perceptual"]}
 
 
-def keep(config: Config, autoencoder: Any, images: Images, accelerator: Accelerator) -> None:
+def keep(
+    config: ImageNetConfig, autoencoder: Any, images: Images, accelerator: Accelerator
+) -> None:
     """Write the autoencoder with the statistics of its latents; the config says that all is."""
     folder = config.out / "encoder"
     encoder = LatentEncoder(autoencoder, torch.zeros(1), torch.ones(1))
@@ -237,7 +239,7 @@ def keep(config: Config, autoencoder: Any, images: Images, accelerator: Accelera
     accelerator.wait_for_everyone()
 
 
-def autoencoder_of(config: Config, stage: StageOneConfig) -> nn.Module:
+def autoencoder_of(config: ImageNetConfig, stage: StageOneConfig) -> nn.Module:
     """Build the untrained autoencoder."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
@@ -270,7 +272,7 @@ class Autoencoding(nn.Module):
 
 
 def reconstruction_losses(
-    config: Config,
+    config: ImageNetConfig,
     stage: StageOneConfig,
     adversary: AdversarialStep | None,
     device: torch.device,

@@ -41,7 +41,7 @@ from page import keep_config
 from pictures import in_range
 from profiling import Profile, span
 from reading import depends_on
-from settings import Config
+from settings import ImageNetConfig
 from stage import Losses, LossesOf, Stage
 from torch import Tensor, nn
 
@@ -59,7 +59,7 @@ POSTERIOR = 6
 """Streams of the draws of a step."""
 
 
-def main(config: Config, options: Sequence[str] = ()) -> None:
+def main(config: ImageNetConfig, options: Sequence[str] = ()) -> None:
     """Train what is left to train; leave the pipeline, the samples and the page."""
     accelerator = accelerator_of(config)
     first = accelerator.is_main_process
@@ -82,12 +82,12 @@ def main(config: Config, options: Sequence[str] = ()) -> None:
         accelerator.wait_for_everyone()
 
 
-def accelerator_of(config: Config) -> Accelerator:
+def accelerator_of(config: ImageNetConfig) -> Accelerator:
     """Return the processes that ``accelerate launch`` or ``torchrun`` started; one otherwise."""
     return loop.accelerator_of(config.training, config.out, config.as_dict())
 
 
-def profile_of(config: Config, accelerator: Accelerator) -> Profile:
+def profile_of(config: ImageNetConfig, accelerator: Accelerator) -> Profile:
     """Return the profile of a run, which counts what its steps reach of a card's peak."""
 
     def utilisation(seconds: float, last: int) -> float:
@@ -105,7 +105,7 @@ def profile_of(config: Config, accelerator: Accelerator) -> Profile:
 # --- what is trained ---------------------------------------------------------------------------
 
 
-def prepared(config: Config, accelerator: Accelerator, judged: bool = False) -> Stage:
+def prepared(config: ImageNetConfig, accelerator: Accelerator, judged: bool = False) -> Stage:
     """Return the generator's training; stage 1 is trained first where the config asks for it.
 
     Everything that can be refused is refused before a step of either is paid for.
@@ -165,7 +165,7 @@ def prepared(config: Config, accelerator: Accelerator, judged: bool = False) -> 
     )
 
 
-def check_early(config: Config, accelerator: Accelerator, judged: bool) -> None:
+def check_early(config: ImageNetConfig, accelerator: Accelerator, judged: bool) -> None:
     """See that the batch can be shared out, stage 1 fits, and the judge's weights are there.
 
     Raises:
@@ -182,7 +182,7 @@ def check_early(config: Config, accelerator: Accelerator, judged: bool) -> None:
         judging.extractor_of(config, accelerator.device)
 
 
-def steps_before(config: Config, count: int) -> int:
+def steps_before(config: ImageNetConfig, count: int) -> int:
     """Return how many steps stage 1 takes on so many pictures."""
     stage = config.encoder.stage_one
     if stage is None or stage.linear:
@@ -191,7 +191,7 @@ def steps_before(config: Config, count: int) -> int:
 
 
 def generator_losses(
-    config: Config,
+    config: ImageNetConfig,
     encoder: LatentEncoder,
     perceptual: Mapping[str, PerceptualTerm],
     adversary: AdversarialStep | None,

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "common"))
-from rae_settings import Config, check
+from rae_settings import RAEConfig, check
 from reading import as_dict, from_command_line, replaced, run_program
 
 if __name__ == "__main__":
-    CONFIG, _ = from_command_line(Config, __doc__, (), check, Path("runs/mean_flow_rae"))
+    CONFIG, _ = from_command_line(RAEConfig, __doc__, (), check, Path("runs/mean_flow_rae"))
 
 import digits_judge
 import mean_flow_rae
@@ -59,7 +59,7 @@ MIXES = (0.0, 0.5, 1.0)
 """Shares of the teacher's velocity."""
 
 
-class Trial:
+class DistillationTrial:
     """Evaluates objectives on the batches of distillation, which follow from the run's seed.
 
     Args:
@@ -113,7 +113,7 @@ def gradient_of(network: DiTDH, loss: Tensor) -> Tensor:
 # --- the three questions -----------------------------------------------------------------------
 
 
-def initialisations(trial: Trial, networks: Mapping[str, DiTDH]) -> dict[str, Any]:
+def initialisations(trial: DistillationTrial, networks: Mapping[str, DiTDH]) -> dict[str, Any]:
     """Return losses and gradient norms of distillation from each network."""
     found = {}
     for name, network in networks.items():
@@ -121,7 +121,7 @@ def initialisations(trial: Trial, networks: Mapping[str, DiTDH]) -> dict[str, An
     return found
 
 
-def variances(trial: Trial, network: DiTDH) -> list[dict[str, float]]:
+def variances(trial: DistillationTrial, network: DiTDH) -> list[dict[str, float]]:
     """Return, by the teacher's share, the residual's mean square and the gradient's variance.
 
     The variance is that of a batch's gradient over batches, summed over the weights, beside the
@@ -146,7 +146,9 @@ def variances(trial: Trial, network: DiTDH) -> list[dict[str, float]]:
     return found
 
 
-def differences(trial: Trial, network: DiTDH, encoder: LatentEncoder) -> list[dict[str, Any]]:
+def differences(
+    trial: DistillationTrial, network: DiTDH, encoder: LatentEncoder
+) -> list[dict[str, Any]]:
     """Return, by the step of the difference, its error, the time of a step, and the samples."""
     exact = slopes(trial, network, None)
     found = []
@@ -163,7 +165,7 @@ def differences(trial: Trial, network: DiTDH, encoder: LatentEncoder) -> list[di
     return found
 
 
-def slopes(trial: Trial, network: DiTDH, step: float | None) -> Tensor:
+def slopes(trial: DistillationTrial, network: DiTDH, step: float | None) -> Tensor:
     """Return D_t f of the first batch: the residual less its known part, over t - s."""
     derivative: Any = SharedPrimal()
     if step is not None:
@@ -179,7 +181,7 @@ def slopes(trial: Trial, network: DiTDH, step: float | None) -> Tensor:
     return derivative(model, primals, tangents)[1].detach()
 
 
-def judged(trial: Trial, network: DiTDH, encoder: LatentEncoder) -> dict[str, float]:
+def judged(trial: DistillationTrial, network: DiTDH, encoder: LatentEncoder) -> dict[str, float]:
     """Return the scores of samples in one evaluation, where there is a judge of the set."""
     config, device = trial.work.config, trial.work.accelerator.device
     if config.data.path != "digits":
@@ -195,7 +197,7 @@ def judged(trial: Trial, network: DiTDH, encoder: LatentEncoder) -> dict[str, fl
 # --- the page ----------------------------------------------------------------------------------
 
 
-def main(config: Config) -> None:
+def main(config: RAEConfig) -> None:
     """Answer the three questions; leave the page."""
     accelerator = accelerator_of(config.training, config.out, as_dict(config))
     images = images_of(config.data, config.out.parent)
@@ -212,7 +214,7 @@ def main(config: Config) -> None:
         "flow matching": DiTDH.from_flow_matching(teacher),
         "mid-trained": students["mid_training"],
     }
-    trial = Trial(work, teacher)
+    trial = DistillationTrial(work, teacher)
     found = {
         "initialisations": initialisations(trial, begun),
         "variances": variances(trial, students["distillation"]),
@@ -222,7 +224,7 @@ def main(config: Config) -> None:
     print(f"the page: {write_page(config, found)}")
 
 
-def write_page(config: Config, found: Mapping[str, Any]) -> Path:
+def write_page(config: RAEConfig, found: Mapping[str, Any]) -> Path:
     """Write figures and tables, and return the page's path."""
     write_beside(config.out / "initialisations.png", initial_curves(found["initialisations"]))
     parts: list[page.Part] = [

@@ -23,12 +23,12 @@ import sys
 from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "common"))
-from rae_settings import Config, check
+from rae_settings import RAEConfig, check
 from reading import as_dict, from_command_line, replaced, run_program
 
 if __name__ == "__main__":
     CONFIG, OPTIONS = from_command_line(
-        Config, __doc__, ("--check", "--evaluate"), check, Path("runs/mean_flow_rae")
+        RAEConfig, __doc__, ("--check", "--evaluate"), check, Path("runs/mean_flow_rae")
     )
 
 import copy
@@ -87,7 +87,7 @@ class Work:
     ``rows`` are pictures, or latents that were encoded once.
     """
 
-    config: Config
+    config: RAEConfig
     accelerator: Accelerator
     images: Images
     rows: Rows
@@ -149,7 +149,7 @@ def representation(work: Work) -> LatentEncoder:
 
 
 def decoder_losses(
-    config: Config,
+    config: RAEConfig,
     reconstruction: RAEReconstruction,
     adversary: AdversarialStep | None,
     device: torch.device,
@@ -193,14 +193,14 @@ def no_teacher(z_t: Tensor, t: Tensor, **cond: Any) -> Tensor:
     raise RuntimeError("a stage without a teacher asked it")
 
 
-def derivative_of(config: Config) -> Derivative:
+def derivative_of(config: RAEConfig) -> Derivative:
     """Return the central difference, or the exact derivative."""
     if config.objectives.difference is None:
         return SharedPrimal()
     return CentralDifference(config.objectives.difference)
 
 
-def objectives_of(config: Config, teacher: Any) -> dict[str, tuple[Objective, float]]:
+def objectives_of(config: RAEConfig, teacher: Any) -> dict[str, tuple[Objective, float]]:
     """Return the objective of each stage, and how often it evaluates a network for a row.
 
     Evaluations are forward passes: of the teacher, of the network with gradient, and of both
@@ -325,7 +325,7 @@ def copied(network: DiTDH) -> DiTDH:
     return copy.deepcopy(network).requires_grad_(True).train()
 
 
-def with_baseline(config: Config, count: int) -> Config:
+def with_baseline(config: RAEConfig, count: int) -> RAEConfig:
     """Return the config with as many steps of the baseline as have the evaluations of all stages
     in latents, where it does not say how many.
 
@@ -347,7 +347,7 @@ def with_baseline(config: Config, count: int) -> Config:
     return replaced(config, scratch={"steps": steps})
 
 
-def main(config: Config, options: Sequence[str] = ()) -> None:
+def main(config: RAEConfig, options: Sequence[str] = ()) -> None:
     """Train what is left to train; leave the network and the page."""
     if "--check" in options:
         check_shapes(config)

@@ -12,7 +12,7 @@ import page
 import torch
 from judging import Sampler, drawn, plan_of
 from matplotlib import pyplot as plt
-from rae_settings import Config
+from rae_settings import RAEConfig
 from reading import as_dict
 from torch import Tensor, nn
 
@@ -39,7 +39,9 @@ TITLES = {
 }
 
 
-def sampler_of(config: Config, network: nn.Module, encoder: LatentEncoder, steps: int) -> Sampler:
+def sampler_of(
+    config: RAEConfig, network: nn.Module, encoder: LatentEncoder, steps: int
+) -> Sampler:
     """Return what draws pictures in so many evaluations, on the grid that times are shifted to.
 
     A network of velocities is solved by Euler, one of average velocities jumps.
@@ -56,7 +58,7 @@ def sampler_of(config: Config, network: nn.Module, encoder: LatentEncoder, steps
     return draw
 
 
-def draws_of(config: Config, names: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
+def draws_of(config: RAEConfig, names: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
     """Return which samplers are compared: by title the stage, and how many evaluations."""
     found = {}
     for name in names:
@@ -72,7 +74,7 @@ def draws_of(config: Config, names: Mapping[str, Any]) -> dict[str, tuple[str, i
 
 
 def write_report(
-    config: Config,
+    config: RAEConfig,
     images: Images,
     networks: Mapping[str, nn.Module],
     encoder: LatentEncoder,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from image_losses import weights_of
-from rae_settings import Config
+from rae_settings import RAEConfig
 from torch import Tensor, nn
 
 from flowspace import InputError
@@ -19,7 +19,7 @@ from flowspace.vision.rae import build_rae, with_decoder
 __all__ = ["LatentRows", "autoencoder_of", "check_shapes", "unfilled"]
 
 
-def unfilled(config: Config) -> Any:
+def unfilled(config: RAEConfig) -> Any:
     """Build diffusers' ``AutoencoderRAE`` of the config's sizes, with random weights."""
     r = config.representation
     sizes: dict[str, Any] = dict(r.sizes)
@@ -36,7 +36,7 @@ def unfilled(config: Config) -> Any:
     return build_rae(r.encoder, r.decoder, **sizes)
 
 
-def autoencoder_of(config: Config) -> Any:
+def autoencoder_of(config: RAEConfig) -> Any:
     """Return the autoencoder before its decoder is trained: published, or around features."""
     r = config.representation
     if r.network is None:
@@ -77,7 +77,7 @@ class LatentRows:
         return self.images.order(seed, number)
 
 
-def check_shapes(config: Config) -> None:
+def check_shapes(config: RAEConfig) -> None:
     """Build the networks without memory, let shapes go through them, and print their sizes.
 
     Raises:

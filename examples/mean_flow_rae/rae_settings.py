@@ -39,7 +39,7 @@ class RepresentationConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
-class NetworkConfig:
+class DiTDHConfig:
     """DiT^DH, on a grid of ``grid`` x ``grid`` cells."""
 
     grid: Count = 16
@@ -93,7 +93,7 @@ class ObjectivesConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Config(ProgramConfig):
+class RAEConfig(ProgramConfig):
     """A run: the stages that are not null, in this order.
 
     ``teacher`` is the folder of a flow-matching network, instead of the stage that trains one;
@@ -101,7 +101,7 @@ class Config(ProgramConfig):
     """
 
     representation: RepresentationConfig = field(default_factory=RepresentationConfig)
-    network: NetworkConfig = field(default_factory=NetworkConfig)
+    network: DiTDHConfig = field(default_factory=DiTDHConfig)
     objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
     teacher: Path | None = None
     decoder: StageConfig | None = None
@@ -143,7 +143,7 @@ class Config(ProgramConfig):
         return found | {"classes": classes}
 
 
-def check(config: Config) -> None:
+def check(config: RAEConfig) -> None:
     """See that what a config names is there, unless only shapes are looked at.
 
     Raises:

@@ -15,11 +15,11 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "common"))
 
 # settings are refused before torch is imported, which takes seconds
 import reading
-from pixel_flow_settings import Config
+from pixel_flow_settings import PixelFlowConfig
 
 if __name__ == "__main__":
     CONFIG, OPTIONS = reading.from_command_line(
-        Config, __doc__, ("--check",), runs=Path("runs/pixel_flow")
+        PixelFlowConfig, __doc__, ("--check",), runs=Path("runs/pixel_flow")
     )
 
 import functools
@@ -73,7 +73,7 @@ LONGEST_LINE = 14
 """Letters in a line of a name beside pictures."""
 
 
-def main(config: Config, options: Sequence[str] = ()) -> None:
+def main(config: PixelFlowConfig, options: Sequence[str] = ()) -> None:
     """Train, draw, judge, and leave the page of the run."""
     if "--check" in options:
         print(check(config))
@@ -99,7 +99,7 @@ def main(config: Config, options: Sequence[str] = ()) -> None:
 # --- pictures, and what the network is told of them --------------------------------------------
 
 
-def pictures_of(config: Config) -> Images:
+def pictures_of(config: PixelFlowConfig) -> Images:
     """Return the pictures; with captions, each caption is a class of its own."""
     images = images_of(config.data, config.out.parent)
     if config.condition.kind == "captions":
@@ -113,7 +113,7 @@ def pictures_of(config: Config) -> Images:
 # --- what is trained ---------------------------------------------------------------------------
 
 
-def network_of(config: Config, conditions: Conditions) -> PixelFlowTransformer:
+def network_of(config: PixelFlowConfig, conditions: Conditions) -> PixelFlowTransformer:
     """Build the untrained network."""
     n = config.network
     sizes = {name: getattr(n, name) for name in ("depth", "width", "heads")}
@@ -135,13 +135,13 @@ def network_of(config: Config, conditions: Conditions) -> PixelFlowTransformer:
     return network
 
 
-def loss_of(config: Config) -> CascadeLoss:
+def loss_of(config: PixelFlowConfig) -> CascadeLoss:
     """Return the objective on the stages: PixelFlow's is flow matching."""
     objective = OBJECTIVES[config.cascade.objective]()
     return CascadeLoss(Cascade(config.stages), objective, config.cascade.packed)
 
 
-def losses_of(config: Config, conditions: Conditions) -> LossesOf:
+def losses_of(config: PixelFlowConfig, conditions: Conditions) -> LossesOf:
     """Return the loss of a step's rows, each in the stage that it is assigned to."""
     loss_fn = loss_of(config)
     times, cascade = loss_fn.objective.times, loss_fn.cascade  # type: ignore[union-attr]
@@ -166,7 +166,7 @@ def losses_of(config: Config, conditions: Conditions) -> LossesOf:
     return losses
 
 
-def check_share(config: Config, processes: int) -> None:
+def check_share(config: PixelFlowConfig, processes: int) -> None:
     """See that processes that share a network's parameters call it equally often.
 
     Unpacked, a process calls it once for each stage that has rows of its own; among S rows in a
@@ -189,7 +189,7 @@ def check_share(config: Config, processes: int) -> None:
         )
 
 
-def prepared(config: Config, images: Images, conditions: Conditions) -> Stage:
+def prepared(config: PixelFlowConfig, images: Images, conditions: Conditions) -> Stage:
     """Return the training; what can be refused is refused before a step is paid for."""
     if config.training.batch > len(images):
         raise InputError(
@@ -217,7 +217,7 @@ def prepared(config: Config, images: Images, conditions: Conditions) -> Stage:
 # --- samples -----------------------------------------------------------------------------------
 
 
-def flow_of(config: Config, network: nn.Module) -> CascadeFlow:
+def flow_of(config: PixelFlowConfig, network: nn.Module) -> CascadeFlow:
     """Return the sampler of a trained network."""
     s = config.sampling
     solvers = {
@@ -228,7 +228,9 @@ def flow_of(config: Config, network: nn.Module) -> CascadeFlow:
     return loss_of(config).sampler(network, solvers[s.solver])
 
 
-def sampler_of(config: Config, network: nn.Module, conditions: Conditions) -> judging.Sampler:
+def sampler_of(
+    config: PixelFlowConfig, network: nn.Module, conditions: Conditions
+) -> judging.Sampler:
     """Return what draws pictures from noise of their shape and labels."""
     s = config.sampling
     flow = flow_of(config, network)
@@ -245,20 +247,20 @@ def sampler_of(config: Config, network: nn.Module, conditions: Conditions) -> ju
     return draw
 
 
-def steps_of(config: Config) -> Any:
+def steps_of(config: PixelFlowConfig) -> Any:
     """Return the steps of each stage; an adaptive solver takes its own."""
     if config.sampling.solver == "dormand-prince":
         return 1
     return config.sampling.steps
 
 
-def plan_of(config: Config, conditions: Conditions, count: int | None = None) -> Plan:
+def plan_of(config: PixelFlowConfig, conditions: Conditions, count: int | None = None) -> Plan:
     """Return which samples are drawn: class after class, each from its own noise."""
     shape = (3, config.data.size, config.data.size)
     return judging.plan_of(config, len(conditions.names), shape, count)
 
 
-def sheet_of(config: Config, conditions: Conditions, network: nn.Module) -> Tensor:
+def sheet_of(config: PixelFlowConfig, conditions: Conditions, network: nn.Module) -> Tensor:
     """Return a few samples, uint8."""
     plan = plan_of(config, conditions, SHOWN * min(SHOWN, len(conditions.names)))
     device = next(network.parameters()).device
@@ -268,7 +270,7 @@ def sheet_of(config: Config, conditions: Conditions, network: nn.Module) -> Tens
 # --- does it fit? ------------------------------------------------------------------------------
 
 
-def check(config: Config) -> str:
+def check(config: PixelFlowConfig) -> str:
     """Return what a sample costs, from a network without memory, whose shapes are tried.
 
     Raises:
@@ -291,7 +293,9 @@ def check(config: Config) -> str:
 # --- the page ----------------------------------------------------------------------------------
 
 
-def report(config: Config, images: Images, network: nn.Module, conditions: Conditions) -> Path:
+def report(
+    config: PixelFlowConfig, images: Images, network: nn.Module, conditions: Conditions
+) -> Path:
     """Write ``report.html``: samples beside real pictures, what each stage ends with, curves."""
     log = journal.latest(config.out / "training")
     device = next(network.parameters()).device
@@ -311,7 +315,7 @@ def report(config: Config, images: Images, network: nn.Module, conditions: Condi
 
 
 def class_rows(
-    config: Config, images: Images, network: nn.Module, conditions: Conditions
+    config: PixelFlowConfig, images: Images, network: nn.Module, conditions: Conditions
 ) -> dict[str, Tensor]:
     """Return real pictures, then samples, of the first classes or captions, by their name."""
     count = len(conditions.names)
@@ -332,7 +336,9 @@ def class_rows(
     return rows
 
 
-def stage_rows(config: Config, network: nn.Module, conditions: Conditions) -> dict[str, Tensor]:
+def stage_rows(
+    config: PixelFlowConfig, network: nn.Module, conditions: Conditions
+) -> dict[str, Tensor]:
     """Return the last states of each stage, uint8, enlarged to one size (the paper's figure 3)."""
     plan = plan_of(config, conditions, 2 * SHOWN)
     noise, labels = plan.inputs(0, plan.count)

@@ -16,10 +16,10 @@ from pathlib import Path
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "common"))
 
 import reading
-from pixel_flow_settings import Config
+from pixel_flow_settings import PixelFlowConfig
 
 if __name__ == "__main__":
-    CONFIG, _ = reading.from_command_line(Config, __doc__, runs=Path("runs/pixel_flow"))
+    CONFIG, _ = reading.from_command_line(PixelFlowConfig, __doc__, runs=Path("runs/pixel_flow"))
 
 import dataclasses
 import functools
@@ -42,7 +42,7 @@ SHOWN = 10
 """Samples of each kind that the picture shows, one a class."""
 
 
-def variants_of(config: Config) -> dict[str, Config]:
+def variants_of(config: PixelFlowConfig) -> dict[str, PixelFlowConfig]:
     """Return what is trained, by name."""
     whole = {"kickoff": config.data.size, "objective": "flow-matching", "packed": True}
     cascaded = {"objective": "flow-matching", "packed": True}
@@ -55,7 +55,7 @@ def variants_of(config: Config) -> dict[str, Config]:
     return {name: each_in_its_folder(one, name) for name, one in found.items()}
 
 
-def changed(config: Config, cascade: dict[str, Any], solver: str) -> Config:
+def changed(config: PixelFlowConfig, cascade: dict[str, Any], solver: str) -> PixelFlowConfig:
     """Return a config with another cascade and solver, without guidance."""
     sampling = {"solver": solver, "guidance": 1.0, "ramp": None, "steps": 1}
     sampling_config = dataclasses.replace(config.sampling, **sampling)
@@ -63,12 +63,12 @@ def changed(config: Config, cascade: dict[str, Any], solver: str) -> Config:
     return dataclasses.replace(config, cascade=cascade_config, sampling=sampling_config)
 
 
-def each_in_its_folder(config: Config, name: str) -> Config:
+def each_in_its_folder(config: PixelFlowConfig, name: str) -> PixelFlowConfig:
     """Return a config whose run has a folder of its own."""
     return dataclasses.replace(config, out=config.out / name.replace(" ", "-"))
 
 
-def samplings_of(config: Config) -> list[tuple[str, int | tuple[int, ...]]]:
+def samplings_of(config: PixelFlowConfig) -> list[tuple[str, int | tuple[int, ...]]]:
     """Return which variant is sampled with how many steps of each stage."""
     count = len(config.steps)
     return [
@@ -80,7 +80,7 @@ def samplings_of(config: Config) -> list[tuple[str, int | tuple[int, ...]]]:
     ]
 
 
-def main(config: Config) -> None:
+def main(config: PixelFlowConfig) -> None:
     """Train each, sample each as asked, judge, and write the table down."""
     accelerator = loop.accelerator_of(config.training, config.out)
     images = pixel_flow.pictures_of(config)
@@ -108,7 +108,7 @@ def main(config: Config) -> None:
 
 @torch.no_grad()
 def judged(
-    config: Config, network: nn.Module, conditions: pixel_flow.Conditions
+    config: PixelFlowConfig, network: nn.Module, conditions: pixel_flow.Conditions
 ) -> tuple[Tensor, list[str]]:
     """Return samples, uint8, and the cells of their row in the table."""
     device = next(network.parameters()).device
@@ -128,7 +128,7 @@ def judged(
     return samples, [*cells, f"{distance:.1f}", f"{scores.kid:.3f}", f"{share:.3f}"]
 
 
-def right_class(config: Config, samples: Tensor, labels: Tensor) -> float:
+def right_class(config: PixelFlowConfig, samples: Tensor, labels: Tensor) -> float:
     """Return the share of samples in which a classifier of held-out pictures sees their class."""
     from sklearn.svm import SVC
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pixel_flow_settings import Config
+from pixel_flow_settings import PixelFlowConfig
 from torch import Tensor
 
 from flowspace.vision.data import FolderImages, Images
@@ -67,7 +67,7 @@ class Conditions:
         return {"classes": 0, "text_width": self.text[0].shape[-1]}
 
 
-def conditions_of(config: Config, images: Images, device: torch.device) -> Conditions:
+def conditions_of(config: PixelFlowConfig, images: Images, device: torch.device) -> Conditions:
     """Return the classes of pictures, or their captions, encoded once."""
     c = config.condition
     if c.kind == "classes":

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-from pixel_flow_settings import Config
+from pixel_flow_settings import PixelFlowConfig
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -13,7 +13,7 @@ from flowspace.demo.page import markdown_table
 __all__ = ["cost_line", "cost_table", "costs_of", "flops_of"]
 
 
-def flops_of(config: Config, network: nn.Module, cond: Mapping[str, Tensor]) -> list[int]:
+def flops_of(config: PixelFlowConfig, network: nn.Module, cond: Mapping[str, Tensor]) -> list[int]:
     """Return the floating-point operations of one evaluation in each stage, coarsest first.
 
     A multiply-add counts as two.
@@ -35,7 +35,7 @@ def flops_of(config: Config, network: nn.Module, cond: Mapping[str, Tensor]) -> 
     return counts
 
 
-def costs_of(config: Config, flops: Sequence[int]) -> tuple[list[int], int]:
+def costs_of(config: PixelFlowConfig, flops: Sequence[int]) -> tuple[list[int], int]:
     """Return the operations of a sample in each stage, and of one by as many steps of full size.
 
     Guidance, which takes two evaluations a step, is not counted.
@@ -45,7 +45,7 @@ def costs_of(config: Config, flops: Sequence[int]) -> tuple[list[int], int]:
     return costs, flops[-1] * sum(steps)
 
 
-def cost_line(config: Config, flops: Sequence[int]) -> str:
+def cost_line(config: PixelFlowConfig, flops: Sequence[int]) -> str:
     """Return in a sentence what a sample costs."""
     costs, single = costs_of(config, flops)
     whole = sum(costs)
@@ -55,7 +55,7 @@ def cost_line(config: Config, flops: Sequence[int]) -> str:
     )
 
 
-def cost_table(config: Config, flops: Sequence[int]) -> str:
+def cost_table(config: PixelFlowConfig, flops: Sequence[int]) -> str:
     """Return a Markdown table of the stages."""
     costs, _ = costs_of(config, flops)
     rows = []

@@ -8,11 +8,17 @@ from pydantic.dataclasses import dataclass
 from reading import STRICT, Count, Positive, Share, Weight
 from sections import ProgramConfig
 
-__all__ = ["CascadeConfig", "ConditionConfig", "Config", "NetworkConfig", "SamplingConfig"]
+__all__ = [
+    "CascadeConfig",
+    "ConditionConfig",
+    "PixelFlowConfig",
+    "PixelFlowNetworkConfig",
+    "PixelFlowSamplingConfig",
+]
 
 
 @dataclass(frozen=True, config=STRICT)
-class NetworkConfig:
+class PixelFlowNetworkConfig:
     """The transformer: a preset, or depth, width and heads; ``patch`` is pixels a side."""
 
     preset: Literal["b", "l", "xl"] | None = "xl"
@@ -53,7 +59,7 @@ class ConditionConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
-class SamplingConfig:
+class PixelFlowSamplingConfig:
     """How samples are drawn.
 
     ``steps`` are those of each stage: one number, or one for each. ``flow-map`` steps by the
@@ -70,13 +76,13 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Config(ProgramConfig):
+class PixelFlowConfig(ProgramConfig):
     """A run."""
 
-    network: NetworkConfig = field(default_factory=NetworkConfig)
+    network: PixelFlowNetworkConfig = field(default_factory=PixelFlowNetworkConfig)
     cascade: CascadeConfig = field(default_factory=CascadeConfig)
     condition: ConditionConfig = field(default_factory=ConditionConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: PixelFlowSamplingConfig = field(default_factory=PixelFlowSamplingConfig)
 
     def __post_init__(self) -> None:
         size, kickoff, patch = self.data.size, self.cascade.kickoff, self.network.patch

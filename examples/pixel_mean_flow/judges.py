@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from pictures import images_of
-from pixel_settings import CLASSIFIERS, Config
+from pixel_settings import CLASSIFIERS, PixelMeanFlowConfig
 from torch import Tensor, nn
 
 from flowspace.demo.data import Data
@@ -26,7 +26,7 @@ PLAN = TrainSettings(steps=600, batch=64)
 """How long a judge learns."""
 
 
-def evaluate(config: Config, samples: Tensor) -> Mapping[str, float]:
+def evaluate(config: PixelMeanFlowConfig, samples: Tensor) -> Mapping[str, float]:
     """Judge the samples of a run, and leave ``metrics.json`` in its folder.
 
     Args:
@@ -43,7 +43,7 @@ def evaluate(config: Config, samples: Tensor) -> Mapping[str, float]:
     return values
 
 
-def judge_of(config: Config) -> Judge:
+def judge_of(config: PixelMeanFlowConfig) -> Judge:
     """Return the judges of a config's pictures, trained where its neighbours left none."""
     data = data_of(config)
     classes = len(data.labels.unique())
@@ -58,7 +58,7 @@ def judge_of(config: Config) -> Judge:
     return Judge(tuple(networks), data)
 
 
-def data_of(config: Config) -> Data:
+def data_of(config: PixelMeanFlowConfig) -> Data:
     """Return all training pictures and all held-out ones, in memory."""
     held_out = dataclasses.replace(config.data, path=f"{config.data.path}/test")
     training, test = images_of(config.data), images_of(held_out)

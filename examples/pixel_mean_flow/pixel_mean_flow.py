@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 # settings are refused before torch is imported, which takes seconds
 import pixel_settings
 import reading
-from pixel_settings import CLASSIFIERS, PAPER, PUBLISHED, Config, Published
+from pixel_settings import CLASSIFIERS, PAPER, PUBLISHED, PixelMeanFlowConfig, Published
 
 if __name__ == "__main__":
     CONFIG, OPTIONS = pixel_settings.from_command_line(__doc__)
@@ -59,7 +59,7 @@ from flowspace.times import PairSampler, RandomSource
 from flowspace.training import Draws, KeyedPairs, MuonAdamW, assign
 from flowspace.vision import PixelMeanFlowTransformer
 from flowspace.vision.data import Images
-from flowspace.vision.perceptual import Features, PerceptualLoss
+from flowspace.vision.perceptual import FeatureNetwork, PerceptualLoss
 
 NOISE, TIMES = range(2)
 """Streams of the draws of a step."""
@@ -74,7 +74,7 @@ EARLIEST = 0.01
 """The smallest of the uniform times."""
 
 
-def main(config: Config, options: Sequence[str] = ()) -> None:
+def main(config: PixelMeanFlowConfig, options: Sequence[str] = ()) -> None:
     """Train what is left to train; leave the network, the samples and the page."""
     accelerator = loop.accelerator_of(config.training, config.out, reading.as_dict(config))
     loop.check_processes(
@@ -95,7 +95,7 @@ def main(config: Config, options: Sequence[str] = ()) -> None:
 # --- what is trained ---------------------------------------------------------------------------
 
 
-def prepared(config: Config, accelerator: Accelerator) -> Stage:
+def prepared(config: PixelMeanFlowConfig, accelerator: Accelerator) -> Stage:
     """Return the training; what can be refused is refused before a step is paid for."""
     images = images_of(config.data, config.out.parent)
     classes = len(images.names)
@@ -124,7 +124,7 @@ def prepared(config: Config, accelerator: Accelerator) -> Stage:
     )
 
 
-def network_of(config: Config, classes: int) -> PixelMeanFlowTransformer:
+def network_of(config: PixelMeanFlowConfig, classes: int) -> PixelMeanFlowTransformer:
     """Return the network, with both heads."""
     given: dict[str, Any] = {"null_trained": config.objective.drop > 0}
     for name, value in reading.as_dict(config.network).items():
@@ -134,7 +134,7 @@ def network_of(config: Config, classes: int) -> PixelMeanFlowTransformer:
     return PixelMeanFlowTransformer.from_preset(preset, size, classes=classes, **given)
 
 
-def optimizer_of(config: Config) -> Callable[[nn.Module], torch.optim.Optimizer]:
+def optimizer_of(config: PixelMeanFlowConfig) -> Callable[[nn.Module], torch.optim.Optimizer]:
     """Return what builds the optimiser: Muon's matrices are in the heads and embeddings too."""
     optimizer = loop.optimizer_of(config.training)
     if isinstance(optimizer, MuonAdamW):
@@ -159,7 +159,7 @@ class MixedPairs(PairSampler):
         return t, torch.where(chosen, other[1], usual[1])
 
 
-def objective_of(config: Config, classes: int) -> PixelMeanFlowLoss:
+def objective_of(config: PixelMeanFlowConfig, classes: int) -> PixelMeanFlowLoss:
     """Return the paper's objective: two heads, adaptive weights, guidance drawn for each row."""
     o = config.objective
     pairs: PairSampler = TimePairs(LogitNormalTimes(o.location, o.spread), mask_first=True)
@@ -174,7 +174,9 @@ def objective_of(config: Config, classes: int) -> PixelMeanFlowLoss:
 
 
 def losses_of(
-    config: Config, perceptual: Mapping[str, image_losses.PerceptualTerm], classes: int
+    config: PixelMeanFlowConfig,
+    perceptual: Mapping[str, image_losses.PerceptualTerm],
+    classes: int,
 ) -> LossesOf:
     """Return the losses of some rows: of both heads' velocities, and perceptual distances."""
     objective = objective_of(config, classes)
@@ -212,7 +214,7 @@ def losses_of(
 # --- perceptual terms --------------------------------------------------------------------------
 
 
-class Pooled(Features):
+class Pooled(FeatureNetwork):
     """The last features of a network, averaged over the image: ``(B, channels)``."""
 
     def __init__(self, features: nn.Module) -> None:
@@ -224,7 +226,9 @@ class Pooled(Features):
         return [layer.flatten(2).mean(2) for layer in self.features(images)]
 
 
-def perceptual_of(config: Config, device: torch.device) -> dict[str, image_losses.PerceptualTerm]:
+def perceptual_of(
+    config: PixelMeanFlowConfig, device: torch.device
+) -> dict[str, image_losses.PerceptualTerm]:
     """Return the perceptual terms by name; squared differences, summed where they are pooled."""
     size = config.objective.crop or config.data.size
     terms = image_losses.perceptual_of(config.perceptual, size, device, config.network.compile)
@@ -267,7 +271,7 @@ def same_crops(prediction: Tensor, images: Tensor, size: int) -> tuple[Tensor, T
 # --- samples -----------------------------------------------------------------------------------
 
 
-def sampler_of(config: Config, network: nn.Module) -> judging.Sampler:
+def sampler_of(config: PixelMeanFlowConfig, network: nn.Module) -> judging.Sampler:
     """Return what draws images, in as many evaluations as the config says: one.
 
     The strength may be beyond those in training, as the published 8.5 of the smallest network.
@@ -285,14 +289,14 @@ def sampler_of(config: Config, network: nn.Module) -> judging.Sampler:
     return draw
 
 
-def plan_of(config: Config, classes: int, count: int | None = None) -> judging.Plan:
+def plan_of(config: PixelMeanFlowConfig, classes: int, count: int | None = None) -> judging.Plan:
     """Return which samples are drawn: number i has class i mod classes."""
     shape = (3, config.data.size, config.data.size)
     return judging.plan_of(config, classes, shape, count)
 
 
 def shown_samples(
-    config: Config, classes: int, device: torch.device, averaged: nn.Module
+    config: PixelMeanFlowConfig, classes: int, device: torch.device, averaged: nn.Module
 ) -> Tensor:
     """Return the samples of a sheet, uint8 ``(N, 3, size, size)``."""
     network = averaged
@@ -302,7 +306,7 @@ def shown_samples(
     return judging.drawn(plan, sampler_of(config, network), device)
 
 
-def evaluate(config: Config, network: nn.Module, accelerator: Accelerator) -> None:
+def evaluate(config: PixelMeanFlowConfig, network: nn.Module, accelerator: Accelerator) -> None:
     """Draw the samples of the config and judge them; leaves ``metrics.json``."""
     images = images_of(config.data, config.out.parent)
     plan, draw = plan_of(config, len(images.names)), sampler_of(config, network)
@@ -318,7 +322,7 @@ def evaluate(config: Config, network: nn.Module, accelerator: Accelerator) -> No
 # --- the page ----------------------------------------------------------------------------------
 
 
-def report(config: Config, network: nn.Module) -> Path:
+def report(config: PixelMeanFlowConfig, network: nn.Module) -> Path:
     """Write ``report.html``: samples beside real pictures, scores, curves, settings."""
     images = images_of(config.data, config.out.parent)
     log = journal.latest(config.out / "network")
@@ -335,7 +339,7 @@ def report(config: Config, network: nn.Module) -> Path:
     return page.write(config.out / "report.html", config.name, parts)
 
 
-def beside(config: Config, network: nn.Module, images: Images) -> bytes:
+def beside(config: PixelMeanFlowConfig, network: nn.Module, images: Images) -> bytes:
     """Return a PNG of training pictures and samples, a row a class."""
     classes = len(images.names)
     device = next(network.parameters()).device
@@ -354,11 +358,11 @@ def beside(config: Config, network: nn.Module, images: Images) -> bytes:
 def check() -> None:
     """Build the networks of all published configs on meta tensors, and see what they return."""
     for published in PUBLISHED:
-        config = reading.load(Config, PAPER / f"{published.config}.yaml")
+        config = reading.load(PixelMeanFlowConfig, PAPER / f"{published.config}.yaml")
         print(checked(config, published))
 
 
-def checked(config: Config, published: Published) -> str:
+def checked(config: PixelMeanFlowConfig, published: Published) -> str:
     """Return a line on a published config, whose network takes its images and returns two.
 
     Raises:

@@ -27,7 +27,7 @@ Strength = Annotated[float, Field(ge=1)]
 
 
 @dataclass(frozen=True, config=STRICT)
-class NetworkConfig:
+class PixelMeanFlowNetworkConfig:
     """A preset, ``b``, ``l`` or ``h``, and what differs from it; null takes the preset's.
 
     ``compile`` runs the blocks compiled, and the derivative with them.
@@ -45,7 +45,7 @@ class NetworkConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
-class ObjectiveConfig:
+class PixelMeanFlowObjectiveConfig:
     """The noise, the times and the guidance in training.
 
     ``noise_scale`` is the standard deviation of the noise. t and s are logit-normal with
@@ -73,7 +73,7 @@ class PixelPerceptualConfig(PerceptualConfig):
 
 
 @dataclass(frozen=True, config=STRICT)
-class SamplingConfig:
+class PixelMeanFlowSamplingConfig:
     """The guidance of samples: its strength, and the interval of times that it is told."""
 
     omega: Strength = 7.0
@@ -81,23 +81,23 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Config(ProgramConfig):
+class PixelMeanFlowConfig(ProgramConfig):
     """All settings of a run."""
 
-    network: NetworkConfig = field(default_factory=NetworkConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    network: PixelMeanFlowNetworkConfig = field(default_factory=PixelMeanFlowNetworkConfig)
+    objective: PixelMeanFlowObjectiveConfig = field(default_factory=PixelMeanFlowObjectiveConfig)
     perceptual: tuple[PixelPerceptualConfig, ...] = ()
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: PixelMeanFlowSamplingConfig = field(default_factory=PixelMeanFlowSamplingConfig)
 
 
-def from_command_line(usage: str | None) -> tuple[Config | None, list[str]]:
+def from_command_line(usage: str | None) -> tuple[PixelMeanFlowConfig | None, list[str]]:
     """Return the config and the options of the command line; no config with ``--check``."""
     if sys.argv[1:] == ["--check"]:
         return None, []
-    return reading.from_command_line(Config, usage, ("--evaluate",), check)
+    return reading.from_command_line(PixelMeanFlowConfig, usage, ("--evaluate",), check)
 
 
-def check(config: Config) -> None:
+def check(config: PixelMeanFlowConfig) -> None:
     """See that what a config names is there, before torch is imported.
 
     Raises:

@@ -58,7 +58,7 @@ PREDICTIONS: dict[str, Objective] = {
 """What is predicted, and the objective that takes such a prediction."""
 
 
-class Network(nn.Module):
+class LiftedMLP(nn.Module):
     """An MLP with three hidden layers of `WIDTH`, SiLU, on (z, t, t - s)."""
 
     def __init__(self, dimension: int) -> None:
@@ -80,7 +80,7 @@ class Network(nn.Module):
 
 
 @dataclass(frozen=True)
-class Result:
+class ToyResult:
     """What one training gave.
 
     Attributes:
@@ -106,11 +106,11 @@ def lift_of(dimension: int, seed: int) -> Tensor:
     return torch.linalg.qr(torch.randn(dimension, 2, generator=generator))[0]
 
 
-def train(predicted: str, dimension: int, seed: int, steps: int, batch: int = 256) -> Result:
+def train(predicted: str, dimension: int, seed: int, steps: int, batch: int = 256) -> ToyResult:
     """Train one network and judge its one-step samples, from t = 1 to s = 0."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(1000 + seed)
-    lift, network = lift_of(dimension, seed), Network(dimension)
+    lift, network = lift_of(dimension, seed), LiftedMLP(dimension)
     times = TimePairs(UniformTimes(low=EARLIEST))
     loss_fn = dataclasses.replace(PREDICTIONS[predicted], times=times)
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
@@ -137,14 +137,14 @@ def sampled(network: nn.Module, predicted: str, noise: Tensor) -> Tensor:
     return noise - output
 
 
-def judged(predicted: str, seed: int, samples: Tensor, lift: Tensor) -> Result:
+def judged(predicted: str, seed: int, samples: Tensor, lift: Tensor) -> ToyResult:
     """Compare samples ``(N, D)`` with real points, within the plane of the lift and off it."""
     within = samples @ lift
     off_plane = 1 - within.square().sum() / samples.square().sum()
     real = roll(len(samples), torch.Generator().manual_seed(2000 + seed))
     distance = sliced_wasserstein(within, real)
     share = float(off_plane.clamp(min=0))
-    return Result(predicted, len(lift), seed, distance, share, within)
+    return ToyResult(predicted, len(lift), seed, distance, share, within)
 
 
 def references(seed: int) -> tuple[float, float]:
@@ -160,7 +160,7 @@ def references(seed: int) -> tuple[float, float]:
 HEAD = ("D", "x: distance", "u: distance", "x: off the plane", "u: off the plane")
 
 
-def rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
+def rows(results: Sequence[ToyResult]) -> list[tuple[str, ...]]:
     """Return the table: means over seeds, and behind ± half of the range."""
     table = []
     for dimension in sorted({result.dimension for result in results}):
@@ -172,26 +172,26 @@ def rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
     return table
 
 
-def chosen(results: Iterable[Result], predicted: str, dimension: int) -> list[Result]:
+def chosen(results: Iterable[ToyResult], predicted: str, dimension: int) -> list[ToyResult]:
     """Return the results of one cell of the table, one a seed."""
     same = [result for result in results if result.dimension == dimension]
     return [result for result in same if result.predicted == predicted]
 
 
-def distance_of(results: Sequence[Result]) -> str:
+def distance_of(results: Sequence[ToyResult]) -> str:
     """Return the mean distance and half of its range."""
     found = [result.distance for result in results]
     half = (max(found) - min(found)) / 2
     return f"{statistics.mean(found):.3f} ± {half:.3f}"
 
 
-def off_plane_of(results: Sequence[Result]) -> str:
+def off_plane_of(results: Sequence[ToyResult]) -> str:
     """Return the mean share off the plane."""
     share = statistics.mean(result.off_plane for result in results)
     return f"{100 * share:.2f} %"
 
 
-def figure(results: Sequence[Result]) -> Figure:
+def figure(results: Sequence[ToyResult]) -> Figure:
     """Draw the first seed's samples within the plane, those of x above those of u."""
     dimensions = sorted({result.dimension for result in results})
     columns = len(dimensions) + 1
@@ -228,7 +228,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.quick:
         options.seeds, options.steps = 1, 10
-    results: list[Result] = []
+    results: list[ToyResult] = []
     text = ""
     total = options.seeds * len(options.dimensions) * len(PREDICTIONS)
     with tqdm(total=total, desc="toy", unit="run") as bar:
@@ -241,7 +241,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{text}\nfigure: {options.out / 'toy.png'}")
 
 
-def keep(results: Sequence[Result], steps: int, folder: Path) -> str:
+def keep(results: Sequence[ToyResult], steps: int, folder: Path) -> str:
     """Leave the table and the figure in a folder; returns the table."""
     seeds = sorted({result.seed for result in results})
     real, noise = torch.tensor([references(seed) for seed in seeds]).mean(0).tolist()

@@ -147,7 +147,7 @@ def roll(count: int, generator: torch.Generator) -> Tensor:
 
 
 @dataclass(frozen=True)
-class World:
+class RollSpaces:
     """The two spaces: how a roll becomes a latent and an image."""
 
     lift: Tensor
@@ -156,7 +156,7 @@ class World:
     turn: Tensor
 
     @classmethod
-    def of(cls, seed: int) -> "World":
+    def of(cls, seed: int) -> "RollSpaces":
         """Draw the lift; standardise and rotate the latent."""
         generator = torch.Generator().manual_seed(seed)
         lift = torch.linalg.qr(torch.randn(PIXELS, 2, generator=generator))[0]
@@ -175,7 +175,7 @@ class World:
         return points @ self.lift.T
 
 
-class Network(nn.Module):
+class RollMLP(nn.Module):
     """An MLP with three hidden layers of 128, SiLU, on (z, t, s)."""
 
     def __init__(self, outputs: int = PIXELS, width: int = 128) -> None:
@@ -214,7 +214,7 @@ def sliced_wasserstein(
 
 
 @dataclass(frozen=True)
-class Result:
+class RollResult:
     """What one training run of a variant gave."""
 
     variant: Variant
@@ -226,11 +226,11 @@ class Result:
 
 def train(
     variant: Variant, literal: bool, seed: int, steps: int = STEPS, batch: int = 512
-) -> Result:
+) -> RollResult:
     """Train one network and measure its one-step samples, t = 1 to s = 0.02."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(1000 + seed)
-    world, network = World.of(seed), Network()
+    world, network = RollSpaces.of(seed), RollMLP()
     loss_fn = variant.objective(literal)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     for _ in range(steps):
@@ -246,19 +246,19 @@ def train(
         made = network(torch.randn(SHOWN, 2, generator=generator), one, EARLIEST * one)
     real = world.images(roll(SHOWN, generator))
     distance = sliced_wasserstein(made, real)
-    return Result(variant, literal, seed, distance, made @ world.lift)
+    return RollResult(variant, literal, seed, distance, made @ world.lift)
 
 
 def floor(seed: int) -> float:
     """Return the distance between two independent real samples: no model can be expected to do
     better.
     """
-    generator, world = torch.Generator().manual_seed(seed), World.of(seed)
+    generator, world = torch.Generator().manual_seed(seed), RollSpaces.of(seed)
     first, second = roll(SHOWN, generator), roll(SHOWN, generator)
     return sliced_wasserstein(world.images(first), world.images(second))
 
 
-def run(seeds: int, steps: int = STEPS, processes: int = 2) -> Iterator[Result]:
+def run(seeds: int, steps: int = STEPS, processes: int = 2) -> Iterator[RollResult]:
     """Train every variant in both forms with every seed, one thread a process; yields results as
     they come.
     """
@@ -272,7 +272,7 @@ def run(seeds: int, steps: int = STEPS, processes: int = 2) -> Iterator[Result]:
             yield future.result()
 
 
-def _one(job: tuple[Variant, bool, int, int]) -> Result:
+def _one(job: tuple[Variant, bool, int, int]) -> RollResult:
     """Train one variant on one thread."""
     torch.set_num_threads(1)
     return train(*job)
@@ -284,7 +284,7 @@ def _one(job: tuple[Variant, bool, int, int]) -> Result:
 HEAD = ("observation", "schedule", "h = b/kappa", "", *FORMS.values())
 
 
-def rows(results: Iterable[Result]) -> list[tuple[str, ...]]:
+def rows(results: Iterable[RollResult]) -> list[tuple[str, ...]]:
     """Return the table: the mean distance over seeds and, after ±, half of its range."""
     found: dict[tuple[Variant, bool], list[float]] = {}
     for result in results:
@@ -306,7 +306,7 @@ def _spread(distances: list[float]) -> str:
     return f"{statistics.mean(distances):.3f} ± {half:.3f}"
 
 
-def figure(results: Iterable[Result]) -> Figure:
+def figure(results: Iterable[RollResult]) -> Figure:
     """Draw the first seed's samples of every variant, the target form above the literal form,
     beside a real roll.
     """

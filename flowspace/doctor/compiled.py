@@ -16,7 +16,7 @@ from typing import Any
 
 from flowspace.doctor.steps import (
     PLAIN,
-    Cost,
+    StepCost,
     Stopwatch,
     Trial,
     one_thread,
@@ -131,11 +131,11 @@ def _costs(trials: dict[str, Trial]) -> dict[str, Any]:
         if trial.failure:
             failures[step] = trial.failure
         else:
-            costs[step] = Cost.of(trial.seconds, plain.seconds)
+            costs[step] = StepCost.of(trial.seconds, plain.seconds)
     return {
         "costs": costs,
         "failures": failures,
-        "over_eager": Cost.of(plain.seconds, uncompiled.seconds).median,
+        "over_eager": StepCost.of(plain.seconds, uncompiled.seconds).median,
         "warned": trials["SharedPrimal()"].warned,
     }
 

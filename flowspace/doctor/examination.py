@@ -12,7 +12,7 @@ from flowspace.doctor.compiled import start_compiled
 from flowspace.doctor.steps import (
     PLAIN,
     ROUTES,
-    Cost,
+    StepCost,
     Stopwatch,
     one_thread,
     run_in_turn,
@@ -54,8 +54,8 @@ class RouteFigures:
 
     name: str
     error: float | None
-    eager: Cost | None
-    compiled: Cost | None
+    eager: StepCost | None
+    compiled: StepCost | None
     failure: str
 
     @property
@@ -191,11 +191,11 @@ def examine_model(
         trial = trials[route]
         eager = None
         if trial.seconds and not trial.failure and not plain.failure:
-            eager = Cost.of(trial.seconds, plain.seconds)
+            eager = StepCost.of(trial.seconds, plain.seconds)
         error, failure = accuracy.errors.get(route), accuracy.failures.get(route)
         together = None
         if route in compiled.get("costs", {}):
-            together = Cost(*compiled["costs"][route])
+            together = StepCost(*compiled["costs"][route])
         figures = RouteFigures(route, error, eager, together, failure or trial.failure)
         routes.append(figures)
     return Examination(

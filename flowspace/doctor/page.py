@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from flowspace.doctor.examination import Examination, RouteFigures
 from flowspace.doctor.libraries import Library
 from flowspace.doctor.machine import Machine
-from flowspace.doctor.steps import Cost
+from flowspace.doctor.steps import StepCost
 
 __all__ = ["machine_page", "model_page", "table"]
 
@@ -99,7 +99,7 @@ def _route(route: RouteFigures) -> tuple[str, str, str, str]:
     return route.name, error, _cost(route.eager), _cost(route.compiled)
 
 
-def _cost(cost: Cost | None) -> str:
+def _cost(cost: StepCost | None) -> str:
     """Return a median with its quartiles."""
     if cost is None:
         return ""

@@ -23,7 +23,7 @@ from flowspace.objectives import CrossFlowLoss
 __all__ = [
     "PLAIN",
     "ROUTES",
-    "Cost",
+    "StepCost",
     "Stopwatch",
     "Trial",
     "one_thread",
@@ -65,7 +65,7 @@ class Stopwatch:
         return self.end - time.monotonic()
 
 
-class Cost(NamedTuple):
+class StepCost(NamedTuple):
     """A step over the plain step: the median of the rounds' ratios, and its quartiles."""
 
     median: float
@@ -74,7 +74,7 @@ class Cost(NamedTuple):
     rounds: int
 
     @classmethod
-    def of(cls, above: list[float], below: list[float]) -> "Cost":
+    def of(cls, above: list[float], below: list[float]) -> "StepCost":
         """Return the cost of paired seconds, round by round."""
         ratios = [a / b for a, b in zip(above, below, strict=False)]
         if len(ratios) == 1:

@@ -28,7 +28,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from flowspace.errors import InputError
 from flowspace.schedules import Schedule
-from flowspace.vision.perceptual import Features
+from flowspace.vision.perceptual import FeatureNetwork
 
 __all__ = ["CHANGES", "AdversarialLoss", "Discriminator", "augment", "balance", "tokens_of"]
 
@@ -61,10 +61,10 @@ class Discriminator(nn.Module):
     """
 
     def __init__(
-        self, features: Features, channels: Sequence[int], width: int = 64, kernel: int = 9
+        self, features: FeatureNetwork, channels: Sequence[int], width: int = 64, kernel: int = 9
     ) -> None:
         super().__init__()
-        self.features: Features = features
+        self.features: FeatureNetwork = features
         self.heads = nn.ModuleList(Head(count, width, kernel) for count in channels)
 
     def compile_network(self, **options: Any) -> "Discriminator":

@@ -26,7 +26,7 @@ from flowspace.vision.shapes import pair_of
 from flowspace.vision.weights import read_tensors
 
 __all__ = [
-    "Features",
+    "FeatureNetwork",
     "LearnedDistance",
     "PerceptualLoss",
     "TimmFeatures",
@@ -39,18 +39,18 @@ this has another range.
 """
 
 
-class Features(nn.Module, abc.ABC):
+class FeatureNetwork(nn.Module, abc.ABC):
     """A frozen network whose features are compared."""
 
     def __init__(self) -> None:
         super().__init__()
         self.eval()
 
-    def train(self, mode: bool = True) -> "Features":
+    def train(self, mode: bool = True) -> "FeatureNetwork":
         """Stay in eval mode."""
         return super().train(False)
 
-    def compile_network(self, **options: Any) -> "Features":
+    def compile_network(self, **options: Any) -> "FeatureNetwork":
         """Compile the network in place, with what is done to its images; returns itself.
 
         Args:
@@ -64,7 +64,7 @@ class Features(nn.Module, abc.ABC):
         """Return features ``(B, ...)`` of images ``(B, 3, H, W)`` in [-1, 1], one a layer."""
 
 
-class TimmFeatures(Features):
+class TimmFeatures(FeatureNetwork):
     """Feature maps of a timm network.
 
     Args:
@@ -236,7 +236,7 @@ class PerceptualLoss:
         return torch.stack(penalties).mean(0)
 
 
-class LearnedDistance(Features):
+class LearnedDistance(FeatureNetwork):
     """LPIPS (Zhang et al., arXiv 1801.03924) by the package ``lpips``; inputs in [-1, 1].
 
     Args:
