@@ -7,6 +7,7 @@ A comment above a table names the command that prints it and the file that keeps
 `docs/pages/numbers.md` says how to write one; `tests/test_figures.py` holds the tables to them.
 """
 
+import argparse
 import os
 import re
 import shlex
@@ -19,7 +20,8 @@ from pathlib import Path
 
 __all__ = ["Output", "Table", "misses", "pages", "tables"]
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
+OUTPUTS = ROOT / "docs" / "outputs"
 
 MARKER = re.compile(r"<!-- (from|cited|table): (.+?) -->")
 """``table`` holds for all tables down to the next ``end of table``, which tests/test_cost.py makes
@@ -181,14 +183,9 @@ def stands(number: Decimal, line: list[Decimal]) -> bool:
     return any(abs(other - number) <= half for other in line)
 
 
-def main(names: list[str]) -> None:
-    """List what is out of date, or make the outputs that are named again."""
-    for name in names:
-        output = Output.read(Path(name).resolve())
-        output.write(output.printed(), git("rev-parse", "--short", "HEAD").strip())
-    if names:
-        return
-    for path in sorted((ROOT / "docs" / "outputs").glob("*.txt")):
+def out_of_date() -> None:
+    """List the outputs that are older than their code, and those that no command has made."""
+    for path in sorted(OUTPUTS.glob("*.txt")):
         output = Output.read(path)
         newer = output.changed()
         if not newer and output.made != "by hand":
@@ -198,5 +195,24 @@ def main(names: list[str]) -> None:
         print(f"    {output.command}")
 
 
+def main() -> None:
+    """List what is out of date, or make the outputs that are named again."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "paths", nargs="*", type=Path, metavar="docs/outputs/NAME.txt", help="to be made again"
+    )
+    paths = parser.parse_args().paths
+    for path in paths:
+        if path.resolve() not in OUTPUTS.glob("*.txt"):
+            parser.error(f"got {path}, which is no output; write a file of docs/outputs/")
+    for path in paths:
+        output = Output.read(path.resolve())
+        output.write(output.printed(), git("rev-parse", "--short", "HEAD").strip())
+    if not paths:
+        out_of_date()
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
