@@ -7,6 +7,7 @@ takes long is told beforehand by the size of a formula, see `is_small`.
 
 import ast
 import math
+import operator
 import random
 import re
 import sys
@@ -35,6 +36,12 @@ __all__ = [
 ]
 
 T, S = sympy.symbols("t s", positive=True)
+
+
+INFINITE = (sympy.nan, sympy.zoo, sympy.oo, -sympy.oo)
+
+SOMEWHERE = (0.5, 0.25)
+"""The point (t, s) at which constants are evaluated."""
 
 MAX_TEXT = 1000
 MAX_SHOWN = 80
@@ -65,18 +72,33 @@ MAX_POWER = 4
 
 NAMES = {"t": T, "s": S, "pi": sympy.pi}
 FUNCTIONS = {
-    name: getattr(sympy, name) for name in ("exp", "log", "sqrt", "sin", "cos", "tan", "cot")
+    "exp": sympy.exp,
+    "log": sympy.log,
+    "sqrt": sympy.sqrt,
+    "sin": sympy.sin,
+    "cos": sympy.cos,
+    "tan": sympy.tan,
+    "cot": sympy.cot,
 }
-MAX_ARGUMENT = {"exp": 1e6, "sin": 1e12, "cos": 1e12, "tan": 1e12, "cot": 1e12}
+
+MAX_ANGLE = 1e12
+MAX_ARGUMENT = {
+    "exp": 1e6,
+    "sin": MAX_ANGLE,
+    "cos": MAX_ANGLE,
+    "tan": MAX_ANGLE,
+    "cot": MAX_ANGLE,
+}
 """How large an argument may be inside the triangle; beyond, 50 digits take for ever."""
 
 OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
-    ast.Add: lambda a, b: a + b,
-    ast.Sub: lambda a, b: a - b,
-    ast.Mult: lambda a, b: a * b,
-    ast.Div: lambda a, b: a / b,
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
 }
-SUMS, PRODUCTS = (ast.Add, ast.Sub), (ast.Mult, ast.Div)
+SUMS = (ast.Add, ast.Sub)
+PRODUCTS = (ast.Mult, ast.Div)
 
 FOREIGN = {
     "^": "powers are written **",
@@ -89,9 +111,14 @@ FOREIGN = {
 """What people write for what is written otherwise here."""
 
 MISSING_PRODUCT = re.compile(
-    r"\d\s*[a-z(]|\b(t|s|pi)\s*\(|\)\s*[\w(]|\b(t|s|pi|\d)\s+(t|s|pi|[a-z]+\()"
+    r"""
+    \d \s* [a-z(]                               # a number before a name or a bracket
+    | \b (t|s|pi) \s* \(                        # a name before a bracket
+    | \) \s* [\w(]                              # a bracket before anything
+    | \b (t|s|pi|\d) \s+ (t|s|pi|[a-z]+ \( )    # two names side by side
+    """,
+    re.VERBOSE,
 )
-"""A number before a name or a bracket, two names side by side, a bracket beside either."""
 
 
 # --- text -> sympy
@@ -114,22 +141,22 @@ def parse(text: str) -> sympy.Expr:
             f"got an expression of {len(text)} characters, "
             f"the limit is {MAX_TEXT}; pass a callable instead"
         )
+    shown = shortened(text)
     try:
         tree = ast.parse(text.strip(), mode="eval").body
         _refuse_deep(tree)
         _refuse_towers(tree)
         expression = _build(tree)
     except ExpressionError as error:
-        raise ExpressionError(f"{shortened(text)}: {error}") from None
+        raise ExpressionError(f"{shown}: {error}") from None
     except ArithmeticError:
-        raise ExpressionError(f"{shortened(text)} divides by zero or overflows") from None
+        raise ExpressionError(f"{shown} divides by zero or overflows") from None
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         raise ExpressionError(
-            f"{shortened(text)} is not a formula{_hint(text)}; "
-            "write something like '1 - t' or 'sin(pi*t/2)'"
+            f"{shown} is not a formula{_hint(text)}; write something like '1 - t' or 'sin(pi*t/2)'"
         ) from None
     if not has_values(expression):
-        raise ExpressionError(f"{shortened(text)} divides by zero, overflows or is not real")
+        raise ExpressionError(f"{shown} divides by zero, overflows or is not real")
     return expression
 
 
@@ -142,7 +169,7 @@ def shortened(text: str) -> str:
 
 def is_defined(expression: sympy.Expr) -> bool:
     """Return whether sympy found neither a division by zero nor an imaginary number."""
-    return not expression.has(sympy.nan, sympy.zoo, sympy.oo, -sympy.oo, sympy.I)
+    return not expression.has(*INFINITE, sympy.I)
 
 
 def has_values(expression: sympy.Expr) -> bool:
@@ -156,20 +183,25 @@ def has_values(expression: sympy.Expr) -> bool:
     return all(_has_value(part) for part in parts if part.is_number)
 
 
-def _has_value(part: Any) -> bool:
-    value = precise_values(part, [(0.5, 0.25)])[0]
-    if not abs(value) < sys.float_info.max:
+def _has_value(constant: Any) -> bool:
+    if not _size(constant) < sys.float_info.max:
         return False
-    if isinstance(part, sympy.Pow) and part.exp.is_negative:
-        return abs(precise_values(part.base, [(0.5, 0.25)])[0]) > NOT_ZERO
+    if isinstance(constant, sympy.Pow) and constant.exp.is_negative:
+        return _size(constant.base) > NOT_ZERO
     return True
+
+
+def _size(constant: Any) -> Any:
+    """Return the absolute value of a constant formula, to 50 digits."""
+    return abs(precise_values(constant, [SOMEWHERE])[0])
 
 
 def own_symbols(expression: sympy.Expr) -> sympy.Expr:
     """Replace the caller's symbols named t and s, whatever their assumptions, by ours."""
-    strangers = {symbol for symbol in expression.free_symbols if str(symbol) not in ("t", "s")}
+    symbols = {str(symbol): symbol for symbol in expression.free_symbols}
+    strangers = sorted(symbols.keys() - {"t", "s"})
     if strangers:
-        names = ", ".join(sorted(map(str, strangers)))
+        names = ", ".join(strangers)
         raise ExpressionError(f"{expression} has the symbols {names}; only t and s are times")
     return expression.subs({symbol: NAMES[str(symbol)] for symbol in expression.free_symbols})
 
@@ -191,13 +223,16 @@ def _build(node: ast.AST) -> sympy.Expr:
             return _build(operand)
         case ast.BinOp(op=ast.Pow(), left=base, right=exponent):
             return _power(_build(base), _build(exponent))
-        case ast.BinOp(op=operator, left=left, right=right) if type(operator) in OPERATORS:
-            return OPERATORS[type(operator)](_build(left), _build(right))
+        case ast.BinOp(op=sign, left=left, right=right) if type(sign) in OPERATORS:
+            operation = OPERATORS[type(sign)]
+            return operation(_build(left), _build(right))
         case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in FUNCTIONS:
             return _function(name, _build(argument))
+    names = ", ".join(NAMES)
+    functions = ", ".join(FUNCTIONS)
     raise ExpressionError(
         f"{ast.unparse(node)!r} is not allowed{_hint_at(node)}; "
-        f"only numbers, {', '.join(NAMES)}, + - * / ** and {', '.join(FUNCTIONS)} are"
+        f"only numbers, {names}, + - * / ** and {functions} are"
     )
 
 
@@ -219,21 +254,24 @@ def _function(name: str, argument: sympy.Expr) -> sympy.Expr:
     if name == "exp":
         _refuse_constant(argument, MAX_EXP, "an argument of exp")
     if name in MAX_ARGUMENT:
-        sizes = [abs(value) for value in precise_values(argument, random_points(3), 15)]
-        if any(size > MAX_ARGUMENT[name] for size in sizes):
+        limit = MAX_ARGUMENT[name]
+        values = precise_values(argument, random_points(3), 15)
+        sizes = [abs(value) for value in values]
+        if any(size > limit for size in sizes):
+            largest = mpmath.nstr(max(sizes), 3)
             raise ExpressionError(
-                f"got an argument of {name} of {mpmath.nstr(max(sizes), 3)}, "
-                f"the limit is {MAX_ARGUMENT[name]:g}"
+                f"got an argument of {name} of {largest}, the limit is {limit:g}"
             )
     return FUNCTIONS[name](argument)
 
 
 def _refuse_constant(value: sympy.Expr, limit: float, what: str) -> None:
     """Refuse a constant beyond the limit, before a power of it is formed."""
-    if value.is_number and not abs(complex(value)) <= limit:
-        raise ExpressionError(
-            f"got {what} of {float(abs(complex(value))):.3g}, the limit is {limit}"
-        )
+    if not value.is_number:
+        return
+    size = abs(complex(value))
+    if not size <= limit:
+        raise ExpressionError(f"got {what} of {size:.3g}, the limit is {limit}")
 
 
 def _refuse_deep(tree: ast.AST) -> None:
@@ -247,14 +285,15 @@ def _refuse_deep(tree: ast.AST) -> None:
                 "pass a callable instead"
             )
         for child in ast.iter_child_nodes(node):
-            flat = _are_both(SUMS, node, child) or _are_both(PRODUCTS, node, child)
-            waiting.append((child, level + (not flat)))
+            is_flat = False
+            for kind in (SUMS, PRODUCTS):
+                is_flat |= _is_binary(node, kind) and _is_binary(child, kind)
+            waiting.append((child, level + (not is_flat)))
 
 
-def _are_both(operators: tuple[type, ...], node: ast.AST, child: ast.AST) -> bool:
-    return all(
-        isinstance(each, ast.BinOp) and isinstance(each.op, operators) for each in (node, child)
-    )
+def _is_binary(node: ast.AST, kind: type | tuple[type, ...]) -> bool:
+    """Return whether an operator of a kind stands between two operands."""
+    return isinstance(node, ast.BinOp) and isinstance(node.op, kind)
 
 
 def _refuse_towers(node: ast.AST) -> float:
@@ -263,30 +302,29 @@ def _refuse_towers(node: ast.AST) -> float:
     Raises:
         ExpressionError: if they are towers, where sympy would form gigantic numbers.
     """
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
-        _refuse_inside(node.right, "an exponent", ("exp", "log", "sqrt"))
-        growth = _refuse_towers(node.left) * max(1.0, _largest_number(node.right))
-        if growth > MAX_EXPONENT:
-            raise ExpressionError(
-                f"got constant exponents that multiply to {growth:.3g}, "
-                f"the limit is {MAX_EXPONENT}"
-            )
-        return growth
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "exp":
-        for argument in node.args:
-            _refuse_inside(argument, "the argument of exp", ("exp", "log"))
-    growth = 1.0
-    for child in ast.iter_child_nodes(node):
-        growth = max(growth, _refuse_towers(child))
-    return growth
+    match node:
+        case ast.BinOp(op=ast.Pow(), left=base, right=exponent):
+            _refuse_inside(exponent, "an exponent", ("exp", "log", "sqrt"))
+            growth = _refuse_towers(base) * _largest_number(exponent)
+            if growth > MAX_EXPONENT:
+                raise ExpressionError(
+                    f"got constant exponents that multiply to {growth:.3g}, "
+                    f"the limit is {MAX_EXPONENT}"
+                )
+            return growth
+        case ast.Call(func=ast.Name(id="exp"), args=arguments):
+            for argument in arguments:
+                _refuse_inside(argument, "the argument of exp", ("exp", "log"))
+    growths = [_refuse_towers(child) for child in ast.iter_child_nodes(node)]
+    return max(growths, default=1.0)
 
 
 def _refuse_inside(node: ast.AST, where: str, functions: tuple[str, ...]) -> None:
     """Refuse powers in an exponent, and exp and log in an exponent or in exp: towers."""
     for inner in ast.walk(node):
-        is_power = isinstance(inner, ast.BinOp) and isinstance(inner.op, ast.Pow)
+        is_power = _is_binary(inner, ast.Pow) and "sqrt" in functions
         is_function = isinstance(inner, ast.Name) and inner.id in functions
-        if is_function or (is_power and "sqrt" in functions):
+        if is_function or is_power:
             raise ExpressionError(
                 f"{ast.unparse(inner)!r} inside {where} is a power tower; "
                 "write a**t instead of exp(t*log(a)), or pass a callable"
@@ -294,10 +332,12 @@ def _refuse_inside(node: ast.AST, where: str, functions: tuple[str, ...]) -> Non
 
 
 def _largest_number(node: ast.AST) -> float:
+    """Return the size of the largest number in a syntax tree, 1 at least."""
     largest = 1.0
     for inner in ast.walk(node):
-        if isinstance(inner, ast.Constant) and isinstance(inner.value, (int, float)):
-            largest = max(largest, abs(float(inner.value)))
+        match inner:
+            case ast.Constant(value=int() | float() as number):
+                largest = max(largest, abs(float(number)))
     return largest
 
 
@@ -305,7 +345,7 @@ def _hint_at(node: ast.AST) -> str:
     """Return what a syntax tree that is not allowed may have meant."""
     if isinstance(node, ast.Call) and _is_factor(node.func):
         return " (products are written *)"
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitXor):
+    if _is_binary(node, ast.BitXor):
         return " (powers are written **)"
     return _hint(ast.unparse(node))
 
@@ -333,9 +373,12 @@ def _hint(text: str) -> str:
 
 def tidy(expression: sympy.Expr) -> sympy.Expr:
     """Cancel common factors, which also removes most 0/0 on edges; large formulas stay."""
-    if not is_small(expression, MAX_CANCEL) or expression.has(sympy.exp, sympy.log):
+    if not is_small(expression, MAX_CANCEL):
         return expression
-    if not all(power.exp.is_integer for power in expression.atoms(sympy.Pow)):
+    if expression.has(sympy.exp, sympy.log):
+        return expression
+    powers = expression.atoms(sympy.Pow)
+    if not all(power.exp.is_integer for power in powers):
         return expression
     cancelled: Any = sympy.cancel(expression)
     factored: Any = sympy.factor(cancelled)
@@ -347,20 +390,28 @@ def tidy(expression: sympy.Expr) -> sympy.Expr:
 @lru_cache(maxsize=256)
 def readable(expression: sympy.Expr) -> sympy.Expr:
     """Return the shortest form of a formula that a few quick rewritings find."""
-    if not is_small(expression, 2 * MAX_CANCEL) or expression.has(sympy.exp, sympy.log):
+    if not is_small(expression, 2 * MAX_CANCEL):
+        return expression
+    if expression.has(sympy.exp, sympy.log):
         return expression
     forms: list[Any] = [expression, sympy.factor(expression)]
-    shorter = min(forms, key=lambda form: form.count_ops())
+    shorter = min(forms, key=sympy.count_ops)
     if _is_plain_trigonometry(shorter):
+        expanded = sympy.expand(shorter)
         forms.append(sympy.trigsimp(shorter))
-        forms.append(sympy.factor(sympy.trigsimp(sympy.expand(shorter))))
+        forms.append(sympy.factor(sympy.trigsimp(expanded)))
     forms = [form for form in forms if _fits_float64(form)]
-    shortest = min(forms, key=lambda form: form.count_ops(), default=expression)
-    by_argument: Any = shortest.replace(
-        lambda part: isinstance(part, TrigonometricFunction),
-        lambda part: part.func(sympy.factor(part.args[0])),
-    )
-    return by_argument
+    shortest: Any = min(forms, key=sympy.count_ops, default=expression)
+    return shortest.replace(_is_sine, _with_factored_argument)
+
+
+def _is_sine(part: Any) -> bool:
+    """Return whether a part of a formula is a sine or the like."""
+    return isinstance(part, TrigonometricFunction)
+
+
+def _with_factored_argument(sine: Any) -> Any:
+    return sine.func(sympy.factor(sine.args[0]))
 
 
 def _is_plain_trigonometry(expression: sympy.Expr) -> bool:
@@ -368,12 +419,14 @@ def _is_plain_trigonometry(expression: sympy.Expr) -> bool:
     if expression.count_ops() > MAX_CANCEL:
         return False
     functions = expression.atoms(TrigonometricFunction)
-    simple = all(
-        part.free_symbols and not part.args[0].has(sympy.Function, sympy.Pow) for part in functions
-    )
-    powers = [abs(power.exp) for power in expression.atoms(sympy.Pow)]
-    small = all(power.is_number and power <= MAX_POWER for power in powers)
-    return simple and small and 0 < len(functions) <= MAX_FUNCTIONS
+    if not 0 < len(functions) <= MAX_FUNCTIONS:
+        return False
+    for function in functions:
+        nested = function.args[0].has(sympy.Function, sympy.Pow)
+        if nested or not function.free_symbols:
+            return False
+    orders = [abs(power.exp) for power in expression.atoms(sympy.Pow)]
+    return all(order.is_number and order <= MAX_POWER for order in orders)
 
 
 def _fits_float64(expression: sympy.Expr) -> bool:
@@ -384,7 +437,9 @@ def _fits_float64(expression: sympy.Expr) -> bool:
 
 def is_small(expression: sympy.Expr, operations: int) -> bool:
     """Return whether multiplying out, cancelling and factoring take a moment only."""
-    return expression.count_ops() <= operations and expanded_terms(expression) <= MAX_TERMS
+    if expression.count_ops() > operations:
+        return False
+    return expanded_terms(expression) <= MAX_TERMS
 
 
 def expanded_terms(expression: sympy.Basic) -> float:
@@ -441,6 +496,7 @@ def random_points(count: int) -> list[tuple[float, float]]:
     draw = random.Random(count)
     points = []
     for _ in range(count):
-        low, high = sorted((draw.uniform(0.02, 0.98), draw.uniform(0.02, 0.98)))
-        points.append((high, low))
+        first = draw.uniform(0.02, 0.98)
+        second = draw.uniform(0.02, 0.98)
+        points.append((max(first, second), min(first, second)))
     return points
