@@ -61,7 +61,8 @@ class Schedule:
     """
 
     def __init__(self, alpha: Source, beta: Source) -> None:
-        self._alpha, self._beta = TimeFunction(alpha), TimeFunction(beta)
+        self._alpha = TimeFunction(alpha)
+        self._beta = TimeFunction(beta)
         self._ratio = self._alpha / self._beta
         self._check_ends()
         self._check_inside()
@@ -118,22 +119,23 @@ class Schedule:
             TimeError: if t is of whole numbers or has another shape.
         """
         xp = one_backend(latents, noise, t)
+        shape = tuple(latents.shape)
         if noise.shape != latents.shape:
             raise InputError(
-                f"got noise of shape {tuple(noise.shape)} for latents "
-                f"of shape {tuple(latents.shape)}; they must be equal"
+                f"got noise of shape {tuple(noise.shape)} "
+                f"for latents of shape {shape}; they must be equal"
             )
         t = _as_times(t, latents)
-        if t.ndim > 1 or (t.ndim == 1 and t.shape[0] != latents.shape[0]):
+        if tuple(t.shape) not in ((), shape[:1]):
             raise TimeError(
-                f"got t of shape {tuple(t.shape)} for latents "
-                f"of shape {tuple(latents.shape)}; use (B,) or ()"
+                f"got t of shape {tuple(t.shape)} for latents of shape {shape}; use (B,) or ()"
             )
-
-        def mix(data: Tensor, grain: Tensor) -> Tensor:
-            return over_rows(data, latents) * latents + over_rows(grain, latents) * noise
-
-        z_t, v = mix(self.alpha(t), self.beta(t)), mix(self.alpha_dot(t), self.beta_dot(t))
+        alpha = over_rows(self.alpha(t), latents)
+        beta = over_rows(self.beta(t), latents)
+        z_t = alpha * latents + beta * noise
+        alpha_dot = over_rows(self.alpha_dot(t), latents)
+        beta_dot = over_rows(self.beta_dot(t), latents)
+        v = alpha_dot * latents + beta_dot * noise
         return xp.cast(z_t, latents.dtype), v
 
     def velocity(self, latents: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
@@ -160,7 +162,9 @@ class Schedule:
     @cached_property
     def _velocity_parts(self) -> tuple[TimeFunction, TimeFunction]:
         """beta'/beta and beta lambda'."""
-        return self._beta.dot / self._beta, self._beta * self._ratio.dot
+        of_state = self._beta.dot / self._beta
+        of_latents = self._beta * self._ratio.dot
+        return of_state, of_latents
 
     def _velocity_weights(self, t: Tensor, z_t: Tensor) -> tuple[Tensor, Tensor]:
         """Return beta'/beta and beta lambda' at t, to broadcast over the rows of z_t."""
@@ -169,49 +173,56 @@ class Schedule:
         return over_rows(of_state(times), z_t), over_rows(of_latents(times), z_t)
 
     def _check_ends(self) -> None:
-        for name, function, start, end in (
-            ("alpha", self._alpha, 1.0, 0.0),
-            ("beta", self._beta, 0.0, 1.0),
-        ):
-            for time, wanted in ((0.0, start), (1.0, end)):
-                value = _value_at(function, time, name)
-                if not abs(value - wanted) <= END_TOLERANCE:
-                    raise ScheduleError(
-                        f"got {name}({time:g}) = {value:.6g}, but it must be {wanted:g}: t = 0 "
-                        "is data (alpha = 1, beta = 0) and t = 1 is noise (alpha = 0, beta = 1); "
-                        f"{name} is {function}.{self._advice(name, time, value)}"
-                    )
+        self._check_end("alpha", 0.0, wanted=1.0)
+        self._check_end("alpha", 1.0, wanted=0.0)
+        self._check_end("beta", 0.0, wanted=0.0)
+        self._check_end("beta", 1.0, wanted=1.0)
+
+    def _check_end(self, name: str, time: float, wanted: float) -> None:
+        function = {"alpha": self._alpha, "beta": self._beta}[name]
+        value = _value_at(function, time, name)
+        if abs(value - wanted) <= END_TOLERANCE:
+            return
+        advice = self._advice(name, time, value)
+        raise ScheduleError(
+            f"got {name}({time:g}) = {value:.6g}, but it must be {wanted:g}: "
+            "t = 0 is data (alpha = 1, beta = 0) "
+            "and t = 1 is noise (alpha = 0, beta = 1); "
+            f"{name} is {function}.{advice}"
+        )
 
     def _advice(self, name: str, time: float, value: float) -> str:
         """Return how an end that is wrong may be mended."""
         if (name, time) == ("alpha", 1.0) and 0 < value < 1:
             return _TERMINAL_ADVICE
-        if _runs(self._beta, 1.0, 0.0) and _runs(self._alpha, 0.0, 1.0):
+        are_swapped = _runs(self._beta, 1.0, 0.0) and _runs(self._alpha, 0.0, 1.0)
+        if are_swapped:
             return f" They are swapped: write alpha = {self._beta}, beta = {self._alpha}."
         return ""
 
     def _check_inside(self) -> None:
         times = torch.linspace(TIME_FLOOR, 1.0, GRID_POINTS, dtype=torch.float64)
-        named = {
-            "alpha": self._alpha,
-            "beta": self._beta,
-            "alpha'": self._alpha.dot,
-            "beta'": self._beta.dot,
-        }
-        values = {name: _evaluate(function, times, name) for name, function in named.items()}
-        for name, value in values.items():
-            why = f"{name} must be finite on [{TIME_FLOOR}, 1]"
-            _refuse(~value.isfinite(), times, value, why, name)
-        beta = values["beta"]
-        _refuse(beta <= 0, times, beta, "beta must be positive on (0, 1]", "beta")
-        ratio, slope = self.signal_to_noise(times), self.signal_to_noise_dot(times)
+        alpha = _evaluate(self._alpha, times, "alpha")
+        beta = _evaluate(self._beta, times, "beta")
+        alpha_dot = _evaluate(self._alpha.dot, times, "alpha'")
+        beta_dot = _evaluate(self._beta.dot, times, "beta'")
+        _check_finite("alpha", alpha, times)
+        _check_finite("beta", beta, times)
+        _check_finite("alpha'", alpha_dot, times)
+        _check_finite("beta'", beta_dot, times)
+        why = "beta must be positive on (0, 1]"
+        _refuse(beta <= 0, times, beta, why, "beta")
+        ratio = self.signal_to_noise(times)
+        slope = self.signal_to_noise_dot(times)
         why = "lambda = alpha/beta must fall: lambda' < 0 on (0, 1)"
         _refuse(slope[:-1] >= 0, times, slope, why, "lambda'")
         why = "lambda = alpha/beta must fall strictly"
         _refuse(ratio.diff() >= 0, times, ratio, why, "lambda")
 
     def _repr_latex_(self) -> str:
-        return rf"$\alpha(t) = {_latex(self._alpha)}, \quad \beta(t) = {_latex(self._beta)}$"
+        alpha = rf"\alpha(t) = {_latex(self._alpha)}"
+        beta = rf"\beta(t) = {_latex(self._beta)}"
+        return rf"${alpha}, \quad {beta}$"
 
     def __str__(self) -> str:
         return f"alpha(t) = {self._alpha}, beta(t) = {self._beta}"
@@ -290,15 +301,16 @@ class VariancePreservingSchedule(Schedule):
                 f"got beta_min = {beta_min!r}, beta_max = {beta_max!r}; "
                 "write 0 < beta_min <= beta_max"
             )
-        raw: Any = parse(f"exp(-{beta_min}*t/2 - ({beta_max} - {beta_min})*t**2/4)")
+        growth = f"({beta_max} - {beta_min})"
+        raw: Any = parse(f"exp(-{beta_min}*t/2 - {growth}*t**2/4)")
         end = raw.subs(T, 1)
         alpha = (raw - end) / (1 - end)
         super().__init__(alpha, sympy.sqrt(1 - alpha**2))
 
 
 _TERMINAL_ADVICE = (
-    " A raw diffusion schedule leaves signal at t = 1, "
-    "where sampling starts; rescale it to zero terminal SNR, "
+    " A raw diffusion schedule leaves signal at t = 1, where sampling starts; "
+    "rescale it to zero terminal SNR, "
     "(alpha(t) - alpha(1))/(1 - alpha(1)) with beta = sqrt(1 - alpha**2), "
     "as VariancePreservingSchedule() does."
 )
@@ -339,8 +351,14 @@ def _value_at(function: TimeFunction, time: float, name: str) -> float:
 
 def _runs(function: TimeFunction, start: float, end: float) -> bool:
     """Return whether a function runs from one value to the other."""
-    misses = (_value_at(function, 0.0, "") - start, _value_at(function, 1.0, "") - end)
-    return max(map(abs, misses)) <= END_TOLERANCE
+    miss_at_data = abs(_value_at(function, 0.0, "") - start)
+    miss_at_noise = abs(_value_at(function, 1.0, "") - end)
+    return max(miss_at_data, miss_at_noise) <= END_TOLERANCE
+
+
+def _check_finite(name: str, values: Tensor, times: Tensor) -> None:
+    why = f"{name} must be finite on [{TIME_FLOOR}, 1]"
+    _refuse(~values.isfinite(), times, values, why, name)
 
 
 def _refuse(bad: Tensor, times: Tensor, values: Tensor, why: str, name: str) -> None:
@@ -348,8 +366,8 @@ def _refuse(bad: Tensor, times: Tensor, values: Tensor, why: str, name: str) -> 
     if not bool(bad.any()):
         return
     first = int(bad.nonzero()[0])
-    around = [
-        f"{name}({float(time):.4g}) = {float(value):.6g}"
-        for time, value in zip(times[first : first + 2], values[first : first + 2], strict=True)
-    ]
-    raise ScheduleError(f"{why}, but {', '.join(around)}")
+    around = slice(first, first + 2)
+    shown = []
+    for time, value in zip(times[around], values[around], strict=True):
+        shown.append(f"{name}({float(time):.4g}) = {float(value):.6g}")
+    raise ScheduleError(f"{why}, but {', '.join(shown)}")
