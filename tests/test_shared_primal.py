@@ -36,6 +36,7 @@ from torch.utils.checkpoint import checkpoint
 from flowspace import DerivativeError, InputError
 from flowspace.derivatives import rules
 from flowspace.derivatives.rules import dual as duals
+from flowspace.derivatives.rules import norms
 from flowspace.derivatives.shared_primal import kinds
 
 # --- laws of generated programs
@@ -1225,6 +1226,25 @@ def test_rms_norm_of_bfloat16_has_the_eps_of_torch():
 
     primals, tangents = inputs((4, 6))
     close(ROUTE(fn, primals, tangents)[1], exact(fn, primals, tangents), 0.02)
+
+
+@pytest.mark.skipif(norms.rms_norm_and_scale is None, reason="torch has no such kernel")
+@pytest.mark.parametrize("which", [None, "half"])
+def test_rms_norm_takes_its_scale_from_the_forward_pass(monkeypatch, which):
+    """The value is that of the plain program to the bit, and no scale is formed again."""
+
+    def fn(z, t):
+        return F.rms_norm(z * t[:, None], (6,), SQUARE[0], 0.1)
+
+    primals, tangents = inputs((4, 6))
+    wanted = exact(fn, primals, tangents)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(norms, "rms_norm_and_scale", None)
+        close(ROUTE(fn, primals, tangents)[1], wanted)
+    monkeypatch.setattr(norms, "_scale", None)
+    value, derivative = ROUTE(fn, primals, tangents, choose(4, which))
+    assert torch.equal(value, fn(*primals))
+    close(derivative, masked(wanted, choose(4, which)))
 
 
 @pytest.mark.parametrize(

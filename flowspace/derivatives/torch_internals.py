@@ -17,6 +17,7 @@ __all__ = [
     "not_intercepted",
     "operators_of_networks",
     "outside_transforms",
+    "rms_norm_and_scale",
     "set_gradients",
     "transform_level",
 ]
@@ -41,6 +42,12 @@ outside_transforms = temporarily_clear_interpreter_stack
 
 base_transform = torch._C._functorch.get_unwrapped  # pyright: ignore
 """Returns the tensor that a transform of torch.func wrapped."""
+
+rms_norm_and_scale = None
+"""Returns what `rms_norm` does, and 1/rms(x) beside it; None where torch has no such function."""
+
+if hasattr(torch.ops.aten, "_fused_rms_norm_backward"):  # of old, it was another function
+    rms_norm_and_scale = torch._fused_rms_norm  # pyright: ignore
 
 negated_view = torch._neg_view  # pyright: ignore
 """Returns the numbers of a tensor with the other sign, in the same memory."""

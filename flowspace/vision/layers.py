@@ -40,7 +40,7 @@ class Norm(RmsNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x / sqrt(mean(x^2) + eps) * weight``, over the last axis."""
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return torch.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class TimeEmbedding(nn.Module):
@@ -146,7 +146,10 @@ def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def swiglu(width: int) -> nn.Module:
     """Return a gated MLP of hidden size 8/3 of the width, without biases."""
     hidden = 8 * round(width / 3)
-    return SwiGLU(width, hidden, bias=False)
+    made = SwiGLU(width, hidden, bias=False)
+    for dropout in ("drop1", "drop2"):  # they drop nothing, and would be called all the same
+        made.add_module(dropout, nn.Identity())
+    return made
 
 
 def gelu(width: int) -> nn.Module:

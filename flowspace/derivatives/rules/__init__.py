@@ -39,6 +39,7 @@ from flowspace.derivatives.rules.dual import (
     shared_rows,
 )
 from flowspace.derivatives.rules.indexing import assigned
+from flowspace.derivatives.rules.norms import EVALUATING
 from flowspace.derivatives.rules.random import RANDOM, decompositions
 from flowspace.derivatives.rules.registry import (
     CONSTANT,
@@ -59,6 +60,7 @@ from flowspace.derivatives.rules.registry import (
 
 __all__ = [
     "CONSTANT",
+    "EVALUATING",
     "RANDOM",
     "RULES",
     "At",

@@ -199,6 +199,9 @@ def _write_pairs(
     out: Tensor, primals: Operands, tangents: Operands, form: Form, at_once: int
 ) -> None:
     """Write the tangent in blocks of pairs of a row and a head, which are the first axis."""
+    if len(out) <= at_once:
+        _write_block(out, primals, tangents, form, 0)
+        return
     for first in range(0, len(out), at_once):
         part = slice(first, first + at_once)
         _write_block(out[part], primals.at(part), tangents.at(part), form, 0)

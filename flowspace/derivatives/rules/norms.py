@@ -22,6 +22,10 @@ from torch import Tensor
 
 from flowspace.derivatives.rules.dual import Dual, LostRowsError, restrict
 from flowspace.derivatives.rules.registry import Call, forward, rule
+from flowspace.derivatives.torch_internals import rms_norm_and_scale
+
+EVALUATING = frozenset({"layer_norm", "rms_norm"})
+"""Functions whose rule runs the function itself, if it was not run before."""
 
 INPUT_ONLY = [True, False, False]
 """Asks a backward kernel for the gradient of the input, and not of weight and bias."""
@@ -98,26 +102,58 @@ def rms_norm(
     weight: Any = None,
     eps: float | None = None,
 ) -> Any:
-    """The tangent is weight (dx - u mean(u dx)) / rms(x), where u = x / rms(x)."""
+    """The tangent is weight (dx - u mean(u dx)) / rms(x), where u = x / rms(x).
+
+    If the function was not evaluated before, this rule does so, by the kernel that returns 1/rms
+    beside the output where there is one.
+    """
     if len(call.duals) > 1 or not isinstance(x, Dual):
+        call.run(call.evaluate)
         return forward(call)
     dims = list(range(-len(normalized_shape), 0))
     x.untouched(*dims)
+    scale = None
+    if call.evaluated or call.traced or not _by_kernel(x.primal, weight):
+        call.run(call.evaluate)
+    else:
+        given = x.primal, normalized_shape, weight, eps
+        call.out, scale = call.run(rms_norm_and_scale, *given)
+        scale = restrict(scale.detach(), x.layout)
     rows, tangent = x.rows, x.tangent
     # in at least float32, as torch forms it, default eps included
     dtype = torch.promote_types(rows.dtype, torch.float32)
     if rows.dtype != dtype:
         rows, tangent = rows.to(dtype), tangent.to(dtype)
-    if eps is None:
-        eps = torch.finfo(dtype).eps
     count = math.prod(normalized_shape)
-    # weight (dx - x mean(x dx) / size) / sqrt(size), with sums: a mean costs a CPU twice as much
-    size = rows.square().sum(dims, keepdim=True).div_(count).add_(eps)
-    share = (rows * tangent).sum(dims, keepdim=True).div_(size)
-    derivative = torch.addcmul(tangent, rows, share, value=-1 / count).mul_(size.rsqrt_())
+    if scale is None:
+        scale = _scale(rows, dims, count, eps)
+    u = rows * scale
+    # with sums, for a mean costs a CPU twice as much
+    share = (u * tangent).sum(dims, keepdim=True)
+    derivative = torch.addcmul(tangent, u, share, value=-1 / count).mul_(scale)
     if weight is None:
         return derivative
     return derivative.mul_(weight)
+
+
+def _scale(x: Tensor, dims: list[int], count: int, eps: float | None) -> Tensor:
+    """Return 1/rms(x) along these axes, which hold so many numbers."""
+    if eps is None:
+        eps = torch.finfo(x.dtype).eps
+    size = x.square().sum(dims, keepdim=True).div_(count)
+    return size.add_(eps).rsqrt_()
+
+
+def _by_kernel(x: Tensor, weight: Tensor | None) -> bool:
+    """Return whether torch's `rms_norm` of these is the kernel that returns 1/rms(x) too.
+
+    What autocast does, other dtypes and pictures with channels last are left to torch.
+    """
+    if rms_norm_and_scale is None or torch.is_autocast_enabled(x.device.type):
+        return False
+    if x.is_complex() or (x.ndim > 3 and x.stride(1) == 1):
+        return False
+    return weight is None or weight.dtype == x.dtype
 
 
 @rule("group_norm")

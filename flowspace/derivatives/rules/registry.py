@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from flowspace.derivatives.replay import forward_mode_lock
 from flowspace.derivatives.rules.dual import Dual, Layout, LostRowsError, shared_rows
+from flowspace.derivatives.torch_internals import set_gradients
 from flowspace.errors import DerivativeError
 
 __all__ = [
@@ -96,8 +97,12 @@ class Call:
 
     def run(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call a function of primals, with gradient where the program has it."""
-        with torch.set_grad_enabled(self.grad):
+        before = torch.is_grad_enabled()
+        set_gradients(self.grad)
+        try:
             return func(*args, **kwargs)
+        finally:
+            set_gradients(before)
 
     @property
     def evaluated(self) -> bool:
@@ -114,6 +119,8 @@ class Call:
         """Return the tangent of a broadcasting function, expanded to the output's shape."""
         dual, shape = self.duals[0], self.out.shape
         layout = dual.layout
+        if tangent.shape == dual.tangent.shape and shape == dual.primal.shape:
+            return At(tangent, layout)  # as it mostly is
         if layout is None:
             if tangent.shape != shape:
                 tangent = tangent.expand(shape)

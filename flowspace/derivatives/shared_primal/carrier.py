@@ -226,6 +226,8 @@ class Carrier(TorchFunctionMode):
         treatment = treatment_of(func)
         if treatment.kind == "metadata":
             return func(*args, **kwargs)
+        if treatment.kind == "itself" and _is_itself(args, kwargs):
+            return args[0]
         duals: list[Dual] = []
         given, primals = self.unpack(args, duals)
         named, options = kwargs, kwargs
@@ -333,9 +335,9 @@ class Carrier(TorchFunctionMode):
         unruled = rule is None or rule is rules.pointwise
         if unruled and not self.traced and rules.may_draw(name):
             draws = RandomState(call.duals[0].primal.device)
-        # The rule of layer_norm runs the function itself, by a kernel that returns mean and scale
-        # too. A dispatch mode of the user has to see the function that the model calls.
-        by_rule = name == "layer_norm" and (self.traced or not dispatch_modes())
+        # The rules of norms run the function itself, by a kernel that returns mean and scale too.
+        # A dispatch mode of the user has to see the function that the model calls.
+        by_rule = name in rules.EVALUATING and (self.traced or not dispatch_modes())
         if not by_rule and not rules.moves(call.evaluate()):
             if name in WHOLE:
                 warn_of_whole_numbers(name)
@@ -470,6 +472,14 @@ class Carrier(TorchFunctionMode):
                 return self.carry(script, args, kwargs)
             finally:
                 self.inside.pop()
+
+
+def _is_itself(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether these ask a tensor for the dtype that it has, which returns it as it is.
+
+    Models ask for it before most layers, and mean it under autocast only.
+    """
+    return len(args) == 2 and not kwargs and args[1] is args[0].dtype
 
 
 def _same_memory(cls: type, given: Sequence[Tensor], out: Tensor) -> Tensor:
