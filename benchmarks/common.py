@@ -1,5 +1,7 @@
 """What benchmarks of the derivative share: the device, its clocks and memory, timm's ViT."""
 
+import math
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +23,10 @@ __all__ = [
     "timed",
 ]
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = torch.device("cpu")
+if torch.cuda.is_available():
+    DEVICE = torch.device("cuda")
+
 CHANNELS = 16
 """Channels of the latents that `TimmViT` takes and returns."""
 
@@ -45,12 +50,15 @@ class TimmViT(nn.Module):
             class_token=False,
             global_pool="",
         )
-        self.times, self.head = nn.Linear(2, CHANNELS), nn.Linear(width, CHANNELS)
+        self.times = nn.Linear(2, CHANNELS)
+        self.head = nn.Linear(width, CHANNELS)
 
     def forward(self, z: Tensor, t: Tensor, s: Tensor, labels: Tensor) -> Tensor:
         """Map latents ``(B, 16, side, side)`` to latents."""
-        x = self.vit(z + self.times(torch.stack([t, s], 1))[:, :, None, None])
-        return self.head(x).transpose(1, 2).unflatten(2, (self.side, self.side))
+        times = self.times(torch.stack([t, s], 1))
+        tokens = self.vit(z + times[:, :, None, None])
+        maps = self.head(tokens).transpose(1, 2)
+        return maps.unflatten(2, (self.side, self.side))
 
 
 # --- time and memory
@@ -64,8 +72,9 @@ def finish() -> None:
 
 def clock() -> float:
     """Return seconds: of this process where it is one thread, else of the wall."""
-    alone = DEVICE.type == "cpu" and torch.get_num_threads() == 1
-    return time.process_time() if alone else time.perf_counter()
+    if DEVICE.type == "cpu" and torch.get_num_threads() == 1:
+        return time.process_time()
+    return time.perf_counter()
 
 
 def timed(job: Callable[[], object]) -> float:
@@ -74,7 +83,8 @@ def timed(job: Callable[[], object]) -> float:
         start = clock()
         job()
         return clock() - start
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first = torch.cuda.Event(enable_timing=True)
+    last = torch.cuda.Event(enable_timing=True)
     finish()
     first.record()
     job()
@@ -85,8 +95,11 @@ def timed(job: Callable[[], object]) -> float:
 
 def resident(field: str) -> float:
     """Return a memory field of this process in bytes, as Linux tells it."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+    status = Path("/proc/self/status").read_text()
+    found = re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)
+    if found is None:
+        raise RuntimeError(f"/proc/self/status has no {field}, which Linux writes there")
+    return 1024.0 * int(found[1])
 
 
 def growth(job: Callable[[], object]) -> float:
@@ -107,10 +120,14 @@ def growth(job: Callable[[], object]) -> float:
 
 def number(value: float, form: str) -> str:
     """Return a number, or nothing where there is none."""
-    return "" if value != value else format(value, form)
+    if math.isnan(value):
+        return ""
+    return format(value, form)
 
 
 def spread(values: Sequence[float]) -> str:
-    """Return the median and the quartiles of a ratio."""
+    """Return the median and the quartiles of a ratio; of a single one, that."""
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"

@@ -7,9 +7,11 @@ diagonal by a coin each. Medians of interleaved runs.
 """
 
 import argparse
+import functools
+import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +21,9 @@ from flowspace import CrossFlowLoss, TimePairs
 from flowspace.demo.page import markdown_table
 
 ROUNDS = 201
+UNCOUNTED = 5
+"""Rounds before them, which compile and warm up."""
+
 SIZE = 16
 OBJECTIVE = CrossFlowLoss(times=TimePairs())
 
@@ -27,7 +32,8 @@ Loss = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
 
 def mlp(weights: list[jax.Array], z: jax.Array, t: jax.Array, s: jax.Array) -> jax.Array:
     """Return the output of an MLP with SiLU of (z, t, s)."""
-    h = jnp.concatenate([z, t[:, None], s[:, None]], 1)
+    times = jnp.stack([t, s], 1)
+    h = jnp.concatenate([z, times], 1)
     for weight in weights[:-1]:
         h = jax.nn.silu(h @ weight)
     return h @ weights[-1]
@@ -35,44 +41,67 @@ def mlp(weights: list[jax.Array], z: jax.Array, t: jax.Array, s: jax.Array) -> j
 
 def by_flowspace(weights: Any, z: jax.Array, x: jax.Array, key: jax.Array) -> jax.Array:
     """Return the loss of `CrossFlowLoss`."""
-    return OBJECTIVE(lambda z, t, s: mlp(weights, z, t, s), z, x, generator=key).loss.mean()
+    network = functools.partial(mlp, weights)
+    out = OBJECTIVE(network, z, x, generator=key)
+    return out.loss.mean()
 
 
 def by_hand(weights: Any, z: jax.Array, x: jax.Array, key: jax.Array) -> jax.Array:
     """Return y* = (s/t) x + (1 - s/t) sg(f - t D_t f), written out."""
     for_times, for_diagonal, for_noise = jax.random.split(key, 3)
     pair = jax.random.uniform(for_times, (2, len(z)), minval=0.01)
+    diagonal = jax.random.bernoulli(for_diagonal, 0.5, (len(z),))
     t = pair.max(0)
-    s = jnp.where(jax.random.bernoulli(for_diagonal, 0.5, (len(z),)), t, pair.min(0))
+    s = jnp.where(diagonal, t, pair.min(0))
     noise = jax.random.normal(for_noise, z.shape)
-    z_t = (1 - t[:, None]) * z + t[:, None] * noise
-    f, df = jax.jvp(lambda z, t: mlp(weights, z, t, s), (z_t, t), (noise - z, jnp.ones_like(t)))
-    share = (s / t)[:, None]
-    target = jax.lax.stop_gradient(share * x + (1 - share) * (f - t[:, None] * df))
-    return ((f - target) ** 2).mean()
+    T, S = t[:, None], s[:, None]
+    z_t = (1 - T) * z + T * noise
+
+    def of_state(z: jax.Array, t: jax.Array) -> jax.Array:
+        return mlp(weights, z, t, s)
+
+    tangents = (noise - z, jnp.ones_like(t))
+    f, df = jax.jvp(of_state, (z_t, t), tangents)
+    target = S / T * x + (1 - S / T) * (f - T * df)
+    error = f - jax.lax.stop_gradient(target)
+    return (error**2).mean()
 
 
 def step_of(loss: Loss) -> Callable[..., Any]:
     """Return a jitted step of gradient descent."""
+    slope_of = jax.value_and_grad(loss)
 
     @jax.jit
     def step(weights: Any, z: jax.Array, x: jax.Array, key: jax.Array) -> Any:
-        value, slope = jax.value_and_grad(loss)(weights, z, x, key)
-        return value, jax.tree.map(lambda w, g: w - 1e-3 * g, weights, slope)
+        value, slope = slope_of(weights, z, x, key)
+        moved = jax.tree.map(lambda w, g: w - 1e-3 * g, weights, slope)
+        return value, moved
 
     return step
 
 
-def medians(rounds: int, jobs: dict[str, Callable[..., Any]], *arguments: Any) -> dict[str, float]:
-    """Return the median seconds of each job, run in turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    for turn in range(rounds + 5):
-        names = list(jobs)
-        for name in names if turn % 2 else reversed(names):
+def medians(rounds: int, steps: Sequence[Callable[..., Any]], *arguments: Any) -> list[float]:
+    """Return the median seconds of each step, run in turn, every other time backwards."""
+    seconds: list[list[float]] = [[] for _ in steps]
+    order = list(range(len(steps)))
+    for _ in range(UNCOUNTED + rounds):
+        order.reverse()
+        for number in order:
             start = time.perf_counter()
-            jax.block_until_ready(jobs[name](*arguments))
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values[5:]) for name, values in seconds.items()}
+            out = steps[number](*arguments)
+            jax.block_until_ready(out)
+            seconds[number].append(time.perf_counter() - start)
+    return [statistics.median(taken[UNCOUNTED:]) for taken in seconds]
+
+
+def weights_of(width: int, keys: jax.Array) -> list[jax.Array]:
+    """Draw the weights of an MLP with three hidden layers."""
+    sizes = (SIZE + 2, width, width, width, SIZE)
+    weights = []
+    for key, shape in zip(keys, itertools.pairwise(sizes), strict=False):
+        weight = jax.random.normal(key, shape)
+        weights.append(weight / shape[0] ** 0.5)
+    return weights
 
 
 def main() -> None:
@@ -83,17 +112,14 @@ def main() -> None:
     rows = []
     for width, batch in ((128, 512), (512, 256), (512, 2048)):
         keys = jax.random.split(jax.random.key(0), 8)
-        shapes = [(SIZE + 2, width), (width, width), (width, width), (width, SIZE)]
-        weights = [
-            jax.random.normal(key, shape) / shape[0] ** 0.5
-            for key, shape in zip(keys, shapes, strict=False)
-        ]
-        z, x = (jax.random.normal(key, (batch, SIZE)) for key in keys[4:6])
-        jobs = {"flowspace": step_of(by_flowspace), "hand": step_of(by_hand)}
-        found = medians(options.rounds, jobs, weights, z, x, keys[7])
-        ratio = found["flowspace"] / found["hand"]
-        times = [f"{1000 * seconds:.2f}" for seconds in found.values()]
-        rows.append((f"3 hidden layers of {width}, batch {batch}", f"{ratio:.3f}", *times))
+        weights = weights_of(width, keys)
+        z = jax.random.normal(keys[4], (batch, SIZE))
+        x = jax.random.normal(keys[5], (batch, SIZE))
+        steps = (step_of(by_flowspace), step_of(by_hand))
+        ours, theirs = medians(options.rounds, steps, weights, z, x, keys[7])
+        name = f"3 hidden layers of {width}, batch {batch}"
+        ratio = f"{ours / theirs:.3f}"
+        rows.append((name, ratio, f"{1000 * ours:.2f}", f"{1000 * theirs:.2f}"))
     head = ("MLP", "CrossFlow step over the hand-written one", "ms", "ms by hand")
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}\n")
     print(markdown_table(head, rows))

@@ -9,7 +9,7 @@ runs in one process.
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,7 @@ class Known(Derivative):
         return self.value, self.slope
 
 
-def medians(jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def medians(jobs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Return the median seconds of each job, run in turn."""
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for _ in range(rounds + 2):
@@ -65,33 +65,37 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     network = SmallViT(16, 8, outputs=3, patch=2, size=ViTSize(256, 4, 4))
-    z, x, labels = torch.randn(64, 16, 8, 8), torch.randn(64, 3, 16, 16), torch.randint(10, (64,))
+    z = torch.randn(64, 16, 8, 8)
+    x = torch.randn(64, 3, 16, 16)
+    cond = {"labels": torch.randint(10, (64,))}
+    value = torch.randn_like(x, requires_grad=True)
+    slope = torch.randn_like(x)
     objective = CrossFlowLoss()
-    value, slope = torch.randn_like(x, requires_grad=True), torch.randn_like(x)
     bare = CrossFlowLoss(derivative=Known(value, slope))
 
     def plain() -> None:
         t = torch.rand(64)
-        (network(z, t, t, labels=labels) - x).square().mean().backward()
+        error = network(z, t, t, **cond) - x
+        error.square().mean().backward()
 
     def cross_flow() -> None:
-        objective(network, z, x, cond={"labels": labels}).loss.mean().backward()
+        out = objective(network, z, x, cond=cond)
+        out.loss.mean().backward()
 
     def overhead() -> None:
-        bare(network, z, x, cond={"labels": labels}).loss.mean().backward()
+        out = bare(network, z, x, cond=cond)
+        out.loss.mean().backward()
 
-    found = medians(
-        {
-            "plain regression step": plain,
-            "CrossFlow step": cross_flow,
-            "flowspace itself": overhead,
-        },
-        options.rounds,
-    )
+    jobs = {
+        "plain regression step": plain,
+        "CrossFlow step": cross_flow,
+        "flowspace itself": overhead,
+    }
+    found = medians(jobs, options.rounds)
     base = found["plain regression step"]
-    rows = [
-        (name, f"{seconds / base:.4f}", f"{1000 * seconds:.2f}") for name, seconds in found.items()
-    ]
+    rows = []
+    for name, seconds in found.items():
+        rows.append((name, f"{seconds / base:.4f}", f"{1000 * seconds:.2f}"))
     print(markdown_table(("what", "over a plain step", "ms, this machine"), rows))
 
 

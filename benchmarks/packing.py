@@ -45,31 +45,40 @@ def padded(
         labels: for each resolution labels ``(B_k,)``.
     """
     patch = network.config["patch"]
+    label: Any = network.label
+    counts = [len(z) for z in pictures]
     sides = [z.shape[2] // patch for z in pictures]
     longest = max(sides) ** 2
-    tokens, there, cosines, sines, conditions = [], [], [], [], []
+    tokens = []
+    there = []
+    cosines = []
+    sines = []
+    conditions = []
     for z, side, times, classes in zip(pictures, sides, t, labels, strict=True):
-        missing = longest - side * side
+        padding = (0, 0, 0, longest - side * side)
         x = F.pixel_unshuffle(z, patch).flatten(2).transpose(1, 2)
-        tokens.append(F.pad(x, (0, 0, 0, missing)))
-        there.append((torch.arange(longest) < side * side).expand(len(z), -1))
+        tokens.append(F.pad(x, padding))
+        first = torch.arange(longest) < side * side
+        there.append(first.expand(len(z), -1))
         cosine, sine = network.rotary(side, side, z.device)
-        cosines.append(F.pad(cosine, (0, 0, 0, missing)).expand(len(z), -1, -1))
-        sines.append(F.pad(sine, (0, 0, 0, missing)).expand(len(z), -1, -1))
+        cosines.append(F.pad(cosine, padding).expand(len(z), -1, -1))
+        sines.append(F.pad(sine, padding).expand(len(z), -1, -1))
         resolution = network.resolution(torch.tensor([side]))
-        label: Any = network.label
         conditions.append(network.time(times) + resolution + label(classes))
     x = network.embed(torch.cat(tokens))
     condition = F.silu(torch.cat(conditions))
     turn = torch.cat(cosines)[:, None], torch.cat(sines)[:, None]
+    mask = torch.cat(there)[:, None, None]
     blocks: Any = network.blocks
     for block in blocks:
-        x = padded_block(block, x, condition, turn, torch.cat(there)[:, None, None])
+        x = padded_block(block, x, condition, turn, mask)
     shift, scale = network.modulation(condition)[:, None].chunk(2, -1)
-    out = network.head(F.layer_norm(x, x.shape[2:], eps=1e-6) * (1 + scale) + shift)
+    x = F.layer_norm(x, x.shape[2:], eps=1e-6)
+    out = network.head(x * (1 + scale) + shift)
     velocities = []
-    for part, side in zip(out.split([len(z) for z in pictures]), sides, strict=True):
-        maps = part[:, : side * side].transpose(1, 2).unflatten(2, (side, side))
+    for part, side in zip(out.split(counts), sides, strict=True):
+        cells = part[:, : side * side].transpose(1, 2)
+        maps = cells.unflatten(2, (side, side))
         velocities.append(F.pixel_shuffle(maps, patch))
     return velocities
 
@@ -86,11 +95,14 @@ def padded_block(
     modulation = block.modulation(condition)[:, None]
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, -1)
 
-    y = F.layer_norm(x, x.shape[2:], eps=1e-6) * (1 + scale1) + shift1
+    y = F.layer_norm(x, x.shape[2:], eps=1e-6)
+    y = y * (1 + scale1) + shift1
     q, k, v = layer.qkv(y).chunk(3, -1)
-    q = turned(heads_first(layer.q_norm(q), layer.heads), *turn)
-    k = turned(heads_first(layer.k_norm(k), layer.heads), *turn)
+    q = heads_first(layer.q_norm(q), layer.heads)
+    k = heads_first(layer.k_norm(k), layer.heads)
     v = heads_first(v, layer.heads)
+    q = turned(q, *turn)
+    k = turned(k, *turn)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=there)
     x = x + gate1 * layer.proj(y.transpose(1, 2).flatten(2))
 
@@ -129,13 +141,16 @@ WAYS = {"padded": padded, "one call a resolution": separate, "packed": packed}
 
 def step(way: Callable[..., list[Tensor]], network: PixelFlowTransformer, batch: int) -> float:
     """Return the seconds of one step on a batch of pictures, equally many of each size."""
-    pictures = [torch.randn(batch // len(SIDES), 3, side, side) for side in SIDES]
-    t = [torch.rand(len(z)) for z in pictures]
-    labels = [torch.randint(CLASSES, (len(z),)) for z in pictures]
+    count = batch // len(SIDES)
+    pictures = [torch.randn(count, 3, side, side) for side in SIDES]
+    t = [torch.rand(count) for _ in SIDES]
+    labels = [torch.randint(CLASSES, (count,)) for _ in SIDES]
 
     def job() -> None:
-        found = way(network, pictures, t, labels)
-        losses = [(v - z).square().mean() for v, z in zip(found, pictures, strict=True)]
+        velocities = way(network, pictures, t, labels)
+        losses = []
+        for v, z in zip(velocities, pictures, strict=True):
+            losses.append((v - z).square().mean())
         torch.stack(losses).mean().backward()
 
     seconds = timed(job)
@@ -167,7 +182,7 @@ def main() -> None:
     rows = []
     for name, taken in seconds.items():
         ratios = [each / base for each in taken]
-        rows.append((name, spread(ratios) if options.rounds > 1 else f"{ratios[0]:.2f}"))
+        rows.append((name, spread(ratios)))
     print(markdown_table(("what", "over packed, quartiles"), rows))
 
 
