@@ -7,14 +7,23 @@ in `flowspace.backends`.
 import math
 import numbers
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias, TypeGuard
 
 from torch import Tensor
 
 from flowspace.backends import backend_of
 from flowspace.errors import TimeError
 
-__all__ = ["Model", "at_least_float32", "checked_times", "draw_noise", "is_number", "over_rows"]
+__all__ = [
+    "Cond",
+    "Model",
+    "at_least_float32",
+    "checked_times",
+    "draw_noise",
+    "is_count",
+    "is_number",
+    "over_rows",
+]
 
 LARGEST_SETTING = 1e9
 """A finite setting beyond this is a slip: what it scales would overflow."""
@@ -22,8 +31,11 @@ LARGEST_SETTING = 1e9
 SINGLE = 4
 """Bytes of a number in float32."""
 
-Model = Callable[..., Tensor]
+Model: TypeAlias = Callable[..., Tensor]
 """Any callable ``model(z_t, t, s, **cond)`` on ``(B, *)`` states and ``(B,)`` times."""
+
+Cond: TypeAlias = dict[str, Any]
+"""A model's arguments beside state and times, by name."""
 
 
 def is_number(value: Any) -> bool:
@@ -37,11 +49,17 @@ def is_number(value: Any) -> bool:
     return size <= LARGEST_SETTING or size == math.inf
 
 
+def is_count(value: Any) -> TypeGuard[int]:
+    """Return whether a value is a whole number of at least 1."""
+    return isinstance(value, int) and is_number(value) and value >= 1
+
+
 def over_rows(values: Tensor, like: Tensor) -> Tensor:
     """View values of shape ``()`` or ``(B,)`` to broadcast over rows of shape ``(B, *)``."""
     if not values.ndim:
         return values
-    return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
+    other_axes = (1,) * (like.ndim - values.ndim)
+    return values.reshape(values.shape + other_axes)
 
 
 def at_least_float32(array: Tensor) -> Tensor:
@@ -69,11 +87,11 @@ def checked_times(t: Tensor | float, s: Tensor | float, states: Tensor) -> tuple
     Raises:
         TimeError: if they are of another type, shape or range. This waits for the device.
     """
-    above = _one_per_row("t", t, states)
-    below = _one_per_row("s", s, states)
-    _check_range("t", (above > 0) & (above <= 1), above, below)
-    _check_range("s", (below >= 0) & (below <= above), above, below)
-    return above, below
+    t = _one_per_row("t", t, states)
+    s = _one_per_row("s", s, states)
+    _check_range("t", (t > 0) & (t <= 1), t, s)
+    _check_range("s", (s >= 0) & (s <= t), t, s)
+    return t, s
 
 
 def _one_per_row(name: str, time: Tensor | float, states: Tensor) -> Tensor:
@@ -84,24 +102,27 @@ def _one_per_row(name: str, time: Tensor | float, states: Tensor) -> Tensor:
         )
     array: Tensor = xp.as_array(time, states)
     if not xp.is_floating(array):
+        hint = xp.to_float.format(name)
         raise TimeError(
-            f"got {name} of dtype {array.dtype}; "
-            f"times are real numbers in [0, 1]: write {xp.to_float.format(name)}"
+            f"got {name} of dtype {array.dtype}; times are real numbers in [0, 1]: write {hint}"
         )
     if array.shape not in ((), (rows,)):
         raise TimeError(
             f"got {name} of shape {tuple(array.shape)}; "
             f"it must be () or ({rows},), one time per row"
         )
-    return xp.one_per_row(xp.cast(array, xp.time_dtype(states)), rows)
+    times = xp.cast(array, xp.time_dtype(states))
+    return xp.one_per_row(times, rows)
 
 
 def _check_range(name: str, holds: Tensor, t: Tensor, s: Tensor) -> None:
-    if not backend_of(holds).has_values(holds) or bool(holds.all()):
+    are_known = backend_of(holds).has_values(holds)
+    if not are_known or bool(holds.all()):
         return
     row = holds.tolist().index(False)
+    t_, s_ = float(t[row]), float(s[row])
     raise TimeError(
-        f"got t = {float(t[row]):.6g}, s = {float(s[row]):.6g} in row {row}; "
-        f"{name} is out of range: times obey 0 <= s <= t <= 1 with t > 0, "
+        f"got t = {t_:.6g}, s = {s_:.6g} in row {row}; {name} is out of range: "
+        "times obey 0 <= s <= t <= 1 with t > 0, "
         "where t = 0 is data (lambda is infinite there) and t = 1 is noise"
     )

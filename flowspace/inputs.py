@@ -130,7 +130,8 @@ def checked_cond(cond: Any) -> dict[str, Any]:
 def check_states(name: str, states: Any) -> None:
     """Raise InputError unless states are real numbers of shape ``(B, *)``, B at least 1."""
     xp = backend_of(states)
-    if not xp.is_array(states) or not xp.is_floating(states) or states.ndim < 1:
+    are_numbers = xp.is_array(states) and xp.is_floating(states)
+    if not are_numbers or states.ndim < 1:
         raise InputError(
             f"got {name} of {kind_of(states)}; a tensor of real numbers of shape (B, *) is needed"
         )

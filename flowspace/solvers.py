@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowspace.arrays import is_number
+from flowspace.arrays import is_count, is_number
 from flowspace.errors import InputError, TimeError
 from flowspace.guidance import Guidance
 from flowspace.inputs import check_states, checked_cond, require
@@ -46,7 +46,8 @@ class Euler(Solver):
         states = [z]
         with torch.no_grad():
             for t, s in itertools.pairwise(times):
-                v = _checked(velocity(z, t.expand(len(z)).contiguous()), z)
+                per_row = t.expand(len(z)).contiguous()
+                v = _checked(velocity(z, per_row), z)
                 z = (z + (s - t) * v).to(z.dtype)
                 states.append(z)
         return torch.stack(states)
@@ -84,12 +85,12 @@ class DormandPrince(Solver):
     atol: float = 1e-5
 
     def __post_init__(self) -> None:
-        are_numbers = is_number(self.rtol) and is_number(self.atol)
-        if not (are_numbers and 0 < self.rtol < math.inf and 0 < self.atol < math.inf):
-            raise InputError(
-                f"got rtol = {self.rtol!r}, atol = {self.atol!r}; "
-                "tolerances are above 0, such as 1e-5"
-            )
+        for tolerance in (self.rtol, self.atol):
+            if not (is_number(tolerance) and 0 < tolerance < math.inf):
+                raise InputError(
+                    f"got rtol = {self.rtol!r}, atol = {self.atol!r}; "
+                    "tolerances are above 0, such as 1e-5"
+                )
 
     def path(self, velocity: Velocity, z: Tensor, times: Tensor) -> Tensor:
         """Return the states ``(n, B, *)`` at the times ``(n,)`` of a monotone grid, z first."""
@@ -107,7 +108,8 @@ def _odeint(velocity: Velocity, z: Tensor, times: Tensor, **options: Any) -> Ten
 
     def right_hand_side(t: Tensor, state: Tensor) -> Tensor:
         t = t.to(times.dtype).expand(len(state)).contiguous()
-        return _checked(velocity(state, t), state).to(state.dtype)
+        v = _checked(velocity(state, t), state)
+        return v.to(state.dtype)
 
     with torch.no_grad():
         return odeint(right_hand_side, z, times, **options)  # pyright: ignore[reportReturnType]
@@ -175,7 +177,12 @@ class VelocityFlow:
         if guidance is not None:
             velocity = guidance.apply(velocity)
         grid = falling_grid(noise, steps, times)
-        return self.solver.path(lambda z, t: velocity(z, t, **given), noise, grid)[-1]
+
+        def conditioned(z: Tensor, t: Tensor) -> Tensor:
+            return velocity(z, t, **given)
+
+        path = self.solver.path(conditioned, noise, grid)
+        return path[-1]
 
 
 def falling_grid(noise: Tensor, steps: int, times: Sequence[float] | Tensor | None) -> Tensor:
@@ -195,7 +202,7 @@ def falling_grid(noise: Tensor, steps: int, times: Sequence[float] | Tensor | No
     if isinstance(noise, Tensor):
         where["device"] = noise.device
     if times is None:
-        if not isinstance(steps, int) or not is_number(steps) or steps < 1:
+        if not is_count(steps):
             raise TimeError(
                 f"got steps = {steps!r}; it counts evaluations, so write 1 or a larger integer"
             )
@@ -212,4 +219,5 @@ def falling_grid(noise: Tensor, steps: int, times: Sequence[float] | Tensor | No
 
 
 def _falls(grid: Tensor) -> bool:
-    return bool(grid[0] == 1) and bool(grid[-1] == 0) and bool((grid.diff() < 0).all())
+    has_ends = bool(grid[0] == 1) and bool(grid[-1] == 0)
+    return has_ends and bool((grid.diff() < 0).all())

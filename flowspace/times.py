@@ -7,8 +7,9 @@ lambda is infinite at t = 0.
 
 import abc
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -30,6 +31,9 @@ __all__ = [
     "ToDataTimes",
     "UniformTimes",
 ]
+
+DrawPairs: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
+"""``(rows, *, generator, device, dtype)`` to t and s, each of shape ``(rows,)``."""
 
 REFERENCE_DIM = 4096
 """The latent size at which a shift is 1: 4 x 32 x 32, where the shift of Esser et al. (arXiv
@@ -146,7 +150,8 @@ class PowerTimes(TimeSampler):
 
     def draw(self, rows: int, source: RandomSource) -> Tensor:
         """Return times of shape ``(rows,)``."""
-        t = TIME_FLOOR + (1 - TIME_FLOOR) * source.uniform(rows) ** self.power
+        bent = source.uniform(rows) ** self.power
+        t = TIME_FLOOR + (1 - TIME_FLOOR) * bent
         return source.library.clamp(t, TIME_FLOOR, 1.0)
 
 
@@ -179,7 +184,8 @@ class LogitNormalTimes(TimeSampler):
     def draw(self, rows: int, source: RandomSource) -> Tensor:
         """Return times of shape ``(rows,)``."""
         logit = self.mean + self.spread * source.normal(rows)
-        return source.library.clamp(source.library.sigmoid(logit), TIME_FLOOR)
+        t = source.library.sigmoid(logit)
+        return source.library.clamp(t, TIME_FLOOR)
 
 
 @dataclass(frozen=True)
@@ -253,7 +259,8 @@ class KarrasTimes(TimeSampler):
 
     def draw(self, rows: int, source: RandomSource) -> Tensor:
         """Return times of shape ``(rows,)``."""
-        low, high = self.lowest ** (1 / self.rho), self.highest ** (1 / self.rho)
+        low = self.lowest ** (1 / self.rho)
+        high = self.highest ** (1 / self.rho)
         level = (low + (high - low) * source.uniform(rows)) ** self.rho
         t = level / (1 + level)
         return source.library.clamp(t, TIME_FLOOR)
@@ -322,16 +329,18 @@ class TimePairs(PairSampler):
     def draw(self, rows: int, source: RandomSource) -> tuple[Tensor, Tensor]:
         """Return t and s, each of shape ``(rows,)``."""
         for_first, for_second, for_rank, for_rounding = source.split(4)
-        first, second = self.times.draw(rows, for_first), self.times.draw(rows, for_second)
+        first = self.times.draw(rows, for_first)
+        second = self.times.draw(rows, for_second)
         rank = for_rank.uniform(rows).argsort().argsort()
+        rounded = rank + for_rounding.uniform()
         # rank + u rounds to the next rank once in a million draws, so the first are told by rank
-        diagonal = (rank < self._least_equal(rows)) | (
-            rank + for_rounding.uniform() < self.equal * rows
-        )
+        among_first = rank < self._least_equal(rows)
+        diagonal = among_first | (rounded < self.equal * rows)
         xp = source.library
         if self.mask_first:
             second = xp.where(diagonal, first, second)
-        t, s = xp.maximum(first, second), xp.minimum(first, second)
+        t = xp.maximum(first, second)
+        s = xp.minimum(first, second)
         return t, xp.where(diagonal, t, s)
 
     def _least_equal(self, rows: int) -> int:
@@ -342,8 +351,10 @@ class TimePairs(PairSampler):
         """Return how many of so many rows have s < t at most; None in a subclass that draws them
         in another way.
         """
-        mine = TimePairs.draw, TimePairs.__call__
-        if (type(self).draw, type(self).__call__) != mine:
+        kind = type(self)
+        if kind.draw is not TimePairs.draw:
+            return None
+        if kind.__call__ is not TimePairs.__call__:
             return None
         return rows - self._least_equal(rows)
 
@@ -375,3 +386,24 @@ class ToDataTimes(PairSampler):
     def most_off_diagonal(self, rows: int) -> int:
         """Return how many of so many rows have s < t at most: all."""
         return rows
+
+
+def drawn_pairs(times: DrawPairs, rows: int, **settings: Any) -> tuple[Tensor, Tensor]:
+    """Return t and s as a sampler or a user's function draws them.
+
+    Args:
+        times: what draws them.
+        rows: how many.
+        settings: generator, device and dtype.
+
+    Raises:
+        TimeError: unless each has shape ``(rows,)``.
+    """
+    t, s = times(rows, **settings)
+    if t.shape != (rows,) or s.shape != (rows,):
+        raise TimeError(
+            f"got times of shapes {tuple(t.shape)} and {tuple(s.shape)} "
+            f"from {times!r} for {rows} rows; "
+            f"return t and s of shape ({rows},) each"
+        )
+    return t, s
