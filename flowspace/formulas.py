@@ -177,7 +177,9 @@ def has_values(expression: sympy.Expr) -> bool:
 
     sympy does not see every zero: ``1/log(sin(1)**2 + cos(1)**2)`` is evaluated to know.
     """
-    if not is_defined(expression) or not _fits_float64(expression):
+    if not is_defined(expression):
+        return False
+    if not _fits_float64(expression):
         return False
     parts = expression.atoms(sympy.Pow, sympy.Function)
     return all(_has_value(part) for part in parts if part.is_number)
@@ -198,12 +200,13 @@ def _size(constant: Any) -> Any:
 
 def own_symbols(expression: sympy.Expr) -> sympy.Expr:
     """Replace the caller's symbols named t and s, whatever their assumptions, by ours."""
-    symbols = {str(symbol): symbol for symbol in expression.free_symbols}
-    strangers = sorted(symbols.keys() - {"t", "s"})
+    names = {str(symbol) for symbol in expression.free_symbols}
+    strangers = sorted(names - {"t", "s"})
     if strangers:
         names = ", ".join(strangers)
         raise ExpressionError(f"{expression} has the symbols {names}; only t and s are times")
-    return expression.subs({symbol: NAMES[str(symbol)] for symbol in expression.free_symbols})
+    ours: dict[Any, Any] = {symbol: NAMES[str(symbol)] for symbol in expression.free_symbols}
+    return expression.subs(ours)
 
 
 def _build(node: ast.AST) -> sympy.Expr:
@@ -431,8 +434,11 @@ def _is_plain_trigonometry(expression: sympy.Expr) -> bool:
 
 def _fits_float64(expression: sympy.Expr) -> bool:
     """Return whether every number in a formula is one of float64."""
-    numbers = expression.atoms(sympy.Rational)
-    return all(max(abs(each.p), each.q) < sys.float_info.max for each in numbers)
+    largest = sys.float_info.max
+    for number in expression.atoms(sympy.Rational):
+        if not max(abs(number.p), number.q) < largest:
+            return False
+    return True
 
 
 def is_small(expression: sympy.Expr, operations: int) -> bool:

@@ -170,7 +170,10 @@ class Schedule:
         """Return beta'/beta and beta lambda' at t, to broadcast over the rows of z_t."""
         times = _as_times(t)
         of_state, of_latents = self._velocity_parts
-        return over_rows(of_state(times), z_t), over_rows(of_latents(times), z_t)
+        return (
+            over_rows(of_state(times), z_t),
+            over_rows(of_latents(times), z_t),
+        )
 
     def _check_ends(self) -> None:
         self._check_end("alpha", 0.0, wanted=1.0)
@@ -231,7 +234,9 @@ class Schedule:
         return f"{type(self).__name__}({self})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Schedule) and self.functions == other.functions
+        if not isinstance(other, Schedule):
+            return False
+        return self.functions == other.functions
 
     def __hash__(self) -> int:
         return hash(self.functions)
@@ -340,13 +345,15 @@ def _evaluate(function: TimeFunction, times: Tensor, name: str) -> Tensor:
     except ExpressionError:
         raise
     except Exception as error:
+        shape = tuple(times.shape)
         raise ScheduleError(
-            f"{name} fails on a float64 tensor of times of shape {tuple(times.shape)}: {error}"
+            f"{name} fails on a float64 tensor of times of shape {shape}: {error}"
         ) from error
 
 
 def _value_at(function: TimeFunction, time: float, name: str) -> float:
-    return float(_evaluate(function, torch.tensor(time, dtype=torch.float64), name))
+    precise = torch.tensor(time, dtype=torch.float64)
+    return float(_evaluate(function, precise, name))
 
 
 def _runs(function: TimeFunction, start: float, end: float) -> bool:

@@ -95,6 +95,10 @@ class PointCoefficients(NamedTuple):
     derivative: Tensor
     scale: Tensor
 
+    def over_rows(self, values: Tensor) -> "PointCoefficients":
+        """Return the same, to broadcast over the rows of values ``(B, *)``."""
+        return PointCoefficients(*[over_rows(each, values) for each in self])
+
 
 @dataclass(frozen=True)
 class Coefficients:
@@ -238,8 +242,12 @@ class AbstractStatistic(abc.ABC):
 
         It is derived once, then remembered.
         """
-        is_schedule = isinstance(schedule, Schedule)
-        require(is_schedule, "schedule", schedule, "write for example LinearSchedule()")
+        require(
+            isinstance(schedule, Schedule),
+            "schedule",
+            schedule,
+            "write for example LinearSchedule()",
+        )
         return _derive(self, schedule)
 
     def kappa(self, schedule: Schedule) -> Kappa:
@@ -252,8 +260,7 @@ class AbstractStatistic(abc.ABC):
         """
         c = self.coefficients(schedule)
         if c.failure:
-            under = f"{self} under {schedule}"
-            raise CriterionError(f"Criterion 1 fails for {under}: {c.failure}")
+            raise CriterionError(f"Criterion 1 fails for {self} under {schedule}: {c.failure}")
         return c.kappa
 
     def __repr__(self) -> str:
@@ -474,8 +481,7 @@ def worst_on_diagonal(function: Callable[[Tensor, Tensor], Tensor]) -> tuple[flo
     It is infinite where it is not finite, or large and still grows towards the diagonal: rounded,
     or evaluated just inside, an infinite limit is a large number.
     """
-    first, last = TIME_FLOOR, 1 - TIME_FLOOR
-    times = torch.linspace(first, last, DIAGONAL_POINTS, dtype=torch.float64)
+    times = torch.linspace(TIME_FLOOR, 1 - TIME_FLOOR, DIAGONAL_POINTS, dtype=torch.float64)
     sizes = function(times, times).abs()
     infinite = ~sizes.isfinite()
     large = sizes > LARGE

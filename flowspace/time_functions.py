@@ -41,8 +41,12 @@ from flowspace.typeset import text_of
 
 __all__ = ["NUDGE", "Source", "TimeFunction", "limit_on_edge"]
 
-Source: TypeAlias = "str | float | sympy.Expr | Callable[..., Any] | TimeFunction"
+Function: TypeAlias = Callable[..., Any]
+"""Any function of one or two tensors of times."""
+
+Source: TypeAlias = "str | float | sympy.Expr | Function | TimeFunction"
 Operand: TypeAlias = "TimeFunction | float | sympy.Expr"
+Operation: TypeAlias = Callable[[Any, Any], Any]
 
 NUDGE = 1e-7
 """How far inside the triangle a callable is evaluated where it is 0/0 on an edge: small against
@@ -52,9 +56,20 @@ any time that matters, large against float64 rounding of t - s.
 NUDGE_SINGLE = 3e-4
 """The same against float32 rounding, where there is no float64: its square root."""
 
-EDGES = ((S, T), (S, sympy.Integer(0)), (T, sympy.Integer(1)))
+Variables: TypeAlias = tuple[sympy.Symbol, ...]
+
+EDGES = (
+    (S, T),
+    (S, sympy.Integer(0)),
+    (T, sympy.Integer(1)),
+)
+"""Each a variable, and the end that it reaches on the edge."""
+
 EDGE_TIMES = (0.37, 0.71)
 """Where on an edge it is asked whether a formula has a value there."""
+
+DOUBLE = 8
+"""Bytes of a number in float64."""
 
 MAX_ORDER = 4
 """How often numerator and denominator are differentiated by l'Hopital's rule."""
@@ -69,7 +84,8 @@ MAX_LIMIT = 600
 
 def _on_arrays(name: str) -> Callable[[Any], Any]:
     """Return the arrays' function of that name, and math's for the numbers in a formula."""
-    on_tensors, on_numbers = getattr(torch, name), getattr(math, name)
+    on_tensors = getattr(torch, name)
+    on_numbers = getattr(math, name)
 
     def function(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -95,15 +111,17 @@ ON_ARRAYS |= {
 
 
 def _refuse_unknown(expression: sympy.Expr) -> None:
-    unknown = {f.func.__name__ for f in expression.atoms(Application)} - ON_ARRAYS.keys()
+    applied = expression.atoms(Application)
+    names = {function.func.__name__ for function in applied}
+    unknown = ", ".join(sorted(names - ON_ARRAYS.keys()))
     if unknown:
         raise ExpressionError(
-            f"{expression} has {', '.join(sorted(unknown))}, "
-            "which is not known on tensors; write a callable of t instead"
+            f"{expression} has {unknown}, which is not known on tensors; "
+            "write a callable of t instead"
         )
 
 
-def _lambdify(expression: sympy.Expr, variables: tuple[sympy.Symbol, ...]) -> Callable[..., Any]:
+def _lambdify(expression: sympy.Expr, variables: Variables) -> Function:
     """Compile a formula for tensors and arrays, and try it.
 
     Raises:
@@ -111,13 +129,16 @@ def _lambdify(expression: sympy.Expr, variables: tuple[sympy.Symbol, ...]) -> Ca
     """
     try:
         function = sympy.lambdify(variables, expression, modules=[ON_ARRAYS], cse=True)
-        times = (torch.tensor(0.75, dtype=torch.float64), torch.tensor(0.25, dtype=torch.float64))
+        times = torch.tensor([0.75, 0.25], dtype=torch.float64)
         value = function(*times[: len(variables)])
     except (ArithmeticError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ExpressionError(
             f"{expression} divides by zero, overflows or is not real: {error}"
         ) from None
-    if isinstance(value, complex) or (isinstance(value, Tensor) and value.is_complex()):
+    is_complex = isinstance(value, complex)
+    if isinstance(value, Tensor):
+        is_complex = value.is_complex()
+    if is_complex:
         raise ExpressionError(f"{expression} is not real")
     return function
 
@@ -145,14 +166,16 @@ def limit_on_edge(
     for _ in range(MAX_ORDER):
         if top.count_ops() + bottom.count_ops() > MAX_LIMIT:
             return sympy.nan
-        tops, bottoms = precise_values(top, points), precise_values(bottom, points)
+        tops = precise_values(top, points)
+        bottoms = precise_values(bottom, points)
         if _has_nan(tops + bottoms):
             return sympy.nan
         if all(abs(value) > NOT_ZERO for value in bottoms):
             return (top / bottom).subs(variable, end)
         if any(abs(value) > NOT_ZERO for value in tops):
             return None
-        top, bottom = top.diff(variable), bottom.diff(variable)
+        top = top.diff(variable)
+        bottom = bottom.diff(variable)
     return sympy.nan
 
 
@@ -173,27 +196,33 @@ class _Limit:
 
     variable: sympy.Symbol
     end: sympy.Expr
-    values: Callable[..., Any]
+    values: Function
 
     def fill(self, values: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """Return the values, on the edge those of the limit."""
         time = t if self.variable == T else s
         end = t if self.end == T else int(self.end)
-        return backend_of(t).where(time == end, self.values(t, s), values)
+        on_edge = time == end
+        limit = self.values(t, s)
+        return backend_of(t).where(on_edge, limit, values)
 
 
-def _compile(expression: sympy.Expr, variables: tuple[sympy.Symbol, ...]) -> Callable[..., Any]:
+def _compile(expression: sympy.Expr, variables: Variables) -> Function:
     """Compile for tensors and arrays, once; a removable singularity on an edge is filled in."""
     inside = _lambdify(expression, variables)
     if len(variables) == 1:
         return inside
-    limits, is_complete = [], True
+    limits = []
+    is_complete = True
     for variable, end in EDGES:
         limit = limit_on_edge(expression, variable, end)
         if limit is sympy.nan:
             is_complete = False
         elif limit is not None:
-            limits.append(_Limit(variable, end, _lambdify(limit, variables)))
+            on_edge = _lambdify(limit, variables)
+            limits.append(_Limit(variable, end, on_edge))
+    if is_complete and not limits:
+        return inside
 
     def with_limits(t: Tensor, s: Tensor) -> Tensor:
         values = inside(t, s)
@@ -203,15 +232,20 @@ def _compile(expression: sympy.Expr, variables: tuple[sympy.Symbol, ...]) -> Cal
             values = limit.fill(values, t, s)
         return values
 
-    return with_limits if limits or not is_complete else inside
+    return with_limits
 
 
-def _finite_inside(function: Callable[..., Any], values: Any, t: Tensor, s: Tensor) -> Tensor:
+def _finite_inside(function: Function, values: Any, t: Tensor, s: Tensor) -> Tensor:
     """Return a function's values, and where they are not finite those just inside the triangle."""
-    xp, nudge = backend_of(t), NUDGE if t.dtype.itemsize == 8 else NUDGE_SINGLE
-    earlier = xp.clamp(t, None, 1 - nudge)
-    below = xp.minimum(xp.clamp(s, nudge), earlier - nudge)
-    return xp.where(xp.isfinite(values), values, function(earlier, below))
+    xp = backend_of(t)
+    nudge = NUDGE_SINGLE
+    if t.dtype.itemsize == DOUBLE:
+        nudge = NUDGE
+    t_inside = xp.clamp(t, None, 1 - nudge)
+    s_inside = xp.clamp(s, nudge)
+    s_inside = xp.minimum(s_inside, t_inside - nudge)
+    just_inside = function(t_inside, s_inside)
+    return xp.where(xp.isfinite(values), values, just_inside)
 
 
 # --- the function
@@ -233,15 +267,16 @@ class TimeFunction:
     def __init__(self, source: Source, arity: int = 1) -> None:
         if isinstance(source, TimeFunction):
             source = source.source
-        self.source, self.arity = source, arity
+        self.source = source
+        self.arity = arity
         self.variables = (T, S)[:arity]
-        self._formula = _formula_of(source)
-        if self._formula is None:
+        self._formula = formula = _formula_of(source)
+        if formula is None:
             return
-        _refuse_unknown(self._formula)
-        if not is_defined(self._formula):
+        _refuse_unknown(formula)
+        if not is_defined(formula):
             raise ExpressionError(f"{source} divides by zero, overflows or is not real")
-        if not self._formula.free_symbols <= set(self.variables):
+        if not formula.free_symbols <= set(self.variables):
             raise ExpressionError(f"{source} depends on s, but is a function of t alone")
         if isinstance(source, str):
             self.prepare()
@@ -249,7 +284,8 @@ class TimeFunction:
     @cached_property
     def expression(self) -> sympy.Expr | None:
         """The sympy expression, or None where a callable is behind the function."""
-        if self._formula is None or not isinstance(self.source, (_Arithmetic, _Reading)):
+        is_derived = isinstance(self.source, (_Arithmetic, _Reading))
+        if self._formula is None or not is_derived:
             return self._formula
         return tidy(self._formula)
 
@@ -260,15 +296,18 @@ class TimeFunction:
         They are formed in float64: b is a small difference of large numbers near the diagonal, and
         there are only B of them. JAX has float64 only where it is switched on.
         """
-        xp, like = backend_of(*times), times[0]
-        return xp.like(self._evaluate(*(xp.as_float64(time) for time in times)), like, like.dtype)
+        xp = backend_of(*times)
+        like = times[0]
+        precise = [xp.as_float64(time) for time in times]
+        values = self._evaluate(*precise)
+        return xp.like(values, like, like.dtype)
 
-    def prepare(self) -> Callable[..., Any]:
+    def prepare(self) -> Function:
         """Compile now rather than in the first call, which a compiler may be watching."""
         return self._evaluate
 
     @cached_property
-    def _evaluate(self) -> Callable[..., Any]:
+    def _evaluate(self) -> Function:
         if self.expression is None:
             return self._call_anywhere
         return _compile(self.expression, self.variables)
@@ -277,7 +316,8 @@ class TimeFunction:
     def dot(self) -> "TimeFunction":
         """The partial derivative in t: symbolic for a formula, forward-mode AD for a callable."""
         if self.expression is not None:
-            return TimeFunction(tidy(self.expression.diff(T)), self.arity)
+            slope = tidy(self.expression.diff(T))
+            return TimeFunction(slope, self.arity)
 
         def derivative(time: Tensor, *rest: Tensor) -> Tensor:
             return backend_of(time).time_derivative(self._call, time, *rest)
@@ -320,7 +360,8 @@ class TimeFunction:
         return _combined(operator.mul, -1, self)
 
     def _call(self, *times: Tensor) -> Tensor:
-        return backend_of(*times).like(self.source(*times), times[0])  # type: ignore[operator]
+        values = self.source(*times)  # type: ignore[operator]
+        return backend_of(*times).like(values, times[0])
 
     def _call_anywhere(self, *times: Tensor) -> Tensor:
         """Call on tensors or arrays.
@@ -371,22 +412,23 @@ class TimeFunction:
 class _Arithmetic:
     """Two functions of the times, or a function and a number, with an operation between them."""
 
-    operation: Callable[[Any, Any], Any]
+    operation: Operation
     left: "TimeFunction | float"
     right: "TimeFunction | float"
 
     def formula(self) -> sympy.Expr | None:
         """Return the formula of both, or None where one is a callable."""
-        left, right = _operand_formula(self.left), _operand_formula(self.right)
+        left = _operand_formula(self.left)
+        right = _operand_formula(self.right)
         if left is None or right is None:
             return None
         return self.operation(left, right)
 
     def __call__(self, *times: Tensor) -> Tensor:
         """Return the values where a callable is among the two."""
-        return self.operation(
-            _operand_values(self.left, times), _operand_values(self.right, times)
-        )
+        left = _operand_values(self.left, times)
+        right = _operand_values(self.right, times)
+        return self.operation(left, right)
 
 
 @dataclass(frozen=True)
@@ -405,10 +447,12 @@ class _Reading:
 
     def __call__(self, t: Tensor, s: Tensor) -> Tensor:
         """Return the values of a callable."""
-        return self.function.raw(t if self.time == T else s)
+        if self.time == T:
+            return self.function.raw(t)
+        return self.function.raw(s)
 
 
-def _combined(operation: Callable[[Any, Any], Any], left: Operand, right: Operand) -> TimeFunction:
+def _combined(operation: Operation, left: Operand, right: Operand) -> TimeFunction:
     arity = 1
     operands: list[Any] = []
     for operand in (left, right):
@@ -445,8 +489,10 @@ def _formula_of(source: Source) -> sympy.Expr | None:
         return parse(source)
     if isinstance(source, (_Arithmetic, _Reading)):
         return source.formula()
-    if isinstance(source, (sympy.Expr, int, float)) and not isinstance(source, bool):
-        formula = own_symbols(sympy.sympify(source))
+    is_number = isinstance(source, (int, float)) and not isinstance(source, bool)
+    if is_number or isinstance(source, sympy.Expr):
+        given: Any = sympy.sympify(source)
+        formula = own_symbols(given)
         if not has_values(formula):
             raise ExpressionError("got a formula that divides by zero, overflows or is not real")
         return formula

@@ -51,14 +51,16 @@ def text_of(expression: sympy.Expr) -> str:
     text = _TextPrinter().doprint(marked)
     for mark, each in sums.items():
         inner = text_of(each)
-        text = text.replace(f"({mark})", f"({inner})").replace(str(mark), f"({inner})")
+        text = text.replace(f"({mark})", f"({inner})")
+        text = text.replace(str(mark), f"({inner})")
     return text
 
 
 def latex_of(expression: sympy.Expr) -> str:
     """Return a formula as LaTeX."""
     marked, sums = _with_marks(expression)
-    text = _LatexPrinter({"symbol_names": {mark: str(mark) for mark in sums}}).doprint(marked)
+    names = {mark: str(mark) for mark in sums}
+    text = _LatexPrinter({"symbol_names": names}).doprint(marked)
     for mark, each in sums.items():
         inner = latex_of(each)
         text = text.replace(f"{{{mark}}}", f"{{{inner}}}")
@@ -74,7 +76,8 @@ def latex_term(coefficient: sympy.Expr, symbol: str) -> str:
     """
     if coefficient == 0:
         return ""
-    sign, text = "+", latex_of(coefficient)
+    sign = "+"
+    text = latex_of(coefficient)
     if isinstance(coefficient, sympy.Add):
         if _is_negative(coefficient):
             sign, text = "-", latex_of(-coefficient)
@@ -118,5 +121,6 @@ def _with_marks(expression: sympy.Expr) -> tuple[Any, dict[sympy.Symbol, Any]]:
 
 def _is_negative(expression: sympy.Expr) -> bool:
     """Return whether a formula is negative everywhere inside 0 < s < t < 1, as far as is seen."""
-    values = precise_values(expression, random_points(SIGN_POINTS), 15)
+    points = random_points(SIGN_POINTS)
+    values = precise_values(expression, points, 15)
     return all(value < 0 for value in values)
