@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowspace.arrays import Model, checked_times, draw_noise, over_rows
+from flowspace.arrays import Cond, Model, checked_times, draw_noise, over_rows
 from flowspace.backends import backend_of, torch_backend
 from flowspace.errors import InputError
 from flowspace.guidance import Guidance
-from flowspace.inputs import check_model, check_states, checked_cond, refuse_unfit
+from flowspace.inputs import check_model, check_states, checked_cond, refuse_unfit, require
 from flowspace.schedules import TIME_FLOOR, Schedule
 from flowspace.solvers import falling_grid
 from flowspace.statistics import AbstractStatistic, Coefficients
@@ -21,6 +21,10 @@ __all__ = ["FlowMap"]
 
 Encode = Callable[[Tensor], Tensor]
 """From the model's output to latents."""
+
+EXAMPLE = (
+    "write for example FlowMap(model, schedule=LinearSchedule(), statistic=MatchedStatistic())"
+)
 
 NOTHING_LEFT = 1e-4
 """What counts as zero for the weight of z_t in the step to s = 0; callables are 0/0 there and
@@ -48,16 +52,18 @@ class FlowMap:
 
     def __post_init__(self) -> None:
         check_model(self.model)
-        if not isinstance(self.schedule, Schedule):
-            raise InputError(
-                f"got schedule = {self.schedule!r}; write for example "
-                "FlowMap(model, schedule=LinearSchedule(), statistic=MatchedStatistic())"
-            )
-        if not isinstance(self.statistic, AbstractStatistic):
-            raise InputError(
-                f"got statistic = {self.statistic!r}; write for example "
-                "FlowMap(model, schedule=LinearSchedule(), statistic=MatchedStatistic())"
-            )
+        require(
+            isinstance(self.schedule, Schedule),
+            "schedule",
+            self.schedule,
+            EXAMPLE,
+        )
+        require(
+            isinstance(self.statistic, AbstractStatistic),
+            "statistic",
+            self.statistic,
+            EXAMPLE,
+        )
 
     @property
     def coefficients(self) -> Coefficients:
@@ -87,7 +93,8 @@ class FlowMap:
         """
         check_states("states", z_t)
         t, s = checked_times(t, s, z_t)
-        prediction = self._predict(z_t, t, s, checked_cond(cond))
+        given = checked_cond(cond)
+        prediction = self._predict(z_t, t, s, given)
         _check_one_space(prediction, z_t)
         return self.coefficients.step(prediction, z_t, t, s)
 
@@ -115,7 +122,7 @@ class FlowMap:
             )
         return self.coefficients.diagonal_velocity(prediction, z_t, t)
 
-    def _predict(self, z: Tensor, t: Tensor, s: Tensor, cond: dict[str, Any]) -> Tensor:
+    def _predict(self, z: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
         try:
             prediction = self.model(z, t, s, **cond)
         except TypeError as error:
@@ -182,45 +189,42 @@ class FlowMap:
         flow = self
         if guidance is not None:
             flow = replace(self, model=guidance.apply(self.model))
-        arguments = checked_cond(cond)
+        given = checked_cond(cond)
         if renoise is None:
             renoise = encode is not None
         if renoise:
-            return flow._renoised(noise, grid, arguments, encode, generator)
-        return flow._stepped(noise, grid, arguments, encode)
+            return flow._renoised(noise, grid, given, encode, generator)
+        return flow._stepped(noise, grid, given, encode)
 
-    def _stepped(
-        self, z: Tensor, grid: Tensor, cond: dict[str, Any], encode: Encode | None
-    ) -> Tensor:
+    def _stepped(self, z: Tensor, grid: Tensor, cond: Cond, encode: Encode | None) -> Tensor:
         """Return samples by the statistic's step along a grid."""
-        xp = backend_of(z)
-        for t, s in itertools.pairwise(grid[:-1]):
-            t, s = xp.one_per_row(t, len(z)), xp.one_per_row(s, len(z))
+        times = [_per_row(time, z) for time in grid[:-1]]
+        for t, s in itertools.pairwise(times):
             z = self._moved(z, t, s, cond, encode)
-        return self._sample_at_data(z, xp.one_per_row(grid[-2], len(z)), cond, encode)
+        return self._sample_at_data(z, times[-1], cond, encode)
 
     def _renoised(
         self,
         z: Tensor,
         grid: Tensor,
-        cond: dict[str, Any],
+        cond: Cond,
         encode: Encode | None,
         generator: Any,
     ) -> Tensor:
         """Return samples by steps to s = 0 and back, with fresh noise, along a grid."""
-        xp, between = backend_of(z), len(grid) - 2
-        draws: tuple[Any, ...] = (None,) * between
-        if between:
-            draws = xp.split(generator, len(grid))[:between]
-        for draw, (t, s) in zip(draws, itertools.pairwise(grid[:-1]), strict=True):
-            t, s = xp.one_per_row(t, len(z)), xp.one_per_row(s, len(z))
+        times = [_per_row(time, z) for time in grid[:-1]]
+        pairs = list(itertools.pairwise(times))
+        draws: Sequence[Any] = ()
+        if pairs:
+            sources = backend_of(z).split(generator, len(grid))
+            draws = sources[: len(pairs)]
+        for draw, (t, s) in zip(draws, pairs, strict=True):
             clean = self._clean_latents(z, t, cond, encode)
-            z = self.schedule.perturb(clean, draw_noise(z, draw), s)[0]
-        return self._sample_at_data(z, xp.one_per_row(grid[-2], len(z)), cond, encode)
+            noise = draw_noise(z, draw)
+            z = self.schedule.perturb(clean, noise, s)[0]
+        return self._sample_at_data(z, times[-1], cond, encode)
 
-    def _moved(
-        self, z: Tensor, t: Tensor, s: Tensor, cond: dict[str, Any], encode: Encode | None
-    ) -> Tensor:
+    def _moved(self, z: Tensor, t: Tensor, s: Tensor, cond: Cond, encode: Encode | None) -> Tensor:
         """Return z_s by the statistic's step, with f re-encoded where it is of another space."""
         prediction = self._predict(z, t, s, cond)
         if encode is not None:
@@ -228,19 +232,16 @@ class FlowMap:
         _check_one_space(prediction, z)
         return self.coefficients.step(prediction, z, t, s)
 
-    def _clean_latents(
-        self, z: Tensor, t: Tensor, cond: dict[str, Any], encode: Encode | None
-    ) -> Tensor:
+    def _clean_latents(self, z: Tensor, t: Tensor, cond: Cond, encode: Encode | None) -> Tensor:
         """Return the latents at s = 0, re-encoded where f is of another space."""
         sample = self._sample_at_data(z, t, cond, encode)
         if encode is not None:
-            return backend_of(z).cast(encode(sample), z.dtype)
+            latents = encode(sample)
+            return backend_of(z).cast(latents, z.dtype)
         _check_one_space(sample, z)
         return sample
 
-    def _sample_at_data(
-        self, z: Tensor, t: Tensor, cond: dict[str, Any], encode: Encode | None
-    ) -> Tensor:
+    def _sample_at_data(self, z: Tensor, t: Tensor, cond: Cond, encode: Encode | None) -> Tensor:
         """Return the sample at s = 0, in the space of the model's output."""
         zero = backend_of(t).zeros_like(t)
         prediction = self._predict(z, t, zero, cond)
@@ -264,8 +265,13 @@ class FlowMap:
                 "use a statistic with kappa(0) = 0, such as MatchedStatistic(), "
                 "or the sampler of the objective, loss_fn.flow_map(model)"
             )
-        sample = -over_rows(c.derivative(t, zero), prediction) * prediction
-        return xp.cast(sample, prediction.dtype)
+        b = over_rows(c.derivative(t, zero), prediction)
+        return xp.cast(-b * prediction, prediction.dtype)
+
+
+def _per_row(time: Tensor, states: Tensor) -> Tensor:
+    """Return one time for each row of states, in their library."""
+    return backend_of(states).one_per_row(time, len(states))
 
 
 def _check_one_space(prediction: Tensor, states: Tensor) -> None:

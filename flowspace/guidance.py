@@ -14,18 +14,23 @@ sampling a prediction becomes f(null) + scale (f(cond) - f(null)). Improved Mean
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from flowspace.arrays import is_number, over_rows
+from flowspace.arrays import Cond, is_number, over_rows
 from flowspace.backends.process import several_processes
 from flowspace.errors import InputError
+from flowspace.inputs import require
 
 __all__ = ["Guidance", "RandomGuidance"]
 
-Cond = dict[str, Any]
+Interval: TypeAlias = tuple[float, float]
+Predict: TypeAlias = Callable[..., Tensor]
+"""A model or velocity ``(z, t, ..., **cond)``."""
+
+WHOLE: Interval = (0.0, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,31 +56,35 @@ class Guidance:
     null: Mapping[str, Any]
     omega: float | Tensor = 1.0
     own_weight: float = 0.0
-    interval: tuple[float, float] = (0.0, 1.0)
+    interval: Interval = WHOLE
     drop: float = 0.1
 
     def __post_init__(self) -> None:
-        if not isinstance(self.null, Mapping) or not self.null:
-            raise InputError(
-                f"got null = {self.null!r}; "
-                "it names what the model is given instead, as {'labels': 1000}"
-            )
-        if not _is_strength(self.omega):
-            raise InputError(
-                f"got omega = {self.omega!r}; "
-                "write 1 for no guidance and more for stronger guidance"
-            )
-        if not (is_number(self.own_weight) and 0 <= self.own_weight < 1):
-            raise InputError(
-                f"got own_weight = {self.own_weight!r}; "
-                "the effective scale is omega / (1 - own_weight), so write 0 <= own_weight < 1"
-            )
+        require(
+            isinstance(self.null, Mapping) and bool(self.null),
+            "null",
+            self.null,
+            "it names what the model is given instead, as {'labels': 1000}",
+        )
+        require(
+            _is_strength(self.omega),
+            "omega",
+            self.omega,
+            "write 1 for no guidance and more for stronger guidance",
+        )
+        require(
+            is_number(self.own_weight) and 0 <= self.own_weight < 1,
+            "own_weight",
+            self.own_weight,
+            "the effective scale is omega / (1 - own_weight), so write 0 <= own_weight < 1",
+        )
         _check_interval(self.interval)
-        if not (is_number(self.drop) and 0 <= self.drop <= 1):
-            raise InputError(
-                f"got drop = {self.drop!r}; "
-                "it is the share of rows without their condition, in [0, 1]"
-            )
+        require(
+            is_number(self.drop) and 0 <= self.drop <= 1,
+            "drop",
+            self.drop,
+            "it is the share of rows without their condition, in [0, 1]",
+        )
 
     def drop_condition(
         self, cond: Cond, t: Tensor, s: Tensor, generator: torch.Generator | None
@@ -88,7 +97,8 @@ class Guidance:
             s: destinations ``(B,)``.
             generator: the source of the mask.
         """
-        dropped = torch.rand(t.shape, generator=generator, device=t.device) < self.drop
+        drawn = torch.rand(t.shape, generator=generator, device=t.device)
+        dropped = drawn < self.drop
         return self._without(cond, dropped), dropped
 
     def guided(
@@ -106,19 +116,22 @@ class Guidance:
         weights = self._weights(t, cond)
         if weights is None:
             return v
-        omega = over_rows(torch.where(dropped, 1.0, weights[0]), v)
-        kappa = over_rows(torch.where(dropped, 0.0, weights[1]), v)
+        omega, kappa = weights
+        omega = over_rows(torch.where(dropped, 1.0, omega), v)
+        kappa = over_rows(torch.where(dropped, 0.0, kappa), v)
         condition = self.own_condition(t, cond)
-        mixed = omega * v + (1 - omega - kappa) * own(self._without(condition))
+        u_null = own(self._without(condition))
+        mixed = omega * v + (1 - omega - kappa) * u_null
         if self._mixes:
-            mixed = mixed + kappa * own(condition)
+            u_cond = own(condition)
+            mixed = mixed + kappa * u_cond
         return mixed
 
     def own_condition(self, t: Tensor, cond: Cond) -> Cond:
         """Return the condition under which the network's own velocity is taken."""
         return cond
 
-    def apply(self, predict: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def apply(self, predict: Predict) -> Predict:
         """Return a model or velocity ``(z, t, ..., **cond)`` that is guided with the effective
         scale, for sampling.
 
@@ -128,15 +141,14 @@ class Guidance:
 
         def guided(z: Tensor, t: Tensor, *rest: Tensor, **cond: Any) -> Tensor:
             inside = self._inside(t)
-            with_condition = predict(z, t, *rest, **cond)
+            f_cond = predict(z, t, *rest, **cond)
             if not several_processes() and not bool(inside.any()):
-                return with_condition
-            scale = torch.as_tensor(self.omega, device=t.device, dtype=t.dtype) / (
-                1 - self.own_weight
-            )
-            without = predict(z, t, *rest, **self._without(cond))
-            scale = over_rows(torch.where(inside, scale, 1.0), without).to(without.dtype)
-            return without + scale * (with_condition - without)
+                return f_cond
+            f_null = predict(z, t, *rest, **self._without(cond))
+            scale = self._omega_beside(t) / (1 - self.own_weight)
+            scale = torch.where(inside, scale, 1.0)
+            scale = over_rows(scale, f_null).to(f_null.dtype)
+            return f_null + scale * (f_cond - f_null)
 
         return guided
 
@@ -146,28 +158,35 @@ class Guidance:
 
     def _inside(self, t: Tensor) -> Tensor:
         """Return the mask ``(B,)`` of times within the interval."""
-        return (self.interval[0] <= t) & (t <= self.interval[1])
+        low, high = self.interval
+        return (low <= t) & (t <= high)
+
+    def _omega_beside(self, t: Tensor) -> Tensor:
+        """Return omega as a tensor of the times' device and dtype."""
+        return torch.as_tensor(self.omega, device=t.device, dtype=t.dtype)
 
     def _weights(self, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor] | None:
         """Return omega and kappa of each row, or None where nothing is guided."""
-        if not isinstance(self.omega, Tensor) and self.omega == 1 and self.own_weight == 0:
+        is_one = not isinstance(self.omega, Tensor) and self.omega == 1
+        if is_one and not self._mixes:
             return None
         inside = self._inside(t)
-        omega = torch.as_tensor(self.omega, device=t.device, dtype=t.dtype)
+        omega = torch.where(inside, self._omega_beside(t), 1.0)
         kappa = torch.where(inside, self.own_weight, torch.zeros_like(t))
-        return torch.where(inside, omega, 1.0), kappa
+        return omega, kappa
 
     def _without(self, cond: Cond, rows: Tensor | None = None) -> Cond:
         """Return the condition with the null values in the masked rows, None: in all."""
-        missing = self.null.keys() - cond.keys()
+        missing = ", ".join(sorted(self.null.keys() - cond.keys()))
         if missing:
+            given = ", ".join(sorted(cond)) or "nothing"
             raise InputError(
-                f"got a null value for {', '.join(sorted(missing))}, "
-                f"but cond has {', '.join(sorted(cond)) or 'nothing'}; "
-                "give cond the same names"
+                f"got a null value for {missing}, but cond has {given}; give cond the same names"
             )
-        replaced = {name: self._nulled(cond[name], null, rows) for name, null in self.null.items()}
-        return cond | replaced
+        replaced = dict(cond)
+        for name, null in self.null.items():
+            replaced[name] = self._nulled(cond[name], null, rows)
+        return replaced
 
     @staticmethod
     def _nulled(given: Any, null: Any, rows: Tensor | None) -> Any:
@@ -176,10 +195,10 @@ class Guidance:
                 f"got {type(given).__name__} in cond where guidance drops rows; "
                 "give a tensor of shape (B, *)"
             )
-        replacement = torch.as_tensor(null, dtype=given.dtype, device=given.device)
+        null = torch.as_tensor(null, dtype=given.dtype, device=given.device)
         if rows is None:
-            return replacement.expand_as(given).contiguous()
-        return torch.where(over_rows(rows, given), replacement, given)
+            return null.expand_as(given).contiguous()
+        return torch.where(over_rows(rows, given), null, given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,20 +224,22 @@ class RandomGuidance(Guidance):
     power: float = 1.0
     omega: float | Tensor = field(default=1.0, init=False)
     own_weight: float = field(default=0.0, init=False)
-    interval: tuple[float, float] = field(default=(0.0, 1.0), init=False)
+    interval: Interval = field(default=WHOLE, init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (is_number(self.largest) and 1 < self.largest < math.inf):
-            raise InputError(
-                f"got largest = {self.largest!r}; "
-                "omega is drawn between 1 and it, so write more than 1"
-            )
-        if not (is_number(self.power) and 0 <= self.power < math.inf):
-            raise InputError(
-                f"got power = {self.power!r}; "
-                "omega has a density of omega^-power, so write 0 or more, 1 for log-uniform"
-            )
+        require(
+            is_number(self.largest) and 1 < self.largest < math.inf,
+            "largest",
+            self.largest,
+            "omega is drawn between 1 and it, so write more than 1",
+        )
+        require(
+            is_number(self.power) and 0 <= self.power < math.inf,
+            "power",
+            self.power,
+            "omega has a density of omega^-power, so write 0 or more, 1 for log-uniform",
+        )
 
     def drop_condition(
         self, cond: Cond, t: Tensor, s: Tensor, generator: torch.Generator | None
@@ -241,16 +262,21 @@ class RandomGuidance(Guidance):
         if self.power == 1:
             return (unit * span).exp()
         bent = 1 - self.power
-        return (torch.log1p(unit * math.expm1(bent * span)) / bent).exp().clamp(1, self.largest)
+        logarithm = torch.log1p(unit * math.expm1(bent * span)) / bent
+        return logarithm.exp().clamp(1, self.largest)
 
     def own_condition(self, t: Tensor, cond: Cond) -> Cond:
         """Return the condition with omega = 1 outside each row's interval."""
         inside = (cond["t_min"] <= t) & (t <= cond["t_max"])
-        whole = {"t_min": torch.zeros_like(t), "t_max": torch.ones_like(t)}
-        return cond | {"omega": torch.where(inside, cond["omega"], 1.0)} | whole
+        own = {
+            "omega": torch.where(inside, cond["omega"], 1.0),
+            "t_min": torch.zeros_like(t),
+            "t_max": torch.ones_like(t),
+        }
+        return cond | own
 
     def sampling_condition(
-        self, like: Tensor, omega: float | Tensor, interval: tuple[float, float] = (0.0, 1.0)
+        self, like: Tensor, omega: float | Tensor, interval: Interval = WHOLE
     ) -> dict[str, Tensor]:
         """Return what to add to cond when sampling: omega, t_min and t_max, each ``(B,)``.
 
@@ -263,9 +289,10 @@ class RandomGuidance(Guidance):
             InputError: if omega is outside [1, largest], where the model was not trained, or the
                 interval is none.
         """
-        omega_ = torch.as_tensor(omega, device=like.device, dtype=torch.float32)
-        strengths = omega_.expand(len(like)).contiguous()
-        if not bool(((strengths >= 1) & (strengths <= self.largest)).all()):
+        strength = torch.as_tensor(omega, device=like.device, dtype=torch.float32)
+        strengths = strength.expand(len(like)).contiguous()
+        trained = (strengths >= 1) & (strengths <= self.largest)
+        if not bool(trained.all()):
             raise InputError(
                 f"got omega = {omega}; the model was trained between 1 and {self.largest}"
             )
@@ -277,7 +304,7 @@ class RandomGuidance(Guidance):
             "t_max": torch.full_like(strengths, high),
         }
 
-    def apply(self, predict: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def apply(self, predict: Predict) -> Predict:
         """Refuse: the model takes its guidance as a condition."""
         raise InputError(
             "got RandomGuidance to sample with, "
@@ -290,7 +317,8 @@ class RandomGuidance(Guidance):
         return True
 
     def _weights(self, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
-        return torch.ones_like(t), 1 - 1 / self.own_condition(t, cond)["omega"].to(t.dtype)
+        scale = self.own_condition(t, cond)["omega"].to(t.dtype)
+        return torch.ones_like(t), 1 - 1 / scale
 
     def _without(self, cond: Cond, rows: Tensor | None = None) -> Cond:
         free = super()._without(cond, rows)
@@ -309,9 +337,16 @@ def _is_strength(omega: Any) -> bool:
 def _check_interval(interval: Any) -> None:
     """Raise InputError unless an interval of times lies in [0, 1]."""
     is_pair = isinstance(interval, Sequence) and len(interval) == 2
-    if not is_pair or not is_number(interval[0]) or not is_number(interval[1]):
-        raise InputError(f"got interval = {interval!r}; write two times, as (0.1, 0.7)")
-    if not 0 <= interval[0] < interval[1] <= 1:
-        raise InputError(
-            f"got interval = {interval}; write times with 0 <= low < high <= 1, as (0.1, 0.7)"
-        )
+    require(
+        is_pair and all(is_number(time) for time in interval),
+        "interval",
+        interval,
+        "write two times, as (0.1, 0.7)",
+    )
+    low, high = interval
+    require(
+        0 <= low < high <= 1,
+        "interval",
+        interval,
+        "write times with 0 <= low < high <= 1, as (0.1, 0.7)",
+    )
