@@ -46,7 +46,8 @@ class SquaredError(Penalty):
 
     def __call__(self, difference: Tensor) -> Tensor:
         """Return the penalty of each row: ``(B, *)`` becomes ``(B,)``."""
-        return _over_axes(backend_of(difference).square(difference), self.summed)
+        squares = backend_of(difference).square(difference)
+        return _over_axes(squares, self.summed)
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,13 @@ class HuberError(Penalty):
 
     def __call__(self, difference: Tensor) -> Tensor:
         """Return the penalty of each row: ``(B, *)`` becomes ``(B,)``."""
-        xp, size, h = backend_of(difference), abs(difference), self.threshold
-        return _over_axes(
-            xp.where(size <= h, xp.square(size) / 2, h * (size - h / 2)), self.summed
-        )
+        xp = backend_of(difference)
+        h = self.threshold
+        size = abs(difference)
+        parabola = xp.square(size) / 2
+        line = h * (size - h / 2)
+        values = xp.where(size <= h, parabola, line)
+        return _over_axes(values, self.summed)
 
 
 @dataclass(frozen=True)
@@ -127,4 +131,5 @@ class Adaptive(Penalty):
     def __call__(self, difference: Tensor) -> Tensor:
         """Return the penalty of each row: ``(B, *)`` becomes ``(B,)``."""
         value = self.penalty(difference)
-        return value / (backend_of(value).detach(value) + self.c) ** self.p
+        fixed = backend_of(value).detach(value)
+        return value / (fixed + self.c) ** self.p

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flowspace.arrays import is_number, over_rows
+from flowspace.arrays import is_number
 from flowspace.errors import InputError
 from flowspace.inputs import require, warn_once
 from flowspace.objectives.engine import LossOutput, PathPoint
@@ -82,9 +82,10 @@ class AlphaFlowLoss(MeanFlowLoss):
     ) -> LossOutput:
         xp = at.library
         if self.bound < math.inf:
-            a, m = over_rows(weights.prediction, f), over_rows(weights.scale, f)
+            a, _, m = weights.over_rows(f)
             fixed = xp.detach(f)
-            target = xp.clamp(fixed - (a * fixed + rest) / m, -self.bound, self.bound)
+            residual = a * fixed + rest
+            target = xp.clamp(fixed - residual / m, -self.bound, self.bound)
             rest = m * (fixed - target) - a * fixed
         out = super()._output(f, rest, at, weights)
         if self.gap is None:
@@ -107,17 +108,26 @@ def alpha_at(
     Raises:
         InputError: if start is not below end, or a number is not finite or in its range.
     """
-    if not (is_number(progress) and math.isfinite(progress)):
-        raise InputError(f"got progress = {progress!r}; it is a share of training, in [0, 1]")
+    require(
+        is_number(progress) and math.isfinite(progress),
+        "progress",
+        progress,
+        "it is a share of training, in [0, 1]",
+    )
     are_numbers = is_number(start) and is_number(end)
     if not (are_numbers and start < end and math.isfinite(end - start)):
         raise InputError(
             f"got start = {start!r}, end = {end!r}; alpha falls between them, so write start < end"
         )
-    if not (is_number(steepness) and 0 < steepness < math.inf):
-        raise InputError(f"got steepness = {steepness!r}; write a positive number, such as 25")
-    inside = (progress - start) / (end - start)
-    alpha = 1 / (1 + math.exp(min(steepness * (inside - 0.5), LARGEST_EXPONENT)))
+    require(
+        is_number(steepness) and 0 < steepness < math.inf,
+        "steepness",
+        steepness,
+        "write a positive number, such as 25",
+    )
+    done = (progress - start) / (end - start)
+    exponent = min(steepness * (done - 0.5), LARGEST_EXPONENT)
+    alpha = 1 / (1 + math.exp(exponent))
     if alpha > 1 - SNAP:
         return 1.0
     if alpha < SNAP:

@@ -1,6 +1,5 @@
 """Consistency in continuous time: kappa = 0, and a boundary loss (Song et al., 2303.01469)."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +13,7 @@ from flowspace.objectives.inputs import Batch, evaluated, with_fields
 from flowspace.penalties import SquaredError
 from flowspace.schedules import TIME_FLOOR
 from flowspace.statistics import AbstractStatistic, ConsistencyStatistic
-from flowspace.times import KarrasTimes, ToDataTimes
+from flowspace.times import DrawPairs, KarrasTimes, ToDataTimes
 
 __all__ = ["ConsistencyLoss"]
 
@@ -35,7 +34,7 @@ class ConsistencyLoss(Objective):
     """
 
     statistic: AbstractStatistic = field(default_factory=ConsistencyStatistic)
-    times: Callable[..., tuple[Tensor, Tensor]] = ToDataTimes()
+    times: DrawPairs = ToDataTimes()
     boundary: float = 1.0
 
     @classmethod
@@ -45,7 +44,10 @@ class ConsistencyLoss(Objective):
         Noise levels uniform on the grid of Karras et al. (rho = 7, from 0.002 to 80), s = 0, and
         summed squares. Its growing number of steps is ``gap``, which here may be None.
         """
-        settings = {"times": ToDataTimes(KarrasTimes()), "penalty": SquaredError(summed=True)}
+        settings = {
+            "times": ToDataTimes(KarrasTimes()),
+            "penalty": SquaredError(summed=True),
+        }
         return cls(**(settings | changes))
 
     def check_settings(self) -> None:
@@ -84,7 +86,8 @@ class ConsistencyLoss(Objective):
             return out
         xp, noise = batch.library, batch.noise
         if noise is None:
-            noise = draw_noise(batch.latents, xp.split(batch.generator, 3)[2])
+            for_noise = xp.split(batch.generator, 3)[2]
+            noise = draw_noise(batch.latents, for_noise)
         s = out.s
         edge = batch.targets
         if edge is None:
@@ -95,4 +98,5 @@ class ConsistencyLoss(Objective):
         z_u = self.schedule.perturb(batch.latents, noise, u)[0]
         f = at_least_float32(evaluated(model, z_u, u, s, batch.cond))
         boundary = self._penalised(f - at_least_float32(edge))
-        return with_fields(out, loss=out.loss + self.boundary * boundary)
+        loss = out.loss + self.boundary * boundary
+        return with_fields(out, loss=loss)

@@ -15,7 +15,7 @@ from flowspace.inputs import require
 from flowspace.objectives.engine import Objective, PathPoint
 from flowspace.objectives.inputs import Batch, evaluated
 from flowspace.statistics import AbstractStatistic, MatchedStatistic
-from flowspace.times import PowerTimes, ShiftedTimes, TimePairs
+from flowspace.times import DrawPairs, PowerTimes, ShiftedTimes, TimePairs
 
 __all__ = ["CrossFlowLoss"]
 
@@ -43,7 +43,7 @@ class CrossFlowLoss(Objective):
     """
 
     statistic: AbstractStatistic = MatchedStatistic()
-    times: Callable[..., tuple[Tensor, Tensor]] = TimePairs(PowerTimes(2.0), mask_first=True)
+    times: DrawPairs = TimePairs(PowerTimes(2.0), mask_first=True)
     estimate: Callable[[Tensor], Tensor] | None = None
 
     @classmethod
@@ -58,7 +58,10 @@ class CrossFlowLoss(Objective):
                 sqrt(dim / 4096).
             changes: any field of the objective.
         """
-        settings = {"literal": True, "times": TimePairs(ShiftedTimes(dim), mask_first=True)}
+        settings = {
+            "literal": True,
+            "times": TimePairs(ShiftedTimes(dim), mask_first=True),
+        }
         return cls(**(settings | changes))
 
     def check_settings(self) -> None:
@@ -69,8 +72,12 @@ class CrossFlowLoss(Objective):
             self.estimate,
             "it is a function from the model's output to latents, in one space lambda x: x",
         )
-        if self.gap == 1:
-            raise InputError("got gap = 1; at r = s = 0 lambda is infinite, so write less than 1")
+        require(
+            self.gap != 1,
+            "gap",
+            self.gap,
+            "at r = s = 0 lambda is infinite, so write less than 1",
+        )
 
     def check_statistic(self) -> None:
         """Refuse a statistic that fails a criterion or has no data term.
@@ -111,18 +118,22 @@ class CrossFlowLoss(Objective):
         c = self.coefficients
         if self.guidance is None:
             return at.weighted(c.data, at.data)
-        return at.weighted(c.state, at.z) + at.weighted(c.velocity, at.velocity)
+        of_state = at.weighted(c.state, at.z)
+        return of_state + at.weighted(c.velocity, at.velocity)
 
     def known_part_between(self, at: PathPoint, earlier: PathPoint) -> Tensor:
         """Return kappa (lambda_t - lambda_r) x: identity (II), integrated.
 
         Guided, in one space, by identity (I).
         """
-        c, ratio = self.coefficients, self.schedule.signal_to_noise
+        c = self.coefficients
         if self.guidance is None:
-            weight = c.scaled_kappa(at.t, at.s) * (ratio(at.t) - ratio(earlier.t))
+            ratio = self.schedule.signal_to_noise
+            fall = ratio(at.t) - ratio(earlier.t)
+            weight = c.scaled_kappa(at.t, at.s) * fall
             return over_rows(weight, at.data) * at.data
-        return at.weighted(c.velocity, at.z) - earlier.weighted(c.velocity, earlier.z)
+        kept = at.weighted(c.velocity, at.z)
+        return kept - earlier.weighted(c.velocity, earlier.z)
 
     def own_velocity(self, model: Model, at: PathPoint) -> Tensor:
         """Return the velocity of the latents that the model's clean prediction stands for."""
@@ -132,11 +143,13 @@ class CrossFlowLoss(Objective):
         to_data = c.prediction(at.t, at.t) / c.data(at.t, at.t)
 
         def clean_latents() -> Tensor:
-            f = at_least_float32(evaluated(model, at.state, at.t, at.t, at.cond))
+            f = evaluated(model, at.state, at.t, at.t, at.cond)
+            f = at_least_float32(f)
             return estimate(over_rows(to_data, f) * f)
 
         latents = without_trace(clean_latents, at.state)
-        return self.schedule.velocity(at_least_float32(latents), at.z, at.t)
+        latents = at_least_float32(latents)
+        return self.schedule.velocity(latents, at.z, at.t)
 
     def tangent_velocity(self, model: Model, at: PathPoint) -> Tensor:
         """Return the velocity along which f is differentiated, estimated where asked for."""

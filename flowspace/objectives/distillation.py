@@ -88,5 +88,6 @@ class MeanFlowDistillationLoss(MeanFlowLoss):
         """Return the mixture of conditional and teacher's velocity, guided where asked for."""
         if self.mix:
             taught = given_velocity("teacher", self.teacher, at)
-            at = with_fields(at, velocity=(1 - self.mix) * at.velocity + self.mix * taught)
+            mixed = (1 - self.mix) * at.velocity + self.mix * taught
+            at = with_fields(at, velocity=mixed)
         return super().residual_velocity(model, at)

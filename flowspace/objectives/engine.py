@@ -21,11 +21,12 @@ import abc
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
 from flowspace.arrays import (
+    Cond,
     Model,
     at_least_float32,
     checked_times,
@@ -48,9 +49,12 @@ from flowspace.statistics import (
     Coefficients,
     PointCoefficients,
 )
-from flowspace.times import PairSampler, TimePairs, TimeSampler
+from flowspace.times import DrawPairs, PairSampler, TimePairs, TimeSampler, drawn_pairs
 
 __all__ = ["LossOutput", "Objective", "PathPoint"]
+
+Weight: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""A function of (t, s): numbers for rows, each of shape ``(B,)``."""
 
 
 class LossOutput(NamedTuple):
@@ -98,7 +102,7 @@ class PathPoint(NamedTuple):
     s: Tensor
     velocity: Tensor
     data: Tensor
-    cond: dict[str, Any]
+    cond: Cond
     library: Any = torch_backend
     dropped: Tensor | None = None
     most_off_diagonal: int | None = None
@@ -108,9 +112,10 @@ class PathPoint(NamedTuple):
         """The state in at least float32, in which coefficients are applied."""
         return at_least_float32(self.state)
 
-    def weighted(self, weight: Callable[[Tensor, Tensor], Tensor], values: Tensor) -> Tensor:
+    def weighted(self, weight: Weight, values: Tensor) -> Tensor:
         """Return weight(t, s) times values of shape ``(B, *)``, one weight for each row."""
-        return over_rows(weight(self.t, self.s), values) * values
+        weights = weight(self.t, self.s)
+        return over_rows(weights, values) * values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,9 +149,9 @@ class Objective(abc.ABC):
 
     schedule: Schedule = field(default_factory=LinearSchedule)
     statistic: AbstractStatistic = None  # type: ignore[assignment]  # each objective has its own
-    times: Callable[..., tuple[Tensor, Tensor]] = TimePairs()
+    times: DrawPairs = TimePairs()
     penalty: Callable[[Tensor], Tensor] = SquaredError()
-    weight: Callable[[Tensor, Tensor], Tensor] | None = None
+    weight: Weight | None = None
     derivative: Derivative = SharedPrimal()
     literal: bool = False
     check: bool = True
@@ -182,9 +187,9 @@ class Objective(abc.ABC):
             self.statistic,
             "write for example MatchedStatistic() or Statistic(gamma='1', delta='-t/(t - s)')",
         )
+        draws = takes(self.times, 1, generator=None, device=None, dtype=None)
         require(
-            takes(self.times, 1, generator=None, device=None, dtype=None)
-            and not isinstance(self.times, TimeSampler),
+            draws and not isinstance(self.times, TimeSampler),
             "times",
             self.times,
             "it draws pairs (t, s), so write for example TimePairs(UniformTimes(), equal=0.5)",
@@ -286,9 +291,11 @@ class Objective(abc.ABC):
         Raises:
             InputError: if the model returns another space than the states'.
         """
-        prediction = without_trace(
-            lambda: evaluated(model, at.state, at.t, at.t, at.cond), at.state
-        )
+
+        def on_diagonal() -> Tensor:
+            return evaluated(model, at.state, at.t, at.t, at.cond)
+
+        prediction = without_trace(on_diagonal, at.state)
         if prediction.shape != at.state.shape:
             raise InputError(
                 f"got shape {tuple(prediction.shape)} from the model "
@@ -296,7 +303,8 @@ class Objective(abc.ABC):
                 "so it has no velocity of its own to be guided by; "
                 "guide at sampling: FlowMap.sample(..., guidance=...)"
             )
-        return self.coefficients.diagonal_velocity(at_least_float32(prediction), at.z, at.t)
+        prediction = at_least_float32(prediction)
+        return self.coefficients.diagonal_velocity(prediction, at.z, at.t)
 
     def residual_velocity(self, model: Model, at: PathPoint) -> Tensor:
         """Return the velocity in the known part: given, guided, or the conditional one."""
@@ -305,13 +313,11 @@ class Objective(abc.ABC):
             velocity = given_velocity("velocity", self.velocity, at)
         if self.guidance is None or at.dropped is None:
             return velocity
-        return self.guidance.guided(
-            velocity,
-            lambda cond: self.own_velocity(model, with_fields(at, cond=cond)),
-            at.t,
-            at.cond,
-            at.dropped,
-        )
+
+        def own(cond: Cond) -> Tensor:
+            return self.own_velocity(model, with_fields(at, cond=cond))
+
+        return self.guidance.guided(velocity, own, at.t, at.cond, at.dropped)
 
     def tangent_velocity(self, model: Model, at: PathPoint) -> Tensor:
         """Return the velocity along which f is differentiated: that of the known part."""
@@ -367,7 +373,8 @@ class Objective(abc.ABC):
             UserWarning: once, if the first latents are not finite or far wider than the noise.
         """
         xp = one_backend(latents, targets, noise, t, s, generator)
-        batch = Batch(latents, targets, checked_cond(cond), noise, generator, xp)
+        given = checked_cond(cond)
+        batch = Batch(latents, targets, given, noise, generator, xp)
         check_model(model)
         self.check_call(checked_batch(batch))
         warn_of_scale(type(self).__name__, batch)
@@ -384,27 +391,37 @@ class Objective(abc.ABC):
         self, batch: Batch, t: Tensor | None, s: Tensor | None
     ) -> tuple[PathPoint, Tensor]:
         """Return a point of the conditional path for each row, and the noise that leads there."""
-        latents, noise, xp = batch.latents, batch.noise, batch.library
-        draws: tuple[Any, Any] = (None, None)
+        latents, noise = batch.latents, batch.noise
+        for_times, for_noise = None, None
         if noise is None or (t is None and s is None):
-            draws = xp.split(batch.generator, 2)
+            for_times, for_noise = batch.library.split(batch.generator, 2)
         most = None
         if t is None and isinstance(self.times, PairSampler):
             most = self.times.most_off_diagonal(len(latents))
-        t, s = self._pairs(batch, t, s, draws[0])
+        t, s = self._pairs(batch, t, s, for_times)
         if noise is None:
-            noise = draw_noise(latents, draws[1])
+            noise = draw_noise(latents, for_noise)
         z_t, velocity = self.schedule.perturb(latents, noise, t)
-        at = PathPoint(z_t, t, s, velocity, batch.data, batch.cond, xp, None, most)
+        at = PathPoint(
+            state=z_t,
+            t=t,
+            s=s,
+            velocity=velocity,
+            data=batch.data,
+            cond=batch.cond,
+            library=batch.library,
+            most_off_diagonal=most,
+        )
         if self.guidance is None:
             return at, noise
-        if xp is not torch_backend:
+        if at.library is not torch_backend:
             raise InputError(
                 "got guidance with JAX arrays, which it does not know; "
                 "write velocity= with a mixture"
             )
         cond, dropped = self.guidance.drop_condition(batch.cond, t, s, batch.generator)
-        return with_fields(at, cond=cond, dropped=dropped), noise
+        at = with_fields(at, cond=cond, dropped=dropped)
+        return at, noise
 
     def _pairs(
         self, batch: Batch, t: Tensor | None, s: Tensor | None, generator: Any
@@ -414,34 +431,34 @@ class Objective(abc.ABC):
             return checked_times(t, s, batch.latents)
         if t is not None or s is not None:
             raise TimeError("got only one of t and s; give both, or neither to have them drawn")
-        xp, latents, rows = batch.library, batch.latents, len(batch.latents)
-        t, s = self.times(
-            rows, generator=generator, device=xp.device(latents), dtype=xp.time_dtype(latents)
+        xp, latents = batch.library, batch.latents
+        return drawn_pairs(
+            self.times,
+            len(latents),
+            generator=generator,
+            device=xp.device(latents),
+            dtype=xp.time_dtype(latents),
         )
-        if t.shape != (rows,) or s.shape != (rows,):
-            raise TimeError(
-                f"got times of shapes {tuple(t.shape)} "
-                f"and {tuple(s.shape)} from {self.times!r} for {rows} rows; "
-                f"return t and s of shape ({rows},) each"
-            )
-        return t, s
 
     def _evaluate(self, model: Model, at: PathPoint, latents: Tensor, noise: Tensor) -> LossOutput:
         conditional = at.velocity
         at = with_fields(at, velocity=self.residual_velocity(model, at))
         tangent = self.tangent_velocity(model, at)
-        at = with_fields(
-            at, velocity=at_least_float32(at.velocity), data=at_least_float32(at.data)
-        )
+        v = at_least_float32(at.velocity)
+        x = at_least_float32(at.data)
+        at = with_fields(at, velocity=v, data=x)
         weights = self.coefficients.at(at.t, at.s)
         if self.gap is None:
             f, rest = self._differentiated(model, at, tangent, weights)
             return self._output(f, rest, at, weights)
-        r = at.library.where(at.s < at.t, at.t - self.gap * (at.t - at.s), at.t)
+        earlier = at.t - self.gap * (at.t - at.s)
+        r = at.library.where(at.s < at.t, earlier, at.t)
         z_r = self.schedule.perturb(latents, noise, r)[0]
-        z_r = z_r + over_rows(at.t - r, z_r) * (conditional - at.velocity)
-        earlier = with_fields(at, state=at.library.cast(z_r, at.state.dtype), t=r)
-        f, rest = self._two_points(model, at, earlier, weights)
+        turned = conditional - at.velocity
+        z_r = z_r + over_rows(at.t - r, z_r) * turned
+        z_r = at.library.cast(z_r, at.state.dtype)
+        before = with_fields(at, state=z_r, t=r)
+        f, rest = self._two_points(model, at, before, weights)
         return self._output(f, rest, at, weights)
 
     def _differentiated(
@@ -452,20 +469,23 @@ class Objective(abc.ABC):
         On the diagonal D_t f is not computed where b = 0 there.
         """
 
-        def fn(z_t: Tensor, t: Tensor, s: Tensor, cond: dict[str, Any]) -> Tensor:
+        def fn(z_t: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
             return model(z_t, t, s, **cond)
 
         xp = at.library
         primals = (at.state, at.t, at.s, at.cond)
-        tangents = (xp.cast(tangent, at.state.dtype), xp.ones_like(at.t), None, None)
-        off_diagonal, most = None, None
+        along_state = xp.cast(tangent, at.state.dtype)
+        tangents = (along_state, xp.ones_like(at.t), None, None)
+        rows: tuple[Tensor | None, int | None] = (None, None)
         if self.coefficients.anchored:
-            off_diagonal, most = at.s < at.t, at.most_off_diagonal
-        f, derivative = self.derivative(on_copies(fn), primals, tangents, off_diagonal, most)
-        f, derivative = at_least_float32(f), at_least_float32(derivative)
+            rows = (at.s < at.t, at.most_off_diagonal)
+        f, derivative = self.derivative(on_copies(fn), primals, tangents, *rows)
+        f = at_least_float32(f)
+        derivative = at_least_float32(derivative)
         known = self.known_part(at)
         _check_shape(f, known)
-        return f, over_rows(weights.derivative, f) * derivative - known
+        b = over_rows(weights.derivative, f)
+        return f, b * derivative - known
 
     def _two_points(
         self, model: Model, at: PathPoint, earlier: PathPoint, weights: PointCoefficients
@@ -480,24 +500,27 @@ class Objective(abc.ABC):
             return evaluated(model, earlier.state, earlier.t, earlier.s, earlier.cond)
 
         if xp is torch_backend:
-            evaluate_earlier = RandomState(at.state.device).replay(evaluate_earlier)
+            draws = RandomState(at.state.device)
+            evaluate_earlier = draws.replay(evaluate_earlier)
         f = at_least_float32(evaluated(model, at.state, at.t, at.s, at.cond))
-        before = at_least_float32(without_trace(evaluate_earlier, at.state))
+        f_r = at_least_float32(without_trace(evaluate_earlier, at.state))
         between = self.known_part_between(at, earlier)
         _check_shape(f, between)
-        a, m = over_rows(weights.prediction, f), over_rows(weights.scale, f)
+        a, b, m = weights.over_rows(f)
         off_diagonal = over_rows(at.s < at.t, f)
-        b = xp.where(off_diagonal, over_rows(weights.derivative, f), 1.0)
-        target = (earlier.weighted(self.coefficients.derivative, before) + between) / b
+        b = xp.where(off_diagonal, b, 1.0)
+        b_r_times_f_r = earlier.weighted(self.coefficients.derivative, f_r)
+        target = (b_r_times_f_r + between) / b
         rest = (m - a) * xp.detach(f) - m * target
-        return f, xp.where(off_diagonal, rest, -self.known_part(at))
+        on_diagonal = -self.known_part(at)
+        return f, xp.where(off_diagonal, rest, on_diagonal)
 
     def _output(
         self, f: Tensor, rest: Tensor, at: PathPoint, weights: PointCoefficients
     ) -> LossOutput:
         """Return the output for a prediction and what the residual is without a f."""
         xp = at.library
-        a, m = over_rows(weights.prediction, f), over_rows(weights.scale, f)
+        a, _, m = weights.over_rows(f)
         fixed = xp.detach(f)
         residual = xp.detach(a * fixed + rest)
         target = fixed - residual / m
@@ -505,19 +528,27 @@ class Objective(abc.ABC):
         if self.literal:
             difference = a * f + rest
         if self.weight is not None:
-            difference = over_rows(xp.as_array(self.weight(at.t, at.s), f), f) * difference
+            w = xp.as_array(self.weight(at.t, at.s), f)
+            difference = over_rows(w, f) * difference
         return LossOutput(
-            self._penalised(difference), f, target, residual, at.state, at.t, at.s, at.velocity
+            loss=self._penalised(difference),
+            prediction=f,
+            target=target,
+            residual=residual,
+            z_t=at.state,
+            t=at.t,
+            s=at.s,
+            velocity=at.velocity,
         )
 
     def _penalised(self, difference: Tensor) -> Tensor:
         """Return the penalty of each row, of shape ``(B,)``."""
-        loss = self.penalty(difference)
-        if isinstance(self.penalty, Penalty) or tuple(loss.shape) == (len(difference),):
+        loss, rows = self.penalty(difference), len(difference)
+        if isinstance(self.penalty, Penalty) or tuple(loss.shape) == (rows,):
             return loss
         raise InputError(
-            f"got shape {tuple(loss.shape)} from penalty = {self.penalty!r} "
-            f"for {len(difference)} rows; reduce over all axes but the first, "
+            f"got shape {tuple(loss.shape)} from penalty = {self.penalty!r} for {rows} rows; "
+            "reduce over all axes but the first, "
             "as in lambda d: d.abs().flatten(1).mean(1)"
         )
 

@@ -3,7 +3,6 @@
 It is MeanFlow on the diagonal, where the average velocity is the velocity.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from flowspace.objectives.inputs import Batch
 from flowspace.objectives.mean_flow import MeanFlowLoss
-from flowspace.times import TimePairs
+from flowspace.times import DrawPairs, TimePairs
 
 __all__ = ["FlowMatchingLoss"]
 
@@ -24,7 +23,7 @@ class FlowMatchingLoss(MeanFlowLoss):
     where they are sorted first: write ``TimePairs(times, equal=1.0, mask_first=True)``.
     """
 
-    times: Callable[..., tuple[Tensor, Tensor]] = TimePairs(equal=1.0, mask_first=True)
+    times: DrawPairs = TimePairs(equal=1.0, mask_first=True)
 
     @classmethod
     def published(cls, **changes: Any) -> "FlowMatchingLoss":

@@ -49,14 +49,21 @@ class ImprovedMeanFlowLoss(MeanFlowLoss):
 
         Logit-normal times (-0.4, 1), sorted, half on s = t, L / sg(L + 0.01), summed.
         """
-        settings = {"times": TimePairs(LogitNormalTimes(-0.4, 1.0)), "penalty": Adaptive()}
+        settings = {
+            "times": TimePairs(LogitNormalTimes(-0.4, 1.0)),
+            "penalty": Adaptive(),
+        }
         return cls(**(settings | changes))
 
     def own_velocity(self, model: Model, at: PathPoint) -> Tensor:
         """Return the auxiliary head's velocity, or the model's own on the diagonal."""
         if not isinstance(model, Trunk):
             return super().own_velocity(model, at)
-        velocity = without_trace(lambda: evaluated(model, at.state, at.t, at.t, at.cond), at.state)
+
+        def on_diagonal() -> Tensor:
+            return evaluated(model, at.state, at.t, at.t, at.cond)
+
+        velocity = without_trace(on_diagonal, at.state)
         if self.head:
             velocity = model.heads.pop()
         return at_least_float32(velocity)
@@ -91,7 +98,8 @@ class ImprovedMeanFlowLoss(MeanFlowLoss):
         if not self.head or not isinstance(model, Trunk):
             return out
         error = at_least_float32(model.heads[0]) - out.velocity
-        return with_fields(out, loss=out.loss + self._penalised(error))
+        loss = out.loss + self._penalised(error)
+        return with_fields(out, loss=loss)
 
 
 class Trunk:
@@ -101,7 +109,8 @@ class Trunk:
     """
 
     def __init__(self, model: Model, objective: ImprovedMeanFlowLoss) -> None:
-        self.model, self.objective = model, objective
+        self.model = model
+        self.objective = objective
         self.heads: list[Tensor] = []
 
     @property
@@ -109,15 +118,23 @@ class Trunk:
         return signature_of(self.model)
 
     def __call__(self, z_t: Tensor, t: Tensor, s: Tensor, **cond: Any) -> Tensor:
-        output: Any = on_copies(lambda *inputs: self.model(*inputs, **cond))(z_t, t, s)
+        to_velocity = self.objective.to_velocity
+
+        def call(*inputs: Tensor) -> Any:
+            return self.model(*inputs, **cond)
+
+        output: Any = on_copies(call)(z_t, t, s)
         if self.objective.head:
             output, head = _two_outputs(output)
-            self.heads.append(self.objective.to_velocity(checked(head, (z_t,)), z_t, t))
-        return self.objective.to_velocity(checked(output, (z_t,)), z_t, t)
+            head = checked(head, (z_t,))
+            self.heads.append(to_velocity(head, z_t, t))
+        output = checked(output, (z_t,))
+        return to_velocity(output, z_t, t)
 
 
 def _two_outputs(output: Any) -> tuple[Tensor, Tensor]:
-    if not isinstance(output, tuple | list) or len(output) != 2:
+    is_pair = isinstance(output, tuple | list) and len(output) == 2
+    if not is_pair:
         raise InputError(
             f"got {type(output).__name__} from the model with head=True; "
             "return (u, v), or write head=False"

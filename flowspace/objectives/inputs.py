@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from flowspace.arrays import Model
+from flowspace.arrays import Cond, Model
 from flowspace.backends import torch_backend
 from flowspace.derivatives.replay import on_copies
 from flowspace.derivatives.route import checked
@@ -34,7 +34,7 @@ class Batch(NamedTuple):
 
     latents: Tensor
     targets: Tensor | None
-    cond: dict[str, Any]
+    cond: Cond
     noise: Tensor | None
     generator: Any
     library: Any
@@ -61,7 +61,12 @@ def with_fields(record: Record, **changes: Any) -> Record:
 
 def evaluated(model: Model, z_t: Tensor, t: Tensor, s: Tensor, cond: Mapping[str, Any]) -> Tensor:
     """Return what a model gives at states and times, which it may write into: it gets copies."""
-    return checked(on_copies(lambda *inputs: model(*inputs, **cond))(z_t, t, s), (z_t,))
+
+    def call(*inputs: Tensor) -> Tensor:
+        return model(*inputs, **cond)
+
+    output = on_copies(call)(z_t, t, s)
+    return checked(output, (z_t,))
 
 
 def checked_batch(batch: Batch) -> Batch:
@@ -79,7 +84,8 @@ def checked_batch(batch: Batch) -> Batch:
             f"got {len(batch.latents)} latents and {len(batch.data)} targets; "
             "each row needs its pair"
         )
-    if noise is not None and not (xp.is_array(noise) and xp.is_floating(noise)):
+    are_numbers = xp.is_array(noise) and xp.is_floating(noise)
+    if noise is not None and not are_numbers:
         raise InputError(
             f"got noise of {kind_of(noise)}; "
             "write real numbers of the latents' shape, or leave it out"

@@ -46,12 +46,14 @@ class MeanFlowLoss(Objective):
     def known_part(self, at: PathPoint) -> Tensor:
         """Return K = (gamma/delta)' z_t + (1 + gamma/delta) v: identity (I)."""
         c = self.coefficients
-        return at.weighted(c.state, at.z) + at.weighted(c.velocity, at.velocity)
+        of_state = at.weighted(c.state, at.z)
+        return of_state + at.weighted(c.velocity, at.velocity)
 
     def known_part_between(self, at: PathPoint, earlier: PathPoint) -> Tensor:
         """Return (1 + gamma/delta) z_t - (1 + gamma/delta) z_r: identity (I), integrated."""
         c = self.coefficients
-        return at.weighted(c.velocity, at.z) - earlier.weighted(c.velocity, earlier.z)
+        kept = at.weighted(c.velocity, at.z)
+        return kept - earlier.weighted(c.velocity, earlier.z)
 
 
 def warn_of_targets(owner: str, batch: Batch) -> None:
@@ -60,13 +62,16 @@ def warn_of_targets(owner: str, batch: Batch) -> None:
     Values are compared in the first such batch of an owner alone: that waits for the device.
     """
     latents, targets = batch.latents, batch.targets
-    if targets is None or targets is latents or not first_time(f"targets of {owner}"):
+    if targets is None or targets is latents:
         return
-    known = batch.library.has_values(latents)
-    if targets.shape == latents.shape and (not known or bool((targets == latents).all())):
+    if not first_time(f"targets of {owner}"):
         return
+    if targets.shape == latents.shape:
+        are_known = batch.library.has_values(latents)
+        if not are_known or bool((targets == latents).all()):
+            return
     warn_once(
-        f"{owner} ignores the targets that it got, "
-        f"of shape {tuple(targets.shape)}: it trains a velocity of the latents; "
+        f"{owner} ignores the targets that it got, of shape {tuple(targets.shape)}: "
+        "it trains a velocity of the latents; "
         "leave targets out, or use CrossFlowLoss() to train images"
     )

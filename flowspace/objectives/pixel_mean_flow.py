@@ -67,10 +67,11 @@ class PixelMeanFlowLoss(ImprovedMeanFlowLoss):
             self.floor,
             "it is a time, so write 0 <= floor < 1",
         )
+        below = self.perceptual_below
         require(
-            is_number(self.perceptual_below) and 0 <= self.perceptual_below <= 1,
+            is_number(below) and 0 <= below <= 1,
             "perceptual_below",
-            self.perceptual_below,
+            below,
             "it is a time, so write a number in [0, 1]",
         )
 
@@ -89,9 +90,11 @@ class PixelMeanFlowLoss(ImprovedMeanFlowLoss):
         Its gamma is -beta'/(beta^2 lambda') and its delta 1/((t - s) beta lambda'); for the linear
         schedule 1 and -t/(t - s).
         """
-        beta, slope = self.schedule.functions[1], self.schedule.signal_to_noise_slope
+        beta = self.schedule.functions[1]
+        slope = self.schedule.signal_to_noise_slope
+        gamma = -beta.dot / (beta * beta * slope)
         inverse = TimeFunction("1/(t - s)", 2)
-        return Statistic(-beta.dot / (beta * beta * slope), inverse / (beta * slope))
+        return Statistic(gamma, inverse / (beta * slope))
 
     def to_velocity(self, output: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
         """Return (z_t - f)/max(t, floor), or its like for another schedule."""
@@ -101,7 +104,8 @@ class PixelMeanFlowLoss(ImprovedMeanFlowLoss):
                 f"for states of shape {tuple(z_t.shape)}; "
                 "in pixel MeanFlow states and predictions are both images"
             )
-        return self.schedule.velocity(output, z_t, backend_of(t).clamp(t, self.floor))
+        floored = backend_of(t).clamp(t, self.floor)
+        return self.schedule.velocity(output, z_t, floored)
 
     def residual_velocity(self, model: Model, at: PathPoint) -> Tensor:
         """Return the velocity of improved MeanFlow, with the same floor as the prediction's."""
@@ -109,7 +113,8 @@ class PixelMeanFlowLoss(ImprovedMeanFlowLoss):
         floored = self.to_velocity(clean, at.state, at.t)
         below = over_rows(at.t < self.floor, at.velocity)
         velocity = at.library.where(below, floored, at.velocity)
-        return super().residual_velocity(model, with_fields(at, velocity=velocity))
+        at = with_fields(at, velocity=velocity)
+        return super().residual_velocity(model, at)
 
     def perceptual_mask(self, out: LossOutput) -> Tensor:
         """Return which rows ``(B,)`` a perceptual loss is of use for: t < perceptual_below."""
@@ -122,8 +127,6 @@ class PixelMeanFlowLoss(ImprovedMeanFlowLoss):
         xp = at.library
         floored = xp.clamp(at.t, self.floor)
         state = xp.cast(at.state, out.prediction.dtype)
-        return with_fields(
-            out,
-            prediction=self.schedule.latents(out.prediction, state, floored),
-            target=self.schedule.latents(out.target, state, floored),
-        )
+        image = self.schedule.latents(out.prediction, state, floored)
+        target = self.schedule.latents(out.target, state, floored)
+        return with_fields(out, prediction=image, target=target)

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from flowspace.arrays import Model, at_least_float32, draw_noise, is_number, over_rows
+from flowspace.arrays import (
+    Cond,
+    Model,
+    at_least_float32,
+    draw_noise,
+    is_count,
+    is_number,
+    over_rows,
+)
 from flowspace.backends import one_backend, torch_backend
 from flowspace.derivatives.replay import RandomState, RowsMixError, agree, restoring_buffers
 from flowspace.errors import InputError, TimeError
@@ -24,6 +32,9 @@ from flowspace.solvers import Euler
 from flowspace.times import ShiftedTimes
 
 __all__ = ["TrajectoryMatchingLoss"]
+
+SINGLE, HALF = 4, 2
+"""Bytes of a number in float32, and in float16 or bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +78,17 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
             dim: the number of elements of a latent, such as 768 * 16 * 16.
             changes: any field of the objective.
         """
-        shift = ShiftedTimes(dim).shift
-        settings: dict[str, Any] = {"pairs": 64, "trajectories": 2, "shift": shift}
+        settings: dict[str, Any] = {
+            "pairs": 64,
+            "trajectories": 2,
+            "shift": ShiftedTimes(dim).shift,
+        }
         return cls(**(settings | changes))
 
     def check_settings(self) -> None:
         """Refuse what is no teacher, numbers out of their range, and parts that have no use."""
-        if self.gap is not None or self.guidance is not None or self.velocity is not None:
+        without_use = (self.gap, self.guidance, self.velocity)
+        if any(each is not None for each in without_use):
             raise InputError(
                 "got gap, guidance or velocity; "
                 "leave it out, and guide the teacher: Guidance.apply"
@@ -85,20 +100,20 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
             "write a function (z_t, t, **cond) of the velocity",
         )
         require(
-            _is_count(self.steps),
+            is_count(self.steps),
             "steps",
             self.steps,
             "a trajectory has a whole number of steps, at least 1",
         )
         most = self.steps * (self.steps + 1) // 2
         require(
-            self.pairs is None or (_is_count(self.pairs) and self.pairs <= most),
+            self.pairs is None or (is_count(self.pairs) and self.pairs <= most),
             "pairs",
             self.pairs,
             f"{self.steps} steps make {most} pairs, so write that many at most, or None for all",
         )
         require(
-            self.trajectories is None or _is_count(self.trajectories),
+            self.trajectories is None or is_count(self.trajectories),
             "trajectories",
             self.trajectories,
             "write how many rows of a batch begin a trajectory, at least 1, or None for all",
@@ -113,8 +128,10 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
     def grid(self, like: Tensor) -> Tensor:
         """Return the times of the points, ``(steps + 1,)``, falling from 1 to 0."""
         dtype = torch.promote_types(like.dtype, torch.float32)
-        t = torch.linspace(1, 0, self.steps + 1, device=like.device, dtype=dtype)
-        return self.shift * t / (self.shift * t + (1 - t))  # exactly 1 at t = 1
+        points = self.steps + 1
+        t = torch.linspace(1, 0, points, device=like.device, dtype=dtype)
+        shifted = self.shift * t
+        return shifted / (shifted + (1 - t))  # exactly 1 at t = 1
 
     def __call__(  # noqa: PLR0913  # the public door: each argument has its name
         self,
@@ -150,7 +167,8 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
             TimeError: if t or s came.
         """
         xp = one_backend(latents, noise, generator)
-        batch = Batch(latents, None, checked_cond(cond), noise, generator, xp)
+        given = checked_cond(cond)
+        batch = Batch(latents, None, given, noise, generator, xp)
         check_model(model)
         checked_batch(batch)
         if xp is not torch_backend:
@@ -168,11 +186,13 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
         if noise is None:
             noise = draw_noise(batch.latents, generator)
         at, z_s = self._on_trajectory(model, batch, noise)
-        f = at_least_float32(self._predicted(model, at, len(batch.latents)))
-        wanted = self.coefficients.prediction_of(at.z, z_s, at.t, at.s)
+        f = self._predicted(model, at, len(batch.latents))
+        f = at_least_float32(f)
+        target = self.coefficients.prediction_of(at.z, z_s, at.t, at.s)
         weights = self.coefficients.at(at.t, at.s)
-        a, m = over_rows(weights.prediction, f), over_rows(weights.scale, f)
-        return self._output(f, (m - a) * f.detach() - m * wanted, at, weights)
+        a, _, m = weights.over_rows(f)
+        rest = (m - a) * f.detach() - m * target
+        return self._output(f, rest, at, weights)
 
     def _begun(self, batch: Batch) -> Batch:
         """Return the rows of a batch that begin a trajectory."""
@@ -186,14 +206,16 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
             )
 
         def first(leaf: Any) -> Any:
-            if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == rows:
+            if _is_per_row(leaf, rows):
                 return leaf[:count]
             return leaf
 
-        cond, noise = pytree.tree_map(first, batch.cond), batch.noise
+        latents = batch.latents[:count]
+        cond = pytree.tree_map(first, batch.cond)
+        noise = batch.noise
         if noise is not None:
             noise = noise[:count]
-        return with_fields(batch, latents=batch.latents[:count], noise=noise, cond=cond)
+        return with_fields(batch, latents=latents, noise=noise, cond=cond)
 
     def _on_trajectory(
         self, model: Model, batch: Batch, noise: Tensor
@@ -203,8 +225,12 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
         Each has B rows for the first pair, then B for the next; the velocity is the average one.
         """
         cond, times = batch.cond, self.grid(noise)
+
+        def taught(z: Tensor, t: Tensor) -> Tensor:
+            return self.teacher(z, t, **cond)
+
         try:
-            path = Euler().path(lambda z, t: self.teacher(z, t, **cond), noise, times)
+            path = Euler().path(taught, noise, times)
         except TypeError as error:
             refuse_unfit(model, cond, error)
             raise
@@ -214,8 +240,10 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
         s = times[late].repeat_interleave(rows)
         z_t = path[early].flatten(0, 1)
         z_s = at_least_float32(path[late].flatten(0, 1))
-        velocity = (at_least_float32(z_t) - z_s) / over_rows(t - s, z_t)
-        return PathPoint(z_t, t, s, velocity, batch.latents, cond), z_s
+        moved = at_least_float32(z_t) - z_s
+        velocity = moved / over_rows(t - s, z_t)
+        at = PathPoint(z_t, t, s, velocity, batch.latents, cond)
+        return at, z_s
 
     def _predicted(self, model: Model, at: PathPoint, rows: int) -> Tensor:
         """Return what the model gives for all pairs.
@@ -225,12 +253,17 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
         It is where the model mixes rows, or where cond holds a tensor that all rows share and
         whose first axis is B; batch norm in train mode sees all pairs at once.
         """
-        cond, split = at.cond, (at.state.split(rows), at.t.split(rows), at.s.split(rows))
-        pairs = list(zip(*split, strict=True))
+        cond = at.cond
+        states = at.state.split(rows)
+        t, s = at.t.split(rows), at.s.split(rows)
+        pairs = list(zip(states, t, s, strict=True))
         draws = RandomState(at.state.device, of_python=True)
         try:
-            f = evaluated(model, at.state, at.t, at.s, _repeated(cond, rows, len(pairs)))
-            if len(pairs) == 1 or draws.changed() or self._is_first(f, model, pairs[0], cond):
+            repeated = _repeated(cond, rows, len(pairs))
+            f = evaluated(model, at.state, at.t, at.s, repeated)
+            if len(pairs) == 1 or draws.changed():
+                return f
+            if self._is_first(f, model, pairs[0], cond):
                 return f
         except Exception as error:  # pair by pair the model raises it again, if it is its own
             if isinstance(error, TypeError):
@@ -238,7 +271,7 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
         return torch.cat([evaluated(model, *pair, cond) for pair in pairs])
 
     def _is_first(
-        self, f: Tensor, model: Model, pair: tuple[Tensor, Tensor, Tensor], cond: dict[str, Any]
+        self, f: Tensor, model: Model, pair: tuple[Tensor, Tensor, Tensor], cond: Cond
     ) -> bool:
         """Return whether the first pair has the same value among all pairs and by itself."""
         try:
@@ -248,8 +281,11 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
             if error.finder is None:
                 raise
             return True
-        halved = run.halved is not None or f.dtype.itemsize < 4
-        return agree(f[: len(alone)].detach(), alone, 2 if halved else f.dtype.itemsize)
+        itemsize = f.dtype.itemsize
+        if run.halved is not None or itemsize < SINGLE:
+            itemsize = HALF
+        among_all = f[: len(alone)].detach()
+        return agree(among_all, alone, itemsize)
 
     def _pairs_of_points(
         self, generator: torch.Generator | None, device: torch.device
@@ -259,20 +295,23 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
         early, late = torch.triu_indices(points, points, 1, device=device)
         if self.pairs is None:
             return early, late
-        chosen = torch.randperm(len(early), generator=generator, device=device)[: self.pairs]
+        order = torch.randperm(len(early), generator=generator, device=device)
+        chosen = order[: self.pairs]
         return early[chosen], late[chosen]
 
 
-def _is_count(value: Any) -> bool:
-    """Return whether a value is a whole number of at least 1."""
-    return isinstance(value, int) and is_number(value) and value >= 1
+def _is_per_row(leaf: Any, rows: int) -> bool:
+    """Return whether a value in cond is a tensor that belongs to the rows."""
+    return isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == rows
 
 
-def _repeated(cond: dict[str, Any], rows: int, count: int) -> dict[str, Any]:
+def _repeated(cond: Cond, rows: int, count: int) -> Cond:
     """Repeat what belongs to the rows, once a pair."""
 
-    def one(leaf: Any) -> Any:
-        per_row = isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == rows
-        return leaf.repeat(count, *[1] * (leaf.ndim - 1)) if per_row else leaf
+    def repeated(leaf: Any) -> Any:
+        if not _is_per_row(leaf, rows):
+            return leaf
+        other_axes = [1] * (leaf.ndim - 1)
+        return leaf.repeat(count, *other_axes)
 
-    return pytree.tree_map(one, cond)
+    return pytree.tree_map(repeated, cond)
