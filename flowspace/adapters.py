@@ -34,7 +34,10 @@ from flowspace.time_functions import Source, TimeFunction
 __all__ = ["Adapter", "adapt"]
 
 KNOWN_TIMES: dict[tuple[str, ...], dict[str, str]] = {
-    ("timestep", "r_timestep"): {"timestep": "1000*t", "r_timestep": "1000*s"},
+    ("timestep", "r_timestep"): {
+        "timestep": "1000*t",
+        "r_timestep": "1000*s",
+    },
     ("timestep",): {"timestep": "1000*t"},
     ("t", "s"): {"t": "t", "s": "s"},
     ("t", "r"): {"t": "t", "r": "s"},
@@ -46,6 +49,9 @@ TIME_EMBEDDINGS = ("time_embedding", "timestep_embedder", "t_embedder")
 """How modules are called that return the embedding of the time: diffusers' UNets, its
 transformers, and the code of DiT and SiT.
 """
+
+MOST_SHOWN = 8
+"""How many of a network's modules a message names."""
 
 FREQUENCIES = 64
 """Sines and cosines of an added time: as many of each."""
@@ -140,7 +146,9 @@ class Adapter(nn.Module):
     ) -> None:
         super().__init__()
         self.network = network
-        self.times = {name: TimeFunction(source, 2) for name, source in times.items()}
+        self.times = {}
+        for name, source in times.items():
+            self.times[name] = TimeFunction(source, 2)
         self.names = dict(names)
         self.factor = factor
         self.output = output or _first_tensor
@@ -157,9 +165,11 @@ class Adapter(nn.Module):
             raise InputError("got a network that has an added time already; adapt a fresh one")
         modules = _time_embeddings(self.network, to)
         weight = _last_linear(modules).weight
-        self.added = AddedTime(TimeFunction(time, 2), len(weight)).to(weight)
+        added = AddedTime(TimeFunction(time, 2), width=len(weight))
+        self.added = added.to(weight)
         for name, module in modules.items():
-            module.register_forward_hook(_Adding(name, self._embedding))
+            hook = _Adding(name, self._embedding)
+            module.register_forward_hook(hook)
 
     def forward(self, z_t: Tensor, t: Tensor, s: Tensor, **cond: Any) -> Tensor:
         """Return what the network returns, in float32 at least.
@@ -207,11 +217,11 @@ class Adapter(nn.Module):
         if getattr(self.network, "_repeated_blocks", None):
             self.network.compile_repeated_blocks(**options)  # type: ignore[operator]
             return self
-        lists = [each for each in self.network.children() if isinstance(each, nn.ModuleList)]
+        children = self.network.children()
+        lists = [each for each in children if isinstance(each, nn.ModuleList)]
         if not lists:
             raise InputError(
-                f"got {type(self.network).__name__}, which has no list of blocks; "
-                "write adapted.compile()"
+                f"got {_kind(self.network)}, which has no list of blocks; write adapted.compile()"
             )
         for blocks in lists:
             for block in blocks:
@@ -227,7 +237,7 @@ class Adapter(nn.Module):
         """
         if not getattr(self.network, "_supports_gradient_checkpointing", False):
             raise InputError(
-                f"got {type(self.network).__name__}, "
+                f"got {_kind(self.network)}, "
                 "which has no gradient checkpointing of diffusers; "
                 "let its blocks run under torch.utils.checkpoint themselves"
             )
@@ -238,7 +248,8 @@ class Adapter(nn.Module):
         current = self._embedding
 
         def run(embedding: Tensor | None, *inputs: Any) -> Any:
-            before, current.value = current.value, embedding
+            before = current.value
+            current.value = embedding
             try:
                 return block(*inputs)
             finally:
@@ -266,10 +277,12 @@ class AddedTime(nn.Module):
 
     def forward(self, t: Tensor, s: Tensor) -> Tensor:
         """Map times ``(B,)`` to ``(B, width)``; angles are formed in float32 at least."""
-        slowest, fastest = (math.log10(2 * math.pi / period) for period in (SLOWEST, FASTEST))
+        slowest = math.log10(2 * math.pi / SLOWEST)
+        fastest = math.log10(2 * math.pi / FASTEST)
         rates = torch.logspace(slowest, fastest, FREQUENCIES, device=t.device, dtype=t.dtype)
         angle = self.time(t, s)[:, None] * rates
-        waves = torch.cat([angle.cos(), angle.sin()], 1).to(self.first.weight.dtype)
+        waves = torch.cat([angle.cos(), angle.sin()], 1)
+        waves = waves.to(self.first.weight.dtype)
         return self.second(F.silu(self.first(waves)))
 
 
@@ -286,7 +299,8 @@ class _Adding:
     """
 
     def __init__(self, name: str, embedding: _Current) -> None:
-        self.name, self.embedding = name, embedding
+        self.name = name
+        self.embedding = embedding
 
     def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         added = self.embedding.value
@@ -301,7 +315,8 @@ class _Adding:
             raise InputError(
                 f"got shape {tuple(output.shape)} from {self.name}, "
                 f"where the added time has {tuple(added.shape)}; "
-                "let added_to name a module that returns the embedding of the time, (B, width)"
+                "let added_to name a module "
+                "that returns the embedding of the time, (B, width)"
             )
         return output + added.to(output.dtype)
 
@@ -311,10 +326,15 @@ def _signature(network: nn.Module) -> Signature:
     return signature_of(getattr(network, "_orig_mod", network))
 
 
+def _kind(module: nn.Module) -> str:
+    """Return the name of a module's class, for a message."""
+    return type(module).__name__
+
+
 def _described(network: nn.Module) -> str:
     """Return a network's class and the names of its arguments, for a message."""
     names = ", ".join(_signature(network).parameters)
-    return f"{type(network).__name__} with the arguments ({names})"
+    return f"{_kind(network)} with the arguments ({names})"
 
 
 def _known_times(network: nn.Module) -> dict[str, str]:
@@ -336,9 +356,10 @@ def _check_names(network: nn.Module, names: list[str]) -> None:
     try:
         signature.bind_partial(None, **dict.fromkeys(names))
     except TypeError as error:
+        wanted = ", ".join(names)
         raise InputError(
             f"got {_described(network)}, which does not take a state first "
-            f"and then {', '.join(names)} by name: {error}; "
+            f"and then {wanted} by name: {error}; "
             "name its own arguments in times= and names="
         ) from error
 
@@ -349,9 +370,10 @@ def _refuse_unfit(network: nn.Module, given: Mapping[str, Any], error: TypeError
     try:
         signature.bind(None, **given)
     except TypeError as unfit:
+        names = ", ".join(given)
         raise InputError(
             f"got {_described(network)}, "
-            f"which cannot be called with a state and {', '.join(given)}: {unfit}; "
+            f"which cannot be called with a state and {names}: {unfit}; "
             "give conditions in cond=, and their names in the network in names="
         ) from error
 
@@ -360,29 +382,33 @@ def _time_embeddings(network: nn.Module, name: str | None) -> dict[str, nn.Modul
     """Return the modules that return the embedding of a network's own time, by name."""
     modules = dict(network.named_modules())
     if name is not None:
-        if name not in modules or not name:
-            raise InputError(
-                f"got added_to = {name!r}, "
-                f"which {type(network).__name__} does not have; write one "
-                f"of {', '.join(_names_of_embeddings(modules)) or 'network.named_modules()'}"
-            )
+        if not name or name not in modules:
+            raise _unknown_embedding(network, name)
         return {name: modules[name]}
     found = {}
     for each, module in modules.items():
         if each.rpartition(".")[2] in TIME_EMBEDDINGS:
             found[each] = module
     if not found:
+        names = ", ".join(TIME_EMBEDDINGS)
         raise InputError(
-            f"got {type(network).__name__}, "
-            f"of whose modules none is called {', '.join(TIME_EMBEDDINGS)}; "
-            "name the one that returns the embedding of the time, as added_to='time_mlp'"
+            f"got {_kind(network)}, of whose modules none is called {names}; "
+            "name the one that returns the embedding of the time, "
+            "as added_to='time_mlp'"
         )
     return found
 
 
-def _names_of_embeddings(modules: Mapping[str, nn.Module]) -> list[str]:
-    """Return names that speak of a time or an embedding, for a message."""
-    return [name for name in modules if "time" in name or "embed" in name][:8]
+def _unknown_embedding(network: nn.Module, name: str) -> InputError:
+    """Return the error for a name that no module has, with names that speak of an embedding."""
+    likely = []
+    for each, _ in network.named_modules():
+        if "time" in each or "embed" in each:
+            likely.append(each)
+    names = ", ".join(likely[:MOST_SHOWN]) or "network.named_modules()"
+    return InputError(
+        f"got added_to = {name!r}, which {_kind(network)} does not have; write one of {names}"
+    )
 
 
 def _last_linear(modules: Mapping[str, nn.Module]) -> nn.Linear:
@@ -392,10 +418,9 @@ def _last_linear(modules: Mapping[str, nn.Module]) -> nn.Linear:
         if linear:
             return linear[-1]
         raise InputError(
-            f"got {name} to add a time to, "
-            f"a {type(module).__name__} without a linear layer; "
-            "name the module that returns the embedding of the time, "
-            "(B, width), in added_to="
+            f"got {name} to add a time to, a {_kind(module)} without a linear layer; "
+            "name the module that returns the embedding of the time, (B, width), "
+            "in added_to="
         )
     raise InputError("got no module to add a time to")
 

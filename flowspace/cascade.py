@@ -41,15 +41,15 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 from torch.utils import _pytree as pytree
 
-from flowspace.arrays import Model, checked_times, draw_noise
+from flowspace.arrays import Cond, Model, checked_times, draw_noise, is_count
 from flowspace.backends import torch_backend
 from flowspace.errors import InputError, TimeError
 from flowspace.flow_map import FlowMap
 from flowspace.guidance import Guidance, RandomGuidance
-from flowspace.inputs import check_model, check_states, checked_cond, require
+from flowspace.inputs import check_model, check_states, checked_cond, kind_of, require
 from flowspace.objectives import FlowMatchingLoss, LossOutput, Objective
 from flowspace.solvers import Solver, VelocityFlow
-from flowspace.times import PairSampler, RandomSource
+from flowspace.times import DrawPairs, PairSampler, RandomSource, drawn_pairs
 
 __all__ = [
     "Cascade",
@@ -78,9 +78,8 @@ def doubled(images: Tensor) -> Tensor:
 
 def _check_stages(name: str, value: Any) -> None:
     """Refuse what is no number of stages."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
     reason = "it counts resolutions, so write 1 or more, 4 in the paper"
-    require(whole and value > 0, name, value, reason)
+    require(is_count(value), name, value, reason)
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,8 @@ class CascadeStage:
         """
 
         def at_own_times(z_t: Tensor, *times: Tensor, **cond: Any) -> Tensor:
-            return function(z_t, *[self.global_time(t) for t in times], **cond)
+            global_times = [self.global_time(t) for t in times]
+            return function(z_t, *global_times, **cond)
 
         return at_own_times
 
@@ -252,10 +252,10 @@ class Cascade:
             if not len(rows):
                 continue
             rows = _sent(rows, images.device)
-            small = halved(images[rows], last - stage.index)
-            yield CascadeBatch(
-                stage, rows, *stage.path(small, self._noise_of(stage, noise[rows], last))
-            )
+            x_k = halved(images[rows], last - stage.index)
+            n = self._noise_of(stage, noise[rows], last)
+            end, start = stage.path(x_k, n)
+            yield CascadeBatch(stage, rows, latents=end, noise=start)
 
     def assigned(self, rows: int, generator: torch.Generator | None = None) -> Tensor:
         """Return the stage of each row, ``(rows,)``: every S rows in a row hold each stage once.
@@ -271,7 +271,8 @@ class Cascade:
         if generator is not None:
             device = generator.device
         first = torch.randint(self.stages, (), generator=generator, device=device)
-        return (first + torch.arange(rows, device=device)) % self.stages
+        places = torch.arange(rows, device=device)
+        return (first + places) % self.stages
 
     def ramp(self, guidance: Guidance, shares: Sequence[float] = RAMP) -> tuple[Guidance, ...]:
         """Return the guidance of each stage: 1 + (g - 1) share, with g the effective scale
@@ -284,8 +285,9 @@ class Cascade:
         Raises:
             InputError: if shares are not as many as stages, or the guidance cannot be scaled.
         """
+        is_random = isinstance(guidance, RandomGuidance)
         require(
-            isinstance(guidance, Guidance) and not isinstance(guidance, RandomGuidance),
+            isinstance(guidance, Guidance) and not is_random,
             "guidance",
             guidance,
             "write for example Guidance(null={'labels': 1000}, omega=2.4)",
@@ -297,7 +299,11 @@ class Cascade:
             )
         rest = 1 - guidance.own_weight
         full = guidance.omega / rest
-        return tuple(replace(guidance, omega=(1 + (full - 1) * share) * rest) for share in shares)
+        ramp = []
+        for share in shares:
+            scale = 1 + (full - 1) * share
+            ramp.append(replace(guidance, omega=scale * rest))
+        return tuple(ramp)
 
     def check_size(self, images: Tensor) -> None:
         """Refuse what are no images, or cannot be halved S - 1 times.
@@ -322,18 +328,20 @@ class Cascade:
 
     def _check_batch(self, images: Tensor, noise: Tensor, stages: Tensor) -> None:
         self.check_size(images)
+        rows = len(images)
         if noise.shape != images.shape:
             raise InputError(
                 f"got noise of shape {tuple(noise.shape)} for images of {tuple(images.shape)}; "
                 "write noise of the images' shape: each stage takes its halvings"
             )
-        if stages.shape != (len(images),) or stages.is_floating_point():
+        if stages.shape != (rows,) or stages.is_floating_point():
             raise InputError(
-                f"got stages of dtype {stages.dtype} "
-                f"and shape {tuple(stages.shape)} for {len(images)} images; "
-                "write one whole number for each, as cascade.assigned(len(images)) does"
+                f"got stages of {kind_of(stages)} for {rows} images; "
+                "write one whole number for each, "
+                "as cascade.assigned(len(images)) does"
             )
-        if bool(((stages < 0) | (stages >= self.stages)).any()):
+        outside = (stages < 0) | (stages >= self.stages)
+        if bool(outside.any()):
             raise InputError(
                 f"got stages from {int(stages.min())} to {int(stages.max())}; "
                 f"they are numbered from 0, the coarsest, to {self.stages - 1}"
@@ -419,7 +427,8 @@ class CascadeLoss:
                 f"got {len(self._objectives)} objectives for {self.cascade.stages} stage(s); "
                 "write one for each stage, or a single one for all"
             )
-        if self.packed and not all(_evaluates_once(each) for each in self._objectives):
+        once = all(_evaluates_once(each) for each in self._objectives)
+        if self.packed and not once:
             raise InputError(
                 "got packed=True for an objective that evaluates the model more than once; "
                 "write FlowMatchingLoss() without guidance, or packed=False"
@@ -439,7 +448,8 @@ class CascadeLoss:
             solver: None steps by the flow map; a solver integrates the model's velocity, which is
                 all that flow matching trains.
         """
-        return CascadeFlow(self.cascade, self._objectives[0].flow_map(model), solver)
+        flow = self._objectives[0].flow_map(model)
+        return CascadeFlow(self.cascade, flow, solver)
 
     def __call__(  # noqa: PLR0913  # an objective's arguments, and the stages
         self,
@@ -492,7 +502,8 @@ class CascadeLoss:
             times = {}
             if t is not None:
                 times = {"t": own.t, "s": own.s}
-            outputs[batch.stage.index] = self._objective_at(batch.stage, own)(
+            objective = self._objective_at(batch.stage, own)
+            outputs[batch.stage.index] = objective(
                 local,
                 batch.latents,
                 cond=own_cond,
@@ -523,8 +534,8 @@ class CascadeLoss:
         if all(isinstance(each, FlowMatchingLoss) for each in self._objectives):
             s = t
         if t is not None and s is not None:
-            t, s = checked_times(t, s, images)
-            return [PairsOfStage(t[batch.rows], s[batch.rows]) for batch in batches]
+            given = PairsOfStage(*checked_times(t, s, images))
+            return [given.of(batch.rows) for batch in batches]
         if t is not None or s is not None:
             raise TimeError("got only one of t and s; give both, or neither to have them drawn")
         times = self._objectives[0].times
@@ -548,11 +559,14 @@ class CascadeLoss:
         states, times = [], []
         for batch, own in zip(batches, pairs, strict=True):
             schedule = self._objectives[batch.stage.index].schedule
-            states.append(schedule.perturb(batch.latents, batch.noise, own.t)[0])
+            z_t, _ = schedule.perturb(batch.latents, batch.noise, own.t)
+            states.append(z_t)
             times.append(batch.stage.global_time(own.t))
-        cond = {name: [each[name] for each in conds] for name in conds[0]}
+        cond = {}
+        for name in conds[0]:
+            cond[name] = [each[name] for each in conds]
         predictions = model(states, times, times, **cond)
-        return [functools.partial(_handed_out, prediction) for prediction in predictions]
+        return [functools.partial(_handed_out, each) for each in predictions]
 
 
 @dataclass(frozen=True)
@@ -587,17 +601,16 @@ class PairsOfStage(PairSampler):
 
 
 def _drawn_pairs(
-    times: Any, rows: int, images: Tensor, generator: torch.Generator | None
+    times: DrawPairs, rows: int, images: Tensor, generator: torch.Generator | None
 ) -> PairsOfStage:
     """Return so many times as an objective draws them, beside the images."""
-    dtype = torch_backend.time_dtype(images)
-    t, s = times(rows, generator=generator, device=images.device, dtype=dtype)
-    if t.shape != (rows,) or s.shape != (rows,):
-        raise TimeError(
-            f"got times of shapes {tuple(t.shape)} "
-            f"and {tuple(s.shape)} from {times!r} for {rows} rows; "
-            f"return t and s of shape ({rows},) each"
-        )
+    t, s = drawn_pairs(
+        times,
+        rows,
+        generator=generator,
+        device=images.device,
+        dtype=torch_backend.time_dtype(images),
+    )
     most = None
     if isinstance(times, PairSampler):
         most = times.most_off_diagonal(rows)
@@ -608,10 +621,12 @@ def _in_order(
     batches: Sequence[CascadeBatch], outputs: dict[int, LossOutput], stages: Tensor
 ) -> CascadeOutput:
     """Return what the stages gave in the order of the rows."""
-    back = torch.cat([batch.rows for batch in batches]).argsort()
-    loss = torch.cat([out.loss for out in outputs.values()])
-    t = torch.cat([out.t for out in outputs.values()])
-    s = torch.cat([out.s for out in outputs.values()])
+    rows = torch.cat([batch.rows for batch in batches])
+    back = rows.argsort()
+    outs = outputs.values()
+    loss = torch.cat([out.loss for out in outs])
+    t = torch.cat([out.t for out in outs])
+    s = torch.cat([out.s for out in outs])
     return CascadeOutput(loss[back], t[back], s[back], stages, outputs)
 
 
@@ -625,7 +640,7 @@ def _handed_out(prediction: Tensor, z_t: Tensor, t: Tensor, s: Tensor, **cond: A
     return prediction
 
 
-def _cond_of_rows(cond: Mapping[str, Any], rows: Tensor, images: Tensor) -> dict[str, Any]:
+def _cond_of_rows(cond: Mapping[str, Any], rows: Tensor, images: Tensor) -> Cond:
     """Return the model's arguments for some rows of a batch; lists and dicts are gone through."""
 
     def of_rows(leaf: Any) -> Any:
@@ -734,8 +749,8 @@ class CascadeFlow:
         counts = [steps] * self.cascade.stages
         if isinstance(steps, Sequence):
             counts = list(steps)
-        whole = [n for n in counts if isinstance(n, int) and not isinstance(n, bool) and n > 0]
-        if len(counts) != self.cascade.stages or len(whole) != len(counts):
+        whole = [count for count in counts if is_count(count)]
+        if not len(counts) == len(whole) == self.cascade.stages:
             raise TimeError(
                 f"got steps = {steps!r} for {self.cascade.stages} stage(s); "
                 "write 1 or a larger integer, or one for each stage, coarsest first"

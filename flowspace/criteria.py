@@ -8,8 +8,9 @@ import sympy
 import torch
 from torch import Tensor
 
-from flowspace.errors import CriterionError, InputError
+from flowspace.errors import CriterionError
 from flowspace.formulas import precise_values, random_points, readable
+from flowspace.inputs import require
 from flowspace.schedules import TIME_FLOOR, Schedule
 from flowspace.statistics import (
     DIAGONAL_POINTS,
@@ -39,6 +40,9 @@ An infinite one is smaller there, by more than `GROWS`.
 
 LIMIT_TOLERANCE = 1e-4
 """That near the corner, gamma and delta may be so far from 1 and -1."""
+
+LABEL = 12
+"""Characters that a report gives to the name of a row."""
 
 EXPLODES = 1e6
 """A coefficient beyond this at t = 1e-9 is reported as singular for t -> 0."""
@@ -82,10 +86,14 @@ class CriteriaReport:
 
     def raise_if_failed(self) -> None:
         """Raise CriterionError with the whole report if Criterion 1 or 2 fails."""
-        if not self.ok:
-            holds = {"1": self.criterion1, "2": self.criterion2}
-            names = [name for name, each in holds.items() if not each]
-            raise CriterionError(f"Criterion {' and '.join(names)} failed.\n{self}")
+        failed = []
+        if not self.criterion1:
+            failed.append("1")
+        if not self.criterion2:
+            failed.append("2")
+        if failed:
+            names = " and ".join(failed)
+            raise CriterionError(f"Criterion {names} failed.\n{self}")
 
     @property
     def advice(self) -> str:
@@ -103,25 +111,36 @@ class CriteriaReport:
     def residual(self) -> str:
         """The residual in readable form: identity (II) where Criterion 1 holds, else (I)."""
         c = self.coefficients
-        form, known = "R = a f + b D_t f - p z_t - q v", [("p", c.state), ("q", c.velocity)]
+        letters = {"a": c.prediction, "b": c.derivative}
         if self.criterion1:
-            form, known = "R = a f + b D_t f - c x", [("c", c.data)]
-        rows = [("a", c.prediction), ("b", c.derivative), *known]
-        return "\n".join([form, *(f"{name} = {_text(function)}" for name, function in rows)])
+            lines = ["R = a f + b D_t f - c x"]
+            letters["c"] = c.data
+        else:
+            lines = ["R = a f + b D_t f - p z_t - q v"]
+            letters["p"] = c.state
+            letters["q"] = c.velocity
+        for letter, function in letters.items():
+            lines.append(f"{letter} = {_text(function)}")
+        return "\n".join(lines)
 
     def latex(self) -> str:
         """The residual as LaTeX, coefficients written out."""
         c = self.coefficients
-        terms = [_latex("a", c.prediction, "f"), _latex("b", c.derivative, "D_t f")]
+        terms = [
+            _latex("a", c.prediction, "f"),
+            _latex("b", c.derivative, "D_t f"),
+        ]
         if self.criterion1:
             terms.append(_latex("c", c.data, "x", sign=-1))
         else:
             terms.append(_latex("p", c.state, "z_t", sign=-1))
             terms.append(_latex("q", c.velocity, "v", sign=-1))
-        return "R = " + " ".join(term for term in terms if term).removeprefix("+ ")
+        present = [term for term in terms if term]
+        return "R = " + " ".join(present).removeprefix("+ ")
 
     def _statistic(self) -> str:
-        gamma, delta = _text(self.statistic.gamma), _text(self.statistic.delta)
+        gamma = _text(self.statistic.gamma)
+        delta = _text(self.statistic.delta)
         return f"gamma(t, s) = {gamma}, delta(t, s) = {delta}"
 
     def _kappa(self) -> str:
@@ -140,7 +159,11 @@ class CriteriaReport:
         ]
         if self.advice:
             rows.append(("advice", self.advice))
-        return "\n".join(f"{name:<12}{text}".replace("\n", "\n" + " " * 12) for name, text in rows)
+        lines = []
+        for name, text in rows:
+            indented = text.replace("\n", "\n" + " " * LABEL)
+            lines.append(name.ljust(LABEL) + indented)
+        return "\n".join(lines)
 
 
 def check_criteria(schedule: Schedule, statistic: AbstractStatistic) -> CriteriaReport:
@@ -159,11 +182,12 @@ def check_criteria(schedule: Schedule, statistic: AbstractStatistic) -> Criteria
         InputError: if schedule or statistic is none.
         CriterionError: if delta is zero, complex or not finite where times may lie.
     """
-    if not isinstance(statistic, AbstractStatistic):
-        raise InputError(
-            f"got statistic = {statistic!r}; "
-            "write check_criteria(LinearSchedule(), MatchedStatistic())"
-        )
+    require(
+        isinstance(statistic, AbstractStatistic),
+        "statistic",
+        statistic,
+        "write check_criteria(LinearSchedule(), MatchedStatistic())",
+    )
     c = statistic.coefficients(schedule)
     properties = {
         "Criterion 1": _criterion1(c),
@@ -212,10 +236,15 @@ def _criterion1(c: Coefficients) -> _Property:
 
 def _criterion2(c: Coefficients) -> _Property:
     gamma, delta = _corner(c)
-    values = f"{_value('gamma(1,0)', gamma)}, {_value('delta(1,0)', delta)}"
-    if abs(gamma - 1) < LIMIT_TOLERANCE and abs(delta + 1) < LIMIT_TOLERANCE:
+    gamma_text = _value("gamma(1,0)", gamma)
+    delta_text = _value("delta(1,0)", delta)
+    values = f"{gamma_text}, {delta_text}"
+    is_one = abs(gamma - 1) < LIMIT_TOLERANCE
+    is_minus_one = abs(delta + 1) < LIMIT_TOLERANCE
+    if is_one and is_minus_one:
         return _Property(True, f"{values}: f at (1, 0) is a sample")
-    return _Property(False, f"{values}: f at (1, 0) is no sample; they must be 1 and -1")
+    why = "f at (1, 0) is no sample; they must be 1 and -1"
+    return _Property(False, f"{values}: {why}")
 
 
 def _anchored(c: Coefficients) -> _Property:
@@ -230,7 +259,11 @@ def _matched(c: Coefficients) -> _Property:
         return _Property(False, "there is no c without Criterion 1")
     if c.data_vanishes:
         return _Property(False, "c = 0: there is no data term to match")
-    size, time = worst_on_diagonal(lambda t, s: c.prediction(t, s) / c.data(t, s) - 1)
+
+    def miss(t: Tensor, s: Tensor) -> Tensor:
+        return c.prediction(t, s) / c.data(t, s) - 1
+
+    size, time = worst_on_diagonal(miss)
     if size <= DIAGONAL_TOLERANCE:
         return _Property(True, "a(t,t) = c(t,t): it reconstructs x itself")
     return _Property(False, f"a/c - 1 is not 0 but {_size(size)} at s = t = {time:.3g}")
@@ -264,17 +297,18 @@ def _advice_without_data(c: Coefficients) -> str:
 
 def _is_mean_flow(c: Coefficients) -> bool:
     """Return whether gamma = 0 and delta = 1/(t - s), at points inside the triangle."""
-    times = torch.tensor(random_points(DIAGONAL_POINTS), dtype=torch.float64)
-    t, s = times[:, 0], times[:, 1]
-    weight, b = c.velocity(t, s), c.derivative(t, s)
-    return torch.allclose(weight, torch.ones_like(t)) and torch.allclose(b, t - s)
+    points = random_points(DIAGONAL_POINTS)
+    t, s = torch.tensor(points, dtype=torch.float64).unbind(1)
+    keeps_state = torch.allclose(c.velocity(t, s), torch.ones_like(t))
+    return keeps_state and torch.allclose(c.derivative(t, s), t - s)
 
 
 def _advice_for_no_sample(gamma: float, delta: float) -> str:
-    factor = abs(delta)
-    if 0 < factor < math.inf and abs(gamma + delta) < LIMIT_TOLERANCE * factor:
+    factor = -delta
+    is_proportional = abs(gamma - factor) < LIMIT_TOLERANCE * abs(factor)
+    if 0 < abs(factor) < math.inf and is_proportional:
         return (
-            f"f at (1, 0) is {-delta:.6g} times a sample: divide gamma and delta by {-delta:.6g}"
+            f"f at (1, 0) is {factor:.6g} times a sample: divide gamma and delta by {factor:.6g}"
         )
     return (
         "f at (1, 0) is no sample, so one step from noise gives none; "
@@ -287,16 +321,19 @@ def _corner(c: Coefficients) -> tuple[float, float]:
 
     Each is infinite where it still grows, and nan where it is 0/0.
     """
-    distance = NUDGE
-    if c.derivative.expression is not None and c.velocity.expression is not None:
-        distance = CORNER
+    formulas = (c.derivative.expression, c.velocity.expression)
+    distance = CORNER
+    if any(formula is None for formula in formulas):
+        distance = NUDGE
     gamma, delta = _near_corner(c, distance)
-    before_gamma, before_delta = _near_corner(c, BEFORE_CORNER * distance)
-    return _limit(gamma, before_gamma), _limit(delta, before_delta)
+    farther = BEFORE_CORNER * distance
+    gamma_before, delta_before = _near_corner(c, farther)
+    return _limit(gamma, gamma_before), _limit(delta, delta_before)
 
 
 def _near_corner(c: Coefficients, distance: float) -> tuple[float, float]:
-    b, kept = _at_point(c.derivative, distance), _at_point(c.velocity, distance)
+    b = _at_point(c.derivative, distance)
+    kept = _at_point(c.velocity, distance)
     if b == 0 and kept == 1:
         return math.nan, math.inf
     if b == 0:
@@ -308,7 +345,8 @@ def _at_point(function: TimeFunction, distance: float) -> Any:
     """Return a function's value at that distance from (1, 0), with 50 digits for a formula."""
     if function.expression is not None:
         near = sympy.Float(distance, 50)
-        return precise_values(function.expression, [(1 - near, near)])[0]
+        point = (1 - near, near)
+        return precise_values(function.expression, [point])[0]
     near = torch.tensor(distance, dtype=torch.float64)
     return float(function(1 - near, near))
 
@@ -329,7 +367,8 @@ def _singular_edges(c: Coefficients) -> list[str]:
         functions.append(c.data)
 
     def bounded(t: Tensor, s: Tensor, limit: float = torch.inf) -> bool:
-        return all(bool((f(t, s).abs() < limit).all()) for f in functions)
+        sizes = torch.stack([f(t, s).abs() for f in functions])
+        return bool((sizes < limit).all())
 
     edges = {
         "s = t": bounded(times, times),

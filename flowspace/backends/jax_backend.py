@@ -2,6 +2,7 @@
 not known yet.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -125,7 +126,8 @@ def one_per_row(time: Any, rows: int) -> Any:
 
 def flatten(array: Any) -> Any:
     """Return an array of shape ``(B, *)`` in shape ``(B, n)``."""
-    return array.reshape(array.shape[0], int(np.prod(array.shape[1:])))
+    rows, *axes = array.shape
+    return array.reshape(rows, math.prod(axes))
 
 
 def clamp(array: Any, low: float | None = None, high: float | None = None) -> Any:
@@ -172,9 +174,12 @@ def value_and_derivative(
         return fn(*arguments)
 
     inputs = tuple(primals[i] for i in moving)
-    directions = tuple(tangents[i].astype(primals[i].dtype) for i in moving)  # type: ignore
+    directions = []
+    for i in moving:
+        tangent: Any = tangents[i]
+        directions.append(tangent.astype(primals[i].dtype))
     try:
-        value, derivative = jax.jvp(of_moving, inputs, directions)
+        value, derivative = jax.jvp(of_moving, inputs, tuple(directions))
     except Exception as error:
         if type(error).__name__ == "TraceContextError":
             raise DerivativeError(
@@ -199,8 +204,8 @@ def split(generator: Any, count: int) -> tuple[Any, ...]:
     """
     if not _is_key(generator):
         raise InputError(
-            f"got generator = {_described(generator)}, but times or noise "
-            "are to be drawn and JAX draws from one key, given each time; "
+            f"got generator = {_described(generator)}, but times or noise are to be drawn "
+            "and JAX draws from one key, given each time; "
             "write generator=jax.random.key(0), split anew for every step"
         )
     return tuple(jax.random.split(generator, count))
@@ -244,5 +249,6 @@ def on_tensors(function: Callable[..., Any], tensors: Sequence[torch.Tensor]) ->
     # JAX before 0.8 has it among its experiments.
     home: Any = jax if hasattr(jax, "enable_x64") else jax.experimental  # type: ignore
     with jax.ensure_compile_time_eval(), home.enable_x64(True):
-        value = function(*(jnp.asarray(tensor.detach().cpu().numpy()) for tensor in tensors))
+        arrays = [jnp.asarray(tensor.detach().cpu().numpy()) for tensor in tensors]
+        value = function(*arrays)
         return torch.as_tensor(np.array(value), device=tensors[0].device)
