@@ -1,9 +1,7 @@
 """What to cite: BibTeX of the papers that an object is made of.
 
 Each class has its papers in one table, `USED`; an object is walked through its fields, so an
-objective brings those of its schedule, statistic, times, penalty, guidance and route too. An entry
-has what the papers at hand and their lists of references say: where only a first author is known
-the others are ``and others``, and where no title is known there is none.
+objective brings those of its schedule, statistic, times, penalty, guidance and route too.
 """
 
 import dataclasses
@@ -22,8 +20,8 @@ class Paper(NamedTuple):
     Attributes:
         key: the entry's name.
         authors: as BibTeX writes them, joined by ``and``.
-        title: with braces round what keeps its capitals; empty if it is not known here.
-        number: of arXiv; empty if there is none.
+        title: with braces round what keeps its capitals.
+        number: of arXiv.
         year: of its publication, or of its arXiv number.
         venue: where it was published; empty for arXiv alone.
     """
@@ -38,15 +36,12 @@ class Paper(NamedTuple):
     def bibtex(self) -> str:
         """Return the entry."""
         kind, fields = "misc", {"author": self.authors, "title": self.title}
-        if not self.title:
-            fields["howpublished"] = f"arXiv:{self.number}"
         if self.venue:
             kind = "inproceedings"
             fields["booktitle"] = self.venue
         fields["year"] = str(self.year)
-        if self.number:
-            fields["eprint"] = self.number
-            fields["archiveprefix"] = "arXiv"
+        fields["eprint"] = self.number
+        fields["archiveprefix"] = "arXiv"
         return _entry(kind, self.key, fields)
 
 
@@ -88,14 +83,16 @@ PAPERS = {
         ),
         Paper(
             "geng2025improved",
-            "Geng and others",
+            "Geng, Zhengyang and Lu, Yiyang and Wu, Zongze and Shechtman, Eli and Kolter, J. Zico "
+            "and He, Kaiming",
             "Improved Mean Flows: On the Challenges of Fastforward Generative Models",
             "2512.02012",
             2025,
         ),
         Paper(
             "lu2026pixel",
-            "Lu and others",
+            "Lu, Yiyang and Lu, Susie and Sun, Qiao and Zhao, Hanhong and Jiang, Zhicheng and "
+            "Wang, Xianbang and Li, Tianhong and Geng, Zhengyang and He, Kaiming",
             "One-step Latent-free Image Generation with Pixel Mean Flows",
             "2601.22158",
             2026,
@@ -182,10 +179,38 @@ PAPERS = {
             2021,
             "International Conference on Learning Representations",
         ),
-        Paper("lin2023zero", "Lin and others", "", "2305.08891", 2023),
-        Paper("karras2022", "Karras and others", "", "2206.00364", 2022),
-        Paper("interpolants2023", "", "", "2303.08797", 2023),
-        Paper("lipman2024guide", "Lipman and others", "", "2412.06264", 2024),
+        Paper(
+            "lin2024common",
+            "Lin, Shanchuan and Liu, Bingchen and Li, Jiashi and Yang, Xiao",
+            "Common Diffusion Noise Schedules and Sample Steps are Flawed",
+            "2305.08891",
+            2024,
+            "{IEEE/CVF} Winter Conference on Applications of Computer Vision",
+        ),
+        Paper(
+            "karras2022elucidating",
+            "Karras, Tero and Aittala, Miika and Aila, Timo and Laine, Samuli",
+            "Elucidating the Design Space of Diffusion-Based Generative Models",
+            "2206.00364",
+            2022,
+            "Advances in Neural Information Processing Systems",
+        ),
+        Paper(
+            "albergo2023stochastic",
+            "Albergo, Michael S. and Boffi, Nicholas M. and Vanden-Eijnden, Eric",
+            "Stochastic Interpolants: A Unifying Framework for Flows and Diffusions",
+            "2303.08797",
+            2023,
+        ),
+        Paper(
+            "lipman2024guide",
+            "Lipman, Yaron and Havasi, Marton and Holderrieth, Peter and Shaul, Neta and Le, Matt "
+            "and Karrer, Brian and Chen, Ricky T. Q. and Lopez-Paz, David and Ben-Hamu, Heli and "
+            "Gat, Itai",
+            "Flow Matching Guide and Code",
+            "2412.06264",
+            2024,
+        ),
     )
 }
 """Each paper by its key."""
@@ -205,11 +230,11 @@ USED = {
     "MatchedStatistic": ("wang2026crossflow",),
     "MeanFlowStatistic": ("geng2025mean",),
     "Statistic": ("wang2026crossflow",),
-    "CosineSchedule": ("interpolants2023",),
+    "CosineSchedule": ("albergo2023stochastic",),
     "LinearSchedule": ("liu2023flow",),
     "PolynomialSchedule": ("lipman2024guide",),
-    "VariancePreservingSchedule": ("ho2020denoising", "song2021score", "lin2023zero"),
-    "KarrasTimes": ("karras2022",),
+    "VariancePreservingSchedule": ("ho2020denoising", "song2021score", "lin2024common"),
+    "KarrasTimes": ("karras2022elucidating",),
     "LogitNormalTimes": ("esser2024scaling",),
     "ShiftedTimes": ("esser2024scaling",),
     "ToDataTimes": ("song2023consistency",),
