@@ -9,7 +9,9 @@ costs``: time and peak memory of a step over those of flow matching, the same ne
 """
 
 import argparse
+import functools
 import json
+import math
 import re
 import statistics
 import subprocess
@@ -138,42 +140,42 @@ def judged(
     found: dict[str, Any] = {}
     pictures: dict[str, Tensor] = {}
     for seed in range(seeds):
-        plan, data = seeded(settings, seed), load(settings.dataset)
+        plan = seeded(settings, seed)
+        data = load(settings.dataset)
         place = folder / f"seed-{seed}"
         world, judge = prepare(data, plan, place)
         found.setdefault("real", {}).setdefault(1, []).append(judge.real())
         pictures.setdefault("real", digits.by_class(data.test_images, data.test_labels))
         teacher: Any = None
         for entry in chosen:
-            there = in_pixels(world, plan.patch) if entry.space == "pixels" else world
+            there = world
+            if entry.space == "pixels":
+                there = in_pixels(world, plan.patch)
             objective: Any = entry.make(teacher, there.autoencoder.encode)
-            if entry.space == "across":
+            across = entry.space == "across"
+            if across:
                 objective = replace(objective, penalty=plan.penalty)
-            method = digits.Method(
-                re.sub(r"[^a-zA-Z0-9]+", "-", entry.name),
-                objective,
-                pixels=entry.space == "across",
-                renoise=entry.renoise,
-            )
+            name = re.sub(r"[^a-zA-Z0-9]+", "-", entry.name)
+            method = digits.Method(name, objective, pixels=across, renoise=entry.renoise)
             network = method.train(there, plan, place / method.name).eval()
             if entry.name == TEACHER:
                 teacher = DiagonalVelocity(network.requires_grad_(False))
+            by_steps = found.setdefault(entry.name, {})
+            distances = []
             for steps in entry.steps:
                 images, labels, cost = digits.draw(method, network, there, seed, steps)
-                found.setdefault(entry.name, {}).setdefault(steps, []).append(
-                    judge.score(images, labels, cost)
-                )
+                score = judge.score(images, labels, cost)
+                by_steps.setdefault(steps, []).append(score)
+                distances.append(f"{score.frechet:.1f} in {steps}")
                 if steps == 1:
                     pictures.setdefault(entry.name, digits.by_class(images, labels))
-            distances = ", ".join(
-                f"{found[entry.name][n][-1].frechet:.1f} in {n}" for n in entry.steps
-            )
-            print(
-                f"seed {seed}: {entry.name}: Frechet distance {distances}",
-                file=sys.stderr,
-                flush=True,
-            )
+            said(f"seed {seed}: {entry.name}: Frechet distance {', '.join(distances)}")
     return found, png(grid(pictures, CLASSES, across=5), dpi=70)
+
+
+def said(line: str) -> None:
+    """Say how far it is, beside what is printed."""
+    print(line, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -201,15 +203,13 @@ def digits_table(found: dict[str, Any]) -> str:
     floor = mean(found["real"][1], "frechet")
     rows = []
     for name, by_steps in found.items():
-        one = by_steps[1]
-        excess = [
-            f"{mean(by_steps[n], 'frechet') - floor:.1f}" if n in by_steps else "" for n in STEPS
-        ]
-        if name == "real":
-            excess = ["", "", "", ""]
-        rows.append(
-            (name, f"{mean(one, 'accuracy'):.3f}", f"{mean(one, 'diversity'):.2f}", *excess)
-        )
+        accuracy = mean(by_steps[1], "accuracy")
+        diversity = mean(by_steps[1], "diversity")
+        excess = dict.fromkeys(STEPS, "")
+        for n, scores in by_steps.items():
+            if name != "real":
+                excess[n] = f"{mean(scores, 'frechet') - floor:.1f}"
+        rows.append((name, f"{accuracy:.3f}", f"{diversity:.2f}", *excess.values()))
     head = ("objective", "accuracy", "diversity", "excess, 1 step", "2", "4", "8")
     note = f"Frechet distance of real images: {floor:.1f}; the excess is over it."
     return f"{markdown_table(head, rows)}\n\n{note}"
@@ -226,34 +226,34 @@ def rolled(steps: int, seeds: int, chosen: list[Entry]) -> tuple[dict[str, Any],
     found: dict[str, Any] = {}
     clouds: dict[str, Tensor] = {}
     for seed in range(seeds):
-        world, teacher = swiss_roll.RollSpaces.of(seed), None
+        world = swiss_roll.RollSpaces.of(seed)
+        teacher: Any = None
         draw = torch.Generator().manual_seed(7000 + seed)
         real = world.latents(swiss_roll.roll(5000, draw))
         other = world.latents(swiss_roll.roll(5000, draw))
-        found.setdefault("real", {}).setdefault(1, []).append(
-            swiss_roll.sliced_wasserstein(real, other)
-        )
+        distance = swiss_roll.sliced_wasserstein(real, other)
+        found.setdefault("real", {}).setdefault(1, []).append(distance)
         clouds.setdefault("real", real)
         for entry in chosen:
-            made: Any = entry.make(teacher, lambda x: x)  # type: ignore[arg-type]
+            made: Any = entry.make(teacher, lambda x: x)
             objective: Any = replace(made, penalty=SquaredError())
             network = train_roll(objective, world, steps, seed)
             flow: Any = FlowMap(network, objective.schedule, objective.outputs)
             if entry.name == TEACHER:
-                teacher, flow = flow.velocity, VelocityFlow(flow.velocity)
+                teacher = flow.velocity
+                flow = VelocityFlow(teacher)
             noise = torch.randn(5000, 2, generator=draw)
+            renoise: dict[str, Any] = {}
+            if entry.renoise:
+                renoise = {"renoise": True, "generator": draw}
+            by_steps = found.setdefault(entry.name, {})
             for n in entry.steps:
-                more = {"renoise": True, "generator": draw} if entry.renoise else {}
-                samples = flow.sample(noise, steps=n, **more)
+                samples = flow.sample(noise, steps=n, **renoise)
                 distance = swiss_roll.sliced_wasserstein(samples, real)
-                found.setdefault(entry.name, {}).setdefault(n, []).append(distance)
+                by_steps.setdefault(n, []).append(distance)
                 if n == 1:
                     clouds.setdefault(entry.name, samples)
-            print(
-                f"seed {seed}: {entry.name} {found[entry.name][1][-1]:.3f}",
-                file=sys.stderr,
-                flush=True,
-            )
+            said(f"seed {seed}: {entry.name} {by_steps[1][-1]:.3f}")
     return found, scatter(clouds)
 
 
@@ -280,10 +280,9 @@ def train_roll(
 def scatter(clouds: dict[str, Tensor]) -> bytes:
     """Draw one-step samples beside the real roll; return a PNG."""
     columns = 6
-    lines = -(-len(clouds) // columns)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(1.9 * columns, 2.1 * lines), layout="constrained", squeeze=False
-    )
+    lines = math.ceil(len(clouds) / columns)
+    size = (1.9 * columns, 2.1 * lines)
+    figure, axes = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
     for axis in axes.flat:
         axis.set(xlim=(-3, 3), ylim=(-3, 3), xticks=[], yticks=[], aspect="equal")
     for axis, (name, points) in zip(axes.flat, clouds.items(), strict=False):
@@ -296,10 +295,12 @@ def scatter(clouds: dict[str, Tensor]) -> bytes:
 
 def roll_table(found: dict[str, Any]) -> str:
     """Return the table of distances: means over seeds."""
-    rows = [
-        (name, *(f"{statistics.mean(by_steps[n]):.3f}" if n in by_steps else "" for n in STEPS))
-        for name, by_steps in found.items()
-    ]
+    rows = []
+    for name, by_steps in found.items():
+        cells = dict.fromkeys(STEPS, "")
+        for n, distances in by_steps.items():
+            cells[n] = f"{statistics.mean(distances):.3f}"
+        rows.append((name, *cells.values()))
     return markdown_table(("objective", "1 step", "2", "4", "8"), rows)
 
 
@@ -326,20 +327,23 @@ class Costs:
             with torch.no_grad():
                 return network(z, t, t, labels=labels)
 
-        def step(objective: Objective) -> Callable[[], None]:
-            return lambda: objective(network, latents, cond=cond).loss.mean().backward()
+        def step(objective: Objective) -> None:
+            out = objective(network, latents, cond=cond)
+            out.loss.mean().backward()
+
+        def forward() -> None:
+            t = torch.rand(self.setting.batch, device=DEVICE)
+            with torch.no_grad():
+                network(latents, t, t, **cond)
 
         made = {entry.name: entry.make(teacher, lambda x: x) for entry in FAMILY}
         made["pixel MeanFlow, conditional tangent"] = PixelMeanFlowLoss(own_tangent=False)
         made["MeanFlow distillation, finite difference"] = MeanFlowDistillationLoss(
             teacher=teacher, times=MOST, derivative=FiniteDifference(5e-3)
         )
-        jobs = {name: step(objective) for name, objective in made.items()}
-
-        def forward() -> None:
-            with torch.no_grad():
-                network(latents, (t := torch.rand(self.setting.batch, device=DEVICE)), t, **cond)
-
+        jobs: dict[str, Callable[[], None]] = {}
+        for name, objective in made.items():
+            jobs[name] = functools.partial(step, objective)
         return jobs | {FORWARD: forward}
 
     def seconds(self, rounds: int) -> dict[str, float]:
@@ -358,13 +362,13 @@ class Costs:
         """Return the growth of this process's memory in one step, in bytes: run in a process of
         its own.
         """
-        big = replace(self, setting=replace(self.setting, batch=2 * self.setting.batch)).jobs()
-        replace(self, setting=replace(self.setting, tokens=4, batch=2)).jobs()[
-            name
-        ]()  # what libraries keep
+        larger = replace(self.setting, batch=2 * self.setting.batch)
+        tiny = replace(self.setting, tokens=4, batch=2)
+        job = Costs(larger).jobs()[name]
+        Costs(tiny).jobs()[name]()  # what libraries keep
         Path("/proc/self/clear_refs").write_text("5")
         before = resident("VmRSS")
-        big[name]()
+        job()
         return resident("VmHWM") - before
 
     def table(self, rounds: int) -> str:
@@ -372,17 +376,15 @@ class Costs:
         seconds = self.seconds(rounds)
         peaks = {}
         for name in seconds:
-            done = subprocess.run(
-                [sys.executable, __file__, "--peak", name],
-                capture_output=True,
-                text=True,
-                check=True,
-            )
+            words = [sys.executable, __file__, "--peak", name]
+            done = subprocess.run(words, capture_output=True, text=True, check=True)
             peaks[name] = float(done.stdout.split()[-1])
-        base, room = seconds[TEACHER], peaks[TEACHER]
-        rows = [
-            (name, f"{seconds[name] / base:.2f}", f"{peaks[name] / room:.2f}") for name in seconds
-        ]
+        base = seconds[TEACHER]
+        rows = []
+        for name in seconds:
+            longer = seconds[name] / base
+            larger = peaks[name] / peaks[TEACHER]
+            rows.append((name, f"{longer:.2f}", f"{larger:.2f}"))
         wanted = 1 + 1.5 * seconds[FORWARD] / base
         head = ("objective", "step / flow matching", "peak memory / flow matching")
         return (
@@ -424,7 +426,9 @@ def main() -> None:
         options.seeds, options.steps, options.rounds = 1, 5, 1
     out = options.out or Path("runs") / f"objectives-{options.data}"
     chosen = [entry for entry in FAMILY if options.only in entry.name or entry.name == TEACHER]
-    start, picture, found = time.perf_counter(), None, None
+    start = time.perf_counter()
+    picture = None
+    found: dict[str, Any] = {}
     if options.data == "costs":
         text = Costs().table(options.rounds)
     elif options.data == "swiss_roll":
@@ -438,19 +442,15 @@ def main() -> None:
         if options.quick:
             settings = shortened(settings, options.steps, ("autoencoder", "classifier"))
         scores, picture = judged(settings, out, options.seeds, chosen)
-        found = {
-            name: {n: [vars(s) for s in each] for n, each in by.items()}
-            for name, by in scores.items()
-        }
+        for name, by_steps in scores.items():
+            found[name] = {n: [vars(score) for score in each] for n, each in by_steps.items()}
         text = digits_table(scores)
     write_beside(out / "table.md", text + "\n")
     if picture is not None:
         write_beside(out / "samples.png", picture)
         write_beside(out / "scores.json", json.dumps(found, indent=2) + "\n")
-    print(
-        f"{text}\n\n{options.data}, {options.seeds} seed(s), {time.perf_counter() - start:.0f} s; "
-        f"in {out}"
-    )
+    seconds = time.perf_counter() - start
+    print(f"{text}\n\n{options.data}, {options.seeds} seed(s), {seconds:.0f} s; in {out}")
 
 
 if __name__ == "__main__":

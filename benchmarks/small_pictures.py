@@ -45,8 +45,9 @@ HEAD = ("method", "accuracy", "diversity", "Frechet distance", "over real agains
 
 def scaled(data: Data, side: int) -> Data:
     """Return the same pictures with so many pixels a side, each the mean of what it covers."""
-    images = F.interpolate(data.images, (side, side), mode="area")
-    test_images = F.interpolate(data.test_images, (side, side), mode="area")
+    size = (side, side)
+    images = F.interpolate(data.images, size, mode="area")
+    test_images = F.interpolate(data.test_images, size, mode="area")
     return replace(data, images=images, test_images=test_images)
 
 
@@ -60,8 +61,8 @@ def fashion(folder: Path, pictures: int) -> Data:
     parts = []
     for name, count in (("train", pictures), ("t10k", pictures // 3)):
         pixels, labels = sets.fashion_mnist(name, folder)
-        images = pixels[:count, None]
-        parts += [images.float() / 127.5 - 1, labels[:count]]
+        images = pixels[:count, None].float() / 127.5 - 1
+        parts += [images, labels[:count]]
     return Data(*parts)
 
 
@@ -85,11 +86,15 @@ class ComparedMethod:
 def entries(settings: Settings) -> tuple[ComparedMethod, ...]:
     """Return what is compared."""
     across = CrossFlowLoss(penalty=settings.penalty)
+    cross_flow = digits.Method("CrossFlow", across)
+    latent = digits.Method("latent MeanFlow + decoder", MeanFlowLoss(), pixels=False)
+    pixel = digits.Method("pixel MeanFlow", PixelMeanFlowLoss(), pixels=False)
+    denoiser = digits.Method("one-step denoiser", across, only_noise=True)
     return (
-        ComparedMethod(digits.Method("CrossFlow", across)),
-        ComparedMethod(digits.Method("latent MeanFlow + decoder", MeanFlowLoss(), pixels=False)),
-        ComparedMethod(digits.Method("pixel MeanFlow", PixelMeanFlowLoss(), pixels=False), False),
-        ComparedMethod(digits.Method("one-step denoiser", across, only_noise=True)),
+        ComparedMethod(cross_flow),
+        ComparedMethod(latent),
+        ComparedMethod(pixel, autoencoded=False),
+        ComparedMethod(denoiser),
     )
 
 
@@ -98,17 +103,22 @@ def compared(settings: Settings, data: Data, folder: Path, seeds: int) -> dict[s
     scores: dict[str, list[Verdict]] = {}
     pictures = {"real": digits.by_class(data.test_images, data.test_labels)}
     for seed in range(seeds):
-        plan, place = seeded(settings, seed), folder / f"seed-{seed}"
+        plan = seeded(settings, seed)
+        place = folder / f"seed-{seed}"
         world, judge = prepare(data, plan, place)
         scores.setdefault("real", []).append(judge.real())
         for entry in entries(plan):
-            name = entry.method.name
-            there = world if entry.autoencoded else in_pixels(world, plan.patch)
-            network = entry.method.train(there, plan, place / name.replace(" ", "-"))
-            images, labels, cost = digits.draw(entry.method, network, there, seed)
-            scores.setdefault(name, []).append(judge.score(images, labels, cost))
+            method = entry.method
+            name = method.name
+            there = world
+            if not entry.autoencoded:
+                there = in_pixels(world, plan.patch)
+            network = method.train(there, plan, place / name.replace(" ", "-"))
+            images, labels, cost = digits.draw(method, network, there, seed)
+            score = judge.score(images, labels, cost)
+            scores.setdefault(name, []).append(score)
             pictures.setdefault(name, digits.by_class(images, labels))
-            print(f"seed {seed}: {name}: {scores[name][-1]}", file=sys.stderr, flush=True)
+            print(f"seed {seed}: {name}: {score}", file=sys.stderr, flush=True)
     write_beside(folder / "samples.png", png(grid(pictures, CLASSES, across=5), dpi=70))
     return scores
 
@@ -124,16 +134,18 @@ def table(scores: dict[str, list[Verdict]]) -> str:
     floor = statistics.mean(score.frechet for score in scores["real"])
     rows = []
     for name, found in scores.items():
+        accuracy = statistics.mean(score.accuracy for score in found)
+        diversity = statistics.mean(score.diversity for score in found)
         distances = [score.frechet for score in found]
-        rows.append(
-            (
-                name,
-                f"{statistics.mean(score.accuracy for score in found):.3f}",
-                f"{statistics.mean(score.diversity for score in found):.2f}",
-                f"{statistics.mean(distances):.1f} ({min(distances):.1f} to {max(distances):.1f})",
-                f"{statistics.mean(distances) / floor:.1f}",
-            )
+        distance = statistics.mean(distances)
+        span = f"{min(distances):.1f} to {max(distances):.1f}"
+        cells = (
+            f"{accuracy:.3f}",
+            f"{diversity:.2f}",
+            f"{distance:.1f} ({span})",
+            f"{distance / floor:.1f}",
         )
+        rows.append((name, *cells))
     return markdown_table(HEAD, rows)
 
 
@@ -151,7 +163,8 @@ def recalled(run: Path, training: Path, shown: int = 48) -> tuple[str, bytes]:
     """
     from flowspace.vision.evaluate import nearest
 
-    samples, pictures = samples_of(run), pictures_of(training)
+    samples = samples_of(run)
+    pictures = pictures_of(training)
     found = nearest(samples, pictures)
     own = nearest(pictures, pictures)
     rows = (
@@ -180,7 +193,11 @@ def samples_of(run: Path) -> Tensor:
         raise InputError(
             f"got {run} without samples; write examples/imagenet/evaluate.py {run} first"
         )
-    return torch.cat([read_whole(path)[0]["images"] for path in paths])
+    parts = []
+    for path in paths:
+        tensors, _ = read_whole(path)
+        parts.append(tensors["images"])
+    return torch.cat(parts)
 
 
 def pictures_of(folder: Path) -> Tensor:
@@ -194,7 +211,8 @@ def pictures_of(folder: Path) -> Tensor:
     paths = sorted(folder.glob("*/*.png"))
     if not paths:
         raise InputError(f"got {folder} without CLASS/NAME.png; emoji are drawn beside their run")
-    return torch.stack([read_image(str(path), ImageReadMode.RGB) for path in paths])
+    pictures = [read_image(str(path), ImageReadMode.RGB) for path in paths]
+    return torch.stack(pictures)
 
 
 def pairs(samples: Tensor, pictures: Tensor, across: int = 8) -> bytes:
@@ -233,7 +251,8 @@ def main() -> None:
     except InputError as error:
         sys.exit(f"skipped: {error}")
     write_beside(out / "table.md", text + "\n")
-    print(f"{text}\n\n{options.data}, {time.perf_counter() - start:.0f} s; in {out}")
+    seconds = time.perf_counter() - start
+    print(f"{text}\n\n{options.data}, {seconds:.0f} s; in {out}")
 
 
 def of(options: argparse.Namespace, out: Path) -> str:
@@ -255,7 +274,9 @@ def of(options: argparse.Namespace, out: Path) -> str:
     settings = replace(settings, generator=plan, patch=options.side // CELLS)
     data = scaled(data, options.side)
     scores = compared(settings, data, out, options.seeds)
-    each = {name: [vars(score) for score in found] for name, found in scores.items()}
+    each = {}
+    for name, found in scores.items():
+        each[name] = [vars(score) for score in found]
     write_beside(out / "scores.json", json.dumps(each, indent=2) + "\n")
     return table(scores)
 
