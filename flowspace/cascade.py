@@ -502,8 +502,7 @@ class CascadeLoss:
             times = {}
             if t is not None:
                 times = {"t": own.t, "s": own.s}
-            objective = self._objective_at(batch.stage, own)
-            outputs[batch.stage.index] = objective(
+            outputs[batch.stage.index] = self._objective_at(batch.stage, own)(
                 local,
                 batch.latents,
                 cond=own_cond,
