@@ -231,12 +231,25 @@ PLACES = {
 """Where each public name is: it is imported when it is asked for, since torch takes seconds."""
 
 
+def _imported(place: str) -> Any:
+    """Return a module of this package.
+
+    Raises:
+        ImportError: with its cause, where that is an AttributeError, such as a name that torch
+            does not have: ``from flowspace import`` would take it for a name that is not here.
+    """
+    try:
+        return importlib.import_module(f"flowspace.{place}")
+    except AttributeError as error:
+        raise ImportError(f"flowspace.{place} cannot be imported: {error}") from error
+
+
 def __getattr__(name: str) -> Any:
     if name in PLACES:
-        return importlib.import_module(f"flowspace.{name}")
+        return _imported(name)
     for place, names in PLACES.items():
         if name in names:
-            value = getattr(importlib.import_module(f"flowspace.{place}"), name)
+            value = getattr(_imported(place), name)
             globals()[name] = value  # the next time it is found at once
             return value
     raise AttributeError(f"module 'flowspace' has no attribute {name!r}")

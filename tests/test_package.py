@@ -222,3 +222,15 @@ def test_every_name_of_the_glossary_is_in_the_code():
     names = {name for row in rows for name in re.findall(r"`([A-Za-z_.]+)`", row[-1])}
     assert len(rows) > 40 and len(names) > 50
     assert [name for name in sorted(names) if not set(name.split(".")) - {"py"} <= words] == []
+
+
+def test_a_module_that_cannot_be_imported_says_why(monkeypatch):
+    """``from flowspace import`` hides an AttributeError: it takes the name for absent."""
+
+    def missing(place):
+        raise AttributeError("module 'torch' has no attribute 'newer'")
+
+    monkeypatch.setattr(flowspace.importlib, "import_module", missing)
+    monkeypatch.delitem(vars(flowspace), "ConsistencyLoss", raising=False)
+    with pytest.raises(ImportError, match=r"flowspace\.objectives cannot be imported.*'newer'"):
+        from flowspace import ConsistencyLoss  # noqa: F401

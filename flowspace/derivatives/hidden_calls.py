@@ -247,13 +247,16 @@ class _Callback:
             return self._torchdynamo_orig_backend(*args, **kwargs)
 
 
-capture_callback = torch._C._dynamo.eval_frame.get_eval_frame_callback  # pyright: ignore
+_frames: Any = torch._C._dynamo.eval_frame  # pyright: ignore
+
+capture_callback: Callable[[], Any] = getattr(_frames, "get_eval_frame_callback", [].clear)
 """Returns what torch.compile captures frames with in this thread, or None.
 
-It is a builtin: a function written in Python would be captured itself.
+It is a builtin: a function written in Python would be captured itself. Before torch 2.6 torch does
+not tell, and what is compiled runs as it was written: a builtin that returns None stands for it.
 """
 
-set_capture_callback = torch._C._dynamo.eval_frame.set_eval_frame  # pyright: ignore
+set_capture_callback: Callable[[Any], Any] = _frames.set_eval_frame
 """Sets what torch.compile captures frames with in this thread; None: it captures nothing."""
 
 
