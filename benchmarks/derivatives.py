@@ -15,6 +15,7 @@ import argparse
 import copy
 import importlib.util
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -171,13 +172,13 @@ def peak(setting: Setting, name: str) -> float:
     Of a batch four times as large, up to 4,096 tokens in all, so that what the libraries allocate
     for themselves does not show.
     """
-    setting = replace(
-        setting, batch=min(4 * setting.batch, max(setting.batch, 4096 // setting.tokens))
-    )
-    job = setting.jobs(setting.build(), {name: ROUTES[name]} if name in ROUTES else {})[name]
+    rows_of_4096_tokens = max(setting.batch, 4096 // setting.tokens)
+    large = replace(setting, batch=min(4 * setting.batch, rows_of_4096_tokens))
+    routes = {route: ROUTES[route] for route in ROUTES if route == name}
+    job = large.jobs(large.build(), routes)[name]
     if DEVICE.type == "cpu":
         small = replace(setting, tokens=4, batch=4)
-        small.jobs(small.build(), {name: ROUTES[name]} if name in ROUTES else {})[name]()
+        small.jobs(small.build(), routes)[name]()
     return growth(job)
 
 
@@ -185,16 +186,12 @@ def peaks(setting: Setting, names: Sequence[str]) -> dict[str, float]:
     """Return the peak memory of each job over the plain step's, each in a fresh process."""
     found = {}
     for name in names:
-        command = [
-            sys.executable,
-            __file__,
-            "--peak",
-            name,
-            "--setting",
-            json.dumps(asdict(setting)),
-        ]
+        one = ["--peak", name, "--setting", json.dumps(asdict(setting))]
+        command = [sys.executable, __file__, *one]
         done = subprocess.run(command, capture_output=True, text=True)
-        found[name] = float(done.stdout.split()[-1]) if done.returncode == 0 else float("nan")
+        found[name] = math.nan
+        if done.returncode == 0:
+            found[name] = float(done.stdout.split()[-1])
     return {name: value / found["plain"] for name, value in found.items()}
 
 
@@ -233,7 +230,9 @@ def table(setting: Setting, rounds: int, memory: bool) -> tuple[str, dict[str, f
     that ran.
     """
     seconds, wrong = times(setting, rounds), errors(setting)
-    more = peaks(setting, ["plain", *ROUTES]) if memory else {}
+    more = {}
+    if memory:
+        more = peaks(setting, ["plain", *ROUTES])
     base, forward = seconds["plain"], seconds["forward"]
     rows, ratio = [], {}
     for name in ROUTES:
