@@ -38,7 +38,7 @@ from flowspace import (
     SharedPrimal,
     objectives,
 )
-from flowspace.derivatives import hidden_calls, route, shared_primal
+from flowspace.derivatives import hidden_calls, route
 from flowspace.derivatives.shared_primal import compiled
 
 pytestmark = [
@@ -698,8 +698,11 @@ def test_a_model_that_compiles_on_its_way_is_met_at_once():
 @pytest.mark.parametrize("moving", [4, 8])
 def test_an_older_torch_runs_it_as_written_with_one_warning(monkeypatch, moving, programs):
     monkeypatch.setattr(hidden_calls, "follows_compiled", lambda: False)
-    shared_primal._warn_of_old_torch.cache_clear()
+    hidden_calls.warn_of_old_torch.cache_clear()
     net, plain = pair(Net(0.3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        outcome(plain, batch(moving=moving))  # nothing of it is compiled
     with pytest.warns(UserWarning, match="from torch 2.11 on it runs compiled") as caught:
         same(net, plain, batch(moving=moving))
         same(net, plain, batch(moving=moving, seed=1))

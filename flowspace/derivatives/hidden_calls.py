@@ -19,8 +19,10 @@ calls and what is compiled for tangents never mix.
 """
 
 import contextlib
+import functools
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -49,6 +51,7 @@ __all__ = [
     "protecting",
     "set_capture_callback",
     "under_checkpoint",
+    "warn_of_old_torch",
 ]
 
 STAYING = frozenset({"FakeTensorMode", "FlopCounterMode", "_FlopCounterMode"})
@@ -140,6 +143,8 @@ def _patch() -> None:
     ]
     if follows_compiled():
         places.append((torch._dynamo.eval_frame, "_callback_from_stance", _callback))
+    elif dynamo_loaded() and hasattr(torch._dynamo.eval_frame, "_callback_from_stance"):
+        places.append((torch._dynamo.eval_frame, "_callback_from_stance", _as_written))
     for holder, name, replacement in places:
         original = holder.__dict__[name]
         _originals.append((holder, name, original))
@@ -197,6 +202,27 @@ def follows_compiled() -> bool:
         return False
     names = ("_callback_from_stance", "_create_wrapped_callback", "innermost_backend")
     return all(hasattr(frames.eval_frame, name) for name in names)
+
+
+def _as_written(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return what stands for `_callback_from_stance` where what is compiled is not followed."""
+
+    def callback_from_stance(callback: Any) -> Any:
+        if active_carrier() is not None:
+            warn_of_old_torch()
+        return original(callback)
+
+    return callback_from_stance
+
+
+@functools.cache
+def warn_of_old_torch() -> None:
+    """Warn, once, that something compiled is run as it was written."""
+    warnings.warn(
+        f"got torch {torch.__version__}; what is compiled of a model runs as it was written "
+        "beside its tangents, right and slower; from torch 2.11 on it runs compiled",
+        stacklevel=2,
+    )
 
 
 _dual_callbacks: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()

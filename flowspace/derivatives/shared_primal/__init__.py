@@ -23,8 +23,6 @@ Who holds whom, from the outside in:
 """
 
 import contextlib
-import functools
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -130,8 +128,6 @@ def evaluate_beside(
     carrier = Carrier()
     inputs = _aliases(carrier, primals, tangents, chosen)
     loaded = hidden_calls.dynamo_loaded()
-    if loaded and not hidden_calls.follows_compiled():
-        _warn_of_old_torch()
     try:
         with hidden_calls.following(carrier), _as_written(), carrier:
             out = fn(*inputs)
@@ -186,15 +182,6 @@ def _as_written() -> contextlib.AbstractContextManager[Any]:
     if hidden_calls.follows_compiled():
         return contextlib.nullcontext()
     return uncompiled()
-
-
-@functools.cache
-def _warn_of_old_torch() -> None:
-    warnings.warn(
-        f"got torch {torch.__version__}; what is compiled of a model runs as it was written "
-        "beside its tangents, right and slower; from torch 2.11 on it runs compiled",
-        stacklevel=5,
-    )
 
 
 @contextlib.contextmanager
