@@ -27,6 +27,15 @@ from flowspace.derivatives.torch_internals import rms_norm_and_scale
 EVALUATING = frozenset({"layer_norm", "rms_norm"})
 """Functions whose rule runs the function itself, if it was not run before."""
 
+SMALL = torch.full((1,), 0.01, dtype=torch.bfloat16, device="cpu")
+
+EPS_OF_INPUT = bool(torch.rms_norm(SMALL, (1,)) < 0.5)
+"""Whether the eps of `rms_norm`, where none is given, is that of its input's dtype.
+
+So it is in torch 2.6; in 2.11 it is that of float32 for an input of half precision. The norm of
+a number far below the larger eps tells.
+"""
+
 INPUT_ONLY = [True, False, False]
 """Asks a backward kernel for the gradient of the input, and not of weight and bias."""
 
@@ -126,6 +135,8 @@ def rms_norm(
         rows, tangent = rows.to(dtype), tangent.to(dtype)
     count = math.prod(normalized_shape)
     if scale is None:
+        if eps is None:
+            eps = _default_eps(x.primal.dtype, dtype)
         scale = _scale(rows, dims, count, eps)
     u = rows * scale
     # with sums, for a mean costs a CPU twice as much
@@ -136,10 +147,15 @@ def rms_norm(
     return derivative.mul_(weight)
 
 
-def _scale(x: Tensor, dims: list[int], count: int, eps: float | None) -> Tensor:
+def _default_eps(given: torch.dtype, computed: torch.dtype) -> float:
+    """Return the eps of `rms_norm` for an input of one dtype, computed in another."""
+    if EPS_OF_INPUT:
+        return torch.finfo(given).eps
+    return torch.finfo(computed).eps
+
+
+def _scale(x: Tensor, dims: list[int], count: int, eps: float) -> Tensor:
     """Return 1/rms(x) along these axes, which hold so many numbers."""
-    if eps is None:
-        eps = torch.finfo(x.dtype).eps
     size = x.square().sum(dims, keepdim=True).div_(count)
     return size.add_(eps).rsqrt_()
 
