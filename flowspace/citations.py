@@ -156,7 +156,8 @@ PAPERS = {
             "esser2024scaling",
             "Esser, Patrick and Kulal, Sumith and Blattmann, Andreas and Entezari, Rahim and "
             'M{\\"u}ller, Jonas and Saini, Harry and Levi, Yam and Lorenz, Dominik and Sauer, '
-            "Axel and Boesel, Frederic and others",
+            "Axel and Boesel, Frederic and Podell, Dustin and Dockhorn, Tim and English, Zion and "
+            "Lacey, Kyle and Goodwin, Alex and Marek, Yannik and Rombach, Robin",
             "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis",
             "2403.03206",
             2024,

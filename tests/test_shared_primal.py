@@ -9,6 +9,8 @@ import contextlib
 import math
 import random
 import re
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -1245,6 +1247,43 @@ def test_rms_norm_takes_its_scale_from_the_forward_pass(monkeypatch, which):
     value, derivative = ROUTE(fn, primals, tangents, choose(4, which))
     assert torch.equal(value, fn(*primals))
     close(derivative, masked(wanted, choose(4, which)))
+
+
+@pytest.mark.parametrize(("shape", "weight"), [((3,), None), ((1,), 1), ((6,), 1), ((2, 4, 6), 6)])
+def test_norms_of_shapes_that_do_not_fit_are_refused_as_torch_refuses_them(shape, weight):
+    """The kernel that returns 1/rms would take them."""
+    if weight is not None:
+        weight = torch.ones(weight, dtype=torch.float64)
+    primals, tangents = inputs((4, 6))
+    with pytest.raises(RuntimeError) as wanted:
+        torch.rms_norm(primals[0], shape, weight)
+    with pytest.raises(RuntimeError, match=re.escape(str(wanted.value).splitlines()[0])):
+        ROUTE(lambda z, t: torch.rms_norm(z, shape, weight), primals, tangents)
+
+
+@pytest.mark.parametrize("norm", [F.rms_norm, F.layer_norm])
+def test_a_subclass_of_tensor_sees_the_norm_that_its_weight_is_of(norm):
+    called = []
+
+    class Seen(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            called.append(func)
+            return super().__torch_function__(func, types, args, kwargs)
+
+    weight = SQUARE[0].as_subclass(Seen)
+    primals, tangents = inputs((4, 6))
+    ROUTE(lambda z, t: norm(z, (6,), weight), primals, tangents)
+    assert any(func.__name__ == norm.__name__ for func in called)
+
+
+def test_no_tensor_is_made_when_routes_are_imported():
+    """They may be imported late, where a mode keeps tensors without values."""
+    code = (
+        "from torch._subclasses import FakeTensorMode\n"
+        "with FakeTensorMode():\n    import flowspace; flowspace.SharedPrimal"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 @pytest.mark.parametrize(

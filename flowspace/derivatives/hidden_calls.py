@@ -144,7 +144,7 @@ def _patch() -> None:
     if follows_compiled():
         places.append((torch._dynamo.eval_frame, "_callback_from_stance", _callback))
     elif dynamo_loaded() and hasattr(torch._dynamo.eval_frame, "_callback_from_stance"):
-        places.append((torch._dynamo.eval_frame, "_callback_from_stance", _as_written))
+        places.append((torch._dynamo.eval_frame, "_callback_from_stance", _warning_callback))
     for holder, name, replacement in places:
         original = holder.__dict__[name]
         _originals.append((holder, name, original))
@@ -204,7 +204,7 @@ def follows_compiled() -> bool:
     return all(hasattr(frames.eval_frame, name) for name in names)
 
 
-def _as_written(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def _warning_callback(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Return what stands for `_callback_from_stance` where what is compiled is not followed."""
 
     def callback_from_stance(callback: Any) -> Any:

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch._functorch import eager_transforms
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
     "active_transform",
@@ -20,7 +21,11 @@ __all__ = [
     "rms_norm_and_scale",
     "set_gradients",
     "transform_level",
+    "unseen_by_modes",
 ]
+
+unseen_by_modes = _disable_current_modes
+"""A context in which no dispatch mode sees what is called."""
 
 not_intercepted = torch._C.DisableTorchFunction  # pyright: ignore
 """A context in which no function mode, and no subclass of Tensor, sees what is called."""

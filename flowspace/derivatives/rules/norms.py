@@ -13,6 +13,7 @@ Mean and scale of the rows that have a tangent are taken from the forward pass w
 returns them, and are formed again elsewhere.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -22,19 +23,10 @@ from torch import Tensor
 
 from flowspace.derivatives.rules.dual import Dual, LostRowsError, restrict
 from flowspace.derivatives.rules.registry import Call, forward, rule
-from flowspace.derivatives.torch_internals import rms_norm_and_scale
+from flowspace.derivatives.torch_internals import rms_norm_and_scale, unseen_by_modes
 
 EVALUATING = frozenset({"layer_norm", "rms_norm"})
 """Functions whose rule runs the function itself, if it was not run before."""
-
-SMALL = torch.full((1,), 0.01, dtype=torch.bfloat16, device="cpu")
-
-EPS_OF_INPUT = bool(torch.rms_norm(SMALL, (1,)) < 0.5)
-"""Whether the eps of `rms_norm`, where none is given, is that of its input's dtype.
-
-So it is in torch 2.6; in 2.11 it is that of float32 for an input of half precision. The norm of
-a number far below the larger eps tells.
-"""
 
 INPUT_ONLY = [True, False, False]
 """Asks a backward kernel for the gradient of the input, and not of weight and bias."""
@@ -122,7 +114,7 @@ def rms_norm(
     dims = list(range(-len(normalized_shape), 0))
     x.untouched(*dims)
     scale = None
-    if call.evaluated or call.traced or not _by_kernel(x.primal, weight):
+    if call.evaluated or call.traced or not _by_kernel(x.primal, normalized_shape, weight):
         call.run(call.evaluate)
     else:
         given = x.primal, normalized_shape, weight, eps
@@ -149,9 +141,21 @@ def rms_norm(
 
 def _default_eps(given: torch.dtype, computed: torch.dtype) -> float:
     """Return the eps of `rms_norm` for an input of one dtype, computed in another."""
-    if EPS_OF_INPUT:
+    if _eps_is_of_input():
         return torch.finfo(given).eps
     return torch.finfo(computed).eps
+
+
+@functools.cache
+def _eps_is_of_input() -> bool:
+    """Return whether the eps of `rms_norm`, where none is given, is that of its input's dtype.
+
+    So it is in torch 2.6; in 2.11 it is that of float32 for an input of half precision. The norm
+    of a number far below the larger eps tells.
+    """
+    with unseen_by_modes():
+        small = torch.full((1,), 0.01, dtype=torch.bfloat16, device="cpu")
+        return bool(torch.rms_norm(small, (1,)) < 0.5)
 
 
 def _scale(x: Tensor, dims: list[int], count: int, eps: float) -> Tensor:
@@ -160,12 +164,19 @@ def _scale(x: Tensor, dims: list[int], count: int, eps: float) -> Tensor:
     return size.add_(eps).rsqrt_()
 
 
-def _by_kernel(x: Tensor, weight: Tensor | None) -> bool:
+def _by_kernel(x: Tensor, shape: Sequence[int], weight: Tensor | None) -> bool:
     """Return whether torch's `rms_norm` of these is the kernel that returns 1/rms(x) too.
 
-    What autocast does, other dtypes and pictures with channels last are left to torch.
+    What autocast does, other dtypes and devices, pictures with channels last, and shapes that do
+    not fit, which the kernel does not check, are left to torch.
     """
-    if rms_norm_and_scale is None or torch.is_autocast_enabled(x.device.type):
+    if rms_norm_and_scale is None or x.device.type not in ("cpu", "cuda"):
+        return False
+    if torch.is_autocast_enabled(x.device.type):
+        return False
+    if x.shape[-len(shape) :] != tuple(shape):
+        return False
+    if weight is not None and weight.shape != tuple(shape):
         return False
     if x.is_complex() or (x.ndim > 3 and x.stride(1) == 1):
         return False

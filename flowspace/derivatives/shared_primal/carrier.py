@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -335,9 +335,12 @@ class Carrier(TorchFunctionMode):
         unruled = rule is None or rule is rules.pointwise
         if unruled and not self.traced and rules.may_draw(name):
             draws = RandomState(call.duals[0].primal.device)
-        # The rules of norms run the function itself, by a kernel that returns mean and scale too.
-        # A dispatch mode of the user has to see the function that the model calls.
-        by_rule = name in rules.EVALUATING and (self.traced or not dispatch_modes())
+        # Two rules of norms run the function itself, by a kernel that returns mean and scale too.
+        # A dispatch mode of the user, and a subclass of Tensor, have to see the function that the
+        # model calls.
+        by_rule = name in rules.EVALUATING
+        if by_rule and not self.traced:
+            by_rule = not dispatch_modes() and _of_plain_tensors(call)
         if not by_rule and not rules.moves(call.evaluate()):
             if name in WHOLE:
                 warn_of_whole_numbers(name)
@@ -472,6 +475,14 @@ class Carrier(TorchFunctionMode):
                 return self.carry(script, args, kwargs)
             finally:
                 self.inside.pop()
+
+
+def _of_plain_tensors(call: rules.Call) -> bool:
+    """Return whether no argument is of a subclass of Tensor with functions of its own."""
+    for value in (*call.primals, *call.options.values()):
+        if isinstance(value, Tensor) and type(value) not in (Tensor, nn.Parameter):
+            return False
+    return True
 
 
 def _is_itself(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
