@@ -122,8 +122,9 @@ def rms_norm(
         scale = restrict(scale.detach(), x.layout)
     rows, tangent = x.rows, x.tangent
     # in at least float32, as torch forms it, default eps included
-    dtype = torch.promote_types(rows.dtype, torch.float32)
-    if rows.dtype != dtype:
+    dtype = rows.dtype
+    if dtype != torch.float32:
+        dtype = torch.promote_types(dtype, torch.float32)
         rows, tangent = rows.to(dtype), tangent.to(dtype)
     count = math.prod(normalized_shape)
     if scale is None:
