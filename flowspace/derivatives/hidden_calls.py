@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _python_dispatch as python_dispatch
 
-from flowspace.derivatives.torch_internals import not_intercepted
+from flowspace.derivatives.torch_internals import not_intercepted, unseen_by_modes
 
 if TYPE_CHECKING:
     from flowspace.derivatives.replay import RestoringMode
@@ -143,7 +143,7 @@ def _patch() -> None:
     ]
     if follows_compiled():
         places.append((torch._dynamo.eval_frame, "_callback_from_stance", _callback))
-    elif dynamo_loaded() and hasattr(torch._dynamo.eval_frame, "_callback_from_stance"):
+    elif dynamo_loaded():
         places.append((torch._dynamo.eval_frame, "_callback_from_stance", _warning_callback))
     for holder, name, replacement in places:
         original = holder.__dict__[name]
@@ -273,16 +273,13 @@ class _Callback:
             return self._torchdynamo_orig_backend(*args, **kwargs)
 
 
-_frames: Any = torch._C._dynamo.eval_frame  # pyright: ignore
-
-capture_callback: Callable[[], Any] = getattr(_frames, "get_eval_frame_callback", [].clear)
+capture_callback = torch._C._dynamo.eval_frame.get_eval_frame_callback  # pyright: ignore
 """Returns what torch.compile captures frames with in this thread, or None.
 
-It is a builtin: a function written in Python would be captured itself. Before torch 2.6 torch does
-not tell, and what is compiled runs as it was written: a builtin that returns None stands for it.
+It is a builtin: a function written in Python would be captured itself.
 """
 
-set_capture_callback: Callable[[Any], Any] = _frames.set_eval_frame
+set_capture_callback = torch._C._dynamo.eval_frame.set_eval_frame  # pyright: ignore
 """Sets what torch.compile captures frames with in this thread; None: it captures nothing."""
 
 
@@ -296,7 +293,7 @@ def outside_modes() -> contextlib.AbstractContextManager[Any]:
     for mode in python_dispatch._get_current_dispatch_mode_stack():
         if type(mode).__name__ in STAYING:
             return contextlib.nullcontext()
-    return python_dispatch._disable_current_modes()
+    return unseen_by_modes()
 
 
 def call_captured(

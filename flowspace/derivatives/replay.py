@@ -414,7 +414,7 @@ def uncompiled() -> Iterator[None]:
     Its kernels know nothing of the levels of forward mode. The stance of torch.compile is that of
     the whole process: the first thread to come here sets it, and the last to leave sets it back.
     """
-    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
+    if "torch._dynamo" not in sys.modules:
         yield
         return
     user = object()
