@@ -634,6 +634,49 @@ def test_what_python_takes_from_a_counter_is_right_and_ends_in_one_warning(start
     assert len(told(caught)) == 1 and says in told(caught)[0]
 
 
+DRAWING = {
+    "alpha dropout": lambda z, t: F.alpha_dropout(z, 0.5, True) * t[:, None],
+    "alpha dropout in place": lambda z, t: F.alpha_dropout(z * t[:, None], 0.5, True, True),
+    "feature alpha dropout": lambda z, t: F.feature_alpha_dropout(z[..., None], 0.5, True)[..., 0],
+    "rrelu": lambda z, t: F.rrelu(z, training=True) * t[:, None],
+    "rrelu by name": lambda z, t: torch.rrelu(z, lower=0.2, upper=0.9, training=True),
+    "dropout with its mask": lambda z, t: torch.native_dropout(z, 0.5, True)[0] * z,
+    "noise": lambda z, t: z * torch.randn_like(z) + torch.bernoulli(z.sigmoid()) * t[:, None],
+    "attention": lambda z, t: (
+        F.scaled_dot_product_attention(z[..., None], z[..., None].sin(), z[..., None], None, 0.5)
+    )[..., 0],
+}
+
+
+@pytest.mark.filterwarnings("ignore:a compiled part of the model runs uncompiled")
+@pytest.mark.parametrize("how", ["eager", "model", "step"])
+@pytest.mark.parametrize("name", DRAWING)
+def test_the_tangent_is_of_the_numbers_that_the_value_drew(name, how):
+    fn = DRAWING[name]
+    model = fn if how == "eager" else torch.compile(fn, backend=EAGER)
+    torch.manual_seed(0)
+    primals = torch.randn(4, 6).double(), torch.rand(4).double()
+    tangents = torch.randn(4, 6).double(), torch.rand(4).double()
+
+    def value(step):
+        torch.manual_seed(1)
+        return model(*(p + step * v for p, v in zip(primals, tangents, strict=True)))
+
+    wanted = (value(1e-6) - value(-1e-6)) / 2e-6
+    for rows in (None, torch.tensor([True, False, True, True])):
+
+        def evaluate(rows=rows):
+            torch.manual_seed(1)
+            return SharedPrimal()(fn if how == "step" else model, primals, tangents, rows)
+
+        if how == "step":
+            evaluate = torch.compile(evaluate, backend=EAGER)
+        found, derivative = evaluate()
+        torch.testing.assert_close(found, value(0.0))
+        kept = wanted if rows is None else wanted * rows[:, None]
+        torch.testing.assert_close(derivative, kept, rtol=1e-6, atol=1e-6)
+
+
 def test_a_function_without_a_derivative_is_named_as_in_the_eager_route():
     def model(z, t, s):
         return torch.cdist(z, z.sin()).sum(-1, keepdim=True) * column(t)

@@ -1047,6 +1047,18 @@ def real_part_assigned(z, t):
     return (a * a).imag + a.real
 
 
+def imaginary_part_assigned(z, t):
+    a = torch.complex(z, z.sin())
+    b = a[:, 1:]
+    b.imag = 2.0
+    a.conj().imag = z.cos()
+    return (a * a).imag + (b * b).real.sum(1, keepdim=True)
+
+
+class Labelled(torch.Tensor):
+    """A subclass as libraries of pictures have them."""
+
+
 def data_assigned(z, t):
     y = torch.zeros_like(z)
     y.data = z * 2
@@ -1097,6 +1109,9 @@ FAULTS = {
     "real parts of what is written": (parts_of_what_is_written, exact),
     "torch.Tensor of a tensor": (lambda z, t: torch.Tensor(z.float() * 2) * z, exact),
     "as_subclass": (lambda z, t: (z * 2).as_subclass(torch.Tensor) * z, exact),
+    "as_subclass, a part": (lambda z, t: (z * 2).as_subclass(torch.Tensor)[:, 1:2] * z, exact),
+    "as another subclass": (lambda z, t: z.as_subclass(Labelled) * t[:, None], exact),
+    "the imaginary part assigned": (imaginary_part_assigned, exact),
     "requires_grad_": (
         lambda z, t: (z @ LEAF).requires_grad_() * 2,
         lambda fn, z, v: 2 * v[0] @ LEAF.detach(),
@@ -1112,19 +1127,7 @@ FAULTS = {
 }
 
 
-STILL = (
-    "the real part assigned",
-    "torch.Tensor of a tensor",
-    "as_subclass",
-)
-WRONG = pytest.mark.xfail(
-    strict=True, reason="known fault: torch calls no function that a mode could see"
-)
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=WRONG if name in STILL else ()) for name in FAULTS]
-)
+@pytest.mark.parametrize("name", FAULTS)
 def test_programs_with_a_known_fault_are_right_or_refused(name):
     fn, wanted = FAULTS[name]
     for which in (None, "one", "half"):
@@ -1158,20 +1161,15 @@ RUNNING = {
     "out=": lambda net, z: torch.add(net.mean, z.detach().mean(0), out=net.mean),
     "with gradient": lambda net, z: net.mean.lerp_(z.mean(0), 0.1),
     "foreach": lambda net, z: torch._foreach_add_([net.mean], [z.detach().mean(0)]),
+    "assignment": by_assignment,
 }
-RUNNING_WRONGLY = {"assignment": by_assignment}
-KNOWN = pytest.mark.xfail(
-    strict=True, reason="known fault: to bind a name to a new tensor is no function of torch"
-)
 
 
-@pytest.mark.parametrize(
-    "name", [*RUNNING, *(pytest.param(name, marks=KNOWN) for name in RUNNING_WRONGLY)]
-)
+@pytest.mark.parametrize("name", RUNNING)
 def test_a_running_mean_that_the_model_writes_takes_one_step_and_the_derivative_is_at_that_step(
     name,
 ):
-    add, (primals, tangents) = {**RUNNING, **RUNNING_WRONGLY}[name], inputs((4, 6))
+    add, (primals, tangents) = RUNNING[name], inputs((4, 6))
     for which in WHICH:
         net, plain = Averaged(add), Averaged(add)
         value = plain(*primals)
@@ -1183,6 +1181,81 @@ def test_a_running_mean_that_the_model_writes_takes_one_step_and_the_derivative_
             lambda z, t, mean=mean: z * mean + z.mean(0) * t[:, None], primals, tangents
         )
         close(derivative, masked(wanted, choose(4, which)))
+
+
+def test_what_a_wrapper_holds_of_the_input_is_constant():
+    """Also a view of the memory that the input lies in."""
+    whole, (primals, tangents) = normal(9, 4, 9), inputs((4, 6))
+    part = whole[:, 3:]
+    for which in WHICH:
+        found = ROUTE(lambda z, t: z * part + whole[:, :6], (part, primals[1]), tangents, None)[1]
+        close(found, tangents[0] * part)
+        found = ROUTE(
+            lambda z, t: z * part * z[0], (part, primals[1]), tangents, choose(4, which)
+        )[1]
+        wanted = (tangents[0] * part[0] + part * tangents[0][0]) * part
+        close(found, masked(wanted, choose(4, which)))
+
+
+@pytest.mark.parametrize("name", ["real", "imag"])
+def test_a_part_of_complex_numbers_is_written_by_a_function_of_torch(name):
+    def fn(z, t):
+        a = torch.complex(z, z.sin())
+        getattr(a, name).mul_(t[:, None])
+        getattr(a.conj()[:, 1:], name).copy_(z[:, 1:].exp())
+        return (a * a).imag + a.real
+
+    for which in WHICH:
+        check_seeded(fn, choose(4, which))
+    with pytest.raises(DerivativeError, match=r"write x\.real\.copy_\(y\)"):
+        ROUTE(real_part_assigned, *inputs((4, 6)), choose(4, "half"))
+
+
+class Counting(nn.Module):
+    """Depends on how often it was called, by what no function of torch changes."""
+
+    def __init__(self, kind, mixes):
+        super().__init__()
+        self.kind, self.mixes = kind, mixes
+        self.count, self.calls, self.mean = 0, [0], torch.zeros(6, dtype=DOUBLE)
+
+    def forward(self, z, t):
+        if self.kind == "attribute":
+            self.count += 1
+        elif self.kind == "list":
+            self.calls[0] += 1
+        else:
+            self.mean = self.mean + z.detach().mean(0)
+        scale = self.count + self.calls[0] + self.mean
+        if self.mixes:
+            return z * scale + z.mean(0) * t[:, None]
+        return z * scale * t[:, None]
+
+
+@pytest.mark.parametrize("kind", ["attribute", "list", "tensor"])
+def test_a_model_that_counts_its_calls_is_followed_in_one_pass_and_refused_in_two(kind):
+    primals, tangents = inputs((4, 6))
+    for which in WHICH:
+        once, rows = Counting(kind, mixes=False), choose(4, which)
+        derivative = ROUTE(once, primals, tangents, rows)[1]
+        scale = once.count + once.calls[0] + once.mean
+        wanted = exact(lambda z, t, scale=scale: z * scale * t[:, None], primals, tangents)
+        close(derivative, masked(wanted, rows))
+    with pytest.raises(DerivativeError, match="remembers its calls"):
+        ROUTE(Counting(kind, mixes=True), primals, tangents, choose(4, "half"))
+
+
+def test_a_model_that_mixes_rows_may_write_into_its_input():
+    def fn(z, t):
+        z.mul_(2)
+        return z * t[:, None] - z.mean(0)
+
+    primals, tangents = inputs((4, 6))
+    wanted = exact(lambda z, t: fn(z.clone(), t), primals, tangents)
+    given = primals[0].clone()
+    derivative = ROUTE(fn, (given, primals[1]), tangents, choose(4, "half"))[1]
+    close(derivative, masked(wanted, choose(4, "half")))
+    close(given, 2 * primals[0])
 
 
 def test_the_second_pass_starts_from_the_buffers_of_the_first():

@@ -1,16 +1,17 @@
 """Calls that no function mode sees, and how a carrier or a second run is told of them.
 
-A function mode sees the functions of torch that Python calls. Three kinds of call pass it by:
+A function mode sees the functions of torch that Python calls. Four kinds of call pass it by:
 
     autograd.Function.apply      torch runs the forward pass itself    -> Carrier.through_function
     functions of torch.jit       an interpreter in C++ runs them       -> Carrier.through_script
     what torch.compile compiled  a kernel runs, no function at all     -> compiled.Backend
+    module.buffer = tensor       Python binds a name                   -> replay.Bindings
 
-So these three places of torch are replaced (`_patch`) by functions that ask for this thread's
-active carrier, or second run, and hand the call to it. Where there is none they do what the
-original does. This is the one place of the house that changes torch for the whole process. It
-does so only while a mode of ours is entered in some thread; the last one to leave puts the
-originals back.
+So the first three are replaced (`_patch`) by functions that ask for this thread's active carrier,
+or second run, and hand the call to it; where there is none they do what the original does. For the
+fourth, torch calls a hook of ours. This is the one place of the house that changes torch for the
+whole process. It does so only while a mode of ours is entered in some thread; the last one to
+leave puts the originals back.
 
 For torch.compile the replaced function is `_callback_from_stance`. Each call of something
 compiled asks it for the callback that captures frames, and keeps compiled code by that callback.
@@ -28,6 +29,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.modules.module import register_module_buffer_registration_hook
 from torch.utils import _python_dispatch as python_dispatch
 
 from flowspace.derivatives.torch_internals import not_intercepted, unseen_by_modes
@@ -68,6 +70,9 @@ _users: list[type] = []
 
 _originals: list[tuple[Any, str, Any]] = []
 """What was replaced: its holder, its name there, and the original."""
+
+_listening = contextlib.ExitStack()
+"""What ends that torch tells us of buffers."""
 
 
 def active_carrier() -> "Carrier | None":
@@ -123,7 +128,8 @@ def patched(mode: type) -> Iterator[None]:
         if not _users:
             _patch()
         if follows_compiled():
-            torch._dynamo.eval_frame.skip_code(mode.__torch_function__.__code__)
+            for function in (mode.__torch_function__, _note_buffer):
+                torch._dynamo.eval_frame.skip_code(function.__code__)
         _users.append(mode)
     try:
         yield
@@ -149,6 +155,8 @@ def _patch() -> None:
         original = holder.__dict__[name]
         _originals.append((holder, name, original))
         setattr(holder, name, replacement(original))
+    handle = register_module_buffer_registration_hook(_note_buffer)
+    _listening.callback(handle.remove)
 
 
 def _restore() -> None:
@@ -156,6 +164,18 @@ def _restore() -> None:
     for holder, name, original in _originals:
         setattr(holder, name, original)
     _originals.clear()
+    _listening.close()
+
+
+def _note_buffer(module: Any, name: str, tensor: Any) -> None:
+    """Tell what is active in this thread that a buffer is about to be another tensor."""
+    if torch.compiler.is_dynamo_compiling():
+        return
+    carrier, run = active_carrier(), active_second_run()
+    if carrier is not None:
+        carrier.writes.bindings.note(module, name)
+    if run is not None:
+        run.bindings.note(module, name)
 
 
 def _apply(original: Any) -> Any:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from flowspace.backends import backend_of, torch_backend
@@ -32,6 +32,8 @@ from flowspace.derivatives.torch_internals import active_transform, outside_tran
 from flowspace.errors import DerivativeError
 
 __all__ = [
+    "REFUSAL_SLACK",
+    "Bindings",
     "RandomState",
     "RowsMixError",
     "agree",
@@ -73,6 +75,9 @@ TOLERANCES = {8: 1e-6, 4: 1e-3, 2: 5e-2}
 """The largest difference of two evaluations at one point, over the largest value, by the bytes of
 the numbers in them.
 """
+
+REFUSAL_SLACK = 10.0
+"""A second run on all rows may differ by so many times the tolerance of one on some rows."""
 
 
 def agree(first: Tensor, second: Tensor, itemsize: int, slack: float = 1.0) -> bool:
@@ -142,12 +147,12 @@ class RandomState:
             if i < self.torch_sources or not _equal(now, self.before[i]):
                 drawn.append((self.sources[i], self.before[i]))
 
-        def again(*primals: Any) -> Any:
+        def again(*primals: Any, **options: Any) -> Any:
             afterwards = [source.read() for source, _ in drawn]
             try:
                 for source, before in drawn:
                     source.write(before)
-                return fn(*primals)
+                return fn(*primals, **options)
             finally:
                 for (source, _), state in zip(drawn, afterwards, strict=True):
                     source.write(state)
@@ -196,6 +201,28 @@ def batch_statistics(
     return None
 
 
+class Bindings:
+    """The tensors that buffers of modules were, before a run bound others to their names.
+
+    Attributes:
+        before: by module and name: both, and the tensor.
+    """
+
+    def __init__(self) -> None:
+        self.before: dict[tuple[int, str], tuple[nn.Module, str, Tensor]] = {}
+
+    def note(self, module: nn.Module, name: str) -> None:
+        """Keep what a buffer is, before it is another tensor for the first time."""
+        tensor = getattr(module, name, None)
+        if isinstance(tensor, Tensor):
+            self.before.setdefault((id(module), name), (module, name, tensor))
+
+    def restore(self) -> None:
+        """Bind the names to the tensors that they were bound to."""
+        for module, name, tensor in self.before.values():
+            setattr(module, name, tensor)
+
+
 class RowsMixError(Exception):
     """The model mixes rows, as batch norm does in train mode, which was not declared.
 
@@ -218,6 +245,7 @@ class RestoringMode(TorchFunctionMode):
         mixed: whether rows are known to mix.
         written: what tensors held before they were first written to, and how often autograd had
             seen them written.
+        bindings: what buffers were before other tensors were bound to their names.
         replaced: the copies that stand for tensors that were written to inside torch.func.jvp: it
             refuses to write a tangent into what the function holds.
         halved: the first function that returned numbers of half precision, or None.
@@ -229,6 +257,7 @@ class RestoringMode(TorchFunctionMode):
         super().__init__()
         self.mixed = mixed
         self.written: dict[int, tuple[weakref.ref[Tensor], Tensor, int]] = {}
+        self.bindings = Bindings()
         self.replaced: dict[int, tuple[Tensor, Tensor]] = {}
         self.halved: str | None = None
         self.own_generator: torch.Generator | None = None
@@ -324,6 +353,7 @@ class RestoringMode(TorchFunctionMode):
 
         Memory that an engine fills and frees, which autograd does not count as written, is left.
         """
+        self.bindings.restore()
         with torch.no_grad():
             for reference, before, version in list(self.written.values()):
                 target = reference()

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from flowspace.derivatives.replay import (
+    REFUSAL_SLACK,
     RandomState,
     RestoringMode,
     RowsMixError,
@@ -41,9 +42,6 @@ from flowspace.derivatives.route import Derivative, checked, scatter
 from flowspace.errors import DerivativeError, FlowspaceError
 
 __all__ = ["First", "Second", "SecondRun"]
-
-REFUSAL_SLACK = 10.0
-"""A second run on all rows may differ by so many times the tolerance of one on some rows."""
 
 
 class First(NamedTuple):

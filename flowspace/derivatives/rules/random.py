@@ -15,10 +15,14 @@ from torch import Tensor
 __all__ = ["RANDOM", "decompositions"]
 
 RANDOM = frozenset(
-    "scaled_dot_product_attention dropout feature_dropout dropout_ feature_dropout_ "
-    "alpha_dropout_ feature_alpha_dropout_ rrelu_".split()
+    "scaled_dot_product_attention dropout feature_dropout alpha_dropout feature_alpha_dropout "
+    "dropout_ feature_dropout_ alpha_dropout_ feature_alpha_dropout_ rrelu_".split()
 )
 """Functions that may have to be written in others, see `decompositions`."""
+
+
+SATURATION = 1.7580993408473766
+"""Minus what a SELU tends to for small numbers."""
 
 
 def decompositions(
@@ -37,6 +41,8 @@ def decompositions(
         return _attention_in_parts
     if name.endswith("_"):
         return _in_place(getattr(torch, name[:-1]))
+    if "alpha" in name:
+        return _alpha_dropout(getattr(torch, name))
     return _dropout(getattr(torch, name))
 
 
@@ -87,6 +93,24 @@ def _dropout(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if train and p > 0:
             return input * function(torch.ones_like(input), p, True)
         return input
+
+    return dropout
+
+
+def _alpha_dropout(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return an alpha dropout as a choice by what it makes of ones: what is kept stays positive.
+
+    It keeps mean and variance of what a SELU returns (Klambauer et al., arXiv 1706.02515).
+    """
+
+    def dropout(input: Tensor, p: float = 0.5, train: bool = True) -> Tensor:
+        if not train or p <= 0:
+            return input
+        if p >= 1:
+            return input * 0.0
+        kept = function(torch.ones_like(input), p, True) > 0
+        scale = 1 / math.sqrt((1 - p) * (1 + p * SATURATION**2))
+        return scale * (torch.where(kept, input, -SATURATION) + p * SATURATION)
 
     return dropout
 

@@ -288,6 +288,9 @@ def traced_jvp(
 
     A trace above autograd would record torch.func.jvp as steps that mean nothing outside it. So
     it is traced apart, down to operators below autograd, and these are put in.
+
+    Raises:
+        ValueError: if the function draws random numbers: in a trace they cannot be drawn again.
     """
     places = [i for i, value in enumerate(fixed) if isinstance(value, Tensor)]
     inputs = [fixed[i].detach() for i in places]
@@ -301,6 +304,9 @@ def traced_jvp(
     given = [*inputs, *tangents]
     with proxy_tensor.disable_proxy_modes_tracing():
         graph = proxy_tensor.make_fx(derivative)(*[x.detach().clone() for x in given])
+    for node in graph.graph.find_nodes(op="call_function"):
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            raise ValueError(f"{node.target} would draw other numbers for the tangent")
     return graph(*given)
 
 

@@ -23,7 +23,7 @@ Who holds whom, from the outside in:
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,10 +31,18 @@ import torch
 from torch import Tensor
 
 from flowspace.derivatives import hidden_calls
-from flowspace.derivatives.replay import RandomState, is_alive, restoring_buffers, uncompiled
+from flowspace.derivatives.replay import (
+    REFUSAL_SLACK,
+    RandomState,
+    RestoringMode,
+    agree,
+    restoring_buffers,
+    uncompiled,
+)
 from flowspace.derivatives.route import Derivative, scatter
 from flowspace.derivatives.rules.dual import ChosenRows, Layout
 from flowspace.derivatives.shared_primal.carrier import FIELD, Carrier
+from flowspace.derivatives.shared_primal.writes import Writes
 from flowspace.errors import DerivativeError, InputError
 
 __all__ = ["SharedPrimal"]
@@ -67,41 +75,58 @@ class SharedPrimal(Derivative):
         chosen = None
         if indices is not None:
             chosen = ChosenRows.of(indices, len(primals[0]))
-        versions = _versions(primals)
-        value, tangent, before = evaluate_beside(fn, primals, tangents, chosen)
-        if before is not None:
-            if versions != _versions(primals):
-                raise DerivativeError(
-                    "the model writes into its input, so it cannot be run again; write z = "
-                    "z.clone() first"
-                )
-            with _rewound(before):
-                tangent = self.derive(draws.replay(fn), primals, tangents, None)
+        copies = _copies(primals, tangents)
+        value, tangent, writes = evaluate_beside(fn, copies, tangents, chosen)
+        if writes is not None:
+            again = draws.replay(fn)
+            with writes.undone(), torch.no_grad(), restoring_buffers() as run:
+                second = evaluate_beside(again, _copies(primals, tangents), tangents, None)
+                repeated = second.value.clone()  # its own memory may be put back as well
+            _check_repeats(value.detach(), repeated, run)
+            tangent = second.tangent
             chosen = None
+        _hand_back(primals, copies)
         if tangent is None:
             return value, torch.zeros_like(value)
         if chosen is not None:
             tangent = scatter(tangent, chosen.indices, value)
         return value, tangent
 
-    def derive(
-        self,
-        fn: Callable[..., Tensor],
-        primals: Sequence[Any],
-        tangents: Sequence[Tensor | None],
-        value: Tensor | None,
-        mixed: bool = False,
-    ) -> Tensor:
-        """Return the derivative on every row, in a pass of its own that leaves no trace."""
-        with torch.no_grad(), restoring_buffers():
-            value, tangent, _ = evaluate_beside(fn, primals, tangents, None)
-        if tangent is None:
-            return torch.zeros_like(value)
-        return tangent
+
+def _copies(primals: Sequence[Any], tangents: Sequence[Tensor | None]) -> list[Any]:
+    """Return the primals, those that move as copies.
+
+    A model that writes into its input can then be run again, and what its caller holds of a primal
+    lies in another memory.
+    """
+    copies = list(primals)
+    for i, tangent in enumerate(tangents):
+        if tangent is not None:
+            copies[i] = primals[i].clone()
+    return copies
 
 
-def _versions(primals: Sequence[Any]) -> list[int]:
-    return [p._version for p in primals if isinstance(p, Tensor) and not p.is_inference()]
+def _hand_back(primals: Sequence[Any], copies: Sequence[Any]) -> None:
+    """Write into the primals what the model wrote into their copies."""
+    for primal, copy in zip(primals, copies, strict=True):
+        if copy is primal or copy.is_inference() or not copy._version:
+            continue
+        with torch.no_grad():
+            primal.copy_(copy)
+
+
+def _check_repeats(first: Tensor, second: Tensor, run: RestoringMode) -> None:
+    """Raise DerivativeError if a model had another value when it was run again."""
+    itemsize = first.dtype.itemsize
+    if run.halved is not None:
+        itemsize = 2
+    if not agree(first, second, itemsize, REFUSAL_SLACK):
+        raise DerivativeError(
+            "got another value from the model when it was evaluated again at the same point, "
+            "which SharedPrimal() does where rows mix; it draws from a generator of its own, or "
+            "remembers its calls: draw from torch's generator, and keep what it remembers in "
+            "buffers that it writes in place"
+        )
 
 
 class Evaluation(NamedTuple):
@@ -110,12 +135,12 @@ class Evaluation(NamedTuple):
     Attributes:
         value: what the model returned, with gradient.
         tangent: its tangent on the rows asked for; None where it does not move or was lost.
-        before: where the tangent was lost, what the model's buffers held before the pass.
+        writes: where the tangent was lost, what the model wrote in the pass.
     """
 
     value: Tensor
     tangent: Tensor | None
-    before: dict[int, tuple[Tensor, Tensor]] | None
+    writes: Writes | None
 
 
 def evaluate_beside(
@@ -146,7 +171,7 @@ def evaluate_beside(
     if held is not None:
         value = held.primal
     if carrier.lost or (dual is not None and _elsewhere(dual.layout)):
-        return Evaluation(value, None, carrier.writes.before)
+        return Evaluation(value, None, carrier.writes)
     if dual is None:
         return Evaluation(value, None, None)
     return Evaluation(value, dual.tangent, None)
@@ -182,21 +207,3 @@ def _as_written() -> contextlib.AbstractContextManager[Any]:
     if hidden_calls.follows_compiled():
         return contextlib.nullcontext()
     return uncompiled()
-
-
-@contextlib.contextmanager
-def _rewound(before: dict[int, tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Give buffers the values from before the first pass, for a second one, and then those from
-    after it again.
-    """
-    after = []
-    for tensor, then in before.values():
-        if is_alive(tensor):  # FSDP2 frees what it gathered
-            after.append((tensor, tensor.detach().clone(), then))
-    try:
-        for tensor, _, then in after:
-            tensor.detach().copy_(then)
-        yield
-    finally:
-        for tensor, now, _ in after:
-            tensor.detach().copy_(now)

@@ -34,6 +34,7 @@ from flowspace.derivatives.shared_primal import higher_order
 from flowspace.derivatives.shared_primal.kinds import (
     OUT_OF_PLACE,
     TRANSFORMED,
+    UNSEEN,
     WHOLE,
     Treatment,
     refusal,
@@ -55,6 +56,9 @@ __all__ = ["FIELD", "Carrier"]
 FIELD = "_flowspace_dual"
 """The attribute of an alias that holds its dual."""
 
+MOVING = "_flowspace_moving"
+"""The attribute of a tensor that is no view, in whose memory something moves."""
+
 
 class Carrier(TorchFunctionMode):
     """Carries tangents through the torch functions that are called while it is entered.
@@ -63,6 +67,7 @@ class Carrier(TorchFunctionMode):
         traced: what it runs is being traced, on tensors without values.
         lost: rows mix, or may mix: the tangents stop, and every row needs one.
         idle: it lets every function pass.
+        moving: the mark of tensors in whose memory something moves.
         live: the aliases that carry a tangent, by id, as long as they live.
         has_detached: there are tensors that share memory with these, and carry none.
         writes: what became of tensors that the model wrote into.
@@ -76,6 +81,7 @@ class Carrier(TorchFunctionMode):
         self.lost = False
         self.idle = False
         self.live: dict[int, weakref.ref[Tensor]] = {}
+        self.moving = object()
         self.has_detached = False
         self.writes = Writes(self)
         self.inside: list[Any] = []
@@ -88,12 +94,18 @@ class Carrier(TorchFunctionMode):
         # A view has the values, memory and graph of its primal, and is an object of its own: the
         # attribute is then on no tensor that anybody else holds.
         alias = primal.view_as(primal)
+        if primal.dtype.is_complex:
+            self.writes.seen(primal)
         if tangent.dtype != primal.dtype:
             tangent = tangent.to(primal.dtype)
         if self.traced:
             tangent = tangent.detach()
         alias._flowspace_dual = Dual(primal, tangent, layout, self)  # type: ignore[attr-defined]
         self.live[id(alias)] = weakref.ref(alias)
+        base = primal
+        if primal._is_view():
+            base = primal._base
+        base._flowspace_moving = self.moving  # type: ignore[union-attr]
         return alias
 
     def held(self, alias: Tensor) -> Dual:
@@ -111,16 +123,30 @@ class Carrier(TorchFunctionMode):
                 self._refuse_transforms(tensor)
         elif held.tangent is None:
             return None  # detached, so it has no part in the mirror of the memory that it shares
-        if not self.writes.mirrors:
-            return held
-        # Some memory was written to in part: what lies there now is told by its mirror alone.
-        primal = tensor
-        if held is not None:
-            primal = held.primal
-        tangent = self.writes.mirrored(primal)
-        if tangent is None:
-            return held
-        return Dual(primal, tangent, None, self)
+        elif tensor.dtype.is_complex and not self.lost:
+            self.writes.check_seen(tensor)
+        if self.writes.mirrors:
+            # Some memory was written to in part: what lies there now is told by its mirror alone.
+            primal = tensor
+            if held is not None:
+                primal = held.primal
+            tangent = self.writes.mirrored(primal)
+            if tangent is not None:
+                return Dual(primal, tangent, None, self)
+        if held is None and tensor._is_view() and not (self.lost or self.traced):
+            self._refuse_unseen(tensor)
+        return held
+
+    def _refuse_unseen(self, view: Tensor) -> None:
+        """Raise DerivativeError for an unmarked view of what moves.
+
+        No function that the carrier saw has made it: torch.Tensor(x) and x.as_subclass(...) call
+        none.
+        """
+        if getattr(view._base, MOVING, None) is not self.moving:
+            return
+        if rules.differentiable(view) and not isinstance(view, nn.Parameter):
+            raise DerivativeError(UNSEEN)
 
     def _refuse_transforms(self, tensor: Tensor) -> None:
         """Raise DerivativeError for a tensor that carries a tangent inside torch.func.vmap, grad

@@ -220,7 +220,10 @@ class Region:
         carrier = hidden_calls.active_carrier()
         if carrier is None or carrier.lost:
             return False
-        duals = _duals_of(carrier, inputs)
+        try:
+            duals = _duals_of(carrier, inputs)
+        except DerivativeError:  # raised by the call itself, where dynamo does not turn it
+            return False
         if not any(duals):
             return False
         program = self.program(carrier, duals, inputs)
@@ -236,7 +239,8 @@ class Region:
         for i, dual in enumerate(duals):
             if dual is not None:
                 primals[i] = dual.primal
-        self._announce_writes(carrier, duals, primals)
+        with not_intercepted():
+            self._announce_writes(carrier, duals, primals)
         if carrier is None or carrier.lost or not any(duals):
             return self._run_plain(carrier, primals)
         program = self.program(carrier, duals, primals)
@@ -248,9 +252,12 @@ class Region:
             carrier.lost = True
             return self._run_plain(carrier, primals)
         moving = [dual for dual in duals if dual is not None]
+        run = self._run_dual
         if _value_recomputed():
-            return self._run_separately(carrier, program, inputs, primals, moving)
-        return self._run_dual(carrier, program, inputs, primals, moving)
+            run = self._run_separately
+        # what is done round the program is not the model: the carrier does not meet it
+        with not_intercepted():
+            return run(carrier, program, inputs, primals, moving)
 
     def _announce_writes(self, carrier: Carrier | None, duals: Duals, primals: Values) -> None:
         """Tell a second run and a carrier what the graph is about to write into."""
@@ -277,7 +284,7 @@ class Region:
         """
         chosen = _chosen_of(duals)
         size = _room(chosen)
-        with hidden_calls.paused(carrier), not_intercepted():
+        with hidden_calls.paused(carrier):
             # A graph is compiled for tangents as `_dual_examples` makes them: contiguous.
             tangents = []
             for dual in duals:

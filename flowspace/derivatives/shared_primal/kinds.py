@@ -15,6 +15,7 @@ from flowspace.derivatives import rules
 __all__ = [
     "OUT_OF_PLACE",
     "TRANSFORMED",
+    "UNSEEN",
     "WHOLE",
     "Treatment",
     "refusal",
@@ -25,6 +26,10 @@ __all__ = [
 TRANSFORMED = (
     "the model calls a transform of torch.func, where tangents cannot follow; write "
     "derivative=ForwardMode()"
+)
+UNSEEN = (
+    "got torch.Tensor(x) or x.as_subclass(...) of a tensor that moves with z_t or t, which torch "
+    "does without a function that tangents follow; write x itself, or derivative=ForwardMode()"
 )
 DROPPED = "the model calls autograd, which drops tangents; write FiniteDifference()"
 RESHAPED = (

@@ -5,7 +5,8 @@ whole memory holds the tangents from then on, laid out as the primals are, and e
 own from there.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowspace.derivatives import rules
-from flowspace.derivatives.replay import in_transform
+from flowspace.derivatives.replay import Bindings, in_transform, is_alive
 from flowspace.derivatives.rules.dual import Dual, Layout, LostRowsError
 from flowspace.derivatives.torch_internals import (
     base_transform,
@@ -36,14 +37,39 @@ class Writes:
     Attributes:
         mirrors: by memory, the tangents of all that shares it, and the memory, held lest its place
             be given away.
+        versions: by memory of complex numbers, how often autograd had seen it written to when the
+            carrier last saw it.
         before: what tensors without a tangent held before they were first written to, should the
             model be run again.
+        bindings: what buffers were before other tensors were bound to their names, for the same.
     """
 
     def __init__(self, carrier: "Carrier") -> None:
         self.carrier = carrier
         self.mirrors: dict[int, tuple[Tensor, Any]] = {}
+        self.versions: dict[int, int] = {}
         self.before: dict[int, tuple[Tensor, Tensor]] = {}
+        self.bindings = Bindings()
+
+    @contextlib.contextmanager
+    def undone(self) -> Iterator[None]:
+        """Give the model what it had before it wrote, to run it again, and then what it wrote."""
+        written = []
+        for tensor, then in self.before.values():
+            if is_alive(tensor):  # FSDP2 frees what it gathered
+                written.append((tensor, tensor.detach().clone(), then))
+        bound = Bindings()
+        for module, name, _ in self.bindings.before.values():
+            bound.note(module, name)
+        try:
+            self.bindings.restore()
+            for tensor, _, then in written:
+                tensor.detach().copy_(then)
+            yield
+        finally:
+            for tensor, now, _ in written:
+                tensor.detach().copy_(now)
+            bound.restore()
 
     def remember(self, target: Any) -> None:
         """Keep what a tensor without a tangent, or each of several, held before the model wrote.
@@ -59,6 +85,29 @@ class Writes:
             return
         if not (self.carrier.lost and target.grad_fn is not None):
             self.before[id(target)] = target, target.detach().clone()
+
+    def seen(self, tensor: Tensor) -> None:
+        """Note that what is in the memory of complex numbers by now is known."""
+        if not tensor.is_inference():
+            self.versions[memory_below(tensor)] = tensor._version
+
+    def _seen_written(self, target: Tensor) -> None:
+        """Note a write that was seen, if it was to complex numbers or to parts of them."""
+        if self.versions and memory_below(target) in self.versions:
+            self.seen(target)
+
+    def check_seen(self, tensor: Tensor) -> None:
+        """Raise DerivativeError if complex numbers were written to unseen: torch hands the
+        assignment of a real or imaginary part to no mode.
+        """
+        if tensor.is_inference():
+            return
+        if self.versions.get(memory_below(tensor), tensor._version) != tensor._version:
+            raise DerivativeError(
+                "got x.real = y or x.imag = y for complex numbers that move with z_t or t, which "
+                "torch does without a function that tangents follow; write x.real.copy_(y), "
+                "x = torch.complex(y, x.imag), or derivative=ForwardMode()"
+            )
 
     def mirrored(self, tensor: Tensor) -> Tensor | None:
         """Return the tangent that a tensor's memory holds, if one was written there."""
@@ -76,7 +125,12 @@ class Writes:
             self.remember(target)
         with torch.no_grad(), not_intercepted():
             tangent, layout = self._written_tangent(call, name)
-        self.put(target, tangent, layout, call.evaluate)
+
+        def run() -> None:
+            call.evaluate()
+            self._seen_written(target)
+
+        self.put(target, tangent, layout, run)
         if name == "setitem":
             return None
         return target
@@ -94,6 +148,8 @@ class Writes:
             LostRowsError: if the tensor shares memory, or its rows lie elsewhere, and the tangent
                 has not every row.
         """
+        if run is None:
+            self._seen_written(target)
         dual = self.carrier.dual(target)
         # A tensor without a tangent may be a view of one that has: the mirror then tells both.
         shared = dual is None or self._shared(target)
@@ -213,11 +269,14 @@ def _place(flat: Tensor, primal: Tensor) -> Tensor:
         DerivativeError: if it shows the bits of its memory as other numbers still.
     """
     if primal.dtype != flat.dtype:
-        if not flat.is_complex() or primal.dtype != flat.dtype.to_real():
+        if primal.dtype.to_real() != flat.dtype.to_real():
             raise DerivativeError(
                 "a view of another dtype is written to; write derivative=ForwardMode()"
             )
-        flat = torch.view_as_real(flat).flatten()
+        if flat.is_complex():
+            flat = torch.view_as_real(flat).flatten()
+        else:
+            flat = torch.view_as_complex(flat[: len(flat) // 2 * 2].unflatten(0, (-1, 2)))
     part = flat.as_strided(primal.shape, primal.stride(), primal.storage_offset())
     if primal.is_conj():
         part = part.conj()
