@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from flowspace.derivatives.replay import forward_mode_lock, in_transform
+from flowspace.derivatives.replay import forward_mode_lock, in_transform, written_places
 from flowspace.derivatives.rules.registry import CONSTANT, differentiable
 from flowspace.derivatives.second_run import First, Second, SecondRun
+from flowspace.derivatives.shared_primal.kinds import LEAVES, leaving
 from flowspace.derivatives.torch_internals import (
     close_forward_mode,
     forward_mode_is_open,
@@ -35,9 +36,6 @@ STOPS = CONSTANT | {"detach", "detach_", "where"}
 In `where` it may be the condition alone that moves.
 """
 
-LEAVES = frozenset({"item", "tolist", "numpy", "__array__", "__float__", "__complex__"})
-"""Functions that hand a value out of torch, where nothing follows it."""
-
 OF_TORCH = (
     "forward AD",
     "functorch",
@@ -47,6 +45,7 @@ OF_TORCH = (
     "jvp",
     "data pointer",
     "setup_context",
+    "TensorWrapper",
 )
 """Words by which one knows that torch refuses to run something in forward mode."""
 
@@ -124,14 +123,8 @@ class _NoLostTangents(TorchFunctionMode):
             return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
         if name in LEAVES:
-            called = f".{name}()"
-            if name.startswith("__"):
-                called = f"{name.strip('_')}()"
-            raise DerivativeError(
-                f"got {called} of a tensor that moves with z_t or t: its value leaves torch, "
-                "where no tangent follows it; keep it a tensor, write .detach() first if it is a "
-                "constant, or derivative=FiniteDifference()"
-            )
+            raise DerivativeError(leaving(name))
+        _refuse_written(func)
         out = func(*args, **kwargs)
         # What cannot carry a tangent (whole numbers, nothing at all) has not lost one.
         parts = [part for part in _tensors((out,)) if differentiable(part) and part.numel()]
@@ -142,6 +135,17 @@ class _NoLostTangents(TorchFunctionMode):
                 ".detach() first if it is a constant"
             )
         return out
+
+
+def _refuse_written(func: Any) -> None:
+    """Raise DerivativeError for an operator of torch.library that writes into its arguments: torch
+    lets it write the values, and nothing of a tangent.
+    """
+    if isinstance(func, OpOverload | OpOverloadPacket) and written_places(func).numbers:
+        raise DerivativeError(
+            f"got {_called(func)}, an operator that writes into its arguments, of a tensor that "
+            "moves with z_t or t; write derivative=FiniteDifference()"
+        )
 
 
 def _called(func: Any) -> str:

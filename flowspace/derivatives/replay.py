@@ -12,6 +12,7 @@ compiled part writes is put back as well.
 """
 
 import contextlib
+import functools
 import inspect
 import random
 import sys
@@ -23,12 +24,18 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from flowspace.backends import backend_of, torch_backend
 from flowspace.backends.process import forward_mode_lock, several_processes
 from flowspace.derivatives import hidden_calls
-from flowspace.derivatives.torch_internals import active_transform, outside_transforms
+from flowspace.derivatives.torch_internals import (
+    active_transform,
+    outside_transforms,
+    set_version,
+)
 from flowspace.errors import DerivativeError
 
 __all__ = [
@@ -42,10 +49,15 @@ __all__ = [
     "in_transform",
     "is_alive",
     "on_copies",
+    "put_back",
     "restoring_buffers",
+    "root_of",
     "several_processes",
     "uncompiled",
+    "version_of",
     "without_trace",
+    "written_by",
+    "written_places",
 ]
 
 
@@ -277,30 +289,25 @@ class RestoringMode(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if self.replaced:
             args = tuple(self._replacement(value) for value in args)
-        writes = _writes(name) and bool(args) and isinstance(args[0], Tensor)
-        if not writes:
-            self._note_options(kwargs)
-        elif in_transform(args[0]) or active_transform() is None:
-            self.remember(args[0])
-            self._note_options(kwargs)
-        elif _any_in_transform(args[1:]):
-            args = (self._writable_copy(args[0]), *args[1:])
-            self._note_options(kwargs)
+        written = written_by(func, args, kwargs)
+        held = [target for target in written if not in_transform(target)]
+        if isinstance(kwargs.get("generator"), torch.Generator):
+            self.draws(kwargs["generator"])
+        if held and active_transform() is not None:
+            if held[0] is args[0] and _any_in_transform(args[1:]):
+                args = (self._writable_copy(args[0]), *args[1:])
+            elif not _any_in_transform((*args, *kwargs.values())):
+                self.remember(*held)
+                with outside_transforms():  # they refuse to write into what a function holds
+                    return func(*args, **kwargs)
         else:
-            self.remember(args[0])
-            with outside_transforms():  # they refuse to write into what a function holds
-                return func(*args, **kwargs)
+            self.remember(*held)
+        if name == "__get__" and func == DATA:
+            self.remember(args[0], unseen=True)  # what is written through it, nobody counts
         out = func(*args, **kwargs)
         if self.halved is None and isinstance(out, Tensor) and out.dtype in HALVES:
             self.halved = f"{name} returned {out.dtype}"
         return out
-
-    def _note_options(self, kwargs: dict[str, Any]) -> None:
-        """Note a tensor that is written to, and a generator, among arguments given by name."""
-        if isinstance(kwargs.get("out"), Tensor):
-            self.remember(kwargs["out"])
-        if isinstance(kwargs.get("generator"), torch.Generator):
-            self.draws(kwargs["generator"])
 
     def mixes(self, mixing: bool) -> None:
         """Raise RowsMixError if a function mixes rows and nobody said so."""
@@ -336,22 +343,32 @@ class RestoringMode(TorchFunctionMode):
             return type(value)(self._replacement(part) for part in value)
         return value
 
-    def remember(self, target: Tensor) -> None:
-        """Keep what a tensor held before it was first written to."""
-        key = id(target)
-        if key in self.written or in_transform(target):
-            return
+    def remember(self, *targets: Tensor, unseen: bool = False) -> None:
+        """Keep what tensors held before they were first written to, the whole of their memory.
 
-        def forget(_: Any) -> None:
-            self.written.pop(key, None)
+        Args:
+            targets: what is about to be written to; views stand for what they are views of.
+            unseen: autograd will not count the writes.
+        """
+        for target in targets:
+            root = root_of(target)
+            key = id(root)
+            if in_transform(root) or (key in self.written and not unseen):
+                continue
+            version = version_of(root)
+            if unseen:
+                version = -1
 
-        reference = weakref.ref(target, forget)
-        self.written[key] = reference, target.detach().clone(), _version(target)
+            def forget(_: Any, key: int = key) -> None:
+                self.written.pop(key, None)
+
+            self.written[key] = weakref.ref(root, forget), root.detach().clone(), version
 
     def restore(self) -> None:
         """Write the remembered values back.
 
         Memory that an engine fills and frees, which autograd does not count as written, is left.
+        What is as it was counts as not written to: autograd may have saved it before.
         """
         self.bindings.restore()
         with torch.no_grad():
@@ -359,8 +376,92 @@ class RestoringMode(TorchFunctionMode):
                 target = reference()
                 if target is None or not is_alive(target):
                     continue
-                if version < 0 or _version(target) != version:
-                    target.copy_(before)
+                now = version_of(target)
+                if version < 0:
+                    put_back(target, before, now)
+                elif now != version:
+                    put_back(target, before, version)
+
+    def from_the_start(self, fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return fn, to be evaluated several times, each time with the buffers of the first."""
+
+        def restarted(*primals: Any) -> Tensor:
+            self.restore()
+            out = fn(*primals)
+            if isinstance(out, Tensor) and id(root_of(out)) in self.written:
+                return out.clone()  # it would be put back as well
+            return out
+
+        restarted.__name__ = getattr(fn, "__name__", "restarted")
+        return restarted
+
+
+def root_of(tensor: Tensor) -> Tensor:
+    """Return the tensor that another one is a view of, or itself."""
+    if tensor._is_view() and tensor._base is not None:
+        return tensor._base
+    return tensor
+
+
+def put_back(target: Tensor, values: Tensor, version: int) -> None:
+    """Write values that a tensor held before into it, and let autograd count as it did then."""
+    target.detach().copy_(values)
+    if version >= 0 and not target.is_inference():
+        set_version(target, version)
+
+
+def written_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the tensors that a function writes into, by its name, or by its schema."""
+    places = written_places(func)
+    found = [kwargs.get(name) for name in places.names]
+    found += [args[i] for i in places.numbers if i < len(args)]
+    return [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
+
+
+class Places(NamedTuple):
+    """The arguments that a function writes into.
+
+    Attributes:
+        numbers: of those given by position.
+        names: of those given by name.
+    """
+
+    numbers: tuple[int, ...]
+    names: tuple[str, ...]
+
+
+DATA = torch.Tensor.data.__get__
+"""Reads the field ``data`` of a tensor: the same memory, and writes that autograd does not count.
+"""
+
+OPERATORS_IN_PLACE = frozenset(
+    f"__i{name}__" for name in "add sub mul matmul truediv floordiv div mod pow and or xor".split()
+) | {"__setitem__", "__ilshift__", "__irshift__"}
+"""Python's operators that write into their first operand."""
+
+
+@functools.lru_cache(4096)
+def written_places(func: Any) -> Places:
+    """Return the arguments that a function of torch, or an operator, writes into."""
+    if isinstance(func, OpOverloadPacket):
+        overloads = [getattr(func, name) for name in func.overloads()]
+    elif isinstance(func, OpOverload):
+        overloads = [func]
+    else:
+        name = getattr(func, "__name__", "")
+        writes = name.endswith("_") and not name.endswith("__")
+        if writes or name in OPERATORS_IN_PLACE:
+            return Places((0,), ("out",))
+        return Places((), ("out",))
+    numbers, names = set(), set()
+    for overload in overloads:
+        for i, argument in enumerate(overload._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            names.add(argument.name)
+            if not argument.kwarg_only:
+                numbers.add(i)
+    return Places(tuple(sorted(numbers)), tuple(sorted(names)))
 
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -372,14 +473,7 @@ def _any_in_transform(values: Iterable[Any]) -> bool:
     return any(isinstance(value, Tensor) and in_transform(value) for value in values)
 
 
-def _writes(name: str) -> bool:
-    """Return whether a function of this name writes into its first argument."""
-    if name.endswith("__"):
-        return name == "__setitem__"
-    return name.endswith("_")
-
-
-def _version(tensor: Tensor) -> int:
+def version_of(tensor: Tensor) -> int:
     """Return how often autograd has seen a tensor written to, or -1 where it does not count."""
     if tensor.is_inference():
         return -1

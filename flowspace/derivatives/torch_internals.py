@@ -20,6 +20,7 @@ __all__ = [
     "outside_transforms",
     "rms_norm_and_scale",
     "set_gradients",
+    "set_version",
     "transform_level",
     "unseen_by_modes",
 ]
@@ -67,6 +68,11 @@ def memory_of(tensor: Tensor) -> int:
     A fake tensor, which has no memory, has such a number too.
     """
     return tensor.untyped_storage()._cdata
+
+
+def set_version(tensor: Tensor, version: int) -> None:
+    """Let autograd count so many writes into a tensor: it holds again what it held then."""
+    torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))  # pyright: ignore
 
 
 def forward_mode_is_open() -> bool:

@@ -304,7 +304,7 @@ def traced_jvp(
     given = [*inputs, *tangents]
     with proxy_tensor.disable_proxy_modes_tracing():
         graph = proxy_tensor.make_fx(derivative)(*[x.detach().clone() for x in given])
-    for node in graph.graph.find_nodes(op="call_function"):
+    for node in graph.graph.nodes:
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise ValueError(f"{node.target} would draw other numbers for the tangent")
     return graph(*given)

@@ -28,10 +28,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from flowspace.derivatives import hidden_calls, rules
-from flowspace.derivatives.replay import RandomState, in_transform
+from flowspace.derivatives.replay import RandomState, in_transform, written_by
 from flowspace.derivatives.rules.dual import Dual, Layout, LostRowsError
 from flowspace.derivatives.shared_primal import higher_order
 from flowspace.derivatives.shared_primal.kinds import (
+    DATA_READ,
     OUT_OF_PLACE,
     TRANSFORMED,
     UNSEEN,
@@ -94,19 +95,24 @@ class Carrier(TorchFunctionMode):
         # A view has the values, memory and graph of its primal, and is an object of its own: the
         # attribute is then on no tensor that anybody else holds.
         alias = primal.view_as(primal)
-        if primal.dtype.is_complex:
-            self.writes.seen(primal)
         if tangent.dtype != primal.dtype:
             tangent = tangent.to(primal.dtype)
         if self.traced:
             tangent = tangent.detach()
         alias._flowspace_dual = Dual(primal, tangent, layout, self)  # type: ignore[attr-defined]
         self.live[id(alias)] = weakref.ref(alias)
-        base = primal
-        if primal._is_view():
-            base = primal._base
-        base._flowspace_moving = self.moving  # type: ignore[union-attr]
+        if not self.traced:
+            self._mark_moving(primal)
         return alias
+
+    def _mark_moving(self, primal: Tensor) -> None:
+        """Mark the memory of a primal, so that views of it that no function made are found."""
+        base = primal
+        if primal._is_view() and primal._base is not None:
+            base = primal._base
+        base._flowspace_moving = self.moving  # type: ignore[attr-defined]
+        if primal.dtype.is_complex:
+            self.writes.seen(primal)
 
     def held(self, alias: Tensor) -> Dual:
         """Return the dual of an alias."""
@@ -123,7 +129,7 @@ class Carrier(TorchFunctionMode):
                 self._refuse_transforms(tensor)
         elif held.tangent is None:
             return None  # detached, so it has no part in the mirror of the memory that it shares
-        elif tensor.dtype.is_complex and not self.lost:
+        elif tensor.dtype.is_complex and not (self.lost or self.traced):
             self.writes.check_seen(tensor)
         if self.writes.mirrors:
             # Some memory was written to in part: what lies there now is told by its mirror alone.
@@ -214,8 +220,14 @@ class Carrier(TorchFunctionMode):
     def _unpack_named(
         self, values: Mapping[str, Any], duals: list[Dual]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return arguments by name, unpacked."""
+        """Return arguments by name, unpacked.
+
+        Raises:
+            DerivativeError: if something that moves is written to a tensor given as out.
+        """
         given, primals = self.unpack(list(values.values()), duals)
+        if duals and values.get("out") is not None:
+            raise DerivativeError(refusal("out="))
         return dict(zip(values, given, strict=True)), dict(zip(values, primals, strict=True))
 
     # --- one function
@@ -289,10 +301,10 @@ class Carrier(TorchFunctionMode):
         if treatment.kind == "higher order" and self.traced and not self.lost:
             call = rules.Call(func, args, kwargs, args, kwargs, [], self.traced)
             return higher_order.run(self, call, treatment.name, args)
-        if "out" in kwargs and isinstance(kwargs["out"], Tensor):
-            self.writes.remember(kwargs["out"])
-        elif treatment.kind == "in place" and args:
-            self.writes.remember(args[0])
+        if treatment.kind in ("in place", "refused") or "out" in kwargs:
+            self.writes.remember(*written_by(func, args, kwargs))
+        elif treatment == DATA_READ:
+            self.writes.remember(args[0])  # what is written through it, nobody sees
         out = func(*args, **kwargs)
         if self.has_detached and args and isinstance(args[0], Tensor):
             self._mark_views(args[0], out)
@@ -326,7 +338,7 @@ class Carrier(TorchFunctionMode):
             if parts:
                 return self._enter(func, parts, args, kwargs)
         if kind in ("refused", "leaves"):
-            raise DerivativeError(refusal(name or func.__name__))
+            raise DerivativeError(refusal(name or func.__name__, kind))
         if kind == "in place":
             return self.writes.write(call, name, args[0])
         if kind in ("constant", "itself") and call.evaluate() is call.primals[0]:
@@ -462,6 +474,9 @@ class Carrier(TorchFunctionMode):
                 given.append(leaf)
         if not given or self.lost:
             return outs
+        for out in pytree.tree_leaves(outs):
+            if any(out is leaf for leaf in given):  # torch hands on what was marked as dirty
+                raise DerivativeError(refusal(cls.__name__))
         return pytree.tree_map(lambda out: self._custom_output(cls, given, out), outs)
 
     def _custom_output(self, cls: type, given: Sequence[Tensor], out: Any) -> Any:

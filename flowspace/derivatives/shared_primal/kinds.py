@@ -8,16 +8,20 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._ops import HigherOrderOperator
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 from flowspace.derivatives import rules
+from flowspace.derivatives.replay import written_places
 
 __all__ = [
+    "DATA_READ",
+    "LEAVES",
     "OUT_OF_PLACE",
     "TRANSFORMED",
     "UNSEEN",
     "WHOLE",
     "Treatment",
+    "leaving",
     "refusal",
     "treatment_of",
     "warn_of_whole_numbers",
@@ -54,13 +58,15 @@ primal does.
 AUTOGRAD = frozenset(
     "register_hook register_post_accumulate_grad_hook retain_grad requires_grad_ grad_fn grad "
     "_grad _backward_hooks _post_accumulate_grad_hooks is_leaf output_nr _base _version "
-    "_register_hook_dict __repr__ __format__ __reduce_ex__".split()
+    "_register_hook_dict __repr__ __format__".split()
 )
-"""Functions and fields of the graph of gradients, and of printing and pickling. They act on the
+"""Functions and fields of the graph of gradients, and of printing. They act on the
 primal: a hook that is set on an alias has to be called in the backward pass of the value.
 """
 
-LEAVES = frozenset("item tolist numpy __array__ __float__ __complex__".split())
+LEAVES = frozenset(
+    "item tolist numpy __array__ __float__ __complex__ __dlpack__ __reduce_ex__".split()
+)
 """Functions that hand a value out of torch, where no tangent follows it."""
 
 ITSELF = frozenset("to contiguous float double type type_as".split())
@@ -82,6 +88,9 @@ AS_BUILTIN = frozenset(
 
 Models call them most, and to enter one takes longer than to call it.
 """
+
+TORCHS_OWN = ("aten", "prims", "prim")
+"""Namespaces of operators whose numbers are sizes and the like."""
 
 TENSORS = frozenset("T mT H mH real imag data".split())
 """Fields that are tensors: to read one is a function with a rule. To write one is refused: it
@@ -146,6 +155,10 @@ class Treatment(NamedTuple):
     name: str
 
 
+DATA_READ = Treatment("detached", "data")
+"""Of the field ``data``: autograd counts no writes through it."""
+
+
 @functools.lru_cache(4096)
 def treatment_of(func: Any) -> Treatment:
     """Return what is done about a torch function.
@@ -160,6 +173,8 @@ def treatment_of(func: Any) -> Treatment:
         return Treatment("leaves", name)
     if isinstance(func, HigherOrderOperator):
         return Treatment("higher order", func.name())
+    if func is Tensor.__deepcopy__:
+        return Treatment("rule", "clone")
     if func in AS_BUILTIN:
         return Treatment("rule", name)
     if name in ("__get__", "__set__") and not isinstance(func, types.FunctionType):
@@ -188,13 +203,34 @@ def _treatment_of_call(func: Any, name: str) -> Treatment:
     """Return what is done about a function that is called, by its name."""
     if isinstance(func, types.FunctionType) and func.__module__.partition(".")[0] == "torch":
         return Treatment("python", name)
+    if isinstance(func, OpOverload | OpOverloadPacket):
+        return _treatment_of_operator(func)
     if not isinstance(func, BUILTIN):
-        if name.partition(".")[0].endswith("_"):
-            return Treatment("refused", "")
         return Treatment("rule", "")
     if name.startswith("__") and name.endswith("__") and name != "__len__":
         name = OPERATORS.get(name[2:-2], name[2:-2])
     return Treatment(_kind(name), name)
+
+
+def _treatment_of_operator(func: Any) -> Treatment:
+    """Return what is done about an operator, by its schema."""
+    name = func.__name__.partition(".")[0]
+    if written_places(func).numbers:
+        return Treatment("refused", name)
+    if name == "detach":
+        return Treatment("detached", name)
+    overload = func
+    if isinstance(func, OpOverloadPacket):
+        overload = getattr(func, func.overloads()[0])
+    if overload.namespace not in TORCHS_OWN and _returns_numbers(overload):
+        return Treatment("leaves", name)
+    return Treatment("rule", "")
+
+
+def _returns_numbers(overload: OpOverload) -> bool:
+    """Return whether an operator returns floats of Python."""
+    kinds = [str(result.type) for result in overload._schema.returns]
+    return any(kind in ("float", "number", "complex", "List[float]") for kind in kinds)
 
 
 def _kind(name: str) -> str:
@@ -203,7 +239,7 @@ def _kind(name: str) -> str:
         return "metadata"
     if name in rules.RANDOM:
         return "random"
-    if name in RESHAPING or name in REFUSED:
+    if name in RESHAPING or name in REFUSED or name.startswith("_foreach_"):
         return "refused"
     if name == "setitem" or (name.endswith("_") and name[:-1]):
         return "in place"
@@ -229,15 +265,20 @@ def warn_of_whole_numbers(name: str) -> None:
     )
 
 
-def refusal(name: str) -> str:
-    """Return why a function is refused, and what to write instead."""
-    if name in LEAVES:
-        called = f".{name}()"
-        if name.startswith("__"):
-            called = f"{name.strip('_')}()"
-        return (
-            f"got {called} of a tensor that moves with z_t or t: its value leaves torch, where "
-            "no tangent follows it; keep it a tensor, write .detach() first if it is a constant, "
-            "or derivative=FiniteDifference()"
-        )
+def leaving(name: str) -> str:
+    """Return why a function is refused that hands a value out of torch."""
+    called = f".{name}()"
+    if name.startswith("__"):
+        called = f"{name.strip('_')}()"
+    return (
+        f"got {called} of a tensor that moves with z_t or t: its value leaves torch, where "
+        "no tangent follows it; keep it a tensor, write .detach() first if it is a constant, "
+        "or derivative=FiniteDifference()"
+    )
+
+
+def refusal(name: str, kind: str = "refused") -> str:
+    """Return why a function of this name and kind is refused, and what to write instead."""
+    if kind == "leaves":
+        return leaving(name)
     return REFUSED.get(name, RESHAPED.format(name))

@@ -14,7 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowspace.derivatives import rules
-from flowspace.derivatives.replay import Bindings, in_transform, is_alive
+from flowspace.derivatives.replay import (
+    Bindings,
+    in_transform,
+    is_alive,
+    put_back,
+    root_of,
+    version_of,
+)
 from flowspace.derivatives.rules.dual import Dual, Layout, LostRowsError
 from flowspace.derivatives.torch_internals import (
     base_transform,
@@ -57,34 +64,34 @@ class Writes:
         written = []
         for tensor, then in self.before.values():
             if is_alive(tensor):  # FSDP2 frees what it gathered
-                written.append((tensor, tensor.detach().clone(), then))
+                written.append((tensor, tensor.detach().clone(), then, version_of(tensor)))
         bound = Bindings()
         for module, name, _ in self.bindings.before.values():
             bound.note(module, name)
         try:
             self.bindings.restore()
-            for tensor, _, then in written:
+            for tensor, _, then, _ in written:
                 tensor.detach().copy_(then)
             yield
         finally:
-            for tensor, now, _ in written:
-                tensor.detach().copy_(now)
+            # autograd may have saved them in the first pass: they are as they were then
+            for tensor, now, _, version in written:
+                put_back(tensor, now, version)
             bound.restore()
 
-    def remember(self, target: Any) -> None:
-        """Keep what a tensor without a tangent, or each of several, held before the model wrote.
+    def remember(self, *targets: Tensor) -> None:
+        """Keep what tensors without a tangent held before the model first wrote to them, or may
+        have written to them unseen; views stand for what they are views of.
 
         Once tangents are lost, results of this pass are among these tensors; those that autograd
         knows are left alone.
         """
-        if isinstance(target, (tuple, list)):  # torch._foreach_add_ and its like write into many
-            for part in target:
-                self.remember(part)
-            return
-        if not isinstance(target, Tensor) or id(target) in self.before or in_transform(target):
-            return
-        if not (self.carrier.lost and target.grad_fn is not None):
-            self.before[id(target)] = target, target.detach().clone()
+        for target in targets:
+            root = root_of(target)
+            if id(root) in self.before or in_transform(root):
+                continue
+            if not (self.carrier.lost and root.grad_fn is not None):
+                self.before[id(root)] = root, root.detach().clone()
 
     def seen(self, tensor: Tensor) -> None:
         """Note that what is in the memory of complex numbers by now is known."""
