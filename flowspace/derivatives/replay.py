@@ -440,6 +440,10 @@ OPERATORS_IN_PLACE = frozenset(
 """Python's operators that write into their first operand."""
 
 
+OF_ENGINES = frozenset({"fsdp", "c10d", "c10d_functional", "_c10d_functional"})
+"""Namespaces of operators that gather weights into memory which the engine fills and frees."""
+
+
 @functools.lru_cache(4096)
 def written_places(func: Any) -> Places:
     """Return the arguments that a function of torch, or an operator, writes into."""
@@ -455,6 +459,8 @@ def written_places(func: Any) -> Places:
         return Places((), ("out",))
     numbers, names = set(), set()
     for overload in overloads:
+        if overload.namespace in OF_ENGINES:
+            continue
         for i, argument in enumerate(overload._schema.arguments):
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue

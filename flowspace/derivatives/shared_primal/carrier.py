@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -131,6 +132,8 @@ class Carrier(TorchFunctionMode):
             return None  # detached, so it has no part in the mirror of the memory that it shares
         elif tensor.dtype.is_complex and not (self.lost or self.traced):
             self.writes.check_seen(tensor)
+        elif held.primal.is_leaf and isinstance(tensor.grad_fn, BackwardCFunction):
+            held = self._with_graph(tensor, held)
         if self.writes.mirrors:
             # Some memory was written to in part: what lies there now is told by its mirror alone.
             primal = tensor
@@ -142,6 +145,15 @@ class Carrier(TorchFunctionMode):
         if held is None and tensor._is_view() and not (self.lost or self.traced):
             self._refuse_unseen(tensor)
         return held
+
+    def _with_graph(self, alias: Tensor, held: Dual) -> Dual:
+        """Return the dual of an alias that came out of an autograd.Function, whose ``apply`` was
+        looked up before this pass: torch put the alias into the graph, and not its primal.
+        """
+        with not_intercepted():
+            primal = alias.clone()  # a view that was made without gradient cannot be written to
+        alias._flowspace_dual = Dual(primal, held.tangent, held.layout, self)  # type: ignore[attr-defined]
+        return self.held(alias)
 
     def _refuse_unseen(self, view: Tensor) -> None:
         """Raise DerivativeError for an unmarked view of what moves.

@@ -1,0 +1,306 @@
+"""What a model does past torch's function modes: writes through views, lists, ``.data`` and
+operators, copies, and functions that were looked up before. Each is right, or refused by name.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from flowspace import DerivativeError, FiniteDifference, ForwardMode, SharedPrimal
+
+DOUBLE = torch.float64
+HALF = torch.tensor([True, False, True, False])
+ROUTES = [SharedPrimal(), ForwardMode(), FiniteDifference(), FiniteDifference(order=1)]
+
+
+def normal(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
+
+
+WEIGHT = normal(0, 6, 6)
+PRIMALS = normal(1, 4, 6), torch.tensor([0.3, 0.5, 0.7, 0.9], dtype=DOUBLE)
+TANGENTS = normal(2, 4, 6), torch.ones(4, dtype=DOUBLE)
+
+
+def wanted(fn, rows=None):
+    derivative = torch.func.jvp(fn, PRIMALS, TANGENTS)[1]
+    return derivative if rows is None else derivative * rows[:, None]
+
+
+def close(found, exact, tolerance=1e-9):
+    torch.testing.assert_close(found, exact, rtol=tolerance, atol=tolerance)
+
+
+# --- writes into what the model holds
+
+
+@torch.library.custom_op("unseen_calls::double", mutates_args={"x"})
+def double(x: torch.Tensor) -> None:
+    x.mul_(2)
+
+
+@torch.library.custom_op("unseen_calls::sine_into", mutates_args={"out"})
+def sine_into(x: torch.Tensor, out: torch.Tensor) -> None:
+    out.copy_(x.sin())
+
+
+@torch.library.custom_op("unseen_calls::number", mutates_args=())
+def number(x: torch.Tensor) -> float:
+    return float(x.sum())
+
+
+def read_and_written(buffer):
+    values, indices = buffer[None], torch.zeros(1, dtype=torch.long)
+    torch.max(values * 2, 0, out=(buffer, indices))
+
+
+WRITES = {
+    "a view": lambda n: n[0].add_(1),
+    "an operator of Python": lambda n: n.__setitem__(0, n[0].__iadd__(1)),
+    "a view of one axis more": lambda n: n.unsqueeze(0).mul_(2),
+    "data": lambda n: n.data.add_(1),
+    "a list": lambda n: torch._foreach_add_([n], 1.0),
+    "two results": read_and_written,
+    "an operator of torch.library": double,
+    "an operator of aten": lambda n: torch.ops.aten.add_(n, 1.0),
+}
+
+
+@pytest.mark.parametrize("mixes", [False, True], ids=["apart", "mixed"])
+@pytest.mark.parametrize("route", ROUTES, ids=repr)
+@pytest.mark.parametrize("name", WRITES)
+def test_a_buffer_moves_once_however_it_is_written(name, route, mixes):
+    buffer = torch.ones(1, dtype=DOUBLE)
+
+    def fn(z, t):
+        WRITES[name](buffer)
+        h = (z @ WEIGHT).sin() * t[:, None]
+        return h - h.mean(0) if mixes else h
+
+    try:
+        route(fn, PRIMALS, TANGENTS, HALF)
+    except DerivativeError as error:
+        assert "write" in str(error)  # refused by name
+    assert buffer == 2
+
+
+@pytest.mark.parametrize("name", [name for name in WRITES if name != "two results"])
+@pytest.mark.parametrize("rows", [None, HALF], ids=["all", "half"])
+def test_a_buffer_that_is_written_and_used_is_the_plain_programs(name, rows):
+    """Also in the backward pass: the second pass leaves no count of a write."""
+    weight = WEIGHT.clone().requires_grad_()
+
+    def evaluate(buffer):
+        def fn(z, t):
+            WRITES[name](buffer)
+            h = (z @ weight).sin() * t[:, None]
+            return (h - h.mean(0)) * buffer
+
+        return fn
+
+    plain = evaluate(torch.ones(1, dtype=DOUBLE))(*PRIMALS)
+    value, derivative = SharedPrimal()(
+        evaluate(torch.ones(1, dtype=DOUBLE)), PRIMALS, TANGENTS, rows
+    )
+    close(value, plain)
+    close(derivative, wanted(lambda z, t: 2 * plain_part(z, t, WEIGHT), rows))
+    gradients = [torch.autograd.grad(x.square().sum(), weight)[0] for x in (value, plain)]
+    close(*gradients)
+
+
+def plain_part(z, t, weight):
+    h = (z @ weight).sin() * t[:, None]
+    return h - h.mean(0)
+
+
+def test_finite_differences_start_each_evaluation_from_the_same_buffers():
+    """Values that lie on one line because a buffer moved at each step are refused."""
+    buffer = torch.ones(1, dtype=DOUBLE)
+
+    def fn(z, t):
+        buffer.add_(1)
+        return plain_part(z, t, WEIGHT) * buffer
+
+    for route in ROUTES[1:]:
+        with pytest.raises(DerivativeError, match="remembers its calls"):
+            route(fn, PRIMALS, TANGENTS)
+
+
+def filled(z, t):
+    out = torch.zeros(5, 6, dtype=DOUBLE)
+    out[1:] = z @ WEIGHT * t[:, None]
+    return out[1:] * out[:-1]
+
+
+def gathered(z, t):
+    h = z @ WEIGHT * t[:, None]
+    out = torch.zeros_like(h)
+    order = torch.tensor([2, 0, 3, 1])
+    out.index_add_(0, order, h[order])
+    out[order] = h.sin()[order] * out[order]
+    return out * out
+
+
+@pytest.mark.parametrize("fn", [filled, gathered])
+@pytest.mark.parametrize("rows", [None, HALF], ids=["all", "half"])
+def test_what_a_model_fills_across_rows_goes_through_the_backward_pass(fn, rows):
+    inputs = [primal.clone().requires_grad_() for primal in PRIMALS]
+    value, derivative = SharedPrimal()(fn, inputs, TANGENTS, rows)
+    plain = fn(*inputs)
+    close(value, plain)
+    close(derivative, wanted(fn, rows))
+    for found, exact in zip(
+        torch.autograd.grad(value.square().sum(), inputs),
+        torch.autograd.grad(plain.square().sum(), inputs),
+        strict=True,
+    ):
+        close(found, exact)
+
+
+# --- what moves, written or handed on past the modes
+
+
+def summed_into(z, t):
+    out = torch.zeros(4, 1, dtype=DOUBLE)
+    torch.sum(z, 1, keepdim=True, out=out)
+    return z * out
+
+
+class Dirty(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.mark_dirty(x)
+        return x.mul_(2)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+
+def dirty(z, t):
+    h = z * t[:, None]
+    Dirty.apply(h)
+    return h * z
+
+
+def sine_in_a_buffer(z, t):
+    out = torch.zeros_like(z)
+    sine_into(z * t[:, None], out)
+    return out * z
+
+
+def doubled(z, t):
+    h = z * t[:, None]
+    double(h)
+    return h
+
+
+PAST = {
+    "out=": summed_into,
+    "out= of what is constant": lambda z, t: torch.cos(WEIGHT[:4], out=z * 2) * z,
+    "a function that writes into its input": dirty,
+    "an operator that writes into a buffer": sine_in_a_buffer,
+    "an operator that writes into what moves": doubled,
+    "an operator that returns a number": lambda z, t: z * number(z * t[:, None]),
+    "a list of what moves": lambda z, t: torch._foreach_mul_([z * 2], 3.0) or z,
+    "pickling": lambda z, t: copy.copy(z * 2) * z,
+    "dlpack": lambda z, t: torch.from_dlpack((z * 2).detach() + z) * z,
+}
+
+
+@pytest.mark.parametrize("rows", [None, HALF], ids=["all", "half"])
+@pytest.mark.parametrize("name", PAST)
+def test_what_tangents_cannot_follow_is_refused(name, rows):
+    with pytest.raises(DerivativeError, match="write"):
+        SharedPrimal()(PAST[name], PRIMALS, TANGENTS, rows)
+
+
+@pytest.mark.parametrize("fn", [sine_in_a_buffer, doubled])
+def test_forward_mode_refuses_operators_that_write(fn):
+    with pytest.raises(DerivativeError, match="an operator that writes into its arguments"):
+        ForwardMode()(fn, PRIMALS, TANGENTS)
+
+
+@pytest.mark.parametrize("rows", [None, HALF], ids=["all", "half"])
+def test_a_deep_copy_moves_as_what_it_copies(rows):
+    def fn(z, t):
+        return copy.deepcopy(z * 2) * t[:, None]
+
+    close(
+        SharedPrimal()(fn, PRIMALS, TANGENTS, rows)[1],
+        wanted(lambda z, t: 2 * z * t[:, None], rows),
+    )
+
+
+class Sine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.saved_tensors[0].cos()
+
+
+class Steeper(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 3 * gradient
+
+
+class Both(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight, x * 2
+
+    @staticmethod
+    def backward(ctx, first, second):
+        x, weight = ctx.saved_tensors
+        return first @ weight.T + 2 * second, x.T @ first
+
+
+SINE, STEEPER, BOTH = Sine.apply, Steeper.apply, Both.apply
+BOUND = {
+    "a function": (
+        lambda z, t, w: SINE(z @ w) * t[:, None],
+        lambda z, t, w: (z @ w).sin() * t[:, None],
+    ),
+    "the last": (
+        lambda z, t, w: SINE(z * t[:, None] @ w),
+        lambda z, t, w: (z * t[:, None] @ w).sin(),
+    ),
+    "a view": (lambda z, t, w: STEEPER(z @ w) * t[:, None], lambda z, t, w: z @ w * t[:, None]),
+    "a view that is written to": (
+        lambda z, t, w: STEEPER(z @ w).mul_(t[:, None]),
+        lambda z, t, w: z @ w * t[:, None],
+    ),
+    "two results": (
+        lambda z, t, w: BOTH(z @ w, w)[0] * BOTH(z, w)[1] * t[:, None],
+        lambda z, t, w: z @ w @ w * 2 * z * t[:, None],
+    ),
+}
+
+
+@pytest.mark.parametrize("rows", [None, HALF], ids=["all", "half"])
+@pytest.mark.parametrize("name", BOUND)
+def test_a_function_whose_apply_was_looked_up_before_keeps_its_gradient(name, rows):
+    """``apply = MyFunction.apply`` at the head of a module, as torch's own pages have it."""
+    fn, written = BOUND[name]
+    weight = nn.Parameter(WEIGHT.clone())
+    if name == "a view that is written to":
+        plain = (lambda z, t: STEEPER(z @ weight) * t[:, None])(*PRIMALS)
+    else:
+        plain = fn(*PRIMALS, weight)
+    value, derivative = SharedPrimal()(lambda z, t: fn(z, t, weight), PRIMALS, TANGENTS, rows)
+    close(value, plain)
+    close(derivative, wanted(lambda z, t: written(z, t, WEIGHT), rows))
+    gradients = [torch.autograd.grad(x.square().sum(), weight)[0] for x in (value, plain)]
+    close(*gradients)
