@@ -41,7 +41,7 @@ from flowspace.vision.layers import (
     silence,
     sines_of_grid,
 )
-from flowspace.vision.shapes import pair_of
+from flowspace.vision.shapes import check_latent, pair_of
 from flowspace.vision.transformer import (
     LabelledTransformer,
     check_rotary,
@@ -213,7 +213,8 @@ class DiTDH(LabelledTransformer):
             InputError: if the latents' shape or the labels do not fit.
         """
         batch, channels, height, width = latents.shape
-        self._check((channels, height, width), labels)
+        check_latent((channels, height, width), self.latent_shape, "network")
+        self.check_labels(labels)
         _check_rows(batch, {"t": t, "s": s, "labels": labels})
         times = self._times(t, s)[:, None]
         cells = latents.flatten(2).transpose(1, 2)
@@ -247,17 +248,9 @@ class DiTDH(LabelledTransformer):
     def _through(
         self, blocks: nn.ModuleList, x: Tensor, condition: Tensor, rotary: nn.Module
     ) -> Tensor:
-        turn = rotary(*self.latent_shape[1:], x.device)
+        _, height, width = self.latent_shape
+        turn = rotary(height, width, x.device)
         return self.through(blocks, x, condition, *turn)
-
-    def _check(self, shape: tuple[int, int, int], labels: Tensor | None) -> None:
-        if shape != self.latent_shape:
-            channels, height, width = self.latent_shape
-            raise InputError(
-                f"got a latent of {shape[0]} channels on {shape[1]} x {shape[2]} cells; this "
-                f"network takes {channels} channels on {height} x {width}"
-            )
-        self.check_labels(labels)
 
     def _initialise(self) -> None:
         """Begin as RAE's does; blocks begin by returning their input, the whole by zero."""

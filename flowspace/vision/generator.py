@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from flowspace.errors import InputError
 from flowspace.vision.layers import MLPS, Norm, RotaryGrid, TimeEmbedding, turned
-from flowspace.vision.shapes import pair_of
+from flowspace.vision.shapes import check_latent, pair_of
 from flowspace.vision.transformer import (
     SMALL,
     LabelledTransformer,
@@ -158,7 +158,8 @@ class CrossFlowGenerator(LabelledTransformer):
             InputError: if the latents' channels, the labels or the grid do not fit.
         """
         _, channels, height, width = latents.shape
-        self._check((channels, height, width), labels)
+        check_latent((channels, height, width), self.latent_shape, "generator")
+        self.check_labels(labels)
         cells = latents.flatten(2).transpose(1, 2)
         x = self.embed(cells) + self.position
         context = self._context(t, s, labels)
@@ -173,22 +174,13 @@ class CrossFlowGenerator(LabelledTransformer):
         return F.pixel_shuffle(pixels, self.config["patch"])
 
     def _context(self, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
-        values = {"s": s, "t": t, "t_minus_s": t - s}
-        found = sum(embed(values[name]) for name, embed in self.times.items())
+        times = {"s": s, "t": t, "t_minus_s": t - s}
+        found = sum(embed(times[name]) for name, embed in self.times.items())
         tokens = self.time_token + found[:, None]  # type: ignore[index]
         if self.label is None or labels is None:
             return tokens
         classes = self.label(labels).unflatten(1, (-1, tokens.shape[2]))
         return torch.cat([classes, tokens.to(classes.dtype)], 1)
-
-    def _check(self, shape: tuple[int, int, int], labels: Tensor | None) -> None:
-        if shape != self.latent_shape:
-            channels, height, width = self.latent_shape
-            raise InputError(
-                f"got a latent of {shape[0]} channels on {shape[1]} x {shape[2]} cells; this "
-                f"generator takes {channels} channels on {height} x {width}"
-            )
-        self.check_labels(labels)
 
     def _initialise(self) -> None:
         """Small linear layers, and a head of zeros, so that training begins at the grey image."""
@@ -291,7 +283,8 @@ class Block(nn.Module):
         self.heads = heads
         self.norm1, self.norm2 = Norm(width), Norm(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.q_norm, self.k_norm = Norm(width // heads), Norm(width // heads)
+        size = width // heads
+        self.q_norm, self.k_norm = Norm(size), Norm(size)
         self.proj = nn.Linear(width, width, bias=False)
         if mlp not in MLPS:
             raise InputError(f"got mlp = {mlp!r}; write 'swiglu' or 'gelu'")
