@@ -242,7 +242,12 @@ def table(folder: Path, utilisation: Utilisation) -> str:
         if config.data.path in SETS:
             continue
         hours = cost_of(config).hours(utilisation.share)
-        row = [f"`{path.stem}`", first_sentence(path), rounded(hours), own_fid(config)]
+        row = [
+            f"`{path.stem}`",
+            first_sentence(path),
+            rounded(hours),
+            own_fid(config),
+        ]
         if papers:
             row += in_the_paper(path)
         rows.append(row)
@@ -276,8 +281,10 @@ def own_fid(config: ImageNetConfig) -> str:
     """Return the FID that a run of this config was judged with, if there is one."""
     try:
         run = of_run(config.out)
-        scores = json.loads((config.out / "metrics.json").read_text())
-        fid, count = float(scores["values"]["FID"]), int(scores["count"])
+        text = (config.out / "metrics.json").read_text()
+        scores = json.loads(text)
+        fid = float(scores["values"]["FID"])
+        count = int(scores["count"])
     except (OSError, ValueError, KeyError, TypeError):
         return NOT_RUN
     if network_and_losses(run) != network_and_losses(config):
@@ -301,8 +308,9 @@ def with_tables(page: str) -> str:
     """Return a page with the output of each command in place of what stands under it."""
 
     def printed(found: re.Match[str]) -> str:
-        text = output(parser().parse_args(found[2].split()))
-        return f"{found[1]}{text}\n{found[3]}"
+        before, command, after = found.groups()
+        text = output(parser().parse_args(command.split()))
+        return f"{before}{text}\n{after}"
 
     return TABLES.sub(printed, page)
 
@@ -353,7 +361,8 @@ def output(options: argparse.Namespace) -> str:
         raise SettingsError(
             f"got --equal beside {path}, which says objective.equal; leave --equal out"
         )
-    text = report(cost_of(load(path)), utilisation, options.batch, options.devices)
+    cost = cost_of(load(path))
+    text = report(cost, utilisation, options.batch, options.devices)
     row = paper_row(path)
     if row is None:
         return text

@@ -130,7 +130,8 @@ class Cost:
     @property
     def training(self) -> float:
         """FLOPs of everything that is trained."""
-        return self.images * self.step + sum(training.flops for training in self.trainings)
+        before = sum(training.flops for training in self.trainings)
+        return self.images * self.step + before
 
     def memory(self, batch: int, devices: int = 1) -> float:
         """Return the bytes on one device, the frozen networks left out.

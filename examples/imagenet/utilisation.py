@@ -39,16 +39,18 @@ def measured(run: Path) -> Utilisation:
     path = run / "profile.json"
     try:
         profile = json.loads(path.read_text())
-        share, device = float(profile["utilisation"]), str(profile["device"])
+        share = float(profile["utilisation"])
+        device = str(profile["device"])
     except OSError as error:
         raise SettingsError(
-            f"got --run {run}, but {path} cannot be read ({error.strerror}); write the folder of "
-            "a run of train.py --profile, or leave --run out"
+            f"got --run {run}, but {path} cannot be read ({error.strerror}); "
+            "write the folder of a run of train.py --profile, or leave --run out"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise SettingsError(
-            f"{path} says no utilisation and device ({error!r}): train.py --profile knows it on a "
-            "card whose peak is known; leave --run out to assume one"
+            f"{path} says no utilisation and device ({error!r}): "
+            "train.py --profile knows it on a card whose peak is known; "
+            "leave --run out to assume one"
         ) from None
     if not 0 < share <= 1:
         raise SettingsError(
