@@ -185,10 +185,11 @@ class PixelFlowTransformer(LabelledTransformer):
             )
         for name in ("interval", "text_width"):
             own = self.config[name]
-            if own and changes.get(name, own) != own:
+            value = changes.get(name, own)
+            if own and value != own:
                 raise InputError(
-                    f"got {name} = {changes[name]} for a network with {name} = {own}; an extended "
-                    f"network keeps what it has: leave {name} out"
+                    f"got {name} = {value} for a network with {name} = {own}; an extended network "
+                    f"keeps what it has: leave {name} out"
                 )
         other = type(self)(**(self.settings | changes))
         other.load_state_dict(self.state_dict(), strict=False)
@@ -334,7 +335,8 @@ class PixelFlowTransformer(LabelledTransformer):
             mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
         null = self.null_text.expand(len(text), -1, -1)
         tokens = torch.cat([null, text.to(null.dtype)], 1)
-        return Captions(self.text_norm(tokens), F.pad(mask.bool(), (1, 0), value=True))
+        there = F.pad(mask.bool(), (1, 0), value=True)
+        return Captions(self.text_norm(tokens), there)
 
     def _check(
         self,
@@ -459,7 +461,8 @@ class SelfAttention(nn.Module):
         v = self._by_head(v)
         q = self._turned(self.q_norm(q), context).to(v.dtype)
         k = self._turned(self.k_norm(k), context).to(v.dtype)
-        return self.proj(context.packing.self_attention(q, k, v).flatten(2))
+        heads = context.packing.self_attention(q, k, v)
+        return self.proj(heads.flatten(2))
 
     def _by_head(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.heads, -1))
@@ -485,9 +488,11 @@ class CrossAttention(nn.Module):
         """Map tokens to tokens, of their shape."""
         k, v = self.kv(captions.tokens).chunk(2, -1)
         v = self._by_head(v)
-        q = self._by_head(self.q_norm(self.q(self.norm(x)))).to(v.dtype)
+        q = self.q(self.norm(x))
+        q = self._by_head(self.q_norm(q)).to(v.dtype)
         k = self._by_head(self.k_norm(k)).to(v.dtype)
-        return self.proj(packing.cross_attention(q, k, v, captions.mask).flatten(2))
+        heads = packing.cross_attention(q, k, v, captions.mask)
+        return self.proj(heads.flatten(2))
 
     def _by_head(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.heads, -1))

@@ -208,7 +208,8 @@ class PixelMeanFlowTransformer(LabelledTransformer):
         context = self._context(scalars, labels)
         cells = self.embed(z_t).to(context.dtype)
         x = torch.cat([context, cells], 1) + self.position
-        turn = self.rotary(self._side, self._side, x.device, before=context.shape[1])
+        before = context.shape[1]
+        turn = self.rotary(self._side, self._side, x.device, before)
         x = self.through(self.blocks, x, *turn)
         image = self._predicted(self.image_head, x, turn)
         if self.velocity_head is None:
@@ -277,7 +278,8 @@ class BottleneckEmbedding(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map ``(B, channels, H, W)`` to tokens ``(B, cells, width)``."""
-        return self.up(self.down(images).flatten(2).transpose(1, 2))
+        cells = self.down(images).flatten(2).transpose(1, 2)
+        return self.up(cells)
 
 
 class PixelHead(nn.Module):
@@ -298,7 +300,8 @@ class GatedBlock(nn.Module):
         self.heads = heads
         self.norm1, self.norm2 = Norm(width), Norm(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.q_norm, self.k_norm = Norm(width // heads), Norm(width // heads)
+        size = width // heads
+        self.q_norm, self.k_norm = Norm(size), Norm(size)
         self.proj = nn.Linear(width, width, bias=False)
         self.mlp = swiglu(width)
         self.attention_gate = nn.Parameter(torch.zeros(width))
