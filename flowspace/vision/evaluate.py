@@ -278,6 +278,10 @@ class Features:
         return len(self.features)
 
 
+FeaturesByName = Mapping[str, Features]
+"""By the names of the extractors that made them."""
+
+
 class Extractor(abc.ABC):
     """A network whose features are compared.
 
@@ -433,7 +437,8 @@ def nearest(samples: Tensor, training: Tensor) -> Nearest:
     Raises:
         InputError: if there are fewer than two training images, or the sizes differ.
     """
-    if len(training) < 2 or samples.shape[1:] != training.shape[1:]:
+    alike = samples.shape[1:] == training.shape[1:]
+    if len(training) < 2 or not alike:
         raise InputError(
             f"got samples of shape {tuple(samples.shape)} and training images of shape "
             f"{tuple(training.shape)}; images of one size are compared, with at least two of "
@@ -612,7 +617,8 @@ def _check(samples: Features, real: Features) -> None:
     """Refuse sets that cannot be compared."""
     _check_set("samples", samples)
     _check_set("real images", real)
-    mine, theirs = samples.features.shape[1], real.features.shape[1]
+    mine = samples.features.shape[1]
+    theirs = real.features.shape[1]
     if mine != theirs:
         raise InputError(
             f"got {mine} features of the samples and {theirs} of the real images; one network "
@@ -649,7 +655,7 @@ def _check_set(name: str, found: Features) -> None:
 
 
 def validation_ratio(
-    samples: Mapping[str, Features], real: Mapping[str, Features], held_out: Mapping[str, Features]
+    samples: FeaturesByName, real: FeaturesByName, held_out: FeaturesByName
 ) -> dict[str, float]:
     """Compare samples with real images that nobody trained on, in several representations.
 
