@@ -212,7 +212,8 @@ class LatentEncoder(nn.Module):
 
     def _standard(self, latents: Tensor) -> Tensor:
         """Return latents less their mean, over their spread."""
-        own, given = tuple(self.mean.shape[1:]), tuple(latents.shape[-2:])
+        own = tuple(self.mean.shape[1:])
+        given = tuple(latents.shape[-2:])
         if own not in ((1, 1), given):
             raise InputError(
                 f"got latents on {given[0]} x {given[1]} cells, of whose statistics each position "
@@ -460,7 +461,8 @@ def _own_statistics(autoencoder: nn.Module) -> tuple[Tensor, Tensor] | None:
     scale = config.get("scaling_factor")
     if scale is None or scale == 1:
         return None
-    return torch.tensor([config.get("shift_factor") or 0.0]), torch.tensor([1 / scale])
+    shift = config.get("shift_factor") or 0.0
+    return torch.tensor([shift]), torch.tensor([1 / scale])
 
 
 # --- loading -------------------------------------------------------------------------------------
