@@ -10,22 +10,18 @@ same command.
 """
 
 import argparse
-import json
-import statistics
-import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
 
 import torch
 from torch import Tensor
+from verdicts import Scores, cells_of, said, write_scores
 
 from flowspace import CrossFlowLoss, TimePairs
 from flowspace.demo import digits
 from flowspace.demo.data import SETTINGS, Settings, load, seeded
-from flowspace.demo.metrics import Verdict
 from flowspace.demo.page import markdown_table, write_beside
 from flowspace.demo.stage_one import prepare
 from flowspace.derivatives import shared_primal
@@ -104,21 +100,24 @@ ARMS = (
 )
 
 
-def compared(settings: Settings, folder: Path, seeds: int) -> dict[str, list[Verdict]]:
+def compared(settings: Settings, folder: Path, seeds: int) -> Scores:
     """Train and judge every arm with every seed; return the scores by name."""
     data = load(settings.dataset)
-    scores: dict[str, list[Verdict]] = {}
+    scores: Scores = {}
     for seed in range(seeds):
-        plan, place = seeded(settings, seed), folder / f"seed-{seed}"
+        plan = seeded(settings, seed)
+        place = folder / f"seed-{seed}"
         world, judge = prepare(data, plan, place)
         scores.setdefault("real digits", []).append(judge.real())
         for arm in ARMS:
-            method = digits.Method(arm.folder, CrossFlowLoss(penalty=plan.penalty))
+            objective = CrossFlowLoss(penalty=plan.penalty)
+            method = digits.Method(arm.folder, objective)
             with arm.carrying():
                 network = method.train(world, plan, place / arm.folder)
             images, labels, cost = digits.draw(method, network, world, seed)
-            scores.setdefault(arm.name, []).append(judge.score(images, labels, cost))
-            print(f"seed {seed}: {arm.name}: {scores[arm.name][-1]}", file=sys.stderr, flush=True)
+            score = judge.score(images, labels, cost)
+            scores.setdefault(arm.name, []).append(score)
+            said(f"seed {seed}: {arm.name}: {score}")
     return scores
 
 
@@ -135,46 +134,33 @@ def errors(settings: Settings) -> dict[str, float]:
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
     latents = torch.randn(64, settings.channels, side, side)
-    labels = torch.zeros(64, dtype=torch.long)
+    targets = data.images[:64]
+    cond = {"labels": torch.zeros(64, dtype=torch.long)}
     # on no row do the times agree
     objective = CrossFlowLoss(times=TimePairs(equal=0.0))
 
     def residual(arm: Arm) -> Tensor:
         draws = torch.Generator().manual_seed(0)
         with arm.carrying(), torch.no_grad():
-            out = objective(
-                network, latents, data.images[:64], cond={"labels": labels}, generator=draws
-            )
+            out = objective(network, latents, targets, cond=cond, generator=draws)
         return out.prediction - out.target
 
     exact = residual(ARMS[0])
     found = {}
     for arm in ARMS:
-        found[arm.name] = float((residual(arm) - exact).norm() / exact.norm())
+        off = residual(arm) - exact
+        found[arm.name] = float(off.norm() / exact.norm())
     return found
 
 
-def table(scores: dict[str, list[Verdict]], off: dict[str, float]) -> str:
+def table(scores: Scores, off: dict[str, float]) -> str:
     """Return the means over seeds, and the range of the distance."""
-
-    def mean(found: list[Verdict], of: Callable[[Verdict], float]) -> float:
-        return statistics.mean(of(score) for score in found)
-
     rows = []
     for name, found in scores.items():
-        distances = [score.frechet for score in found]
         error = ""
         if name in off:
             error = f"{off[name]:.0e}"
-        rows.append(
-            (
-                name,
-                f"{mean(found, lambda score: score.accuracy):.3f}",
-                f"{mean(found, lambda score: score.diversity):.2f}",
-                f"{statistics.mean(distances):.1f} ({min(distances):.1f} to {max(distances):.1f})",
-                error,
-            )
-        )
+        rows.append((name, *cells_of(found), error))
     return markdown_table(HEAD, rows)
 
 
@@ -183,23 +169,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, help="default: those of flowspace demo")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("runs") / "bfloat16")
+    add = parser.add_argument
+    add("--seeds", type=int, default=3)
+    add("--steps", type=int, help="default: those of flowspace demo")
+    add("--threads", type=int, default=1)
+    add("--out", type=Path, default=Path("runs") / "bfloat16")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    settings, start = SETTINGS["digits"], time.perf_counter()
+    settings = SETTINGS["digits"]
+    start = time.perf_counter()
     if options.steps:
         plan = replace(settings.generator, steps=options.steps)
         settings = replace(settings, generator=plan)
     off = errors(settings)
     scores = compared(settings, options.out, options.seeds)
-    each = {name: [vars(score) for score in found] for name, found in scores.items()}
-    write_beside(options.out / "scores.json", json.dumps(each, indent=2) + "\n")
+    write_scores(options.out / "scores.json", scores)
     text = table(scores, off)
-    write_beside(options.out / "table.md", text + "\n")
-    print(f"{text}\n\n{time.perf_counter() - start:.0f} s; in {options.out}")
+    write_beside(options.out / "table.md", f"{text}\n")
+    seconds = time.perf_counter() - start
+    print(f"{text}\n\n{seconds:.0f} s; in {options.out}")
 
 
 if __name__ == "__main__":

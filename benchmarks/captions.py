@@ -148,7 +148,11 @@ def trained(
     """
     generator = torch.Generator().manual_seed(0)
     network = PixelFlowTransformer(
-        classes=0, depth=3, width=128, heads=4, text_width=text.shape[2]
+        classes=0,
+        depth=3,
+        width=128,
+        heads=4,
+        text_width=text.shape[2],
     )
     averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(AVERAGED))
     loss_fn = CascadeLoss(Cascade(2), FlowMatchingLoss(), packed=True)
@@ -158,7 +162,8 @@ def trained(
     for step in range(1, steps + 1):
         labels = torch.randint(len(EMOJI), (BATCH,), generator=generator)
         kept = torch.rand(BATCH, 1, generator=generator) >= DROPPED
-        cond = {"text": text[labels], "text_mask": mask[labels] & kept}
+        shown = mask[labels] & kept
+        cond = {"text": text[labels], "text_mask": shown}
         images = varied(pictures[labels], generator)
         out = loss_fn(network, images, cond=cond, generator=generator)
         loss = out.loss.mean()
@@ -193,9 +198,7 @@ def table(right: Tensor, unread: Tensor, real: float) -> str:
     found["all"] = right.mean().item()
     found["all, if the captions are hidden"] = unread.mean().item()
     found["real pictures, not trained on"] = real
-    rows = []
-    for name, share in found.items():
-        rows.append((name, f"{100 * share:.1f} %"))
+    rows = [(name, f"{100 * share:.1f} %") for name, share in found.items()]
     return markdown_table(("caption", "shows it"), rows)
 
 
@@ -210,10 +213,11 @@ def write_sheet(samples: Tensor, path: Path) -> None:
 def main() -> None:
     """Train, sample, judge, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=2000, help="of training")
-    parser.add_argument("--samples", type=int, default=32, help="for each caption")
-    parser.add_argument("--scale", type=float, default=2.0, help="of guidance; 1: none")
-    parser.add_argument("--sheet", type=Path, default=Path("captions.png"))
+    add = parser.add_argument
+    add("--steps", type=int, default=2000, help="of training")
+    add("--samples", type=int, default=32, help="for each caption")
+    add("--scale", type=float, default=2.0, help="of guidance; 1: none")
+    add("--sheet", type=Path, default=Path("captions.png"))
     options = parser.parse_args()
     torch.manual_seed(0)
     pictures = drawings()
@@ -222,7 +226,8 @@ def main() -> None:
     judge, real = judge_of(pictures)
     loss_fn, network = trained(pictures, text, mask, options.steps)
     sampler = loss_fn.sampler(network, Euler())
-    labels = torch.arange(len(EMOJI)).repeat_interleave(options.samples)
+    captions = torch.arange(len(EMOJI))
+    labels = captions.repeat_interleave(options.samples)
     noise = torch.randn(len(labels), 3, SIZE, SIZE)
     read = {"text": text[labels], "text_mask": mask[labels]}
     guidance = Guidance(null={"text_mask": False}, omega=options.scale)

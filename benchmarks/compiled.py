@@ -15,6 +15,7 @@ On a GPU the same command adds CUDA graphs and the paper's smallest network unde
 import contextlib
 import functools
 import importlib.util
+import math
 import multiprocessing
 import os
 import shutil
@@ -48,6 +49,16 @@ __all__ = ["Limits", "Options", "report", "settings"]
 CACHES = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
 NO_CACHES = CACHES | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
 
+HEAD = (
+    "training step",
+    "ms",
+    "over the plain step",
+    "seconds to compile",
+    "peak memory / plain step",
+    "largest error",
+    "remark",
+)
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -78,7 +89,11 @@ def settings() -> list[tuple[CompiledSetting, Limits]]:
     found = [(blocks, replace(step, compiling=1.6)), (whole, step)]
     if importlib.util.find_spec("timm"):
         vit = CompiledSetting(
-            "timm ViT-S, 64 tokens", vit_s, 16, whole=False, moving=tuple(SHARES)
+            "timm ViT-S, 64 tokens",
+            vit_s,
+            16,
+            whole=False,
+            moving=tuple(SHARES),
         )
         found.append((vit, Limits({0.25: 1.15, 0.5: 1.25, 1.0: 1.45})))
     if DEVICE.type == "cpu":
@@ -99,8 +114,10 @@ def serve(pipe: Any, setting: CompiledSetting, row: Row) -> None:
     step: Step | None = None
     while (what := pipe.recv()) is not None:
         try:
-            step = step or Step(setting, row)
-            pipe.send(getattr(step, what)())
+            if step is None:
+                step = Step(setting, row)
+            method = getattr(step, what)
+            pipe.send(method())
         except Exception as error:
             first = next(iter(str(error).splitlines()), "").replace("|", "/")
             pipe.send(f"raises {type(error).__name__}: {first[:120]}")
@@ -130,7 +147,7 @@ class Process:
         reply = self.ask(what)
         if isinstance(reply, str):
             print(f"{what}: {reply}", file=sys.stderr)
-            return float("nan")
+            return math.nan
         return reply
 
     def end(self) -> None:
@@ -161,9 +178,16 @@ class Figures:
 
     steps: list[float] = field(default_factory=list)
     compiling: list[float] = field(default_factory=list)
-    peak: float = float("nan")
-    error: float = float("nan")
+    peak: float = math.nan
+    error: float = math.nan
     remark: str = ""
+
+    @property
+    def compiling_median(self) -> float:
+        """The median of the seconds to compile, or nan where they were not measured."""
+        if not self.compiling:
+            return math.nan
+        return statistics.median(self.compiling)
 
 
 @dataclass(frozen=True)
@@ -182,14 +206,17 @@ def measure(setting: CompiledSetting, options: Options) -> dict[str, Figures]:
     rows = {row.name: row for row in rows_of(setting, options.rivals)}
     found = {row.name: Figures(remark=row.remark) for row in rows.values()}
     _run_in_turn(setting, rows, found, options)
-    repeats = setting.compiles - 1 if options.compile_time else 0
+    repeats = 0
+    if options.compile_time:
+        repeats = setting.compiles - 1
     for _ in range(repeats):
         for name in (PLAIN, *map(ours, setting.moving)):
             process = Process(setting, rows[name], NO_CACHES)
             reply = process.ask("start")
             process.end()
             if not isinstance(reply, str):
-                found[name].compiling.append(reply[0])
+                seconds, _ = reply
+                found[name].compiling.append(seconds)
     return found
 
 
@@ -204,19 +231,24 @@ def _run_in_turn(
     for name, row in rows.items():
         print(f"starting: {setting.title}: {name}", file=sys.stderr)
         alone = options.compile_time and row.compiled and row not in ROUTES
-        process = Process(setting, row, NO_CACHES if alone else CACHES)
+        environment = CACHES
+        if alone:
+            environment = NO_CACHES
+        process = Process(setting, row, environment)
         reply = process.ask("start")
         if isinstance(reply, str):
             found[name].remark = reply
             process.end()
             continue
         processes[name] = process
-        found[name].remark = reply[1] or row.remark
+        compiling, warned = reply
+        found[name].remark = warned or row.remark
         if alone:
-            found[name].compiling.append(reply[0])
+            found[name].compiling.append(compiling)
     for _ in range(options.rounds):
         for name, process in processes.items():
-            found[name].steps.append(process.ask("seconds"))
+            taken = process.ask("seconds")
+            found[name].steps.append(taken)
     for name, process in processes.items():
         if options.memory:
             found[name].peak = process.figure("peak")
@@ -232,22 +264,23 @@ def ratios(above: Figures, below: Figures) -> list[float]:
 
 def table(found: Mapping[str, Figures]) -> str:
     """Return the figures as a Markdown table."""
-    plain, lines = found[PLAIN], []
+    plain = found[PLAIN]
+    lines = []
     for name, row in found.items():
         if not row.steps:
             lines.append((name, "", "", "", "", "", row.remark))
             continue
-        compiling = statistics.median(row.compiling) if row.compiling else float("nan")
-        cells = (
+        line = (
+            name,
             f"{1000 * statistics.median(row.steps):.1f}",
             spread(ratios(row, plain)),
-            number(compiling, ".1f"),
+            number(row.compiling_median, ".1f"),
             number(row.peak / plain.peak, ".2f"),
             number(row.error, ".0e"),
+            row.remark,
         )
-        lines.append((name, *cells, row.remark))
-    head = ("training step", "ms", "over the plain step", "seconds to compile")
-    return markdown_table((*head, "peak memory / plain step", "largest error", "remark"), lines)
+        lines.append(line)
+    return markdown_table(HEAD, lines)
 
 
 def held(setting: CompiledSetting, limits: Limits, found: Mapping[str, Figures]) -> str:
@@ -261,13 +294,13 @@ def held(setting: CompiledSetting, limits: Limits, found: Mapping[str, Figures])
 
     for share, limit in limits.step.items():
         what = f"compiled step over the plain compiled one, {SHARES[share]} moving"
-        line(what, spread(ratios(found[ours(share)], plain)), limit)
+        longer = ratios(found[ours(share)], plain)
+        line(what, spread(longer), limit)
     if limits.eager:
         eager = ratios(found[OURS_EAGER], found[EAGER])
         line("eager step over the plain eager one, half moving", spread(eager), limits.eager)
-    if half.compiling and plain.compiling:
-        longer = statistics.median(half.compiling) / statistics.median(plain.compiling)
-        line("seconds to compile over the plain step's", f"{longer:.2f}", limits.compiling)
+    compiling = number(half.compiling_median / plain.compiling_median, ".2f")
+    line("seconds to compile over the plain step's", compiling, limits.compiling)
     memory = number(half.peak / plain.peak, ".2f")
     line("peak memory over the plain step's, half moving", memory, limits.peak)
     worst = max(found[ours(share)].error for share in setting.moving)
@@ -281,7 +314,9 @@ def report(options: Options) -> None:
     if shutil.which(compiler) is None:
         print(f"no C++ compiler ({compiler}) is on the path, so torch.compile cannot compile")
         return
-    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU, 1 thread"
+    name = "CPU, 1 thread"
+    if DEVICE.type == "cuda":
+        name = torch.cuda.get_device_name()
     print(f"torch {torch.__version__}, {name}, under torch.compile\n", flush=True)
     for setting, limits in settings():
         if options.only not in setting.title:

@@ -71,12 +71,13 @@ def crossflow(batch: int, **changes: Any) -> Problem:
     torch.manual_seed(0)
     network = CrossFlowGenerator.from_preset("crossflow-b", **changes).to(DEVICE)
     nn.init.normal_(network.head.weight, std=0.02)
-    side, classes = network.config["grid"], network.config["classes"]
+    grid, classes = network.config["grid"], network.config["classes"]
+    size = 16 * grid
     return Problem(
         network,
         list(network.blocks),
-        latents=torch.randn(batch, 32, side, side, device=DEVICE),
-        targets=torch.randn(batch, 3, 16 * side, 16 * side, device=DEVICE),
+        latents=torch.randn(batch, 32, grid, grid, device=DEVICE),
+        targets=torch.randn(batch, 3, size, size, device=DEVICE),
         labels=torch.randint(0, classes, (batch,), device=DEVICE),
     )
 
@@ -119,8 +120,11 @@ class CompiledSetting:
     @property
     def title(self) -> str:
         """One line that says what was measured."""
-        what = "whole compiled" if self.whole else "blocks compiled"
-        dtype = "bfloat16 autocast" if self.autocast else "float32"
+        what, dtype = "blocks compiled", "float32"
+        if self.whole:
+            what = "whole compiled"
+        if self.autocast:
+            dtype = "bfloat16 autocast"
         return f"{self.name}, batch {self.batch}, {dtype}, {what}"
 
 
@@ -163,11 +167,13 @@ class CompiledRival(Derivative):
     ) -> tuple[Tensor, Tensor]:
         """Return value and derivative, on the rows with these indices."""
         z, t, s, cond = primals
-        inputs, v = (z, t, s, cond["labels"]), tangents[0]
+        v, *_ = tangents
+        inputs = (z, t, s, cond["labels"])
         value = compiled(value_alone)(self.network, *inputs)
         with torch.no_grad():
             few = [x[indices] for x in inputs]
-            slope = self.slope(few, v[indices], value.detach()[indices])
+            known = value.detach()[indices]
+            slope = self.slope(few, v[indices], known)
         return value, scatter(slope.to(value.dtype), indices, value)
 
     @abc.abstractmethod
@@ -187,8 +193,9 @@ class CompiledWithGradients(CompiledRival):
     ) -> tuple[Tensor, Tensor]:
         """Return value and derivative, of every row."""
         z, t, s, cond = primals
+        v, *_ = tangents
         with sdpa_kernel(SDPBackend.MATH):
-            return compiled(of_all_rows)(self.network, z, t, s, cond["labels"], tangents[0])
+            return compiled(of_all_rows)(self.network, z, t, s, cond["labels"], v)
 
     def slope(self, *_: Any) -> Tensor:
         """Not used: the value comes with the derivative."""
@@ -201,7 +208,8 @@ class ForwardAndJvp(CompiledRival):
     def slope(self, inputs: Sequence[Tensor], v: Tensor, value: Tensor) -> Tensor:
         """Return the derivative on rows that move."""
         with sdpa_kernel(SDPBackend.MATH):
-            return compiled(of_all_rows)(self.network, *inputs, v)[1]
+            _, slope = compiled(of_all_rows)(self.network, *inputs, v)
+        return slope
 
 
 class Difference(CompiledRival):
@@ -280,36 +288,53 @@ class Step:
     """The training step of a row, in this process."""
 
     def __init__(self, setting: CompiledSetting, row: Row) -> None:
-        self.setting, self.row, self.problem = setting, row, setting.build(setting.batch)
+        self.setting = setting
+        self.row = row
+        self.problem = setting.build(setting.batch)
         self.network = self.problem.network
         self.as_written = copy.deepcopy(self.network)
-        route = row.route
-        self.route = route(self.network) if isinstance(route, type) else route
+        self.route: Any = row.route
+        if isinstance(row.route, type):
+            self.route = row.route(self.network)
         times = TimePairs(equal=1 - row.moving)
         self.objective = CrossFlowLoss(derivative=self.route, times=times)
         if row.compiled and not row.rival:
-            parts = [self.network] if setting.whole else self.problem.blocks
-            for part in parts:
-                part.compile(mode="reduce-overhead" if row.graphs else None)
+            self._compile()
+
+    def _compile(self) -> None:
+        parts = self.problem.blocks
+        if self.setting.whole:
+            parts = [self.network]
+        mode = None
+        if self.row.graphs:
+            mode = "reduce-overhead"
+        for part in parts:
+            part.compile(mode=mode)
 
     def __call__(self) -> None:
         """Run forward and backward pass."""
         if self.row.graphs:
             torch.compiler.cudagraph_mark_step_begin()
-        loss = self._plain() if self.route is None else self._cross_flow()
+        if self.route is None:
+            loss = self._plain()
+        else:
+            loss = self._cross_flow()
         loss.backward()
 
     def _plain(self) -> Tensor:
-        p, rows = self.problem, len(self.problem.latents)
-        t, noise = torch.rand(rows, device=DEVICE), torch.randn_like(p.latents)
+        p = self.problem
+        t = torch.rand(len(p.latents), device=DEVICE)
+        noise = torch.randn_like(p.latents)
         with self._autocast():
             out = self.network(p.latents + noise, t, t, labels=p.labels)
-        return (out.float() - p.targets).square().mean()
+        error = out.float() - p.targets
+        return error.square().mean()
 
     def _cross_flow(self) -> Tensor:
         p = self.problem
+        cond = {"labels": p.labels}
         with self._autocast():
-            out = self.objective(self.network, p.latents, p.targets, cond={"labels": p.labels})
+            out = self.objective(self.network, p.latents, p.targets, cond=cond)
         return out.loss.mean()
 
     def _autocast(self) -> torch.autocast:
@@ -324,7 +349,8 @@ class Step:
                 before = spent()
                 self.network.zero_grad()
                 self()
-                seconds.append(spent() - before)
+                taken = spent() - before
+                seconds.append(taken)
         said = [str(warning.message) for warning in caught]
         remark = next((text for text in said if "runs uncompiled" in text), "")
         return sum(seconds) - WARM_UP * seconds[-1], remark
@@ -353,35 +379,50 @@ class Step:
 
     def error(self) -> float:
         """Return the largest error of the derivative over its largest entry, on four rows."""
-        p, rows = self.problem, len(self.problem.latents)
+        p = self.problem
+        rows = len(p.latents)
         few = round(self.row.moving * rows)
         t = torch.linspace(0.2, 0.9, rows, device=DEVICE)
-        s = torch.where(torch.arange(rows, device=DEVICE) < few, 0.5 * t, t)
+        moves = torch.arange(rows, device=DEVICE) < few
+        s = torch.where(moves, 0.5 * t, t)
         v = torch.randn_like(p.latents)
         tangents = (v, torch.ones_like(t), None, None)
 
         def fn(z: Tensor, t: Tensor, s: Tensor, cond: Any) -> Tensor:
             return self.network(z, t, s, **cond)
 
+        primals = (p.latents, t, s, {"labels": p.labels})
         with self._autocast():
-            cond = {"labels": p.labels}
-            slope = self.route(fn, (p.latents, t, s, cond), tangents, s < t)[1]
+            _, slope = self.route(fn, primals, tangents, s < t)
         near = min(few, 4)
+        exact = self._exact(v[:near], t[:near], s[:near])
+        error = slope[:near] - exact
+        return float(error.abs().max() / exact.abs().max())
+
+    def _exact(self, v: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """Return the derivative of the first rows by float64 forward mode."""
+        few = len(t)
         double = self.as_written.double()
-        s, labels = s[:near].double(), p.labels[:near]
-        primals = p.latents[:near].double(), t[:near].double()
-        exact = ForwardMode()(
-            lambda z, t: double(z, t, s, labels=labels),
-            primals,
-            (v[:near].double(), torch.ones_like(primals[1])),
-        )[1]
-        return float((slope[:near] - exact).abs().max() / exact.abs().max())
+        labels = self.problem.labels[:few]
+        s = s.double()
+
+        def of_state(z: Tensor, t: Tensor) -> Tensor:
+            return double(z, t, s, labels=labels)
+
+        times = t.double()
+        primals = (self.problem.latents[:few].double(), times)
+        tangents = (v.double(), torch.ones_like(times))
+        _, slope = ForwardMode()(of_state, primals, tangents)
+        return slope
 
 
 def spent() -> float:
     """Return seconds: of this process and those it waited for, or of the wall with a GPU."""
     finish()
-    return time.perf_counter() if DEVICE.type == "cuda" else sum(os.times()[:4])
+    if DEVICE.type == "cuda":
+        return time.perf_counter()
+    user, system, of_children, system_of_children, _ = os.times()
+    return user + system + of_children + system_of_children
 
 
 def give_back_memory() -> None:

@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,14 @@ from flowspace import CrossFlowLoss, FiniteDifference, ForwardMode, SharedPrimal
 from flowspace.demo.networks import SmallViT, ViTSize
 from flowspace.demo.page import markdown_table, png, write_beside
 from flowspace.derivatives import Derivative
+
+HEAD = (
+    "route",
+    "step / plain step",
+    "derivative / forward pass",
+    "peak memory / plain step",
+    "largest error",
+)
 
 
 @dataclass(frozen=True)
@@ -54,9 +63,17 @@ class WithGradients(Derivative):
     ) -> tuple[Tensor, Tensor]:
         """Return value and derivative, of every row."""
         z, t, *rest = primals
-        with nullcontext() if self.fused else sdpa_kernel(SDPBackend.MATH):
-            pair = torch.func.jvp(lambda z, t: fn(z, t, *rest), (z, t), tuple(tangents[:2]))
-        return pair[0], pair[1].detach()
+        v, one, *_ = tangents
+
+        def of_state(z: Tensor, t: Tensor) -> Tensor:
+            return fn(z, t, *rest)
+
+        attention: Any = nullcontext()
+        if not self.fused:
+            attention = sdpa_kernel(SDPBackend.MATH)
+        with attention:
+            value, slope = torch.func.jvp(of_state, (z, t), (v, one))
+        return value, slope.detach()
 
 
 ROUTES: dict[str, Derivative] = {
@@ -92,9 +109,18 @@ class Setting:
     equal: float = 0.5
     dtype: str = "float32"
 
+    @property
+    def side(self) -> int:
+        """Cells a side of the latents."""
+        return int(self.tokens**0.5)
+
+    def autocast(self) -> torch.autocast:
+        """Return the context in which the network is called."""
+        return torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.dtype == "bfloat16")
+
     def build(self) -> nn.Module:
         """Return the network, from latents ``(B, 16, side, side)`` to latents."""
-        side = int(self.tokens**0.5)
+        side = self.side
         torch.manual_seed(0)
         if self.network == "adaLN ViT":
             size = ViTSize(self.width, self.depth, self.width // 64)
@@ -110,40 +136,34 @@ class Setting:
         self, network: nn.Module, routes: dict[str, Derivative]
     ) -> dict[str, Callable[[], Any]]:
         """Return a step by each route, after a plain regression step and a forward pass."""
-        side = int(self.tokens**0.5)
-        latents = torch.randn(self.batch, CHANNELS, side, side, device=DEVICE)
-        cond = {"labels": torch.zeros(self.batch, dtype=torch.long, device=DEVICE)}
-
-        def cast() -> Any:
-            return (
-                torch.autocast(DEVICE.type, torch.bfloat16)
-                if self.dtype == "bfloat16"
-                else nullcontext()
-            )
+        rows, side = self.batch, self.side
+        latents = torch.randn(rows, CHANNELS, side, side, device=DEVICE)
+        cond = {"labels": torch.zeros(rows, dtype=torch.long, device=DEVICE)}
 
         def forward() -> None:
-            with torch.no_grad(), cast():
-                network(latents, (t := torch.rand(self.batch, device=DEVICE)), t, **cond)
+            with torch.no_grad(), self.autocast():
+                t = torch.rand(rows, device=DEVICE)
+                network(latents, t, t, **cond)
 
         def plain() -> None:
-            t, noise = torch.rand(self.batch, device=DEVICE), torch.randn_like(latents)
-            with cast():
+            t = torch.rand(rows, device=DEVICE)
+            noise = torch.randn_like(latents)
+            with self.autocast():
                 out = network(latents + noise, t, t, **cond)
-            (out - latents).square().mean().backward()
+            error = out - latents
+            error.square().mean().backward()
 
-        def step(route: Derivative) -> Callable[[], Any]:
-            objective = CrossFlowLoss(derivative=route, times=TimePairs(equal=self.equal))
+        def step(objective: CrossFlowLoss) -> None:
+            with self.autocast():
+                out = objective(network, latents, cond=cond)
+            out.loss.mean().backward()
 
-            def run() -> None:
-                with cast():
-                    out = objective(network, latents, cond=cond)
-                out.loss.mean().backward()
-
-            return run
-
-        return {"forward": forward, "plain": plain} | {
-            name: step(route) for name, route in routes.items()
-        }
+        jobs: dict[str, Callable[[], Any]] = {"forward": forward, "plain": plain}
+        for name, route in routes.items():
+            pairs = TimePairs(equal=self.equal)
+            objective = CrossFlowLoss(derivative=route, times=pairs)
+            jobs[name] = partial(step, objective)
+        return jobs
 
 
 def times(setting: Setting, rounds: int) -> dict[str, list[float] | str]:
@@ -161,8 +181,12 @@ def times(setting: Setting, rounds: int) -> dict[str, list[float] | str]:
             except (RuntimeError, NotImplementedError) as error:
                 failed[name] = f"raises {type(error).__name__}"
             finish()
-            seconds[name].append(clock() - start)
-    return {name: failed.get(name, values[1:]) for name, values in seconds.items()}
+            taken = clock() - start
+            seconds[name].append(taken)
+    found: dict[str, list[float] | str] = {}
+    for name, (_, *counted) in seconds.items():
+        found[name] = failed.get(name, counted)
+    return found
 
 
 def peak(setting: Setting, name: str) -> float:
@@ -185,9 +209,9 @@ def peak(setting: Setting, name: str) -> float:
 def peaks(setting: Setting, names: Sequence[str]) -> dict[str, float]:
     """Return the peak memory of each job over the plain step's, each in a fresh process."""
     found = {}
+    told = json.dumps(asdict(setting))
     for name in names:
-        one = ["--peak", name, "--setting", json.dumps(asdict(setting))]
-        command = [sys.executable, __file__, *one]
+        command = [sys.executable, __file__, "--peak", name, "--setting", told]
         done = subprocess.run(command, capture_output=True, text=True)
         found[name] = math.nan
         if done.returncode == 0:
@@ -200,28 +224,34 @@ def errors(setting: Setting) -> dict[str, float]:
     float64 forward mode.
     """
     network = setting.build()
-    side = int(setting.tokens**0.5)
     rows = min(setting.batch, 4)
-    z, v = (torch.randn(rows, CHANNELS, side, side, device=DEVICE) for _ in range(2))
+    shape = (rows, CHANNELS, setting.side, setting.side)
+    z = torch.randn(shape, device=DEVICE)
+    v = torch.randn(shape, device=DEVICE)
     t = torch.linspace(0.2, 0.9, rows, device=DEVICE)
     labels = torch.zeros(rows, dtype=torch.long, device=DEVICE)
 
     def derivative(route: Derivative, net: nn.Module, dtype: torch.dtype) -> Tensor:
-        primals, tangents = (
-            (z.to(dtype), t.to(dtype)),
-            (v.to(dtype), torch.ones_like(t, dtype=dtype)),
-        )
-        return route(lambda z, t: net(z, t, 0.5 * t, labels=labels), primals, tangents)[1]
+        def of_state(z: Tensor, t: Tensor) -> Tensor:
+            return net(z, t, 0.5 * t, labels=labels)
 
-    exact = derivative(ForwardMode(), copy.deepcopy(network).double(), torch.float64)
+        times = t.to(dtype)
+        primals = (z.to(dtype), times)
+        tangents = (v.to(dtype), torch.ones_like(times))
+        _, slope = route(of_state, primals, tangents)
+        return slope
+
+    double = copy.deepcopy(network).double()
+    exact = derivative(ForwardMode(), double, torch.float64)
     found = {}
     for name, route in ROUTES.items():
         try:
-            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=setting.dtype == "bfloat16"):
+            with setting.autocast():
                 slope = derivative(route, network, torch.float32)
-            found[name] = float((slope - exact).abs().max() / exact.abs().max())
+            error = slope - exact
+            found[name] = float(error.abs().max() / exact.abs().max())
         except (RuntimeError, NotImplementedError):
-            found[name] = float("nan")
+            found[name] = math.nan
     return found
 
 
@@ -229,7 +259,8 @@ def table(setting: Setting, rounds: int, memory: bool) -> tuple[str, dict[str, f
     """Measure one setting; return its Markdown table and the steps over a plain step of the routes
     that ran.
     """
-    seconds, wrong = times(setting, rounds), errors(setting)
+    seconds = times(setting, rounds)
+    wrong = errors(setting)
     more = {}
     if memory:
         more = peaks(setting, ["plain", *ROUTES])
@@ -237,32 +268,31 @@ def table(setting: Setting, rounds: int, memory: bool) -> tuple[str, dict[str, f
     rows, ratio = [], {}
     for name in ROUTES:
         took = seconds[name]
-        if isinstance(took, str) or isinstance(base, str) or isinstance(forward, str):
-            rows.append((name, took if isinstance(took, str) else "", "", "", ""))
+        if isinstance(took, str):
+            rows.append((name, took, "", "", ""))
+            continue
+        if isinstance(base, str) or isinstance(forward, str):
+            rows.append((name, "", "", "", ""))
             continue
         steps = [t / b for t, b in zip(took, base, strict=True)]
         passes = [(t - b) / f for t, b, f in zip(took, base, forward, strict=True)]
         ratio[name] = statistics.median(steps)
-        cells = (
+        row = (
+            name,
+            spread(steps),
             f"{statistics.median(passes):.2f}",
-            number(more.get(name, float("nan")), ".2f"),
+            number(more.get(name, math.nan), ".2f"),
             number(wrong[name], ".0e"),
         )
-        rows.append((name, spread(steps), *cells))
-    head = (
-        "route",
-        "step / plain step",
-        "derivative / forward pass",
-        "peak memory / plain step",
-        "largest error",
-    )
-    return markdown_table(head, rows), ratio
+        rows.append(row)
+    return markdown_table(HEAD, rows), ratio
 
 
 def title(s: Setting) -> str:
     """Return one line that says what was measured."""
+    network = f"{s.network}, width {s.width}, {s.depth} blocks"
     return (
-        f"{s.network}, width {s.width}, {s.depth} blocks, {s.tokens} tokens, batch {s.batch}, "
+        f"{network}, {s.tokens} tokens, batch {s.batch}, "
         f"{s.equal:.0%} of the rows on the diagonal, {s.dtype}"
     )
 
@@ -277,21 +307,25 @@ def settings(tokens: Sequence[int], network: str, equal: Sequence[float]) -> lis
         found += [Setting("timm ViT", equal=equal) for equal in shares]
         found += [Setting("timm ViT-S", 384, 12, equal=equal) for equal in shares]
     found += [Setting(width=384), Setting(dtype="bfloat16")]
-    long = [(n, share) for n in tokens if n != 64 for share in equal]
-    return found + [
-        Setting(network, tokens=n, batch=max(2, 1024 // n), equal=share) for n, share in long
-    ]
+    for count in tokens:
+        if count == 64:
+            continue
+        batch = max(2, 1024 // count)
+        found += [Setting(network, tokens=count, batch=batch, equal=share) for share in equal]
+    return found
 
 
 def plot(points: dict[int, dict[str, float]]) -> bytes:
     """Draw the cost of a step against the number of tokens; return a PNG."""
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    counts = sorted(points)
     for name in ROUTES:
-        line = [(n, found[name]) for n, found in sorted(points.items()) if name in found]
-        if line:
-            axes.plot(*zip(*line, strict=True), marker="o", label=name)
+        ran = [count for count in counts if name in points[count]]
+        if ran:
+            costs = [points[count][name] for count in ran]
+            axes.plot(ran, costs, marker="o", label=name)
     axes.set(xscale="log", xlabel="tokens", ylabel="training step / plain step", ylim=(1, None))
-    axes.set_xticks(sorted(points), [str(n) for n in sorted(points)])
+    axes.set_xticks(counts, [str(count) for count in counts])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
@@ -315,38 +349,35 @@ def measure_compiled(arguments: argparse.Namespace) -> None:
 def arguments_of_command() -> argparse.Namespace:
     """Return what the command was given."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, nargs="*", default=[64, 256, 1024, 4096])
-    parser.add_argument(
+    add = parser.add_argument
+    add("--tokens", type=int, nargs="*", default=[64, 256, 1024, 4096])
+    add(
         "--network",
         default="adaLN ViT",
         help="of the settings with other than 64 tokens, or timm ViT",
     )
-    parser.add_argument(
+    add(
         "--equal",
         type=float,
         nargs="*",
         default=[0.5],
         help="their shares of rows on the diagonal",
     )
-    parser.add_argument("--routes", nargs="*", default=list(ROUTES), choices=list(ROUTES))
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--compiled", action="store_true", help="compiled networks, one thread")
-    parser.add_argument(
-        "--rivals", action="store_true", help="with what is usual, compiled (slow)"
-    )
-    parser.add_argument("--no-compile-time", action="store_true", help="let torch use its caches")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--only", default="", help="measure the settings whose title contains this"
-    )
-    parser.add_argument(
+    add("--routes", nargs="*", default=list(ROUTES), choices=list(ROUTES))
+    add("--rounds", type=int, default=9)
+    add("--compiled", action="store_true", help="compiled networks, one thread")
+    add("--rivals", action="store_true", help="with what is usual, compiled (slow)")
+    add("--no-compile-time", action="store_true", help="let torch use its caches")
+    add("--threads", type=int, default=1)
+    add("--only", default="", help="measure the settings whose title contains this")
+    add(
         "--no-memory",
         action="store_true",
         help="skip the peak memory, which starts a process each",
     )
-    parser.add_argument("--plot", type=Path)
-    parser.add_argument("--peak", help=argparse.SUPPRESS)
-    parser.add_argument("--setting", help=argparse.SUPPRESS)
+    add("--plot", type=Path)
+    add("--peak", help=argparse.SUPPRESS)
+    add("--setting", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -358,21 +389,21 @@ def main() -> None:
         measure_compiled(arguments)
         return
     if arguments.peak:
-        print(peak(Setting(**json.loads(arguments.setting)), arguments.peak))
+        setting = Setting(**json.loads(arguments.setting))
+        print(peak(setting, arguments.peak))
         return
     for name in set(ROUTES) - set(arguments.routes):
         del ROUTES[name]
-    device = (
-        torch.cuda.get_device_name()
-        if DEVICE.type == "cuda"
-        else f"CPU, {arguments.threads} thread(s)"
-    )
+    device = f"CPU, {arguments.threads} thread(s)"
+    if DEVICE.type == "cuda":
+        device = torch.cuda.get_device_name()
     print(f"torch {torch.__version__}, {device}\n")
     points = {}
     for setting in settings(arguments.tokens, arguments.network, arguments.equal):
         if arguments.only not in title(setting):
             continue
-        rounds = max(2, arguments.rounds * 64 // max(64, setting.tokens * setting.width // 192))
+        size = max(64, setting.tokens * setting.width // 192)
+        rounds = max(2, arguments.rounds * 64 // size)
         text, ratio = table(setting, rounds, not arguments.no_memory)
         print(f"{title(setting)}:\n\n{text}\n", flush=True)
         if setting == Setting(arguments.network, tokens=setting.tokens, batch=setting.batch):

@@ -34,9 +34,10 @@ def mlp(weights: list[jax.Array], z: jax.Array, t: jax.Array, s: jax.Array) -> j
     """Return the output of an MLP with SiLU of (z, t, s)."""
     times = jnp.stack([t, s], 1)
     h = jnp.concatenate([z, times], 1)
-    for weight in weights[:-1]:
+    *hidden, last = weights
+    for weight in hidden:
         h = jax.nn.silu(h @ weight)
-    return h @ weights[-1]
+    return h @ last
 
 
 def by_flowspace(weights: Any, z: jax.Array, x: jax.Array, key: jax.Array) -> jax.Array:
@@ -49,8 +50,9 @@ def by_flowspace(weights: Any, z: jax.Array, x: jax.Array, key: jax.Array) -> ja
 def by_hand(weights: Any, z: jax.Array, x: jax.Array, key: jax.Array) -> jax.Array:
     """Return y* = (s/t) x + (1 - s/t) sg(f - t D_t f), written out."""
     for_times, for_diagonal, for_noise = jax.random.split(key, 3)
-    pair = jax.random.uniform(for_times, (2, len(z)), minval=0.01)
-    diagonal = jax.random.bernoulli(for_diagonal, 0.5, (len(z),))
+    rows = len(z)
+    pair = jax.random.uniform(for_times, (2, rows), minval=0.01)
+    diagonal = jax.random.bernoulli(for_diagonal, 0.5, (rows,))
     t = pair.max(0)
     s = jnp.where(diagonal, t, pair.min(0))
     noise = jax.random.normal(for_noise, z.shape)
@@ -87,10 +89,12 @@ def medians(rounds: int, steps: Sequence[Callable[..., Any]], *arguments: Any) -
     for _ in range(UNCOUNTED + rounds):
         order.reverse()
         for number in order:
+            step = steps[number]
             start = time.perf_counter()
-            out = steps[number](*arguments)
+            out = step(*arguments)
             jax.block_until_ready(out)
-            seconds[number].append(time.perf_counter() - start)
+            taken = time.perf_counter() - start
+            seconds[number].append(taken)
     return [statistics.median(taken[UNCOUNTED:]) for taken in seconds]
 
 
@@ -113,15 +117,21 @@ def main() -> None:
     for width, batch in ((128, 512), (512, 256), (512, 2048)):
         keys = jax.random.split(jax.random.key(0), 8)
         weights = weights_of(width, keys)
-        z = jax.random.normal(keys[4], (batch, SIZE))
-        x = jax.random.normal(keys[5], (batch, SIZE))
+        shape = (batch, SIZE)
+        z = jax.random.normal(keys[4], shape)
+        x = jax.random.normal(keys[5], shape)
         steps = (step_of(by_flowspace), step_of(by_hand))
         ours, theirs = medians(options.rounds, steps, weights, z, x, keys[7])
-        name = f"3 hidden layers of {width}, batch {batch}"
-        ratio = f"{ours / theirs:.3f}"
-        rows.append((name, ratio, f"{1000 * ours:.2f}", f"{1000 * theirs:.2f}"))
+        row = (
+            f"3 hidden layers of {width}, batch {batch}",
+            f"{ours / theirs:.3f}",
+            f"{1000 * ours:.2f}",
+            f"{1000 * theirs:.2f}",
+        )
+        rows.append(row)
     head = ("MLP", "CrossFlow step over the hand-written one", "ms", "ms by hand")
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}\n")
+    device, *_ = jax.devices()
+    print(f"{device.device_kind}, jax {jax.__version__}\n")
     print(markdown_table(head, rows))
 
 

@@ -10,7 +10,6 @@ costs``: time and peak memory of a step over those of flow matching, the same ne
 
 import argparse
 import functools
-import json
 import math
 import re
 import statistics
@@ -27,6 +26,7 @@ from common import DEVICE, clock, finish, resident
 from derivatives import Setting
 from matplotlib import pyplot as plt
 from torch import Tensor, nn
+from verdicts import in_pixels, mean_of, said, write_json
 
 from flowspace import (
     AlphaFlowLoss,
@@ -46,8 +46,6 @@ from flowspace import (
 )
 from flowspace.demo import digits
 from flowspace.demo.data import CLASSES, SETTINGS, Settings, load, seeded
-from flowspace.demo.metrics import Verdict
-from flowspace.demo.networks import Patches
 from flowspace.demo.page import grid, markdown_table, png, write_beside
 from flowspace.demo.stage_one import World, prepare
 from flowspace.objectives import Objective
@@ -104,7 +102,9 @@ FAMILY = (
     Entry("CrossFlow", lambda *_: CrossFlowLoss(), "across"),
     Entry("CrossFlow, uniform times", lambda *_: CrossFlowLoss(times=TimePairs()), "across"),
     Entry(
-        "CrossFlow, estimated velocity", lambda _, encode: CrossFlowLoss(estimate=encode), "across"
+        "CrossFlow, estimated velocity",
+        lambda _, encode: CrossFlowLoss(estimate=encode),
+        "across",
     ),
     Entry("consistency, across", lambda *_: ConsistencyLoss(), "across"),
 )
@@ -115,19 +115,35 @@ ONE_SPACE = {entry.name for entry in FAMILY} - {
 }
 
 
+@dataclass(frozen=True)
+class Found:
+    """What came out: scores by the name of the row and the number of steps, one a seed; and what
+    the first seed drew in one step.
+    """
+
+    scores: dict[str, Any] = field(default_factory=dict)
+    pictures: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, name: str, steps: int, score: Any) -> None:
+        """Keep the score of one more seed."""
+        by_steps = self.scores.setdefault(name, {})
+        by_steps.setdefault(steps, []).append(score)
+
+    def show(self, name: str, drawn: Tensor) -> None:
+        """Keep what was drawn, unless an earlier seed's is kept."""
+        self.pictures.setdefault(name, drawn)
+
+
 # --- digits
 # -------------------------------------------------------------------------------------------------
 
 
-def in_pixels(world: World, patch: int) -> World:
-    """Return the same world without an autoencoder: its latents are patches of pixels."""
-    patches = Patches(patch)
-    return replace(world, autoencoder=patches, latents=patches.encode(world.data.images))
-
-
 def shortened(settings: Settings, steps: int, stages: Sequence[str]) -> Settings:
     """Return the settings with so many steps of some stages."""
-    plans = {name: replace(getattr(settings, name), steps=steps) for name in stages}
+    plans = {}
+    for name in stages:
+        plan = getattr(settings, name)
+        plans[name] = replace(plan, steps=steps)
     return replace(settings, **plans)
 
 
@@ -137,45 +153,44 @@ def judged(
     """Train and judge each objective with each seed; return scores by name and number of steps,
     and a PNG of samples.
     """
-    found: dict[str, Any] = {}
-    pictures: dict[str, Tensor] = {}
+    found = Found()
     for seed in range(seeds):
         plan = seeded(settings, seed)
         data = load(settings.dataset)
         place = folder / f"seed-{seed}"
         world, judge = prepare(data, plan, place)
-        found.setdefault("real", {}).setdefault(1, []).append(judge.real())
-        pictures.setdefault("real", digits.by_class(data.test_images, data.test_labels))
+        found.add("real", 1, judge.real())
+        found.show("real", digits.by_class(data.test_images, data.test_labels))
         teacher: Any = None
         for entry in chosen:
             there = world
             if entry.space == "pixels":
                 there = in_pixels(world, plan.patch)
-            objective: Any = entry.make(teacher, there.autoencoder.encode)
-            across = entry.space == "across"
-            if across:
-                objective = replace(objective, penalty=plan.penalty)
-            name = re.sub(r"[^a-zA-Z0-9]+", "-", entry.name)
-            method = digits.Method(name, objective, pixels=across, renoise=entry.renoise)
+            method = method_of(entry, teacher, there, plan)
             network = method.train(there, plan, place / method.name).eval()
             if entry.name == TEACHER:
                 teacher = DiagonalVelocity(network.requires_grad_(False))
-            by_steps = found.setdefault(entry.name, {})
             distances = []
             for steps in entry.steps:
                 images, labels, cost = digits.draw(method, network, there, seed, steps)
                 score = judge.score(images, labels, cost)
-                by_steps.setdefault(steps, []).append(score)
+                found.add(entry.name, steps, score)
                 distances.append(f"{score.frechet:.1f} in {steps}")
                 if steps == 1:
-                    pictures.setdefault(entry.name, digits.by_class(images, labels))
+                    found.show(entry.name, digits.by_class(images, labels))
             said(f"seed {seed}: {entry.name}: Frechet distance {', '.join(distances)}")
-    return found, png(grid(pictures, CLASSES, across=5), dpi=70)
+    sheet = grid(found.pictures, CLASSES, across=5)
+    return found.scores, png(sheet, dpi=70)
 
 
-def said(line: str) -> None:
-    """Say how far it is, beside what is printed."""
-    print(line, file=sys.stderr, flush=True)
+def method_of(entry: Entry, teacher: Any, world: World, settings: Settings) -> digits.Method:
+    """Return how an entry is trained and sampled on the digits."""
+    objective: Any = entry.make(teacher, world.autoencoder.encode)
+    across = entry.space == "across"
+    if across:
+        objective = replace(objective, penalty=settings.penalty)
+    name = re.sub(r"[^a-zA-Z0-9]+", "-", entry.name)
+    return digits.Method(name, objective, pixels=across, renoise=entry.renoise)
 
 
 @dataclass(frozen=True)
@@ -196,19 +211,17 @@ def digits_table(found: dict[str, Any]) -> str:
     """Return the table: accuracy, diversity and Frechet excess in one step, and the excess in
     more.
     """
-
-    def mean(scores: list[Verdict], name: str) -> float:
-        return statistics.mean(getattr(score, name) for score in scores)
-
-    floor = mean(found["real"][1], "frechet")
+    floor = mean_of(found["real"][1], "frechet")
     rows = []
     for name, by_steps in found.items():
-        accuracy = mean(by_steps[1], "accuracy")
-        diversity = mean(by_steps[1], "diversity")
+        accuracy = mean_of(by_steps[1], "accuracy")
+        diversity = mean_of(by_steps[1], "diversity")
         excess = dict.fromkeys(STEPS, "")
         for n, scores in by_steps.items():
-            if name != "real":
-                excess[n] = f"{mean(scores, 'frechet') - floor:.1f}"
+            if name == "real":
+                continue
+            over = mean_of(scores, "frechet") - floor
+            excess[n] = f"{over:.1f}"
         rows.append((name, f"{accuracy:.3f}", f"{diversity:.2f}", *excess.values()))
     head = ("objective", "accuracy", "diversity", "excess, 1 step", "2", "4", "8")
     note = f"Frechet distance of real images: {floor:.1f}; the excess is over it."
@@ -223,8 +236,7 @@ def rolled(steps: int, seeds: int, chosen: list[Entry]) -> tuple[dict[str, Any],
     """Train each objective on the standardised roll; return distances by name and number of steps,
     and a PNG of samples.
     """
-    found: dict[str, Any] = {}
-    clouds: dict[str, Tensor] = {}
+    found = Found()
     for seed in range(seeds):
         world = swiss_roll.RollSpaces.of(seed)
         teacher: Any = None
@@ -232,10 +244,10 @@ def rolled(steps: int, seeds: int, chosen: list[Entry]) -> tuple[dict[str, Any],
         real = world.latents(swiss_roll.roll(5000, draw))
         other = world.latents(swiss_roll.roll(5000, draw))
         distance = swiss_roll.sliced_wasserstein(real, other)
-        found.setdefault("real", {}).setdefault(1, []).append(distance)
-        clouds.setdefault("real", real)
+        found.add("real", 1, distance)
+        found.show("real", real)
         for entry in chosen:
-            made: Any = entry.make(teacher, lambda x: x)
+            made: Any = entry.make(teacher, itself)
             objective: Any = replace(made, penalty=SquaredError())
             network = train_roll(objective, world, steps, seed)
             flow: Any = FlowMap(network, objective.schedule, objective.outputs)
@@ -246,15 +258,20 @@ def rolled(steps: int, seeds: int, chosen: list[Entry]) -> tuple[dict[str, Any],
             renoise: dict[str, Any] = {}
             if entry.renoise:
                 renoise = {"renoise": True, "generator": draw}
-            by_steps = found.setdefault(entry.name, {})
+            distances = {}
             for n in entry.steps:
                 samples = flow.sample(noise, steps=n, **renoise)
-                distance = swiss_roll.sliced_wasserstein(samples, real)
-                by_steps.setdefault(n, []).append(distance)
+                distances[n] = swiss_roll.sliced_wasserstein(samples, real)
+                found.add(entry.name, n, distances[n])
                 if n == 1:
-                    clouds.setdefault(entry.name, samples)
-            said(f"seed {seed}: {entry.name} {by_steps[1][-1]:.3f}")
-    return found, scatter(clouds)
+                    found.show(entry.name, samples)
+            said(f"seed {seed}: {entry.name} {distances[1]:.3f}")
+    return found.scores, scatter(found.pictures)
+
+
+def itself(images: Tensor) -> Tensor:
+    """Return images as the latents that they are, where both are in one space."""
+    return images
 
 
 def train_roll(
@@ -268,7 +285,8 @@ def train_roll(
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         latents = world.latents(swiss_roll.roll(512, draw))
-        loss = objective(network, latents, generator=draw).loss.mean()
+        out = objective(network, latents, generator=draw)
+        loss = out.loss.mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -319,9 +337,9 @@ class Costs:
         itself.
         """
         network = self.setting.build()
-        side = int(self.setting.tokens**0.5)
-        latents = torch.randn(self.setting.batch, 16, side, side, device=DEVICE)
-        cond = {"labels": torch.zeros(self.setting.batch, dtype=torch.long, device=DEVICE)}
+        batch, side = self.setting.batch, self.setting.side
+        latents = torch.randn(batch, 16, side, side, device=DEVICE)
+        cond = {"labels": torch.zeros(batch, dtype=torch.long, device=DEVICE)}
 
         def teacher(z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
             with torch.no_grad():
@@ -332,14 +350,16 @@ class Costs:
             out.loss.mean().backward()
 
         def forward() -> None:
-            t = torch.rand(self.setting.batch, device=DEVICE)
+            t = torch.rand(batch, device=DEVICE)
             with torch.no_grad():
                 network(latents, t, t, **cond)
 
-        made = {entry.name: entry.make(teacher, lambda x: x) for entry in FAMILY}
+        made = {entry.name: entry.make(teacher, itself) for entry in FAMILY}
         made["pixel MeanFlow, conditional tangent"] = PixelMeanFlowLoss(own_tangent=False)
         made["MeanFlow distillation, finite difference"] = MeanFlowDistillationLoss(
-            teacher=teacher, times=MOST, derivative=FiniteDifference(5e-3)
+            teacher=teacher,
+            times=MOST,
+            derivative=FiniteDifference(5e-3),
         )
         jobs: dict[str, Callable[[], None]] = {}
         for name, objective in made.items():
@@ -355,8 +375,9 @@ class Costs:
                 start = clock()
                 job()
                 finish()
-                found[name].append(clock() - start)
-        return {name: statistics.median(values[1:]) for name, values in found.items()}
+                taken = clock() - start
+                found[name].append(taken)
+        return {name: statistics.median(counted) for name, (_, *counted) in found.items()}
 
     def peak(self, name: str) -> float:
         """Return the growth of this process's memory in one step, in bytes: run in a process of
@@ -387,37 +408,38 @@ class Costs:
             rows.append((name, f"{longer:.2f}", f"{larger:.2f}"))
         wanted = 1 + 1.5 * seconds[FORWARD] / base
         head = ("objective", "step / flow matching", "peak memory / flow matching")
-        return (
-            f"{markdown_table(head, rows)}\n\n"
-            "By its evaluations (a teacher's, and two on a quarter of the rows) distillation by "
-            "finite differences should take "
-            f"{wanted:.2f}."
+        note = (
+            "By its evaluations (a teacher's, and two on a quarter of the rows) "
+            f"distillation by finite differences should take {wanted:.2f}."
         )
+        return f"{markdown_table(head, rows)}\n\n{note}"
 
 
-def main() -> None:
-    """Print the table and save it, with a figure, in the folder of the run."""
+def options_of_command() -> argparse.Namespace:
+    """Return what the command was given."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--data", default="digits", choices=["digits", "mnist", "swiss_roll", "costs"]
-    )
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument(
-        "--steps", type=int, help="of training (default: the recipe's; 8000 for the roll)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--data", default="digits", choices=["digits", "mnist", "swiss_roll", "costs"])
+    add("--seeds", type=int, default=1)
+    add("--steps", type=int, help="of training (default: the recipe's; 8000 for the roll)")
+    add(
         "--only",
         default="",
         help="objectives whose name contains this; the teacher is always trained",
     )
-    parser.add_argument("--rounds", type=int, default=15, help="of --data costs")
-    parser.add_argument("--quick", action="store_true", help="5 steps of everything, one round")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="default: runs/objectives-DATA")
-    parser.add_argument("--peak", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    add("--rounds", type=int, default=15, help="of --data costs")
+    add("--quick", action="store_true", help="5 steps of everything, one round")
+    add("--threads", type=int, default=1)
+    add("--out", type=Path, help="default: runs/objectives-DATA")
+    add("--peak", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Print the table and save it, with a figure, in the folder of the run."""
+    options = options_of_command()
     torch.set_num_threads(options.threads)
     if options.peak:
         print(Costs().peak(options.peak))
@@ -425,32 +447,55 @@ def main() -> None:
     if options.quick:
         options.seeds, options.steps, options.rounds = 1, 5, 1
     out = options.out or Path("runs") / f"objectives-{options.data}"
-    chosen = [entry for entry in FAMILY if options.only in entry.name or entry.name == TEACHER]
     start = time.perf_counter()
-    picture = None
-    found: dict[str, Any] = {}
     if options.data == "costs":
         text = Costs().table(options.rounds)
     elif options.data == "swiss_roll":
-        chosen = [replace(entry, space="latent") for entry in chosen if entry.name in ONE_SPACE]
-        found, picture = rolled(options.steps or 8000, options.seeds, chosen)
-        text = roll_table(found)
+        text = of_roll(options, out)
     else:
-        settings = SETTINGS[options.data]
-        if options.steps:
-            settings = shortened(settings, options.steps, ("generator",))
-        if options.quick:
-            settings = shortened(settings, options.steps, ("autoencoder", "classifier"))
-        scores, picture = judged(settings, out, options.seeds, chosen)
-        for name, by_steps in scores.items():
-            found[name] = {n: [vars(score) for score in each] for n, each in by_steps.items()}
-        text = digits_table(scores)
-    write_beside(out / "table.md", text + "\n")
-    if picture is not None:
-        write_beside(out / "samples.png", picture)
-        write_beside(out / "scores.json", json.dumps(found, indent=2) + "\n")
+        text = of_digits(options, out)
+    write_beside(out / "table.md", f"{text}\n")
     seconds = time.perf_counter() - start
     print(f"{text}\n\n{options.data}, {options.seeds} seed(s), {seconds:.0f} s; in {out}")
+
+
+def chosen_of(options: argparse.Namespace) -> list[Entry]:
+    """Return the objectives that were asked for, and the teacher."""
+    found = []
+    for entry in FAMILY:
+        if options.only in entry.name or entry.name == TEACHER:
+            found.append(entry)
+    return found
+
+
+def of_roll(options: argparse.Namespace, out: Path) -> str:
+    """Compare on the Swiss roll; leave samples and scores, and return the table."""
+    chosen = []
+    for entry in chosen_of(options):
+        if entry.name in ONE_SPACE:
+            chosen.append(replace(entry, space="latent"))
+    scores, picture = rolled(options.steps or 8000, options.seeds, chosen)
+    write_beside(out / "samples.png", picture)
+    write_json(out / "scores.json", scores)
+    return roll_table(scores)
+
+
+def of_digits(options: argparse.Namespace, out: Path) -> str:
+    """Compare on a set of digits; leave samples and scores, and return the table."""
+    settings = SETTINGS[options.data]
+    if options.steps:
+        settings = shortened(settings, options.steps, ("generator",))
+    if options.quick:
+        settings = shortened(settings, options.steps, ("autoencoder", "classifier"))
+    scores, picture = judged(settings, out, options.seeds, chosen_of(options))
+    found: dict[str, Any] = {}
+    for name, by_steps in scores.items():
+        found[name] = {}
+        for n, each in by_steps.items():
+            found[name][n] = [vars(score) for score in each]
+    write_beside(out / "samples.png", picture)
+    write_json(out / "scores.json", found)
+    return digits_table(scores)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,8 @@ def medians(jobs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, 
         for name, job in jobs.items():
             start = time.perf_counter()
             job()
-            seconds[name].append(time.perf_counter() - start)
+            taken = time.perf_counter() - start
+            seconds[name].append(taken)
     return {name: statistics.median(values[2:]) for name, values in seconds.items()}
 
 

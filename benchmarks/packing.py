@@ -49,20 +49,19 @@ def padded(
     counts = [len(z) for z in pictures]
     sides = [z.shape[2] // patch for z in pictures]
     longest = max(sides) ** 2
-    tokens = []
-    there = []
-    cosines = []
-    sines = []
-    conditions = []
+    tokens, there, conditions = [], [], []
+    cosines, sines = [], []
     for z, side, times, classes in zip(pictures, sides, t, labels, strict=True):
-        padding = (0, 0, 0, longest - side * side)
+        rows, cells = len(z), side * side
+        padding = (0, 0, 0, longest - cells)
         x = F.pixel_unshuffle(z, patch).flatten(2).transpose(1, 2)
         tokens.append(F.pad(x, padding))
-        first = torch.arange(longest) < side * side
-        there.append(first.expand(len(z), -1))
+        first = torch.arange(longest) < cells
+        there.append(first.expand(rows, -1))
         cosine, sine = network.rotary(side, side, z.device)
-        cosines.append(F.pad(cosine, padding).expand(len(z), -1, -1))
-        sines.append(F.pad(sine, padding).expand(len(z), -1, -1))
+        cosine, sine = F.pad(cosine, padding), F.pad(sine, padding)
+        cosines.append(cosine.expand(rows, -1, -1))
+        sines.append(sine.expand(rows, -1, -1))
         resolution = network.resolution(torch.tensor([side]))
         conditions.append(network.time(times) + resolution + label(classes))
     x = network.embed(torch.cat(tokens))
@@ -72,7 +71,8 @@ def padded(
     blocks: Any = network.blocks
     for block in blocks:
         x = padded_block(block, x, condition, turn, mask)
-    shift, scale = network.modulation(condition)[:, None].chunk(2, -1)
+    modulation = network.modulation(condition)[:, None]
+    shift, scale = modulation.chunk(2, -1)
     x = F.layer_norm(x, x.shape[2:], eps=1e-6)
     out = network.head(x * (1 + scale) + shift)
     velocities = []
@@ -104,7 +104,8 @@ def padded_block(
     q = turned(q, *turn)
     k = turned(k, *turn)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=there)
-    x = x + gate1 * layer.proj(y.transpose(1, 2).flatten(2))
+    mixed = y.transpose(1, 2).flatten(2)
+    x = x + gate1 * layer.proj(mixed)
 
     y = block.norm(x) * (1 + scale2) + shift2
     return x + gate2 * block.mlp(y)
@@ -150,7 +151,8 @@ def step(way: Callable[..., list[Tensor]], network: PixelFlowTransformer, batch:
         velocities = way(network, pictures, t, labels)
         losses = []
         for v, z in zip(velocities, pictures, strict=True):
-            losses.append((v - z).square().mean())
+            difference = v - z
+            losses.append(difference.square().mean())
         torch.stack(losses).mean().backward()
 
     seconds = timed(job)
@@ -161,14 +163,18 @@ def step(way: Callable[..., list[Tensor]], network: PixelFlowTransformer, batch:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch", type=int, default=32, help="pictures; a multiple of 4")
-    parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--depth", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="1 shows that it runs")
+    add = parser.add_argument
+    add("--batch", type=int, default=32, help="pictures; a multiple of 4")
+    add("--width", type=int, default=384)
+    add("--depth", type=int, default=4)
+    add("--rounds", type=int, default=ROUNDS, help="1 shows that it runs")
     options = parser.parse_args()
     torch.manual_seed(0)
     network = PixelFlowTransformer(
-        classes=CLASSES, depth=options.depth, width=options.width, heads=options.width // 64
+        classes=CLASSES,
+        depth=options.depth,
+        width=options.width,
+        heads=options.width // 64,
     )
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
@@ -177,7 +183,8 @@ def main() -> None:
         step(way, network, options.batch)  # not measured: the first call is slower
     for _ in range(options.rounds):
         for name, way in WAYS.items():
-            seconds[name].append(step(way, network, options.batch))
+            taken = step(way, network, options.batch)
+            seconds[name].append(taken)
     base = statistics.median(seconds["packed"])
     rows = []
     for name, taken in seconds.items():

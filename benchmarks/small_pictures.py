@@ -13,8 +13,6 @@ its nearest training drawing, and how many are nearer to it than another drawing
 """
 
 import argparse
-import json
-import statistics
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -24,14 +22,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from verdicts import Scores, cells_of, in_pixels, mean_of, said, write_scores
 
 from flowspace import CrossFlowLoss, InputError, MeanFlowLoss, PixelMeanFlowLoss
 from flowspace.demo import digits, sets
 from flowspace.demo.data import CLASSES, SETTINGS, Data, Settings, load, seeded
-from flowspace.demo.metrics import Verdict
-from flowspace.demo.networks import Patches
 from flowspace.demo.page import grid, markdown_table, png, write_beside
-from flowspace.demo.stage_one import World, prepare
+from flowspace.demo.stage_one import prepare
 
 CELLS = 4
 """Tokens a side, whatever the size of the pictures."""
@@ -98,9 +95,9 @@ def entries(settings: Settings) -> tuple[ComparedMethod, ...]:
     )
 
 
-def compared(settings: Settings, data: Data, folder: Path, seeds: int) -> dict[str, list[Verdict]]:
+def compared(settings: Settings, data: Data, folder: Path, seeds: int) -> Scores:
     """Train and judge every method with every seed; leave ``samples.png`` of the first one."""
-    scores: dict[str, list[Verdict]] = {}
+    scores: Scores = {}
     pictures = {"real": digits.by_class(data.test_images, data.test_labels)}
     for seed in range(seeds):
         plan = seeded(settings, seed)
@@ -118,34 +115,19 @@ def compared(settings: Settings, data: Data, folder: Path, seeds: int) -> dict[s
             score = judge.score(images, labels, cost)
             scores.setdefault(name, []).append(score)
             pictures.setdefault(name, digits.by_class(images, labels))
-            print(f"seed {seed}: {name}: {score}", file=sys.stderr, flush=True)
-    write_beside(folder / "samples.png", png(grid(pictures, CLASSES, across=5), dpi=70))
+            said(f"seed {seed}: {name}: {score}")
+    sheet = grid(pictures, CLASSES, across=5)
+    write_beside(folder / "samples.png", png(sheet, dpi=70))
     return scores
 
 
-def in_pixels(world: World, patch: int) -> World:
-    """Return the same world without an autoencoder: its latents are patches of pixels."""
-    patches = Patches(patch)
-    return replace(world, autoencoder=patches, latents=patches.encode(world.data.images))
-
-
-def table(scores: dict[str, list[Verdict]]) -> str:
+def table(scores: Scores) -> str:
     """Return the means over seeds, the range of the distance, and its ratio to the real one."""
-    floor = statistics.mean(score.frechet for score in scores["real"])
+    floor = mean_of(scores["real"], "frechet")
     rows = []
     for name, found in scores.items():
-        accuracy = statistics.mean(score.accuracy for score in found)
-        diversity = statistics.mean(score.diversity for score in found)
-        distances = [score.frechet for score in found]
-        distance = statistics.mean(distances)
-        span = f"{min(distances):.1f} to {max(distances):.1f}"
-        cells = (
-            f"{accuracy:.3f}",
-            f"{diversity:.2f}",
-            f"{distance:.1f} ({span})",
-            f"{distance / floor:.1f}",
-        )
-        rows.append((name, *cells))
+        ratio = mean_of(found, "frechet") / floor
+        rows.append((name, *cells_of(found), f"{ratio:.1f}"))
     return markdown_table(HEAD, rows)
 
 
@@ -167,17 +149,21 @@ def recalled(run: Path, training: Path, shown: int = 48) -> tuple[str, bytes]:
     pictures = pictures_of(training)
     found = nearest(samples, pictures)
     own = nearest(pictures, pictures)
+    distance, apart = found.distance.median(), own.apart.median()
+    met = len(found.index.unique())
     rows = (
         ("samples", f"{len(samples)}"),
         ("training pictures", f"{len(pictures)}"),
-        ("distance to the nearest training picture, median", f"{found.distance.median():.3f}"),
-        ("of training pictures to the nearest other, median", f"{own.apart.median():.3f}"),
+        ("distance to the nearest training picture, median", f"{distance:.3f}"),
+        ("of training pictures to the nearest other, median", f"{apart:.3f}"),
         ("share nearer to it than another training picture is", f"{found.share:.2f}"),
-        ("training pictures that are some sample's nearest", f"{len(found.index.unique())}"),
+        ("training pictures that are some sample's nearest", f"{met}"),
     )
+    values = markdown_table(("what", "value"), rows)
     note = "Distances are root mean squares over pixels; white is 1 away from black."
-    text = f"{markdown_table(('what', 'value'), rows)}\n\n{note}"
-    return text, pairs(samples[:shown], pictures[found.index[:shown]])
+    text = f"{values}\n\n{note}"
+    partners = pictures[found.index[:shown]]
+    return text, pairs(samples[:shown], partners)
 
 
 def samples_of(run: Path) -> Tensor:
@@ -230,18 +216,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", default="mnist", choices=["mnist", "fashion-mnist", "emoji"])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=1000, help="of every method's training")
-    parser.add_argument("--side", type=int, default=28, help="pixels, of either set")
-    parser.add_argument("--pictures", type=int, default=3750, help="of Fashion-MNIST's 60,000")
-    parser.add_argument(
-        "--folder", type=Path, default=sets.FASHION_MNIST, help="of Fashion-MNIST's files"
-    )
-    parser.add_argument("--run", type=Path, help="of --data emoji: a run of examples/imagenet")
-    parser.add_argument("--training", type=Path, help="of --data emoji: the folder of pictures")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="default: runs/small-DATA")
+    add = parser.add_argument
+    add("--data", default="mnist", choices=["mnist", "fashion-mnist", "emoji"])
+    add("--seeds", type=int, default=3)
+    add("--steps", type=int, default=1000, help="of every method's training")
+    add("--side", type=int, default=28, help="pixels, of either set")
+    add("--pictures", type=int, default=3750, help="of Fashion-MNIST's 60,000")
+    add("--folder", type=Path, default=sets.FASHION_MNIST, help="of Fashion-MNIST's files")
+    add("--run", type=Path, help="of --data emoji: a run of examples/imagenet")
+    add("--training", type=Path, help="of --data emoji: the folder of pictures")
+    add("--threads", type=int, default=1)
+    add("--out", type=Path, help="default: runs/small-DATA")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     out = options.out or Path("runs") / f"small-{options.data}"
@@ -250,7 +235,7 @@ def main() -> None:
         text = of(options, out)
     except InputError as error:
         sys.exit(f"skipped: {error}")
-    write_beside(out / "table.md", text + "\n")
+    write_beside(out / "table.md", f"{text}\n")
     seconds = time.perf_counter() - start
     print(f"{text}\n\n{options.data}, {seconds:.0f} s; in {out}")
 
@@ -274,10 +259,7 @@ def of(options: argparse.Namespace, out: Path) -> str:
     settings = replace(settings, generator=plan, patch=options.side // CELLS)
     data = scaled(data, options.side)
     scores = compared(settings, data, out, options.seeds)
-    each = {}
-    for name, found in scores.items():
-        each[name] = [vars(score) for score in found]
-    write_beside(out / "scores.json", json.dumps(each, indent=2) + "\n")
+    write_scores(out / "scores.json", scores)
     return table(scores)
 
 

@@ -89,9 +89,10 @@ def by_bins(values: Tensor, times: Tensor) -> list[float | None]:
     number = (times * BINS).long().clamp(max=BINS - 1)
     count = torch.bincount(number, minlength=BINS).tolist()
     total = torch.bincount(number, weights=values.double(), minlength=BINS).tolist()
-    means: list[float | None] = []
-    for sum_of_bin, rows in zip(total, count, strict=True):
-        means.append(sum_of_bin / rows if rows else None)
+    means: list[float | None] = [None] * BINS
+    for place, rows in enumerate(count):
+        if rows:
+            means[place] = total[place] / rows
     return means
 
 
@@ -153,20 +154,22 @@ class Log:
 
     def measure(self, cost: Any) -> None:
         """Keep the terms of some rows, and the gradient of each at what was made."""
-        self.measured.append(
-            {
-                "weighted": detached(cost.weighted()),
-                "raw": detached(cost.terms),
-                "times": detached(cost.times),
-                "slopes": cost.gradients(),
-            }
-        )
+        measured = {
+            "weighted": detached(cost.weighted()),
+            "raw": detached(cost.terms),
+            "times": detached(cost.times),
+            "slopes": cost.gradients(),
+        }
+        self.measured.append(measured)
 
     def write(self, step: int, run: Any) -> None:
         """Write the record of a step; all processes must call."""
-        record: dict[str, Any] = {"name": self.stage.name, "step": step}
-        record["loss"] = float(run.loss)
-        record["gradient_norm"] = float(run.norms[0])
+        record: dict[str, Any] = {
+            "name": self.stage.name,
+            "step": step,
+            "loss": float(run.loss),
+            "gradient_norm": float(run.norms[0]),
+        }
         if len(run.norms) > 1:
             record["opponent_norm"] = float(run.norms[1])
         record["rate"] = run.optimizer.param_groups[0]["lr"]
@@ -185,19 +188,17 @@ class Log:
         raw = self.gathered("raw")
         times = self.gathered("times")
         slopes = self.gathered("slopes")
-        found: dict[str, Any] = {"weighted": means(weighted)}
-        found["raw"] = means(raw)
-        found["slopes"] = means(slopes)
+        found: dict[str, Any] = {
+            "weighted": means(weighted),
+            "raw": means(raw),
+            "slopes": means(slopes),
+        }
         if self.answers:
-            answer = self.accelerator.gather(torch.cat(self.answers).contiguous())
+            answers = torch.cat(self.answers).contiguous()
+            answer = self.accelerator.gather(answers)
             found["raw"]["opponent"] = float(answer.mean())
-        for name, values in (("by", raw), ("slopes_by", slopes)):
-            found[name] = {}
-            for time_name, at in times.items():
-                binned = {}
-                for term, cost in values.items():
-                    binned[term] = by_bins(cost, at)
-                found[name][time_name] = binned
+        found["by"] = binned(raw, times)
+        found["slopes_by"] = binned(slopes, times)
         return found
 
     def gathered(self, kind: str) -> dict[str, Tensor]:
@@ -226,6 +227,16 @@ class Log:
             "rows_a_second": self.stage.training.batch / each,
             "seconds_left": each * (self.steps - step - 1),
         }
+
+
+def binned(
+    values: Mapping[str, Tensor], times: Mapping[str, Tensor]
+) -> dict[str, dict[str, list[float | None]]]:
+    """Return the means of each value in bins of each of the times, by the time's name first."""
+    found = {}
+    for name, at in times.items():
+        found[name] = {term: by_bins(cost, at) for term, cost in values.items()}
+    return found
 
 
 def detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

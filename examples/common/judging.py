@@ -8,7 +8,7 @@ the score over several extractors.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from image_losses import weights_of
-from page import tables
-from pictures import images_of, pictures_in_order
+from page import tables, write_json
+from pictures import images_of, pictures_in_order, stacked
 from sections import ExtractorConfig, ProgramConfig
 from torch import Tensor, nn
 
@@ -42,6 +42,7 @@ from flowspace.vision.perceptual import TimmFeatures
 
 __all__ = [
     "Sampler",
+    "batches_of",
     "digest",
     "drawn",
     "evaluate",
@@ -83,12 +84,18 @@ def plan_of(
 def drawn(plan: Plan, draw: Sampler, device: torch.device) -> Tensor:
     """Return the samples of a plan, uint8 ``(count, 3, size, size)``, on the CPU."""
     made = []
+    for noise, labels in batches_of(plan, device):
+        images = draw(noise, labels)
+        made.append(rounded(images).cpu())
+    return torch.cat(made)
+
+
+def batches_of(plan: Plan, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield noise and labels of the samples of a plan, a batch at a time."""
     for first in range(0, plan.count, plan.batch):
         last = min(first + plan.batch, plan.count)
         noise, labels = plan.inputs(first, last)
-        images = draw(noise.to(device), labels.to(device))
-        made.append(rounded(images).cpu())
-    return torch.cat(made)
+        yield noise.to(device), labels.to(device)
 
 
 def digest(network: nn.Module) -> str:
@@ -127,8 +134,9 @@ def evaluate(
     scores = None
     if accelerator.is_main_process:
         scores = judged(config, plan, maker, device)
-        found = (config.out / METRICS).read_text()
-        print(table(json.loads(found)))
+        text = (config.out / METRICS).read_text()
+        found = json.loads(text)
+        print(table(found))
     accelerator.wait_for_everyone()
     return scores
 
@@ -167,15 +175,15 @@ def judged(config: ProgramConfig, plan: Plan, maker: str, device: torch.device) 
         features = features_of(extractor, samples.split(e.batch))
         scores.append(judge(extractor, features, real, e.pinned))
         if len(scores) == 1:
-            write_beside(config.out / "samples.png", sheet(samples, plan.classes))
+            shown = sheet(samples, plan.classes)
+            write_beside(config.out / "samples.png", shown)
             if e.extractors:
                 found["representations"] = ratios(config, samples, pictures, device)
     if len(scores) > 1:
         found["sets"] = least_and_spread(scores)
-    found = asdict(scores[0]) | found
-    text = json.dumps(found, indent=2)
-    write_beside(config.out / METRICS, text + "\n")
-    return scores[0]
+    first = scores[0]
+    write_json(config.out / METRICS, asdict(first) | found)
+    return first
 
 
 def ratios(
@@ -205,10 +213,9 @@ def ratios(
 
 def table(found: Mapping[str, Any]) -> str:
     """Return the scores that ``metrics.json`` keeps as Markdown tables."""
-    parts = []
-    for head, rows in tables(found):
-        parts.append(markdown_table(head, rows))
-    parts.append(f"reference {found['reference'][:16]}")
+    parts = [markdown_table(head, rows) for head, rows in tables(found)]
+    reference = found["reference"]
+    parts.append(f"reference {reference[:16]}")
     return "\n\n".join(parts)
 
 
@@ -218,7 +225,8 @@ def table(found: Mapping[str, Any]) -> str:
 def extractor_of(config: ProgramConfig, device: torch.device) -> Extractor:
     """Return the network that judges."""
     e = config.evaluation
-    return extractor_named(ExtractorConfig(e.extractor, e.weights, e.size), device)
+    settings = ExtractorConfig(e.extractor, e.weights, e.size)
+    return extractor_named(settings, device)
 
 
 def extractors_of(config: ProgramConfig, device: torch.device) -> list[Extractor]:
@@ -233,8 +241,8 @@ def extractors_of(config: ProgramConfig, device: torch.device) -> list[Extractor
     names = [extractor.name for extractor in found]
     if len(set(names)) < len(names):
         raise InputError(
-            f"got evaluation.extractors {', '.join(names)}; write each once, the extractor that "
-            "judges is the first of them"
+            f"got evaluation.extractors {', '.join(names)}; "
+            "write each once, the extractor that judges is the first of them"
         )
     return found
 
@@ -254,12 +262,14 @@ def reference_of(config: ProgramConfig, extractor: Extractor, images: Images) ->
     Raises:
         RunError: if those that are kept are of other images.
     """
-    e = config.evaluation
-    if e.reference:
-        reference = replace(config.data, path=e.reference)
-        images = images_of(reference, config.out.parent)
+    name = config.data.path
+    reference = config.evaluation.reference
+    if reference:
+        name = reference
+        data = replace(config.data, path=reference)
+        images = images_of(data, config.out.parent)
     path = config.out / f"reference-{extractor.name}.safetensors"
-    return kept_features(path, config, extractor, images, e.reference or config.data.path)
+    return kept_features(path, config, extractor, images, name)
 
 
 def kept_features(
@@ -289,8 +299,7 @@ def tried_judge(config: ProgramConfig, extractor: Extractor, images: Images) -> 
         return json.loads(path.read_text())
     draw = torch.Generator().manual_seed(0)
     order = torch.randperm(len(images), generator=draw).tolist()
-    pictures = [images.row(number)[0] for number in order[:count]]
-    found = check_judge(extractor, torch.stack(pictures), splits=1, batch=e.batch)
-    text = json.dumps(found, indent=2)
-    write_beside(path, text + "\n")
+    pictures = stacked(images, order[:count])
+    found = check_judge(extractor, pictures, splits=1, batch=e.batch)
+    write_json(path, found)
     return found

@@ -98,8 +98,8 @@ def check_processes(t: TrainingConfig, accelerator: Accelerator, program: str) -
     count = accelerator.num_processes
     if t.processes not in (None, count):
         raise RunError(
-            f"got {count} process(es), training.processes = {t.processes} are "
-            f"expected; write: torchrun --nproc_per_node N {program} ..."
+            f"got {count} process(es), training.processes = {t.processes} are expected; "
+            f"write: torchrun --nproc_per_node N {program} ..."
         )
 
 

@@ -24,6 +24,7 @@ from flowspace.vision.data import Images
 
 __all__ = [
     "Sheets",
+    "beside",
     "class_rows",
     "curves",
     "keep_config",
@@ -37,6 +38,7 @@ __all__ = [
     "tables",
     "unfinished",
     "write",
+    "write_json",
 ]
 
 SHOWN = 8
@@ -57,8 +59,13 @@ Part = demo_page.Part
 
 def keep_config(folder: Path, settings: Mapping[str, Any]) -> None:
     """Write ``config.json`` into the folder of a run, from which `reading.of_run` reads it."""
-    text = json.dumps(settings, indent=2)
-    write_beside(folder / "config.json", text + "\n")
+    write_json(folder / "config.json", settings)
+
+
+def write_json(path: Path, found: Mapping[str, Any]) -> None:
+    """Write a file of JSON beside its place, and move it there."""
+    text = json.dumps(found, indent=2)
+    write_beside(path, f"{text}\n")
 
 
 # --- while it trains ---------------------------------------------------------------------------
@@ -149,7 +156,8 @@ def scores_tables(folder: Path, command: str) -> list[Part]:
     path = folder / "metrics.json"
     if not path.is_file():
         return [f"Not judged yet: {command}"]
-    return list(tables(json.loads(path.read_text())))
+    found = json.loads(path.read_text())
+    return list(tables(found))
 
 
 def tables(found: Mapping[str, Any]) -> list[demo_page.Table]:
@@ -164,10 +172,9 @@ def tables(found: Mapping[str, Any]) -> list[demo_page.Table]:
         shown[title] = compared["values"]
     made: list[demo_page.Table] = []
     for title, values in shown.items():
-        rows = []
-        for name, value in values.items():
-            rows.append((name, f"{value:.4g}"))
-        made.append(((title, "value"), rows))
+        head = (title, "value")
+        rows = [(name, f"{value:.4g}") for name, value in values.items()]
+        made.append((head, rows))
     return made
 
 
@@ -210,16 +217,18 @@ def curves(log: Log) -> list[Part]:
 
 def settings_table(settings: Mapping[str, Any]) -> Part:
     """Return all settings of a run by their keys."""
-    table = ("setting", "value"), list(journal.texts(settings).items())
+    rows = list(journal.texts(settings).items())
+    table = (("setting", "value"), rows)
     return demo_page.details("All settings", table)
 
 
 def provenance(log: Log, device: torch.device | None = None) -> Part:
     """Return what made a run and its page: the command, the versions, the time, the device."""
+    minutes = seconds_logged(log) / 60
     rows = [
         ("command", shlex.join(["python", *sys.argv])),
         ("versions", f"flowspace {flowspace.__version__}, torch {torch.__version__}"),
-        ("time", f"{seconds_logged(log) / 60:.1f} minutes of training logged"),
+        ("time", f"{minutes:.1f} minutes of training logged"),
     ]
     if device is not None:
         rows.append(("device", name_of(device)))
@@ -228,13 +237,25 @@ def provenance(log: Log, device: torch.device | None = None) -> Part:
 
 def real_pictures(images: Images, label: int, count: int = SHOWN) -> list[Tensor]:
     """Return the first pictures of a class, uint8, and white ones where there are too few."""
-    rows = []
+    found = []
     for number, own in enumerate(images.labels):
-        if own == label and len(rows) < count:
-            rows.append(images.row(number)[0])
+        if own == label and len(found) < count:
+            pixels, _ = images.row(number)
+            found.append(pixels)
     shape = (3, images.size, images.size)
     white = torch.full(shape, 255, dtype=torch.uint8)
-    return rows + [white] * (count - len(rows))
+    missing = count - len(found)
+    return [*found, *[white] * missing]
+
+
+def beside(samples: Sequence[Tensor], images: Images) -> bytes:
+    """Return real pictures and the samples of each class side by side, a row a class: a PNG."""
+    rows = {}
+    for label, made in enumerate(samples):
+        name = images.names[label]
+        real = real_pictures(images, label)
+        rows[name] = torch.stack([*real, *made])
+    return class_rows(rows)
 
 
 def class_rows(rows: Mapping[str, Tensor]) -> bytes:
@@ -242,9 +263,9 @@ def class_rows(rows: Mapping[str, Tensor]) -> bytes:
     from matplotlib import pyplot as plt
     from torchvision.utils import make_grid
 
-    figure, axes = plt.subplots(
-        len(rows), figsize=(9, 0.62 * len(rows)), squeeze=False, layout="constrained"
-    )
+    count = len(rows)
+    size = (9, 0.62 * count)
+    figure, axes = plt.subplots(count, figsize=size, squeeze=False, layout="constrained")
     for axis, (name, pictures) in zip(axes.flat, rows.items(), strict=True):
         strip = make_grid(pictures, len(pictures), padding=2, pad_value=255)
         axis.imshow(strip.permute(1, 2, 0))

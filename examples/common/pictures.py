@@ -3,11 +3,12 @@
 All of them are `flowspace.vision.data.Images`: uint8 ``(3, size, size)`` and a label by number.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import emoji
+import torch
 from PIL import Image
 from sections import SETS, PicturesConfig
 from torch import Tensor
@@ -18,7 +19,7 @@ from flowspace.demo import sets
 from flowspace.vision.data import DatasetImages, FolderImages, Images
 from flowspace.vision.shards import ShardImages
 
-__all__ = ["SETS", "GreyImages", "images_of", "in_range", "pictures_in_order"]
+__all__ = ["SETS", "GreyImages", "images_of", "in_range", "pictures_in_order", "stacked"]
 
 SOURCES: dict[str, Callable[..., Images]] = {
     "folder": FolderImages,
@@ -45,15 +46,19 @@ def images_of(data: PicturesConfig, runs: Path = Path("runs")) -> Images:
         InputError: if a package is not installed.
         RunError: if a folder holds no such pictures.
     """
+    if data.path not in SETS:
+        kind = SOURCES[data.source]
+        return kind(Path(data.path), data.size, data.classes)
     name, _, part = data.path.partition("/")
-    if data.path in SETS and name == "emoji":
-        groups, folder = tuple(emoji.GROUPS), Path(runs) / f"emoji-{data.size}"
-        if part:
-            groups, folder = tuple(part.split("+")), Path(runs) / f"emoji-{part}-{data.size}"
-        return FolderImages(emoji.draw(folder, data.size, groups), data.size, data.classes)
-    if data.path in SETS:
+    if name != "emoji":
         return packaged(name, part == "test", data)
-    return SOURCES[data.source](Path(data.path), data.size, data.classes)
+    groups = tuple(emoji.GROUPS)
+    title = "emoji"
+    if part:
+        groups = tuple(part.split("+"))
+        title = f"emoji-{part}"
+    folder = emoji.draw(Path(runs) / f"{title}-{data.size}", data.size, groups)
+    return FolderImages(folder, data.size, data.classes)
 
 
 class GreyImages(Images):
@@ -91,10 +96,11 @@ def packaged(name: str, held_out: bool, data: PicturesConfig) -> Images:
         pixels, labels = fashion_mnist(held_out)
     else:
         pixels, labels = demo_set(name, held_out)
-    if data.classes not in (None, len(names)):
+    count = len(names)
+    if data.classes not in (None, count):
         raise RunError(
-            f"{name} holds {len(names)} classes, data.classes = {data.classes} are expected; "
-            f"write data.classes={len(names)}"
+            f"{name} holds {count} classes, data.classes = {data.classes} are expected; "
+            f"write data.classes={count}"
         )
     return GreyImages(data.path, pixels, labels, names, data.size)
 
@@ -133,10 +139,20 @@ class Pictures(Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         """Return one, uint8 ``(3, size, size)``."""
-        return self.images.row(index)[0]
+        pixels, _ = self.images.row(index)
+        return pixels
 
     def __len__(self) -> int:
         return len(self.images)
+
+
+def stacked(images: Images, numbers: Iterable[int]) -> Tensor:
+    """Return the pictures of these numbers, uint8 ``(N, 3, size, size)``."""
+    found = []
+    for number in numbers:
+        pixels, _ = images.row(number)
+        found.append(pixels)
+    return torch.stack(found)
 
 
 def pictures_in_order(images: Images, batch: int, workers: int = 0) -> Iterator[Tensor]:

@@ -134,22 +134,19 @@ def from_command_line(
         check: raises `SettingsError` where what a config names is not there.
         runs: the folder of runs.
     """
-    asked = []
-    given = []
-    for argument in sys.argv[1:]:
-        if argument.startswith("-"):
-            asked.append(argument)
-        else:
-            given.append(argument)
+    arguments = sys.argv[1:]
+    asked = [argument for argument in arguments if argument.startswith("-")]
+    given = [argument for argument in arguments if not argument.startswith("-")]
     if not given:
         print(usage)
         raise SystemExit(2)
+    path, *changes = given
     try:
         for option in asked:
             if option not in options:
                 known = ", ".join(options) or "none"
                 raise SettingsError(f"got {option}; options are {known}")
-        config = load(kind, Path(given[0]), given[1:], runs)
+        config = load(kind, Path(path), changes, runs)
         if check is not None:
             check(config)
     except SettingsError as error:
@@ -195,8 +192,7 @@ def load(
         SettingsError: if a file is missing or no YAML, a key is not known (the nearest one is
             named), or a value does not fit.
     """
-    found: dict[str, Any] = {"name": path.stem}
-    found["out"] = str(default_out(path, runs))
+    found = {"name": path.stem, "out": str(default_out(path, runs))}
     found |= _read(path)
     for change in changes:
         found = _merged(found, _change(change))
@@ -235,8 +231,8 @@ def of_run(kind: type[Settings], folder: Path, changes: Sequence[str] = ()) -> S
     for change in changes:
         if not change.startswith("evaluation."):
             raise SettingsError(
-                f"got {change}, but {folder} was trained with what it says; write "
-                "evaluation.KEY=VALUE"
+                f"got {change}, but {folder} was trained with what it says; "
+                "write evaluation.KEY=VALUE"
             )
         found = _merged(found, _change(change))
     return _checked(kind, found | {"out": str(folder)}, str(path))
@@ -265,9 +261,8 @@ class _WithoutAliases(yaml.SafeLoader):
 
 
 # YAML 1.1 takes 8e-4 for text, since it has no point.
-_WithoutAliases.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), None
-)
+_FLOAT = re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+_WithoutAliases.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, None)
 
 
 def _parsed(text: str) -> Any:
@@ -334,7 +329,8 @@ def _refuse_unknown(found: Any, kind: Any, where: str, before: str) -> None:
     kinds = [part for part in _leaves(kind) if is_dataclass(part)]
     if not kinds or not isinstance(found, Mapping):
         return
-    known = {one.name: one.type for one in fields(kinds[0])}
+    first, *_ = kinds
+    known = {one.name: one.type for one in fields(first)}
     for key, value in found.items():
         if key not in known:
             near = difflib.get_close_matches(str(key), known, 1)
@@ -374,7 +370,9 @@ def check_weights(files: Mapping[str, str | None]) -> None:
         SettingsError: if one is not.
     """
     for key, weights in files.items():
-        if weights and not weights.startswith("package:") and not Path(weights).is_file():
+        if not weights or weights.startswith("package:"):
+            continue
+        if not Path(weights).is_file():
             raise SettingsError(f"got {key} = {weights}, which is no file; write {key}=FILE")
 
 

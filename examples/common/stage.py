@@ -9,7 +9,7 @@ import torch
 from sections import TrainingConfig
 from torch import Tensor, nn
 
-from flowspace import InputError
+from flowspace import CascadeOutput, InputError, LossOutput
 from flowspace.training import AdversarialStep, Draws, Rows
 
 
@@ -32,14 +32,23 @@ class Losses:
     made: Tensor | None = None
     real: Tensor | None = None
 
+    @classmethod
+    def of_flow(cls, out: LossOutput | CascadeOutput, made: Tensor | None = None) -> "Losses":
+        """Return what an objective alone costs, by t and s."""
+        return cls({"flow": out.loss}, {"flow": 1.0}, {"t": out.t, "s": out.s}, made)
+
     @property
     def rows(self) -> Tensor:
         """The weighted sum of the terms, which is trained, ``(B,)`` in float32."""
-        return torch.stack(list(self.weighted().values())).sum(0)
+        terms = list(self.weighted().values())
+        return torch.stack(terms).sum(0)
 
     def weighted(self) -> dict[str, Tensor]:
         """Return each term times its weight."""
-        return {name: self.weights[name] * term.float() for name, term in self.terms.items()}
+        found = {}
+        for name, term in self.terms.items():
+            found[name] = self.weights[name] * term.float()
+        return found
 
     def shown(self) -> tuple[Tensor, Tensor]:
         """Return what a discriminator is shown: what was made, and what is real.
@@ -49,8 +58,8 @@ class Losses:
         """
         if self.made is None or self.real is None:
             raise InputError(
-                "got losses without made or real, which the discriminator is shown; write "
-                "Losses(terms, weights, times, made, real)"
+                "got losses without made or real, which the discriminator is shown; "
+                "write Losses(terms, weights, times, made, real)"
             )
         return self.made, self.real
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from sections import TrainingConfig
 from stage import Stage
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -54,11 +55,12 @@ class Run:
         t = stage.training
         rank = accelerator.process_index
         ranks = accelerator.num_processes
+        device = accelerator.device
         self.shares = share_of(t.batch, rank, ranks, t.accumulate)
         self.step = 0
-        self.loss = torch.zeros((), device=accelerator.device)
+        self.loss = torch.zeros((), device=device)
         self.norms: list[Tensor] = []
-        self.finite = torch.ones((), device=accelerator.device)
+        self.finite = torch.ones((), device=device)
         agree(stage.network, accelerator)
         self.plain = copy.deepcopy(stage.network)
         self.averages = {}
@@ -69,15 +71,10 @@ class Run:
             blocks.compile_blocks()
         self.network = self.distributed()
         self.optimizer = stage.optimizer(stage.network)
-        self.skipped = torch.zeros((), dtype=torch.long, device=accelerator.device)
+        self.skipped = torch.zeros((), dtype=torch.long, device=device)
         self.named = 0
         self.fault: Tensor | None = None
-        # A setting that is not used is not kept: runs that began before there was one go on.
-        kept = {}
-        for name, value in vars(t).items():
-            if name not in FREE and value is not None:
-                kept[name] = value
-        settings = {"name": stage.name, "training": kept, **stage.depends}
+        settings = {"name": stage.name, "training": kept_of(t), **stage.depends}
         self.checkpoints = Checkpoints(stage.folder, settings)
 
     @torch.no_grad()
@@ -114,7 +111,9 @@ class Run:
 
     def averaged(self, decay: str | None = None) -> nn.Module:
         """Return a whole copy of the network with averaged weights; all processes must call."""
-        average = self.averages[decay or next(iter(self.averages))]
+        if decay is None:
+            decay = next(iter(self.averages))
+        average = self.averages[decay]
         state = {}
         for name, tensor in average.state_dict().items():
             state[name] = whole(tensor)
@@ -124,8 +123,7 @@ class Run:
 
     def state(self) -> dict[str, Mapping[str, Tensor]]:
         """Return everything that the next step depends on, but for the optimisers'."""
-        parts: dict[str, Mapping[str, Tensor]] = {}
-        parts["network"] = self.stage.network.state_dict()
+        parts: dict[str, Mapping[str, Tensor]] = {"network": self.stage.network.state_dict()}
         for decay, average in self.averages.items():
             parts[f"ema-{decay}"] = average.state_dict()
         parts["run"] = {"skipped": self.skipped}
@@ -136,8 +134,8 @@ class Run:
     def optimizers(self) -> dict[str, tuple[torch.optim.Optimizer, nn.Module]]:
         """Return the optimisers and whose parameters they hold, by the names of their states."""
         found = {"optimizer": (self.optimizer, self.stage.network)}
-        if self.stage.adversary:
-            adversary = self.stage.adversary
+        adversary = self.stage.adversary
+        if adversary:
             found["answering"] = (adversary.optimizer, adversary.discriminator)
         return found
 
@@ -159,9 +157,11 @@ class Run:
         step, table = found
         parts = unpacked(table)
         for name, state in self.state().items():
-            fill(state, parts.get(name, {}), self.stage.folder)
+            kept = parts.get(name, {})
+            fill(state, kept, self.stage.folder)
         for name, (optimizer, network) in self.optimizers().items():
-            restore_optimizer(optimizer, network, parts.get(name, {}))
+            kept = parts.get(name, {})
+            restore_optimizer(optimizer, network, kept)
         self.named = int(self.skipped)
         return step
 
@@ -198,11 +198,12 @@ class Run:
                 named.append(f"{name} = {time:.4g}")
         if named:
             text += f", at {', '.join(named)}"
-        if now > self.stage.training.skips:
+        t = self.stage.training
+        if now > t.skips:
             raise RunError(
-                f"{text}; {now} steps were not finite, more than training.skips = "
-                f"{self.stage.training.skips}: lower training.learning_rate = "
-                f"{self.stage.training.learning_rate}"
+                f"{text}; {now} steps were not finite, "
+                f"more than training.skips = {t.skips}: "
+                f"lower training.learning_rate = {t.learning_rate}"
             )
         warnings.warn(f"{text}; it is skipped ({now} so far)", stacklevel=2)
 
@@ -212,8 +213,21 @@ class Run:
             return bool(signals)
         if (self.step + 1) % AGREED_EVERY:
             return False
-        asked = torch.tensor(float(bool(signals)), device=self.accelerator.device)
+        mine = float(bool(signals))
+        asked = torch.tensor(mine, device=self.accelerator.device)
         return bool(self.accelerator.reduce(asked, "sum"))
+
+
+def kept_of(training: TrainingConfig) -> dict[str, Any]:
+    """Return the settings that a run goes on with alone.
+
+    One that is not used is not kept: runs that began before there was one go on.
+    """
+    kept = {}
+    for name, value in vars(training).items():
+        if name not in FREE and value is not None:
+            kept[name] = value
+    return kept
 
 
 @torch.no_grad()

@@ -14,27 +14,35 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from flowspace import (
-    Euler,
-    FlowMatchingLoss,
-    MeanFlowLoss,
-    Objective,
-)
+from flowspace import Euler, FlowMatchingLoss, MeanFlowLoss, Objective
 from flowspace.demo.data import Data, load
-from flowspace.demo.metrics import Judge
+from flowspace.demo.metrics import Judge, Verdict
 from flowspace.demo.networks import JudgeClassifier
 from flowspace.solvers import VelocityFlow
 from flowspace.vision.convert import convert, to_layout
 from flowspace.vision.dit import DiT
 
-SIZE = {"channels": 1, "size": 8, "patch": 2, "classes": 10, "depth": 3, "width": 64, "heads": 4}
+SIZE = {
+    "channels": 1,
+    "size": 8,
+    "patch": 2,
+    "classes": 10,
+    "depth": 3,
+    "width": 64,
+    "heads": 4,
+}
+"""Of the network."""
+
 BATCH, DECAY = 64, 0.99
 JUDGES = 2
 MEAN_FLOW = MeanFlowLoss.published()
+
+Scores = tuple[float, float, float]
+"""Accuracy, diversity and Frechet distance."""
 
 
 def train(  # noqa: PLR0913  # all that decides a training
@@ -47,7 +55,13 @@ def train(  # noqa: PLR0913  # all that decides a training
     draw = torch.Generator().manual_seed(seed)
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
     optimizer = torch.optim.Adam(network.parameters(), 1e-3)
-    rate = LambdaLR(optimizer, lambda step: min(1.0, 2 - 2 * step / steps) if falling else 1.0)
+
+    def factor(step: int) -> float:
+        if not falling:
+            return 1.0
+        return min(1.0, 2 - 2 * step / steps)
+
+    rate = LambdaLR(optimizer, factor)
     for step in range(1, steps + 1):
         rows = torch.randint(len(data.images), (BATCH,), generator=draw)
         cond = {"labels": data.labels[rows]}
@@ -59,7 +73,8 @@ def train(  # noqa: PLR0913  # all that decides a training
         rate.step()
         average.update_parameters(network)
         if step % 500 == 0:
-            error = (out.prediction - out.target).square().mean().item()
+            difference = out.prediction - out.target
+            error = difference.square().mean().item()
             print(f"  step {step}: squared error {error:.3f}", flush=True)
     return average.module
 
@@ -74,7 +89,8 @@ def judges(data: Data, seed: int) -> Judge:
         optimizer = torch.optim.Adam(network.parameters(), 1e-3)
         for _ in range(600):
             rows = torch.randint(len(images), (64,))
-            loss = F.cross_entropy(network(images[rows]), labels[rows])
+            logits = network(images[rows])
+            loss = F.cross_entropy(logits, labels[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -82,56 +98,68 @@ def judges(data: Data, seed: int) -> Judge:
     return Judge(tuple(networks), data)
 
 
-def one_seed(seed: int, options: argparse.Namespace) -> dict[str, tuple[float, float, float]]:
-    """Return accuracy, diversity and Frechet distance of each row of the table."""
-    data, steps, old_steps = load("digits"), options.steps, options.old_steps
+def one_seed(seed: int, options: argparse.Namespace) -> dict[str, Scores]:
+    """Return the scores of each row of the table."""
+    data = load("digits")
     judge = judges(data, seed)
+    teacher, students = trained(seed, data, options)
+    draw = torch.Generator().manual_seed(seed + 3)
+    labels = data.test_labels.repeat(3)
+    shape = data.images.shape[1:]
+    noise = torch.randn(len(labels), *shape, generator=draw)
+    cond = {"labels": labels}
+    made = {}
+    for count in (1, 2, 50):
+        flow = VelocityFlow(teacher, Euler())
+        made[f"flow matching, Euler, {count}"] = flow.sample(noise, cond=cond, steps=count)
+    for name, network in students.items():
+        flow_map = MEAN_FLOW.flow_map(network)
+        made[f"MeanFlow, {name}, 1"] = flow_map.sample(noise, cond=cond)
+    found = {}
+    for name, images in made.items():
+        verdict = judge.score(images.clamp(-1, 1), labels)
+        found[name] = scores_of(verdict)
+    found["real digits"] = scores_of(judge.real())
+    return found
+
+
+def trained(seed: int, data: Data, options: argparse.Namespace) -> tuple[DiT, dict[str, DiT]]:
+    """Return the network of flow matching, and those of MeanFlow by where they began."""
+    steps, old_steps, falling = options.steps, options.old_steps, options.falling
     torch.manual_seed(seed)
     print(f"seed {seed}: flow matching")
     begun = DiT(**SIZE, average=False)
-    teacher = train(begun, data, FlowMatchingLoss(), old_steps, seed, options.falling)
+    teacher = train(begun, data, FlowMatchingLoss(), old_steps, seed, falling)
     file = options.out / f"sit-{seed}.safetensors"
     save_file(to_layout(teacher, "sit"), file)
 
     print(f"seed {seed}: the converted network, as MeanFlow")
     start = convert(file, "sit", heads=SIZE["heads"])
-    student = train(start, data, MEAN_FLOW, steps, seed + 1, options.falling)
+    student = train(start, data, MEAN_FLOW, steps, seed + 1, falling)
+
     print(f"seed {seed}: MeanFlow from scratch")
-    networks = {"converted": student}
-    for name, count in (("scratch", steps), ("scratch, steps of both", old_steps + steps)):
+    students = {"converted": student}
+    lengths = {"scratch": steps, "scratch, steps of both": old_steps + steps}
+    for name, count in lengths.items():
         torch.manual_seed(seed + 2)
-        networks[name] = train(DiT(**SIZE), data, MEAN_FLOW, count, seed + 1, options.falling)
-
-    draw = torch.Generator().manual_seed(seed + 3)
-    labels = data.test_labels.repeat(3)
-    noise = torch.randn(len(labels), *data.images.shape[1:], generator=draw)
-    cond = {"labels": labels}
-    found = {}
-    for count in (1, 2, 50):
-        images = VelocityFlow(teacher, Euler()).sample(noise, cond=cond, steps=count)
-        found[f"flow matching, Euler, {count}"] = scored(judge, images, labels)
-    for name, network in networks.items():
-        images = MEAN_FLOW.flow_map(network).sample(noise, cond=cond)
-        found[f"MeanFlow, {name}, 1"] = scored(judge, images, labels)
-    real = judge.real()
-    found["real digits"] = (real.accuracy or 0.0, real.diversity, real.frechet)
-    return found
+        students[name] = train(DiT(**SIZE), data, MEAN_FLOW, count, seed + 1, falling)
+    return teacher, students
 
 
-def scored(judge: Judge, images: Tensor, labels: Tensor) -> tuple[float, float, float]:
-    """Return accuracy, diversity and Frechet distance."""
-    verdict = judge.score(images.clamp(-1, 1), labels)
+def scores_of(verdict: Verdict) -> Scores:
+    """Return what the table shows of a verdict."""
     return verdict.accuracy or 0.0, verdict.diversity, verdict.frechet
 
 
 def main() -> None:
     """Train, judge and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--old-steps", type=int, default=2000, help="of flow matching")
-    parser.add_argument("--steps", type=int, default=1000, help="of MeanFlow")
-    parser.add_argument("--falling", action="store_true", help="let the learning rate fall")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("runs/fine_tune"))
+    add = parser.add_argument
+    add("--old-steps", type=int, default=2000, help="of flow matching")
+    add("--steps", type=int, default=1000, help="of MeanFlow")
+    add("--falling", action="store_true", help="let the learning rate fall")
+    add("--seeds", type=int, default=1)
+    add("--out", type=Path, default=Path("runs/fine_tune"))
     options = parser.parse_args()
     torch.set_num_threads(1)  # more would wait for each other
     options.out.mkdir(parents=True, exist_ok=True)
@@ -141,13 +169,14 @@ def main() -> None:
         show(tables)
 
 
-def show(tables: list[dict[str, tuple[float, float, float]]]) -> None:
+def show(tables: list[dict[str, Scores]]) -> None:
     """Print means and standard deviations over the seeds that are done."""
     print("| network, evaluations | accuracy | diversity | Frechet distance |")
     print("|---|---:|---:|---:|")
     for name in tables[0]:
         figures = torch.tensor([table[name] for table in tables], dtype=torch.float64)
-        means, spreads = figures.mean(0).tolist(), figures.std(0, correction=0).tolist()
+        means = figures.mean(0).tolist()
+        spreads = figures.std(0, correction=0).tolist()
         cells = []
         for mean, spread, digits in zip(means, spreads, (3, 2, 1), strict=True):
             cells.append(f"{mean:.{digits}f} ± {spread:.{digits}f}")

@@ -18,9 +18,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", type=Path, nargs="+", help="folders that train.py made")
-    parser.add_argument("--samples", type=int, help="of each average that a run kept")
-    parser.add_argument("--out", type=Path, default=Path("compare.png"), help="a PNG")
+    add = parser.add_argument
+    add("runs", type=Path, nargs="+", help="folders that train.py made")
+    add("--samples", type=int, help="of each average that a run kept")
+    add("--out", type=Path, default=Path("compare.png"), help="a PNG")
     options = parser.parse_args()
     configs = [settings.of_run(folder) for folder in options.runs]
     curves = {}
@@ -49,8 +50,10 @@ def looked(config: settings.ImageNetConfig) -> dict[int, float]:
     curve = {}
     for record in journal.latest(config.out / "generator"):
         watched = record.get("watch")
-        if watched:
-            curve[record["step"] + 1] = next(iter(watched.values()))
+        if not watched:
+            continue
+        step = record["step"] + 1
+        curve[step] = next(iter(watched.values()))
     return curve
 
 

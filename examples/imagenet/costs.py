@@ -15,73 +15,25 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import rivals
-from flops import IMAGENET, PEAK, Cost, Products, alone, cost_of, generator_cost
+from flops import IMAGENET, PEAK, Cost, alone, cost_of, generator_cost
 from results import PAPER_CONFIGS, PUBLISHED, PublishedMethod, paper_row
 from sections import SETS
 from settings import GeneratorConfig, ImageNetConfig, SettingsError, load, of_run
+from utilisation import NOT_RUN, Utilisation, measured
 
 from flowspace.errors import FlowspaceError
 
-__all__ = ["Utilisation", "main", "report", "table", "with_tables"]
+__all__ = ["main", "report", "table", "with_tables"]
 
 GIGA, GIB = 1e9, 2.0**30
-NOT_RUN = "not run here"
 PUBLISHED_SIZE = 256
 """Pixels a side of the images that the published numbers are of."""
-
-# --- the share of the peak ---------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Utilisation:
-    """The share of a device's peak that a training reaches; assumed, unless a device is named.
-
-    Attributes:
-        share: FLOPs as they are counted here, over the time and the device's peak.
-        device: on which it was measured.
-    """
-
-    share: float = 0.4
-    device: str | None = None
-
-    def __str__(self) -> str:
-        if self.device is None:
-            return f"{100 * self.share:.3g} %, assumed; {NOT_RUN}"
-        return f"{100 * self.share:.3g} %, measured on {self.device}"
-
-
-def measured(run: Path) -> Utilisation:
-    """Read the share that a profiled run reached, from the ``profile.json`` in its folder.
-
-    Raises:
-        SettingsError: if there is none, or it does not say it.
-    """
-    path = run / "profile.json"
-    try:
-        profile = json.loads(path.read_text())
-        share, device = float(profile["utilisation"]), str(profile["device"])
-    except OSError as error:
-        raise SettingsError(
-            f"got --run {run}, but {path} cannot be read ({error.strerror}); write the folder of "
-            "a run of train.py --profile, or leave --run out"
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise SettingsError(
-            f"{path} says no utilisation and device ({error!r}): train.py --profile knows it on a "
-            "card whose peak is known; leave --run out to assume one"
-        ) from None
-    if not 0 < share <= 1:
-        raise SettingsError(
-            f"{path} says utilisation = {share}; it is a share of the peak, above 0 and at most 1"
-        )
-    return Utilisation(share, device)
-
 
 # --- what is printed ---------------------------------------------------------------------------
 
@@ -111,7 +63,8 @@ modules, DiT^DH, pixel MeanFlow and CrossFlow of this library's."""
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table in Markdown; columns of numbers are aligned to the right."""
     rules = [rule(cells) for cells in zip(*rows, strict=True)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rules, *rows))
+    lines = (head, rules, *rows)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def rule(cells: Sequence[str]) -> str:
@@ -158,18 +111,15 @@ def report(cost: Cost, utilisation: Utilisation, batch: int = 32, devices: int =
 
 def one_image(cost: Cost) -> list[tuple[str, ...]]:
     """Return what one image costs, part by part."""
+    step = f"generator's step, {100 * cost.equal:.0f} % of the rows on s = t"
     rows = [
         ("forward", millions(cost.parameters), *flops(cost.forward)),
-        (
-            f"generator's step, {100 * cost.equal:.0f} % of the rows on s = t",
-            "",
-            *flops(cost.generator_step),
-        ),
+        (step, "", *flops(cost.generator_step)),
     ]
     for network in cost.networks:
-        rows.append(
-            (f"{network.name}, frozen", millions(network.parameters), *flops(network.flops))
-        )
+        name = f"{network.name}, frozen"
+        parameters = millions(network.parameters)
+        rows.append((name, parameters, *flops(network.flops)))
     if cost.networks:
         rows.append(("whole step", "", *flops(cost.step)))
     return rows
@@ -179,14 +129,14 @@ def estimates(
     cost: Cost, utilisation: Utilisation, batch: int, devices: int
 ) -> list[tuple[str, str]]:
     """Return what the training takes."""
+    whole, shared = cost.memory(batch), cost.memory(batch, devices)
+    sharded = f"memory, FSDP2 over {devices}, {batch} images a device"
+    epochs = cost.images / IMAGENET
     rows = [
         ("parameters that Muon trains", f"{millions(cost.matrices)} million"),
-        (f"memory, DDP, {batch} images a device", f"{cost.memory(batch) / GIB:.1f} GiB"),
-        (
-            f"memory, FSDP2 over {devices}, {batch} images a device",
-            f"{cost.memory(batch, devices) / GIB:.1f} GiB",
-        ),
-        ("images", f"{cost.images:,.0f}, as {cost.images / IMAGENET:.3g} epochs of ImageNet have"),
+        (f"memory, DDP, {batch} images a device", f"{whole / GIB:.1f} GiB"),
+        (sharded, f"{shared / GIB:.1f} GiB"),
+        ("images", f"{cost.images:,.0f}, as {epochs:.3g} epochs of ImageNet have"),
     ]
     for training in cost.trainings:
         rows.append((f"{training.name}, in all", f"{training.flops:.2g} FLOPs"))
@@ -202,7 +152,7 @@ def beside(cost: Cost) -> list[tuple[str, ...]]:
     """Return the generator's line and the lines of the published methods."""
     decoder = ""
     if cost.decoder:
-        decoder = flops(cost.decoder)[0]
+        decoder, _ = flops(cost.decoder)
     own = (
         f"{cost.name}, this code",
         cost.kind,
@@ -244,15 +194,14 @@ def image_of(method: PublishedMethod) -> tuple[str, str, str]:
     if rival.decoder is None:
         return (*flops(count), "")
     decoder = rival.decoder().total
-    return (*flops(count + decoder), flops(decoder)[0])
+    of_decoder, _ = flops(decoder)
+    return (*flops(count + decoder), of_decoder)
 
 
 # --- MF-RAE's comparison -----------------------------------------------------------------------
 
 MF_RAE = "mf-rae"
 AS_PUBLISHED = ("GFLOPs of one image", "counted here", "in the paper", "with attention, as two")
-HIGH = 32
-"""Cells a side of the latents of 512 pixels."""
 
 AS_PUBLISHED_NOTE = """\
 Counted here as MF-RAE (arXiv 2511.13019) counts: a multiply-add as one, and attention's own
@@ -262,28 +211,11 @@ do: a multiply-add as two, all products. Both are of the networks' own modules o
 
 def comparison() -> str:
     """Return the GFLOPs that MF-RAE compares itself by, beside those of its text."""
-    sd, dit = rivals.sd_decoder(), rivals.dit()
-    rae, dit_dh = rivals.representation_decoder(), rivals.latent_network()
-    rae_512, dit_dh_512 = rivals.representation_decoder(HIGH), rivals.latent_network(HIGH)
-    rows = [
-        as_published("SD-VAE's decoder", 310, sd),
-        as_published("DiT-XL/2", 114, dit),
-        as_published("MeanFlow-XL/2 in all", 424, sd, dit),
-        as_published("MeanFlow-XL/2 in all, 2 evaluations", 538, sd, dit, dit),
-        as_published("RAE's ViT-XL decoder", 106, rae),
-        as_published("DiT^DH-XL, of average velocities", 157, dit_dh),
-        as_published("MF-RAE in all", 263, rae, dit_dh),
-        as_published("MF-RAE in all, 2 evaluations", 420, rae, dit_dh, dit_dh),
-        as_published("MF-RAE in all, 512 pixels", 1051, rae_512, dit_dh_512),
-    ]
+    rows = []
+    for line in rivals.comparison():
+        counted, total = f"{line.as_published:,.1f}", f"{line.total:,.1f}"
+        rows.append((line.name, counted, f"{line.published:,}", total))
     return f"{markdown(AS_PUBLISHED, rows)}\n\n{AS_PUBLISHED_NOTE}"
-
-
-def as_published(name: str, paper: int, *products: Products) -> tuple[str, ...]:
-    """Return a line of some networks together."""
-    counted = sum(each.as_published for each in products) / GIGA
-    total = sum(each.total for each in products) / GIGA
-    return name, f"{counted:,.1f}", f"{paper:,}", f"{total:,.1f}"
 
 
 # --- the table of a folder ---------------------------------------------------------------------
@@ -309,15 +241,20 @@ def table(folder: Path, utilisation: Utilisation) -> str:
         config = load(path)
         if config.data.path in SETS:
             continue
-        hours = rounded(cost_of(config).hours(utilisation.share))
-        row = (f"`{path.stem}`", first_sentence(path), hours, own_fid(config))
+        hours = cost_of(config).hours(utilisation.share)
+        row = [
+            f"`{path.stem}`",
+            first_sentence(path),
+            rounded(hours),
+            own_fid(config),
+        ]
         if papers:
-            row = (*row, *in_the_paper(path))
+            row += in_the_paper(path)
         rows.append(row)
     if not rows:
         raise SettingsError(
-            f"{folder} holds no configs of ImageNet; write a folder such as "
-            "examples/imagenet/configs"
+            f"{folder} holds no configs of ImageNet; "
+            "write a folder such as examples/imagenet/configs"
         )
     return f"{markdown(head, rows)}\n\nUtilisation: {utilisation}."
 
@@ -344,8 +281,10 @@ def own_fid(config: ImageNetConfig) -> str:
     """Return the FID that a run of this config was judged with, if there is one."""
     try:
         run = of_run(config.out)
-        scores = json.loads((config.out / "metrics.json").read_text())
-        fid, count = float(scores["values"]["FID"]), int(scores["count"])
+        text = (config.out / "metrics.json").read_text()
+        scores = json.loads(text)
+        fid = float(scores["values"]["FID"])
+        count = int(scores["count"])
     except (OSError, ValueError, KeyError, TypeError):
         return NOT_RUN
     if network_and_losses(run) != network_and_losses(config):
@@ -369,8 +308,9 @@ def with_tables(page: str) -> str:
     """Return a page with the output of each command in place of what stands under it."""
 
     def printed(found: re.Match[str]) -> str:
-        text = output(parser().parse_args(found[2].split()))
-        return f"{found[1]}{text}\n{found[3]}"
+        before, command, after = found.groups()
+        text = output(parser().parse_args(command.split()))
+        return f"{before}{text}\n{after}"
 
     return TABLES.sub(printed, page)
 
@@ -385,20 +325,13 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    usage.add_argument(
-        "of", nargs="?", help="a preset, a config's YAML file, their folder, or mf-rae"
-    )
-    usage.add_argument(
-        "--equal", type=float, help="of a preset: the share of rows with s = t (default: 0.5)"
-    )
-    usage.add_argument(
-        "--batch", type=int, default=32, help="images on one device (default: %(default)s)"
-    )
-    usage.add_argument(
-        "--devices", type=int, default=8, help="that FSDP2 shards over (default: %(default)s)"
-    )
-    usage.add_argument("--run", type=Path, help="the folder of a run that was profiled")
-    usage.add_argument("--write", type=Path, help="a page whose tables are made again")
+    add = usage.add_argument
+    add("of", nargs="?", help="a preset, a config's YAML file, their folder, or mf-rae")
+    add("--equal", type=float, help="of a preset: the share of rows with s = t (default: 0.5)")
+    add("--batch", type=int, default=32, help="images on one device (default: %(default)s)")
+    add("--devices", type=int, default=8, help="that FSDP2 shards over (default: %(default)s)")
+    add("--run", type=Path, help="the folder of a run that was profiled")
+    add("--write", type=Path, help="a page whose tables are made again")
     return usage
 
 
@@ -421,13 +354,15 @@ def output(options: argparse.Namespace) -> str:
     if path.is_dir():
         return table(path, utilisation)
     if path.suffix not in (".yaml", ".yml"):
-        cost = generator_cost(alone(GeneratorConfig(preset=options.of), share_of(options)))
+        generator = GeneratorConfig(preset=options.of)
+        cost = generator_cost(alone(generator, share_of(options)))
         return report(cost, utilisation, options.batch, options.devices)
     if options.equal is not None:
         raise SettingsError(
             f"got --equal beside {path}, which says objective.equal; leave --equal out"
         )
-    text = report(cost_of(load(path)), utilisation, options.batch, options.devices)
+    cost = cost_of(load(path))
+    text = report(cost, utilisation, options.batch, options.devices)
     row = paper_row(path)
     if row is None:
         return text

@@ -23,11 +23,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, help="of a generator of images")
-    parser.add_argument("latent_run", type=Path, help="of a generator of latents")
-    parser.add_argument("--levels", type=float, nargs="+", default=[0.05, 0.1, 0.2])
-    parser.add_argument("--samples", type=int, default=10_000)
-    parser.add_argument(
+    add = parser.add_argument
+    add("run", type=Path, help="of a generator of images")
+    add("latent_run", type=Path, help="of a generator of latents")
+    add("--levels", type=float, nargs="+", default=[0.05, 0.1, 0.2])
+    add("--samples", type=int, default=10_000)
+    add(
         "--keep-scale",
         action="store_true",
         help="of a generator that sees t: latents are not scaled by alpha(level)",
@@ -38,8 +39,8 @@ def main() -> None:
     snapshots = sorted((latent.out / "generator").glob("average-*.safetensors"))
     if latent.generator.space != "latent" or not snapshots:
         raise settings.SettingsError(
-            f"got {options.latent_run}, which kept no averages of a generator of latents; train "
-            "configs/latent-flow-matching.yaml, or write training.snapshots=true"
+            f"got {options.latent_run}, which kept no averages of a generator of latents; "
+            "train configs/latent-flow-matching.yaml, or write training.snapshots=true"
         )
     decode_and_judge(image, latent, snapshots, options)
 
@@ -54,11 +55,11 @@ def decode_and_judge(
     import build  # with torch, which a wrong folder need not wait for
     import judging
     import ship
-    import torch
     import train
+    from page import write_json
 
     from flowspace.demo.page import write_beside
-    from flowspace.vision.evaluate import features_of, judge, rounded
+    from flowspace.vision.evaluate import features_of, judge
     from flowspace.vision.weights import read_tensors
 
     device = train.accelerator_of(latent).device
@@ -72,36 +73,47 @@ def decode_and_judge(
     extractor = judging.extractor_of(latent, device)
     real = judging.reference_of(latent, extractor, images)
     path = latent.out / "decoders.json"
-    asked: dict[str, Any] = {"samples": plan.count, "judge": extractor.name}
-    asked["decoders"] = sorted(decoders)
-    asked["generator"] = ship.shipped_of(image).get("weights")
+    asked = {
+        "samples": plan.count,
+        "judge": extractor.name,
+        "decoders": sorted(decoders),
+        "generator": ship.shipped_of(image).get("weights"),
+    }
     found = kept(path, asked)
     for snapshot in snapshots:
         step = snapshot.stem.removeprefix("average-").lstrip("0")
         if step in found:
             continue
         network.load_state_dict(read_tensors(snapshot))
-        made: dict[str, list[Any]] = {name: [] for name in decoders}
-        with torch.no_grad():
-            for first in range(0, plan.count, plan.batch):
-                last = min(first + plan.batch, plan.count)
-                noise, labels = plan.inputs(first, last)
-                labels = labels.to(device)
-                latents = sample(noise.to(device), labels)
-                for name, decode in decoders.items():
-                    images_made = decode(latents, labels)
-                    made[name].append(rounded(images_made).cpu())
-        found[step] = {}
+        made = decoded(plan, sample, decoders, device)
+        scores = {}
         for name, batches in made.items():
             features = features_of(extractor, batches)
-            found[step][name] = ship.first_of(judge(extractor, features, real))
-        text = json.dumps({"asked": asked, "scores": found}, indent=2)
-        write_beside(path, text + "\n")
-        said = []
-        for name, value in found[step].items():
-            said.append(f"{name} {value:.4g}")
+            verdict = judge(extractor, features, real)
+            scores[name] = ship.first_of(verdict)
+        found[step] = scores
+        write_json(path, {"asked": asked, "scores": found})
+        said = [f"{name} {value:.4g}" for name, value in scores.items()]
         print(f"step {step}: {', '.join(said)}")
-    write_beside(latent.out / "decoders.png", figure(found, extractor.distance_name))
+    curves = figure(found, extractor.distance_name)
+    write_beside(latent.out / "decoders.png", curves)
+
+
+def decoded(plan: Any, sample: Any, decoders: dict[str, Any], device: Any) -> dict[str, list[Any]]:
+    """Return the images that each decoder makes of the same latents, uint8, a batch at a time."""
+    import judging
+    import torch
+
+    from flowspace.vision.evaluate import rounded
+
+    made: dict[str, list[Any]] = {name: [] for name in decoders}
+    with torch.no_grad():
+        for noise, labels in judging.batches_of(plan, device):
+            latents = sample(noise, labels)
+            for name, decode in decoders.items():
+                images = decode(latents, labels)
+                made[name].append(rounded(images).cpu())
+    return made
 
 
 def kept(path: Path, asked: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -126,11 +138,16 @@ def decoders_of(
     found: dict[str, Any] = {OWN: lambda latents, labels: encoder.decode(latents)}
     for level in options.levels:
         decoder = CrossFlowDecoder.of(
-            generator, t=level, alpha=o.alpha, beta=o.beta, rescale=not options.keep_scale
+            generator,
+            t=level,
+            alpha=o.alpha,
+            beta=o.beta,
+            rescale=not options.keep_scale,
         )
 
         def decode(latents: Any, labels: Any, decoder: Any = decoder) -> Any:
-            return decoder.decode(latents, False, labels=labels)[0]
+            (images,) = decoder.decode(latents, False, labels=labels)
+            return images
 
         found[f"CrossFlowDecoder, t = {level:g}"] = decode
     return found
@@ -144,9 +161,10 @@ def figure(found: dict[str, dict[str, float]], score: str) -> bytes:
 
     drawn, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
     steps = sorted(found, key=int)
+    places = [int(step) for step in steps]
     for name in found[steps[-1]]:
         values = [found[step][name] for step in steps]
-        axis.semilogy([int(step) for step in steps], values, marker="o", label=name)
+        axis.semilogy(places, values, marker="o", label=name)
     axis.set_xlabel("training steps of the latent generator")
     axis.set_ylabel(score)
     axis.legend(fontsize=7)

@@ -19,10 +19,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, help="the folder that train.py made")
-    parser.add_argument("changes", nargs="*", help="such as evaluation.sets=3")
-    parser.add_argument("--average", type=float, help="the decay of the average that is shipped")
-    parser.add_argument("--averages", action="store_true", help="judge all, and ship the best")
+    add = parser.add_argument
+    add("run", type=Path, help="the folder that train.py made")
+    add("changes", nargs="*", help="such as evaluation.sets=3")
+    add("--average", type=float, help="the decay of the average that is shipped")
+    add("--averages", action="store_true", help="judge all, and ship the best")
     options = parser.parse_args()
     config = settings.of_run(options.run, options.changes)
     settings.check_evaluation(config)
@@ -41,7 +42,8 @@ def main() -> None:
                 ship.change_average(config, accelerator, options.average)
             ship.evaluate(config, accelerator)
         if accelerator.is_main_process:
-            print(f"the page of the run: {report.write(config)}")
+            path = report.write(config)
+            print(f"the page of the run: {path}")
         accelerator.wait_for_everyone()
 
 

@@ -19,10 +19,9 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="the folder that train.py made")
     parser.add_argument("file", type=Path, help="ends in .pt2 or .onnx")
     options = parser.parse_args()
-    if options.file.suffix not in (".pt2", ".onnx"):
-        raise settings.SettingsError(
-            f"got {options.file}; write a file that ends in .pt2 or .onnx"
-        )
+    file = options.file
+    if file.suffix not in (".pt2", ".onnx"):
+        raise settings.SettingsError(f"got {file}; write a file that ends in .pt2 or .onnx")
     config = settings.of_run(options.run)
 
     import ship  # with torch, which a wrong folder need not wait for
@@ -30,11 +29,11 @@ def main() -> None:
     from flowspace.vision.export import Onnx, TorchExport
 
     export: Onnx | TorchExport = TorchExport()
-    if options.file.suffix == ".onnx":
+    if file.suffix == ".onnx":
         export = Onnx()
     generator = ship.generator_of_run(config).eval()
-    apart = export(generator, options.file)
-    print(f"{options.file}: differs from eager by at most {apart:.1g}")
+    apart = export(generator, file)
+    print(f"{file}: differs from eager by at most {apart:.1g}")
 
 
 if __name__ == "__main__":

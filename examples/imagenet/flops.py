@@ -1,17 +1,15 @@
-"""What a network costs on paper: counted on meta tensors, without a weight in memory.
+"""What a config costs on paper: its generator, what stands beside it, and the whole training.
 
-A multiply-add is two FLOPs here, as in torch's counter; papers mostly write it as one, and some
-leave out attention's own products (`Products.as_published`). Elementwise work is not counted. A
-training step of a generator is its forward pass, twice that for the gradient, and one more forward
-pass' products for the derivative, on the rows that need it.
+A training step of a generator is its forward pass, twice that for the gradient, and one more
+forward pass' products for the derivative, on the rows that need it. A multiply-add is two FLOPs
+(`counting`).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 # first: it finds examples/common, of which the others import
 from settings import (
@@ -26,29 +24,21 @@ from settings import (
 # isort: split
 import build
 import torch
+from autoencoders import Encoding, autoencoder
+from counting import Call, counted, one_row, pictures, products_of
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from flowspace import ConsistencyLoss, TimePairs
-from flowspace.vision import DiTDH
-from flowspace.vision.encoders import load_encoder
-from flowspace.vision.rae import DECODERS, build_rae
+from flowspace.vision import CrossFlowGenerator
 
 __all__ = [
     "IMAGENET",
     "PEAK",
-    "Call",
     "Cost",
-    "Products",
     "Share",
     "alone",
     "cost_of",
-    "counted",
-    "dit_dh",
     "generator_cost",
-    "one_row",
-    "products_of",
-    "rae_decoder",
     "utilisation",
 ]
 
@@ -67,93 +57,6 @@ ACTIVATIONS_PER_TOKEN = 34
 With fused attention and a SwiGLU of 8/3: about 14 for attention (norm, q, k, v, the norms of q and
 k, output) and 20 for the MLP; after Korthikanti et al., arXiv 2205.05198.
 """
-
-Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
-"""A module, and the arguments and keywords that it is called with."""
-
-
-ATTENTION = ("bmm", "scaled_dot_product")
-"""What torch calls the products of queries with keys and of weights with values."""
-
-
-@dataclass(frozen=True)
-class Products:
-    """FLOPs of the matrix products of one forward call, a multiply-add as two.
-
-    Attributes:
-        layers: of linear layers and convolutions.
-        attention: of attention's own, queries with keys and weights with values.
-    """
-
-    layers: float
-    attention: float = 0.0
-
-    @property
-    def total(self) -> float:
-        """All of them."""
-        return self.layers + self.attention
-
-    @property
-    def as_published(self) -> float:
-        """As MF-RAE (arXiv 2511.13019) counts: a multiply-add as one, of the layers alone.
-
-        Its text does not say so. Its numbers for four networks do, which are 0 to 0.6 % from these
-        and up to 4 % from those with attention.
-        """
-        return self.layers / 2
-
-
-def products_of(build: Callable[[], Call]) -> tuple[int, Products]:
-    """Return the parameters of a module and the products of one forward call.
-
-    Args:
-        build: makes the module and its arguments; run on the meta device.
-    """
-    with torch.device("meta"), torch.no_grad():
-        module, arguments, keywords = build()
-        with FlopCounterMode(display=False) as counter:
-            module.eval()(*arguments, **keywords)
-    parameters = sum(parameter.numel() for parameter in module.parameters())
-    layers, attention = 0.0, 0.0
-    for name, count in counter.get_flop_counts()["Global"].items():
-        if any(each in str(name) for each in ATTENTION):
-            attention += count
-        else:
-            layers += count
-    return parameters, Products(layers, attention)
-
-
-def counted(build: Callable[[], Call]) -> tuple[int, float]:
-    """Return the parameters of a module and the FLOPs of one forward call.
-
-    Args:
-        build: makes the module and its arguments; run on the meta device.
-    """
-    parameters, products = products_of(build)
-    return parameters, products.total
-
-
-def one_row(network: Any) -> Call:
-    """Return a call of a network of latents, times and labels, on one row of zeros."""
-    time, labels = torch.ones(1), torch.zeros(1, dtype=torch.long)
-    latents = torch.zeros(1, *network.latent_shape)
-    return network, (latents, time, time), {"labels": labels}
-
-
-def dit_dh(size: str = "xl", grid: int = 16) -> Call:
-    """Return a call of DiT^DH in MeanFlow's form, on latents of so many cells a side."""
-    return one_row(DiTDH.from_preset(size, grid=grid, average=True))
-
-
-def rae_decoder(size: str = "xl", grid: int = 16) -> Call:
-    """Return a call of RAE's decoder, on latents of so many cells a side."""
-    from diffusers.models.autoencoders.autoencoder_rae import RAEDecoder
-
-    cells = grid * grid
-    network = RAEDecoder(
-        hidden_size=768, num_patches=cells, image_size=16 * grid, **DECODERS[size]
-    )
-    return network, (torch.zeros(1, cells, 768),), {}
 
 
 @dataclass(frozen=True)
@@ -227,7 +130,8 @@ class Cost:
     @property
     def training(self) -> float:
         """FLOPs of everything that is trained."""
-        return self.images * self.step + sum(training.flops for training in self.trainings)
+        before = sum(training.flops for training in self.trainings)
+        return self.images * self.step + before
 
     def memory(self, batch: int, devices: int = 1) -> float:
         """Return the bytes on one device, the frozen networks left out.
@@ -270,22 +174,6 @@ real and the made image.
 ADAPTIVE_PASSES = 1
 """More of each image loss, backward, where their gradients are compared at the image."""
 
-STAGES = {
-    "va-vae": ((128, 128, 256, 256, 512), 32),
-    "sd-vae": ((128, 256, 512, 512), 4),
-    "sd3-vae": ((128, 256, 512, 512), 16),
-}
-"""Widths and latent channels of the published autoencoders of the layout of latent diffusion."""
-
-DEFAULTS = {
-    "flux2": "AutoencoderKLFlux2",
-    "dc-ae": "AutoencoderDC",
-}
-"""Published autoencoders that diffusers' classes build by default."""
-
-RAE = "rae-"
-"""What the names of representation autoencoders begin with; the encoder's name follows."""
-
 
 def alone(generator: GeneratorConfig, equal: float = 0.5) -> ImageNetConfig:
     """Return the config of a generator alone, of which a share of the rows has s = t."""
@@ -306,15 +194,8 @@ def generator_cost(config: ImageNetConfig) -> Cost:
     """
     with torch.device("meta"):
         network = build.generator_of(config, config.data.classes or 1000)
-    c = network.config
-
-    parameters, products = products_of(lambda: one_row(network))
-    cells = math.prod(network.latent_shape[1:])
-    tokens = cells + c["time_tokens"] + c["class_tokens"]
-    numbers = ACTIVATIONS_PER_TOKEN * c["depth"]
-    if config.generator.checkpointing:
-        # The input of every block, and the inside of the one that is run again.
-        numbers = c["depth"] + ACTIVATIONS_PER_TOKEN
+    parameters, products = products_of(partial(one_row, network))
+    matrices = [each for each in network.blocks.parameters() if each.ndim == 2]
     objective = build.objective_of(config)
     equal = 0.0
     if isinstance(objective.times, TimePairs):
@@ -322,14 +203,26 @@ def generator_cost(config: ImageNetConfig) -> Cost:
     return Cost(
         name=config.name,
         parameters=parameters,
-        matrices=sum(each.numel() for each in network.blocks.parameters() if each.ndim == 2),
+        matrices=sum(each.numel() for each in matrices),
         forward=products.total,
         attention=products.attention,
-        activations=2.0 * numbers * tokens * c["width"],
+        activations=activations_of(network, config.generator.checkpointing),
         equal=equal,
         boundary=int(isinstance(objective, ConsistencyLoss)),
         again=int(config.generator.checkpointing),
     )
+
+
+def activations_of(network: CrossFlowGenerator, checkpointing: bool) -> float:
+    """Return the bytes that one image of a training step keeps, in bfloat16."""
+    c = network.config
+    cells = math.prod(network.latent_shape[1:])
+    tokens = cells + c["time_tokens"] + c["class_tokens"]
+    numbers = ACTIVATIONS_PER_TOKEN * c["depth"]
+    if checkpointing:
+        # The input of every block, and the inside of the one that is run again.
+        numbers = c["depth"] + ACTIVATIONS_PER_TOKEN
+    return 2.0 * numbers * tokens * c["width"]
 
 
 def cost_of(config: ImageNetConfig) -> Cost:
@@ -338,8 +231,33 @@ def cost_of(config: ImageNetConfig) -> Cost:
     Raises:
         InputError: if there is no preset of its name.
     """
-    cost = generator_cost(config)
-    encoder = encoder_share(config.encoder, config.data.size)
+    generator = generator_cost(config)
+    training, size = config.training, config.data.size
+    encoder = encoder_share(config.encoder, size)
+    cost = replace(
+        generator,
+        averages=len(training.emas),
+        size=size,
+        evaluations=config.evaluation.evaluations,
+        images=training.epochs * IMAGENET,
+    )
+    if training.steps is not None:
+        cost = replace(cost, images=training.steps * training.batch)
+    if training.optimizer == "adamw":
+        cost = replace(cost, matrices=0)
+    if config.generator.space == "latent":
+        whole = whole_autoencoder(config.encoder, size)
+        decoder = whole.flops - encoder.flops
+        cost = replace(cost, kind="latent space", decoder=decoder)
+    return replace(
+        cost,
+        networks=tuple(frozen_networks(config, cost, encoder)),
+        trainings=(*stage_one(config), *latents_made(config, encoder)),
+    )
+
+
+def frozen_networks(config: ImageNetConfig, cost: Cost, encoder: Share) -> list[Share]:
+    """Count what a training step runs beside the generator, for one image."""
     networks = []
     if config.data.latents is None:
         networks.append(encoder)
@@ -347,31 +265,8 @@ def cost_of(config: ImageNetConfig) -> Cost:
         # One more evaluation of the generator, and its image encoded, where t and s differ.
         estimate = (1 - cost.equal) * (cost.forward + encoder.flops)
         networks.append(Share("the velocity's estimate", 0, estimate))
-    networks += image_losses(config.perceptual, config.adversarial, config.data.size)
-
-    training = config.training
-    images = training.epochs * IMAGENET
-    if training.steps is not None:
-        images = training.steps * training.batch
-    matrices = cost.matrices
-    if training.optimizer == "adamw":
-        matrices = 0
-    kind, decoder = cost.kind, cost.decoder
-    if config.generator.space == "latent":
-        kind = "latent space"
-        decoder = whole_autoencoder(config.encoder, config.data.size).flops - encoder.flops
-    return replace(
-        cost,
-        matrices=matrices,
-        averages=len(training.emas),
-        kind=kind,
-        size=config.data.size,
-        evaluations=config.evaluation.evaluations,
-        decoder=decoder,
-        images=images,
-        networks=tuple(networks),
-        trainings=(*stage_one(config), *latents_made(config, encoder)),
-    )
+    losses = image_losses(config.perceptual, config.adversarial, config.data.size)
+    return [*networks, *losses]
 
 
 def utilisation(config: ImageNetConfig, rows: int, seconds: float, peak: float = PEAK) -> float:
@@ -383,7 +278,8 @@ def utilisation(config: ImageNetConfig, rows: int, seconds: float, peak: float =
         seconds: that the step took.
         peak: of the device, in FLOP/s.
     """
-    return cost_of(config).step * rows / (seconds * peak)
+    step = cost_of(config).step
+    return step * rows / (seconds * peak)
 
 
 def image_losses(
@@ -433,7 +329,8 @@ def stage_one(config: ImageNetConfig) -> list[Share]:
     whole = whole_autoencoder(config.encoder, size)
     losses = image_losses(config.perceptual, stage.adversarial, size)
     image = 3 * whole.flops + sum(loss.flops for loss in losses)
-    return [Share("stage 1", whole.parameters, stage.steps * stage.batch * image)]
+    images = stage.steps * stage.batch
+    return [Share("stage 1", whole.parameters, images * image)]
 
 
 def latents_made(config: ImageNetConfig, encoder: Share) -> list[Share]:
@@ -442,19 +339,6 @@ def latents_made(config: ImageNetConfig, encoder: Share) -> list[Share]:
         return []
     images = IMAGENET * (1 + config.data.flip)
     return [Share("latents, computed once", encoder.parameters, images * encoder.flops)]
-
-
-class Encoding(nn.Module):
-    """The encoder of an autoencoder, as a module of its own."""
-
-    def __init__(self, whole: Any) -> None:
-        super().__init__()
-        self.encoder = whole.encoder
-        self.encode = whole.encode  # no submodule: the decoder's parameters are not counted
-
-    def forward(self, images: torch.Tensor) -> None:
-        """Encode."""
-        self.encode(images)
 
 
 @cache
@@ -471,46 +355,9 @@ def encoder_share(encoder: EncoderConfig, size: int) -> Share:
 @cache
 def whole_autoencoder(encoder: EncoderConfig, size: int) -> Share:
     """Count encoder and decoder, forward, for one image."""
-    parameters, forward = counted(lambda: (autoencoder(encoder), (pictures(size),), {}))
+
+    def build() -> Call:
+        return autoencoder(encoder), (pictures(size),), {}
+
+    parameters, forward = counted(build)
     return Share("autoencoder", parameters, forward)
-
-
-def autoencoder(encoder: EncoderConfig) -> nn.Module:
-    """Return the autoencoder of an encoder's settings, without its weights if it is known here."""
-    import diffusers
-
-    name, stage = encoder.name, encoder.stage_one
-    library: Any = diffusers
-    if stage is not None:
-        blocks = ["DownEncoderBlock2D"] * len(stage.widths)
-        return library.AutoencoderKL(
-            down_block_types=tuple(blocks),
-            up_block_types=("UpDecoderBlock2D",) * len(blocks),
-            block_out_channels=stage.widths,
-            layers_per_block=1,
-            latent_channels=stage.channels,
-            norm_num_groups=8,
-            mid_block_add_attention=False,
-        )
-    if name in DEFAULTS:
-        return getattr(library, DEFAULTS[name])()
-    if name is not None and name.startswith(RAE):
-        return build_rae(name.removeprefix(RAE), "xl")  # the decoder that is published with each
-    if name not in STAGES:
-        return load_encoder(name or "", weights=encoder.weights).autoencoder.to("meta")
-    widths, channels = STAGES[name]
-    blocks = ["DownEncoderBlock2D"] * len(widths)
-    if name == "va-vae":
-        blocks[-1] = "AttnDownEncoderBlock2D"
-    return library.AutoencoderKL(
-        down_block_types=tuple(blocks),
-        up_block_types=("UpDecoderBlock2D",) * len(blocks),
-        block_out_channels=widths,
-        layers_per_block=2,
-        latent_channels=channels,
-    )
-
-
-def pictures(size: int) -> torch.Tensor:
-    """Return one picture, of zeros."""
-    return torch.zeros(1, 3, size, size)

@@ -10,7 +10,7 @@ import judging
 import page
 import torch
 from page import Sheets
-from pictures import in_range
+from pictures import in_range, stacked
 from settings import ImageNetConfig
 from torch import Tensor, nn
 
@@ -71,16 +71,18 @@ def write(config: ImageNetConfig) -> Path:
     """Write ``report.html``: what was trained, its samples beside real pictures, its curves."""
     images = build.images_of(config)
     log = journal.latest(config.out / "generator")
-    parts: list[Any] = [summary(config, images, log)]
-    parts += page.unfinished(config, len(images), log)
     command = f"python examples/imagenet/evaluate.py {config.out}"
-    parts += page.scores_tables(config.out, command)
     samples = samples_of(config)
-    parts += ["Samples of each class (right) beside training pictures (left):"]
-    parts += [beside(samples, images)]
-    parts += nearest_pictures(samples, images)
-    parts += page.sheets_over_training(config.out / "generator")
-    parts += page.curves(log)
+    parts: list[Any] = [
+        summary(config, images, log),
+        *page.unfinished(config, len(images), log),
+        *page.scores_tables(config.out, command),
+        "Samples of each class (right) beside training pictures (left):",
+        page.beside(samples, images),
+        *nearest_pictures(samples, images),
+        *page.sheets_over_training(config.out / "generator"),
+        *page.curves(log),
+    ]
     if config.generator.space == "image":
         parts += by_time(config, images)
     parts += [commands(config), page.provenance(log)]
@@ -147,18 +149,10 @@ def samples_of(config: ImageNetConfig) -> list[Tensor]:
         made = []
         for number in range(label, plan.count, classes):
             noise, labels = plan.inputs(number, number + 1)
-            made.append(rounded(draw(noise, labels))[0])
+            (image,) = rounded(draw(noise, labels))
+            made.append(image)
         found.append(torch.stack(made))
     return found
-
-
-def beside(samples: list[Tensor], images: Images) -> bytes:
-    """Return real pictures and samples side by side, a row a class under its name."""
-    rows = {}
-    for label, made in enumerate(samples):
-        real = page.real_pictures(images, label)
-        rows[images.names[label]] = torch.stack([*real, *made])
-    return page.class_rows(rows)
 
 
 def nearest_pictures(samples: list[Tensor], images: Images) -> list[str | bytes]:
@@ -168,18 +162,21 @@ def nearest_pictures(samples: list[Tensor], images: Images) -> list[str | bytes]
     """
     if not 2 <= len(images) <= MOST_COMPARED:
         return []
-    training = torch.stack([images.row(number)[0] for number in range(len(images))])
-    found = nearest(torch.cat(samples), training)
-    pairs = torch.cat([torch.cat(samples), training[found.index]], 3)
+    training = stacked(images, range(len(images)))
+    made = torch.cat(samples)
+    found = nearest(made, training)
+    pairs = torch.cat([made, training[found.index]], 3)
     rows = {}
     for label, row in enumerate(pairs.split(page.SHOWN)):
         rows[images.names[label]] = row
-    distance, apart = float(found.distance.median()), float(found.apart.median())
+    distance = float(found.distance.median())
+    apart = float(found.apart.median())
     text = (
         "Each sample (left) with the training picture nearest to it (right), by its pixels. "
-        f"{found.share:.0%} of these samples are nearer to one than it is to any other training "
-        f"picture: copies are, and so are blots. The median distance is {distance:.3f}; of these "
-        f"pictures from others it is {apart:.3f}."
+        f"{found.share:.0%} of these samples are nearer to one "
+        "than it is to any other training picture: copies are, and so are blots. "
+        f"The median distance is {distance:.3f}; "
+        f"of these pictures from others it is {apart:.3f}."
     )
     return [text, page.class_rows(rows)]
 
@@ -203,8 +200,9 @@ def by_time(config: ImageNetConfig, images: Images) -> list[str | bytes]:
         return []
     numbers = page.spread(page.SHOWN, len(images))
     shown = [images.row(number) for number in numbers]
-    pixels = torch.stack([row[0] for row in shown])
-    labels = torch.tensor([row[1] for row in shown])
+    pictures, classes = zip(*shown, strict=True)
+    pixels = torch.stack(pictures)
+    labels = torch.tensor(classes)
     latents = encoder.encode(in_range(pixels))
     source = torch.Generator().manual_seed(0)
     noise = torch.randn(latents.shape, generator=source)
@@ -212,7 +210,7 @@ def by_time(config: ImageNetConfig, images: Images) -> list[str | bytes]:
     rows = {"real": pixels}
     for time in SHOWN_TIMES:
         t = torch.full((page.SHOWN,), time)
-        state = schedule.perturb(latents, noise, t)[0]
+        state, _ = schedule.perturb(latents, noise, t)
         made = generator(state, t, 0 * t, labels=labels)
         rows[f"t = {time:g}"] = rounded(made)
     text = "One-step images of noisy latents of real pictures, by t (the paper's figure 6):"
@@ -221,11 +219,12 @@ def by_time(config: ImageNetConfig, images: Images) -> list[str | bytes]:
 
 def commands(config: ImageNetConfig) -> str:
     """Return what to do next."""
+    pipeline = config.out / "pipeline"
     return (
         f"Next: python examples/imagenet/sample.py {config.out} --labels 0 1 2; "
-        f"python examples/imagenet/evaluate.py {config.out} --averages; longer: the same command "
-        "with training.steps=MORE; on the hub: CrossFlowPipeline.from_pretrained("
-        f"'{config.out / 'pipeline'}').push_to_hub('NAME')."
+        f"python examples/imagenet/evaluate.py {config.out} --averages; "
+        "longer: the same command with training.steps=MORE; "
+        f"on the hub: CrossFlowPipeline.from_pretrained('{pipeline}').push_to_hub('NAME')."
     )
 
 
@@ -249,8 +248,7 @@ def card(
     }
     judged = None
     if scores:
-        judged = {}
-        for name, value in scores.values.items():
-            judged[f"{name}, {scores.count} samples"] = value
+        count = scores.count
+        judged = {f"{name}, {count} samples": value for name, value in scores.values.items()}
     o = config.objective
     return model_card(config.name, generator, o.alpha, o.beta, training, judged)

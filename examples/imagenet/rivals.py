@@ -9,10 +9,25 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from flops import Call, Products, alone, dit_dh, generator_cost, products_of, rae_decoder
+from flops import alone, generator_cost  # first: it finds examples/common
+
+# isort: split
+from counting import Call, Products, one_row, products_of
 from settings import GeneratorConfig
 
-__all__ = ["RIVALS", "Rival", "dit", "latent_network", "representation_decoder", "sd_decoder"]
+from flowspace.vision import DiTDH
+from flowspace.vision.rae import DECODERS
+
+__all__ = [
+    "RIVALS",
+    "Compared",
+    "Rival",
+    "comparison",
+    "dit",
+    "latent_network",
+    "representation_decoder",
+    "sd_decoder",
+]
 
 
 def transformer(channels: int, side: int, patch: int, layers: int, head: int) -> Products:
@@ -49,13 +64,30 @@ def dit() -> Products:
 
 
 def latent_network(grid: int = 16) -> Products:
-    """Count DiT^DH-XL, of MeanFlow's form as MF-RAE trains it."""
-    return products_of(partial(dit_dh, "xl", grid))[1]
+    """Count DiT^DH-XL, of MeanFlow's form as MF-RAE trains it, on so many cells a side."""
+
+    def build() -> Call:
+        return one_row(DiTDH.from_preset("xl", grid=grid, average=True))
+
+    return products_of(build)[1]
 
 
 def representation_decoder(grid: int = 16) -> Products:
-    """Count RAE's ViT-XL decoder: 28 blocks of width 1,152."""
-    return products_of(partial(rae_decoder, "xl", grid))[1]
+    """Count RAE's ViT-XL decoder: 28 blocks of width 1,152, on so many cells a side."""
+    from diffusers.models.autoencoders.autoencoder_rae import RAEDecoder
+
+    cells = grid * grid
+
+    def build() -> Call:
+        network = RAEDecoder(
+            hidden_size=768,
+            num_patches=cells,
+            image_size=16 * grid,
+            **DECODERS["xl"],
+        )
+        return network, (torch.zeros(1, cells, 768),), {}
+
+    return products_of(build)[1]
 
 
 def sd_decoder() -> Products:
@@ -128,3 +160,52 @@ RIVALS = {
     "CrossFlow-XL": Rival(partial(crossflow, "crossflow-xl")),
 }
 """Methods whose networks can be built here, by their names in ``results.PUBLISHED``."""
+
+
+# --- MF-RAE's comparison -----------------------------------------------------------------------
+
+GIGA = 1e9
+HIGH = 32
+"""Cells a side of the latents of 512 pixels."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What one image costs in MF-RAE's comparison (arXiv 2511.13019), in GFLOPs.
+
+    Attributes:
+        name: of what draws it.
+        published: in the paper's text.
+        as_published: counted here, as the paper counts.
+        total: counted here, with attention, a multiply-add as two.
+    """
+
+    name: str
+    published: int
+    as_published: float
+    total: float
+
+    @classmethod
+    def of(cls, name: str, published: int, *networks: Products) -> "Compared":
+        """Return what some networks cost together."""
+        as_published = sum(each.as_published for each in networks)
+        total = sum(each.total for each in networks)
+        return cls(name, published, as_published / GIGA, total / GIGA)
+
+
+def comparison() -> list[Compared]:
+    """Return what MF-RAE compares itself by."""
+    sd, network = sd_decoder(), dit()
+    decoder, dit_dh = representation_decoder(), latent_network()
+    high_decoder, high_dit_dh = representation_decoder(HIGH), latent_network(HIGH)
+    return [
+        Compared.of("SD-VAE's decoder", 310, sd),
+        Compared.of("DiT-XL/2", 114, network),
+        Compared.of("MeanFlow-XL/2 in all", 424, sd, network),
+        Compared.of("MeanFlow-XL/2 in all, 2 evaluations", 538, sd, network, network),
+        Compared.of("RAE's ViT-XL decoder", 106, decoder),
+        Compared.of("DiT^DH-XL, of average velocities", 157, dit_dh),
+        Compared.of("MF-RAE in all", 263, decoder, dit_dh),
+        Compared.of("MF-RAE in all, 2 evaluations", 420, decoder, dit_dh, dit_dh),
+        Compared.of("MF-RAE in all, 512 pixels", 1051, high_decoder, high_dit_dh),
+    ]

@@ -48,15 +48,13 @@ def averaged(config: ImageNetConfig, average: float | None = None) -> CrossFlowG
     found = Checkpoints(folder, {}).read_latest()
     if found is None:
         raise RunError(f"{folder} holds no checkpoint; train.py makes one")
-    parts = unpacked(found[2])
+    *_, table = found
+    parts = unpacked(table)
     if average is None:
         average = config.training.emas[0]
     name = f"ema-{average}"
     if name not in parts:
-        kept = []
-        for part in parts:
-            if part.startswith("ema-"):
-                kept.append(part.removeprefix("ema-"))
+        kept = [part.removeprefix("ema-") for part in parts if part.startswith("ema-")]
         raise RunError(f"got the average {average}; the run keeps {', '.join(kept)}")
     classes = classes_of(parts[name])
     network = build.generator_of(config, classes)
@@ -94,18 +92,18 @@ def pipeline(config: ImageNetConfig, average: float | None = None) -> None:
         generator.save_pretrained(partial / "generator")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
-    made: dict[str, Any] = {"average": average}
-    made["weights"] = digest(generator)
-    if shipped_of(config).get("weights") != made["weights"]:
+    weights = digest(generator)
+    if shipped_of(config).get("weights") != weights:
         judging.forget(config)
-    text = json.dumps(made)
-    write_beside(config.out / SHIPPED, text + "\n")
+    made = json.dumps({"average": average, "weights": weights})
+    write_beside(config.out / SHIPPED, f"{made}\n")
 
 
 def shipped_of(config: ImageNetConfig) -> dict[str, Any]:
     """Return which average was shipped, and the digest of its weights; nothing before."""
     try:
-        found = json.loads((config.out / SHIPPED).read_text())
+        text = (config.out / SHIPPED).read_text()
+        found = json.loads(text)
     except (OSError, ValueError):
         return {}
     if not isinstance(found, dict):
@@ -132,14 +130,15 @@ def generator_of_run(config: ImageNetConfig) -> CrossFlowGenerator:
         raise RunError(f"{folder} is missing: the run is not finished; train.py continues it")
     try:
         if config.generator.space == "latent":
-            return CrossFlowGenerator.from_pretrained(folder / "generator", use_safetensors=True)
+            within = folder / "generator"
+            return CrossFlowGenerator.from_pretrained(within, use_safetensors=True)
         found = CrossFlowPipeline.from_pretrained(
             folder, local_files_only=True, use_safetensors=True
         )
     except BROKEN as error:
         raise RunError(
-            f"{folder} cannot be read ({error}); delete it: train.py ships it again from the last "
-            "checkpoint"
+            f"{folder} cannot be read ({error}); delete it: "
+            "train.py ships it again from the last checkpoint"
         ) from error
     return found.generator
 
@@ -187,17 +186,16 @@ def best_average(config: ImageNetConfig, accelerator: Accelerator) -> float:
         scores = evaluate(config, accelerator)
         if scores is not None:
             distances[average] = first_of(scores)
-    best = [min(distances, key=distances.__getitem__, default=None)]
-    broadcast_object_list(best)
-    change_average(config, accelerator, best[0])
+    told = [min(distances, key=distances.__getitem__, default=None)]
+    broadcast_object_list(told)
+    (best,) = told
+    change_average(config, accelerator, best)
     evaluate(config, accelerator)
     if accelerator.is_main_process:
-        lines = []
-        for average, value in distances.items():
-            lines.append((str(average), f"{value:.4g}"))
-        print(markdown_table(("average", "distance"), lines))
-        print(f"\nthe best, which is shipped: {best[0]}")
-    return best[0]
+        rows = [(str(average), f"{value:.4g}") for average, value in distances.items()]
+        print(markdown_table(("average", "distance"), rows))
+        print(f"\nthe best, which is shipped: {best}")
+    return best
 
 
 def plan_of(
@@ -212,7 +210,7 @@ def plan_of(
 def needed_encoder(config: ImageNetConfig, device: torch.device) -> LatentEncoder | None:
     """Return the encoder where drawing samples needs it."""
     one_step = config.evaluation.evaluations == 1
-    if config.generator.space == "image" and one_step:
+    if one_step and config.generator.space == "image":
         return None
     return stage_one.loaded(config).to(device)
 
@@ -230,9 +228,10 @@ def pictures(config: ImageNetConfig, labels: list[int], seed: int) -> list[Any]:
     encoder = needed_encoder(config, torch.device("cpu"))
     draw = build.sampler_of(config, generator, encoder)
     g = config.generator
+    shape = (g.channels, g.grid, g.grid)
     noise = []
     for place in range(len(labels)):
         source = torch.Generator().manual_seed(seed + place)
-        noise.append(torch.randn(g.channels, g.grid, g.grid, generator=source))
+        noise.append(torch.randn(shape, generator=source))
     images = draw(torch.stack(noise), torch.tensor(labels))
     return [to_pil_image(image) for image in rounded(images)]

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from image_losses import add_adversarial, add_perceptual, adversary_of, perceptual_of
 from loop import optimizer_of
-from pictures import in_range
+from pictures import in_range, stacked
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from settings import ImageNetConfig, StageOneConfig, TrainingConfig
@@ -56,10 +56,11 @@ def check_fit(config: ImageNetConfig, latent: tuple[int, ...]) -> None:
     shape = (g.channels, g.grid, g.grid)
     sides_fit = g.space == "latent" or g.grid * g.patch == size
     if tuple(latent) != shape or not sides_fit:
+        channels, grid, *_ = latent
         raise InputError(
             f"got latents of {tuple(latent)} for images of {size}; write "
-            f"generator.channels={latent[0]} generator.grid={latent[1]} "
-            f"generator.patch={size // latent[1]}"
+            f"generator.channels={channels} generator.grid={grid} "
+            f"generator.patch={size // grid}"
         )
 
 
@@ -146,7 +147,7 @@ def first_pictures(images: Images, count: int, device: torch.device) -> Iterator
     count = min(count, len(images))
     for start in range(0, count, MEASURED):
         numbers = range(start, min(start + MEASURED, count))
-        pixels = torch.stack([images.row(number)[0] for number in numbers])
+        pixels = stacked(images, numbers)
         yield in_range(pixels.to(device))
 
 
@@ -228,7 +229,8 @@ def keep(
     encoder.to(accelerator.device)
     encoder.fit(first_pictures(images, config.encoder.fit, accelerator.device))
     autoencoder.register_to_config(
-        latents_mean=encoder.mean.flatten().tolist(), latents_std=encoder.std.flatten().tolist()
+        latents_mean=encoder.mean.flatten().tolist(),
+        latents_std=encoder.std.flatten().tolist(),
     )
     if accelerator.is_main_process:
         partial = folder / "partial"

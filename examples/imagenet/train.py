@@ -45,12 +45,7 @@ from settings import ImageNetConfig
 from stage import Losses, LossesOf, Stage
 from torch import Tensor, nn
 
-from flowspace.training import (
-    AdversarialStep,
-    Draws,
-    KeyedPairs,
-    share_of,
-)
+from flowspace.training import AdversarialStep, Draws, KeyedPairs, share_of
 from flowspace.vision.encoders import LatentEncoder
 from flowspace.vision.perceptual import literal_pair
 
@@ -78,7 +73,8 @@ def main(config: ImageNetConfig, options: Sequence[str] = ()) -> None:
         if "--evaluate" in options:
             ship.evaluate(config, accelerator)
         if first:
-            print(f"finished; the page of the run: {report.write(config)}")
+            path = report.write(config)
+            print(f"finished; the page of the run: {path}")
         accelerator.wait_for_everyone()
 
 
@@ -234,9 +230,8 @@ def generator_losses(
             targets = images
         with span("flow"):
             out = objective(network, z, targets, cond=cond, noise=noise)
-        times = {"t": out.t, "s": out.s}
-        terms, weights = {"flow": out.loss}, {"flow": 1.0}
-        cost = Losses(terms, weights, times, out.prediction, images)
+        cost = Losses.of_flow(out, out.prediction)
+        cost.real = images
         literal = functools.partial(literal_pair, objective, out, images)
         add_perceptual(cost, perceptual, (out.prediction, out.target), out.t, literal)
         add_adversarial(cost, adversary, config.adversarial, draws, out.t)

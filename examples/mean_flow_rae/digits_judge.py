@@ -25,14 +25,17 @@ SIDE = 8
 
 def judge_of(folder: Path) -> Judge:
     """Return the classifiers, trained into a folder where they are not there yet."""
-    data, settings = load("digits"), SETTINGS["digits"]
+    data = load("digits")
+    first = SETTINGS["digits"].classifier
     judges = []
     for number in range(1, JUDGES + 1):
-        plan = replace(settings.classifier, seed=settings.classifier.seed + 100 * number)
+        plan = replace(first, seed=first.seed + 100 * number)
         name = f"judge-{number}"
         trainer = Trainer(name, plan, folder / name, {"dataset": "digits"})
         torch.manual_seed(plan.seed)
-        judges.append(trainer.train(JudgeClassifier(data.side), data.half(1), classification))
+        network = JudgeClassifier(data.side)
+        trained = trainer.train(network, data.half(1), classification)
+        judges.append(trained)
     return Judge(tuple(judges), data)
 
 
@@ -44,8 +47,14 @@ def grey(samples: Tensor) -> Tensor:
 
 def table(verdicts: dict[str, Verdict]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Return the head and the rows of a table of verdicts by name."""
+    head = ("samples", "accuracy", "diversity", "Frechet distance")
     rows = []
-    for name, v in verdicts.items():
-        numbers = (f"{v.accuracy:.3f}", f"{v.diversity:.2f}", f"{v.frechet:.1f}")
-        rows.append((name, *numbers))
-    return ("samples", "accuracy", "diversity", "Frechet distance"), rows
+    for name, verdict in verdicts.items():
+        row = (
+            name,
+            f"{verdict.accuracy:.3f}",
+            f"{verdict.diversity:.2f}",
+            f"{verdict.frechet:.1f}",
+        )
+        rows.append(row)
+    return head, rows

@@ -12,8 +12,8 @@ leaves ``diagnostics.json``, three PNGs and ``diagnostics.html`` in its folder:
   short distillation, the time of a step over that of the exact one (table 3).
 """
 
+import dataclasses
 import functools
-import json
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -75,16 +75,19 @@ class DistillationTrial:
     def objective(self, **changes: Any) -> Objective:
         """Return distillation's objective with other settings."""
         config = replaced(self.work.config, objectives=changes)
-        return mean_flow_rae.objectives_of(config, self.teacher)["distillation"][0]
+        objectives = mean_flow_rae.objectives_of(config, self.teacher)
+        return objectives["distillation"][0]
 
     def outputs(self, network: DiTDH, objective: Objective, steps: int) -> Iterator[LossOutput]:
         """Yield what the objective gives for the batches of so many steps."""
-        t, device = self.training, self.work.accelerator.device
+        seed, batch = self.training.seed, self.training.batch
+        device = self.work.accelerator.device
         pairs = KeyedPairs(objective.times, mean_flow_rae.TIMES)  # type: ignore[arg-type]
-        objective = mean_flow_rae.dataclasses.replace(objective, times=pairs)
-        rows = KeyedRows(self.work.rows, t.seed, flip=False)
-        for step, places in enumerate(BatchRows(0, steps, t.batch, [(0, t.batch)])):
-            pairs.draws = Draws(t.seed, step, 0, t.batch, t.batch, device)
+        objective = dataclasses.replace(objective, times=pairs)
+        rows = KeyedRows(self.work.rows, seed, flip=False)
+        batches = BatchRows(0, steps, batch, [(0, batch)])
+        for step, places in enumerate(batches):
+            pairs.draws = Draws(seed, step, 0, batch, batch, device)
             latents, labels = zip(*(rows[place] for place in places), strict=True)
             z = torch.stack(latents).to(device)
             cond = {"labels": torch.tensor(labels, device=device)}
@@ -93,21 +96,25 @@ class DistillationTrial:
 
     def trained(self, network: DiTDH, objective: Objective) -> list[tuple[float, float]]:
         """Distil in place for a few steps; return the loss and the gradient's norm of each."""
-        t, found = self.training, []
-        optimizer = torch.optim.AdamW(network.parameters(), t.learning_rate, (0.9, 0.95))
+        t = self.training
+        weights = list(network.parameters())
+        optimizer = torch.optim.AdamW(weights, t.learning_rate, (0.9, 0.95))
+        found = []
         for out in self.outputs(network, objective, STEPS):
+            loss = out.loss.mean()
             optimizer.zero_grad()
-            out.loss.mean().backward()
-            norm = torch.nn.utils.clip_grad_norm_(network.parameters(), t.clip)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(weights, t.clip)
             optimizer.step()
-            found.append((float(out.loss.detach().mean()), float(norm)))
+            found.append((float(loss.detach()), float(norm)))
         return found
 
 
 def gradient_of(network: DiTDH, loss: Tensor) -> Tensor:
     """Return the gradient at all weights as one vector."""
-    found = torch.autograd.grad(loss, list(network.parameters()), allow_unused=True)
-    return torch.cat([part.flatten() for part in found if part is not None])
+    weights = list(network.parameters())
+    parts = torch.autograd.grad(loss, weights, allow_unused=True)
+    return torch.cat([part.flatten() for part in parts if part is not None])
 
 
 # --- the three questions -----------------------------------------------------------------------
@@ -130,19 +137,21 @@ def variances(trial: DistillationTrial, network: DiTDH) -> list[dict[str, float]
     found = []
     network = copied(network)
     for mix in MIXES:
+        objective = trial.objective(mix=mix)
         residuals, gradients = [], []
-        for out in trial.outputs(network, trial.objective(mix=mix), BATCHES):
-            residuals.append(out.residual.square().flatten(1).sum(1).mean())
-            gradients.append(gradient_of(network, out.loss.mean()).detach())
+        for out in trial.outputs(network, objective, BATCHES):
+            squares = out.residual.square().flatten(1)
+            residuals.append(squares.sum(1).mean())
+            gradient = gradient_of(network, out.loss.mean())
+            gradients.append(gradient.detach())
         stacked = torch.stack(gradients)
-        found.append(
-            {
-                "mix": mix,
-                "residual": float(torch.stack(residuals).mean()),
-                "variance": float(stacked.var(0).sum()),
-                "mean": float(stacked.mean(0).square().sum()),
-            }
-        )
+        row = {
+            "mix": mix,
+            "residual": float(torch.stack(residuals).mean()),
+            "variance": float(stacked.var(0).sum()),
+            "mean": float(stacked.mean(0).square().sum()),
+        }
+        found.append(row)
     return found
 
 
@@ -153,13 +162,20 @@ def differences(
     exact = slopes(trial, network, None)
     found = []
     for step in (None, *DIFFERENCES):
-        error = (slopes(trial, network, step) - exact).norm() / exact.norm()
+        missed = slopes(trial, network, step) - exact
+        error = missed.norm() / exact.norm()
         student = copied(network)
         began = time.perf_counter()
-        losses = trial.trained(student, trial.objective(difference=step))
-        row = {"step": step, "error": float(error), "seconds": time.perf_counter() - began}
-        row["loss"] = sum(loss for loss, _ in losses[-10:]) / 10
-        found.append(row | judged(trial, student, encoder))
+        records = trial.trained(student, trial.objective(difference=step))
+        seconds = time.perf_counter() - began
+        row = {
+            "step": step,
+            "error": float(error),
+            "seconds": seconds,
+            "loss": sum(loss for loss, _ in records[-10:]) / 10,
+        }
+        scores = judged(trial, student, encoder)
+        found.append(row | scores)
     for row in found:
         row["ratio"] = row["seconds"] / found[0]["seconds"]
     return found
@@ -178,16 +194,19 @@ def slopes(trial: DistillationTrial, network: DiTDH, step: float | None) -> Tens
 
     primals = (out.z_t, out.t, out.s, labels)
     tangents = (out.velocity, torch.ones_like(out.t), None, None)
-    return derivative(model, primals, tangents)[1].detach()
+    _, slope = derivative(model, primals, tangents)
+    return slope.detach()
 
 
 def judged(trial: DistillationTrial, network: DiTDH, encoder: LatentEncoder) -> dict[str, float]:
     """Return the scores of samples in one evaluation, where there is a judge of the set."""
-    config, device = trial.work.config, trial.work.accelerator.device
+    work = trial.work
+    config = work.config
     if config.data.path != "digits":
         return {}
-    plan = plan_of(config, len(trial.work.images.names), config.latent)
-    samples = drawn(plan, sampler_of(config, network.eval(), encoder, 1), device)
+    plan = plan_of(config, work.classes, config.latent)
+    draw = sampler_of(config, network.eval(), encoder, 1)
+    samples = drawn(plan, draw, work.accelerator.device)
     labels = torch.arange(plan.count) % plan.classes
     judge = digits_judge.judge_of(config.out.parent / "judges")
     verdict = judge.score(digits_judge.grey(samples), labels)
@@ -208,9 +227,10 @@ def main(config: RAEConfig) -> None:
     teacher = mean_flow_rae.teacher_of(work, encoder)
     students = mean_flow_rae.students_of(work, encoder, teacher)
     torch.manual_seed(config.training.seed)
-    sizes = config.sizes(len(images.names))
+    sizes = config.sizes(work.classes)
+    random = DiTDH(**sizes, average=True)
     begun = {
-        "random": DiTDH(**sizes, average=True).to(accelerator.device),
+        "random": random.to(accelerator.device),
         "flow matching": DiTDH.from_flow_matching(teacher),
         "mid-trained": students["mid_training"],
     }
@@ -220,23 +240,27 @@ def main(config: RAEConfig) -> None:
         "variances": variances(trial, students["distillation"]),
         "differences": differences(trial, students["mid_training"], encoder),
     }
-    write_beside(config.out / "diagnostics.json", json.dumps(found, indent=2) + "\n")
+    page.write_json(config.out / "diagnostics.json", found)
     print(f"the page: {write_page(config, found)}")
 
 
 def write_page(config: RAEConfig, found: Mapping[str, Any]) -> Path:
     """Write figures and tables, and return the page's path."""
-    write_beside(config.out / "initialisations.png", initial_curves(found["initialisations"]))
+    curves = initial_curves(found["initialisations"])
+    write_beside(config.out / "initialisations.png", curves)
+    of_mixes = ("mix", "residual", "variance", "mean")
+    of_differences = tuple(found["differences"][0])
     parts: list[page.Part] = [
         "Distillation from three initialisations: loss, and gradient norm before clipping.",
-        (config.out / "initialisations.png").read_bytes(),
-        "The teacher's share of the velocity, same network and rows: mean square of the residual "
-        "of a row, variance of a batch's gradient and square of its mean over batches.",
-        table(found["variances"], ("mix", "residual", "variance", "mean")),
-        f"The derivative: exact (no step) against central differences; {STEPS} steps of "
-        "distillation each, from the mid-trained network. The error is relative, the ratio is of "
-        "times of a step over that of the exact one.",
-        table(found["differences"], tuple(found["differences"][0])),
+        curves,
+        "The teacher's share of the velocity, same network and rows: "
+        "mean square of the residual of a row, "
+        "variance of a batch's gradient and square of its mean over batches.",
+        table(found["variances"], of_mixes),
+        "The derivative: exact (no step) against central differences; "
+        f"{STEPS} steps of distillation each, from the mid-trained network. "
+        "The error is relative, the ratio is of times of a step over that of the exact one.",
+        table(found["differences"], of_differences),
     ]
     return page.write(config.out / "diagnostics.html", f"Diagnostics: {config.name}", parts)
 
@@ -245,22 +269,24 @@ def table(rows: Iterable[Mapping[str, Any]], names: tuple[str, ...]) -> page.Par
     """Return records as a table of the values under these names."""
     cells = []
     for row in rows:
-        texts = []
-        for name in names:
-            text = "exact"
-            if row[name] is not None:
-                text = f"{row[name]:.4g}"
-            texts.append(text)
-        cells.append(texts)
+        cells.append([cell_of(row[name]) for name in names])
     return names, cells
+
+
+def cell_of(value: float | None) -> str:
+    """Return a number as the tables show it; no step of a difference is the exact derivative."""
+    if value is None:
+        return "exact"
+    return f"{value:.4g}"
 
 
 def initial_curves(found: Mapping[str, Any]) -> bytes:
     """Plot losses and gradient norms over steps: a PNG."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for name, records in found.items():
-        for axis, values in zip(axes, zip(*records, strict=True), strict=True):
-            axis.plot(range(len(values)), values, label=name)
+        losses, norms = zip(*records, strict=True)
+        axes[0].plot(range(len(losses)), losses, label=name)
+        axes[1].plot(range(len(norms)), norms, label=name)
     for axis, label in zip(axes, ("loss of distillation", "gradient norm"), strict=True):
         axis.set_yscale("log")
         axis.set_xlabel("step")

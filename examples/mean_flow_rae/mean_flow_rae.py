@@ -34,7 +34,7 @@ if __name__ == "__main__":
 import copy
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,32 +92,45 @@ class Work:
     images: Images
     rows: Rows
 
+    @property
+    def classes(self) -> int:
+        """How many classes the pictures have."""
+        return len(self.images.names)
+
     def fit(self, name: str, network: nn.Module, losses: LossesOf, **more: Any) -> Any:
         """Train a network as the settings of a stage say, or go on; return its average."""
-        config, number = self.config, STAGES.index(name)
-        earlier = as_dict(config)
-        depends = {"data": earlier["data"] | {"workers": None}}
-        for section in ("representation", "network", "objectives", "teacher", *STAGES[:number]):
-            depends[section] = earlier[section]
-        depends["network"] = depends["network"] | {"compile": None}
+        config = self.config
+        number = STAGES.index(name)
         training = getattr(config, name).over(config.training, number)
-        return fit(
-            Stage(
-                name,
-                network,
-                losses,
-                self.rows,
-                training=training,
-                depends=depends,
-                folder=config.out / name,
-                optimizer=optimizer_of(training),
-                flip=config.data.flip,
-                workers=config.data.workers,
-                begun=functools.partial(page.keep_config, config.out, as_dict(config)),
-                **more,
-            ),
-            self.accelerator,
+        stage = Stage(
+            name,
+            network,
+            losses,
+            self.rows,
+            training=training,
+            depends=self.depends(number),
+            folder=config.out / name,
+            optimizer=optimizer_of(training),
+            flip=config.data.flip,
+            workers=config.data.workers,
+            begun=functools.partial(page.keep_config, config.out, as_dict(config)),
+            **more,
         )
+        return fit(stage, self.accelerator)
+
+    def depends(self, number: int) -> dict[str, Any]:
+        """Return the settings that what is trained in the stage of a number depends on."""
+        settings = as_dict(self.config)
+        found = {
+            "data": settings["data"] | {"workers": None},
+            "representation": settings["representation"],
+            "network": settings["network"] | {"compile": None},
+            "objectives": settings["objectives"],
+            "teacher": settings["teacher"],
+        }
+        for earlier in STAGES[:number]:
+            found[earlier] = settings[earlier]
+        return found
 
 
 # --- stage 0: the representation ---------------------------------------------------------------
@@ -131,21 +144,25 @@ def representation(work: Work) -> LatentEncoder:
     if config.decoder is None:
         return LatentEncoder(autoencoder)
     if autoencoder._latents_mean.numel() == 1:
-        pixels = pictures_in_order(work.images, 64, config.data.workers)
-        measured = LatentEncoder(autoencoder).fit(
-            (in_range(some.to(accelerator.device)) for some in pixels), by_position=True
-        )
-        keep_statistics(measured)
+        encoder = LatentEncoder(autoencoder)
+        keep_statistics(encoder.fit(pictures_of(work), by_position=True))
     network = RAEReconstruction(autoencoder, config.representation.tau)
     if config.network.compile:
         for layer in autoencoder.decoder.decoder_layers:
             layer.compile()
-    adversary, a = None, config.representation.adversarial
-    if a is not None:
-        adversary = adversary_of(config, a, LinearSchedule(), accelerator)
+    adversary = None
+    settings = config.representation.adversarial
+    if settings is not None:
+        adversary = adversary_of(config, settings, LinearSchedule(), accelerator)
     losses = decoder_losses(config, network, adversary, accelerator.device)
     averaged = work.fit("decoder", network, losses, adversary=adversary)
     return LatentEncoder(averaged.autoencoder)
+
+
+def pictures_of(work: Work) -> Iterator[Tensor]:
+    """Yield all pictures in their order, in [-1, 1], on the device."""
+    for pixels in pictures_in_order(work.images, 64, work.config.data.workers):
+        yield in_range(pixels.to(work.accelerator.device))
 
 
 def decoder_losses(
@@ -155,7 +172,8 @@ def decoder_losses(
     device: torch.device,
 ) -> LossesOf:
     """Return L1 + w_L LPIPS + w_G eta GAN of pictures whose features were made noisy."""
-    r, loss = config.representation, DecoderLoss()
+    r = config.representation
+    loss = DecoderLoss()
     if r.adversarial is not None:
         loss = dataclasses.replace(loss, adversarial_weight=r.adversarial.weight)
     if r.perceptual is not None:
@@ -165,7 +183,8 @@ def decoder_losses(
     def losses(network: nn.Module, batch: Sequence[Tensor], draws: Draws) -> Losses:
         images = in_range(batch[0])
         spread = draws.uniform((), SPREAD)
-        made = network(images, spread, draws.normal(config.latent, NOISE))
+        noise = draws.normal(config.latent, NOISE)
+        made = network(images, spread, noise)
         opinion, last = None, None
         if adversary is not None:
             opinion = adversary.opinion(made, draws)
@@ -180,8 +199,8 @@ def decoder_losses(
 def encoded(work: Work, encoder: LatentEncoder) -> Rows:
     """Return the latents of all pictures, which the other stages read."""
     found = []
-    for pixels in pictures_in_order(work.images, 64, work.config.data.workers):
-        found.append(encoder.encode(in_range(pixels.to(work.accelerator.device))).cpu())
+    for images in pictures_of(work):
+        found.append(encoder.encode(images).cpu())
     return LatentRows(work.images, torch.cat(found))
 
 
@@ -211,17 +230,25 @@ def objectives_of(config: RAEConfig, teacher: Any) -> dict[str, tuple[Objective,
     moving = 2.0
     if o.difference is None:
         moving = 1.0
-    slope = {"derivative": derivative_of(config)}
-    times = TimePairs(ShiftedTimes(dim), equal=o.equal)
-    flow = FlowMatchingLoss(times=TimePairs(ShiftedTimes(dim), equal=1.0, mask_first=True))
+    diagonal = TimePairs(ShiftedTimes(dim), equal=1.0, mask_first=True)
+    flow = FlowMatchingLoss(times=diagonal)
     trajectories = TrajectoryMatchingLoss.published(
-        dim, teacher=teacher, steps=o.steps, pairs=pairs, trajectories=None
-    )  # as many as the batch has rows
-    taught = MeanFlowDistillationLoss.published(
-        dim, teacher=teacher, times=times, mix=o.mix, **slope
+        dim,
+        teacher=teacher,
+        steps=o.steps,
+        pairs=pairs,
+        trajectories=None,  # as many as the batch has rows
     )
-    tuned = MeanFlowDistillationLoss.published(dim, teacher=teacher, times=times, mix=0.0, **slope)
-    scratch = MeanFlowLoss.published(**slope)
+    derivative = derivative_of(config)
+    taught = MeanFlowDistillationLoss.published(
+        dim,
+        teacher=teacher,
+        times=TimePairs(ShiftedTimes(dim), equal=o.equal),
+        mix=o.mix,
+        derivative=derivative,
+    )
+    tuned = dataclasses.replace(taught, mix=0.0)
+    scratch = MeanFlowLoss.published(derivative=derivative)
     off_diagonal = moving * (1 - o.equal)
     return {
         "flow_matching": (flow, 1),
@@ -253,14 +280,15 @@ def latent_losses(
         if z.dtype == torch.uint8:
             z = encoder.encode(in_range(z))
         if drop:
-            labels = torch.where(draws.uniform((), DROPPED) < drop, null, labels)
+            dropped = draws.uniform((), DROPPED) < drop
+            labels = torch.where(dropped, null, labels)
         pairs.draws = draws
         source = None
         if not drawn_times:
             source = draws.generator  # of the pairs of a trajectory's points
         noise = draws.normal(z.shape[1:], NOISE)
         out = objective(network, z, cond={"labels": labels}, noise=noise, generator=source)
-        return Losses({"flow": out.loss}, {"flow": 1.0}, {"t": out.t, "s": out.s}, out.prediction)
+        return Losses.of_flow(out, out.prediction)
 
     return losses
 
@@ -272,15 +300,17 @@ def in_latents(
     work: Work, name: str, network: DiTDH, encoder: LatentEncoder, teacher: Any = no_teacher
 ) -> DiTDH:
     """Train a network of velocities or of average velocities as a stage says."""
-    config, classes, steps = work.config, len(work.images.names), 1
+    config, classes = work.config, work.classes
     objective, _ = objectives_of(config, teacher)[name]
-    drop = 0.0
+    steps, drop = 1, 0.0
     if name == "flow_matching":
-        drop, steps = config.objectives.drop_labels, config.teacher_steps
+        steps = config.teacher_steps
+        drop = config.objectives.drop_labels
     plan = plan_of(config, classes, config.latent, SHEET)
 
     def look(averaged: nn.Module) -> Tensor:
-        return drawn(plan, sampler_of(config, averaged, encoder, steps), work.accelerator.device)
+        draw = sampler_of(config, averaged, encoder, steps)
+        return drawn(plan, draw, work.accelerator.device)
 
     return work.fit(
         name,
@@ -293,11 +323,12 @@ def in_latents(
 
 def teacher_of(work: Work, encoder: LatentEncoder) -> DiTDH:
     """Return the frozen teacher: from its folder, or from the stage that trains it."""
-    config, sizes = work.config, work.config.sizes(len(work.images.names))
+    config = work.config
     if config.teacher is not None:
         teacher = DiTDH.from_pretrained(config.teacher)
     else:
         torch.manual_seed(config.training.seed)
+        sizes = config.sizes(work.classes)
         network = DiTDH(**sizes, null_trained=config.objectives.drop_labels > 0)
         teacher = in_latents(work, "flow_matching", network, encoder)
     teacher.to(work.accelerator.device).requires_grad_(False).eval()  # type: ignore[arg-type]
@@ -315,8 +346,8 @@ def students_of(work: Work, encoder: LatentEncoder, teacher: DiTDH) -> dict[str,
     network = DiTDH.from_flow_matching(teacher)
     for name in ("mid_training", "distillation", "fine_tuning"):
         if getattr(work.config, name) is not None:
-            network = in_latents(work, name, network, encoder, teacher)
-            found[name], network = network, copied(network)
+            found[name] = in_latents(work, name, network, encoder, teacher)
+            network = copied(found[name])
     return found
 
 
@@ -336,14 +367,18 @@ def with_baseline(config: RAEConfig, count: int) -> RAEConfig:
     scratch = config.scratch
     if scratch is None or scratch.steps is not None or scratch.epochs is not None:
         return config
-    objectives, total = objectives_of(config, no_teacher), 0.0
+    objectives = objectives_of(config, no_teacher)
+    total = 0.0
     for name in STAGES[1:-1]:
         stage = getattr(config, name)
-        if stage is not None:
-            t = stage.over(config.training, 0)
-            total += steps_of(t, count) * t.batch * objectives[name][1]
+        if stage is None:
+            continue
+        t = stage.over(config.training, 0)
+        _, evaluations = objectives[name]
+        total += steps_of(t, count) * t.batch * evaluations
+    _, evaluations = objectives["scratch"]
     batch = scratch.over(config.training, 0).batch
-    steps = round(total / (batch * objectives["scratch"][1]))
+    steps = round(total / (batch * evaluations))
     return replaced(config, scratch={"steps": steps})
 
 
@@ -358,8 +393,9 @@ def main(config: RAEConfig, options: Sequence[str] = ()) -> None:
     check_processes(config.training, accelerator, "examples/mean_flow_rae/mean_flow_rae.py")
     images = images_of(config.data, config.out.parent)
     config = with_baseline(config, len(images))
+    sizes = config.sizes(len(images.names))
     if config.teacher is not None:  # refused before a step is paid for
-        DiTDH.from_flow_matching(config.teacher, **config.sizes(len(images.names)))
+        DiTDH.from_flow_matching(config.teacher, **sizes)
     work = Work(config, accelerator, images, images)
     with locked_by_first(config.out, accelerator):
         encoder = representation(work)
@@ -369,9 +405,9 @@ def main(config: RAEConfig, options: Sequence[str] = ()) -> None:
         networks = {"flow_matching": teacher} | students_of(work, encoder, teacher)
         if config.scratch is not None:
             torch.manual_seed(config.training.seed)
-            network = DiTDH(**config.sizes(len(images.names)), average=True)
+            network = DiTDH(**sizes, average=True)
             networks["scratch"] = in_latents(work, "scratch", network, encoder)
-        shipped = [name for name in networks if name != "scratch"][-1]
+        *_, shipped = [name for name in networks if name != "scratch"]
         if accelerator.is_main_process:
             networks[shipped].save_pretrained(config.out / "network")
         if "--evaluate" in options:
@@ -384,11 +420,11 @@ def main(config: RAEConfig, options: Sequence[str] = ()) -> None:
 
 def judge_samples(work: Work, network: DiTDH, encoder: LatentEncoder) -> None:
     """Draw and judge as many samples as the config says, in one evaluation and in two."""
-    config, classes = work.config, len(work.images.names)
+    config = work.config
     for steps in (1, 2):
         own = dataclasses.replace(config, out=config.out / f"evaluations-{steps}")
         draw = sampler_of(config, network, encoder, steps)
-        plan = plan_of(own, classes, config.latent)
+        plan = plan_of(own, work.classes, config.latent)
         evaluate(own, plan, draw, digest(network), work.accelerator)
 
 

@@ -1,6 +1,5 @@
 """What a run leaves beside its weights: scores of small sets, figures, ``report.html``."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +11,7 @@ import page
 import torch
 from judging import Sampler, drawn, plan_of
 from matplotlib import pyplot as plt
+from pictures import in_range, stacked
 from rae_settings import RAEConfig
 from reading import as_dict
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from flowspace.demo.metrics import Verdict
 from flowspace.demo.page import png, write_beside
 from flowspace.vision.data import Images
 from flowspace.vision.encoders import LatentEncoder
+from flowspace.vision.evaluate import rounded
 
 __all__ = ["draws_of", "sampler_of", "stage_curves", "write_report"]
 
@@ -46,14 +47,17 @@ def sampler_of(
 
     A network of velocities is solved by Euler, one of average velocities jumps.
     """
-    k = ShiftedTimes(config.dim).shift
-    grid = [k * i / (k * i + steps - i) for i in range(steps, -1, -1)]
+    shift = ShiftedTimes(config.dim).shift
+    grid = []
+    for left in range(steps, -1, -1):
+        grid.append(shift * left / (shift * left + steps - left))
     flow: Any = VelocityFlow(network)
     if network.config["average"]:  # type: ignore[index]  # a DiTDH
         flow = FlowMap(network, LinearSchedule(), MeanFlowStatistic())
 
     def draw(noise: Tensor, labels: Tensor) -> Tensor:
-        return encoder.decode(flow.sample(noise, cond={"labels": labels}, times=grid))
+        latents = flow.sample(noise, cond={"labels": labels}, times=grid)
+        return encoder.decode(latents)
 
     return draw
 
@@ -93,40 +97,58 @@ def write_report(
     for title, (name, steps) in draws_of(config, networks).items():
         draw = sampler_of(config, networks[name], encoder, steps)
         samples[title] = drawn(plan, draw, device)
-    shown = {"pictures": torch.stack([images.row(i)[0] for i in range(SHOWN)])}
-    shown["reconstructed"] = reconstructed(shown["pictures"], encoder)
-    shown |= {title: pictures[:SHOWN] for title, pictures in samples.items()}
-    write_beside(config.out / "samples.png", page.class_rows(shown))
-    write_beside(config.out / "stages.png", stage_curves(config.out, list(networks)))
+    sheet = sheet_of(images, encoder, samples)
+    write_beside(config.out / "samples.png", sheet)
+    curves = stage_curves(config.out, list(networks))
+    write_beside(config.out / "stages.png", curves)
     parts: list[page.Part] = [
         "Pictures, reconstructions, and samples of each stage, the same noise in each row:",
-        (config.out / "samples.png").read_bytes(),
+        sheet,
     ]
     if config.data.path == "digits":
-        judge = digits_judge.judge_of(config.out.parent / "judges")
         labels = torch.arange(plan.count) % plan.classes
-        verdicts: dict[str, Verdict] = {"real digits": judge.real()}
-        for title, pictures in samples.items():
-            verdicts[title] = judge.score(digits_judge.grey(pictures), labels)
-        found = {title: asdict(verdict) for title, verdict in verdicts.items()}
-        write_beside(config.out / "scores.json", json.dumps(found, indent=2) + "\n")
+        verdicts = verdicts_of(config, samples, labels)
         parts += ["By classifiers that no stage saw:", digits_judge.table(verdicts)]
     for steps in (1, 2):
         folder = config.out / f"evaluations-{steps}"
         if folder.exists():
             parts += page.scores_tables(folder, "--evaluate")
-    parts += ["Loss and gradient norm of the stages, before clipping:"]
-    parts += [(config.out / "stages.png").read_bytes()]
-    log = [record for name in networks for record in journal.latest(config.out / name)]
+    parts += ["Loss and gradient norm of the stages, before clipping:", curves]
+    log = []
+    for name in networks:
+        log += journal.latest(config.out / name)
     parts += [page.provenance(log, device), page.settings_table(as_dict(config))]
     return page.write(config.out / "report.html", f"MeanFlow-RAE: {config.name}", parts)
 
 
+def sheet_of(images: Images, encoder: LatentEncoder, samples: Mapping[str, Tensor]) -> bytes:
+    """Return pictures, their reconstructions and the first samples of each kind: a PNG."""
+    pictures = stacked(images, range(SHOWN))
+    shown = {"pictures": pictures, "reconstructed": reconstructed(pictures, encoder)}
+    for title, made in samples.items():
+        shown[title] = made[:SHOWN]
+    return page.class_rows(shown)
+
+
+def verdicts_of(
+    config: RAEConfig, samples: Mapping[str, Tensor], labels: Tensor
+) -> dict[str, Verdict]:
+    """Judge samples of digits, by title, and leave ``scores.json``."""
+    judge = digits_judge.judge_of(config.out.parent / "judges")
+    verdicts = {"real digits": judge.real()}
+    for title, pictures in samples.items():
+        grey = digits_judge.grey(pictures)
+        verdicts[title] = judge.score(grey, labels)
+    found = {title: asdict(verdict) for title, verdict in verdicts.items()}
+    page.write_json(config.out / "scores.json", found)
+    return verdicts
+
+
 def reconstructed(pictures: Tensor, encoder: LatentEncoder) -> Tensor:
     """Return what the decoder makes of the latents of uint8 pictures."""
-    images = pictures.to(encoder.mean.device).float() / 127.5 - 1
-    made = encoder.decode(encoder.encode(images))
-    return ((made + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+    images = in_range(pictures.to(encoder.mean.device))
+    latents = encoder.encode(images)
+    return rounded(encoder.decode(latents)).cpu()
 
 
 def stage_curves(folder: Path, names: list[str]) -> bytes:
@@ -135,8 +157,10 @@ def stage_curves(folder: Path, names: list[str]) -> bytes:
     for name in names:
         log = [record for record in journal.latest(folder / name) if "loss" in record]
         steps = [record["step"] for record in log]
+        title = TITLES.get(name, name)
         for axis, key in zip(axes, ("loss", "gradient_norm"), strict=True):
-            axis.plot(steps, [record[key] for record in log], label=TITLES.get(name, name))
+            values = [record[key] for record in log]
+            axis.plot(steps, values, label=title)
     for axis, label in zip(axes, ("loss of the stage", "gradient norm"), strict=True):
         axis.set_yscale("log")
         axis.set_xlabel("step")

@@ -46,7 +46,10 @@ def autoencoder_of(config: RAEConfig) -> Any:
         return with_decoder(published, r.decoder, **r.sizes)
     autoencoder = unfilled(config)
     autoencoder.encoder = TimmFeatures(
-        r.network, weights=weights_of(r.weights), size=None, layers=(r.layer,)
+        r.network,
+        weights=weights_of(r.weights),
+        size=None,
+        layers=(r.layer,),
     )
     autoencoder._encoder_forward_fn = tokens_of_features
     return autoencoder
@@ -83,27 +86,33 @@ def check_shapes(config: RAEConfig) -> None:
     Raises:
         InputError: if the shapes do not fit; it says which.
     """
-    side, classes = config.data.size, config.data.classes or 0
+    sizes = config.sizes(config.data.classes or 0)
+    picture = (3, config.data.size, config.data.size)
     with torch.device("meta"):
-        network = DiTDH(**config.sizes(classes), average=True)
+        network = DiTDH(**sizes, average=True)
         autoencoder = unfilled(config)
-        z, t = torch.empty(2, *config.latent), torch.empty(2)
+        latents, t = torch.empty(2, *config.latent), torch.empty(2)
+        labels = torch.zeros(2, dtype=torch.long)
         if config.representation.network is None:  # else the features' place is empty here
-            encoded = autoencoder.encode(torch.empty(2, 3, side, side)).latent
-            require_shape("latents", encoded, config.latent)
-        velocities = network(z, t, t, torch.zeros(2, dtype=torch.long))
+            encoded = autoencoder.encode(torch.empty(2, *picture))
+            require_shape("latents", encoded.latent, config.latent)
+        velocities = network(latents, t, t, labels)
         require_shape("velocities", velocities, config.latent)
-        require_shape("pictures", autoencoder.decode(z).sample, (3, side, side))
-    for name, part in (("DiT^DH", network), ("decoder", autoencoder.decoder)):
+        decoded = autoencoder.decode(latents)
+        require_shape("pictures", decoded.sample, picture)
+    parts = {"DiT^DH": network, "decoder": autoencoder.decoder}
+    for name, part in parts.items():
         count = sum(parameter.numel() for parameter in part.parameters())
         print(f"{name}: {count / 1e6:.1f} million parameters")
-    print(f"latents {config.latent}, pictures {(3, side, side)}: all shapes fit")
+    print(f"latents {config.latent}, pictures {picture}: all shapes fit")
 
 
 def require_shape(name: str, made: Tensor, wanted: tuple[int, ...]) -> None:
     """Raise InputError unless what a network makes has the shape that the config says."""
-    if tuple(made.shape[1:]) != wanted:
+    shape = tuple(made.shape[1:])
+    if shape != wanted:
         raise InputError(
-            f"got {name} of {tuple(made.shape[1:])} from networks whose config says {wanted}; "
-            "write representation.channels, representation.sizes, network.grid, data.size to fit"
+            f"got {name} of {shape} from networks whose config says {wanted}; "
+            "write representation.channels, representation.sizes, "
+            "network.grid, data.size to fit"
         )

@@ -69,7 +69,10 @@ class StageConfig:
 
     def over(self, training: TrainingConfig, seed: int) -> TrainingConfig:
         """Return the training of this stage, which draws from a seed of its own."""
-        said = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        said = {}
+        for name, value in dataclasses.asdict(self).items():
+            if value is not None:
+                said[name] = value
         return dataclasses.replace(training, **said, seed=training.seed + seed)
 
 
@@ -120,10 +123,11 @@ class RAEConfig(ProgramConfig):
             raise ValueError("features of a network have no decoder; write a stage decoder")
         if (self.teacher is None) == (self.flow_matching is None):
             raise ValueError("write teacher or flow_matching: where the teacher comes from")
-        if r.network is not None and self.network.grid * r.cell != self.data.size:
+        grid, size = self.network.grid, self.data.size
+        if r.network is not None and grid * r.cell != size:
             raise ValueError(
-                f"{self.network.grid} cells of {r.cell} pixels are no picture of "
-                f"{self.data.size}; write network.grid={self.data.size // r.cell}"
+                f"{grid} cells of {r.cell} pixels are no picture of {size}; "
+                f"write network.grid={size // r.cell}"
             )
 
     @property
@@ -138,9 +142,9 @@ class RAEConfig(ProgramConfig):
 
     def sizes(self, classes: int) -> dict[str, Any]:
         """Return the arguments of the network for so many classes."""
-        found = dataclasses.asdict(self.network) | {"channels": self.representation.channels}
+        found = dataclasses.asdict(self.network)
         found.pop("compile")
-        return found | {"classes": classes}
+        return found | {"channels": self.representation.channels, "classes": classes}
 
 
 def check(config: RAEConfig) -> None:
@@ -151,6 +155,7 @@ def check(config: RAEConfig) -> None:
     """
     if "--check" in sys.argv:
         return
-    check_folder("data.path", config.data.path, (*SETS, *(f"{name}/test" for name in SETS)))
+    held_out = [f"{name}/test" for name in SETS]
+    check_folder("data.path", config.data.path, (*SETS, *held_out))
     if config.teacher is not None and not config.teacher.is_dir():
         raise SettingsError(f"got teacher = {config.teacher}, no folder; write teacher=FOLDER")

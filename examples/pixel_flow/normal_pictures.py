@@ -9,6 +9,9 @@ their law from the pictures' is Frechet's, over the variance of the pictures, wi
 sampling.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -19,7 +22,8 @@ from flowspace.demo.page import markdown_table
 SIDE = 16
 """Pixels a side of a picture."""
 
-DIRECTIONS = SIDE**2
+STEPS = (12, 24, 60, 120)
+"""Of Euler, in all stages together."""
 
 
 def covariance_of_pictures() -> Tensor:
@@ -27,16 +31,34 @@ def covariance_of_pictures() -> Tensor:
     rate = torch.fft.fftfreq(SIDE, dtype=torch.float64)
     squared = rate[:, None] ** 2 + rate**2
     power = 1 / (squared + 1 / SIDE**2)
-    row = torch.fft.ifft2(power).real
-    rows = [row.roll((i, j), (0, 1)).flatten() for i in range(SIDE) for j in range(SIDE)]
+    of_first = torch.fft.ifft2(power).real
+    rows = []
+    for i in range(SIDE):
+        for j in range(SIDE):
+            shifted = of_first.roll((i, j), (0, 1))
+            rows.append(shifted.flatten())
     covariance = torch.stack(rows)
     return covariance / covariance.diagonal().mean()
 
 
-def matrix_of(function: object, side: int) -> Tensor:
+def matrix_of(function: Callable[[Tensor], Tensor], side: int) -> Tensor:
     """Return the matrix of a linear function of pictures of a side."""
-    basis = torch.eye(side**2, dtype=torch.float64).reshape(-1, 1, side, side)
-    return function(basis).flatten(1).T  # type: ignore[operator]
+    return function(unit_pictures(side)).flatten(1).T
+
+
+def unit_pictures(side: int) -> Tensor:
+    """Return the pictures ``(N, 1, side, side)`` with a 1 in one of N pixels, and zeros."""
+    return identity(side**2).reshape(-1, 1, side, side)
+
+
+def identity(size: int) -> Tensor:
+    """Return the identity matrix."""
+    return torch.eye(size, dtype=torch.float64)
+
+
+def blurred(pictures: Tensor) -> Tensor:
+    """Return pictures halved and doubled again: what the stage before knows of them."""
+    return doubled(halved(pictures))
 
 
 class NormalStage:
@@ -49,13 +71,12 @@ class NormalStage:
 
     def __init__(self, stage: CascadeStage, covariance: Tensor) -> None:
         size = len(covariance)
-        side = round(size**0.5)
-        eye = torch.eye(size, dtype=torch.float64)
-        blur = eye
+        blur = identity(size)
         if stage.index:
-            blur = matrix_of(lambda x: doubled(halved(x)), side)
-        self.stage, self.covariance = stage, covariance
-        self.of_end = (1 - stage.end) * eye
+            blur = matrix_of(blurred, round(size**0.5))
+        self.stage = stage
+        self.covariance = covariance
+        self.of_end = (1 - stage.end) * identity(size)
         self.of_start = (1 - stage.start) * blur
 
     def velocity(self, z: Tensor, t: float) -> Tensor:
@@ -65,10 +86,12 @@ class NormalStage:
         to_n = stage.start - stage.end
         of_x = (1 - t) * self.of_end + t * self.of_start
         of_n = (1 - t) * stage.end + t * stage.start
-        eye = torch.eye(len(of_x), dtype=torch.float64)
+        eye = identity(len(of_x))
         own = of_x @ self.covariance @ of_x.T + of_n**2 * eye
         cross = to_x @ self.covariance @ of_x.T + to_n * of_n * eye
-        return torch.linalg.solve(own, z.flatten(1).T).T.matmul(cross.T).reshape(z.shape)
+        states = z.flatten(1).T
+        whitened = torch.linalg.solve(own, states).T
+        return whitened.matmul(cross.T).reshape(z.shape)
 
 
 def sampler_of(stages: int, covariance: Tensor) -> CascadeFlow:
@@ -77,39 +100,47 @@ def sampler_of(stages: int, covariance: Tensor) -> CascadeFlow:
     by_side: dict[int, NormalStage] = {}
     for stage in cascade:
         halvings = stages - 1 - stage.index
-        down = matrix_of(lambda x, times=halvings: halved(x, times), SIDE)
-        by_side[SIDE >> halvings] = NormalStage(stage, down @ covariance @ down.T)
+        down = matrix_of(partial(halved, times=halvings), SIDE)
+        of_stage = down @ covariance @ down.T
+        by_side[SIDE >> halvings] = NormalStage(stage, of_stage)
 
     def network(z: Tensor, t: Tensor, s: Tensor) -> Tensor:
         normal = by_side[z.shape[-1]]
         low, high = normal.stage.window
-        return normal.velocity(z, (float(t[0]) - low) / (high - low))
+        own_time = (float(t[0]) - low) / (high - low)
+        return normal.velocity(z, own_time)
 
-    return CascadeFlow(cascade, FlowMatchingLoss().flow_map(network), Euler())
+    flow_map = FlowMatchingLoss().flow_map(network)
+    return CascadeFlow(cascade, flow_map, Euler())
 
 
 def distance(first: Tensor, second: Tensor) -> float:
     """Return the squared Frechet distance of two centred normal laws, over the second's trace."""
     values, vectors = torch.linalg.eigh(second)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ first @ root).clamp(min=0).sqrt().sum()
-    return float((first.trace() + second.trace() - 2 * cross) / second.trace())
+    squares = torch.linalg.eigvalsh(root @ first @ root)
+    cross = squares.clamp(min=0).sqrt().sum()
+    squared = first.trace() + second.trace() - 2 * cross
+    return float(squared / second.trace())
 
 
 def main() -> None:
     """Print the distance and the cost of cascades of one to four stages."""
     covariance = covariance_of_pictures()
-    noise = torch.eye(DIRECTIONS, dtype=torch.float64).reshape(-1, 1, SIDE, SIDE)
+    noise = unit_pictures(SIDE)
+    head = ["stages", "pixels a step, of one stage's"]
+    head += [f"{steps} steps" for steps in STEPS]
     rows = []
     for stages in (1, 2, 3, 4):
-        cells, sampler = [], sampler_of(stages, covariance)
-        for steps in (12, 24, 60, 120):
-            made = sampler.sample(noise, steps=steps // stages).flatten(1)
-            cells.append(f"{distance(made.T @ made, covariance):.2e}")
         pixels = sum(4.0**-k for k in range(stages)) / stages
-        rows.append([str(stages), f"{pixels:.3f}", *cells])
-    steps_head = [f"{steps} steps" for steps in (12, 24, 60, 120)]
-    print(markdown_table(["stages", "pixels a step, of one stage's", *steps_head], rows))
+        cells = [str(stages), f"{pixels:.3f}"]
+        sampler = sampler_of(stages, covariance)
+        for steps in STEPS:
+            made = sampler.sample(noise, steps=steps // stages).flatten(1)
+            missed = distance(made.T @ made, covariance)
+            cells.append(f"{missed:.2e}")
+        rows.append(cells)
+    print(markdown_table(head, rows))
 
 
 if __name__ == "__main__":

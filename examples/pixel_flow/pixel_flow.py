@@ -92,7 +92,8 @@ def main(config: PixelFlowConfig, options: Sequence[str] = ()) -> None:
         plan = plan_of(config, conditions)
         judging.evaluate(config, plan, draw, judging.digest(network), accelerator)
         if accelerator.is_main_process:
-            print(f"finished; the page of the run: {report(config, images, network, conditions)}")
+            path = report(config, images, network, conditions)
+            print(f"finished; the page of the run: {path}")
         accelerator.wait_for_everyone()
 
 
@@ -116,8 +117,11 @@ def pictures_of(config: PixelFlowConfig) -> Images:
 def network_of(config: PixelFlowConfig, conditions: Conditions) -> PixelFlowTransformer:
     """Build the untrained network."""
     n = config.network
-    sizes = {name: getattr(n, name) for name in ("depth", "width", "heads")}
-    sizes = {name: size for name, size in sizes.items() if size is not None}
+    sizes = {}
+    for name in ("depth", "width", "heads"):
+        size = getattr(n, name)
+        if size is not None:
+            sizes[name] = size
     if n.preset is None and len(sizes) < 3:
         raise InputError("got network.preset = null; write network.depth, width and heads too")
     kind: Any = PixelFlowTransformer
@@ -144,13 +148,17 @@ def loss_of(config: PixelFlowConfig) -> CascadeLoss:
 def losses_of(config: PixelFlowConfig, conditions: Conditions) -> LossesOf:
     """Return the loss of a step's rows, each in the stage that it is assigned to."""
     loss_fn = loss_of(config)
-    times, cascade = loss_fn.objective.times, loss_fn.cascade  # type: ignore[union-attr]
+    objective: Any = loss_fn.objective
+    times = objective.times
+    cascade = loss_fn.cascade
 
     def losses(network: nn.Module, batch: Sequence[Tensor], draws: Draws) -> Losses:
         pixels, labels = batch
-        t, s = draws.rows(
-            lambda count, draw: times(count, generator=draw, device=draws.device), TIMES
-        )
+
+        def drawn_times(count: int, draw: torch.Generator) -> Sequence[Tensor]:
+            return times(count, generator=draw, device=draws.device)
+
+        t, s = draws.rows(drawn_times, TIMES)
         dropped = draws.uniform((), DROPPED) < config.condition.drop
         out = loss_fn(
             network,
@@ -161,7 +169,7 @@ def losses_of(config: PixelFlowConfig, conditions: Conditions) -> LossesOf:
             t=t,
             s=s,
         )
-        return Losses({"flow": out.loss}, {"flow": 1.0}, {"t": out.t, "s": out.s})
+        return Losses.of_flow(out)
 
     return losses
 
@@ -182,20 +190,23 @@ def check_share(config: PixelFlowConfig, processes: int) -> None:
     parts = processes * t.accumulate
     if t.batch // parts < stages:
         raise InputError(
-            f"got training.batch = {t.batch} in {parts} parts, one a process and step of "
-            f"training.accumulate, with training.sharded=true: fewer rows than the {stages} "
-            "stages, so processes would call the network unequally often and wait for ever; "
+            f"got training.batch = {t.batch} in {parts} parts, "
+            "one a process and step of training.accumulate, with training.sharded=true: "
+            f"fewer rows than the {stages} stages, "
+            "so processes would call the network unequally often and wait for ever; "
             f"write training.batch={parts * stages} or more, or cascade.packed=true"
         )
 
 
 def prepared(config: PixelFlowConfig, images: Images, conditions: Conditions) -> Stage:
     """Return the training; what can be refused is refused before a step is paid for."""
-    if config.training.batch > len(images):
+    batch = config.training.batch
+    if batch > len(images):
         raise InputError(
-            f"got training.batch = {config.training.batch} for {len(images)} pictures; write a "
-            "batch that is not larger"
+            f"got training.batch = {batch} for {len(images)} pictures; "
+            "write a batch that is not larger"
         )
+    folder = config.out / "training"
     draw_few = functools.partial(sheet_of, config, conditions)
     return Stage(
         "network",
@@ -203,12 +214,12 @@ def prepared(config: PixelFlowConfig, images: Images, conditions: Conditions) ->
         losses_of(config, conditions),
         images,
         config.training,
-        config.out / "training",
+        folder,
         loop.optimizer_of(config.training),
         depends=reading.depends_on(config, "data", "network", "cascade", "condition"),
         flip=config.data.flip,
         workers=config.data.workers,
-        look=Sheets(config.out / "training", len(conditions.names), draw_few),
+        look=Sheets(folder, len(conditions.names), draw_few),
         begun=functools.partial(page.keep_config, config.out, reading.as_dict(config)),
         compiled=config.network.compile,
     )
@@ -262,9 +273,11 @@ def plan_of(config: PixelFlowConfig, conditions: Conditions, count: int | None =
 
 def sheet_of(config: PixelFlowConfig, conditions: Conditions, network: nn.Module) -> Tensor:
     """Return a few samples, uint8."""
-    plan = plan_of(config, conditions, SHOWN * min(SHOWN, len(conditions.names)))
+    count = SHOWN * min(SHOWN, len(conditions.names))
+    plan = plan_of(config, conditions, count)
+    draw = sampler_of(config, network, conditions)
     device = next(network.parameters()).device
-    return judging.drawn(plan, sampler_of(config, network, conditions), device)
+    return judging.drawn(plan, draw, device)
 
 
 # --- does it fit? ------------------------------------------------------------------------------
@@ -278,16 +291,22 @@ def check(config: PixelFlowConfig) -> str:
     """
     c = config.condition
     with torch.device("meta"):
-        conditions = Conditions(tuple(map(str, range(config.data.classes or 1))))
+        names = [str(label) for label in range(config.data.classes or 1)]
+        conditions = Conditions(tuple(names))
         if c.kind == "captions":
             tokens = torch.empty(1, c.length, c.width)
-            conditions = Conditions(("",), (tokens, torch.ones(1, c.length, dtype=torch.bool)))
+            mask = torch.ones(1, c.length, dtype=torch.bool)
+            conditions = Conditions(("",), (tokens, mask))
         network = network_of(config, conditions).eval()
         cond = conditions.of(torch.zeros(1, dtype=torch.long))
     flops = flops_of(config, network, cond)
-    millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
-    title = f"{config.name}: {millions:.0f} million parameters"
-    return f"{title}\n\n{cost_table(config, flops)}\n\n{cost_line(config, flops)}"
+    parameters = sum(each.numel() for each in network.parameters())
+    parts = [
+        f"{config.name}: {parameters / 1e6:.0f} million parameters",
+        cost_table(config, flops),
+        cost_line(config, flops),
+    ]
+    return "\n\n".join(parts)
 
 
 # --- the page ----------------------------------------------------------------------------------
@@ -301,16 +320,21 @@ def report(
     device = next(network.parameters()).device
     one = torch.zeros(1, dtype=torch.long, device=device)
     flops = flops_of(config, network, conditions.of(one))
-    parts: list[page.Part] = [cost_line(config, flops)]
-    parts += page.unfinished(config, len(images), log)
-    parts += page.scores_tables(config.out, "the same command judges")
-    parts += ["Samples (right) beside pictures of the same class (left):"]
-    parts += [page.class_rows(class_rows(config, images, network, conditions))]
-    parts += ["What each stage ends with, and the noise that it leaves to the next:"]
-    parts += [page.class_rows(stage_rows(config, network, conditions))]
-    parts += page.sheets_over_training(config.out / "training")
-    parts += page.curves(log)
-    parts += [page.settings_table(reading.as_dict(config)), page.provenance(log, device)]
+    of_classes = class_rows(config, images, network, conditions)
+    of_stages = stage_rows(config, network, conditions)
+    parts: list[page.Part] = [
+        cost_line(config, flops),
+        *page.unfinished(config, len(images), log),
+        *page.scores_tables(config.out, "the same command judges"),
+        "Samples (right) beside pictures of the same class (left):",
+        page.class_rows(of_classes),
+        "What each stage ends with, and the noise that it leaves to the next:",
+        page.class_rows(of_stages),
+        *page.sheets_over_training(config.out / "training"),
+        *page.curves(log),
+        page.settings_table(reading.as_dict(config)),
+        page.provenance(log, device),
+    ]
     return page.write(config.out / "report.html", config.name, parts)
 
 
@@ -327,9 +351,12 @@ def class_rows(
         of_a_class = 1  # a caption has one picture
     rows = {}
     for label in range(min(SHOWN, count)):
-        inputs = [plan.inputs(number, number + 1) for number in range(label, plan.count, count)]
-        noise = torch.cat([each[0] for each in inputs]).to(device)
-        made = draw(noise, torch.full((SHOWN,), label, device=device))
+        noise = []
+        for number in range(label, plan.count, count):
+            of_sample, _ = plan.inputs(number, number + 1)
+            noise.append(of_sample)
+        labels = torch.full((SHOWN,), label, device=device)
+        made = draw(torch.cat(noise).to(device), labels)
         real = page.real_pictures(images, label, of_a_class)
         name = textwrap.fill(conditions.names[label], LONGEST_LINE)
         rows[name] = torch.stack([*real, *rounded(made).cpu()])
@@ -344,7 +371,8 @@ def stage_rows(
     noise, labels = plan.inputs(0, plan.count)
     device = next(network.parameters()).device
     cond = conditions.of(labels.to(device))
-    states = flow_of(config, network).states(noise.to(device), cond=cond, steps=steps_of(config))
+    flow = flow_of(config, network)
+    states = flow.states(noise.to(device), cond=cond, steps=steps_of(config))
     size = config.data.size
     rows = {}
     for state in states:

@@ -21,8 +21,8 @@ from pixel_flow_settings import PixelFlowConfig
 if __name__ == "__main__":
     CONFIG, _ = reading.from_command_line(PixelFlowConfig, __doc__, runs=Path("runs/pixel_flow"))
 
-import dataclasses
 import functools
+from dataclasses import replace
 from typing import Any
 
 import journal
@@ -41,31 +41,35 @@ from flowspace.vision.evaluate import features_of, judge
 SHOWN = 10
 """Samples of each kind that the picture shows, one a class."""
 
+HEAD = ("what", "evaluations", "GFLOPs a sample", "Frechet distance", "KID", "right class")
+
 
 def variants_of(config: PixelFlowConfig) -> dict[str, PixelFlowConfig]:
     """Return what is trained, by name."""
-    whole = {"kickoff": config.data.size, "objective": "flow-matching", "packed": True}
     cascaded = {"objective": "flow-matching", "packed": True}
+    whole = cascaded | {"kickoff": config.data.size}
     one_step = {"objective": "meanflow", "packed": False}
     found = {
         "one resolution": changed(config, whole, "euler"),
         "cascade": changed(config, cascaded, "euler"),
         "cascade of MeanFlow": changed(config, one_step, "flow-map"),
     }
-    return {name: each_in_its_folder(one, name) for name, one in found.items()}
+    return {name: in_own_folder(one, name) for name, one in found.items()}
 
 
 def changed(config: PixelFlowConfig, cascade: dict[str, Any], solver: str) -> PixelFlowConfig:
     """Return a config with another cascade and solver, without guidance."""
-    sampling = {"solver": solver, "guidance": 1.0, "ramp": None, "steps": 1}
-    sampling_config = dataclasses.replace(config.sampling, **sampling)
-    cascade_config = dataclasses.replace(config.cascade, **cascade)
-    return dataclasses.replace(config, cascade=cascade_config, sampling=sampling_config)
+    return replace(
+        config,
+        cascade=replace(config.cascade, **cascade),
+        sampling=replace(config.sampling, solver=solver, guidance=1.0, ramp=None, steps=1),
+    )
 
 
-def each_in_its_folder(config: PixelFlowConfig, name: str) -> PixelFlowConfig:
+def in_own_folder(config: PixelFlowConfig, name: str) -> PixelFlowConfig:
     """Return a config whose run has a folder of its own."""
-    return dataclasses.replace(config, out=config.out / name.replace(" ", "-"))
+    folder = name.replace(" ", "-")
+    return replace(config, out=config.out / folder)
 
 
 def samplings_of(config: PixelFlowConfig) -> list[tuple[str, int | tuple[int, ...]]]:
@@ -85,22 +89,23 @@ def main(config: PixelFlowConfig) -> None:
     accelerator = loop.accelerator_of(config.training, config.out)
     images = pixel_flow.pictures_of(config)
     conditions = pixel_flow.conditions_of(config, images, accelerator.device)
-    networks, seconds, variants = {}, {}, variants_of(config)
+    variants = variants_of(config)
+    networks, times = {}, []
     for name, one in variants.items():
         stage = pixel_flow.prepared(one, images, conditions)
         networks[name] = loop.fit(stage, accelerator)
-        seconds[name] = page.seconds_logged(journal.latest(one.out / "training"))
+        seconds = page.seconds_logged(journal.latest(one.out / "training"))
+        times.append(f"{name} {seconds:.0f}")
     rows, shown = [], {}
     for name, steps in samplings_of(config):
-        sampling = dataclasses.replace(variants[name].sampling, steps=steps)
-        one = dataclasses.replace(variants[name], sampling=sampling)
+        sampling = replace(variants[name].sampling, steps=steps)
+        one = replace(variants[name], sampling=sampling)
         samples, cells = judged(one, networks[name], conditions)
         title = f"{name}, {sum(one.steps)} steps"
         rows.append([title, *cells])
         shown[title] = samples[:SHOWN]
-    head = ("what", "evaluations", "GFLOPs a sample", "Frechet distance", "KID", "right class")
-    line = "Seconds of training: " + ", ".join(f"{k} {v:.0f}" for k, v in seconds.items())
-    text = f"{markdown_table(head, rows)}\n\n{line}\n"
+    line = f"Seconds of training: {', '.join(times)}"
+    text = f"{markdown_table(HEAD, rows)}\n\n{line}\n"
     write_beside(config.out / "compare.md", text)
     write_beside(config.out / "compare.png", page.class_rows(shown))
     print(text)
@@ -118,21 +123,29 @@ def judged(
     images = pictures.images_of(config.data, config.out.parent)
     extractor = judging.extractor_of(config, device)
     real = judging.reference_of(config, extractor, images)
-    scores = judge(extractor, features_of(extractor, samples.split(plan.batch)), real)
+    made = features_of(extractor, samples.split(plan.batch))
+    scores = judge(extractor, made, real)
     distance = next(iter(scores.values.values()))
-    cond = conditions.of(torch.zeros(1, dtype=torch.long, device=device))
-    costs, _ = costs_of(config, flops_of(config, network, cond))
+    one = torch.zeros(1, dtype=torch.long, device=device)
+    flops = flops_of(config, network, conditions.of(one))
+    costs, _ = costs_of(config, flops)
     labels = torch.arange(plan.count) % plan.classes
     share = right_class(config, samples, labels)
-    cells = [str(sum(config.steps)), f"{sum(costs) / 1e9:.3g}"]
-    return samples, [*cells, f"{distance:.1f}", f"{scores.kid:.3f}", f"{share:.3f}"]
+    cells = [
+        f"{sum(config.steps)}",
+        f"{sum(costs) / 1e9:.3g}",
+        f"{distance:.1f}",
+        f"{scores.kid:.3f}",
+        f"{share:.3f}",
+    ]
+    return samples, cells
 
 
 def right_class(config: PixelFlowConfig, samples: Tensor, labels: Tensor) -> float:
     """Return the share of samples in which a classifier of held-out pictures sees their class."""
     from sklearn.svm import SVC
 
-    held_out = dataclasses.replace(config.data, path=config.evaluation.reference)
+    held_out = replace(config.data, path=config.evaluation.reference)
     images = pictures.images_of(held_out, config.out.parent)
     pixels = torch.cat(list(pictures.pictures_in_order(images, 50)))
     classifier = SVC().fit(flat(pixels), images.labels)

@@ -50,7 +50,10 @@ class Conditions:
         if self.text is None:
             return {"labels": torch.where(dropped, len(self.names), labels)}
         tokens, mask = self.text
-        return {"text": tokens[labels], "text_mask": mask[labels] & ~dropped[:, None]}
+        return {
+            "text": tokens[labels],
+            "text_mask": mask[labels] & ~dropped[:, None],
+        }
 
     @property
     def null(self) -> dict[str, Any]:
@@ -64,7 +67,8 @@ class Conditions:
         """What the network is built with."""
         if self.text is None:
             return {"classes": len(self.names), "text_width": 0}
-        return {"classes": 0, "text_width": self.text[0].shape[-1]}
+        tokens, _ = self.text
+        return {"classes": 0, "text_width": tokens.shape[-1]}
 
 
 def conditions_of(config: PixelFlowConfig, images: Images, device: torch.device) -> Conditions:
@@ -73,6 +77,10 @@ def conditions_of(config: PixelFlowConfig, images: Images, device: torch.device)
     if c.kind == "classes":
         return Conditions(images.names)
     encoder = load_text_encoder(c.encoder, length=c.length).to(device)
-    parts = [encoder.encode(images.names[i : i + 64]) for i in range(0, len(images.names), 64)]
-    tokens = torch.cat([part[0] for part in parts])
-    return Conditions(images.names, (tokens, torch.cat([part[1] for part in parts])))
+    captions = images.names
+    tokens, masks = [], []
+    for first in range(0, len(captions), 64):
+        some, there = encoder.encode(captions[first : first + 64])
+        tokens.append(some)
+        masks.append(there)
+    return Conditions(captions, (torch.cat(tokens), torch.cat(masks)))

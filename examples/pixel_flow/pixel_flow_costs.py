@@ -7,7 +7,7 @@ from pixel_flow_settings import PixelFlowConfig
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from flowspace import Cascade
+from flowspace import Cascade, CascadeStage
 from flowspace.demo.page import markdown_table
 
 __all__ = ["cost_line", "cost_table", "costs_of", "flops_of"]
@@ -28,11 +28,17 @@ def flops_of(config: PixelFlowConfig, network: nn.Module, cond: Mapping[str, Ten
     t = torch.ones(1, device=device)
     counts = []
     for stage in Cascade(config.stages):
-        side = config.cascade.kickoff << stage.index
+        side = side_of(config, stage)
+        picture = torch.zeros(1, 3, side, side, device=device)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            network(torch.zeros(1, 3, side, side, device=device), t, t, **there)
+            network(picture, t, t, **there)
         counts.append(counter.get_total_flops())
     return counts
+
+
+def side_of(config: PixelFlowConfig, stage: CascadeStage) -> int:
+    """Return the pixels a side of a stage's pictures."""
+    return config.cascade.kickoff << stage.index
 
 
 def costs_of(config: PixelFlowConfig, flops: Sequence[int]) -> tuple[list[int], int]:
@@ -40,9 +46,10 @@ def costs_of(config: PixelFlowConfig, flops: Sequence[int]) -> tuple[list[int], 
 
     Guidance, which takes two evaluations a step, is not counted.
     """
-    steps = config.steps
-    costs = [flop * count for flop, count in zip(flops, steps, strict=True)]
-    return costs, flops[-1] * sum(steps)
+    costs = []
+    for flop, count in zip(flops, config.steps, strict=True):
+        costs.append(flop * count)
+    return costs, flops[-1] * sum(config.steps)
 
 
 def cost_line(config: PixelFlowConfig, flops: Sequence[int]) -> str:
@@ -50,21 +57,29 @@ def cost_line(config: PixelFlowConfig, flops: Sequence[int]) -> str:
     costs, single = costs_of(config, flops)
     whole = sum(costs)
     return (
-        f"A sample takes {whole / 1e9:.4g} GFLOPs, and {single / 1e9:.4g} by as many steps at "
-        f"full resolution: {whole / single:.3f} of them."
+        f"A sample takes {whole / 1e9:.4g} GFLOPs, "
+        f"and {single / 1e9:.4g} by as many steps at full resolution: "
+        f"{whole / single:.3f} of them."
     )
 
 
 def cost_table(config: PixelFlowConfig, flops: Sequence[int]) -> str:
     """Return a Markdown table of the stages."""
     costs, _ = costs_of(config, flops)
+    stages = Cascade(config.stages)
     rows = []
-    for stage, count, cost in zip(Cascade(config.stages), config.steps, costs, strict=True):
-        side = config.cascade.kickoff << stage.index
+    for stage, count, cost in zip(stages, config.steps, costs, strict=True):
+        side = side_of(config, stage)
         low, high = stage.window
-        times, noise = f"{high:.3f} to {low:.3f}", f"{stage.start:.3f} to {stage.end:.3f}"
-        tokens = (side // config.network.patch) ** 2
-        cells = (stage.index, side, tokens, times, noise, count, f"{cost / sum(costs):.1%}")
-        rows.append([str(cell) for cell in cells])
-    head = ("stage", "pixels", "tokens", "times", "weight of the noise", "steps", "operations")
-    return markdown_table(head, rows)
+        row = {
+            "stage": f"{stage.index}",
+            "pixels": f"{side}",
+            "tokens": f"{(side // config.network.patch) ** 2}",
+            "times": f"{high:.3f} to {low:.3f}",
+            "weight of the noise": f"{stage.start:.3f} to {stage.end:.3f}",
+            "steps": f"{count}",
+            "operations": f"{cost / sum(costs):.1%}",
+        }
+        rows.append(row)
+    cells = [tuple(row.values()) for row in rows]
+    return markdown_table(tuple(rows[0]), cells)

@@ -4,13 +4,13 @@ They are the demo's: small convolutional networks that share no weights and no a
 the generator. They learn from half of the training pictures, and are tried on held-out ones.
 """
 
-import dataclasses
-import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-from pictures import images_of
+from page import write_json
+from pictures import images_of, stacked
 from pixel_settings import CLASSIFIERS, PixelMeanFlowConfig
 from torch import Tensor, nn
 
@@ -18,7 +18,6 @@ from flowspace.demo.data import Data
 from flowspace.demo.loop import Trainer, TrainSettings
 from flowspace.demo.metrics import Judge, Verdict
 from flowspace.demo.networks import JudgeClassifier
-from flowspace.demo.page import write_beside
 from flowspace.demo.stage_one import JUDGES, classification
 from flowspace.vision.data import Images
 
@@ -34,12 +33,18 @@ def evaluate(config: PixelMeanFlowConfig, samples: Tensor) -> Mapping[str, float
         samples: uint8 ``(N, 3, H, W)``, of which number i has class i mod the number of classes.
     """
     judge = judge_of(config)
-    labels = torch.arange(len(samples)) % len(judge.data.labels.unique())
-    values = dict(numbers_of(judge.score(grey(samples), labels)))
+    classes = len(judge.data.labels.unique())
+    labels = torch.arange(len(samples)) % classes
+    verdict = judge.score(grey(samples), labels)
+    values = dict(numbers_of(verdict))
     for kind, value in numbers_of(judge.real()).items():
         values[f"{kind}, real pictures"] = value
-    found = {"count": len(samples), "extractor": CLASSIFIERS, "values": values}
-    write_beside(config.out / "metrics.json", json.dumps(found, indent=2) + "\n")
+    found = {
+        "count": len(samples),
+        "extractor": CLASSIFIERS,
+        "values": values,
+    }
+    write_json(config.out / "metrics.json", found)
     return values
 
 
@@ -50,24 +55,26 @@ def judge_of(config: PixelMeanFlowConfig) -> Judge:
     folder = config.out.parent / f"judges-{config.data.path}-{config.data.size}"
     networks: list[Any] = []
     for seed in range(1, JUDGES + 1):
-        plan = dataclasses.replace(PLAN, seed=100 * seed)
+        plan = replace(PLAN, seed=100 * seed)
         trainer = Trainer(f"judge {seed}", plan, folder / str(seed))
         torch.manual_seed(plan.seed)
         network: nn.Module = JudgeClassifier(data.side, classes)
-        networks.append(trainer.train(network, data.half(1), classification))
+        trained = trainer.train(network, data.half(1), classification)
+        networks.append(trained)
     return Judge(tuple(networks), data)
 
 
 def data_of(config: PixelMeanFlowConfig) -> Data:
     """Return all training pictures and all held-out ones, in memory."""
-    held_out = dataclasses.replace(config.data, path=f"{config.data.path}/test")
-    training, test = images_of(config.data), images_of(held_out)
-    return Data(*in_memory(training), *in_memory(test))
+    held_out = replace(config.data, path=f"{config.data.path}/test")
+    images, labels = in_memory(images_of(config.data))
+    test_images, test_labels = in_memory(images_of(held_out))
+    return Data(images, labels, test_images, test_labels)
 
 
 def in_memory(images: Images) -> tuple[Tensor, Tensor]:
     """Return pictures as judges take them, and their labels."""
-    pictures = torch.stack([images.row(number)[0] for number in range(len(images))])
+    pictures = stacked(images, range(len(images)))
     return grey(pictures), torch.tensor(images.labels)
 
 

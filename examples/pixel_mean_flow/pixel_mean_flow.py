@@ -25,9 +25,9 @@ from pixel_settings import CLASSIFIERS, PAPER, PUBLISHED, PixelMeanFlowConfig, P
 if __name__ == "__main__":
     CONFIG, OPTIONS = pixel_settings.from_command_line(__doc__)
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import image_losses
@@ -61,6 +61,8 @@ from flowspace.vision import PixelMeanFlowTransformer
 from flowspace.vision.data import Images
 from flowspace.vision.perceptual import FeatureNetwork, PerceptualLoss
 
+PROGRAM = "examples/pixel_mean_flow/pixel_mean_flow.py"
+
 NOISE, TIMES = range(2)
 """Streams of the draws of a step."""
 
@@ -77,9 +79,7 @@ EARLIEST = 0.01
 def main(config: PixelMeanFlowConfig, options: Sequence[str] = ()) -> None:
     """Train what is left to train; leave the network, the samples and the page."""
     accelerator = loop.accelerator_of(config.training, config.out, reading.as_dict(config))
-    loop.check_processes(
-        config.training, accelerator, "examples/pixel_mean_flow/pixel_mean_flow.py"
-    )
+    loop.check_processes(config.training, accelerator, PROGRAM)
     with loop.locked_by_first(config.out, accelerator):
         averaged: Any = loop.fit(prepared(config, accelerator), accelerator)
         network = averaged.without_velocity_head()
@@ -88,7 +88,8 @@ def main(config: PixelMeanFlowConfig, options: Sequence[str] = ()) -> None:
         if "--evaluate" in options:
             evaluate(config, network, accelerator)
         if accelerator.is_main_process:
-            print(f"finished; the page of the run: {report(config, network)}")
+            written = report(config, network)
+            print(f"finished; the page of the run: {written}")
         accelerator.wait_for_everyone()
 
 
@@ -106,32 +107,37 @@ def prepared(config: PixelMeanFlowConfig, accelerator: Accelerator) -> Stage:
         print(images.report())
     settings = reading.as_dict(config)
     sections = ("data", "network", "objective", "perceptual")
-    draw = functools.partial(shown_samples, config, classes, accelerator.device)
+    folder = config.out / "network"
+    draw = partial(shown_samples, config, classes, accelerator.device)
     return Stage(
         "network",
         network,
         losses_of(config, perceptual, classes),
         images,
         config.training,
-        config.out / "network",
+        folder,
         optimizer_of(config),
         depends={name: settings[name] for name in sections},
         flip=config.data.flip,
         workers=config.data.workers,
-        look=page.Sheets(config.out / "network", classes, draw),
-        begun=functools.partial(page.keep_config, config.out, settings),
+        look=page.Sheets(folder, classes, draw),
+        begun=partial(page.keep_config, config.out, settings),
         compiled=config.network.compile,
     )
 
 
 def network_of(config: PixelMeanFlowConfig, classes: int) -> PixelMeanFlowTransformer:
     """Return the network, with both heads."""
-    given: dict[str, Any] = {"null_trained": config.objective.drop > 0}
-    for name, value in reading.as_dict(config.network).items():
-        if value is not None and name not in ("preset", "compile"):
-            given[name] = value
-    preset, size = config.network.preset, config.data.size
-    return PixelMeanFlowTransformer.from_preset(preset, size, classes=classes, **given)
+    sizes = reading.as_dict(config.network)
+    preset = sizes.pop("preset")
+    sizes.pop("compile")
+    return PixelMeanFlowTransformer.from_preset(
+        preset,
+        config.data.size,
+        classes=classes,
+        null_trained=config.objective.drop > 0,
+        **{name: size for name, size in sizes.items() if size is not None},
+    )
 
 
 def optimizer_of(config: PixelMeanFlowConfig) -> Callable[[nn.Module], torch.optim.Optimizer]:
@@ -154,23 +160,29 @@ class MixedPairs(PairSampler):
         """Return t and s, each ``(rows,)``."""
         first, second, choice = source.split(3)
         chosen = choice.uniform(rows) < self.share
-        usual, other = self.pairs.draw(rows, first), self.rare.draw(rows, second)
-        t = torch.where(chosen, other[0], usual[0])
-        return t, torch.where(chosen, other[1], usual[1])
+        usual_t, usual_s = self.pairs.draw(rows, first)
+        rare_t, rare_s = self.rare.draw(rows, second)
+        t = torch.where(chosen, rare_t, usual_t)
+        s = torch.where(chosen, rare_s, usual_s)
+        return t, s
 
 
 def objective_of(config: PixelMeanFlowConfig, classes: int) -> PixelMeanFlowLoss:
     """Return the paper's objective: two heads, adaptive weights, guidance drawn for each row."""
     o = config.objective
-    pairs: PairSampler = TimePairs(LogitNormalTimes(o.location, o.spread), mask_first=True)
+    times = LogitNormalTimes(o.location, o.spread)
+    pairs: PairSampler = TimePairs(times, mask_first=True)
     if o.uniform:
-        pairs = MixedPairs(pairs, TimePairs(UniformTimes(low=EARLIEST)), o.uniform)
+        rare = TimePairs(UniformTimes(low=EARLIEST))
+        pairs = MixedPairs(pairs, rare, o.uniform)
     guidance = RandomGuidance(
-        null={"labels": classes}, largest=o.largest_omega, power=o.power, drop=o.drop
+        null={"labels": classes},
+        largest=o.largest_omega,
+        power=o.power,
+        drop=o.drop,
     )
-    return PixelMeanFlowLoss.published(
-        times=KeyedPairs(pairs, TIMES), head=True, guidance=guidance
-    )
+    keyed = KeyedPairs(pairs, TIMES)
+    return PixelMeanFlowLoss.published(times=keyed, head=True, guidance=guidance)
 
 
 def losses_of(
@@ -184,7 +196,8 @@ def losses_of(
     o = config.objective
 
     def losses(network: nn.Module, batch: Sequence[Tensor], draws: Draws) -> Losses:
-        images, labels = in_range(batch[0]), batch[1]
+        pixels, labels = batch
+        images = in_range(pixels)
         noise = o.noise_scale * draws.normal(images.shape[1:], NOISE)
         pairs.draws = draws
         out = objective(
@@ -194,7 +207,7 @@ def losses_of(
             noise=noise,
             generator=draws.generator,
         )
-        cost = Losses({"flow": out.loss}, {"flow": 1.0}, {"t": out.t, "s": out.s})
+        cost = Losses.of_flow(out)
         compared = (out.prediction, images)
         if o.crop is not None and perceptual:
             compared = same_crops(*compared, o.crop)
@@ -232,15 +245,15 @@ def perceptual_of(
     """Return the perceptual terms by name; squared differences, summed where they are pooled."""
     size = config.objective.crop or config.data.size
     terms = image_losses.perceptual_of(config.perceptual, size, device, config.network.compile)
-    for (name, term), settings in zip(list(terms.items()), config.perceptual, strict=True):
+    found = {}
+    for (name, term), settings in zip(terms.items(), config.perceptual, strict=True):
         features: nn.Module = term.loss.features
         if settings.pooled:
             features = Pooled(features)
-        loss = PerceptualLoss(
-            features, SquaredError(summed=settings.pooled), term.loss.below, term.loss.unit
-        )
-        terms[name] = replace(term, loss=loss)
-    return terms
+        penalty = SquaredError(summed=settings.pooled)
+        loss = PerceptualLoss(features, penalty, term.loss.below, term.loss.unit)
+        found[name] = replace(term, loss=loss)
+    return found
 
 
 def same_crops(prediction: Tensor, images: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -282,9 +295,14 @@ def sampler_of(config: PixelMeanFlowConfig, network: nn.Module) -> judging.Sampl
 
     def draw(noise: Tensor, labels: Tensor) -> Tensor:
         one = torch.ones(len(noise), device=noise.device)
-        guidance = {"omega": config.sampling.omega * one, "t_min": low * one, "t_max": high * one}
-        cond = {"labels": labels, **guidance}
-        return flow_map.sample(config.objective.noise_scale * noise, cond=cond, steps=steps)
+        cond = {
+            "labels": labels,
+            "omega": config.sampling.omega * one,
+            "t_min": low * one,
+            "t_max": high * one,
+        }
+        scaled = config.objective.noise_scale * noise
+        return flow_map.sample(scaled, cond=cond, steps=steps)
 
     return draw
 
@@ -302,20 +320,23 @@ def shown_samples(
     network = averaged
     if isinstance(averaged, PixelMeanFlowTransformer):
         network = averaged.without_velocity_head()
-    plan = plan_of(config, classes, page.SHOWN * min(classes, page.SHOWN))
+    count = page.SHOWN * min(classes, page.SHOWN)
+    plan = plan_of(config, classes, count)
     return judging.drawn(plan, sampler_of(config, network), device)
 
 
 def evaluate(config: PixelMeanFlowConfig, network: nn.Module, accelerator: Accelerator) -> None:
     """Draw the samples of the config and judge them; leaves ``metrics.json``."""
     images = images_of(config.data, config.out.parent)
-    plan, draw = plan_of(config, len(images.names)), sampler_of(config, network)
+    plan = plan_of(config, len(images.names))
+    draw = sampler_of(config, network)
     if config.evaluation.extractor != CLASSIFIERS:
         judging.evaluate(config, plan, draw, judging.digest(network), accelerator)
         return
     if accelerator.is_main_process:
         samples = judging.drawn(plan, draw, accelerator.device)
-        for name, value in judges.evaluate(config, samples).items():
+        values = judges.evaluate(config, samples)
+        for name, value in values.items():
             print(f"{name}: {value:.3f}")
 
 
@@ -325,17 +346,19 @@ def evaluate(config: PixelMeanFlowConfig, network: nn.Module, accelerator: Accel
 def report(config: PixelMeanFlowConfig, network: nn.Module) -> Path:
     """Write ``report.html``: samples beside real pictures, scores, curves, settings."""
     images = images_of(config.data, config.out.parent)
-    log = journal.latest(config.out / "network")
-    command = (
-        f"python examples/pixel_mean_flow/pixel_mean_flow.py CONFIG out={config.out} --evaluate"
-    )
-    parts: list[Any] = page.unfinished(config, len(images), log)
-    parts += ["One-step samples of each class (right) beside training pictures (left):"]
-    parts += [beside(config, network, images)]
-    parts += page.scores_tables(config.out, command)
-    parts += page.sheets_over_training(config.out / "network") + page.curves(log)
-    parts += [page.provenance(log, torch.device("cpu"))]
-    parts += [page.settings_table(reading.as_dict(config))]
+    folder = config.out / "network"
+    log = journal.latest(folder)
+    command = f"python {PROGRAM} CONFIG out={config.out} --evaluate"
+    parts: list[Any] = [
+        *page.unfinished(config, len(images), log),
+        "One-step samples of each class (right) beside training pictures (left):",
+        beside(config, network, images),
+        *page.scores_tables(config.out, command),
+        *page.sheets_over_training(folder),
+        *page.curves(log),
+        page.provenance(log, torch.device("cpu")),
+        page.settings_table(reading.as_dict(config)),
+    ]
     return page.write(config.out / "report.html", config.name, parts)
 
 
@@ -345,11 +368,8 @@ def beside(config: PixelMeanFlowConfig, network: nn.Module, images: Images) -> b
     device = next(network.parameters()).device
     plan = plan_of(config, classes, page.SHOWN * classes)
     samples = judging.drawn(plan, sampler_of(config, network), device)
-    rows = {}
-    for label in range(min(classes, 10)):
-        real = page.real_pictures(images, label)
-        rows[images.names[label]] = torch.stack([*real, *samples[label::classes]])
-    return page.class_rows(rows)
+    made = [samples[label::classes] for label in range(min(classes, 10))]
+    return page.beside(made, images)
 
 
 # --- the published settings --------------------------------------------------------------------
@@ -358,7 +378,8 @@ def beside(config: PixelMeanFlowConfig, network: nn.Module, images: Images) -> b
 def check() -> None:
     """Build the networks of all published configs on meta tensors, and see what they return."""
     for published in PUBLISHED:
-        config = reading.load(PixelMeanFlowConfig, PAPER / f"{published.config}.yaml")
+        path = PAPER / f"{published.config}.yaml"
+        config = reading.load(PixelMeanFlowConfig, path)
         print(checked(config, published))
 
 
@@ -380,16 +401,20 @@ def checked(config: PixelMeanFlowConfig, published: Published) -> str:
     found = [tuple(image.shape) for image in made]
     if found != [shape, shape]:
         raise ValueError(f"{config.name} returns {found} for images of {shape}")
-    trained = sum(p.numel() for p in network.parameters())
-    second = sum(p.numel() for n, p in network.named_parameters() if n.startswith("velocity"))
+    trained, second = 0, 0
+    for name, parameter in network.named_parameters():
+        trained += parameter.numel()
+        if name.startswith("velocity"):
+            second += parameter.numel()
     millions = (trained - second) / 1e6
     wanted = published.millions
     if wanted is not None and abs(millions / wanted - 1) > 0.005:
         raise ValueError(f"{config.name} has {millions:.1f} M parameters, not {wanted} M")
     muon = len(assign(network, MATRICES)["muon"])
     return (
-        f"{config.name}: {millions:.1f} M parameters sample, {trained / 1e6:.1f} M are trained, "
-        f"{muon} matrices by Muon; images {shape}; published FID {published.fid}, not run here"
+        f"{config.name}: {millions:.1f} M parameters sample, "
+        f"{trained / 1e6:.1f} M are trained, {muon} matrices by Muon; "
+        f"images {shape}; published FID {published.fid}, not run here"
     )
 
 
@@ -397,4 +422,4 @@ if __name__ == "__main__":
     if CONFIG is None:
         check()
     else:
-        reading.run_program(functools.partial(main, CONFIG, OPTIONS))
+        reading.run_program(partial(main, CONFIG, OPTIONS))

@@ -103,14 +103,20 @@ def check(config: PixelMeanFlowConfig) -> None:
     Raises:
         SettingsError: if it is not.
     """
-    names = [name for known in SETS for name in (known, f"{known}/test")]
-    reading.check_folder("data.path", config.data.path, names)
-    files = {f"perceptual.{i}.weights": p.weights for i, p in enumerate(config.perceptual)}
-    reading.check_weights(files | {"evaluation.weights": config.evaluation.weights})
-    if config.evaluation.extractor == CLASSIFIERS and config.data.path not in GREY:
+    path, evaluation = config.data.path, config.evaluation
+    names = []
+    for known in SETS:
+        names += [known, f"{known}/test"]
+    reading.check_folder("data.path", path, names)
+    files = {}
+    for number, term in enumerate(config.perceptual):
+        files[f"perceptual.{number}.weights"] = term.weights
+    files["evaluation.weights"] = evaluation.weights
+    reading.check_weights(files)
+    if evaluation.extractor == CLASSIFIERS and path not in GREY:
         raise SettingsError(
-            f"got evaluation.extractor = {CLASSIFIERS} for data.path = {config.data.path}; they "
-            f"judge {', '.join(GREY)}"
+            f"got evaluation.extractor = {CLASSIFIERS} for data.path = {path}; "
+            f"they judge {', '.join(GREY)}"
         )
     reading.check_writable(config.out)
 

@@ -25,19 +25,12 @@ sys.path.append(str(Path(__file__).parents[1] / "swiss_roll"))
 
 import torch
 from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from swiss_roll import roll, sliced_wasserstein  # pyright: ignore[reportAttributeAccessIssue]
+from swiss_roll import cloud, roll, sliced_wasserstein  # pyright: ignore
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from flowspace import (
-    Adaptive,
-    ImprovedMeanFlowLoss,
-    PixelMeanFlowLoss,
-    TimePairs,
-    UniformTimes,
-)
+from flowspace import Adaptive, ImprovedMeanFlowLoss, PixelMeanFlowLoss, TimePairs, UniformTimes
 from flowspace.demo.page import markdown_table, png, write_beside
 from flowspace.objectives import Objective
 
@@ -103,14 +96,17 @@ class ToyResult:
 def lift_of(dimension: int, seed: int) -> Tensor:
     """Return a random matrix ``(D, 2)`` with orthonormal columns."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(torch.randn(dimension, 2, generator=generator))[0]
+    columns = torch.randn(dimension, 2, generator=generator)
+    orthonormal, _ = torch.linalg.qr(columns)
+    return orthonormal
 
 
 def train(predicted: str, dimension: int, seed: int, steps: int, batch: int = 256) -> ToyResult:
     """Train one network and judge its one-step samples, from t = 1 to s = 0."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(1000 + seed)
-    lift, network = lift_of(dimension, seed), LiftedMLP(dimension)
+    lift = lift_of(dimension, seed)
+    network = LiftedMLP(dimension)
     times = TimePairs(UniformTimes(low=EARLIEST))
     loss_fn = dataclasses.replace(PREDICTIONS[predicted], times=times)
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
@@ -124,7 +120,8 @@ def train(predicted: str, dimension: int, seed: int, steps: int, batch: int = 25
         optimizer.step()
         schedule.step()
     noise = torch.randn(SHOWN, dimension, generator=generator)
-    return judged(predicted, seed, sampled(network, predicted, noise), lift)
+    samples = sampled(network, predicted, noise)
+    return judged(predicted, seed, samples, lift)
 
 
 @torch.no_grad()
@@ -141,17 +138,27 @@ def judged(predicted: str, seed: int, samples: Tensor, lift: Tensor) -> ToyResul
     """Compare samples ``(N, D)`` with real points, within the plane of the lift and off it."""
     within = samples @ lift
     off_plane = 1 - within.square().sum() / samples.square().sum()
-    real = roll(len(samples), torch.Generator().manual_seed(2000 + seed))
-    distance = sliced_wasserstein(within, real)
-    share = float(off_plane.clamp(min=0))
-    return ToyResult(predicted, len(lift), seed, distance, share, within)
+    return ToyResult(
+        predicted=predicted,
+        dimension=len(lift),
+        seed=seed,
+        distance=sliced_wasserstein(within, real_points(len(samples), seed)),
+        off_plane=float(off_plane.clamp(min=0)),
+        samples=within,
+    )
+
+
+def real_points(count: int, seed: int) -> Tensor:
+    """Return points of the roll that no network was trained on."""
+    return roll(count, torch.Generator().manual_seed(2000 + seed))
 
 
 def references(seed: int) -> tuple[float, float]:
     """Return the distances to real points of other real points, and of noise."""
-    real = roll(SHOWN, torch.Generator().manual_seed(2000 + seed))
+    real = real_points(SHOWN, seed)
     generator = torch.Generator().manual_seed(3000 + seed)
-    other, noise = roll(SHOWN, generator), torch.randn(SHOWN, 2, generator=generator)
+    other = roll(SHOWN, generator)
+    noise = torch.randn(SHOWN, 2, generator=generator)
     return sliced_wasserstein(other, real), sliced_wasserstein(noise, real)
 
 
@@ -163,19 +170,26 @@ HEAD = ("D", "x: distance", "u: distance", "x: off the plane", "u: off the plane
 def rows(results: Sequence[ToyResult]) -> list[tuple[str, ...]]:
     """Return the table: means over seeds, and behind ± half of the range."""
     table = []
-    for dimension in sorted({result.dimension for result in results}):
-        cells = [str(dimension)]
-        for of in (distance_of, off_plane_of):
-            for predicted in PREDICTIONS:
-                cells.append(of(chosen(results, predicted, dimension)))
-        table.append(tuple(cells))
+    for dimension in dimensions_of(results):
+        same = [chosen(results, predicted, dimension) for predicted in PREDICTIONS]
+        distances = [distance_of(each) for each in same]
+        shares = [off_plane_of(each) for each in same]
+        table.append((str(dimension), *distances, *shares))
     return table
+
+
+def dimensions_of(results: Iterable[ToyResult]) -> list[int]:
+    """Return the dimensions that were tried, in order."""
+    return sorted({result.dimension for result in results})
 
 
 def chosen(results: Iterable[ToyResult], predicted: str, dimension: int) -> list[ToyResult]:
     """Return the results of one cell of the table, one a seed."""
-    same = [result for result in results if result.dimension == dimension]
-    return [result for result in same if result.predicted == predicted]
+    found = []
+    for result in results:
+        if (result.predicted, result.dimension) == (predicted, dimension):
+            found.append(result)
+    return found
 
 
 def distance_of(results: Sequence[ToyResult]) -> str:
@@ -193,26 +207,21 @@ def off_plane_of(results: Sequence[ToyResult]) -> str:
 
 def figure(results: Sequence[ToyResult]) -> Figure:
     """Draw the first seed's samples within the plane, those of x above those of u."""
-    dimensions = sorted({result.dimension for result in results})
+    dimensions = dimensions_of(results)
     columns = len(dimensions) + 1
     size = (1.7 * columns, 3.7)
     fig, axes = plt.subplots(2, columns, figsize=size, layout="constrained")
     real = roll(SHOWN, torch.Generator().manual_seed(0))
     for line, predicted in zip(axes, PREDICTIONS, strict=True):
-        draw(line[0], real)
+        cloud(line[0], real)
         line[0].set_ylabel(f"{predicted}-prediction")
         for axis, dimension in zip(line[1:], dimensions, strict=True):
-            draw(axis, chosen(results, predicted, dimension)[0].samples)
+            first, *_ = chosen(results, predicted, dimension)
+            cloud(axis, first.samples)
     axes[0][0].set_title("real", fontsize=9)
     for axis, dimension in zip(axes[0][1:], dimensions, strict=True):
         axis.set_title(f"D = {dimension}", fontsize=9)
     return fig
-
-
-def draw(axis: Axes, points: Tensor) -> None:
-    """Draw points of the plane ``(N, 2)``."""
-    axis.scatter(*points.T, s=0.3, color="#1f4e79", rasterized=True)
-    axis.set(xlim=(-2.2, 2.2), ylim=(-2.2, 2.2), xticks=[], yticks=[], aspect="equal")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -220,11 +229,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--dimensions", type=int, nargs="+", default=DIMENSIONS)
-    parser.add_argument("--quick", action="store_true", help="one seed, 10 steps")
-    parser.add_argument("--out", type=Path, default=Path("runs/pixel_mean_flow_toy"))
+    add = parser.add_argument
+    add("--seeds", type=int, default=1)
+    add("--steps", type=int, default=500)
+    add("--dimensions", type=int, nargs="+", default=DIMENSIONS)
+    add("--quick", action="store_true", help="one seed, 10 steps")
+    add("--out", type=Path, default=Path("runs/pixel_mean_flow_toy"))
     options = parser.parse_args(arguments)
     if options.quick:
         options.seeds, options.steps = 1, 10
@@ -235,7 +245,8 @@ def main(arguments: list[str] | None = None) -> None:
         for seed in range(options.seeds):
             for dimension in options.dimensions:
                 for predicted in PREDICTIONS:
-                    results.append(train(predicted, dimension, seed, options.steps))
+                    result = train(predicted, dimension, seed, options.steps)
+                    results.append(result)
                     bar.update()
             text = keep(results, options.steps, options.out)
     print(f"{text}\nfigure: {options.out / 'toy.png'}")
@@ -244,10 +255,12 @@ def main(arguments: list[str] | None = None) -> None:
 def keep(results: Sequence[ToyResult], steps: int, folder: Path) -> str:
     """Leave the table and the figure in a folder; returns the table."""
     seeds = sorted({result.seed for result in results})
-    real, noise = torch.tensor([references(seed) for seed in seeds]).mean(0).tolist()
+    distances = torch.tensor([references(seed) for seed in seeds])
+    real, noise = distances.mean(0).tolist()
     note = (
-        f"{steps} training steps, mean over {len(seeds)} seed(s) ± half of their range; real "
-        f"points against real ones: {real:.3f}, noise against real ones: {noise:.3f}."
+        f"{steps} training steps, mean over {len(seeds)} seed(s) ± half of their range; "
+        f"real points against real ones: {real:.3f}, "
+        f"noise against real ones: {noise:.3f}."
     )
     text = f"{markdown_table(HEAD, rows(results))}\n\n{note}\n"
     write_beside(folder / "table.md", text)

@@ -14,12 +14,12 @@ runs.
 """
 
 import argparse
-import concurrent.futures
 import math
 import multiprocessing
 import os
 import statistics
 from collections.abc import Iterable, Iterator
+from concurrent import futures
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,7 +143,8 @@ def roll(count: int, generator: torch.Generator) -> Tensor:
     """
     angle = 1.5 * math.pi * (1 + 2 * torch.rand(count, generator=generator))
     points = torch.stack([angle * angle.cos(), angle * angle.sin()], 1) / 7.5
-    return points + 0.02 * torch.randn(count, 2, generator=generator)
+    noise = torch.randn(count, 2, generator=generator)
+    return points + 0.02 * noise
 
 
 @dataclass(frozen=True)
@@ -159,16 +160,18 @@ class RollSpaces:
     def of(cls, seed: int) -> "RollSpaces":
         """Draw the lift; standardise and rotate the latent."""
         generator = torch.Generator().manual_seed(seed)
-        lift = torch.linalg.qr(torch.randn(PIXELS, 2, generator=generator))[0]
+        columns = torch.randn(PIXELS, 2, generator=generator)
+        lift, _ = torch.linalg.qr(columns)
         points = roll(20_000, generator)
         angle = torch.tensor(math.pi / 5)
         cos, sin = angle.cos(), angle.sin()
-        turn = torch.stack([torch.stack([cos, -sin]), torch.stack([sin, cos])])
+        turn = torch.stack([cos, -sin, sin, cos]).reshape(2, 2)
         return cls(lift, points.mean(0), points.std(0), turn)
 
     def latents(self, points: Tensor) -> Tensor:
         """The standardised roll, rotated: ``(B, 2)``."""
-        return (points - self.mean) / self.std @ self.turn.T
+        standardised = (points - self.mean) / self.std
+        return standardised @ self.turn.T
 
     def images(self, points: Tensor) -> Tensor:
         """The roll, lifted: ``(B, 16)``."""
@@ -192,7 +195,8 @@ class RollMLP(nn.Module):
 
     def forward(self, z: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """Map ``(B, 2)`` states and ``(B,)`` times to ``(B, outputs)``."""
-        return self.net(torch.cat([z, t[:, None], s[:, None]], 1))
+        times = torch.stack([t, s], 1)
+        return self.net(torch.cat([z, times], 1))
 
 
 # --- training and the distance
@@ -230,20 +234,23 @@ def train(
     """Train one network and measure its one-step samples, t = 1 to s = 0.02."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(1000 + seed)
-    world, network = RollSpaces.of(seed), RollMLP()
+    world = RollSpaces.of(seed)
+    network = RollMLP()
     loss_fn = variant.objective(literal)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     for _ in range(steps):
         points = roll(batch, generator)
         latents, images = world.latents(points), world.images(points)
-        loss = loss_fn(network, latents, images, generator=generator).loss.mean()
+        out = loss_fn(network, latents, images, generator=generator)
+        loss = out.loss.mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
     with torch.no_grad():
+        noise = torch.randn(SHOWN, 2, generator=generator)
         one = torch.ones(SHOWN)
-        made = network(torch.randn(SHOWN, 2, generator=generator), one, EARLIEST * one)
+        made = network(noise, one, EARLIEST * one)
     real = world.images(roll(SHOWN, generator))
     distance = sliced_wasserstein(made, real)
     return RollResult(variant, literal, seed, distance, made @ world.lift)
@@ -253,9 +260,11 @@ def floor(seed: int) -> float:
     """Return the distance between two independent real samples: no model can be expected to do
     better.
     """
-    generator, world = torch.Generator().manual_seed(seed), RollSpaces.of(seed)
-    first, second = roll(SHOWN, generator), roll(SHOWN, generator)
-    return sliced_wasserstein(world.images(first), world.images(second))
+    generator = torch.Generator().manual_seed(seed)
+    world = RollSpaces.of(seed)
+    first = world.images(roll(SHOWN, generator))
+    second = world.images(roll(SHOWN, generator))
+    return sliced_wasserstein(first, second)
 
 
 def run(seeds: int, steps: int = STEPS, processes: int = 2) -> Iterator[RollResult]:
@@ -267,9 +276,10 @@ def run(seeds: int, steps: int = STEPS, processes: int = 2) -> Iterator[RollResu
         for literal in FORMS:
             jobs += [(variant, literal, seed, steps) for seed in range(seeds)]
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(processes, context) as pool:
-        for future in concurrent.futures.as_completed([pool.submit(_one, job) for job in jobs]):
-            yield future.result()
+    with futures.ProcessPoolExecutor(processes, context) as pool:
+        begun = [pool.submit(_one, job) for job in jobs]
+        for done in futures.as_completed(begun):
+            yield done.result()
 
 
 def _one(job: tuple[Variant, bool, int, int]) -> RollResult:
@@ -288,7 +298,8 @@ def rows(results: Iterable[RollResult]) -> list[tuple[str, ...]]:
     """Return the table: the mean distance over seeds and, after ±, half of its range."""
     found: dict[tuple[Variant, bool], list[float]] = {}
     for result in results:
-        found.setdefault((result.variant, result.literal), []).append(result.distance)
+        key = (result.variant, result.literal)
+        found.setdefault(key, []).append(result.distance)
     table = []
     for v in VARIANTS:
         if (v, False) in found:
@@ -310,17 +321,20 @@ def figure(results: Iterable[RollResult]) -> Figure:
     """Draw the first seed's samples of every variant, the target form above the literal form,
     beside a real roll.
     """
-    first = {(r.variant, r.literal): r for r in results if r.seed == 0}
+    first = {}
+    for result in results:
+        if result.seed == 0:
+            first[result.variant, result.literal] = result.samples
     shown = [v for v in VARIANTS if (v, False) in first]
     columns = len(shown) + 1
     size = (1.9 * columns, 4.6)
     fig, axes = plt.subplots(2, columns, figsize=size, layout="constrained")
     real = roll(SHOWN, torch.Generator().manual_seed(0))
     for line, (literal, form) in zip(axes, FORMS.items(), strict=True):
-        _cloud(line[0], real)
+        cloud(line[0], real)
         line[0].set_ylabel(form)
         for axis, v in zip(line[1:], shown, strict=True):
-            _cloud(axis, first[v, literal].samples)
+            cloud(axis, first[v, literal])
     for axis, v in zip(axes[0][1:], shown, strict=True):
         words = v.property.replace(", ", ",\n").replace(": ", ":\n")
         axis.set_title(f"{v.observations}, {v.schedule}\n{words}", fontsize=8)
@@ -328,7 +342,7 @@ def figure(results: Iterable[RollResult]) -> Figure:
     return fig
 
 
-def _cloud(axis: Axes, points: Tensor) -> None:
+def cloud(axis: Axes, points: Tensor) -> None:
     """Draw points of the roll."""
     axis.scatter(*points.T, s=0.3, color="#1f4e79", rasterized=True)
     axis.set(xlim=(-2.2, 2.2), ylim=(-2.2, 2.2), xticks=[], yticks=[], aspect="equal")
@@ -339,13 +353,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--quick", action="store_true", help="one seed, 10 steps")
-    parser.add_argument(
-        "--processes", type=int, default=os.cpu_count() or 1, help="one thread each"
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs/swiss_roll"))
+    add = parser.add_argument
+    add("--seeds", type=int, default=3)
+    add("--steps", type=int, default=STEPS)
+    add("--quick", action="store_true", help="one seed, 10 steps")
+    add("--processes", type=int, default=os.cpu_count() or 1, help="one thread each")
+    add("--out", type=Path, default=Path("runs/swiss_roll"))
     options = parser.parse_args(arguments)
     if options.quick:
         options.seeds, options.steps = 1, 10
@@ -354,9 +367,9 @@ def main(arguments: list[str] | None = None) -> None:
     results = list(tqdm(runs, "swiss roll", total, unit="run"))
     real = statistics.mean(floor(seed) for seed in range(options.seeds))
     note = (
-        f"One step from t = 1 to s = {EARLIEST}, {options.steps} training steps; sliced "
-        f"Wasserstein distance, mean over {options.seeds} seeds ± half of their range. Real "
-        f"against real: {real:.4f}."
+        f"One step from t = 1 to s = {EARLIEST}, {options.steps} training steps; "
+        f"sliced Wasserstein distance, mean over {options.seeds} seeds ± half of their range. "
+        f"Real against real: {real:.4f}."
     )
     text = f"{markdown_table(HEAD, rows(results))}\n\n{note}\n"
     write_beside(options.out / "table.md", text)

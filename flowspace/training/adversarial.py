@@ -62,7 +62,9 @@ class AdversarialStep:
         start: int = 0,
         learning_rate: float = 2e-4,
     ) -> None:
-        self.discriminator, self.loss, self.start = discriminator, loss, start
+        self.discriminator = discriminator
+        self.loss = loss
+        self.start = start
         self.heads = [p for p in discriminator.parameters() if p.requires_grad]
         self.optimizer = PlainAdamW(learning_rate, 0.0, (0.0, 0.99))(discriminator)
         self.wrapped = wrap(discriminator)
@@ -80,10 +82,11 @@ class AdversarialStep:
         """
         if draws.step <= self.start:
             return None
+        changes = self._changes(draws, FAKE_CHANGES)
         for head in self.heads:
             head.requires_grad_(False)
         try:
-            return self.loss.opinion(self.discriminator, made, self._changes(draws, FAKE_CHANGES))
+            return self.loss.opinion(self.discriminator, made, changes)
         finally:
             for head in self.heads:
                 head.requires_grad_(True)

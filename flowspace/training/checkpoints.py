@@ -65,9 +65,8 @@ class Checkpoints:
     @property
     def fingerprint(self) -> str:
         """A digest of the settings."""
-        return hashlib.sha256(
-            json.dumps(self.settings, sort_keys=True, default=str).encode()
-        ).hexdigest()[:16]
+        text = json.dumps(self.settings, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def save(self, step: int, tensors: Mapping[str, Tensor]) -> Path:
         """Write one checkpoint beside and rename it, so that an interrupted write leaves the
@@ -75,8 +74,9 @@ class Checkpoints:
 
         What interrupted writes left is removed; nobody else writes into the folder.
         """
-        for torn in [path for pattern in LEFT_OVER for path in self.folder.glob(pattern)]:
-            torn.unlink()
+        for pattern in LEFT_OVER:
+            for torn in list(self.folder.glob(pattern)):
+                torn.unlink()
         path = self._write(self.folder / f"step-{step:08d}.safetensors", step, tensors)
         for old in self._paths()[: -self.keep]:
             old.unlink()
@@ -90,9 +90,9 @@ class Checkpoints:
             "fingerprint": self.fingerprint,
             "settings": json.dumps(self.settings, default=str),
         }
-        held = {
-            name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()
-        }
+        held = {}
+        for name, tensor in tensors.items():
+            held[name] = tensor.detach().cpu().contiguous().clone()
         metadata[DIGEST] = digest_of(held)
         try:
             save_file(held, partial, metadata)
@@ -146,18 +146,20 @@ class Checkpoints:
         return None
 
     def _check_settings(self, path: Path, metadata: Mapping[str, str]) -> None:
-        if metadata.get("fingerprint") != self.fingerprint:
-            theirs = json.loads(metadata.get("settings", "{}"))
-            ours = json.loads(json.dumps(self.settings, default=str))
-            names = sorted(k for k in {*theirs, *ours} if theirs.get(k) != ours.get(k))
-            changes = ", ".join(
-                f"{k}: {theirs.get(k)!r} there, {ours.get(k)!r} now" for k in names
-            )
-            raise RunError(
-                f"{path} belongs to a run with other settings ({changes or 'unknown'}); choose "
-                "another folder, delete this "
-                "one to begin anew, or run with its settings to continue"
-            )
+        if metadata.get("fingerprint") == self.fingerprint:
+            return
+        theirs = json.loads(metadata.get("settings", "{}"))
+        ours = json.loads(json.dumps(self.settings, default=str))
+        changes = []
+        for name in sorted({*theirs, *ours}):
+            before, now = theirs.get(name), ours.get(name)
+            if before != now:
+                changes.append(f"{name}: {before!r} there, {now!r} now")
+        raise RunError(
+            f"{path} belongs to a run with other settings ({', '.join(changes) or 'unknown'}); "
+            "choose another folder, delete this one to begin anew, or run with its settings to "
+            "continue"
+        )
 
     def _paths(self) -> list[Path]:
         return sorted(self.folder.glob("step-*.safetensors"))
@@ -175,8 +177,10 @@ def _check_whole(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, 
             f"{path} was written by an earlier version of flowspace, without a digest; continue "
             "it with that version, or choose another folder"
         )
-    if metadata.get("step") != str(int(path.stem.removeprefix("step-"))):
-        raise OSError(f"it says that it is of step {metadata.get('step')}")
+    step = int(path.stem.removeprefix("step-"))
+    told = metadata.get("step")
+    if told != str(step):
+        raise OSError(f"it says that it is of step {told}")
     if metadata.get(DIGEST, "") != digest_of(tensors):
         raise OSError("its tensors have another digest than when they were written")
 
@@ -186,7 +190,8 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
     found = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        numbers = tensor.detach().cpu().contiguous().reshape(-1)
+        found.update(numbers.view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

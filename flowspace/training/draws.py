@@ -60,7 +60,9 @@ class Draws:
     @property
     def seed_of_rows(self) -> int:
         """The seed of what need not be the same however the batch is shared out, as dropout."""
-        return seed_of(self.seed, self.step, *((self.first,) if self.first else ()))
+        if not self.first:
+            return seed_of(self.seed, self.step)
+        return seed_of(self.seed, self.step, self.first)
 
     def normal(self, shape: Sequence[int], stream: int) -> Tensor:
         """Return these rows of standard normal numbers, ``(rows, *shape)``."""
@@ -95,15 +97,13 @@ class Draws:
                 them, of that many rows.
             stream: keeps different draws of a step apart.
         """
-        whole = draw(self.batch, self._seeded(ROWS, stream))
-        parts = tuple(
-            part[self.first : self.last]
-            for part in (whole if isinstance(whole, tuple) else (whole,))
-        )
-        return parts if isinstance(whole, tuple) else parts[0]
-
-    def _seeded(self, *more: int) -> torch.Generator:
-        return torch.Generator(self.device).manual_seed(seed_of(self.seed, self.step, *more))
+        seed = seed_of(self.seed, self.step, ROWS, stream)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        whole = draw(self.batch, generator)
+        own = slice(self.first, self.last)
+        if isinstance(whole, tuple):
+            return tuple(part[own] for part in whole)
+        return whole[own]
 
 
 @dataclass

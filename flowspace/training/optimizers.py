@@ -40,7 +40,8 @@ def assign(network: nn.Module, inside: Sequence[str] = ("blocks",)) -> dict[str,
     used = set()
     for name, parameter in network.named_parameters():
         owner, _, leaf = name.rpartition(".")
-        matrix = isinstance(modules[owner], nn.Linear) and leaf == "weight" and parameter.ndim == 2
+        linear = isinstance(modules[owner], nn.Linear)
+        matrix = linear and leaf == "weight" and parameter.ndim == 2
         container = _container(name, inside)
         if matrix and container is not None:
             groups["muon"].append(name)
@@ -270,9 +271,6 @@ class CombinedOptimizer(torch.optim.Optimizer):
                     gradient.div_(scale.to(gradient.device))
 
 
-"""Its former name."""
-
-
 def _step_unless(skip: Tensor, optimizer: Any) -> None:
     """Step an optimiser of one group, which changes nothing where ``skip``, a boolean, is true."""
     (group,) = optimizer.param_groups
@@ -287,9 +285,9 @@ def _step_unless(skip: Tensor, optimizer: Any) -> None:
         for parameter in group["params"]:
             if parameter.grad is None:
                 continue
-            before = {
-                name: tensor.clone() for name, tensor in _tensors(optimizer, parameter).items()
-            }
+            before = {}
+            for name, tensor in _tensors(optimizer, parameter).items():
+                before[name] = tensor.clone()
             optimizer.param_groups = [group | {"params": [parameter]}]
             optimizer.step()
             for name, tensor in _tensors(optimizer, parameter).items():

@@ -54,8 +54,8 @@ class KeyedRows(Dataset[tuple[Any, ...]]):
         """Return the row at a place of the stream, 0 and more."""
         number, at = divmod(place, len(self.rows))
         index = self.rows.order(self.seed, number)[at]
-        mirrored = self.flip and seed_of(self.seed, number, index, MIRRORED) >> 31 & 1
-        return self.rows.row(index, bool(mirrored))
+        draw = seed_of(self.seed, number, index, MIRRORED) >> 31 & 1
+        return self.rows.row(index, bool(self.flip and draw))
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,11 @@ def share_of(batch: int, rank: int, ranks: int, parts: int = 1) -> list[tuple[in
             f"multiple of {ranks * parts}"
         )
     size = batch // (ranks * parts)
-    begin = rank * parts
-    return [((begin + part) * size, (begin + part + 1) * size) for part in range(parts)]
+    shares = []
+    for part in range(rank * parts, (rank + 1) * parts):
+        first = part * size
+        shares.append((first, first + size))
+    return shares
 
 
 def in_its_own_group(_: int) -> None:

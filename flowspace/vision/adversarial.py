@@ -95,7 +95,8 @@ class Discriminator(nn.Module):
             )
         logits = []
         for head, layer in zip(self.heads, layers, strict=True):
-            logits.append(head(tokens_of(layer)).flatten(1))
+            tokens = tokens_of(layer)
+            logits.append(head(tokens).flatten(1))
         return torch.cat(logits, 1)
 
 
@@ -167,8 +168,9 @@ class AdversarialLoss:
 
     def __post_init__(self) -> None:
         for name in ("power", "penalty", "r1"):
-            if not getattr(self, name) >= 0:
-                raise InputError(f"got {name} = {getattr(self, name)}; write 0 or more")
+            value = getattr(self, name)
+            if not value >= 0:
+                raise InputError(f"got {name} = {value}; write 0 or more")
 
     def weight(self, t: Tensor) -> Tensor:
         """Return w(t) = alpha(t)^p, of t's shape."""
@@ -191,7 +193,8 @@ class AdversarialLoss:
         own gradient is unused.
         """
         opinion = self.opinion(discriminator, fake, changes)
-        return self.weight(t).to(opinion.dtype) * opinion
+        weight = self.weight(t).to(opinion.dtype)
+        return weight * opinion
 
     def discriminator(
         self, discriminator: nn.Module, real: Tensor, fake: Tensor, changes: Tensor | None = None
@@ -207,7 +210,8 @@ class AdversarialLoss:
                 as stored images are.
             changes: see `augment`; a real and a fake image of one row are changed alike.
         """
-        stored = ((fake.detach().clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+        levels = (fake.detach().clamp(-1, 1) + 1) * 127.5
+        stored = levels.round() / 127.5 - 1
         real = real.detach().requires_grad_(self.r1 > 0)
         images = torch.cat([real, stored])
         if self.augmented:
@@ -215,13 +219,17 @@ class AdversarialLoss:
                 changes = torch.cat([changes, changes])
             images = augment(images, changes)
         on_real, on_fake = discriminator(images).chunk(2)
-        loss = 0.5 * (F.relu(1 - on_real).mean(1) + F.relu(1 + on_fake).mean(1))
+        real_hinge = F.relu(1 - on_real).mean(1)
+        fake_hinge = F.relu(1 + on_fake).mean(1)
+        loss = 0.5 * (real_hinge + fake_hinge)
         if self.penalty:
-            real_apart = (on_real - on_fake.mean().detach()).square()
-            fake_apart = (on_fake - on_real.mean().detach()).square()
-            loss = loss + self.penalty * (real_apart + fake_apart).mean(1)
+            real_apart = on_real - on_fake.mean().detach()
+            fake_apart = on_fake - on_real.mean().detach()
+            apart = real_apart.square() + fake_apart.square()
+            loss = loss + self.penalty * apart.mean(1)
         if self.r1:
-            (slope,) = torch.autograd.grad(on_real.mean(1).sum(), real, create_graph=True)
+            logits = on_real.mean(1).sum()
+            (slope,) = torch.autograd.grad(logits, real, create_graph=True)
             loss = loss + self.r1 / 2 * slope.square().flatten(1).sum(1)
         return loss
 
@@ -238,14 +246,21 @@ def augment(images: Tensor, changes: Tensor | None = None) -> Tensor:
     if changes is None:
         changes = torch.rand(rows, CHANGES, device=images.device)
     unit = changes.to(images.dtype).mT.reshape(CHANGES, rows, 1, 1, 1)
-    x = images + (unit[0] - 0.5)
+    brightness, saturation, contrast, vertical, horizontal = unit
+    x = images + (brightness - 0.5)
     grey = x.mean(1, keepdim=True)
-    x = grey + 2 * unit[1] * (x - grey)
+    x = grey + 2 * saturation * (x - grey)
     middle = x.mean((1, 2, 3), keepdim=True)
-    x = middle + (0.5 + unit[2]) * (x - middle)
-    down = ((2 * unit[3, :, :, 0, 0] - 1) * height / 8).round().long()
-    right = ((2 * unit[4, :, :, 0, 0] - 1) * width / 8).round().long()
+    x = middle + (0.5 + contrast) * (x - middle)
+    down = _shift(vertical, height)
+    right = _shift(horizontal, width)
     return _shifted(x, down, right)
+
+
+def _shift(unit: Tensor, side: int) -> Tensor:
+    """Return shifts ``(B, 1)`` by up to an eighth of a side, from numbers in [0, 1)."""
+    shift = (2 * unit.flatten(1) - 1) * side / 8
+    return shift.round().long()
 
 
 def _shifted(x: Tensor, down: Tensor, right: Tensor) -> Tensor:
@@ -253,16 +268,16 @@ def _shifted(x: Tensor, down: Tensor, right: Tensor) -> Tensor:
     there are none.
     """
     rows, _, height, width = x.shape
+    batch = torch.arange(rows, device=x.device)[:, None, None]
     row = torch.arange(height, device=x.device) + down
     column = torch.arange(width, device=x.device) + right
+    row, column = row[:, :, None], column[:, None, :]
     nearest_row = row.clamp(0, height - 1)
     nearest_column = column.clamp(0, width - 1)
-    batch = torch.arange(rows, device=x.device)[:, None, None]
     channels_last = x.movedim(1, -1)
-    moved = channels_last[batch, nearest_row[:, :, None], nearest_column[:, None, :]]
-    inside_rows = (nearest_row == row)[:, None, :, None]
-    inside_columns = (nearest_column == column)[:, None, None, :]
-    return torch.where(inside_rows & inside_columns, moved.movedim(-1, 1), 0.0)
+    moved = channels_last[batch, nearest_row, nearest_column]
+    inside = (nearest_row == row) & (nearest_column == column)
+    return torch.where(inside[:, None], moved.movedim(-1, 1), 0.0)
 
 
 def balance(main: Tensor, adversarial: Tensor, images: Tensor) -> Tensor:
@@ -278,9 +293,11 @@ def balance(main: Tensor, adversarial: Tensor, images: Tensor) -> Tensor:
         adversarial: the adversarial loss of each row ``(B,)``, before w(t).
         images: that both judge, ``(B, 3, H, W)``.
     """
-    slopes = [
-        torch.autograd.grad(loss.sum(), images, retain_graph=True)[0].float()
-        for loss in (main, adversarial)
-    ]
-    norms = [slope.flatten(1).norm(dim=1) for slope in slopes]
-    return (norms[0] / (norms[1] + SMALLEST_SLOPE)).clamp(max=LARGEST_BALANCE)
+    ratio = _steepness(main, images) / (_steepness(adversarial, images) + SMALLEST_SLOPE)
+    return ratio.clamp(max=LARGEST_BALANCE)
+
+
+def _steepness(loss: Tensor, images: Tensor) -> Tensor:
+    """Return the norm of the gradient of each row's loss at its image, ``(B,)``."""
+    (slope,) = torch.autograd.grad(loss.sum(), images, retain_graph=True)
+    return slope.float().flatten(1).norm(dim=1)

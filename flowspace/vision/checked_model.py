@@ -58,8 +58,9 @@ class CheckedModel(ModelMixin, ConfigMixin):
         if is_main_process:
             place = folder / self.config_name
             config = json.loads(place.read_text())
-            config[DIGESTS] = {path.name: _digest(path) for path in _weights(folder)}
-            config[DIGESTS][self.config_name] = _digest_of_arguments(config)
+            digests = {path.name: _digest(path) for path in _weights(folder)}
+            digests[self.config_name] = _digest_of_arguments(config)
+            config[DIGESTS] = digests
             place.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         if push_to_hub:
             self.push_to_hub(repository, token=kwargs.get("token"))
@@ -75,7 +76,8 @@ class CheckedModel(ModelMixin, ConfigMixin):
                 missing.
         """
         place = pretrained_model_name_or_path
-        _check_digests(Path(str(place)) / (kwargs.get("subfolder") or ""), cls.config_name)
+        folder = Path(str(place)) / (kwargs.get("subfolder") or "")
+        _check_digests(folder, cls.config_name)
         told = kwargs.pop("output_loading_info", False)
         loaded: Any = super().from_pretrained(place, output_loading_info=True, **kwargs)
         model, found = loaded
@@ -106,7 +108,8 @@ def _digest(path: Path) -> str:
 def _digest_of_arguments(config: Mapping[str, Any]) -> str:
     """Return the SHA-256 of a config without what begins with an underscore."""
     arguments = {name: value for name, value in config.items() if not name.startswith("_")}
-    return hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()
+    text = json.dumps(arguments, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _check_digests(folder: Path, config_name: str) -> None:

@@ -21,6 +21,7 @@ caller to know.
 import argparse
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from flowspace.errors import InputError, RunError
 from flowspace.vision.dit import SIZES, DiT
+from flowspace.vision.transformer import check_choice
 
 __all__ = ["LAYOUTS", "convert", "read_checkpoint", "to_layout"]
 
@@ -82,8 +84,16 @@ NEIGHBOURS, HALVES = (-1, 2), (2, -1)
 TURNS = ("feat_rope.freqs_cos", "feat_rope.freqs_sin")
 """The rotary positions that a file of LightningDiT keeps; they are computed here."""
 
+Q_NORM = "blocks.0.attn.q_norm.weight"
+"""There where queries and keys are normalised, and as long as a head."""
+
 IGNORED = ("feat_rope_incontext.",)
 """What JiT computes from the same numbers, where a file keeps it."""
+
+MODULES_THERE = {here: there for there, here in RENAMED.items()}
+IN_BLOCK_THERE = {here: there for there, here in IN_BLOCK.items()}
+WHOLE_THERE = {here: there for there, here in WHOLE.items()}
+"""The same tables, from the names here to those there."""
 
 HEADS = {size["width"]: size["heads"] for size in SIZES.values()}
 STARTS = {12: 4, 24: 8, 32: 10}
@@ -115,15 +125,17 @@ def convert(
             shape than the others ask for; the error names it.
         RunError: if the file cannot be read, or asks for anything but tensors.
     """
-    _check_layout(layout)
+    check_choice("layout", layout, LAYOUTS)
     tensors = _without_prefixes(_table_of(source, weights))
     _check_table(tensors)
+    arguments = _Sizes(tensors, layout, settings).arguments()
     with torch.device("meta"):
-        made = DiT(**(_Sizes(tensors, layout, settings).arguments() | settings))
+        made = DiT(**(arguments | settings))
     _check_fit(tensors, layout, made)
     made.load_state_dict(_from_layout(tensors, made), strict=False, assign=True)
     if made.difference is not None:
-        made.difference.to_empty(device="cpu").to(made.label_weight)  # type: ignore[call-overload]
+        made.difference.to_empty(device="cpu")
+        made.difference.to(made.label_weight)  # type: ignore[call-overload]
         made.initialise_difference()
     return made
 
@@ -142,7 +154,7 @@ def to_layout(network: DiT, layout: str) -> dict[str, Tensor]:
     Raises:
         InputError: if the network has parts that the layout has not.
     """
-    _check_layout(layout)
+    check_choice("layout", layout, LAYOUTS)
     config = network.settings
     _check_parts(config, layout)
     found = {}
@@ -199,27 +211,36 @@ def _table_of(source: Any, weights: str | None) -> Mapping[str, Any]:
 
 def _chosen(loaded: Mapping[str, Any], weights: str | None, name: str) -> Mapping[str, Any]:
     """Return the table that is asked for, or the average, or the model, or the whole."""
-    tables = [key for key, value in loaded.items() if isinstance(value, Mapping)]
-    if weights is not None:
-        if not tables:
-            raise RunError(f"got weights = {weights!r}, but {name} is one table; leave it out")
-        if weights not in tables:
-            raise RunError(
-                f"{name} has no table {weights!r}; write one of {', '.join(map(repr, tables))}"
-            )
-        return loaded[weights]
-    for key in (*AVERAGES, "model", "state_dict"):
-        if key in tables:
-            return loaded[key]
-    return loaded
+    tables = {key: value for key, value in loaded.items() if isinstance(value, Mapping)}
+    if weights is None:
+        for key in (*AVERAGES, "model", "state_dict"):
+            if key in tables:
+                return tables[key]
+        return loaded
+    if not tables:
+        raise RunError(f"got weights = {weights!r}, but {name} is one table; leave it out")
+    if weights not in tables:
+        raise RunError(
+            f"{name} has no table {weights!r}; write one of {', '.join(map(repr, tables))}"
+        )
+    return tables[weights]
 
 
 def _without_prefixes(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Return the tensors without what wrappers put before every name."""
     found = dict(tensors)
-    while found and any(all(str(key).startswith(each) for key in found) for each in PREFIXES):
-        found = {str(key).partition(".")[2]: value for key, value in found.items()}
+    while prefix := _prefix_of(found):
+        found = {str(key).removeprefix(prefix): value for key, value in found.items()}
     return {key: value for key, value in found.items() if not str(key).startswith(IGNORED)}
+
+
+def _prefix_of(tensors: Mapping[str, Any]) -> str:
+    """Return what a wrapper put before every name, or nothing."""
+    names = [str(key) for key in tensors]
+    for prefix in PREFIXES:
+        if names and all(name.startswith(prefix) for name in names):
+            return prefix
+    return ""
 
 
 def _check_table(tensors: Mapping[str, Any]) -> None:
@@ -237,26 +258,22 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def _check_layout(layout: str) -> None:
-    if layout not in LAYOUTS:
-        raise InputError(f"got layout = {layout!r}; write one of {', '.join(map(repr, LAYOUTS))}")
-
-
 # --- sizes -------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class _Sizes:
     """What the shapes of a layout's tensors say of its network."""
 
-    def __init__(
-        self, tensors: Mapping[str, Tensor], layout: str, known: Mapping[str, Any]
-    ) -> None:
-        self.tensors, self.layout, self.known = tensors, layout, known
+    tensors: Mapping[str, Tensor]
+    layout: str
+    known: Mapping[str, Any]
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of `DiT`."""
         found = self._of_squares() | self._of_blocks()
-        found["classes"] = self._shape("y_embedder.embedding_table.weight", 2)[0] - 1
+        labels, _ = self._shape("y_embedder.embedding_table.weight", 2)
+        found["classes"] = labels - 1
         found["null_trained"] = True
         found |= self._of_output(found["channels"], found["patch"])
         if self.layout == "jit":
@@ -264,12 +281,12 @@ class _Sizes:
         return found
 
     def _of_squares(self) -> dict[str, Any]:
-        first = "x_embedder.proj.weight"
         found: dict[str, Any] = {}
         if self.layout == "jit":
-            first = "x_embedder.proj1.weight"
-            found["bottleneck"] = self._shape(first, 4)[0]
-        _, channels, patch, _ = self._shape(first, 4)
+            bottleneck, channels, patch, _ = self._shape("x_embedder.proj1.weight", 4)
+            found["bottleneck"] = bottleneck
+        else:
+            _, channels, patch, _ = self._shape("x_embedder.proj.weight", 4)
         _, cells, width = self._shape("pos_embed", 3)
         side = math.isqrt(cells)
         if side * side != cells:
@@ -283,27 +300,29 @@ class _Sizes:
         }
 
     def _of_blocks(self) -> dict[str, Any]:
+        there = self.tensors
         depth = 0
-        while f"blocks.{depth}.attn.qkv.weight" in self.tensors:
+        while f"blocks.{depth}.attn.qkv.weight" in there:
             depth += 1
-        found: dict[str, Any] = {
-            "depth": depth,
-            "norm": "layer",
-            "mlp": "gelu",
-            "rotary": self.layout == "jit" or TURNS[0] in self.tensors,
-            "normalised_heads": "blocks.0.attn.q_norm.weight" in self.tensors,
-        }
-        if "blocks.0.norm1.weight" in self.tensors:
-            found["norm"] = "rms"
-        if "blocks.0.mlp.w12.weight" in self.tensors:
-            found["mlp"] = "swiglu"
-            found["hidden"] = self._shape("blocks.0.mlp.w3.weight", 2)[1]
+        norm, mlp = "layer", "gelu"
+        if "blocks.0.norm1.weight" in there:
+            norm = "rms"
+        if "blocks.0.mlp.w12.weight" in there:
+            mlp = "swiglu"
+            _, hidden = self._shape("blocks.0.mlp.w3.weight", 2)
         else:
-            found["hidden"] = self._shape("blocks.0.mlp.fc1.weight", 2)[0]
-        return found
+            hidden, _ = self._shape("blocks.0.mlp.fc1.weight", 2)
+        return {
+            "depth": depth,
+            "norm": norm,
+            "mlp": mlp,
+            "hidden": hidden,
+            "rotary": self.layout == "jit" or TURNS[0] in there,
+            "normalised_heads": Q_NORM in there,
+        }
 
     def _of_output(self, channels: int, patch: int) -> dict[str, Any]:
-        numbers = self._shape("final_layer.linear.weight", 2)[0]
+        numbers, _ = self._shape("final_layer.linear.weight", 2)
         if self.layout == "jit":
             return {"predicts": "data"}
         return {"predicts": "velocity", "sigma": numbers == 2 * channels * patch**2}
@@ -311,7 +330,7 @@ class _Sizes:
     def _of_context(self, depth: int) -> dict[str, Any]:
         if "in_context_posemb" not in self.tensors:
             return {}
-        tokens = self._shape("in_context_posemb", 3)[1]
+        _, tokens, _ = self._shape("in_context_posemb", 3)
         if depth not in STARTS and "context_start" not in self.known:
             raise InputError(
                 f"got a JiT of {depth} blocks, and no tensor tells before which of them the "
@@ -321,9 +340,10 @@ class _Sizes:
 
     def _heads(self, width: int) -> int:
         """Return the number of heads, which no matrix tells, but positions and norms do."""
-        for key in (TURNS[0], "blocks.0.attn.q_norm.weight"):
+        for key in (TURNS[0], Q_NORM):
             if key in self.tensors:
-                return max(1, width // max(1, self.tensors[key].shape[-1]))
+                of_a_head = self.tensors[key].shape[-1]
+                return max(1, width // max(1, of_a_head))
         if width not in HEADS and "heads" not in self.known:
             raise InputError(
                 f"got tensors of width {width}, and none tells the number of heads; write heads="
@@ -332,9 +352,10 @@ class _Sizes:
 
     def _shape(self, key: str, axes: int) -> tuple[int, ...]:
         if key not in self.tensors:
+            first = next(iter(self.tensors))
             raise InputError(
                 f"got no tensor {key} for the layout {self.layout!r}; there are "
-                f"{len(self.tensors)}, such as {next(iter(self.tensors))}"
+                f"{len(self.tensors)}, such as {first}"
             )
         shape = tuple(self.tensors[key].shape)
         if len(shape) != axes or 0 in shape:
@@ -344,28 +365,30 @@ class _Sizes:
 
 def _check_fit(tensors: Mapping[str, Tensor], layout: str, made: DiT) -> None:
     """Refuse a table that is not exactly the tensors of the network, by the first that is not."""
-    expected = {key: tuple(value.shape) for key, value in to_layout(made, layout).items()}
-    for key, shape in expected.items():
+    expected = to_layout(made, layout)
+    for key, wanted in expected.items():
+        shape = tuple(wanted.shape)
         if key not in tensors:
             raise InputError(
                 f"got no tensor {key}, of shape {shape}, for the layout {layout!r}; the other "
                 "tensors ask for it"
             )
-        if tuple(tensors[key].shape) != shape:
+        given = tensors[key]
+        if given.shape != shape:
             raise InputError(
-                f"got {key} of shape {tuple(tensors[key].shape)}, where the other tensors ask for "
-                f"{shape}"
+                f"got {key} of shape {tuple(given.shape)}, where the other tensors ask for {shape}"
             )
-        if not tensors[key].is_floating_point():
-            raise InputError(f"got {key} of {tensors[key].dtype}, where real numbers belong")
-    for key in tensors:
-        if key not in expected and not (layout == "jit" and key.startswith("feat_rope.")):
+        if not given.is_floating_point():
+            raise InputError(f"got {key} of {given.dtype}, where real numbers belong")
+    for key, value in tensors.items():
+        computed = layout == "jit" and key.startswith("feat_rope.")
+        if key not in expected and not computed:
             raise InputError(
-                f"got {key} of shape {tuple(tensors[key].shape)}, which the layout {layout!r} "
-                "does not have"
+                f"got {key} of shape {tuple(value.shape)}, which the layout {layout!r} does not "
+                "have"
             )
-    for key, value in _turns_of(made).items():
-        if key in tensors and not torch.allclose(tensors[key].float(), value, atol=1e-3):
+    for key, turns in _turns_of(made).items():
+        if key in tensors and not torch.allclose(tensors[key].float(), turns, atol=1e-3):
             raise InputError(f"got {key} of other rotary positions than those of the grid")
 
 
@@ -384,8 +407,8 @@ def _from_layout(tensors: Mapping[str, Tensor], made: DiT) -> dict[str, Tensor]:
             found[f"{RENAMED[module]}.{kind}"] = value
         elif module.startswith("blocks."):
             _, number, name = module.split(".", 2)
-            for there, here in _of_block(name, kind, value, made).items():
-                found[f"blocks.{number}.{there}"] = here
+            for here, tensor in _of_block(name, kind, value, made).items():
+                found[f"blocks.{number}.{here}"] = tensor
     return {name: value.detach().clone() for name, value in found.items()}
 
 
@@ -403,13 +426,13 @@ def _of_block(name: str, kind: str, value: Tensor, made: DiT) -> dict[str, Tenso
 
 def _named_there(name: str, value: Tensor, network: DiT) -> dict[str, Tensor]:
     """Return a tensor by its name there; nothing of the second part of what is one there."""
-    for there, here in WHOLE.items():
-        if name == here:
-            return {there: value.detach()}
+    value = value.detach()
+    if name in WHOLE_THERE:
+        return {WHOLE_THERE[name]: value}
     module, _, kind = name.rpartition(".")
-    for there, here in RENAMED.items():
-        if module == here:
-            return {f"{there}.{kind}": value.detach()}
+    if module in MODULES_THERE:
+        return {f"{MODULES_THERE[module]}.{kind}": value}
+    config = network.config
     _, number, module = module.split(".", 2)
     place = f"blocks.{number}"
     if module == "mlp.fc1_x":
@@ -417,13 +440,12 @@ def _named_there(name: str, value: Tensor, network: DiT) -> dict[str, Tensor]:
     if module == "mlp.fc1_g":
         linear = network.get_parameter(f"{place}.mlp.fc1_x.{kind}")
         return {f"{place}.mlp.w12.{kind}": torch.cat([value, linear.detach()])}
-    gated = network.config["mlp"] == "swiglu"
-    if module == "mlp.fc2" and gated:
-        return {f"{place}.mlp.w3.{kind}": value.detach()}
-    there = {here: there for there, here in IN_BLOCK.items()}[module]
-    if there in TURNED and network.config["rotary"]:
-        value = _reordered(there, value, network.config["heads"], HALVES)
-    return {f"{place}.{there}.{kind}": value.detach()}
+    if module == "mlp.fc2" and config["mlp"] == "swiglu":
+        return {f"{place}.mlp.w3.{kind}": value}
+    there = IN_BLOCK_THERE[module]
+    if there in TURNED and config["rotary"]:
+        value = _reordered(there, value, config["heads"], HALVES)
+    return {f"{place}.{there}.{kind}": value}
 
 
 def _reordered(name: str, value: Tensor, heads: int, pairs: tuple[int, int]) -> Tensor:
@@ -438,32 +460,32 @@ def _reordered(name: str, value: Tensor, heads: int, pairs: tuple[int, int]) -> 
     if name != "attn.qkv":
         return value.unflatten(0, pairs).T.flatten()
     q, k, v = value.unflatten(0, (3, heads, *pairs)).unbind(0)
-    q, k = q.transpose(1, 2).flatten(0, 2), k.transpose(1, 2).flatten(0, 2)
-    return torch.cat([q, k, v.flatten(0, 2)])
+    parts = [q.transpose(1, 2), k.transpose(1, 2), v]
+    return torch.cat([part.flatten(0, 2) for part in parts])
 
 
 def _turns_of(network: DiT) -> dict[str, Tensor]:
     """Return the rotary positions as a file of LightningDiT has them, ``(cells, head)``."""
     side = network.config["size"] // network.config["patch"]
     cosine, sine = network.turns(side, side, torch.device("cpu"))
-    half = cosine.shape[1] // 2
-    return {
-        TURNS[0]: cosine[:, :half].repeat_interleave(2, 1),
-        TURNS[1]: sine[:, half:].repeat_interleave(2, 1),
-    }
+    cosine, _ = cosine.chunk(2, 1)
+    _, sine = sine.chunk(2, 1)
+    parts = [part.repeat_interleave(2, 1) for part in (cosine, sine)]
+    return dict(zip(TURNS, parts, strict=True))
 
 
 def _check_parts(config: Mapping[str, Any], layout: str) -> None:
     """Refuse a network that has what a layout has no name for."""
-    has = {
-        "a pixel head": config["outputs"] is not None or config["output_patch"] is not None,
-        "a bottleneck": bool(config["bottleneck"]) and layout != "jit",
-        "context tokens": bool(config["context_tokens"]) and layout != "jit",
-        "rotary positions": config["rotary"] and layout == "sit",
-        "no bottleneck": not config["bottleneck"] and layout == "jit",
-        "velocities": config["predicts"] != "data" and layout == "jit",
-        "clean data": config["predicts"] != "velocity" and layout != "jit",
-    }
+    own = (config["outputs"], config["output_patch"])
+    has = {"a pixel head": own != (None, None)}
+    if layout == "jit":
+        has["no bottleneck"] = not config["bottleneck"]
+        has["velocities"] = config["predicts"] != "data"
+    else:
+        has["a bottleneck"] = bool(config["bottleneck"])
+        has["context tokens"] = bool(config["context_tokens"])
+        has["rotary positions"] = config["rotary"] and layout == "sit"
+        has["clean data"] = config["predicts"] != "velocity"
     for part, found in has.items():
         if found:
             raise InputError(

@@ -82,14 +82,14 @@ def centre_crop(picture: Image.Image, size: int) -> Image.Image:
     The preprocessing of ADM (Dhariwal & Nichol, arXiv 2105.05233), which DiT, MeanFlow and
     CrossFlow share.
     """
-    while min(picture.size) >= 2 * size:
-        half = (picture.width // 2, picture.height // 2)
-        picture = picture.resize(half, Image.Resampling.BOX)
-    scale = size / min(picture.size)
-    scaled = (round(picture.width * scale), round(picture.height * scale))
-    picture = picture.resize(scaled, Image.Resampling.BICUBIC)
-    left = (picture.width - size) // 2
-    top = (picture.height - size) // 2
+    width, height = picture.size
+    while min(width, height) >= 2 * size:
+        width, height = width // 2, height // 2
+        picture = picture.resize((width, height), Image.Resampling.BOX)
+    scale = size / min(width, height)
+    width, height = round(width * scale), round(height * scale)
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
     return picture.crop((left, top, left + size, top + size))
 
 
@@ -129,11 +129,11 @@ class Images(abc.ABC):
         """What could not be read so far, by name, and why; also what the workers of a DataLoader
         could not read, whose reasons are in their own warnings.
         """
-        indices = self._unreadable.nonzero().flatten().tolist()
-        return {
-            self.name(index): self._reasons.get(index, "a worker could not read it")
-            for index in indices
-        }
+        found = {}
+        for index in self._unreadable.nonzero().flatten().tolist():
+            reason = self._reasons.get(index, "a worker could not read it")
+            found[self.name(index)] = reason
+        return found
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -187,9 +187,9 @@ class Images(abc.ABC):
         except BROKEN as error:
             self._unreadable[index] = True
             self._reasons[index] = f"{type(error).__name__}: {error}"
+            count = int(self._unreadable.sum())
             warnings.warn(
-                f"{self.name(index)} cannot be read and is skipped "
-                f"({int(self._unreadable.sum())} so far): {error}",
+                f"{self.name(index)} cannot be read and is skipped ({count} so far): {error}",
                 stacklevel=4,
             )
             return None
@@ -203,10 +203,13 @@ class Images(abc.ABC):
     def report(self) -> str:
         """Say how many images each class has, and what was broken."""
         counts = Counter(self.labels)
-        sizes = [counts[label] for label in range(len(self.names))]
+        sizes, empty = [], []
+        for label, name in enumerate(self.names):
+            sizes.append(counts[label])
+            if not counts[label]:
+                empty.append(name)
         images = f"{len(self)} images in {len(self.names)} classes"
         parts = [f"{images}, {min(sizes)} to {max(sizes)} a class"]
-        empty = [self.names[label] for label, size in enumerate(sizes) if size == 0]
         if empty:
             parts.append(f"empty: {', '.join(empty[:MOST_NAMED])}")
         broken = list(self.broken)
@@ -279,7 +282,8 @@ class FolderImages(Images):
         _check_classes(self.root, names, classes)
         paths, labels = [], []
         for label, name in enumerate(names):
-            for path in sorted((self.root / name).rglob("*")):
+            folder = self.root / name
+            for path in sorted(folder.rglob("*")):
                 if path.suffix.lower() in SUFFIXES:
                     paths.append(path)
                     labels.append(label)
@@ -293,8 +297,9 @@ class FolderImages(Images):
 
     def open(self, index: int) -> Image.Image:
         """Open one file."""
-        check_file(self.paths[index])
-        return Image.open(self.paths[index], formats=FORMATS)
+        path = self.paths[index]
+        check_file(path)
+        return Image.open(path, formats=FORMATS)
 
     def name(self, index: int) -> str:
         """Return the path of one file."""
@@ -350,16 +355,17 @@ class DatasetImages(Images):
 
     def open(self, index: int) -> Image.Image:
         """Open one picture from its bytes, or from the file of the data set that it names."""
-        held = self.rows[index][self.image]
-        if held is not None and held["bytes"]:
-            return Image.open(io.BytesIO(held["bytes"]), formats=FORMATS)
-        if held is None or not held["path"]:
+        held = self.rows[index][self.image] or {}
+        content, name = held.get("bytes"), held.get("path")
+        if content:
+            return Image.open(io.BytesIO(content), formats=FORMATS)
+        if not name:
             raise ValueError("the row has no picture")
-        path = (self.path / held["path"]).resolve()
+        path = (self.path / name).resolve()
         if not path.is_relative_to(self.path.resolve()):
             raise ValueError(
-                f"it names {held['path']}, outside the folder of the data set; store the bytes of "
-                "the pictures in it"
+                f"it names {name}, outside the folder of the data set; store the bytes of the "
+                "pictures in it"
             )
         check_file(path)
         return Image.open(path, formats=FORMATS)
@@ -394,9 +400,10 @@ def _classes(source: Path, values: Iterable[Any], names: Sequence[str] | None) -
     for row, value in enumerate(values):
         label = class_of(value)
         if label is None or label >= count:
+            shown = str(value)[:MOST_SHOWN]
             raise RunError(
-                f"{source}, row {row}: got the label {str(value)[:MOST_SHOWN]!r}; classes are "
-                f"integers from 0 to {count - 1}"
+                f"{source}, row {row}: got the label {shown!r}; classes are integers from 0 to "
+                f"{count - 1}"
             )
         labels.append(label)
     if not labels:
@@ -405,9 +412,10 @@ def _classes(source: Path, values: Iterable[Any], names: Sequence[str] | None) -
 
 
 def _check_classes(source: Path, names: Sequence[str], expected: int | None) -> None:
-    if expected is not None and len(names) != expected:
+    found = len(names)
+    if expected not in (None, found):
         raise RunError(
-            f"{source} holds {len(names)} classes, {expected} are expected; the first are "
+            f"{source} holds {found} classes, {expected} are expected; the first are "
             f"{list(names[:3])}"
         )
 

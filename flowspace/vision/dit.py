@@ -22,7 +22,6 @@ network of flow matching becomes one of average velocities that returns the same
 `flowspace.vision.convert` for files of weights.
 """
 
-import math
 from functools import partial
 from typing import Any
 
@@ -45,7 +44,14 @@ from flowspace.vision.layers import (
     silence,
     sines_of_grid,
 )
-from flowspace.vision.transformer import LabelledTransformer
+from flowspace.vision.transformer import (
+    LabelledTransformer,
+    check_choice,
+    check_rotary,
+    initialise_linear,
+    initialise_small,
+    preset_of,
+)
 
 __all__ = ["PRESETS", "DiT"]
 
@@ -162,7 +168,9 @@ class DiT(LabelledTransformer):
     ) -> None:
         super().__init__()
         _check_sizes(size, patch, width, heads, rotary)
-        _check_choices(norm=(norm, NORMS), mlp=(mlp, MLPS), predicts=(predicts, PREDICTIONS))
+        check_choice("norm", norm, NORMS)
+        check_choice("mlp", mlp, MLPS)
+        check_choice("predicts", predicts, PREDICTIONS)
         if context_tokens and not 0 <= context_start < depth:
             raise InputError(
                 f"got context_start = {context_start}, depth = {depth}; write a block's number"
@@ -182,10 +190,10 @@ class DiT(LabelledTransformer):
         self.context: nn.Parameter | None = None
         if context_tokens:
             self.context = nn.Parameter(0.02 * torch.randn(1, context_tokens, width))
-        self.blocks = nn.ModuleList(
-            AdaptiveBlock(width, heads, NORMS[norm], MLPS[mlp](width, hidden), normalised_heads)
-            for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList()
+        for _ in range(depth):
+            inner = MLPS[mlp](width, hidden)
+            self.blocks.append(AdaptiveBlock(width, heads, NORMS[norm], inner, normalised_heads))
         self.turns = RotaryGrid(width // heads)
         numbers = (outputs or channels) * (output_patch or patch) ** 2
         if sigma:
@@ -204,14 +212,18 @@ class DiT(LabelledTransformer):
         Raises:
             InputError: if there is no preset of that name.
         """
-        if name not in PRESETS:
-            raise InputError(f"got preset {name!r}; write one of {', '.join(PRESETS)}")
-        return cls(**(PRESETS[name] | changes))
+        return cls(**(preset_of(PRESETS, name) | changes))
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """The shape of one state, (channels, size, size)."""
-        return self.config["channels"], self.config["size"], self.config["size"]
+        size = self.config["size"]
+        return self.config["channels"], size, size
+
+    @property
+    def _side(self) -> int:
+        """The cells a side of a state."""
+        return self.config["size"] // self.config["patch"]
 
     def with_pixel_head(self, compression: int, outputs: int = 3) -> "DiT":
         """Return a copy that maps latents to images, as CrossFlow trains it.
@@ -315,14 +327,12 @@ class DiT(LabelledTransformer):
         """Return the rotary positions of cells after so many tokens of the context, or Nones."""
         if not self.config["rotary"]:
             return None, None
-        side = self.config["size"] // self.config["patch"]
-        return self.turns(side, side, device, before)
+        return self.turns(self._side, self._side, device, before)
 
     def _squares(self, cells: Tensor) -> Tensor:
         """Put the numbers of each token into its square; in a token, channels come last."""
-        side = self.config["size"] // self.config["patch"]
         patch = self.config["output_patch"] or self.config["patch"]
-        squares = cells.unflatten(2, (patch, patch, -1)).unflatten(1, (side, side))
+        squares = cells.unflatten(2, (patch, patch, -1)).unflatten(1, (self._side, self._side))
         maps = squares.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
         if self.config["sigma"]:
             maps = maps.chunk(2, 1)[0]
@@ -339,17 +349,9 @@ class DiT(LabelledTransformer):
     def _initialise(self) -> None:
         """Begin as DiT does; blocks begin by returning their input, the whole by zero."""
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Conv2d):
-                nn.init.xavier_uniform_(module.weight.flatten(1))
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        nn.init.normal_(self.label_weight, std=0.02)
-        for layer in (self.time.first, self.time.second):
-            nn.init.normal_(layer.weight, std=0.02)
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                initialise_linear(module)
+        initialise_small(self.label, self.time.first, self.time.second)
         for block in self.blocks:
             silence(block.modulation)  # type: ignore[arg-type]
         silence(self.last.modulation)
@@ -359,7 +361,7 @@ class DiT(LabelledTransformer):
     def initialise_difference(self) -> None:
         """Let the embedding of t - s begin at zero: the network returns the same for all s."""
         if self.difference is not None:
-            nn.init.normal_(self.difference.first.weight, std=0.02)
+            initialise_small(self.difference.first)
             nn.init.zeros_(self.difference.second.weight)
 
 
@@ -414,14 +416,6 @@ NORMS = {"layer": _layer_norm, "rms": Norm}
 MLPS = {"gelu": _gelu, "swiglu": _swiglu}
 
 
-def _check_choices(**given: Any) -> None:
-    for name, (value, choices) in given.items():
-        if value not in choices:
-            raise InputError(
-                f"got {name} = {value!r}; write one of {', '.join(map(repr, choices))}"
-            )
-
-
 def _check_sizes(size: int, patch: int, width: int, heads: int, rotary: bool) -> None:
     if size % patch:
         raise InputError(
@@ -432,8 +426,5 @@ def _check_sizes(size: int, patch: int, width: int, heads: int, rotary: bool) ->
             f"got width = {width}, heads = {heads}; write a width that is a multiple of the heads "
             "and of 4"
         )
-    if rotary and math.gcd(width // heads, 4) != 4:
-        raise InputError(
-            f"got width = {width}, heads = {heads}; rotary positions need a width that is a "
-            "multiple of 4 heads"
-        )
+    if rotary:
+        check_rotary(width, heads)

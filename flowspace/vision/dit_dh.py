@@ -41,8 +41,15 @@ from flowspace.vision.layers import (
     silence,
     sines_of_grid,
 )
-from flowspace.vision.shapes import pair_of
-from flowspace.vision.transformer import LabelledTransformer
+from flowspace.vision.shapes import check_latent, pair_of
+from flowspace.vision.transformer import (
+    LabelledTransformer,
+    check_rotary,
+    embedding_of_labels,
+    initialise_linear,
+    initialise_small,
+    preset_of,
+)
 from flowspace.vision.weights import read_tensors
 
 __all__ = ["SIZES", "DiTDH"]
@@ -100,22 +107,20 @@ class DiTDH(LabelledTransformer):
     ) -> None:
         super().__init__()
         pair_of(grid, "grid")
-        _check_width("width", width, "heads", heads)
-        _check_width("head_width", head_width, "head_heads", head_heads)
+        check_rotary(width, heads)
+        check_rotary(head_width, head_heads, "head_")
         self.gradient_checkpointing = False
         self.time = FourierEmbedding(width)
         self.difference: FourierEmbedding | None = None
         if average:
             self.difference = FourierEmbedding(width)
-        self.label: nn.Embedding | None = None
-        if classes:
-            self.label = nn.Embedding(classes + 1, width)
+        self.label = embedding_of_labels(classes, width)
         self.embed = nn.Linear(channels, width)
-        self.blocks = nn.ModuleList(_block(width, heads) for _ in range(depth))
+        self.blocks = _blocks(width, heads, depth)
         self.rotary = RotaryGrid(width // heads)
         self.project = nn.Linear(width, head_width)
         self.head_embed = nn.Linear(channels, head_width)
-        self.head_blocks = nn.ModuleList(_block(head_width, head_heads) for _ in range(head_depth))
+        self.head_blocks = _blocks(head_width, head_heads, head_depth)
         self.head_rotary = RotaryGrid(head_width // head_heads)
         self.last = AdaptiveOutput(head_width, channels, Norm)
         self._initialise()
@@ -127,9 +132,7 @@ class DiTDH(LabelledTransformer):
         Raises:
             InputError: if there is no preset of that name.
         """
-        if name not in SIZES:
-            raise InputError(f"got preset {name!r}; write one of {', '.join(SIZES)}")
-        return cls(**(SIZES[name] | changes))
+        return cls(**(preset_of(SIZES, name) | changes))
 
     @classmethod
     def from_flow_matching(cls, source: "DiTDH | str | Path", **expected: Any) -> "DiTDH":
@@ -145,10 +148,9 @@ class DiTDH(LabelledTransformer):
             InputError: if the network is MeanFlow's form already, or not of the expected sizes.
             RunError: if a folder holds no network, or its weights are broken.
         """
-        if isinstance(source, DiTDH):
-            taught, name = source, "a network"
-        else:
-            taught, name = _loaded(Path(source)), f"the network in {source}"
+        taught, name = source, "a network"
+        if not isinstance(taught, DiTDH):
+            taught, name = _loaded(Path(taught)), f"the network in {source}"
         config = taught.settings
         if config["average"]:
             raise InputError(
@@ -188,7 +190,8 @@ class DiTDH(LabelledTransformer):
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """The shape of one latent, (channels, h, w)."""
-        return (self.config["channels"], *pair_of(self.config["grid"], "grid"))
+        height, width = pair_of(self.config["grid"], "grid")
+        return self.config["channels"], height, width
 
     def forward(
         self,
@@ -210,7 +213,8 @@ class DiTDH(LabelledTransformer):
             InputError: if the latents' shape or the labels do not fit.
         """
         batch, channels, height, width = latents.shape
-        self._check((channels, height, width), labels)
+        check_latent((channels, height, width), self.latent_shape, "network")
+        self.check_labels(labels)
         _check_rows(batch, {"t": t, "s": s, "labels": labels})
         times = self._times(t, s)[:, None]
         cells = latents.flatten(2).transpose(1, 2)
@@ -218,7 +222,8 @@ class DiTDH(LabelledTransformer):
         # Under autocast the residual streams stay in the weights' precision.
         precision = self.embed.weight.dtype
         h = self.embed(cells).to(precision) + positions.to(precision)
-        h = self._through(self.blocks, h, self._condition(times, labels), self.rotary)
+        condition = self._condition(times, labels)
+        h = self._through(self.blocks, h, condition, self.rotary)
         condition = self.project(F.silu(times + h))
         x = self.head_embed(cells).to(precision)
         x = self._through(self.head_blocks, x, condition, self.head_rotary)
@@ -243,34 +248,26 @@ class DiTDH(LabelledTransformer):
     def _through(
         self, blocks: nn.ModuleList, x: Tensor, condition: Tensor, rotary: nn.Module
     ) -> Tensor:
-        turn = rotary(*self.latent_shape[1:], x.device)
+        _, height, width = self.latent_shape
+        turn = rotary(height, width, x.device)
         return self.through(blocks, x, condition, *turn)
-
-    def _check(self, shape: tuple[int, int, int], labels: Tensor | None) -> None:
-        if shape != self.latent_shape:
-            channels, height, width = self.latent_shape
-            raise InputError(
-                f"got a latent of {shape[0]} channels on {shape[1]} x {shape[2]} cells; this "
-                f"network takes {channels} channels on {height} x {width}"
-            )
-        self.check_labels(labels)
 
     def _initialise(self) -> None:
         """Begin as RAE's does; blocks begin by returning their input, the whole by zero."""
         for layer in (self.embed, self.head_embed):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        for layer in (self.time.first, self.time.second):
-            nn.init.normal_(layer.weight, std=0.02)
-        if self.label is not None:
-            nn.init.normal_(self.label.weight, std=0.02)
+            initialise_linear(layer)
+        initialise_small(self.time.first, self.time.second, self.label)
         if self.difference is not None:
-            nn.init.normal_(self.difference.first.weight, std=0.02)
+            initialise_small(self.difference.first)
             silence(self.difference.second)
 
 
-def _block(width: int, heads: int) -> AdaptiveBlock:
-    return AdaptiveBlock(width, heads, Norm, SwiGLU(width, 8 * width // 3))
+def _blocks(width: int, heads: int, depth: int) -> nn.ModuleList:
+    blocks = nn.ModuleList()
+    for _ in range(depth):
+        mlp = SwiGLU(width, 8 * width // 3)
+        blocks.append(AdaptiveBlock(width, heads, Norm, mlp))
+    return blocks
 
 
 def _loaded(folder: Path) -> DiTDH:
@@ -286,16 +283,18 @@ def _loaded(folder: Path) -> DiTDH:
 
 def _require(name: str, config: dict[str, Any], expected: dict[str, Any]) -> None:
     """Refuse a network that was not built with the expected arguments, in one sentence of all."""
-    unknown = sorted(expected.keys() - config.keys())
-    if unknown:
-        raise InputError(f"got {unknown[0]} = {expected[unknown[0]]!r}, which DiTDH does not take")
-    differing = [key for key in expected if _plain(expected[key]) != _plain(config[key])]
-    if differing:
-        has = ", ".join(f"{key} = {config[key]}" for key in differing)
-        wants = ", ".join(f"{key} = {expected[key]}" for key in differing)
+    for unknown in sorted(expected.keys() - config.keys()):
+        raise InputError(f"got {unknown} = {expected[unknown]!r}, which DiTDH does not take")
+    has, wants = [], []
+    for key, value in expected.items():
+        own = config[key]
+        if _plain(value) != _plain(own):
+            has.append(f"{key} = {own}")
+            wants.append(f"{key} = {value}")
+    if has:
         raise InputError(
-            f"got {name}, of {has}, where {wants} is expected; give weights of these sizes, or "
-            "expect the others"
+            f"got {name}, of {', '.join(has)}, where {', '.join(wants)} is expected; give weights "
+            "of these sizes, or expect the others"
         )
 
 
@@ -316,14 +315,6 @@ def _check_rows(batch: int, given: Mapping[str, Tensor | None]) -> None:
             )
 
 
-def _check_width(name: str, width: int, of_heads: str, heads: int) -> None:
-    if width % (4 * heads):
-        raise InputError(
-            f"got {name} = {width}, {of_heads} = {heads}; rotary positions need a width that is a "
-            "multiple of 4 heads"
-        )
-
-
 # --- the layout of RAE's code ------------------------------------------------------------------
 
 RENAMED = {
@@ -336,6 +327,7 @@ RENAMED = {
     "final_layer.adaLN_modulation.1": "last.modulation",
 }
 EMBEDDINGS = {"t_embedder": "time", "r_embedder": "difference"}
+LAYERS = {"mlp.0": "first", "mlp.2": "second"}
 IN_BLOCK = {
     "norm1": "norm1",
     "norm2": "norm2",
@@ -354,7 +346,10 @@ def _published_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the arguments of the constructor, as the tensors' shapes say them."""
     width, channels = tensors["s_embedder.proj.weight"].shape[:2]
     head_width = tensors["x_embedder.proj.weight"].shape[0]
-    norms = [len(value) for name, value in tensors.items() if name.endswith(".norm1.weight")]
+    norms = []
+    for name, value in tensors.items():
+        if name.endswith(".norm1.weight"):
+            norms.append(len(value))
     return {
         "channels": channels,
         "grid": math.isqrt(tensors["pos_embed"].shape[1]),
@@ -380,25 +375,26 @@ def _from_published(tensors: Mapping[str, Tensor], config: Any) -> dict[str, Ten
         first, _, rest = module.partition(".")
         if first == "blocks":
             found |= _of_block(rest, kind, value, config)
-        elif name.endswith("_embedder.W"):
-            found[f"{EMBEDDINGS[module]}.frequencies"] = value
+            continue
+        if name.endswith("_embedder.W"):
+            place = f"{EMBEDDINGS[module]}.frequencies"
         elif first in EMBEDDINGS:
-            layer = {"mlp.0": "first", "mlp.2": "second"}[rest]
-            found[f"{EMBEDDINGS[first]}.{layer}.{kind}"] = value
+            place = f"{EMBEDDINGS[first]}.{LAYERS[rest]}.{kind}"
         else:
-            flat = value
+            place = f"{RENAMED[module]}.{kind}"
             if value.ndim == 4:  # of a convolution of 1 x 1
-                flat = value.flatten(1)
-            found[f"{RENAMED[module]}.{kind}"] = flat
+                value = value.flatten(1)
+        found[place] = value
     return found
 
 
 def _of_block(module: str, kind: str, value: Tensor, config: Any) -> dict[str, Tensor]:
     """Return the tensors of a block's module: the encoder's are numbered before the head's."""
     number, _, name = module.partition(".")
+    after = int(number) - config["depth"]
     place, heads = f"blocks.{number}", config["heads"]
-    if int(number) >= config["depth"]:
-        place, heads = f"head_blocks.{int(number) - config['depth']}", config["head_heads"]
+    if after >= 0:
+        place, heads = f"head_blocks.{after}", config["head_heads"]
     if name == "mlp.w12":
         gate, linear = value.chunk(2)
         return {f"{place}.mlp.fc1_g.{kind}": gate, f"{place}.mlp.fc1_x.{kind}": linear}
@@ -412,10 +408,11 @@ def _with_halves(value: Tensor, heads: int) -> Tensor:
     the i-th of the second half. Their products stay what they are.
     """
     q, k, v = value.unflatten(0, (3, heads, -1, 2)).unbind(0)  # (heads, size / 2, 2, ...)
-    q, k = q.transpose(1, 2).flatten(0, 2), k.transpose(1, 2).flatten(0, 2)
-    return torch.cat([q, k, v.flatten(0, 2)])
+    parts = [q.transpose(1, 2), k.transpose(1, 2), v]
+    return torch.cat([part.flatten(0, 2) for part in parts])
 
 
 def _same_positions(given: Tensor, config: Any) -> bool:
-    own = sines_of_grid(config["grid"], config["grid"], config["width"], given.device)
+    side = config["grid"]
+    own = sines_of_grid(side, side, config["width"], given.device)
     return torch.allclose(given[0].float(), own, atol=1e-3)

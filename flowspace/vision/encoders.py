@@ -7,7 +7,7 @@ every latent looks alike to the generator.
 """
 
 import importlib.util
-import math
+import json
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,6 +31,9 @@ would be noise.
 
 Generators = torch.Generator | list[torch.Generator] | None
 """Of a draw: one for all rows, one for each, or torch's own."""
+
+Function = Callable[[Tensor], Any]
+"""From images to latents, or back; see `LatentEncoder` for what it may return."""
 
 RAE_EPSILON = 1e-5
 """What diffusers adds to the spread of RAE's latents before it divides by it."""
@@ -144,8 +147,8 @@ class LatentEncoder(nn.Module):
     @classmethod
     def of(
         cls,
-        encode: Callable[[Tensor], Any],
-        decode: Callable[[Tensor], Any],
+        encode: Function,
+        decode: Function,
         mean: Tensor | None = None,
         std: Tensor | None = None,
     ) -> "LatentEncoder":
@@ -158,13 +161,13 @@ class LatentEncoder(nn.Module):
         """Return ``(C, 1, 1)`` or ``(C, h, w)`` of a statistic, spread over the channels of packed
         cells where it is one of the autoencoder's own channels.
         """
-        config = _config(self.autoencoder)
         value = _on_grid(value)
-        if len(value) == config.get("latent_channels") and pack > 1:
-            if value.shape[1:] == (1, 1):
-                return value.repeat_interleave(pack**2, 0)
-            return F.pixel_unshuffle(value, pack)
-        return value
+        channels = _config(self.autoencoder).get("latent_channels")
+        if pack <= 1 or len(value) != channels:
+            return value
+        if value.shape[1:] == (1, 1):
+            return value.repeat_interleave(pack**2, 0)
+        return F.pixel_unshuffle(value, pack)
 
     def train(self, mode: bool = True) -> "LatentEncoder":
         """Stay in eval mode: the encoder is frozen."""
@@ -209,12 +212,12 @@ class LatentEncoder(nn.Module):
 
     def _standard(self, latents: Tensor) -> Tensor:
         """Return latents less their mean, over their spread."""
-        sides = tuple(latents.shape[-2:])
-        if tuple(self.mean.shape[1:]) not in ((1, 1), sides):
-            height, width = self.mean.shape[1:]
+        own = tuple(self.mean.shape[1:])
+        given = tuple(latents.shape[-2:])
+        if own not in ((1, 1), given):
             raise InputError(
-                f"got latents on {sides[0]} x {sides[1]} cells, of whose statistics each position "
-                f"of {height} x {width} has its own; give images of that size, or fit again"
+                f"got latents on {given[0]} x {given[1]} cells, of whose statistics each position "
+                f"of {own[0]} x {own[1]} has its own; give images of that size, or fit again"
             )
         return (latents - self.mean) / self.std
 
@@ -228,8 +231,9 @@ class LatentEncoder(nn.Module):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Return images of latents, by the autoencoder's own decoder."""
+        autoencoder: Any = self.autoencoder
         raw = F.pixel_shuffle(latents * self.std + self.mean, self.patch)
-        decoded: Any = self.autoencoder.decode(raw.to(_dtype(self.autoencoder)))  # type: ignore
+        decoded = autoencoder.decode(raw.to(_dtype(autoencoder)))
         images = _held(decoded, "sample").float()
         if _from_zero(self.autoencoder):
             return images * 2 - 1
@@ -251,13 +255,12 @@ class LatentEncoder(nn.Module):
         if by_position:
             axes = (0,)
         count = 0
-        total = torch.zeros(1, dtype=torch.float64)
-        squares = torch.zeros(1, dtype=torch.float64)
+        total = squares = torch.zeros(1, dtype=torch.float64)
         for images in batches:
             latents = self._raw(images, None).double()
             total = total + latents.sum(axes).cpu()
             squares = squares + latents.square().sum(axes).cpu()
-            count += latents.numel() // math.prod(total.shape)
+            count += latents.numel() // total.numel()
         if not count:
             raise InputError("got no images; fit() takes batches (B, 3, H, W) in [-1, 1]")
         mean = total / count
@@ -288,7 +291,8 @@ class LatentEncoder(nn.Module):
         return latents
 
     def _why_not_finite(self) -> str:
-        kind, dtype = _kind(self.autoencoder), _dtype(self.autoencoder)
+        kind = _kind(self.autoencoder)
+        dtype = _dtype(self.autoencoder)
         if dtype == torch.float16:
             return (
                 f"{kind} in float16, which ends at 65504; write load_encoder(..., "
@@ -299,10 +303,10 @@ class LatentEncoder(nn.Module):
     def _latents(self, images: Tensor, sample: bool, generator: Generators = None) -> Tensor:
         """Return the same of images whose values are not looked at."""
         self._check_shape(images.shape)
-        given = images
-        if _from_zero(self.autoencoder):
-            given = (images + 1) / 2
-        out: Any = self.autoencoder.encode(given.to(_dtype(self.autoencoder)))  # type: ignore
+        autoencoder: Any = self.autoencoder
+        if _from_zero(autoencoder):
+            images = (images + 1) / 2
+        out = autoencoder.encode(images.to(_dtype(autoencoder)))
         if not hasattr(out, "latent_dist"):
             latents = _held(out, "latent")
         elif sample:
@@ -311,7 +315,7 @@ class LatentEncoder(nn.Module):
             latents = out.latent_dist.mode()
         if not isinstance(latents, Tensor) or latents.ndim != 4:
             raise InputError(
-                f"got {_shape_of(latents)} from encode() of {_kind(self.autoencoder)}; return "
+                f"got {_shape_of(latents)} from encode() of {_kind(autoencoder)}; return "
                 "latents (B, C, h, w): a vector (B, C) is latents[:, :, None, None]"
             )
         return F.pixel_unshuffle(latents, self.patch).float()
@@ -364,7 +368,7 @@ class TwoFunctions(nn.Module):
         decode: of latents.
     """
 
-    def __init__(self, encode: Callable[[Tensor], Any], decode: Callable[[Tensor], Any]) -> None:
+    def __init__(self, encode: Function, decode: Function) -> None:
         super().__init__()
         self.functions = encode, decode
         self.owners = nn.ModuleList()
@@ -442,10 +446,12 @@ def _own_statistics(autoencoder: nn.Module) -> tuple[Tensor, Tensor] | None:
     its scaling factor.
     """
     config = _config(autoencoder)
-    if _kind(autoencoder) == "AutoencoderKLFlux2":
+    kind = _kind(autoencoder)
+    if kind == "AutoencoderKLFlux2":
         norm: Any = autoencoder.bn
-        return norm.running_mean, (norm.running_var + config.batch_norm_eps).sqrt()
-    if _kind(autoencoder) == "AutoencoderRAE":
+        variance = norm.running_var + config.batch_norm_eps
+        return norm.running_mean, variance.sqrt()
+    if kind == "AutoencoderRAE":
         if autoencoder._latents_mean.numel() > 1:  # type: ignore[union-attr, operator]
             return torch.zeros(1), torch.ones(1)  # its encode() normalises
         return None
@@ -455,11 +461,11 @@ def _own_statistics(autoencoder: nn.Module) -> tuple[Tensor, Tensor] | None:
     scale = config.get("scaling_factor")
     if scale is None or scale == 1:
         return None
-    return torch.tensor([config.get("shift_factor") or 0.0]), torch.tensor([1 / scale])
+    shift = config.get("shift_factor") or 0.0
+    return torch.tensor([shift]), torch.tensor([1 / scale])
 
 
-# --- loading
-# -------------------------------------------------------------------------------------------------
+# --- loading -------------------------------------------------------------------------------------
 
 
 def load_encoder(
@@ -492,23 +498,24 @@ def load_encoder(
     Warns:
         UserWarning: if float16 was asked for and the config forbids it.
     """
-    path = Path(name_or_path)
-    if str(name_or_path) in SOURCES:
-        path = _find(str(name_or_path), weights)
+    name, path = str(name_or_path), Path(name_or_path)
+    if name in SOURCES:
+        path = _find(name, weights)
     if path.is_dir() and not (path / "config.json").exists():
         path = next(iter(sorted(path.glob("*vavae*.pt"))), path)
+    mean = std = None
     if path.is_dir():
-        autoencoder, statistics = _from_folder(path), None
+        autoencoder = _from_folder(path)
     elif path.is_file():
-        autoencoder, statistics = from_ldm(read_tensors(path)), _statistics_beside(path)
-    elif re.fullmatch(HUB_ID, str(name_or_path)):
-        autoencoder, statistics = _from_hub(str(name_or_path)), None
+        autoencoder = from_ldm(read_tensors(path))
+        mean, std = _statistics_beside(path)
+    elif re.fullmatch(HUB_ID, name):
+        autoencoder = _from_hub(name)
     else:
         raise RunError(
             f"{name_or_path} is neither a folder, a file, an id on the hub (owner/name) nor one "
             f"of {', '.join(SOURCES)}"
         )
-    mean, std = statistics or (None, None)
     config: Any = autoencoder.config
     if dtype == torch.float16 and config.get("force_upcast"):
         warnings.warn(
@@ -572,7 +579,6 @@ def _fetch(name: str, place: Path | None) -> str:
 
 def _from_hub(name: str) -> nn.Module:
     """Return the autoencoder of a repository on the hub, or of a folder in it."""
-    import diffusers
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     owner, repository, *below = name.split("/")
@@ -587,45 +593,47 @@ def _from_hub(name: str) -> nn.Module:
             f"{source}/vae ({error})"
         ) from error
     kind = config.get("_class_name", "no class")
-    if kind not in KINDS:
-        raise RunError(_not_one_grid(name, kind))
-    make_buildable(kind)
-    try:
-        return getattr(diffusers, kind).from_pretrained(source, use_safetensors=True, **place)
-    except (OSError, ValueError, AttributeError) as error:
-        raise RunError(f"{name} holds no autoencoder that diffusers can load: {error}") from error
-
-
-def _not_one_grid(place: object, kind: str) -> str:
-    """Say that a class of autoencoder does not suit."""
-    return (
-        f"{place} holds {kind}, which does not encode one image to one grid of continuous "
-        f"latents; write a folder of {', '.join(KINDS)}"
-    )
+    return _of_kind(kind, name, source, **place)
 
 
 def _from_folder(path: Path) -> nn.Module:
-    import json
-
-    import diffusers
-
+    """Return the autoencoder of a folder in diffusers' layout."""
     try:
-        name = json.loads((path / "config.json").read_text())["_class_name"]
+        kind = json.loads((path / "config.json").read_text())["_class_name"]
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise RunError(f"{path} holds no autoencoder that diffusers can load: {error}") from error
-    if name == "LinearAutoencoder":
+    if kind == "LinearAutoencoder":
         from flowspace.vision.linear import LinearAutoencoder
 
         return LinearAutoencoder.from_pretrained(path)
-    if name not in KINDS:
-        raise RunError(_not_one_grid(path, name))
-    make_buildable(name)
-    try:
-        return getattr(diffusers, name).from_pretrained(
-            path, local_files_only=True, use_safetensors=True
+    return _of_kind(kind, path, path, local_files_only=True)
+
+
+def _of_kind(kind: str, name: object, source: str | Path, **options: Any) -> nn.Module:
+    """Return an autoencoder of diffusers.
+
+    Args:
+        kind: its class.
+        name: of the source, for errors.
+        source: a folder, or a repository on the hub.
+        options: of diffusers, where to look.
+
+    Raises:
+        RunError: if the class does not suit, or diffusers cannot load it.
+    """
+    import diffusers
+
+    if kind not in KINDS:
+        raise RunError(
+            f"{name} holds {kind}, which does not encode one image to one grid of continuous "
+            f"latents; write a folder of {', '.join(KINDS)}"
         )
+    make_buildable(kind)
+    try:
+        made = getattr(diffusers, kind)
+        return made.from_pretrained(source, use_safetensors=True, **options)
     except (OSError, ValueError, AttributeError) as error:
-        raise RunError(f"{path} holds no autoencoder that diffusers can load: {error}") from error
+        raise RunError(f"{name} holds no autoencoder that diffusers can load: {error}") from error
 
 
 def make_buildable(kind: str) -> None:
@@ -671,10 +679,11 @@ def _nest_siglip() -> None:
     autoencoder_rae.SiglipVisionModel = build  # type: ignore[misc]
 
 
-def _statistics_beside(path: Path) -> tuple[Tensor, Tensor] | None:
+def _statistics_beside(path: Path) -> tuple[Tensor | None, Tensor | None]:
+    """Return the mean and spread that are kept beside VA-VAE's weights, or Nones."""
     beside = path.with_name("latents_stats.pt")
     if not beside.exists():
-        return None
+        return None, None
     found = read_tensors(beside)
     return found["mean"], found["std"]
 
@@ -690,6 +699,11 @@ RENAMED = (
     (r"\.nin_shortcut\.", ".conv_shortcut."),
     (r"\.norm_out\.", ".conv_norm_out."),
 )
+IN_DECODER = (
+    ("block.", "resnets."),
+    ("attn.", "attentions."),
+    ("upsample.", "upsamplers.0."),
+)
 IN_ATTENTION = (
     (".norm.", ".group_norm."),
     (".q.", ".to_q."),
@@ -697,7 +711,6 @@ IN_ATTENTION = (
     (".v.", ".to_v."),
     (".proj_out.", ".to_out.0."),
 )
-ATTENTION = "Attn"
 
 
 def from_ldm(tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -713,31 +726,29 @@ def from_ldm(tensors: Mapping[str, Tensor]) -> nn.Module:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     tensors = {name: value for name, value in tensors.items() if name.startswith(KEPT)}
-    levels = {
-        int(found[1]) for name in tensors if (found := re.match(r"encoder\.down\.(\d+)\.", name))
-    }
+    levels = _numbers(tensors, "encoder.down.")
     if not levels:
         raise RunError(
             "the file holds no encoder.down.*: not an autoencoder in the layout of latent "
             "diffusion"
         )
-    count = len(levels)
-    attends = [
-        any(name.startswith(f"encoder.down.{i}.attn.") for name in tensors) for i in range(count)
-    ]
-    widths = tuple(
-        tensors[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(count)
-    )
-    blocks = len(
-        {name.split(".")[4] for name in tensors if name.startswith("encoder.down.0.block.")}
-    )
+    widths: list[int] = []
+    down: list[str] = []
+    up: list[str] = []
+    for level in range(len(levels)):
+        place = f"encoder.down.{level}"
+        widths.append(len(tensors[f"{place}.block.0.conv1.weight"]))
+        attention = ""
+        if _numbers(tensors, f"{place}.attn."):
+            attention = "Attn"
+        down.append(f"{attention}DownEncoderBlock2D")
+        up.insert(0, f"{attention}UpDecoderBlock2D")
+    blocks = _numbers(tensors, "encoder.down.0.block.")
     settings: dict[str, Any] = {
-        "down_block_types": tuple(f"{ATTENTION * attend}DownEncoderBlock2D" for attend in attends),
-        "up_block_types": tuple(
-            f"{ATTENTION * attend}UpDecoderBlock2D" for attend in reversed(attends)
-        ),
-        "block_out_channels": widths,
-        "layers_per_block": blocks,
+        "down_block_types": tuple(down),
+        "up_block_types": tuple(up),
+        "block_out_channels": tuple(widths),
+        "layers_per_block": len(blocks),
         "latent_channels": tensors["quant_conv.weight"].shape[0] // 2,
         "norm_num_groups": min(32, widths[0]),
         "sample_size": 256,
@@ -745,7 +756,7 @@ def from_ldm(tensors: Mapping[str, Tensor]) -> nn.Module:
         "force_upcast": False,
     }
     network = AutoencoderKL(**settings)
-    renamed = dict(_renamed(name, value, count) for name, value in tensors.items())
+    renamed = dict(_renamed(name, value, len(levels)) for name, value in tensors.items())
     try:
         network.load_state_dict(renamed)
     except RuntimeError as error:
@@ -755,16 +766,27 @@ def from_ldm(tensors: Mapping[str, Tensor]) -> nn.Module:
     return network
 
 
+def _numbers(names: Iterable[str], place: str) -> set[str]:
+    """Return the numbers of the modules at a place, such as ``encoder.down.``."""
+    found = set()
+    for name in names:
+        if name.startswith(place):
+            number, _, _ = name.removeprefix(place).partition(".")
+            if number.isdigit():
+                found.add(number)
+    return found
+
+
 def _renamed(name: str, value: Tensor, levels: int) -> tuple[str, Tensor]:
     """Return the name in diffusers' layout, and the value: attention's 1 x 1 convolutions are
     linear layers there.
     """
     if found := re.match(r"decoder\.up\.(\d+)\.", name):
-        rest = (
-            name[found.end() :].replace("block.", "resnets.", 1).replace("attn.", "attentions.", 1)
-        )
-        rest = rest.replace("upsample.", "upsamplers.0.", 1)
-        name = f"decoder.up_blocks.{levels - 1 - int(found[1])}.{rest}"
+        rest = name[found.end() :]
+        for old, new in IN_DECODER:
+            rest = rest.replace(old, new, 1)
+        level = levels - 1 - int(found[1])
+        name = f"decoder.up_blocks.{level}.{rest}"
     for pattern, replacement in RENAMED:
         name = re.sub(pattern, replacement, name)
     if ".attentions." in name:

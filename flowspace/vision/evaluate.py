@@ -67,6 +67,8 @@ NOISE = 5
 """Keeps the noise of samples apart from the other uses of a seed."""
 
 Sample = Callable[[Tensor, Tensor], Tensor]
+Distances = dict[str, dict[str, list[float]]]
+"""By the name of the distance, those of each set over the splits of `check_judge`."""
 
 
 def rounded(images: Tensor) -> Tensor:
@@ -98,7 +100,8 @@ class Plan:
     shard: int = 20
 
     def __post_init__(self) -> None:
-        if min(self.count, self.batch, self.shard) < 1 or self.classes < 0:
+        least = min(self.count, self.batch, self.shard)
+        if least < 1 or self.classes < 0:
             raise InputError(
                 f"got {self}; count, batch and shard are at least 1, classes at least 0"
             )
@@ -107,9 +110,11 @@ class Plan:
         """Return noise ``(last - first, *shape)`` and labels of these samples."""
         noise = []
         for number in range(first, last):
-            draw = torch.Generator().manual_seed(seed_of(self.seed, number, NOISE))
+            draw = torch.Generator()
+            draw.manual_seed(seed_of(self.seed, number, NOISE))
             noise.append(torch.randn(self.shape, generator=draw))
-        return torch.stack(noise), torch.arange(first, last) % max(1, self.classes)
+        labels = torch.arange(first, last) % max(1, self.classes)
+        return torch.stack(noise), labels
 
     def draw(
         self,
@@ -140,10 +145,9 @@ class Plan:
             path = self._path(folder, start)
             if self._kept(path, maker, start):
                 continue
-            end = min(start + self.batch * self.shard, self.count)
-            images = [
-                self._batch(sample, first, device) for first in range(start, end, self.batch)
-            ]
+            images = []
+            for first in self._batches(start):
+                images.append(self._batch(sample, first, device))
             write_whole(path, {"images": torch.cat(images)}, self._metadata(maker, start))
 
     def read(self, folder: Path, maker: str) -> Tensor:
@@ -152,24 +156,31 @@ class Plan:
         Raises:
             RunError: if some are missing, or are not what was drawn.
         """
-        starts = self._starts()
-        missing = [
-            start for start in starts if not self._kept(self._path(folder, start), maker, start)
-        ]
+        paths, missing = [], []
+        for start in self._starts():
+            path = self._path(folder, start)
+            paths.append(path)
+            if not self._kept(path, maker, start):
+                missing.append(path)
         if missing:
             raise RunError(
-                f"{self._path(folder, missing[0])} is missing ({len(missing)} of {len(starts)}); "
-                "the same command draws what is left"
+                f"{missing[0]} is missing ({len(missing)} of {len(paths)}); the same command "
+                "draws what is left"
             )
         found = []
-        for start in starts:
-            tensors, _ = read_whole(self._path(folder, start))
+        for path in paths:
+            tensors, _ = read_whole(path)
             found.append(tensors["images"])
         return torch.cat(found)
 
     def _starts(self) -> range:
         """The first sample of each file."""
         return range(0, self.count, self.batch * self.shard)
+
+    def _batches(self, start: int) -> range:
+        """The first sample of each batch of one file."""
+        end = min(start + self.batch * self.shard, self.count)
+        return range(start, end, self.batch)
 
     @staticmethod
     def _path(folder: Path, start: int) -> Path:
@@ -179,11 +190,12 @@ class Plan:
         noise, labels = self.inputs(first, min(first + self.batch, self.count))
         with torch.no_grad():
             images = sample(noise.to(device), labels.to(device)).cpu()
-        bad = (~images.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
-        if bad:
+        finite = images.flatten(1).isfinite().all(1)
+        if not finite.all():
+            number = first + int(finite.int().argmin())
             raise RunError(
-                f"sample {first + bad[0]} is not finite; the weights are broken, or half "
-                "precision overflows"
+                f"sample {number} is not finite; the weights are broken, or half precision "
+                "overflows"
             )
         return rounded(images)
 
@@ -221,7 +233,8 @@ class Features:
     @property
     def digest(self) -> str:
         """The SHA-256 of the features, which pins a reference."""
-        return hashlib.sha256(self.features.cpu().contiguous().numpy().tobytes()).hexdigest()
+        numbers = self.features.cpu().contiguous().numpy()
+        return hashlib.sha256(numbers.tobytes()).hexdigest()
 
     def save(self, path: Path, made: str = "") -> None:
         """Write them into a file.
@@ -247,21 +260,26 @@ class Features:
                 images or another network.
         """
         tensors, metadata = read_whole(path)
-        if metadata.get("made") != made or "features" not in tensors:
+        held = metadata.get("made")
+        if held != made or "features" not in tensors:
             raise RunError(
-                f"{path} holds features of {metadata.get('made')!r}, not of {made!r}; delete it "
-                "to make them anew"
+                f"{path} holds features of {held!r}, not of {made!r}; delete it to make them anew"
             )
         return cls(tensors["features"], tensors.get("logits"))
 
     def __getitem__(self, rows: Any) -> "Features":
         """Return the features of some of the images."""
-        if self.logits is None:
-            return Features(self.features[rows])
-        return Features(self.features[rows], self.logits[rows])
+        logits = self.logits
+        if logits is not None:
+            logits = logits[rows]
+        return Features(self.features[rows], logits)
 
     def __len__(self) -> int:
         return len(self.features)
+
+
+FeaturesByName = Mapping[str, Features]
+"""By the names of the extractors that made them."""
 
 
 class Extractor(abc.ABC):
@@ -318,22 +336,18 @@ class Inception(Extractor):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         tensors = read_tensors(weights)
-        with (
-            tempfile.TemporaryDirectory() as folder
-        ):  # torch-fidelity unpickles what it is given: it is given tensors
+        layers = ["2048", "logits_unbiased"]
+        # torch-fidelity unpickles what it is given: it is given tensors.
+        with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / INCEPTION
             torch.save(tensors, copy)
             try:
-                self.network = FeatureExtractorInceptionV3(
-                    self.name,
-                    ["2048", "logits_unbiased"],
-                    feature_extractor_weights_path=str(copy),
-                )
+                network = FeatureExtractorInceptionV3(self.name, layers, str(copy))
             except RuntimeError as error:
                 raise RunError(
                     f"{weights} does not hold the weights of Inception, as {INCEPTION} does"
                 ) from error
-        self.network.to(self.device)
+        self.network = network.to(self.device)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:
@@ -374,14 +388,16 @@ class TimmExtractor(Extractor):
         """Return pooled features and logits."""
         device = next(self.network.parameters()).device
         (maps,) = self.network(images.to(device).float() / 127.5 - 1)
-        head: Any = self.network.network
+        network: Any = self.network.network
         if self.dino:  # which has no logits
-            return Features(head.forward_head(maps, pre_logits=True).cpu())
+            token = network.forward_head(maps, pre_logits=True)
+            return Features(token.cpu())
+        positions = (1,)
         if maps.ndim == 4:
-            pooled = maps.mean((2, 3))
-        else:
-            pooled = maps.mean(1)
-        return Features(pooled.cpu(), head.forward_head(maps).cpu())
+            positions = (2, 3)
+        pooled = maps.mean(positions)
+        logits = network.forward_head(maps)
+        return Features(pooled.cpu(), logits.cpu())
 
 
 @dataclass(frozen=True)
@@ -407,7 +423,8 @@ class Nearest:
         It is 1 where every sample recalls a training image. A blot is near to many images too, so
         that the number says something only of samples that one has looked at.
         """
-        return float((self.distance < self.apart).double().mean())
+        recalled = self.distance < self.apart
+        return float(recalled.double().mean())
 
 
 def nearest(samples: Tensor, training: Tensor) -> Nearest:
@@ -420,7 +437,8 @@ def nearest(samples: Tensor, training: Tensor) -> Nearest:
     Raises:
         InputError: if there are fewer than two training images, or the sizes differ.
     """
-    if len(training) < 2 or samples.shape[1:] != training.shape[1:]:
+    alike = samples.shape[1:] == training.shape[1:]
+    if len(training) < 2 or not alike:
         raise InputError(
             f"got samples of shape {tuple(samples.shape)} and training images of shape "
             f"{tuple(training.shape)}; images of one size are compared, with at least two of "
@@ -430,12 +448,14 @@ def nearest(samples: Tensor, training: Tensor) -> Nearest:
     found, where = index.unique(return_inverse=True)
     others = _distances(training[found], training)
     others[torch.arange(len(found)), found] = torch.inf
-    return Nearest(index, distance, others.min(1).values[where])
+    apart = others.min(1).values
+    return Nearest(index, distance, apart[where])
 
 
 def _distances(first: Tensor, second: Tensor) -> Tensor:
     """Return the root mean square difference of each pair of uint8 images, ``(N, M)``."""
-    a, b = first.flatten(1).float() / 255, second.flatten(1).float() / 255
+    a = first.flatten(1).float() / 255
+    b = second.flatten(1).float() / 255
     exact = "donot_use_mm_for_euclid_dist"  # equal images have a distance of zero
     return torch.cdist(a, b, compute_mode=exact) / math.sqrt(a.shape[1])
 
@@ -446,14 +466,17 @@ def features_of(extractor: Extractor, batches: Iterable[Tensor]) -> Features:
     Raises:
         InputError: if there are none.
     """
-    found = [extractor(images) for images in batches]
-    if not found:
+    features, logits = [], []
+    for images in batches:
+        part = extractor(images)
+        features.append(part.features)
+        if part.logits is not None:
+            logits.append(part.logits)
+    if not features:
         raise InputError("got no images to extract features of")
-    features = torch.cat([part.features for part in found])
-    logits = [part.logits for part in found if part.logits is not None]
     if not logits:
-        return Features(features)
-    return Features(features, torch.cat(logits))
+        return Features(torch.cat(features))
+    return Features(torch.cat(features), torch.cat(logits))
 
 
 @dataclass(frozen=True)
@@ -592,40 +615,47 @@ def _subsets(samples: Features, real: Features, size: int) -> tuple[float, float
 
 def _check(samples: Features, real: Features) -> None:
     """Refuse sets that cannot be compared."""
-    for name, part in (("samples", samples), ("real images", real)):
-        shape = tuple(part.features.shape)
-        if len(shape) != 2 or shape[1] < 2:
-            raise InputError(
-                f"got features of the {name} of shape {shape}; they are (images, features), with "
-                "two features or more"
-            )
-        if shape[0] <= NEIGHBOURS:
-            raise InputError(
-                f"got {shape[0]} {name}; at least {NEIGHBOURS + 1} are compared, for precision "
-                "and recall"
-            )
-        values = [part.features]
-        if part.logits is not None:
-            values.append(part.logits)
-        for table in values:
-            bad = int((~table.isfinite()).any(1).sum())
-            if bad:
-                raise InputError(
-                    f"got features of the {name} that are not finite, of {bad} of {shape[0]}; the "
-                    "network's weights are broken, or half precision overflows"
-                )
-    if samples.features.shape[1] != real.features.shape[1]:
+    _check_set("samples", samples)
+    _check_set("real images", real)
+    mine = samples.features.shape[1]
+    theirs = real.features.shape[1]
+    if mine != theirs:
         raise InputError(
-            f"got {samples.features.shape[1]} features of the samples and "
-            f"{real.features.shape[1]} of the real images; one network makes both"
+            f"got {mine} features of the samples and {theirs} of the real images; one network "
+            "makes both"
         )
+
+
+def _check_set(name: str, found: Features) -> None:
+    """Refuse features of which precision, recall or a spread cannot be computed."""
+    shape = tuple(found.features.shape)
+    if len(shape) != 2 or shape[1] < 2:
+        raise InputError(
+            f"got features of the {name} of shape {shape}; they are (images, features), with "
+            "two features or more"
+        )
+    if shape[0] <= NEIGHBOURS:
+        raise InputError(
+            f"got {shape[0]} {name}; at least {NEIGHBOURS + 1} are compared, for precision "
+            "and recall"
+        )
+    for table in (found.features, found.logits):
+        if table is None:
+            continue
+        finite = table.isfinite().all(1)
+        bad = len(table) - int(finite.sum())
+        if bad:
+            raise InputError(
+                f"got features of the {name} that are not finite, of {bad} of {shape[0]}; the "
+                "network's weights are broken, or half precision overflows"
+            )
 
 
 # --- more than one number ------------------------------------------------------------------------
 
 
 def validation_ratio(
-    samples: Mapping[str, Features], real: Mapping[str, Features], held_out: Mapping[str, Features]
+    samples: FeaturesByName, real: FeaturesByName, held_out: FeaturesByName
 ) -> dict[str, float]:
     """Compare samples with real images that nobody trained on, in several representations.
 
@@ -653,19 +683,20 @@ def validation_ratio(
             "extractor sees the samples, the real and the held-out images"
         )
     ratios = {}
-    for name in samples:
-        if len(samples[name]) != len(held_out[name]):
+    for name, mine in samples.items():
+        others = held_out[name]
+        if len(mine) != len(others):
             raise InputError(
-                f"got {len(samples[name])} samples and {len(held_out[name])} held-out images for "
-                f"{name}; a Frechet distance falls with their number: give as many of both"
+                f"got {len(mine)} samples and {len(others)} held-out images for {name}; a Frechet "
+                "distance falls with their number: give as many of both"
             )
-        unit = frechet_distance(held_out[name], real[name])
+        unit = frechet_distance(others, real[name])
         if not unit > 0:
             raise InputError(
                 f"the held-out images have the distance {unit} from the real ones by {name}; give "
                 "other images than those, and a network that tells images apart"
             )
-        ratios[name] = frechet_distance(samples[name], real[name]) / unit
+        ratios[name] = frechet_distance(mine, real[name]) / unit
     return ratios | {"mean": sum(ratios.values()) / len(ratios)}
 
 
@@ -692,10 +723,12 @@ def least_and_spread(scores: Sequence[Scores]) -> dict[str, float]:
         )
     found = {}
     for name in scores[0].values:
-        if name.startswith(DISTANCES) and not name.endswith("spread"):
-            values = [one.values[name] for one in scores]
-            found[name] = min(values)
-            found[f"{name}, spread of {len(values)} sets"] = max(values) - min(values)
+        if not name.startswith(DISTANCES) or name.endswith("spread"):
+            continue
+        values = [one.values[name] for one in scores]
+        least = min(values)
+        found[name] = least
+        found[f"{name}, spread of {len(values)} sets"] = max(values) - least
     return found
 
 
@@ -704,7 +737,7 @@ def least_and_spread(scores: Sequence[Scores]) -> dict[str, float]:
 
 def check_judge(
     extractor: Extractor, images: Tensor, splits: int = 3, batch: int = 50, seed: int = 0
-) -> dict[str, dict[str, list[float]]]:
+) -> Distances:
     """Test a judge in the use that is made of it: whether it knows real images.
 
     Real images are cut into halves at random. To one half the other one must be nearer than the
@@ -728,25 +761,24 @@ def check_judge(
             distance.
         InputError: if there are fewer than eight images, or they are no images.
     """
-    if images.dtype != torch.uint8 or images.ndim != 4 or len(images) < 2 * (NEIGHBOURS + 1):
+    fewest = 2 * (NEIGHBOURS + 1)
+    if images.dtype != torch.uint8 or images.ndim != 4 or len(images) < fewest:
         raise InputError(
             f"got images of {images.dtype} and shape {tuple(images.shape)}; give uint8 (N, 3, H, "
-            f"W), {2 * (NEIGHBOURS + 1)} or more"
+            f"W), {fewest} or more"
         )
     draw = torch.Generator().manual_seed(seed)
-    real = features_of(extractor, images.split(batch))
+    batches = images.split(batch)
+    real = features_of(extractor, batches)
+    blurred = map(_blurred, batches)
+    shuffled = [_shuffled(part, draw) for part in batches]
     sets = {
         "real": real,
-        "blurred": features_of(extractor, map(_blurred, images.split(batch))),
-        "pixel-shuffled": features_of(
-            extractor, [_shuffled(part, draw) for part in images.split(batch)]
-        ),
+        "blurred": features_of(extractor, blurred),
+        "pixel-shuffled": features_of(extractor, shuffled),
     }
     half = len(images) // 2
-    found: dict[str, dict[str, list[float]]] = {
-        extractor.distance_name: {},
-        extractor.kernel_name: {},
-    }
+    found: Distances = {extractor.distance_name: {}, extractor.kernel_name: {}}
     for _ in range(splits):
         order = torch.randperm(len(images), generator=draw)
         mine = order[:half]
@@ -762,17 +794,16 @@ def check_judge(
     return found
 
 
-def _check_order(
-    extractor: Extractor, count: int, found: Mapping[str, Mapping[str, Sequence[float]]]
-) -> None:
+def _check_order(extractor: Extractor, count: int, found: Distances) -> None:
     """Refuse a judge to which real images are not the nearest."""
     faults = []
     for distance, sets in found.items():
         farthest = max(sets["real"])
         for name, values in sets.items():
-            if name != "real" and not min(values) > farthest:
+            least = min(values)
+            if name != "real" and not least > farthest:
                 faults.append(
-                    f"{name} images by {distance} ({min(values):.4g}, real ones {farthest:.4g})"
+                    f"{name} images by {distance} ({least:.4g}, real ones {farthest:.4g})"
                 )
     if faults:
         raise RunError(
@@ -783,15 +814,16 @@ def _check_order(
 
 def _blurred(images: Tensor) -> Tensor:
     """Return images that were four times smaller between."""
-    height, width = images.shape[-2:]
-    quarter = (max(1, height // 4), max(1, width // 4))
+    size = images.shape[-2:]
+    quarter = [max(1, side // 4) for side in size]
     small = F.interpolate(images.float(), quarter, mode="area")
-    large = F.interpolate(small, (height, width), mode="bilinear", align_corners=False)
+    large = F.interpolate(small, size, mode="bilinear", align_corners=False)
     return large.round().clamp(0, 255).to(torch.uint8)
 
 
 def _shuffled(images: Tensor, draw: torch.Generator) -> Tensor:
     """Return images with their pixels at random places, of each at others."""
     flat = images.flatten(2)
-    places = torch.rand(len(flat), 1, flat.shape[2], generator=draw).argsort(-1)
-    return flat.gather(2, places.expand_as(flat)).reshape(images.shape)
+    keys = torch.rand(len(flat), 1, flat.shape[2], generator=draw)
+    places = keys.argsort(-1).expand_as(flat)
+    return flat.gather(2, places).reshape(images.shape)

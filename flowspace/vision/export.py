@@ -40,7 +40,8 @@ class OneStep(nn.Module):
         ``(B,)``.
         """
         one = torch.ones_like(noise[:, 0, 0, 0])
-        return self.generator(noise, one, torch.zeros_like(one), labels=labels)
+        zero = torch.zeros_like(one)
+        return self.generator(noise, one, zero, labels=labels)
 
     def inputs(self, rows: int) -> tuple[Tensor, ...]:
         """Return noise, and labels for a generator of classes."""
@@ -72,7 +73,8 @@ class Export(abc.ABC):
                 warnings.simplefilter("ignore")  # torch's own, of its exporters
                 self.write(network, partial)
                 inputs = network.inputs(CHECKED)
-                apart = float((self.run(partial, inputs) - network(*inputs)).abs().max())
+                difference = self.run(partial, inputs) - network(*inputs)
+                apart = float(difference.abs().max())
             if not apart <= TOLERANCE:
                 raise RunError(
                     f"the program of {path} differs from eager by {apart:.2g}; nothing was kept"
@@ -101,7 +103,8 @@ class TorchExport(Export):
     def write(self, network: OneStep, path: Path) -> None:
         """Write the archive."""
         shapes: Any = self.dynamic(network)
-        program = torch.export.export(network, network.inputs(EXAMPLE), dynamic_shapes=shapes)
+        inputs = network.inputs(EXAMPLE)
+        program = torch.export.export(network, inputs, dynamic_shapes=shapes)
         torch.export.save(program, path)
 
     def run(self, path: Path, inputs: tuple[Tensor, ...]) -> Tensor:
@@ -114,12 +117,13 @@ class Onnx(Export):
 
     def write(self, network: OneStep, path: Path) -> None:
         """Write the model."""
-        names = ("noise", "labels")[: len(network.inputs(EXAMPLE))]
+        inputs = network.inputs(EXAMPLE)
+        names = ["noise", "labels"]
         torch.onnx.export(
             network,
-            network.inputs(EXAMPLE),
+            inputs,
             str(path),
-            input_names=list(names),
+            input_names=names[: len(inputs)],
             output_names=["images"],
             dynamic_shapes=self.dynamic(network),
             dynamo=True,
@@ -132,8 +136,8 @@ class Onnx(Export):
         import onnxruntime
 
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        given = {
-            one.name: value.numpy()
-            for one, value in zip(session.get_inputs(), inputs, strict=True)
-        }
-        return torch.from_numpy(session.run(None, given)[0])
+        given = {}
+        for one, value in zip(session.get_inputs(), inputs, strict=True):
+            given[one.name] = value.numpy()
+        images, *_ = session.run(None, given)
+        return torch.from_numpy(images)

@@ -25,8 +25,16 @@ from torch import Tensor, nn
 
 from flowspace.errors import InputError
 from flowspace.vision.layers import MLPS, Norm, RotaryGrid, TimeEmbedding, turned
-from flowspace.vision.shapes import pair_of
-from flowspace.vision.transformer import LabelledTransformer
+from flowspace.vision.shapes import check_latent, pair_of
+from flowspace.vision.transformer import (
+    SMALL,
+    LabelledTransformer,
+    check_choice,
+    check_rotary,
+    embedding_of_labels,
+    initialise_small,
+    preset_of,
+)
 
 __all__ = ["PRESETS", "CrossFlowGenerator"]
 
@@ -40,7 +48,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 HEADS = ("linear", "convolutional")
 """What may make pixels of cells."""
 
-CONDITIONS: dict[str, tuple[str, ...]] = {"s": ("s",), "t,s": ("t", "s"), "t-s": ("t-s",)}
+CONDITIONS: dict[str, tuple[str, ...]] = {
+    "s": ("s",),
+    "t,s": ("t", "s"),
+    "t-s": ("t_minus_s",),
+}
+"""Which times a network sees, by the names of their embeddings."""
 
 
 class CrossFlowGenerator(LabelledTransformer):
@@ -98,30 +111,18 @@ class CrossFlowGenerator(LabelledTransformer):
         head_channels: int = 16,
     ) -> None:
         super().__init__()
-        if condition not in CONDITIONS:
-            raise InputError(
-                f"got condition = {condition!r}; write one of {', '.join(map(repr, CONDITIONS))}"
-            )
-        if width % (4 * heads):
-            raise InputError(
-                f"got width = {width}, heads = {heads}; rotary positions need a width that is a "
-                "multiple of 4 heads"
-            )
-        if head_kind not in HEADS:
-            raise InputError(
-                f"got head_kind = {head_kind!r}; write one of {', '.join(map(repr, HEADS))}"
-            )
+        check_choice("condition", condition, CONDITIONS)
+        check_rotary(width, heads)
+        check_choice("head_kind", head_kind, HEADS)
         cells = math.prod(pair_of(grid, "grid"))
         self.gradient_checkpointing = False
         self.embed = nn.Linear(channels, width, bias=False)
         self.position = nn.Parameter(0.02 * torch.randn(1, cells, width))
-        self.label: nn.Embedding | None = None
-        if classes:
-            self.label = nn.Embedding(classes + 1, class_tokens * width)
+        self.label = embedding_of_labels(classes, class_tokens * width)
         self.time_token = nn.Parameter(0.02 * torch.randn(1, time_tokens, width))
-        self.times = nn.ModuleDict(
-            {name.replace("-", "_minus_"): TimeEmbedding(width) for name in CONDITIONS[condition]}
-        )
+        self.times = nn.ModuleDict()
+        for name in CONDITIONS[condition]:
+            self.times[name] = TimeEmbedding(width)
         self.blocks = nn.ModuleList(Block(width, heads, mlp) for _ in range(depth))
         self.norm = Norm(width)
         self.head: nn.Linear | ConvolutionalHead
@@ -139,14 +140,13 @@ class CrossFlowGenerator(LabelledTransformer):
         Raises:
             InputError: if there is no preset of that name.
         """
-        if name not in PRESETS:
-            raise InputError(f"got preset {name!r}; write one of {', '.join(PRESETS)}")
-        return cls(**(PRESETS[name] | changes))
+        return cls(**(preset_of(PRESETS, name) | changes))
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """The shape of one latent, (channels, h, w)."""
-        return (self.config["channels"], *pair_of(self.config["grid"], "grid"))
+        height, width = pair_of(self.config["grid"], "grid")
+        return self.config["channels"], height, width
 
     def forward(
         self, latents: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None
@@ -158,46 +158,39 @@ class CrossFlowGenerator(LabelledTransformer):
             InputError: if the latents' channels, the labels or the grid do not fit.
         """
         _, channels, height, width = latents.shape
-        self._check((channels, height, width), labels)
-        x = self.embed(latents.flatten(2).transpose(1, 2)) + self.position
+        check_latent((channels, height, width), self.latent_shape, "generator")
+        self.check_labels(labels)
+        cells = latents.flatten(2).transpose(1, 2)
+        x = self.embed(cells) + self.position
         context = self._context(t, s, labels)
+        before = context.shape[1]
         x = torch.cat([context, x], 1)
-        turn = self.rotary(height, width, x.device, before=context.shape[1])
+        turn = self.rotary(height, width, x.device, before)
         x = self.through(self.blocks, x, *turn)
-        cells = self.norm(x[:, context.shape[1] :])
+        cells = self.norm(x[:, before:])
         if isinstance(self.head, ConvolutionalHead):
             return self.head(_maps(cells, height, width))
-        return F.pixel_shuffle(_maps(self.head(cells), height, width), self.config["patch"])
+        pixels = _maps(self.head(cells), height, width)
+        return F.pixel_shuffle(pixels, self.config["patch"])
 
     def _context(self, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
-        values = {"s": s, "t": t, "t_minus_s": t - s}
-        found = sum(embed(values[name]) for name, embed in self.times.items())
+        times = {"s": s, "t": t, "t_minus_s": t - s}
+        found = sum(embed(times[name]) for name, embed in self.times.items())
         tokens = self.time_token + found[:, None]  # type: ignore[index]
         if self.label is None or labels is None:
             return tokens
         classes = self.label(labels).unflatten(1, (-1, tokens.shape[2]))
         return torch.cat([classes, tokens.to(classes.dtype)], 1)
 
-    def _check(self, shape: tuple[int, int, int], labels: Tensor | None) -> None:
-        if shape != self.latent_shape:
-            channels, height, width = self.latent_shape
-            raise InputError(
-                f"got a latent of {shape[0]} channels on {shape[1]} x {shape[2]} cells; this "
-                f"generator takes {channels} channels on {height} x {width}"
-            )
-        self.check_labels(labels)
-
     def _initialise(self) -> None:
         """Small linear layers, and a head of zeros, so that training begins at the grey image."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(
-                    module.weight, std=min(0.02, 1 / math.sqrt(module.in_features))
-                )
+                spread = min(SMALL, 1 / math.sqrt(module.in_features))
+                nn.init.trunc_normal_(module.weight, std=spread)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        if self.label is not None:
-            nn.init.normal_(self.label.weight, std=0.02)
+        initialise_small(self.label)
         if isinstance(self.head, nn.Linear):
             nn.init.zeros_(self.head.weight)
 
@@ -290,7 +283,8 @@ class Block(nn.Module):
         self.heads = heads
         self.norm1, self.norm2 = Norm(width), Norm(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.q_norm, self.k_norm = Norm(width // heads), Norm(width // heads)
+        size = width // heads
+        self.q_norm, self.k_norm = Norm(size), Norm(size)
         self.proj = nn.Linear(width, width, bias=False)
         if mlp not in MLPS:
             raise InputError(f"got mlp = {mlp!r}; write 'swiglu' or 'gelu'")

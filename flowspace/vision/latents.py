@@ -29,6 +29,9 @@ __all__ = ["LatentImages", "encode", "fingerprint"]
 DRAWN = 7
 """Keeps the draws of posteriors apart from the other uses of a number."""
 
+MADE = ("count", "shard", "flip", "images", "encoder")
+"""What a shard says of itself."""
+
 MOST_OPEN = 64
 """Shards that are kept open at once."""
 
@@ -80,7 +83,8 @@ def encode(
         parts: dict[str, list[Tensor]] = {"latents": [], "images": [], "labels": []}
         for first in range(start, end, batch):
             numbers = range(first, min(first + batch, end))
-            for name, tensor in _encoded(images, encoder, numbers, flip).items():
+            found = _encoded(images, encoder, numbers, flip)
+            for name, tensor in found.items():
                 parts[name].append(tensor)
         tensors = {name: torch.cat(tensors) for name, tensors in parts.items()}
         write_whole(path, tensors, {"made": json.dumps(made, sort_keys=True)})
@@ -103,11 +107,12 @@ def _encoded(
         views.append(x.flip(-1))
     encoded = []
     for mirrored, view in enumerate(views):
-        draw = []
+        draws = []
         for number in numbers:
             seed = seed_of(number, DRAWN, mirrored)
-            draw.append(torch.Generator(device).manual_seed(seed))
-        encoded.append(encoder.encode(view.to(device), draw).cpu())
+            draws.append(torch.Generator(device).manual_seed(seed))
+        latents = encoder.encode(view.to(device), draws)
+        encoded.append(latents.cpu())
     latents = torch.stack(encoded, 1).half()
     finite = latents.flatten(1).isfinite().all(1)
     if not finite.all():
@@ -125,7 +130,8 @@ def fingerprint(images: Images, encoder: LatentEncoder) -> dict[str, str]:
     pictures = hashlib.sha256("\n".join(names).encode())
     weights = hashlib.sha256()
     for tensor in encoder.state_dict().values():
-        weights.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+        numbers = tensor.detach().cpu().float().contiguous().numpy()
+        weights.update(numbers.tobytes())
     kind = "mean"
     if encoder.sample:
         kind = "sampled"
@@ -142,8 +148,9 @@ def _path(folder: Path, start: int) -> Path:
 def _made(path: Path) -> Mapping[str, Any]:
     """Return what a shard says of its images, their encoder and their settings."""
     try:
-        made = json.loads((metadata_of(path) or {})["made"])
-        return {name: made[name] for name in ("count", "shard", "flip", "images", "encoder")}
+        about = metadata_of(path) or {}
+        made = json.loads(about["made"])
+        return {name: made[name] for name in MADE}
     except (KeyError, ValueError, TypeError, RecursionError):
         raise RunError(
             f"{path} cannot be read as a shard of latents; delete it and run "
@@ -180,7 +187,8 @@ class LatentImages:
         every = [_made(path) for path in paths]
         self.made = every[0]
         shards = -(-self.made["count"] // self.made["shard"])
-        if any(made != self.made for made in every) or len(paths) != shards:
+        alike = every.count(self.made)
+        if not alike == len(paths) == shards:
             raise RunError(
                 f"{folder} is not complete, or holds shards of two runs; run "
                 "examples/imagenet/encode.py CONFIG again"
@@ -221,15 +229,16 @@ class LatentImages:
             raise InputError(
                 f"got mirrored = True; {self.folder} was encoded without mirror images"
             )
-        offset = index % len(self) % self.made["shard"]
-        file = self._opened(index % len(self) - offset)
+        number = index % len(self)
+        offset = number % self.made["shard"]
+        file = self._opened(number - offset)
         one = slice(offset, offset + 1)
         latents = file.get_slice("latents")[one]
-        image = file.get_slice("images")[one][0]
-        label = int(file.get_slice("labels")[one])
+        images = file.get_slice("images")[one]
+        label = file.get_slice("labels")[one]
         if mirrored:
-            image = image.flip(-1)
-        return latents[0, int(mirrored)], image, label
+            images = images.flip(-1)
+        return latents[0, int(mirrored)], images[0], int(label)
 
     def order(self, seed: int, number: int) -> Sequence[int]:
         """Return the order in which a pass takes the images."""

@@ -55,13 +55,16 @@ class LinearAutoencoder(CheckedModel):
     def encode(self, images: Tensor) -> EncoderOutput:
         """Return the components ``(B, latent_channels, h, w)`` of images ``(B, C, H, W)``."""
         squares = self._squares(images) - self.center
-        return EncoderOutput(latent=(squares @ self.basis.T).permute(0, 3, 1, 2))
+        components = squares @ self.basis.T
+        return EncoderOutput(latent=components.permute(0, 3, 1, 2))
 
     def decode(self, latents: Tensor) -> DecoderOutput:
         """Return the images ``(B, C, H, W)`` of components, as near as these can say."""
-        squares = latents.permute(0, 2, 3, 1) @ self.basis + self.center
+        components = latents.permute(0, 2, 3, 1)
+        squares = components @ self.basis + self.center
         side = self.config["spatial_compression_ratio"]
-        return DecoderOutput(sample=F.pixel_shuffle(squares.permute(0, 3, 1, 2), side))
+        images = F.pixel_shuffle(squares.permute(0, 3, 1, 2), side)
+        return DecoderOutput(sample=images)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the images that their components stand for."""

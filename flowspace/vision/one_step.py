@@ -95,7 +95,8 @@ class OneStepPipeline(DiffusionPipeline):
     def _evaluated(self, noise: Tensor, classes: Tensor | None) -> Tensor:
         """Return the generator's images at t = 1 and s = 0."""
         one = torch.ones(len(noise), device=noise.device)
-        return self.generator(noise, one, torch.zeros_like(one), labels=classes)
+        zero = torch.zeros_like(one)
+        return self.generator(noise, one, zero, labels=classes)
 
     def _without(self, classes: Tensor | None) -> Tensor:
         """Return the null class for each row, which guidance needs."""
@@ -120,17 +121,18 @@ class OneStepPipeline(DiffusionPipeline):
     def _classes(self, labels: Sequence[int] | Tensor | None) -> Tensor | None:
         """Return the labels on the network's device, checked; None where it has no classes."""
         count = self.generator.config["classes"]
-        if labels is None and count:
+        if labels is None:
+            if not count:
+                return None
             raise InputError(
                 f"got no labels for a generator of {count} classes; write labels=[...]"
             )
-        if labels is None:
-            return None
         if not count:
             raise InputError("got labels for a generator without classes; write count= instead")
         classes = torch.as_tensor(labels, device=self.generator.device)
         whole = classes.ndim == 1 and not classes.is_floating_point()
-        if not whole or bool(((classes < 0) | (classes > count)).any()):
+        outside = (classes < 0) | (classes > count)
+        if not whole or bool(outside.any()):
             raise InputError(
                 f"got labels = {classes.tolist()}; write integers from 0 to {count - 1}, or "
                 f"{count} for no class"

@@ -97,7 +97,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     """Return fused attention where heads follow tokens, as they come out of linear layers:
     ``(B, n, heads, w)`` from queries of that shape and keys and values ``(B, L, heads, w)``.
     """
-    found = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask
-    )
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    found = F.scaled_dot_product_attention(q, k, v, mask)
     return found.transpose(1, 2)

@@ -9,7 +9,7 @@ features, as in the example's settings, is pixel MeanFlow's practice and not the
 
 import abc
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,8 +100,9 @@ class TimmFeatures(FeatureNetwork):
             self.shape = pair_of(size, "size")
         self.network = _timm(name, weights, size)
         own: Any = self.network.pretrained_cfg
-        for key, value in (("mean", mean or own["mean"]), ("std", std or own["std"])):
-            self.register_buffer(key, torch.tensor(value).reshape(1, -1, 1, 1), persistent=False)
+        for key, given in (("mean", mean), ("std", std)):
+            value = torch.tensor(given or own[key])
+            self.register_buffer(key, value.reshape(1, -1, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -113,28 +114,24 @@ class TimmFeatures(FeatureNetwork):
         network: Any = self.network
         if self.layers is None:
             return [network.forward_features(x)]
-        layers = list(self.layers)
         return network.forward_intermediates(
-            x, indices=layers, stop_early=True, intermediates_only=True
+            x,
+            indices=list(self.layers),
+            stop_early=True,
+            intermediates_only=True,
         )
 
 
 def _timm(name: str, weights: str | Path | None, size: int | Sequence[int] | None) -> nn.Module:
+    """Return a network of timm, with its own weights or those of a file."""
     import timm
 
-    if ":" not in name and not timm.is_model(name):  # hf-hub:NAME is a network elsewhere
-        near = difflib.get_close_matches(name, timm.list_models(), 3)
-        hint = "see timm.list_models()"
-        if near:
-            hint = f"near are {', '.join(near)}"
-        raise InputError(f"timm knows no network {name!r}; {hint}")
+    _check_name(name)
     sized: dict[str, Any] = {}
     if size is not None and "vit" in name:
         sized["img_size"] = size
     try:
-        if weights is None:
-            return timm.create_model(name, pretrained=True, **sized)
-        network = timm.create_model(name, pretrained=False, **sized)
+        network = timm.create_model(name, pretrained=weights is None, **sized)
     except Exception as error:
         raise RunError(
             f"timm has no weights of {name} on this machine ({type(error).__name__}: {error}); "
@@ -142,8 +139,22 @@ def _timm(name: str, weights: str | Path | None, size: int | Sequence[int] | Non
             f"network with: python -c \"import timm; timm.create_model('{name}', "
             'pretrained=True)", or give weights=FILE'
         ) from error
-    load_in_order(network, Path(weights))
+    if weights is not None:
+        load_in_order(network, Path(weights))
     return network
+
+
+def _check_name(name: str) -> None:
+    """Refuse a name that timm does not know, and say which are near."""
+    import timm
+
+    if ":" in name or timm.is_model(name):  # hf-hub:NAME is a network elsewhere
+        return
+    near = difflib.get_close_matches(name, timm.list_models(), 3)
+    hint = "see timm.list_models()"
+    if near:
+        hint = f"near are {', '.join(near)}"
+    raise InputError(f"timm knows no network {name!r}; {hint}")
 
 
 def load_in_order(network: nn.Module, path: Path) -> None:
@@ -153,26 +164,32 @@ def load_in_order(network: nn.Module, path: Path) -> None:
     Raises:
         RunError: if neither fits.
     """
-    tensors = read_tensors(path)
+    tensors = dict(read_tensors(path))
     own = network.state_dict()
     if tensors.keys() != own.keys():
-        theirs = [
-            value for name, value in tensors.items() if not name.endswith("num_batches_tracked")
-        ]
-        names = [name for name in own if not name.endswith("num_batches_tracked")]
-        fits = [value.shape for value in theirs] == [own[name].shape for name in names]
-        if not fits:
+        theirs, wanted = _without_counts(tensors), _without_counts(own)
+        shapes = [value.shape for value in theirs.values()]
+        if shapes != [value.shape for value in wanted.values()]:
             raise RunError(
-                f"{path} holds {len(theirs)} tensors that do not fit the network's {len(names)}, "
+                f"{path} holds {len(theirs)} tensors that do not fit the network's {len(wanted)}, "
                 "in name or order"
             )
-        tensors = dict(zip(names, theirs, strict=True))
+        tensors = dict(zip(wanted, theirs.values(), strict=True))
     try:
-        network.load_state_dict(dict(tensors), strict=False)
+        network.load_state_dict(tensors, strict=False)
     except RuntimeError as error:
         raise RunError(
             f"{path} holds tensors of other shapes than the network's: {error}"
         ) from error
+
+
+def _without_counts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors less the counts of batches, which some codes do not save."""
+    found = {}
+    for name, value in tensors.items():
+        if not name.endswith("num_batches_tracked"):
+            found[name] = value
+    return found
 
 
 @dataclass(frozen=True)
@@ -221,7 +238,8 @@ class PerceptualLoss:
         found = prediction.new_zeros(len(prediction))
         if not len(rows):
             return found + 0 * prediction.sum()
-        return found.index_add(0, rows, self._distance(prediction[rows], target[rows]))
+        distance = self._distance(prediction[rows], target[rows])
+        return found.index_add(0, rows, distance)
 
     def _distance(self, prediction: Tensor, target: Tensor) -> Tensor:
         if isinstance(self.features, LearnedDistance):
@@ -232,7 +250,9 @@ class PerceptualLoss:
         if self.unit:
             found = [_unit(layer) for layer in found]
             wanted = [_unit(layer) for layer in wanted]
-        penalties = [self.penalty(a - b) for a, b in zip(found, wanted, strict=True)]
+        penalties = []
+        for a, b in zip(found, wanted, strict=True):
+            penalties.append(self.penalty(a - b))
         return torch.stack(penalties).mean(0)
 
 
@@ -282,16 +302,17 @@ def _load_trunk(trunk: nn.Module, path: Path) -> None:
     """Load torchvision's ``features.N.*`` into lpips' slices, which keep the layers' numbers."""
     tensors = read_tensors(path)
     own = trunk.state_dict()
-    wanted = {name: tensors.get(f"features.{name.split('.', 1)[1]}") for name in own}
-    missing = [
-        name for name, value in wanted.items() if value is None or value.shape != own[name].shape
-    ]
-    if missing:
-        raise RunError(
-            f"{path} has no {missing[0]} of the right shape; torchvision's weights of the same "
-            "trunk are needed"
-        )
-    trunk.load_state_dict(wanted)
+    found = {}
+    for name, parameter in own.items():
+        _, _, layer = name.partition(".")
+        value = tensors.get(f"features.{layer}")
+        if value is None or value.shape != parameter.shape:
+            raise RunError(
+                f"{path} has no {name} of the right shape; torchvision's weights of the same "
+                "trunk are needed"
+            )
+        found[name] = value
+    trunk.load_state_dict(found)
 
 
 def literal_pair(
@@ -345,9 +366,10 @@ def literal_pair(
 
 def _unit(features: Tensor) -> Tensor:
     """Return features of length 1 along their channels: the second axis of maps, else the last."""
+    channels = -1
     if features.ndim == 4:
-        return F.normalize(features, dim=1)
-    return F.normalize(features, dim=-1)
+        channels = 1
+    return F.normalize(features, dim=channels)
 
 
 def _check_shapes(prediction: Tensor, target: Tensor) -> None:

@@ -125,12 +125,11 @@ class CrossFlowPipeline(OneStepPipeline):
         upload = {name: kwargs.pop(name) for name in UPLOAD if name in kwargs}
         repository = kwargs.pop("repo_id", Path(save_directory).name)
         super().save_pretrained(save_directory, **kwargs)
-        config = self.config
-        card = self.card or model_card(
-            "CrossFlow", self.generator, config["alpha"], config["beta"]
-        )
-        (Path(save_directory) / "README.md").write_text(card)
-        _ship_code(Path(save_directory))
+        alpha, beta = self.config["alpha"], self.config["beta"]
+        card = self.card or model_card("CrossFlow", self.generator, alpha, beta)
+        folder = Path(save_directory)
+        (folder / "README.md").write_text(card)
+        _ship_code(folder)
         if push_to_hub:
             self.push_to_hub(repository, **upload)
 
@@ -218,10 +217,10 @@ class CrossFlowPipeline(OneStepPipeline):
         if classes is not None:
             cond["labels"] = classes
         if scale != 1:
-            guidance = Guidance(null={"labels": self.generator.require_null()}, omega=scale)
-        images = FlowMap(self.generator, self.schedule, MatchedStatistic()).sample(
-            noise, cond=cond, steps=steps, encode=encode, guidance=guidance
-        )
+            null = {"labels": self.generator.require_null()}
+            guidance = Guidance(null=null, omega=scale)
+        flow_map = FlowMap(self.generator, self.schedule, MatchedStatistic())
+        images = flow_map.sample(noise, cond=cond, steps=steps, encode=encode, guidance=guidance)
         return self._finished(images.float(), output_type, return_dict)
 
 
@@ -272,8 +271,7 @@ class CrossFlowDecoder(CheckedModel):
     @classmethod
     def of(cls, generator: CrossFlowGenerator, **settings: Any) -> "CrossFlowDecoder":
         """Wrap a trained generator; its weights are shared, not copied."""
-        config = {key: value for key, value in generator.config.items() if not key.startswith("_")}
-        decoder = cls(config, **settings)
+        decoder = cls(generator.settings, **settings)
         decoder.generator = generator
         return decoder.eval()
 
@@ -309,10 +307,10 @@ class CrossFlowDecoder(CheckedModel):
         if labels is None and self.generator.config["classes"]:
             labels = torch.full((len(z),), self.generator.require_null(), device=z.device)
         if self.config["rescale"]:
-            z = z * self.schedule.alpha(level).reshape(-1, 1, 1, 1).to(z.dtype)
-        images = self.generator(
-            z.to(self.generator.dtype), level, torch.zeros_like(level), labels=labels
-        )
+            alpha = self.schedule.alpha(level).to(z.dtype)
+            z = z * alpha.reshape(-1, 1, 1, 1)
+        z = z.to(self.generator.dtype)
+        images = self.generator(z, level, torch.zeros_like(level), labels=labels)
         if not return_dict:
             return (images,)
         return DecoderOutput(sample=images)
@@ -320,5 +318,6 @@ class CrossFlowDecoder(CheckedModel):
 
 def _checked_level(t: "float | Tensor") -> None:
     level = torch.as_tensor(t)
-    if not bool(((level >= TIME_FLOOR) & (level <= 1)).all()):
+    inside = (level >= TIME_FLOOR) & (level <= 1)
+    if not bool(inside.all()):
         raise InputError(f"got t = {t}; the noise level of a latent is between {TIME_FLOOR} and 1")

@@ -24,9 +24,24 @@ from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  # pipeline
 from torch import Tensor, nn
 
 from flowspace.errors import InputError
-from flowspace.vision.layers import FREQUENCIES, SLOWEST, Norm, RotaryGrid, TimeEmbedding, turned
+from flowspace.vision.layers import (
+    FREQUENCIES,
+    SLOWEST,
+    Norm,
+    RotaryGrid,
+    TimeEmbedding,
+    modulated,
+    turned,
+)
 from flowspace.vision.packing import Packing
-from flowspace.vision.transformer import LabelledTransformer
+from flowspace.vision.transformer import (
+    LabelledTransformer,
+    check_rotary,
+    embedding_of_labels,
+    initialise_linear,
+    initialise_small,
+    preset_of,
+)
 
 __all__ = ["PRESETS", "PixelFlowTransformer"]
 
@@ -42,6 +57,9 @@ EXTENSIONS = ("classes", "interval", "null_trained", "text_width")
 
 ONE_A_PICTURE = ("t", "s", "labels")
 """Of these a picture has one number."""
+
+ByResolution = Sequence[Tensor]
+"""Of pictures of several sizes, a tensor for each size."""
 
 
 class Captions(NamedTuple):
@@ -113,29 +131,25 @@ class PixelFlowTransformer(LabelledTransformer):
         null_trained: bool = False,
     ) -> None:
         super().__init__()
-        if width % (4 * heads):
-            raise InputError(
-                f"got width = {width}, heads = {heads}; rotary positions need a width that is a "
-                "multiple of 4 heads"
-            )
+        check_rotary(width, heads)
         self.gradient_checkpointing = False
-        self.embed = nn.Linear(channels * patch * patch, width)
+        numbers = channels * patch * patch
+        self.embed = nn.Linear(numbers, width)
         self.time = TimeEmbedding(width, width)
         self.resolution = ResolutionEmbedding(width)
         self.span: TimeEmbedding | None = None
         if interval:
             self.span = TimeEmbedding(width, width)
-        self.label: nn.Embedding | None = None
-        if classes:
-            self.label = nn.Embedding(classes + 1, width)
+        self.label = embedding_of_labels(classes, width)
         self.null_text: nn.Parameter | None = None
         if text_width:
             self.null_text = nn.Parameter(torch.randn(1, 1, text_width))
             self.text_norm = Norm(text_width)
-        blocks = [PixelFlowBlock(width, heads, text_width) for _ in range(depth)]
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList()
+        for _ in range(depth):
+            self.blocks.append(PixelFlowBlock(width, heads, text_width))
         self.modulation = nn.Linear(width, 2 * width)
-        self.head = nn.Linear(width, channels * patch * patch)
+        self.head = nn.Linear(width, numbers)
         self.rotary = RotaryGrid(width // heads)
         self._initialise()
 
@@ -146,9 +160,7 @@ class PixelFlowTransformer(LabelledTransformer):
         Raises:
             InputError: if there is no preset of that name.
         """
-        if name not in PRESETS:
-            raise InputError(f"got preset {name!r}; write one of {', '.join(PRESETS)}")
-        return cls(**(PRESETS[name] | changes))
+        return cls(**(preset_of(PRESETS, name) | changes))
 
     def extended(self, **changes: Any) -> "PixelFlowTransformer":
         """Return a copy of this network with more conditions, which begins as this one.
@@ -165,20 +177,21 @@ class PixelFlowTransformer(LabelledTransformer):
                 a second time or text that this network has is to go or to be another.
         """
         classes = self.config["classes"]
-        if not set(changes) <= set(EXTENSIONS) or changes.get("classes", 0) not in (0, classes):
+        unknown = set(changes) - set(EXTENSIONS)
+        if unknown or changes.get("classes", 0) not in (0, classes):
             raise InputError(
                 f"got changes {changes}; the weights serve {', '.join(EXTENSIONS)} alone, and "
                 f"classes = 0 or {classes}"
             )
         for name in ("interval", "text_width"):
             own = self.config[name]
-            if own and changes.get(name, own) != own:
+            value = changes.get(name, own)
+            if own and value != own:
                 raise InputError(
-                    f"got {name} = {changes[name]} for a network with {name} = {own}; an extended "
-                    f"network keeps what it has: leave {name} out"
+                    f"got {name} = {value} for a network with {name} = {own}; an extended network "
+                    f"keeps what it has: leave {name} out"
                 )
-        settings = {key: value for key, value in self.config.items() if key[0] != "_"}
-        other = type(self)(**(settings | changes))
+        other = type(self)(**(self.settings | changes))
         other.load_state_dict(self.state_dict(), strict=False)
         nn.Module.to(other, self.device, self.dtype)
         return other
@@ -225,17 +238,21 @@ class PixelFlowTransformer(LabelledTransformer):
         """
         if not isinstance(z, Tensor):
             return self.packed(z, t, s, labels, text, text_mask)
-        one = [None if value is None else [value] for value in (s, labels, text, text_mask)]
-        return self.packed([z], [t], *one)[0]
+        conditions: list[Any] = []
+        for value in (s, labels, text, text_mask):
+            if value is not None:
+                value = [value]
+            conditions.append(value)
+        return self.packed([z], [t], *conditions)[0]
 
     def packed(
         self,
-        pictures: Sequence[Tensor],
-        t: Sequence[Tensor],
-        s: Sequence[Tensor] | None = None,
-        labels: Sequence[Tensor] | None = None,
-        text: Sequence[Tensor] | None = None,
-        text_mask: Sequence[Tensor] | None = None,
+        pictures: ByResolution,
+        t: ByResolution,
+        s: ByResolution | None = None,
+        labels: ByResolution | None = None,
+        text: ByResolution | None = None,
+        text_mask: ByResolution | None = None,
     ) -> list[Tensor]:
         """Return the velocities of pictures of several resolutions, computed as one sequence.
 
@@ -263,20 +280,20 @@ class PixelFlowTransformer(LabelledTransformer):
         if text is not None:
             _check_text(text, text_mask, self.config["text_width"])
         patch = self.config["patch"]
-        sides = [z.shape[-1] // patch for z in pictures]
-        sizes = [(len(z), side * side) for z, side in zip(pictures, sides, strict=True)]
-        packing = Packing(tuple(sizes))
-        patches = [_patches(z, patch) for z in pictures]
         device = pictures[0].device
-        own_side = [
-            torch.full((len(z),), side, device=device)
-            for z, side in zip(pictures, sides, strict=True)
-        ]
+        sides = [z.shape[-1] // patch for z in pictures]
+        sizes, own_side, patches, cosines, sines = [], [], [], [], []
+        for z, side in zip(pictures, sides, strict=True):
+            sizes.append((len(z), side * side))
+            own_side.append(torch.full((len(z),), side, device=device))
+            patches.append(_patches(z, patch))
+            cosine, sine = self.rotary(side, side, device)
+            cosines.append(cosine)
+            sines.append(sine)
+        packing = Packing(tuple(sizes))
         condition = self._condition(_joined(own_side), _joined(t), _joined(s), _joined(labels))
-        turns = [self.rotary(side, side, device) for side in sides]
-        cosine = packing.repeat([turn[0] for turn in turns])
-        sine = packing.repeat([turn[1] for turn in turns])
         captions = self._captions(_joined(text), _joined(text_mask))
+        cosine, sine = packing.repeat(cosines), packing.repeat(sines)
         context = BlockContext(packing, cosine, sine, captions)
         out = self._velocity(packing.join(patches), condition, context)
         velocities = []
@@ -292,7 +309,8 @@ class PixelFlowTransformer(LabelledTransformer):
         x = self.through(self.blocks, x, condition, context)
         shift, scale = self.modulation(condition).chunk(2, -1)
         spread = context.packing.spread
-        return self.head(_without_scale(x) * (1 + spread(scale)) + spread(shift))
+        y = modulated(_without_scale(x), spread(shift), spread(scale))
+        return self.head(y)
 
     def _condition(
         self, sides: Tensor, t: Tensor, s: Tensor | None, labels: Tensor | None
@@ -317,45 +335,44 @@ class PixelFlowTransformer(LabelledTransformer):
             mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
         null = self.null_text.expand(len(text), -1, -1)
         tokens = torch.cat([null, text.to(null.dtype)], 1)
-        return Captions(self.text_norm(tokens), F.pad(mask.bool(), (1, 0), value=True))
+        there = F.pad(mask.bool(), (1, 0), value=True)
+        return Captions(self.text_norm(tokens), there)
 
     def _check(
         self,
-        pictures: Sequence[Tensor],
-        labels: Sequence[Tensor] | None,
-        text: Sequence[Tensor] | None,
+        pictures: ByResolution,
+        labels: ByResolution | None,
+        text: ByResolution | None,
     ) -> None:
-        channels, patch = self.config["channels"], self.config["patch"]
         for z in pictures:
-            square = z.ndim == 4 and z.shape[2] == z.shape[3]
-            if not square or z.shape[1] != channels or z.shape[2] % patch:
-                raise InputError(
-                    f"got a picture of shape {tuple(z.shape)}; this network takes squares of "
-                    f"{channels} channels, (B, {channels}, side, side), with a side that is a "
-                    f"multiple of {patch}"
-                )
-        width = self.config["text_width"]
+            self._check_picture(tuple(z.shape))
         self.check_labels(labels)
         if self.null_text is None and text is not None:
             raise InputError("got text for a network without; build it with text_width=")
         if self.null_text is not None and text is None:
+            width = self.config["text_width"]
             raise InputError(
                 f"got no text; write text= with tokens (B, L, {width}) of a text encoder, and "
                 "text_mask="
+            )
+
+    def _check_picture(self, shape: tuple[int, ...]) -> None:
+        channels, patch = self.config["channels"], self.config["patch"]
+        square = len(shape) == 4 and shape[2] == shape[3]
+        if not square or shape[1] != channels or shape[2] % patch:
+            raise InputError(
+                f"got a picture of shape {shape}; this network takes squares of {channels} "
+                f"channels, (B, {channels}, side, side), with a side that is a multiple of {patch}"
             )
 
     def _initialise(self) -> None:
         """Initialise as a DiT, where each block begins as the identity and the velocity is 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                initialise_linear(module)
         for embedding in (self.time, self.resolution):
-            nn.init.normal_(embedding.first.weight, std=0.02)
-            nn.init.normal_(embedding.second.weight, std=0.02)
-        if self.label is not None:
-            nn.init.normal_(self.label.weight, std=0.02)
+            initialise_small(embedding.first, embedding.second)
+        initialise_small(self.label)
         silent: list[nn.Linear] = [self.modulation, self.head]
         if self.span is not None:
             silent.append(self.span.second)
@@ -410,12 +427,12 @@ class PixelFlowBlock(nn.Module):
         """
         spread = context.packing.spread
         shift, scale, gate, *of_mlp = self.modulation(condition).chunk(6, -1)
-        y = _without_scale(x) * (1 + spread(scale)) + spread(shift)
+        y = modulated(_without_scale(x), spread(shift), spread(scale))
         x = x + spread(gate) * self.attention(y, context)
         if self.captions is not None and context.captions is not None:
             x = x + self.captions(x, context.captions, context.packing)
         shift, scale, gate = of_mlp
-        y = self.norm(x) * (1 + spread(scale)) + spread(shift)
+        y = modulated(self.norm(x), spread(shift), spread(scale))
         return x + spread(gate) * self.mlp(y)
 
     def silent(self) -> list[nn.Linear]:
@@ -444,7 +461,8 @@ class SelfAttention(nn.Module):
         v = self._by_head(v)
         q = self._turned(self.q_norm(q), context).to(v.dtype)
         k = self._turned(self.k_norm(k), context).to(v.dtype)
-        return self.proj(context.packing.self_attention(q, k, v).flatten(2))
+        heads = context.packing.self_attention(q, k, v)
+        return self.proj(heads.flatten(2))
 
     def _by_head(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.heads, -1))
@@ -470,9 +488,11 @@ class CrossAttention(nn.Module):
         """Map tokens to tokens, of their shape."""
         k, v = self.kv(captions.tokens).chunk(2, -1)
         v = self._by_head(v)
-        q = self._by_head(self.q_norm(self.q(self.norm(x)))).to(v.dtype)
+        q = self.q(self.norm(x))
+        q = self._by_head(self.q_norm(q)).to(v.dtype)
         k = self._by_head(self.k_norm(k)).to(v.dtype)
-        return self.proj(packing.cross_attention(q, k, v, captions.mask).flatten(2))
+        heads = packing.cross_attention(q, k, v, captions.mask)
+        return self.proj(heads.flatten(2))
 
     def _by_head(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.heads, -1))
@@ -494,28 +514,36 @@ def _picture(patches: Tensor, side: int, patch: int) -> Tensor:
     return F.pixel_shuffle(maps, patch)
 
 
-def _check_rows(name: str, values: Sequence[Tensor] | None, pictures: Sequence[Tensor]) -> None:
+def _check_rows(name: str, values: ByResolution | None, pictures: ByResolution) -> None:
     """Raise InputError unless there is a value for each picture of each resolution."""
     if values is None:
         return
     wanted = [len(z) for z in pictures]
     advice = "write for each resolution one tensor with as many rows as it has pictures"
-    if not isinstance(values, Sequence) or not all(isinstance(v, Tensor) for v in values):
+    if not _are_tensors(values):
         raise InputError(
             f"got {name} = {values} for {wanted} pictures, which is no list of tensors; {advice}"
         )
-    found = [v.shape[0] if v.ndim else None for v in values]
+    shapes = [tuple(value.shape) for value in values]
+    found: list[int | None] = []
+    for shape in shapes:
+        found.append(next(iter(shape), None))
     if found != wanted:
         raise InputError(f"got {name} for {found} pictures, and {wanted} pictures; {advice}")
-    shapes = [tuple(v.shape) for v in values]
-    if name in ONE_A_PICTURE and any(len(shape) != 1 for shape in shapes):
+    single = [(rows,) for rows in wanted]
+    if name in ONE_A_PICTURE and shapes != single:
         raise InputError(
-            f"got {name} of shapes {shapes}, and a picture has one; write shapes "
-            f"{[(rows,) for rows in wanted]}"
+            f"got {name} of shapes {shapes}, and a picture has one; write shapes {single}"
         )
 
 
-def _check_text(text: Sequence[Tensor], masks: Sequence[Tensor] | None, width: int) -> None:
+def _are_tensors(values: Any) -> bool:
+    if not isinstance(values, Sequence):
+        return False
+    return all(isinstance(value, Tensor) for value in values)
+
+
+def _check_text(text: ByResolution, masks: ByResolution | None, width: int) -> None:
     """Raise InputError unless captions are tokens of that width, and a mask fits its captions.
 
     Args:
@@ -530,10 +558,11 @@ def _check_text(text: Sequence[Tensor], masks: Sequence[Tensor] | None, width: i
                 f"got text of shape {shape}; this network was built for tokens of width {width}: "
                 f"write (B, L, {width})"
             )
-        if shape[1] != shapes[0][1]:
+        first, length = shapes[0][1], shape[1]
+        if length != first:
             raise InputError(
-                f"got captions of {shapes[0][1]} and of {shape[1]} tokens, which do not go into "
-                "one batch; pad them to one length, and write text_mask="
+                f"got captions of {first} and of {length} tokens, which do not go into one "
+                "batch; pad them to one length, and write text_mask="
             )
     for mask, shape in zip(masks or [], shapes, strict=False):
         if tuple(mask.shape) != shape[:2]:
@@ -543,7 +572,7 @@ def _check_text(text: Sequence[Tensor], masks: Sequence[Tensor] | None, width: i
             )
 
 
-def _joined(values: Sequence[Tensor] | None) -> Any:
+def _joined(values: ByResolution | None) -> Any:
     """Return the values of all resolutions as one tensor."""
     if values is None:
         return None

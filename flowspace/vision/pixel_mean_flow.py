@@ -29,7 +29,12 @@ from torch import Tensor, nn
 
 from flowspace.errors import InputError
 from flowspace.vision.layers import Norm, RotaryGrid, TimeEmbedding, swiglu, turned
-from flowspace.vision.transformer import LabelledTransformer
+from flowspace.vision.transformer import (
+    LabelledTransformer,
+    check_rotary,
+    embedding_of_labels,
+    preset_of,
+)
 
 __all__ = ["PRESETS", "PixelMeanFlowTransformer"]
 
@@ -93,7 +98,11 @@ class PixelMeanFlowTransformer(LabelledTransformer):
         null_trained: bool = False,
     ) -> None:
         super().__init__()
-        _check_sizes(size, patch, width, heads)
+        if size % patch:
+            raise InputError(
+                f"got size = {size}, patch = {patch}; write a size that is a multiple of the patch"
+            )
+        check_rotary(width, heads)
         if len(tokens) != len(TOLD):
             raise InputError(
                 f"got tokens = {tokens}; write a number for each of {', '.join(TOLD)}"
@@ -105,21 +114,21 @@ class PixelMeanFlowTransformer(LabelledTransformer):
             )
         self.gradient_checkpointing = False
         self.embed = BottleneckEmbedding(channels, patch, bottleneck, width)
-        self.label: nn.Embedding | None = None
-        if classes:
-            self.label = nn.Embedding(classes + 1, width)
-        counts = dict(zip(TOLD, tokens, strict=True))
-        if not classes:
-            del counts["label"]
-        self.token = nn.ParameterDict(
-            {name: nn.Parameter(torch.empty(count, width)) for name, count in counts.items()}
-        )
-        self.scalars = nn.ModuleDict(
-            {name: TimeEmbedding(width, width) for name in TOLD if name != "label"}
-        )
-        length = sum(counts.values()) + (size // patch) ** 2
+        self.label = embedding_of_labels(classes, width)
+        length = (size // patch) ** 2
+        told: dict[str, nn.Parameter] = {}
+        scalars: dict[str, nn.Module] = {}
+        for name, count in zip(TOLD, tokens, strict=True):
+            if name != "label":
+                scalars[name] = TimeEmbedding(width, width)
+            elif not classes:
+                continue
+            told[name] = nn.Parameter(torch.empty(count, width))
+            length += count
+        self.token = nn.ParameterDict(told)
+        self.scalars = nn.ModuleDict(scalars)
         self.position = nn.Parameter(torch.empty(1, length, width))
-        self.blocks = nn.ModuleList(GatedBlock(width, heads) for _ in range(depth - head_depth))
+        self.blocks = _blocks(width, heads, depth - head_depth)
         outputs = channels * patch * patch
         self.image_head = PixelHead(width, heads, head_depth, outputs)
         self.velocity_head: PixelHead | None = None
@@ -140,10 +149,9 @@ class PixelMeanFlowTransformer(LabelledTransformer):
         Raises:
             InputError: if there is no preset of that name.
         """
-        if name not in PRESETS:
-            raise InputError(f"got preset {name!r}; write one of {', '.join(PRESETS)}")
+        sizes = preset_of(PRESETS, name)
         grid: dict[str, Any] = {"size": size, "patch": size // PRESET_CELLS}
-        return cls(**(grid | PRESETS[name] | changes))
+        return cls(**(grid | sizes | changes))
 
     def without_velocity_head(self) -> "PixelMeanFlowTransformer":
         """Return a copy that predicts the image alone, with the same weights, for sampling."""
@@ -158,7 +166,13 @@ class PixelMeanFlowTransformer(LabelledTransformer):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """The shape of one image, (channels, size, size)."""
-        return self.config["channels"], self.config["size"], self.config["size"]
+        size = self.config["size"]
+        return self.config["channels"], size, size
+
+    @property
+    def _side(self) -> int:
+        """The cells a side of an image."""
+        return self.config["size"] // self.config["patch"]
 
     def forward(
         self,
@@ -185,16 +199,17 @@ class PixelMeanFlowTransformer(LabelledTransformer):
             InputError: if the images or the labels do not fit.
         """
         self._check(tuple(z_t.shape[1:]), labels)
-        told = {
-            "omega": _or_constant(omega, 1.0, t),
+        scalars = {
+            "omega": 1 - 1 / _or_constant(omega, 1.0, t),
             "t_min": _or_constant(t_min, 0.0, t),
             "t_max": _or_constant(t_max, 1.0, t),
+            "step": t - s,
         }
-        scalars = told | {"omega": 1 - 1 / told["omega"], "step": t - s}
         context = self._context(scalars, labels)
-        x = torch.cat([context, self.embed(z_t).to(context.dtype)], 1) + self.position
-        side = self.config["size"] // self.config["patch"]
-        turn = self.rotary(side, side, x.device, before=context.shape[1])
+        cells = self.embed(z_t).to(context.dtype)
+        x = torch.cat([context, cells], 1) + self.position
+        before = context.shape[1]
+        turn = self.rotary(self._side, self._side, x.device, before)
         x = self.through(self.blocks, x, *turn)
         image = self._predicted(self.image_head, x, turn)
         if self.velocity_head is None:
@@ -207,15 +222,19 @@ class PixelMeanFlowTransformer(LabelledTransformer):
         if self.label is not None and labels is not None:
             embedded["label"] = self.label(labels)
         # ParameterDict has its names by the alphabet, so it is TOLD that says the order.
-        told = [name for name in TOLD if name in self.token]
-        return torch.cat([self.token[name] + embedded[name][:, None] for name in told], 1)
+        tokens = []
+        for name in TOLD:
+            if name in self.token:
+                tokens.append(self.token[name] + embedded[name][:, None])
+        return torch.cat(tokens, 1)
 
     def _predicted(self, head: "PixelHead", x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
         """Return the images of one head, ``(B, channels, size, size)``."""
         x = self.through(head.blocks, x, *turn)
-        side = self.config["size"] // self.config["patch"]
-        pixels = head.last(head.norm(x[:, -side * side :]))
-        maps = pixels.transpose(1, 2).unflatten(2, (side, side))
+        side = self._side
+        cells = head.norm(x[:, -side * side :])
+        pixels = head.last(cells).transpose(1, 2)
+        maps = pixels.unflatten(2, (side, side))
         return F.pixel_shuffle(maps, self.config["patch"])
 
     def _check(self, shape: tuple[int, ...], labels: Tensor | None) -> None:
@@ -236,10 +255,11 @@ class PixelMeanFlowTransformer(LabelledTransformer):
             nn.init.normal_(module.weight, std=gain / math.sqrt(module.in_features))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        for tokens in self.token.values():
-            nn.init.normal_(tokens, std=1 / math.sqrt(width))
+        drawn: list[Tensor] = list(self.token.values())
         if self.label is not None:
-            nn.init.normal_(self.label.weight, std=1 / math.sqrt(width))
+            drawn.append(self.label.weight)
+        for embedding in drawn:
+            nn.init.normal_(embedding, std=1 / math.sqrt(width))
         nn.init.normal_(self.position, std=0.02)
         nn.init.xavier_uniform_(self.embed.down.weight.flatten(1))
         nn.init.xavier_uniform_(self.embed.up.weight)
@@ -258,7 +278,8 @@ class BottleneckEmbedding(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map ``(B, channels, H, W)`` to tokens ``(B, cells, width)``."""
-        return self.up(self.down(images).flatten(2).transpose(1, 2))
+        cells = self.down(images).flatten(2).transpose(1, 2)
+        return self.up(cells)
 
 
 class PixelHead(nn.Module):
@@ -266,7 +287,7 @@ class PixelHead(nn.Module):
 
     def __init__(self, width: int, heads: int, depth: int, outputs: int) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(GatedBlock(width, heads) for _ in range(depth))
+        self.blocks = _blocks(width, heads, depth)
         self.norm = Norm(width)
         self.last = nn.Linear(width, outputs, bias=False)
 
@@ -279,7 +300,8 @@ class GatedBlock(nn.Module):
         self.heads = heads
         self.norm1, self.norm2 = Norm(width), Norm(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.q_norm, self.k_norm = Norm(width // heads), Norm(width // heads)
+        size = width // heads
+        self.q_norm, self.k_norm = Norm(size), Norm(size)
         self.proj = nn.Linear(width, width, bias=False)
         self.mlp = swiglu(width)
         self.attention_gate = nn.Parameter(torch.zeros(width))
@@ -299,20 +321,12 @@ class GatedBlock(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
+def _blocks(width: int, heads: int, depth: int) -> nn.ModuleList:
+    return nn.ModuleList(GatedBlock(width, heads) for _ in range(depth))
+
+
 def _or_constant(given: Tensor | None, value: float, like: Tensor) -> Tensor:
     """Return what was given, or a constant of the times' shape and type."""
     if given is None:
         return torch.full_like(like, value)
     return given
-
-
-def _check_sizes(size: int, patch: int, width: int, heads: int) -> None:
-    if size % patch:
-        raise InputError(
-            f"got size = {size}, patch = {patch}; write a size that is a multiple of the patch"
-        )
-    if width % (4 * heads):
-        raise InputError(
-            f"got width = {width}, heads = {heads}; rotary positions need a width that is a "
-            "multiple of 4 heads"
-        )

@@ -224,7 +224,8 @@ class RAEReconstruction(nn.Module):
         if noise is None:
             noise = torch.randn_like(latents)
         sigma = self.tau * uniform.reshape(-1, 1, 1, 1).to(latents.dtype)
-        return sigma * noise.to(latents.dtype) / (self.autoencoder._latents_std + RAE_EPSILON)
+        spread = self.autoencoder._latents_std + RAE_EPSILON
+        return sigma * noise.to(latents.dtype) / spread
 
 
 # --- its training ------------------------------------------------------------------------------

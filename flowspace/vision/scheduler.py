@@ -146,9 +146,10 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
             TimeError: if it is not one of ``timesteps``.
         """
         index = self._index_of(timestep)
+        destination = index + 1
         if self.config["renoise"]:
-            return self.times[index], self.times[-1]
-        return self.times[index], self.times[index + 1]
+            destination = -1
+        return self.times[index], self.times[destination]
 
     def _index_of(self, timestep: "Tensor | float") -> int:
         time = float(torch.as_tensor(timestep).flatten()[0]) / self._whole
@@ -177,7 +178,8 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
             timesteps: ``()`` or ``(B,)``, from 0 to ``num_train_timesteps``.
         """
         t = timesteps.to(original_samples.device, torch.float32) / self._whole
-        return self.schedule.perturb(original_samples, noise, t)[0]
+        z_t, _ = self.schedule.perturb(original_samples, noise, t)
+        return z_t
 
     def step(
         self,
@@ -218,7 +220,8 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
             noise = randn_tensor(
                 moved.shape, generator=generator, device=moved.device, dtype=moved.dtype
             )
-            moved = self.schedule.perturb(moved, noise, self.times[index + 1].to(moved.device))[0]
+            following = self.times[index + 1].to(moved.device)
+            moved, _ = self.schedule.perturb(moved, noise, following)
         if not return_dict:
             return (moved,)
         return SchedulerOutput(prev_sample=moved)

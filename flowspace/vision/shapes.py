@@ -4,7 +4,10 @@ from collections.abc import Sequence
 
 from flowspace.errors import InputError
 
-__all__ = ["pair_of"]
+__all__ = ["check_latent", "pair_of"]
+
+Shape = tuple[int, int, int]
+"""Channels, height and width."""
 
 
 def pair_of(size: int | Sequence[int], name: str) -> tuple[int, int]:
@@ -27,3 +30,23 @@ def pair_of(size: int | Sequence[int], name: str) -> tuple[int, int]:
             "positive whole numbers"
         )
     return whole[0], whole[1]
+
+
+def check_latent(shape: Shape, own: Shape, network: str) -> None:
+    """Refuse a latent that a network does not take.
+
+    Args:
+        shape: of the latent, (channels, h, w).
+        own: that the network takes.
+        network: what it is called, for the error.
+
+    Raises:
+        InputError: if they differ.
+    """
+    if shape != own:
+        channels, height, width = shape
+        own_channels, own_height, own_width = own
+        raise InputError(
+            f"got a latent of {channels} channels on {height} x {width} cells; this {network} "
+            f"takes {own_channels} channels on {own_height} x {own_width}"
+        )

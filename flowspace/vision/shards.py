@@ -129,10 +129,12 @@ def _order(seed: int, number: int, counts: tuple[int, ...], window: int) -> Sequ
     shards = torch.randperm(len(counts), generator=draw).tolist()
     found: list[int] = []
     for first in range(0, len(shards), window):
-        rows = torch.cat(
-            [torch.arange(starts[k], starts[k + 1]) for k in shards[first : first + window]]
-        )
-        found += rows[torch.randperm(len(rows), generator=draw)].tolist()
+        parts = []
+        for shard in shards[first : first + window]:
+            parts.append(torch.arange(starts[shard], starts[shard + 1]))
+        rows = torch.cat(parts)
+        order = torch.randperm(len(rows), generator=draw)
+        found += rows[order].tolist()
     return found
 
 
@@ -140,26 +142,29 @@ def _index(root: Path, paths: Sequence[Path]) -> Tensor:
     """Return shard, offset, length and label of every picture, ``(N, 4)``; kept in a file where
     the folder can be written.
     """
+    names = []
     for path in paths:
         if not path.is_file():
             raise RunError(f"{path} is no regular file; take it away")
-    shards = json.dumps(
-        [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    )
+        status = path.stat()
+        names.append((path.name, status.st_size, status.st_mtime_ns))
+    shards = json.dumps(names)
     kept = _kept(root / INDEX, shards)
     if kept is not None:
         return kept
     rows = []
     for number, path in enumerate(paths):
-        rows += [(number, *row) for row in _Shard(path).rows()]
+        for row in _Shard(path).rows():
+            rows.append((number, *row))
     if not rows:
         raise RunError(
             f"{root} holds shards without pictures; known are {', '.join(sorted(SUFFIXES))}"
         )
     places = torch.tensor(rows)
+    metadata = {"shards": shards, "digest": _digest(places)}
     partial = root / f"{INDEX}.{uuid.uuid4().hex}.partial"
     try:
-        save_file({"places": places}, partial, {"shards": shards, "digest": _digest(places)})
+        save_file({"places": places}, partial, metadata)
         os.replace(partial, root / INDEX)
     except (SafetensorError, OSError) as error:
         partial.unlink(missing_ok=True)
@@ -244,10 +249,11 @@ class _Shard:
                 f"{self.path} holds two pictures of {stem}; name those that are not meant "
                 "KEY.NAME.png, such as KEY.seg.png"
             )
-        self.pictures[stem] = (member.offset_data, 0)
+        start, length = member.offset_data, 0
         if _plain(member) and member.size <= MOST_BYTES:
-            self.pictures[stem] = (member.offset_data, member.size)
-            self._end = max(self._end, member.offset_data + member.size)
+            length = member.size
+            self._end = max(self._end, start + length)
+        self.pictures[stem] = (start, length)
 
     def _add_label(self, stem: str, member: tarfile.TarInfo, tar: tarfile.TarFile) -> None:
         file = None

@@ -22,6 +22,8 @@ HEADER = """# SPDX-License-Identifier: MIT
 {docstring}
 """
 LINE = 99
+IMPORTS = (ast.Import, ast.ImportFrom)
+DEFINITIONS = (ast.FunctionDef, ast.ClassDef)
 
 
 def standalone(module: str) -> str:
@@ -36,12 +38,18 @@ def standalone(module: str) -> str:
     """
     parts = _in_order(module, {})
     _check_names(parts)
-    names = textwrap.fill(", ".join(part.name for part in parts), LINE - 2).replace("\n", "\n# ")
-    docstring = parts[-1].docstring()
-    header = HEADER.format(version=__version__, names=names, docstring=docstring)
-    sections = [f"{header}\n{_imports(parts)}"]
-    sections += [part.body() for part in parts]
-    return "\n\n\n".join(section.strip("\n") for section in sections if section) + "\n"
+    names = ", ".join(part.name for part in parts)
+    header = HEADER.format(
+        version=__version__,
+        names=textwrap.fill(names, LINE - 2).replace("\n", "\n# "),
+        docstring=parts[-1].docstring(),
+    )
+    sections = [f"{header}\n{_imports(parts)}".strip("\n")]
+    for part in parts:
+        body = part.body()
+        if body:
+            sections.append(body)
+    return "\n\n\n".join(sections) + "\n"
 
 
 class _Part:
@@ -66,7 +74,7 @@ class _Part:
     def imports(self) -> Iterator[ast.Import | ast.ImportFrom]:
         """Give the imports at the top."""
         for node in self.tree.body:
-            if isinstance(node, (ast.Import, ast.ImportFrom)):
+            if isinstance(node, IMPORTS):
                 yield node
 
     def neighbours(self) -> Iterator[str]:
@@ -81,15 +89,15 @@ class _Part:
     def names(self) -> Iterator[str]:
         """Give the names that it defines."""
         for node in self.tree.body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            targets: list[ast.expr] = []
+            if isinstance(node, DEFINITIONS):
                 yield node.name
-            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                yield node.target.id
+            elif isinstance(node, ast.AnnAssign):
+                targets = [node.target]
             elif isinstance(node, ast.Assign):
-                for target in node.targets:
-                    for each in ast.walk(target):
-                        if isinstance(each, ast.Name) and each.id != "__all__":
-                            yield each.id
+                targets = node.targets
+            for target in targets:
+                yield from _names_in(target)
 
     def body(self) -> str:
         """Return the source without its docstring, imports and ``__all__``, comments included."""
@@ -104,11 +112,18 @@ class _Part:
         return text
 
     def _is_left_out(self, node: ast.stmt) -> bool:
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
+        if isinstance(node, IMPORTS):
             return True
         if isinstance(node, ast.Assign):
             return ast.unparse(node.targets[0]) == "__all__"
         return node is self.tree.body[0] and isinstance(node, ast.Expr)
+
+
+def _names_in(target: ast.expr) -> Iterator[str]:
+    """Give the names that an assignment defines, except ``__all__``."""
+    for node in ast.walk(target):
+        if isinstance(node, ast.Name) and node.id != "__all__":
+            yield node.id
 
 
 def _is_ours(node: ast.Import | ast.ImportFrom) -> bool:
@@ -151,16 +166,28 @@ def _imports(parts: list[_Part]) -> str:
                 names.update(ast.unparse(each) for each in node.names)
     lines = sorted(plain)
     for module, names in sorted(named.items()):
-        line = f"from {module} import {', '.join(sorted(names))}"
-        if len(line) > LINE:
-            inside = "".join(f"    {name},\n" for name in sorted(names))
-            line = f"from {module} import (\n{inside})"
-        lines.append(line)
-    first = [line for line in lines if _of_python(line)]
-    rest = [line for line in lines if not _of_python(line)]
-    return "\n\n".join("\n".join(block) for block in (first, rest) if block)
+        lines.append(_import_line(module, sorted(names)))
+    first, rest = [], []
+    for line in lines:
+        if _of_python(line):
+            first.append(line)
+        else:
+            rest.append(line)
+    blocks = ["\n".join(first), "\n".join(rest)]
+    return "\n\n".join(filter(None, blocks))
+
+
+def _import_line(module: str, names: list[str]) -> str:
+    """Return an import of names, one a line where they do not fit on one."""
+    line = f"from {module} import {', '.join(names)}"
+    if len(line) <= LINE:
+        return line
+    inside = "".join(f"    {name},\n" for name in names)
+    return f"from {module} import (\n{inside})"
 
 
 def _of_python(line: str) -> bool:
     """Return whether an import is of Python itself."""
-    return line.split()[1].split(".")[0] in sys.stdlib_module_names
+    module = line.split()[1]
+    package, _, _ = module.partition(".")
+    return package in sys.stdlib_module_names

@@ -10,8 +10,9 @@ import contextlib
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -54,13 +55,11 @@ def read_whole(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         RunError: if it cannot be read, or does not hold what was written.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = _about(file.metadata())
-            # away from the file, which may change
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise RunError(f"{path} cannot be read ({error}); delete it to make it anew") from error
+    tensors = {}
+    with _opened(path) as file:
+        metadata = _about(file.metadata())
+        for name in file.keys():  # noqa: SIM118  # it is no dictionary
+            tensors[name] = file.get_tensor(name).clone()  # away from the file, which may change
     _check_digest(path, tensors, metadata)
     return tensors, metadata
 
@@ -71,11 +70,20 @@ def check_whole(path: Path) -> None:
     Raises:
         RunError: if it cannot be read, or holds something else.
     """
+    tensors = {}
+    with _opened(path) as file:
+        metadata = _about(file.metadata())
+        for name in file.keys():  # noqa: SIM118  # it is no dictionary
+            tensors[name] = file.get_tensor(name)
+        _check_digest(path, tensors, metadata)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a file of tensors; RunError where it cannot be read, at once or later."""
     try:
         with safe_open(path, "pt") as file:
-            metadata = _about(file.metadata())
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            _check_digest(path, tensors, metadata)
+            yield file
     except (SafetensorError, OSError) as error:
         raise RunError(f"{path} cannot be read ({error}); delete it to make it anew") from error
 

@@ -87,9 +87,12 @@ class TextEncoder(nn.Module):
                 found[caption] = tokens, mask
                 self._remember(caption, tokens, mask)
         device = next(self.model.parameters()).device
-        tokens = torch.stack([found[caption][0].to(device) for caption in captions])
-        mask = torch.stack([found[caption][1].to(device) for caption in captions])
-        return tokens, mask
+        tokens, masks = [], []
+        for caption in captions:
+            of_caption, mask = found[caption]
+            tokens.append(of_caption.to(device))
+            masks.append(mask.to(device))
+        return torch.stack(tokens), torch.stack(masks)
 
     def _encoded(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Return tokens and mask of captions that are not remembered."""

@@ -1,8 +1,8 @@
 """What the transformers of this package share: blocks that are compiled or checkpointed one by
-one, and labels with a null class.
+one, labels with a null class, presets, and how layers begin.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -12,7 +12,19 @@ from torch.utils.checkpoint import checkpoint
 from flowspace.errors import InputError
 from flowspace.vision.checked_model import CheckedModel
 
-__all__ = ["LabelledTransformer"]
+__all__ = [
+    "SMALL",
+    "LabelledTransformer",
+    "check_choice",
+    "check_rotary",
+    "embedding_of_labels",
+    "initialise_linear",
+    "initialise_small",
+    "preset_of",
+]
+
+SMALL = 0.02
+"""The standard deviation of embeddings at the beginning, that of DiT."""
 
 Self = TypeVar("Self", bound="LabelledTransformer")
 
@@ -87,3 +99,63 @@ class LabelledTransformer(CheckedModel):
             else:
                 x = block(x, *context)
         return x
+
+
+def embedding_of_labels(classes: int, width: int) -> nn.Embedding | None:
+    """Return the embedding of so many labels and of the null class; None without classes."""
+    if not classes:
+        return None
+    return nn.Embedding(classes + 1, width)
+
+
+def preset_of(presets: Mapping[str, dict[str, Any]], name: str) -> dict[str, Any]:
+    """Return the arguments that a preset stands for.
+
+    Raises:
+        InputError: if there is no preset of that name.
+    """
+    if name not in presets:
+        raise InputError(f"got preset {name!r}; write one of {', '.join(presets)}")
+    return presets[name]
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Refuse an argument that is none of the choices.
+
+    Raises:
+        InputError: if it is none; the error has the argument's name and the choices.
+    """
+    if value not in choices:
+        raise InputError(f"got {name} = {value!r}; write one of {', '.join(map(repr, choices))}")
+
+
+def check_rotary(width: int, heads: int, part: str = "") -> None:
+    """Refuse a width of whose heads rotary positions cannot turn pairs for rows and for columns.
+
+    Args:
+        width: of the tokens.
+        heads: of the attention.
+        part: what stands before the names of both arguments, for the error.
+
+    Raises:
+        InputError: if the width is no multiple of 4 heads.
+    """
+    if width % (4 * heads):
+        raise InputError(
+            f"got {part}width = {width}, {part}heads = {heads}; rotary positions need a width "
+            "that is a multiple of 4 heads"
+        )
+
+
+def initialise_linear(layer: nn.Linear | nn.Conv2d) -> None:
+    """Draw the matrix of a layer as Xavier's rule says; its biases begin at zero."""
+    nn.init.xavier_uniform_(layer.weight.flatten(1))
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def initialise_small(*layers: nn.Linear | nn.Embedding | None) -> None:
+    """Draw the weights of layers from a normal distribution of spread 0.02; None is no layer."""
+    for layer in layers:
+        if layer is not None:
+            nn.init.normal_(layer.weight, std=SMALL)
