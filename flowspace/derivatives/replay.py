@@ -293,15 +293,14 @@ class RestoringMode(TorchFunctionMode):
         held = [target for target in written if not in_transform(target)]
         if isinstance(kwargs.get("generator"), torch.Generator):
             self.draws(kwargs["generator"])
-        if held and active_transform() is not None:
-            if held[0] is args[0] and _any_in_transform(args[1:]):
-                args = (self._writable_copy(args[0]), *args[1:])
-            elif not _any_in_transform((*args, *kwargs.values())):
-                self.remember(*held)
+        first = bool(held) and bool(args) and held[0] is args[0]
+        if first and active_transform() is not None and _any_in_transform(args[1:]):
+            args = (self._writable_copy(args[0]), *args[1:])
+        elif held:
+            self.remember(*held)
+            if active_transform() is not None and not _any_in_transform((*args, *written)):
                 with outside_transforms():  # they refuse to write into what a function holds
                     return func(*args, **kwargs)
-        else:
-            self.remember(*held)
         if name == "__get__" and func == DATA:
             self.remember(args[0], unseen=True)  # what is written through it, nobody counts
         out = func(*args, **kwargs)
