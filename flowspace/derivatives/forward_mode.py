@@ -24,6 +24,8 @@ from flowspace.derivatives.shared_primal.kinds import LEAVES, leaving
 from flowspace.derivatives.torch_internals import (
     close_forward_mode,
     forward_mode_is_open,
+    function_modes,
+    leave_function_modes,
     transform_level,
 )
 from flowspace.errors import DerivativeError
@@ -187,15 +189,18 @@ def _reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Keep other threads out, and leave no level of forward mode behind, also after an interrupt.
+    """Keep other threads out, and leave no level of forward mode and no function mode behind, also
+    after an interrupt.
 
-    torch counts its levels for the whole process.
+    torch counts its levels for the whole process. Python may be interrupted as a context is about
+    to be left, which is then not left.
     """
     with forward_mode_lock:
-        outermost = not forward_mode_is_open()
+        outermost, modes = not forward_mode_is_open(), function_modes()
         try:
             yield
         except BaseException:
+            leave_function_modes(modes)
             if outermost:
                 close_forward_mode()
             raise

@@ -429,7 +429,7 @@ class Places(NamedTuple):
     names: tuple[str, ...]
 
 
-DATA = torch.Tensor.data.__get__
+DATA = torch.Tensor.data.__get__  # pyright: ignore
 """Reads the field ``data`` of a tensor: the same memory, and writes that autograd does not count.
 """
 

@@ -186,8 +186,8 @@ class _Attempt:
         both = self.primals, self.tangents
         primals, tangents = pytree.tree_map(lambda leaf: self._input(leaf, indices), both)
         with restoring_buffers(mixed) as run:
-            again = run.from_the_start(self.fn)
-            second = self.route.derive(again, primals, tangents, first, mixed)
+            fn = run.from_the_start(self.fn)
+            second = self.route.derive(fn, primals, tangents, first, mixed)
         self.route.check_run(run)
         if run.halved is not None or not first.exact:
             return second, 2

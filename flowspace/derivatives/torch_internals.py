@@ -13,6 +13,8 @@ __all__ = [
     "close_forward_mode",
     "dispatch_modes",
     "forward_mode_is_open",
+    "function_modes",
+    "leave_function_modes",
     "memory_of",
     "negated_view",
     "not_intercepted",
@@ -36,6 +38,9 @@ set_gradients = torch._C._set_grad_enabled
 
 dispatch_modes = torch._C._len_torch_dispatch_stack  # pyright: ignore
 """Returns how many dispatch modes see what is called."""
+
+function_modes = torch._C._len_torch_function_stack
+"""Returns how many function modes see what is called in this thread."""
 
 transform_level = torch._C._functorch.maybe_current_level  # pyright: ignore
 """Returns how many transforms of torch.func are at work, or None."""
@@ -73,6 +78,12 @@ def memory_of(tensor: Tensor) -> int:
 def set_version(tensor: Tensor, version: int) -> None:
     """Let autograd count so many writes into a tensor: it holds again what it held then."""
     torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))  # pyright: ignore
+
+
+def leave_function_modes(count: int) -> None:
+    """Leave the innermost function modes, down to so many."""
+    while function_modes() > count:
+        torch._C._pop_torch_function_stack()
 
 
 def forward_mode_is_open() -> bool:
