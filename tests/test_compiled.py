@@ -677,6 +677,150 @@ def test_the_tangent_is_of_the_numbers_that_the_value_drew(name, how):
         torch.testing.assert_close(derivative, kept, rtol=1e-6, atol=1e-6)
 
 
+class Hooked(nn.Module):
+    """torch wraps what a full backward hook watches in an autograd.Function of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.linear.register_full_backward_hook(lambda module, inputs, outputs: None)
+
+    def forward(self, z, t, s):
+        return self.linear(z * (1 + column(t))).sin() * column(s)
+
+
+class WithJvp(Straight):
+    @staticmethod
+    def jvp(ctx, tangent):
+        return 5 * tangent
+
+
+class OfPython(nn.Module):
+    """torch.compile captures no autograd.Function that defines jvp: it leaves the call to Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, z, t, s):
+        return WithJvp.apply(self.linear(z) * (1 + column(t))) * column(s)
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        x.mul_(2.0)
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+
+class DoublesPart(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, z, t, s):
+        h = self.linear(z) * (1 + column(t))
+        return Doubled.apply(h[:, :2]) * column(s) + h[:, 1:]
+
+
+class Doubles(DoublesPart):
+    def forward(self, z, t, s):
+        return Doubled.apply(self.linear(z) * (1 + column(t))) * column(s)
+
+
+class Counted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, calls):
+        calls.add_(1)
+        return x.sin() * calls
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 7 * gradient, None
+
+
+class CountsCalls(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, z, t, s):
+        return Counted.apply(self.linear(z) * (1 + column(t)), self.calls) * column(s)
+
+
+class Dropped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        mask = torch.rand_like(x) > 0.5
+        ctx.save_for_backward(mask)
+        return x * mask
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.saved_tensors[0]
+
+
+class Drops(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, z, t, s):
+        return Dropped.apply(self.linear(z) * (1 + column(t))) * column(s)
+
+
+class DropsWeights(Drops):
+    """What draws, and writes, is given nothing that moves."""
+
+    def forward(self, z, t, s):
+        weight = Doubled.apply(Dropped.apply(1.0 * self.linear.weight))
+        return (z @ weight) * (1 + column(t)) * column(s)
+
+
+@pytest.mark.parametrize("moving", [3, 8])
+@pytest.mark.parametrize("model", [Hooked, OfPython])
+def test_a_custom_function_that_is_left_to_python_is_followed(model, moving):
+    net, plain = pair(model())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for seed in range(2):
+            same(net, plain, batch(moving=moving, seed=seed))
+    assert not told(caught)
+
+
+@pytest.mark.parametrize("moving", [3, 8])
+@pytest.mark.parametrize("model", [Doubles, CountsCalls, Drops, DropsWeights])
+def test_a_custom_function_that_writes_or_draws_does_so_once(model, moving):
+    net, plain = pair(model())
+    compiled._warned.clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for seed in range(2):
+            same(net, plain, batch(moving=moving, seed=seed))
+    assert len(told(caught)) == (model is not DropsWeights)
+
+
+@pytest.mark.filterwarnings("ignore:a compiled part of the model runs uncompiled")
+@pytest.mark.parametrize("moving", [3, 8])
+def test_a_custom_function_that_writes_into_a_part_is_as_in_plain_torch_compile(moving):
+    net, plain = pair(DoublesPart())
+    z, times = batch(moving=moving)
+    primals, v = (z, times["t"], times["s"]), torch.ones_like(times["t"])
+    tangents = (z.sin(), v, None)
+    rows = torch.arange(8) < moving
+    value, tangent = SharedPrimal()(net, primals, tangents, rows)
+    close(value, plain(*primals))
+    step = 1e-6
+    after, before = (plain(z + h * z.sin(), times["t"] + h, times["s"]) for h in (step, -step))
+    close(tangent, column(rows.double()) * (after - before) / (2 * step), 1e-7)
+
+
 def test_a_function_without_a_derivative_is_named_as_in_the_eager_route():
     def model(z, t, s):
         return torch.cdist(z, z.sin()).sum(-1, keepdim=True) * column(t)
