@@ -38,7 +38,7 @@ from flowspace import (
     SharedPrimal,
     objectives,
 )
-from flowspace.derivatives import hidden_calls, route
+from flowspace.derivatives import hidden_calls, route, shared_primal
 from flowspace.derivatives.shared_primal import compiled
 
 pytestmark = [
@@ -151,10 +151,11 @@ def test_each_of_several_processes_evaluates_once_whatever_rows_move(monkeypatch
     them moved it was not found, and the others waited for a process that evaluated twice.
     """
     monkeypatch.setattr(route, "several_processes", lambda: True)
-    again = []
-    derive = SharedPrimal.derive
+    passes, evaluate_beside = [], shared_primal.evaluate_beside
     monkeypatch.setattr(
-        SharedPrimal, "derive", lambda self, *args: again.append(args) or derive(self, *args)
+        shared_primal,
+        "evaluate_beside",
+        lambda *args: passes.append(args) or evaluate_beside(*args),
     )
     model, written = pair(Net(count=2), how)
     torch.manual_seed(0)
@@ -166,7 +167,7 @@ def test_each_of_several_processes_evaluates_once_whatever_rows_move(monkeypatch
         rows = torch.arange(len(z)) < count
         _, found = SharedPrimal()(model, primals, tangents, rows=rows)
         close(found, torch.where(rows[:, None, None], wanted, 0.0))
-    assert not again
+        assert len(passes) == count + 1
 
 
 def batch(rows=8, moving=4, seed=0):
@@ -696,7 +697,7 @@ class WithJvp(Straight):
 
 
 class OfPython(nn.Module):
-    """torch.compile captures no autograd.Function that defines jvp: it leaves the call to Python."""
+    """An autograd.Function that defines jvp is not captured: its call is left to Python."""
 
     def __init__(self):
         super().__init__()
@@ -819,6 +820,88 @@ def test_a_custom_function_that_writes_into_a_part_is_as_in_plain_torch_compile(
     step = 1e-6
     after, before = (plain(z + h * z.sin(), times["t"] + h, times["s"]) for h in (step, -step))
     close(tangent, column(rows.double()) * (after - before) / (2 * step), 1e-7)
+
+
+class CountsInNumpy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, z, t, s):
+        self.calls.numpy()[0] += 1
+        return self.linear(z).sin() * column(t) * column(s)
+
+
+def test_what_a_function_mode_keeps_from_torch_compile_is_left_to_python():
+    net, plain = pair(CountsInNumpy())
+    compiled._warned.clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for seed in range(3):
+            same(net, plain, batch(seed=seed))
+    assert len(told(caught)) == 1
+
+
+@pytest.mark.parametrize("moving", [2, 8])
+def test_a_constant_made_of_what_moves_is_refused(moving):
+    z, times = batch()
+
+    def model(z, t, s):
+        return z * torch.tensor([t[0], t[1]]).sum()
+
+    rows = torch.arange(8) < moving
+    for fn in (model, torch.compile(model, backend=EAGER)):
+        with pytest.raises(DerivativeError, match=r"torch has no forward derivative of .*tensor"):
+            SharedPrimal()(fn, (z, times["t"], times["s"]), (z, z[:, 0, 0], None), rows)
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True to a scalar")
+def test_a_constant_made_of_what_does_not_move_is_a_constant():
+    weight = torch.rand(2, dtype=torch.float64, requires_grad=True)
+
+    def model(z, t, s):
+        return z * torch.tensor([weight[0], weight[1]]).sum() * column(t)
+
+    z, times = batch()
+    found = [
+        SharedPrimal()(fn, (z, times["t"], times["s"]), (z, z[:, 0, 0], None))
+        for fn in (model, torch.compile(model, backend=EAGER))
+    ]
+    for a, b in zip(*found, strict=True):
+        close(a, b)
+
+
+@torch._dynamo.config.patch(recompile_limit=3)
+@pytest.mark.parametrize("given", ["length", "number"])
+def test_sizes_that_change_from_call_to_call_end_in_one_warning(given, programs):
+    compiled._warned.clear()
+    linear = nn.Linear(4, 4).double()
+
+    def model(z, t, s, number):
+        return linear(z).sin() * column(t) * (1 + number)
+
+    fn = torch.compile(model, backend=EAGER, dynamic=given == "length" or None)
+    traces = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for call in range(12):
+            z, times = batch(8)
+            t, number, rows = times["t"], 3, torch.arange(8) < (3, 7)[call % 2]
+            if given == "length":
+                z = torch.randn(8, 3 + call, 4, dtype=torch.float64)
+            else:
+                number += call
+            primals, tangents = (z, t, t), (z.sin(), torch.ones_like(t), None)
+            found, wanted = (
+                SharedPrimal()(functools.partial(of, number=number), primals, tangents, rows)
+                for of in (fn, model)
+            )
+            for a, b in zip(found, wanted, strict=True):
+                close(a, b)
+            traces.append(len(programs))
+    assert traces[-1] == traces[-4] <= 6
+    assert len(told(caught)) == 1 and "change from call to call" in told(caught)[0]
 
 
 def test_a_function_without_a_derivative_is_named_as_in_the_eager_route():

@@ -307,8 +307,18 @@ class _Callback:
         self._torchdynamo_orig_backend = torch._dynamo.eval_frame._create_wrapped_callback(backend)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
-            return self._torchdynamo_orig_backend(*args, **kwargs)
+        """Compile a frame; leave it to Python where our function mode keeps torch.compile from it,
+        as from numpy arrays that are written to.
+        """
+        from flowspace.derivatives.shared_primal.compiled import warn_of
+
+        errors = torch._dynamo.exc
+        try:
+            with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+                return self._torchdynamo_orig_backend(*args, **kwargs)
+        except (errors.InternalTorchDynamoError, errors.TorchRuntimeError) as error:
+            warn_of(error)
+            return torch._dynamo.types.ConvertFrameReturn()
 
 
 capture_callback = torch._C._dynamo.eval_frame.get_eval_frame_callback  # pyright: ignore
