@@ -310,15 +310,17 @@ class _Callback:
         """Compile a frame; leave it to Python where our function mode keeps torch.compile from it,
         as from numpy arrays that are written to.
         """
+        from torch._dynamo.exc import InternalTorchDynamoError, TorchRuntimeError
+        from torch._dynamo.types import ConvertFrameReturn
+
         from flowspace.derivatives.shared_primal.compiled import warn_of
 
-        errors = torch._dynamo.exc
         try:
             with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
                 return self._torchdynamo_orig_backend(*args, **kwargs)
-        except (errors.InternalTorchDynamoError, errors.TorchRuntimeError) as error:
+        except (InternalTorchDynamoError, TorchRuntimeError) as error:
             warn_of(error)
-            return torch._dynamo.types.ConvertFrameReturn()
+            return ConvertFrameReturn()
 
 
 capture_callback = torch._C._dynamo.eval_frame.get_eval_frame_callback  # pyright: ignore
