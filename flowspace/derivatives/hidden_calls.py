@@ -179,17 +179,35 @@ def _note_buffer(module: Any, name: str, tensor: Any) -> None:
 
 
 def _apply(original: Any) -> Any:
-    """Return what stands for autograd.Function.apply."""
+    """Return what stands for autograd.Function.apply.
+
+    torch.compile knows it by its name. Where that leaves a call to Python, it is not to capture
+    this frame, and not what follows the call, but the forward pass within it.
+    """
 
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
         outs = original.__get__(None, cls)(*args, **kwargs)
-        carrier = active_carrier()
-        if carrier is None:
-            return outs
-        with not_intercepted():
-            return carrier.through_function(cls, args, outs)
+        before = capture_callback()
+        if before is None:
+            return _followed(cls, args, outs)
+        set_capture_callback(None)
+        try:
+            return _followed(cls, args, outs)
+        finally:
+            set_capture_callback(before)
 
+    if follows_compiled():
+        torch._dynamo.eval_frame.skip_code(apply.__code__)
     return classmethod(apply)
+
+
+def _followed(cls: type, args: tuple[Any, ...], outs: Any) -> Any:
+    """Return the outputs of a custom function as the active carrier hands them on."""
+    carrier = active_carrier()
+    if carrier is None:
+        return outs
+    with not_intercepted():
+        return carrier.through_function(cls, args, outs)
 
 
 def _script(original: Any) -> Any:
@@ -289,8 +307,20 @@ class _Callback:
         self._torchdynamo_orig_backend = torch._dynamo.eval_frame._create_wrapped_callback(backend)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
-            return self._torchdynamo_orig_backend(*args, **kwargs)
+        """Compile a frame; leave it to Python where our function mode keeps torch.compile from it,
+        as from numpy arrays that are written to.
+        """
+        from torch._dynamo.exc import InternalTorchDynamoError, TorchRuntimeError
+        from torch._dynamo.types import ConvertFrameReturn
+
+        from flowspace.derivatives.shared_primal.compiled import warn_of
+
+        try:
+            with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+                return self._torchdynamo_orig_backend(*args, **kwargs)
+        except (InternalTorchDynamoError, TorchRuntimeError) as error:
+            warn_of(error)
+            return ConvertFrameReturn()
 
 
 capture_callback = torch._C._dynamo.eval_frame.get_eval_frame_callback  # pyright: ignore

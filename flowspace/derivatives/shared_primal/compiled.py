@@ -35,23 +35,29 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, _guards, fx
+from torch import Tensor, _guards, _refs, fx
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.exc import RestartAnalysis, SkipFrame
 from torch._ops import HigherOrderOperator
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 
 from flowspace.derivatives import hidden_calls, replay
 from flowspace.derivatives.rules.dual import ChosenRows, Dual, Layout, LostRowsError
-from flowspace.derivatives.shared_primal.carrier import Carrier
+from flowspace.derivatives.shared_primal.carrier import FIELD, Carrier
 from flowspace.derivatives.torch_internals import not_intercepted
 from flowspace.errors import DerivativeError
 
-__all__ = ["Backend", "Region"]
+__all__ = ["Backend", "Region", "warn_of"]
 
 SHARES = 4
 """A graph has room for a number of moving rows that is a multiple of this share of the batch."""
+
+TOO_MANY = (
+    "its sizes, or whole numbers that it is given, change from call to call: {} were compiled"
+)
+"""Why sizes that torch.compile left open have no program."""
 
 _PLAIN = "plain"
 """The key of the program without tangents."""
@@ -194,6 +200,7 @@ class Region:
     Attributes:
         backend: compiles graphs.
         captured: the graph as dynamo captured it.
+        followed: the same, to be run under a carrier.
         context: what it was captured with.
         dynamic: sizes were left open.
         writes: the inputs that it writes into.
@@ -204,6 +211,7 @@ class Region:
     def __init__(self, graph: fx.GraphModule, inputs: Values, backend: Function) -> None:
         self.backend = backend
         self.captured = _copied(graph)
+        self.followed = _refusing_constants(self.captured)
         self.context = TraceContext.of(inputs)
         self.dynamic = any(_has_symbols(x) for x in self.context.examples)
         self.writes = _written_inputs(self.captured, self.context)
@@ -247,7 +255,7 @@ class Region:
         if isinstance(program, DerivativeError):
             raise program
         if isinstance(program, Exception):
-            return self.captured(*inputs)
+            return self.followed(*inputs)
         if program.lost:
             carrier.lost = True
             return self._run_plain(carrier, primals)
@@ -362,7 +370,8 @@ class Region:
         """Return the program of a case, made once; or why it could not be made.
 
         Sizes that dynamo left open stay open in what is made while it captures, since it guards
-        what that assumes of them. What is made later is made for the sizes of these inputs.
+        what that assumes of them. What is made later is made for the sizes of these inputs, of
+        which there may be as many as torch.compile captures one function.
         """
         program = self.programs.get((case, ()))
         if program is not None:
@@ -375,6 +384,10 @@ class Region:
             program = self.programs.get((case, sizes))
             if program is not None:
                 return program
+            if self._too_many(sizes):
+                error = RuntimeError(TOO_MANY.format(dynamo_config.recompile_limit))
+                warn_of(error)
+                return error
             context = TraceContext.of(inputs)
         try:
             with context.entered():
@@ -385,9 +398,14 @@ class Region:
             if capturing and isinstance(error, RestartAnalysis):
                 raise  # dynamo captures again, with one number less left open
             program = error
-            _warn_of(error)
+            warn_of(error)
         self.programs[case, sizes] = program
         return program
+
+    def _too_many(self, sizes: tuple[Any, ...]) -> bool:
+        """Return whether programs were made for as many other sizes as there may be."""
+        others = {known for _, known in self.programs if known not in ((), sizes)}
+        return len(others) >= dynamo_config.recompile_limit
 
     def _make_plain(self, context: TraceContext) -> Program:
         """Have the captured graph compiled."""
@@ -405,7 +423,7 @@ class Region:
             in_trace = None
             if chosen is not None and size is not None:
                 in_trace = ChosenRows(tangents[-1], _batch(inputs, moving), size, True)
-            out, program = _carried(self.captured, inputs, moving, tangents, in_trace)
+            out, program = _carried(self.followed, inputs, moving, tangents, in_trace)
             made.append(program)
             return out
 
@@ -477,7 +495,7 @@ def _carried(
 
 def _primal(value: Any) -> Any:
     """Return the primal of an alias, and any other value as it is."""
-    held = getattr(value, "_flowspace_dual", None)
+    held = getattr(value, FIELD, None)
     if held is None:
         return value
     return held.primal
@@ -512,7 +530,7 @@ def _refuse_open_numbers(graph: fx.GraphModule) -> None:
     """
     (output,) = graph.graph.find_nodes(op="output")
     if any(value is None for value in output.args[0]):  # type: ignore[union-attr]
-        _warn_of(ValueError("it changes a Python float of its own; make that a buffer"))
+        warn_of(ValueError("it changes a Python float of its own; make that a buffer"))
         raise SkipFrame
 
 
@@ -521,6 +539,35 @@ def _copied(graph: fx.GraphModule) -> fx.GraphModule:
     copied = fx.GraphModule(graph, copy.deepcopy(graph.graph))
     _pass_origin_on(graph, copied)
     return copied
+
+
+def _refusing_constants(graph: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy of a graph in which torch.tensor of tensors that move is refused.
+
+    dynamo writes it as a function of Python that no mode sees, and that drops tangents.
+    """
+    copied = _copied(graph)
+    for node in copied.graph.find_nodes(op="call_function", target=_refs.tensor):
+        node.target = _tensor
+    copied.recompile()
+    return copied
+
+
+def _tensor(data: Any, **options: Any) -> Tensor:
+    """Return torch.tensor of numbers and tensors.
+
+    Raises:
+        DerivativeError: if one of them carries a tangent.
+    """
+    for leaf in pytree.tree_leaves(data):
+        held = getattr(leaf, FIELD, None)
+        if held is not None and held.tangent is not None:
+            raise DerivativeError(
+                "torch has no forward derivative of torch.tensor of a tensor that moves with z_t "
+                "or t: it takes a constant from it; write torch.stack([...]), or "
+                "derivative=FiniteDifference()"
+            )
+    return _refs.tensor(data, **options)
 
 
 def _placeholders(graph: fx.GraphModule) -> list[Any]:
@@ -790,7 +837,7 @@ _warned: set[str] = set()
 """The reasons that a warning was given for."""
 
 
-def _warn_of(error: Exception) -> None:
+def warn_of(error: Exception) -> None:
     """Warn, once for each reason, that a part runs uncompiled."""
     lines = str(error).splitlines() or [""]
     reason = f"{type(error).__name__}: {lines[0]}"[:200]

@@ -8,11 +8,11 @@ stays one operator for the value, and its tangent is that of its forward pass. T
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointPolicy
@@ -88,22 +88,25 @@ def _tracer() -> Any:
     return mode.tracer
 
 
-def _traced_nodes() -> int:
-    """Return how many functions a trace has by now."""
+def _nodes() -> Collection[fx.Node]:
+    """Return the functions that a trace has by now."""
     tracer = _tracer()
     if tracer is None:
-        return 0
-    return len(tracer.graph.nodes)
+        return ()
+    return tracer.graph.nodes
+
+
+def _traced_nodes() -> int:
+    """Return how many functions a trace has by now."""
+    return len(_nodes())
 
 
 def _mark_recomputed(before: int) -> None:
     """Mark what was traced since as torch marks a checkpoint's body, for the partition of forward
     and backward pass.
     """
-    tracer, number = _tracer(), next(_checkpoints)
-    if tracer is None:
-        return
-    for node in itertools.islice(tracer.graph.nodes, before, None):
+    number = next(_checkpoints)
+    for node in itertools.islice(_nodes(), before, None):
         node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
         node.meta["ac_graph_id"] = number
 
@@ -111,12 +114,25 @@ def _mark_recomputed(before: int) -> None:
 def _custom_function(carrier: "Carrier", call: rules.Call, args: tuple[Any, ...]) -> Any:
     """Run a captured autograd.Function on the primals, and its forward pass on aliases for their
     tangents.
+
+    Run twice: traced into its parts, the function would lose the backward pass that it brings.
+
+    Raises:
+        ValueError: if the second run would not be as the first: it writes into what it is given,
+            or draws random numbers.
     """
     forward, backward, *inputs = args
-    # Run twice: traced into its parts, the function would lose the backward pass that it brings.
+    given = [x for x in call.primals[2:] if isinstance(x, Tensor)]
+    before = [x._version for x in given]
     values = _recorded(call, (forward, backward, *call.primals[2:]))
+    if not call.duals:
+        return values
+    if [x._version for x in given] != before:
+        raise ValueError("an autograd.Function writes into its input; return a new tensor")
+    start = _traced_nodes()
     with carrier, torch.no_grad():
         outputs, _ = forward(*inputs)
+    _refuse_draws(start)
     fixed = call.options.get("non_differentiable_idx", ())
     if isinstance(values, Tensor):
         if 0 in fixed:
@@ -128,6 +144,15 @@ def _custom_function(carrier: "Carrier", call: rules.Call, args: tuple[Any, ...]
             value = _with_tangent(carrier, value, output)
         found.append(value)
     return tuple(found)
+
+
+def _refuse_draws(before: int) -> None:
+    """Raise ValueError if what was traced since draws random numbers."""
+    for node in itertools.islice(_nodes(), before, None):
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            raise ValueError(
+                f"{node.target} in an autograd.Function would draw other numbers for the tangent"
+            )
 
 
 def _with_tangent(carrier: "Carrier", value: Any, output: Any) -> Any:
