@@ -28,8 +28,10 @@ aten = torch.ops.aten
 
 
 @rule("add radd")
-def add(call: Call, x: Any, y: Any, *, alpha: float = 1) -> At:
+def add(call: Call, x: Any, y: Any, *, alpha: Any = 1) -> Any:
     """d(x + alpha y) = dx + alpha dy."""
+    if isinstance(alpha, Dual):
+        return forward(call)
     shared_rows(call.duals)
     dx, dy = tangent_of(x), tangent_of(y)
     if dy is not None and alpha != 1:
@@ -38,8 +40,10 @@ def add(call: Call, x: Any, y: Any, *, alpha: float = 1) -> At:
 
 
 @rule("sub subtract")
-def sub(call: Call, x: Any, y: Any, *, alpha: float = 1) -> At:
+def sub(call: Call, x: Any, y: Any, *, alpha: Any = 1) -> Any:
     """d(x - alpha y) = dx - alpha dy."""
+    if isinstance(alpha, Dual):
+        return forward(call)
     shared_rows(call.duals)
     dx, dy = tangent_of(x), tangent_of(y)
     if dy is None:

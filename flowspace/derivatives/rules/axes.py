@@ -116,7 +116,7 @@ def max_min_median(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
 
     With a second tensor max and min are elementwise; without an axis they mix all rows.
     """
-    if args and isinstance(args[0], Tensor | Dual):
+    if "other" in kwargs or (args and isinstance(args[0], Tensor | Dual)):
         return pointwise(call)
     dim = kwargs.get("dim")
     if args:

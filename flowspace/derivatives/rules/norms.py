@@ -218,7 +218,7 @@ def instance_norm(  # noqa: PLR0913  # torch's arguments
 ) -> Any:
     """The tangent is that of layer_norm over each channel, or dx weight / std for a stored std."""
     if len(call.duals) > 1 or not isinstance(x, Dual):
-        return forward(call)
+        return _forward_with_copies(call, mean, var)
     if use_input_stats:
         return _grouped(x, x.primal.shape[1], weight, eps)
     x.only_batch_first()
@@ -228,7 +228,7 @@ def instance_norm(  # noqa: PLR0913  # torch's arguments
 @rule("batch_norm")
 def batch_norm(  # noqa: PLR0913  # torch's arguments
     call: Call,
-    x: Dual,
+    x: Any,
     weight: Any,
     bias: Any,
     mean: Any,
@@ -242,6 +242,8 @@ def batch_norm(  # noqa: PLR0913  # torch's arguments
 
     In training, mean and std are of the batch: its rows mix, and each needs a tangent.
     """
+    if len(call.duals) > 1 or not isinstance(x, Dual):
+        return _forward_with_copies(call, mean, var)
     x.only_batch_first()
     if not training:
         return _by_stored(x, weight, var, eps)
@@ -253,6 +255,18 @@ def batch_norm(  # noqa: PLR0913  # torch's arguments
         tangent, rows, None, None, None, mean, scale, True, eps, INPUT_ONLY
     )[0]
     return _scaled(derivative, _per_channel(weight, x.ndim))
+
+
+def _forward_with_copies(call: Call, mean: Any, var: Any) -> list[Tensor]:
+    """Differentiate a norm by torch.func.jvp, which writes into copies of the running statistics:
+    the function itself has written into them already.
+    """
+    args = list(call.args)
+    for i, value in enumerate(args):
+        if isinstance(value, Tensor) and (value is mean or value is var):
+            args[i] = value.detach().clone()
+    call.args = args
+    return forward(call)
 
 
 def _scaled(tangent: Tensor, weight: Tensor | None) -> Tensor:

@@ -64,11 +64,11 @@ def matmul(call: Call, x: Any, y: Any) -> Tensor:
 
 @rule("baddbmm addmm")
 def baddbmm(
-    call: Call, start: Any, *factors: Any, beta: float = 1, alpha: float = 1, **named: Any
-) -> Tensor:
+    call: Call, start: Any, *factors: Any, beta: Any = 1, alpha: Any = 1, **named: Any
+) -> Any:
     """d(beta start + alpha x y) = alpha (dx y + x dy) where start does not move."""
-    if isinstance(start, Dual):
-        return forward(call)  # type: ignore[return-value]
+    if any(isinstance(value, Dual) for value in (start, beta, alpha)):
+        return forward(call)
     factors = (*factors, *[named[name] for name in sorted(named)])
     return alpha * _product(call, *factors)
 

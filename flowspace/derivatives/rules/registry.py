@@ -3,6 +3,7 @@
 `forward` differentiates a function that has no rule, by torch.func.jvp of this one function.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
 
@@ -43,8 +45,8 @@ RULES: dict[str, Rule] = {}
 """The rule for each torch function, by the function's plain name."""
 
 CONSTANT = frozenset(
-    "zeros_like ones_like full_like empty_like rand_like randn_like randint_like new_zeros "
-    "new_ones new_full new_empty new_tensor new_empty_strided bernoulli multinomial poisson "
+    "zeros_like ones_like empty_like rand_like randn_like randint_like new_zeros "
+    "new_ones new_empty new_tensor new_empty_strided bernoulli multinomial poisson "
     "normal zero_ normal_ uniform_ bernoulli_ exponential_ random_ cauchy_ log_normal_ "
     "geometric_".split()
 )
@@ -58,6 +60,9 @@ BY_MKLDNN = frozenset({"lstm"})
 
 Theirs is formed in double precision.
 """
+
+STEPWISE = frozenset({"copysign", "nextafter", "hardshrink"})
+"""Functions that have an argument with derivative zero, which torch gives no tangent."""
 
 _UNKNOWN = object()
 
@@ -248,12 +253,73 @@ def forward(call: Call, restricted: Callable[[Any], Any] | None = None) -> list[
     if call.traced:
         jvp = traced_jvp
     try:
+        if len(moving) > 1 and name not in STEPWISE:
+            _check_followed(call, outputs, fixed, moving, tangents)
         return list(jvp(outputs, fixed, moving, tangents))
     except (RuntimeError, NotImplementedError, TypeError) as error:
         raise DerivativeError(
             f"torch has no forward derivative of {name} ({str(error).splitlines()[0]}); "
             "write derivative=FiniteDifference(), which needs none"
         ) from error
+
+
+_followed: set[Any] = set()
+"""Functions, and the kinds of their arguments, of which torch follows each tangent."""
+
+
+def _check_followed(
+    call: Call,
+    outputs: "Outputs",
+    fixed: Sequence[Any],
+    moving: Sequence[int],
+    tangents: Sequence[Tensor],
+) -> None:
+    """Raise DerivativeError for an argument whose tangent torch drops beside that of another.
+
+    Such are numbers, as the alpha of torch.add, and the weights of F.cross_entropy. Each argument
+    is tried alone, once for each function and kind of arguments.
+    """
+    kinds = tuple(value.ndim if isinstance(value, Tensor) else None for value in fixed)
+    case = call.func, tuple(call.kwargs), tuple(moving), kinds
+    if case in _followed:
+        return
+    with contextlib.ExitStack() as outside:
+        if call.traced:
+            outside.enter_context(proxy_tensor.disable_proxy_modes_tracing())
+            fixed = [_apart(value) for value in fixed]
+            tangents = [_apart(tangent) for tangent in tangents]
+        for i, tangent in zip(moving, tangents, strict=True):
+            if not _depends(outputs, fixed, i, tangent):
+                name = getattr(call.func, "__name__", str(call.func))
+                raise DerivativeError(
+                    f"got an argument of {name}, of shape {tuple(tangent.shape)}, that moves with "
+                    "z_t or t and that torch takes for a constant; write .detach() first if it "
+                    f"is one, {name} in other functions of torch, or "
+                    "derivative=FiniteDifference()"
+                )
+    _followed.add(case)
+
+
+def _apart(value: Any) -> Any:
+    """Return a copy of a tensor, and any other value as it is."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return value
+
+
+def _depends(outputs: "Outputs", fixed: Sequence[Any], i: int, tangent: Tensor) -> bool:
+    """Return whether torch gives any output a tangent where one argument alone moves."""
+    found = False
+
+    def of_moving(value: Tensor) -> tuple[Tensor, ...]:
+        nonlocal found
+        out = outputs([*fixed[:i], value, *fixed[i + 1 :]])
+        found = any(forward_ad.unpack_dual(x).tangent is not None for x in out)
+        return out
+
+    with forward_mode_lock:
+        torch.func.jvp(of_moving, (fixed[i],), (tangent,))
+    return found
 
 
 Outputs = Callable[[Sequence[Any]], tuple[Tensor, ...]]
@@ -293,7 +359,8 @@ def traced_jvp(
         ValueError: if the function draws random numbers: in a trace they cannot be drawn again.
     """
     places = [i for i, value in enumerate(fixed) if isinstance(value, Tensor)]
-    inputs = [fixed[i].detach() for i in places]
+    # Some formulas depend on the layout, as that of det does; a clone of a view has another one.
+    inputs = [fixed[i].detach().contiguous() for i in places]
 
     def derivative(*flat: Tensor) -> tuple[Tensor, ...]:
         values = list(fixed)
@@ -301,12 +368,17 @@ def traced_jvp(
             values[i] = value
         return one_jvp(outputs, values, moving, flat[len(places) :])
 
-    given = [*inputs, *tangents]
+    given = [*inputs, *[tangent.contiguous() for tangent in tangents]]
     with proxy_tensor.disable_proxy_modes_tracing():
         graph = proxy_tensor.make_fx(derivative)(*[x.detach().clone() for x in given])
     for node in graph.graph.nodes:
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise ValueError(f"{node.target} would draw other numbers for the tangent")
+        if node.target is torch.ops.aten._efficientzerotensor.default:
+            # it has no memory: operators below autograd that read it end the process
+            node.target = torch.ops.aten.zeros.default
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
     return graph(*given)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from flowspace.derivatives.rules.dual import Dual, Layout, LostRowsError, shared_rows
-from flowspace.derivatives.rules.registry import At, Call, forward, rule
+from flowspace.derivatives.rules.registry import At, Call, differentiable, forward, rule
 from flowspace.errors import DerivativeError
 
 
@@ -88,11 +88,87 @@ def expand(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
     return call.along_with(x.tangent)
 
 
+@rule("full full_like new_full")
+def full(call: Call, *args: Any, fill_value: Any = None, **kwargs: Any) -> Any:
+    """The tangent is that of the number the tensor is filled with, if it moves."""
+    if fill_value is None:
+        fill_value = args[-1]
+    if not isinstance(fill_value, Dual):
+        return []
+    if fill_value.layout is not None:
+        raise LostRowsError
+    return At(fill_value.tangent.reshape(()).expand(call.out.shape), None)
+
+
+@rule("broadcast_tensors")
+def broadcast_tensors(call: Call, *tensors: Any) -> list[Any]:
+    """The tangents are those of the tensors that move, expanded."""
+    if isinstance(tensors[0], (tuple, list)):
+        tensors = tuple(tensors[0])
+    shape = call.out[0].shape
+    found: list[Any] = []
+    for x in tensors:
+        if isinstance(x, Dual):
+            found.append(_expanded(x, shape))
+        elif differentiable(x):
+            found.append(None)
+    return found
+
+
+def _expanded(x: Dual, shape: Sequence[int]) -> At:
+    """Return the tangent of a tensor that is expanded to a shape."""
+    layout = x.layout
+    if layout is None:
+        return At(x.tangent.expand(shape), None)
+    layout = layout.on(len(shape) - x.ndim + layout.axis)
+    return At(x.tangent.expand(layout.shape(shape)), layout)
+
+
+@rule("meshgrid")
+def meshgrid(call: Call, *tensors: Any, indexing: str = "ij") -> list[Any]:
+    """The tangents are those of the vectors that move, expanded along the axes of the others."""
+    if isinstance(tensors[0], (tuple, list)):
+        tensors = tuple(tensors[0])
+    axes = list(range(len(tensors)))
+    if indexing == "xy" and len(axes) > 1:
+        axes[:2] = 1, 0
+    found: list[Any] = []
+    for x, axis in zip(tensors, axes, strict=True):
+        if not isinstance(x, Dual):
+            if differentiable(x):
+                found.append(None)
+            continue
+        shape, layout = call.out[0].shape, x.layout
+        if layout is not None:
+            layout = layout.on(axis)
+            shape = layout.shape(shape)
+        vector = x.tangent.reshape([-1] + [1] * (len(axes) - 1 - axis))
+        found.append(At(vector.expand(shape), layout))
+    return found
+
+
+@rule("atleast_1d atleast_2d atleast_3d")
+def atleast_1d(call: Call, *tensors: Any) -> list[Any]:
+    """The tangents are those of the tensors that move, each with the axes that its tensor gets."""
+    if isinstance(tensors[0], (tuple, list)):
+        tensors = tuple(tensors[0])
+    found: list[Any] = []
+    for x in tensors:
+        if isinstance(x, Dual):
+            tangent, layout = call.func(x.tangent), x.layout
+            if layout is not None:
+                layout = layout.found(tangent.shape, call.func(x.primal.detach()).shape)
+            found.append(At(tangent, layout))
+        elif differentiable(x):
+            found.append(None)
+    return found
+
+
 @rule("pad")
-def pad(
-    call: Call, x: Dual, pad: Sequence[int], mode: str = "constant", value: float | None = None
-) -> Tensor:
+def pad(call: Call, x: Any, pad: Sequence[int], mode: str = "constant", value: Any = None) -> Any:
     """The tangent is dx, padded alike, with zeros where x is padded with a constant."""
+    if len(call.duals) > 1 or not isinstance(x, Dual):
+        return forward(call)
     x.untouched(*range(-(len(pad) // 2), 0))
     return call.func(x.tangent, pad, mode)
 
