@@ -224,6 +224,19 @@ def test_forward_mode_refuses_operators_that_write(fn):
 
 
 @pytest.mark.parametrize("rows", [None, HALF], ids=["all", "half"])
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda z, t: torch.zeros(4, 6, dtype=DOUBLE).fill_(value=t[0]) * z,
+        lambda z, t: torch.zeros_like(input=z) + torch.sign(input=z) * z,
+        lambda z, t: torch.zeros(4, 6, dtype=DOUBLE).copy_(other=z) * t[:, None],
+    ],
+)
+def test_arguments_may_be_given_by_name(fn, rows):
+    close(SharedPrimal()(fn, PRIMALS, TANGENTS, rows)[1], wanted(fn, rows))
+
+
+@pytest.mark.parametrize("rows", [None, HALF], ids=["all", "half"])
 def test_a_deep_copy_moves_as_what_it_copies(rows):
     def fn(z, t):
         return copy.deepcopy(z * 2) * t[:, None]

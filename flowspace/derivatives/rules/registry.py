@@ -120,6 +120,11 @@ class Call:
             self.out = self.func(*self.primals, **self.options)
         return self.out
 
+    def returns_first(self) -> bool:
+        """Run the function; return whether it hands its first argument on."""
+        out = self.evaluate()
+        return bool(self.primals) and out is self.primals[0]
+
     def along_with(self, tangent: Tensor) -> At:
         """Return the tangent of a broadcasting function, expanded to the output's shape."""
         dual, shape = self.duals[0], self.out.shape

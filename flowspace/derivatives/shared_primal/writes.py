@@ -191,10 +191,11 @@ class Writes:
     def _written_tangent(self, call: rules.Call, name: str) -> tuple[Tensor, Layout | None]:
         """Return the tangent that the first argument has after the function."""
         target, layout = call.args[0], call.duals[0].layout
-        if name in rules.CONSTANT or (name == "fill_" and not isinstance(call.args[-1], Dual)):
+        following = [*call.args[1:], *call.kwargs.values()]
+        filled = name == "fill_" and not isinstance(following[0], Dual)
+        if name in rules.CONSTANT or filled:
             return torch.zeros_like(target.tangent), layout
         if name in ("copy_", "fill_", "setitem"):
-            following = [*call.args[1:], *call.kwargs.values()]
             index, source = ..., following[0]
             if name == "setitem":
                 index, source = following[:2]
