@@ -295,6 +295,14 @@ BOUND = {
         lambda z, t, w: STEEPER(z @ w).mul_(t[:, None]),
         lambda z, t, w: z @ w * t[:, None],
     ),
+    "rows that mix": (
+        lambda z, t, w: SINE(z @ w - (z @ w).mean(0)) * t[:, None],
+        lambda z, t, w: (z @ w - (z @ w).mean(0)).sin() * t[:, None],
+    ),
+    "rows that mix later": (
+        lambda z, t, w: SINE(z @ w) - SINE(z @ w).mean(0) * t[:, None],
+        lambda z, t, w: (z @ w).sin() - (z @ w).sin().mean(0) * t[:, None],
+    ),
     "two results": (
         lambda z, t, w: BOTH(z @ w, w)[0] * BOTH(z, w)[1] * t[:, None],
         lambda z, t, w: z @ w @ w * 2 * z * t[:, None],

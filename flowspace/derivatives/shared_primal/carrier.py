@@ -130,10 +130,8 @@ class Carrier(TorchFunctionMode):
                 self._refuse_transforms(tensor)
         elif held.tangent is None:
             return None  # detached, so it has no part in the mirror of the memory that it shares
-        elif tensor.dtype.is_complex and not (self.lost or self.traced):
-            self.writes.check_seen(tensor)
-        elif held.primal.is_leaf and isinstance(tensor.grad_fn, BackwardCFunction):
-            held = self._with_graph(tensor, held)
+        elif not self.traced and (held.primal.is_leaf or tensor.dtype.is_complex):
+            held = self._as_it_is_now(tensor, held)
         if self.writes.mirrors:
             # Some memory was written to in part: what lies there now is told by its mirror alone.
             primal = tensor
@@ -146,10 +144,19 @@ class Carrier(TorchFunctionMode):
             self._refuse_unseen(tensor)
         return held
 
-    def _with_graph(self, alias: Tensor, held: Dual) -> Dual:
-        """Return the dual of an alias that came out of an autograd.Function, whose ``apply`` was
-        looked up before this pass: torch put the alias into the graph, and not its primal.
+    def _as_it_is_now(self, alias: Tensor, held: Dual) -> Dual:
+        """Return the dual of an alias, to which torch may have done something unseen.
+
+        An autograd.Function whose ``apply`` was looked up before this pass hands out aliases that
+        torch put into the graph, and not their primals.
+
+        Raises:
+            DerivativeError: if a part of complex numbers was assigned.
         """
+        if alias.dtype.is_complex and not self.lost:
+            self.writes.check_seen(alias)
+        if not (held.primal.is_leaf and isinstance(alias.grad_fn, BackwardCFunction)):
+            return held
         with not_intercepted():
             primal = alias.clone()  # a view that was made without gradient cannot be written to
         alias._flowspace_dual = Dual(primal, held.tangent, held.layout, self)  # type: ignore[attr-defined]

@@ -665,9 +665,10 @@ def _duals_of(carrier: Carrier | None, values: Values) -> list[Dual | None]:
     duals: list[Dual | None] = [None] * len(values)
     if carrier is None:
         return duals
-    for i, value in enumerate(values):
-        if isinstance(value, Tensor):
-            duals[i] = carrier.dual(value)
+    with not_intercepted():
+        for i, value in enumerate(values):
+            if isinstance(value, Tensor):
+                duals[i] = carrier.dual(value)
     return duals
 
 
