@@ -185,6 +185,20 @@ def dirty(z, t):
     return h * z
 
 
+def dirty_and_written(z, t):
+    h = z * t[:, None]
+    y = Dirty.apply(h)
+    y.add_(z)
+    return h * z + y
+
+
+def written_in_part(z, t):
+    h = z * t[:, None]
+    part = h[:, 1:]
+    Dirty.apply(h)
+    return h.sum(1, keepdim=True) * part
+
+
 def sine_in_a_buffer(z, t):
     out = torch.zeros_like(z)
     sine_into(z * t[:, None], out)
@@ -200,7 +214,7 @@ def doubled(z, t):
 PAST = {
     "out=": summed_into,
     "out= of what is constant": lambda z, t: torch.cos(WEIGHT[:4], out=z * 2) * z,
-    "a function that writes into its input": dirty,
+    "a function that writes into a part": written_in_part,
     "an operator that writes into a buffer": sine_in_a_buffer,
     "an operator that writes into what moves": doubled,
     "an operator that returns a number": lambda z, t: z * number(z * t[:, None]),
@@ -215,6 +229,25 @@ PAST = {
 def test_what_tangents_cannot_follow_is_refused(name, rows):
     with pytest.raises(DerivativeError, match="write"):
         SharedPrimal()(PAST[name], PRIMALS, TANGENTS, rows)
+
+
+@pytest.mark.parametrize("rows", [None, HALF], ids=["all", "half"])
+@pytest.mark.parametrize(
+    ("fn", "written"),
+    [
+        (dirty, lambda z, t: 2 * z * z * t[:, None]),
+        (dirty_and_written, lambda z, t: (2 * z * t[:, None] + z) * (z + 1)),
+    ],
+)
+def test_a_function_that_writes_into_its_input_moves_it(fn, written, rows):
+    inputs = [primal.clone().requires_grad_() for primal in PRIMALS]
+    value, derivative = SharedPrimal()(fn, inputs, TANGENTS, rows)
+    plain = written(*inputs)
+    close(value, plain)
+    close(derivative, wanted(written, rows))
+    found = torch.autograd.grad(value.square().sum(), inputs)
+    for one, other in zip(found, torch.autograd.grad(plain.square().sum(), inputs), strict=True):
+        close(one, other)
 
 
 @pytest.mark.parametrize("fn", [sine_in_a_buffer, doubled])

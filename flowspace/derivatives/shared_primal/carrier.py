@@ -298,16 +298,15 @@ class Carrier(TorchFunctionMode):
         if transform_level() != self.level:
             raise DerivativeError(TRANSFORMED)
         # There will be a second pass for the tangents; this one goes on for the value.
-        if self.lost:
-            return call.evaluate()
-        try:
-            if treatment.kind == "rule":
-                return self.ruled(call, treatment.name)
-            return self._treated(call, treatment, args, kwargs)
-        except LostRowsError:
-            # the call has kept what the function returned, so it is not run twice
-            self.lost = True
-            return call.evaluate()
+        if not self.lost:
+            try:
+                if treatment.kind == "rule":
+                    return self.ruled(call, treatment.name)
+                return self._treated(call, treatment, args, kwargs)
+            except LostRowsError:
+                # the call has kept what the function returned, so it is not run twice
+                self.lost = True
+        return _value_alone(call, args)
 
     def _at_rest(
         self,
@@ -493,15 +492,14 @@ class Carrier(TorchFunctionMode):
                 given.append(leaf)
         if not given or self.lost:
             return outs
-        for out in pytree.tree_leaves(outs):
-            if any(out is leaf for leaf in given):  # torch hands on what was marked as dirty
-                raise DerivativeError(refusal(cls.__name__))
         return pytree.tree_map(lambda out: self._custom_output(cls, given, out), outs)
 
     def _custom_output(self, cls: type, given: Sequence[Tensor], out: Any) -> Any:
         """Return one output of a custom function of these tensors that move, with its tangent."""
         if not rules.differentiable(out) or not out.numel():
             return out
+        if any(out is x for x in given):  # torch hands on what was marked as dirty
+            return self._dirtied(cls, out)
         # The forward pass of a custom function runs without gradient, so its aliases are not in
         # the graph of its outputs: each output is wrapped again, as torch hands it out.
         in_graph = torch.is_grad_enabled() and any(x.requires_grad for x in given)
@@ -517,6 +515,20 @@ class Carrier(TorchFunctionMode):
                 # without gradient, and so could not be written to.
                 out = out.clone()
         return self.wrap(out, dual.tangent, dual.layout)  # type: ignore[union-attr]
+
+    def _dirtied(self, cls: type, alias: Tensor) -> Tensor:
+        """Return an input that a custom function wrote into, with its tangent, in its graph.
+
+        Raises:
+            DerivativeError: if others share its memory.
+        """
+        held = self.held(alias)
+        if self.writes.shared(alias) or self.writes.mirrors:
+            raise DerivativeError(refusal(cls.__name__))
+        with not_intercepted():
+            primal = alias.clone()
+        alias._flowspace_dual = Dual(primal, held.tangent, held.layout, self)  # type: ignore[attr-defined]
+        return alias
 
     def through_script(
         self, original: Callable[..., Any], function: Any, args: tuple[Any, ...], kwargs: Any
@@ -535,6 +547,13 @@ class Carrier(TorchFunctionMode):
                 return self.carry(script, args, kwargs)
             finally:
                 self.inside.pop()
+
+
+def _value_alone(call: rules.Call, args: tuple[Any, ...]) -> Any:
+    """Return what a function returns, without a tangent: its first argument is the alias still."""
+    if call.returns_first():
+        return args[0]
+    return call.out
 
 
 def _of_plain_tensors(call: rules.Call) -> bool:

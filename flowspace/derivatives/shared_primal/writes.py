@@ -159,7 +159,7 @@ class Writes:
             self._seen_written(target)
         dual = self.carrier.dual(target)
         # A tensor without a tangent may be a view of one that has: the mirror then tells both.
-        shared = dual is None or self._shared(target)
+        shared = dual is None or self.shared(target)
         if layout is not None and (shared or not _same_place(layout, dual)):
             raise LostRowsError
         if layout is not None or not (shared or self.mirrors):
@@ -181,7 +181,7 @@ class Writes:
         with torch.no_grad(), not_intercepted():
             _place(mirror, written).copy_(tangent)
 
-    def _shared(self, target: Tensor) -> bool:
+    def shared(self, target: Tensor) -> bool:
         """Return whether another tensor that carries a tangent lies in the memory of this one."""
         return any(
             a is not target and memory_below(a) == memory_below(target)
