@@ -313,7 +313,15 @@ class Both(torch.autograd.Function):
         return first @ weight.T + 2 * second, x.T @ first
 
 
-SINE, STEEPER, BOTH = Sine.apply, Steeper.apply, Both.apply
+SINE, STEEPER, BOTH, DIRTY = Sine.apply, Steeper.apply, Both.apply, Dirty.apply
+
+
+def dirty_at_once(z, t, w):
+    h = z @ w
+    DIRTY(h)
+    return h * t[:, None]
+
+
 BOUND = {
     "a function": (
         lambda z, t, w: SINE(z @ w) * t[:, None],
@@ -328,6 +336,7 @@ BOUND = {
         lambda z, t, w: STEEPER(z @ w).mul_(t[:, None]),
         lambda z, t, w: z @ w * t[:, None],
     ),
+    "an input that is written to": (dirty_at_once, lambda z, t, w: 2 * (z @ w) * t[:, None]),
     "rows that mix": (
         lambda z, t, w: SINE(z @ w - (z @ w).mean(0)) * t[:, None],
         lambda z, t, w: (z @ w - (z @ w).mean(0)).sin() * t[:, None],

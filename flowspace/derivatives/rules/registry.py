@@ -5,6 +5,7 @@
 
 import contextlib
 import functools
+import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -302,7 +303,8 @@ def _check_followed(
                     f"is one, {name} in other functions of torch, or "
                     "derivative=FiniteDifference()"
                 )
-    _followed.add(case)
+    if not isinstance(call.func, types.FunctionType):  # closures are made anew for each call
+        _followed.add(case)
 
 
 def _apart(value: Any) -> Any:

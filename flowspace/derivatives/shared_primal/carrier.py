@@ -71,6 +71,8 @@ class Carrier(TorchFunctionMode):
         idle: it lets every function pass.
         moving: the mark of tensors in whose memory something moves.
         live: the aliases that carry a tangent, by id, as long as they live.
+        unsure: torch may have done something unseen to an alias: put it into a graph without its
+            primal, or written to a part of its complex numbers.
         has_detached: there are tensors that share memory with these, and carry none.
         writes: what became of tensors that the model wrote into.
         inside: the functions written in others that it has entered.
@@ -84,6 +86,7 @@ class Carrier(TorchFunctionMode):
         self.idle = False
         self.live: dict[int, weakref.ref[Tensor]] = {}
         self.moving = object()
+        self.unsure = False
         self.has_detached = False
         self.writes = Writes(self)
         self.inside: list[Any] = []
@@ -112,7 +115,10 @@ class Carrier(TorchFunctionMode):
         if primal._is_view() and primal._base is not None:
             base = primal._base
         base._flowspace_moving = self.moving  # type: ignore[attr-defined]
+        if primal.is_leaf:
+            self.unsure = True
         if primal.dtype.is_complex:
+            self.unsure = True
             self.writes.seen(primal)
 
     def held(self, alias: Tensor) -> Dual:
@@ -130,7 +136,7 @@ class Carrier(TorchFunctionMode):
                 self._refuse_transforms(tensor)
         elif held.tangent is None:
             return None  # detached, so it has no part in the mirror of the memory that it shares
-        elif not self.traced and (held.primal.is_leaf or tensor.dtype.is_complex):
+        elif self.unsure:
             held = self._as_it_is_now(tensor, held)
         if self.writes.mirrors:
             # Some memory was written to in part: what lies there now is told by its mirror alone.
