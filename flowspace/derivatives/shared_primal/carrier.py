@@ -327,7 +327,7 @@ class Carrier(TorchFunctionMode):
             return higher_order.run(self, call, treatment.name, args)
         if treatment.kind in ("in place", "refused") or "out" in kwargs:
             self.writes.remember(*written_by(func, args, kwargs))
-        elif treatment == DATA_READ:
+        elif treatment.kind == "detached" and treatment == DATA_READ:
             self.writes.remember(args[0])  # what is written through it, nobody sees
         out = func(*args, **kwargs)
         if self.has_detached and args and isinstance(args[0], Tensor):
