@@ -26,19 +26,13 @@ class Network(nn.Module):
         self.latent = nn.Linear(LATENT, WIDTH)
         self.times = nn.Sequential(nn.Linear(2, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
         self.label = nn.Embedding(10, WIDTH)
-        self.body = nn.Sequential(
-            nn.SiLU(),
-            nn.Linear(WIDTH, WIDTH),
-            nn.SiLU(),
-            nn.Linear(WIDTH, WIDTH),
-            nn.SiLU(),
-            nn.Linear(WIDTH, 64),
-        )
+        hidden = [nn.SiLU(), nn.Linear(WIDTH, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH)]
+        self.body = nn.Sequential(*hidden, nn.SiLU(), nn.Linear(WIDTH, 64))
 
     def forward(self, z: Tensor, t: Tensor, s: Tensor, labels: Tensor) -> Tensor:
         """Return the image that a noisy latent at time t becomes at time s."""
-        times = torch.stack([t, s], 1)
-        return self.body(self.latent(z) + self.times(times) + self.label(labels))
+        times = self.times(torch.stack([t, s], 1))
+        return self.body(self.latent(z) + times + self.label(labels))
 
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -64,8 +58,7 @@ optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
 rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
 for step in range(options.steps):
     rows = torch.randint(len(images), (BATCH,))
-    cond = {"labels": labels[rows]}
-    out = loss_fn(network, latents[rows], images[rows], cond=cond)
+    out = loss_fn(network, latents[rows], images[rows], cond={"labels": labels[rows]})
     optimizer.zero_grad()
     out.loss.mean().backward()
     optimizer.step()
@@ -76,14 +69,11 @@ for step in range(options.steps):
 
 # one evaluation an image: ten of each class, a row a class
 classes = torch.arange(10).repeat_interleave(10)
-noise = torch.randn(100, LATENT)
-flow_map = loss_fn.flow_map(average)
-samples = flow_map.sample(noise, cond={"labels": classes})
+samples = loss_fn.flow_map(average).sample(torch.randn(100, LATENT), cond={"labels": classes})
 nearest = torch.cdist(samples, images).argmin(1)
 right = int((labels[nearest] == classes).sum())
 print(f"the nearest real digit is of the class that was asked for in {right} of 100")
 framed = nn.functional.pad(samples.view(10, 10, 8, 8), (1, 1, 1, 1), value=-1)
-picture = framed.transpose(1, 2).reshape(100, 100)
-enlarged = picture.repeat_interleave(4, 0).repeat_interleave(4, 1)
+picture = framed.transpose(1, 2).reshape(100, 100).repeat_interleave(4, 0).repeat_interleave(4, 1)
 options.out.parent.mkdir(parents=True, exist_ok=True)
-plt.imsave(options.out, enlarged, cmap="gray_r", vmin=-1, vmax=1)
+plt.imsave(options.out, picture, cmap="gray_r", vmin=-1, vmax=1)
