@@ -61,6 +61,8 @@ WRITES = {
     "an operator of Python": lambda n: n.__setitem__(0, n[0].__iadd__(1)),
     "a view of one axis more": lambda n: n.unsqueeze(0).mul_(2),
     "data": lambda n: n.data.add_(1),
+    "data, twice": lambda n: n.data.mul_(4) is n.data.sub_(2),
+    "itself, and data": lambda n: n.mul_(4) is n.data.sub_(2),
     "a list": lambda n: torch._foreach_add_([n], 1.0),
     "two results": read_and_written,
     "an operator of torch.library": double,

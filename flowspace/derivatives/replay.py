@@ -352,11 +352,15 @@ class RestoringMode(TorchFunctionMode):
         for target in targets:
             root = root_of(target)
             key = id(root)
-            if in_transform(root) or (key in self.written and not unseen):
+            if in_transform(root):
                 continue
             version = version_of(root)
             if unseen:
                 version = -1
+            if key in self.written:  # what it held first is kept
+                reference, before, counted = self.written[key]
+                self.written[key] = reference, before, min(counted, version)
+                continue
 
             def forget(_: Any, key: int = key) -> None:
                 self.written.pop(key, None)
@@ -371,7 +375,8 @@ class RestoringMode(TorchFunctionMode):
         """
         self.bindings.restore()
         with torch.no_grad():
-            for reference, before, version in list(self.written.values()):
+            # the first last: one memory may be known by several tensors, as by x and x.data
+            for reference, before, version in reversed(list(self.written.values())):
                 target = reference()
                 if target is None or not is_alive(target):
                     continue

@@ -70,7 +70,8 @@ class Writes:
             bound.note(module, name)
         try:
             self.bindings.restore()
-            for tensor, _, then, _ in written:
+            # the first last: one memory may be known by several tensors, as by x and x.data
+            for tensor, _, then, _ in reversed(written):
                 tensor.detach().copy_(then)
             yield
         finally:
