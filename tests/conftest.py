@@ -1,5 +1,11 @@
 """One thread, one seed, one profile for every test."""
 
+import os
+
+# Before torch is imported, and for the programs that tests start: more threads wait for each other
+# where tests run in several processes.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings

@@ -340,7 +340,9 @@ def fixed_times():
     return t, t * torch.tensor([0.0, 0.5, 0.9, 1.0], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("penalty", [SmoothError(), SmoothError(h=10.0), absolute], ids=str)
+@pytest.mark.parametrize(
+    "penalty", [SmoothError(), SmoothError(h=10.0), absolute], ids=["h 1", "h 10", "absolute"]
+)
 def test_the_loss_is_the_penalty_of_prediction_less_target_row_by_row(penalty):
     z, noise, (t, s) = normal(0, 4, 3), normal(1, 4, 3), fixed_times()
     out = CrossFlowLoss(penalty=penalty)(model, z, noise=noise, t=t, s=s)
