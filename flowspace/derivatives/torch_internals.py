@@ -1,5 +1,7 @@
 """Private names of torch that the carrier of tangents needs, under names that say what they do."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._functorch import eager_transforms
@@ -27,43 +29,45 @@ __all__ = [
     "unseen_by_modes",
 ]
 
+_C: Any = torch._C
+
 unseen_by_modes = _disable_current_modes
 """A context in which no dispatch mode sees what is called."""
 
-not_intercepted = torch._C.DisableTorchFunction  # pyright: ignore
+not_intercepted = _C.DisableTorchFunction
 """A context in which no function mode, and no subclass of Tensor, sees what is called."""
 
-set_gradients = torch._C._set_grad_enabled
+set_gradients = _C._set_grad_enabled
 """Turns gradients on or off, without the cost of a context."""
 
-dispatch_modes = torch._C._len_torch_dispatch_stack  # pyright: ignore
+dispatch_modes = _C._len_torch_dispatch_stack
 """Returns how many dispatch modes see what is called."""
 
-function_modes = torch._C._len_torch_function_stack
+function_modes = _C._len_torch_function_stack
 """Returns how many function modes see what is called in this thread."""
 
-transform_level = torch._C._functorch.maybe_current_level  # pyright: ignore
+transform_level = _C._functorch.maybe_current_level
 """Returns how many transforms of torch.func are at work, or None."""
 
-active_transform = torch._C._functorch.peek_interpreter_stack  # pyright: ignore
+active_transform = _C._functorch.peek_interpreter_stack
 """Returns the innermost transform of torch.func at work, or None."""
 
 outside_transforms = temporarily_clear_interpreter_stack
 """A context in which no transform of torch.func sees what is called."""
 
-base_transform = torch._C._functorch.get_unwrapped  # pyright: ignore
+base_transform = _C._functorch.get_unwrapped
 """Returns the tensor that a transform of torch.func wrapped."""
 
-rms_norm_and_scale = None
+rms_norm_and_scale: Any = None
 """Returns what `rms_norm` does, and 1/rms(x) beside it; None where torch has no such function."""
 
 if hasattr(torch.ops.aten, "_fused_rms_norm_backward"):  # of old, it was another function
-    rms_norm_and_scale = torch._fused_rms_norm  # pyright: ignore
+    rms_norm_and_scale = _C._VariableFunctions._fused_rms_norm
 
-negated_view = torch._neg_view  # pyright: ignore
+negated_view = _C._VariableFunctions._neg_view
 """Returns the numbers of a tensor with the other sign, in the same memory."""
 
-operators_of_networks = torch._C._nn  # pyright: ignore
+operators_of_networks = _C._nn
 """Holds builtin functions of torch.nn.functional."""
 
 
@@ -77,13 +81,13 @@ def memory_of(tensor: Tensor) -> int:
 
 def set_version(tensor: Tensor, version: int) -> None:
     """Let autograd count so many writes into a tensor: it holds again what it held then."""
-    torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))  # pyright: ignore
+    _C._autograd._unsafe_set_version_counter((tensor,), (version,))
 
 
 def leave_function_modes(count: int) -> None:
     """Leave the innermost function modes, down to so many."""
     while function_modes() > count:
-        torch._C._pop_torch_function_stack()
+        _C._pop_torch_function_stack()
 
 
 def forward_mode_is_open() -> bool:
@@ -97,11 +101,11 @@ def close_forward_mode() -> None:
     It may be open in torch's own count or in that of its Python code, so both are set back.
     """
     while active_transform() is not None:
-        torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(0)  # pyright: ignore
+        _C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(0)
     try:
-        level = torch._C._enter_dual_level()
+        level = _C._enter_dual_level()
     except RuntimeError:  # it is open
         level = 0
-    torch._C._exit_dual_level(level=level)
+    _C._exit_dual_level(level=level)
     forward_ad._current_level = -1
     eager_transforms.JVP_NESTING = 0

@@ -62,7 +62,7 @@ def mul(call: Call, x: Any, y: Any) -> At:
         return call.along_with(dx * restricted(y))
     tangent = restricted(x) * dy
     if dx is not None:
-        tangent = dx * restricted(y) + tangent
+        tangent = torch.addcmul(tangent, dx, restricted(y))
     return call.along_with(tangent)
 
 

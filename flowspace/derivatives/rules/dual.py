@@ -84,8 +84,11 @@ class Layout(NamedTuple):
 
     def fits(self, tangent: Sequence[int], primal: Sequence[int]) -> bool:
         """Return whether a tangent of a primal, by their shapes, has its rows here."""
-        same_axes = len(tangent) == len(primal) > self.axis
-        return same_axes and list(tangent) == self.shape(primal)
+        axis = self.axis
+        if not len(tangent) == len(primal) > axis or tangent[axis] != self.size_in_tangent:
+            return False
+        after = axis + 1
+        return tangent[:axis] == primal[:axis] and tangent[after:] == primal[after:]
 
     def found(self, tangent: Sequence[int], primal: Sequence[int]) -> "Layout":
         """Return the layout of a batch that a function moved to the axis where a tangent and its
@@ -148,15 +151,17 @@ def rowwise(
 class Dual:
     """A primal of the plain program, its tangent, and the layout of the tangent's rows.
 
-    The layout is None where the tangent has every row.
+    The layout is None where the tangent has every row. `unsure` says that torch may do something
+    to the tensor that carries it which its owner, a carrier, does not see.
     """
 
-    __slots__ = ("layout", "owner", "primal", "tangent")
+    __slots__ = ("layout", "owner", "primal", "tangent", "unsure")
 
     def __init__(
         self, primal: Tensor, tangent: Tensor, layout: Layout | None, owner: object = None
     ) -> None:
         self.primal, self.tangent, self.layout, self.owner = primal, tangent, layout, owner
+        self.unsure = False
 
     @property
     def rows(self) -> Tensor:
@@ -172,7 +177,10 @@ class Dual:
 
     def untouched(self, *dims: int) -> None:
         """Raise LostRowsError if a function that works along these axes works along the batch."""
-        if self.layout is not None and self.layout.axis in [d % self.ndim for d in dims]:
+        if self.layout is None:
+            return
+        axis, ndim = self.layout.axis, self.primal.ndim
+        if axis in dims or axis - ndim in dims:
             raise LostRowsError
 
     def only_batch_first(self) -> None:

@@ -194,7 +194,6 @@ def _aliases(
         if chosen is not None:
             tangent = tangent[chosen.indices]
         found.append(carrier.wrap(primal, tangent.detach(), layout))
-    carrier.unsure = any(alias.is_complex() for alias in carrier.aliases())
     return found
 
 

@@ -71,8 +71,6 @@ class Carrier(TorchFunctionMode):
         idle: it lets every function pass.
         moving: the mark of tensors in whose memory something moves.
         live: the aliases that carry a tangent, by id, as long as they live.
-        unsure: torch may have done something unseen to an alias: put it into a graph without its
-            primal, or written to a part of its complex numbers.
         has_detached: there are tensors that share memory with these, and carry none.
         writes: what became of tensors that the model wrote into.
         inside: the functions written in others that it has entered.
@@ -86,7 +84,6 @@ class Carrier(TorchFunctionMode):
         self.idle = False
         self.live: dict[int, weakref.ref[Tensor]] = {}
         self.moving = object()
-        self.unsure = False
         self.has_detached = False
         self.writes = Writes(self)
         self.inside: list[Any] = []
@@ -103,23 +100,19 @@ class Carrier(TorchFunctionMode):
             tangent = tangent.to(primal.dtype)
         if self.traced:
             tangent = tangent.detach()
-        alias._flowspace_dual = Dual(primal, tangent, layout, self)  # type: ignore[attr-defined]
+        dual = Dual(primal, tangent, layout, self)
+        setattr(alias, FIELD, dual)
         self.live[id(alias)] = weakref.ref(alias)
         if not self.traced:
-            self._mark_moving(primal)
+            # views of its memory that no function made are found by their base
+            base = alias._base
+            if base is not None:
+                setattr(base, MOVING, self.moving)
+            dual.unsure = primal.is_leaf
+            if primal.is_complex():
+                dual.unsure = True
+                self.writes.seen(primal)
         return alias
-
-    def _mark_moving(self, primal: Tensor) -> None:
-        """Mark the memory of a primal, so that views of it that no function made are found."""
-        base = primal
-        if primal._is_view() and primal._base is not None:
-            base = primal._base
-        base._flowspace_moving = self.moving  # type: ignore[attr-defined]
-        if primal.is_leaf:
-            self.unsure = True
-        if primal.dtype.is_complex:
-            self.unsure = True
-            self.writes.seen(primal)
 
     def held(self, alias: Tensor) -> Dual:
         """Return the dual of an alias."""
@@ -136,7 +129,7 @@ class Carrier(TorchFunctionMode):
                 self._refuse_transforms(tensor)
         elif held.tangent is None:
             return None  # detached, so it has no part in the mirror of the memory that it shares
-        elif self.unsure:
+        elif held.unsure:
             held = self._as_it_is_now(tensor, held)
         if self.writes.mirrors:
             # Some memory was written to in part: what lies there now is told by its mirror alone.
@@ -151,7 +144,8 @@ class Carrier(TorchFunctionMode):
         return held
 
     def _as_it_is_now(self, alias: Tensor, held: Dual) -> Dual:
-        """Return the dual of an alias, to which torch may have done something unseen.
+        """Return the dual of an alias, to which torch may have done something unseen: put it into
+        a graph without its primal, or written to a part of its complex numbers.
 
         An autograd.Function whose ``apply`` was looked up before this pass hands out aliases that
         torch put into the graph, and not their primals.
@@ -165,7 +159,7 @@ class Carrier(TorchFunctionMode):
             return held
         with not_intercepted():
             primal = alias.clone()  # a view that was made without gradient cannot be written to
-        alias._flowspace_dual = Dual(primal, held.tangent, held.layout, self)  # type: ignore[attr-defined]
+        setattr(alias, FIELD, Dual(primal, held.tangent, held.layout, self))
         return self.held(alias)
 
     def _refuse_unseen(self, view: Tensor) -> None:
@@ -533,7 +527,7 @@ class Carrier(TorchFunctionMode):
             raise DerivativeError(refusal(cls.__name__))
         with not_intercepted():
             primal = alias.clone()
-        alias._flowspace_dual = Dual(primal, held.tangent, held.layout, self)  # type: ignore[attr-defined]
+        setattr(alias, FIELD, Dual(primal, held.tangent, held.layout, self))
         return alias
 
     def through_script(

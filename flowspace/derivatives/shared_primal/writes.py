@@ -129,7 +129,6 @@ class Writes:
 
     def write(self, call: rules.Call, name: str, target: Tensor) -> Tensor | None:
         """Run a function that writes into its first argument, and write the tangent beside it."""
-        self.carrier.unsure = True
         if not isinstance(call.args[0], Dual):
             self.remember(target)
         with torch.no_grad(), not_intercepted():
