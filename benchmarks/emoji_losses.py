@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--out", type=Path, default=Path("runs") / "emoji-losses")
+    parser.add_argument("changes", nargs="*", help="of the config, as evaluation.samples=50")
     options = parser.parse_args()
     found: dict[str, list[list[float]]] = {}
     for seed in range(options.seeds):
@@ -97,7 +98,7 @@ def main() -> None:
             changes = changes_of(sections, options.steps // 4)
             changes += [f"training.seed={seed}", f"training.steps={options.steps}"]
             changes += [f"training.look_every={options.steps}"]
-            run(place, changes)
+            run(place, [*changes, *options.changes])
             found.setdefault(name, []).append(numbers_of(place))
             said(f"seed {seed}: {name}: {found[name][-1]}")
         write_beside(options.out / "table.md", f"{table(found)}\n")

