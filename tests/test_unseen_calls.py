@@ -369,3 +369,33 @@ def test_a_function_whose_apply_was_looked_up_before_keeps_its_gradient(name, ro
     close(derivative, wanted(lambda z, t: written(z, t, WEIGHT), rows))
     gradients = [torch.autograd.grad(x.square().sum(), weight)[0] for x in (value, plain)]
     close(*gradients)
+
+
+# --- the gradient of an energy, as the model's value
+
+
+def slope_of_energy(z, t):
+    h = torch.tanh(z @ WEIGHT + t[:, None])
+    with torch.enable_grad():
+        if not h.requires_grad:  # as it is without gradient, and so in a second pass
+            h = h.detach().requires_grad_()
+        energy = torch.tanh(h @ WEIGHT).square().sum()
+        return torch.autograd.grad(energy, h, create_graph=True)[0]
+
+
+def mixed_slope_of_energy(z, t):
+    return slope_of_energy(z - z.mean(0), t)
+
+
+@pytest.mark.parametrize("model", [slope_of_energy, mixed_slope_of_energy])
+@pytest.mark.parametrize("rows", [None, HALF], ids=["all", "half"])
+def test_a_model_that_calls_autograd_is_refused_or_right(model, rows):
+    primals = PRIMALS[0].clone().requires_grad_(), PRIMALS[1]
+    with pytest.raises(DerivativeError, match="calls autograd"):
+        SharedPrimal()(model, primals, TANGENTS, rows)
+    ahead = [p + 1e-6 * v for p, v in zip(PRIMALS, TANGENTS, strict=True)]
+    behind = [p - 1e-6 * v for p, v in zip(PRIMALS, TANGENTS, strict=True)]
+    exact = (model(*ahead) - model(*behind)).detach() / 2e-6
+    exact = exact if rows is None else exact * rows[:, None]
+    found = FiniteDifference()(model, primals, TANGENTS, rows)[1]
+    assert (found - exact).norm() < 1e-2 * exact.norm()

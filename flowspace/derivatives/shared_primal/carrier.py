@@ -35,6 +35,7 @@ from flowspace.derivatives.shared_primal import higher_order
 from flowspace.derivatives.shared_primal.kinds import (
     DATA_READ,
     OUT_OF_PLACE,
+    REFUSED,
     TRANSFORMED,
     UNSEEN,
     WHOLE,
@@ -306,6 +307,7 @@ class Carrier(TorchFunctionMode):
             except LostRowsError:
                 # the call has kept what the function returned, so it is not run twice
                 self.lost = True
+        self._refuse_once_lost(treatment)
         return _value_alone(call, args)
 
     def _at_rest(
@@ -316,6 +318,8 @@ class Carrier(TorchFunctionMode):
         kwargs: dict[str, Any],
     ) -> Any:
         """Run a function none of whose arguments carries a tangent."""
+        if self.lost:
+            self._refuse_once_lost(treatment)
         if treatment.kind == "higher order" and self.traced and not self.lost:
             call = rules.Call(func, args, kwargs, args, kwargs, [], self.traced)
             return higher_order.run(self, call, treatment.name, args)
@@ -327,6 +331,14 @@ class Carrier(TorchFunctionMode):
         if self.has_detached and args and isinstance(args[0], Tensor):
             self._mark_views(args[0], out)
         return out
+
+    def _refuse_once_lost(self, treatment: Treatment) -> None:
+        """Raise DerivativeError for a function that drops tangents, whatever it is called with.
+
+        In the second pass, which is without gradient, the model may go round it.
+        """
+        if treatment.kind == "refused" and treatment.name in REFUSED:
+            raise DerivativeError(REFUSED[treatment.name])
 
     def _mark_views(self, source: Tensor, out: Any) -> None:
         """Mark the parts of an output that are views of a detached tensor, as it is marked."""

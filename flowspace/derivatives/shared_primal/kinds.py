@@ -17,6 +17,7 @@ __all__ = [
     "DATA_READ",
     "LEAVES",
     "OUT_OF_PLACE",
+    "REFUSED",
     "TRANSFORMED",
     "UNSEEN",
     "WHOLE",
@@ -46,6 +47,7 @@ REFUSED = {
     "grad": DROPPED,
     "backward": DROPPED,
 }
+"""Functions that drop tangents, by their names, and what is said of them."""
 
 METADATA = frozenset(
     "size dim ndimension numel nelement stride storage_offset is_floating_point is_complex "
