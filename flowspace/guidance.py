@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from flowspace.arrays import Cond, is_number, over_rows
+from flowspace.backends import torch_backend
 from flowspace.backends.process import several_processes
 from flowspace.errors import InputError
 from flowspace.inputs import require
@@ -97,7 +98,8 @@ class Guidance:
             s: destinations ``(B,)``.
             generator: the source of the mask.
         """
-        drawn = torch.rand(t.shape, generator=generator, device=t.device)
+        how = {"generator": generator, "device": t.device}
+        drawn = torch_backend.uniform(t.shape, how)
         dropped = drawn < self.drop
         return self._without(cond, dropped), dropped
 
@@ -246,7 +248,8 @@ class RandomGuidance(Guidance):
     ) -> tuple[Cond, Tensor]:
         """Return the condition with omega, t_min, t_max, and the mask of rows that lost theirs."""
         cond, dropped = super().drop_condition(cond, t, s, generator)
-        numbers = torch.rand(3, len(t), generator=generator, device=t.device, dtype=t.dtype)
+        how = {"generator": generator, "device": t.device, "dtype": t.dtype}
+        numbers = torch_backend.uniform((3, len(t)), how)
         unit, low, high = numbers.unbind()
         diagonal = s == t
         drawn = {

@@ -31,6 +31,7 @@ from flowspace import (
     CrossFlowLoss,
     DerivativeError,
     FiniteDifference,
+    FlowMatchingLoss,
     ForwardMode,
     ImprovedMeanFlowLoss,
     MeanFlowLoss,
@@ -348,6 +349,18 @@ def test_a_compiled_step_of_other_objectives_is_the_eager_one(loss):
     step = torch.compile(lambda z, **times: loss(net, z, **times), backend=EAGER)
     z, times = batch()
     close(step(z, **times).residual, loss(plain, z, **times).residual)
+
+
+@pytest.mark.parametrize("loss", [CrossFlowLoss(), FlowMatchingLoss()])
+def test_a_compiled_step_draws_its_times_for_any_number_of_rows(loss):
+    net, plain = pair(Net(), lambda net: net)
+    step = torch.compile(lambda z: loss(net, z), backend=EAGER)
+    for rows in (4, 3, 5):
+        z = batch(rows)[0]
+        torch.manual_seed(rows)
+        found = step(z)
+        torch.manual_seed(rows)
+        close(found.residual, loss(plain, z).residual)
 
 
 def test_objectives_change_their_records_as_torch_2_11_can_follow():

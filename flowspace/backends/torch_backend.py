@@ -175,9 +175,21 @@ def split(generator: torch.Generator | None, count: int) -> tuple[torch.Generato
 
 def uniform(shape: tuple[int, ...], how: dict[str, Any]) -> Tensor:
     """Draw uniformly from [0, 1)."""
-    return torch.rand(shape, **how)
+    return torch.rand(shape, **_told(how))
 
 
 def normal(shape: tuple[int, ...], how: dict[str, Any]) -> Tensor:
     """Draw standard normal numbers."""
-    return torch.randn(shape, **how)
+    return torch.randn(shape, **_told(how))
+
+
+def _told(how: dict[str, Any]) -> dict[str, Any]:
+    """Return how numbers are drawn, without a generator that is None.
+
+    A function that is told of one, be it None, does not take the sizes of a compiled step, which
+    may be symbols.
+    """
+    told = dict(how)
+    if told.get("generator") is None:
+        told.pop("generator", None)
+    return told
