@@ -183,6 +183,17 @@ def test_every_file_of_tests_that_the_script_names_exists():
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
+def test_tests_that_need_other_libraries_are_run_where_these_are_installed():
+    installed_before = {"matplotlib", "torch._inductor", "torchdiffeq"}  # or come with torch
+    second = (ROOT / ".ci" / "run").read_text()
+    missing = []
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        needed = set(re.findall(r'importorskip\("([^"]+)"', path.read_text()))
+        if needed - installed_before and f"tests/{path.name}" not in second:
+            missing.append(path.name)
+    assert not missing, "add them to the second command of .ci/run"
+
+
 def test_the_conda_recipe_asks_for_what_the_package_asks_for():
     yaml = pytest.importorskip("yaml")
     recipe = yaml.safe_load((ROOT / ".github/conda/recipe.yaml").read_text())
@@ -283,14 +294,3 @@ def test_an_archive_installs_and_runs_the_first_program_of_the_readme(archives, 
     script = [sys.executable, str(installed / "bin" / "flowspace"), "--version"]
     told = subprocess.run(script, check=True, **runs).stdout
     assert told.strip() == f"flowspace {flowspace.__version__}"
-
-
-def test_tests_that_need_other_libraries_are_run_where_these_are_installed():
-    installed_before = {"matplotlib", "torch._inductor", "torchdiffeq"}  # or come with torch
-    second = (ROOT / ".ci" / "run").read_text()
-    missing = []
-    for path in sorted((ROOT / "tests").glob("test_*.py")):
-        needed = set(re.findall(r'importorskip\("([^"]+)"', path.read_text()))
-        if needed - installed_before and f"tests/{path.name}" not in second:
-            missing.append(path.name)
-    assert not missing, "add them to the second command of .ci/run"

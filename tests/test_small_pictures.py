@@ -1,4 +1,6 @@
-"""benchmarks/small_pictures.py: its data, its table, and what it says of a run's samples."""
+"""benchmarks/small_pictures.py: its data, its table, and what it says of a run's samples; and
+benchmarks/emoji_losses.py: its arms and its table.
+"""
 
 import gzip
 import importlib

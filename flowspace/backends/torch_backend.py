@@ -184,12 +184,9 @@ def normal(shape: tuple[int, ...], how: dict[str, Any]) -> Tensor:
 
 
 def _told(how: dict[str, Any]) -> dict[str, Any]:
-    """Return how numbers are drawn, without a generator that is None.
+    """Return how numbers are drawn, without what is None.
 
-    A function that is told of one, be it None, does not take the sizes of a compiled step, which
-    may be symbols.
+    A function that is told of a generator, be it None, does not take the sizes of a compiled
+    step, which may be symbols.
     """
-    told = dict(how)
-    if told.get("generator") is None:
-        told.pop("generator", None)
-    return told
+    return {name: value for name, value in how.items() if value is not None}

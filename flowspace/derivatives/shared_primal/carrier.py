@@ -158,10 +158,16 @@ class Carrier(TorchFunctionMode):
             self.writes.check_seen(alias)
         if not (held.primal.is_leaf and isinstance(alias.grad_fn, BackwardCFunction)):
             return held
+        return self._put_into_graph(alias, held)
+
+    def _put_into_graph(self, alias: Tensor, held: Dual) -> Dual:
+        """Return the dual of an alias that torch put into the graph in place of its primal."""
         with not_intercepted():
             primal = alias.clone()  # a view that was made without gradient cannot be written to
-        setattr(alias, FIELD, Dual(primal, held.tangent, held.layout, self))
-        return self.held(alias)
+        dual = Dual(primal, held.tangent, held.layout, self)
+        dual.unsure = held.unsure
+        setattr(alias, FIELD, dual)
+        return dual
 
     def _refuse_unseen(self, view: Tensor) -> None:
         """Raise DerivativeError for an unmarked view of what moves.
@@ -537,9 +543,7 @@ class Carrier(TorchFunctionMode):
         held = self.held(alias)
         if self.writes.shared(alias) or self.writes.mirrors:
             raise DerivativeError(refusal(cls.__name__))
-        with not_intercepted():
-            primal = alias.clone()
-        setattr(alias, FIELD, Dual(primal, held.tangent, held.layout, self))
+        self._put_into_graph(alias, held)
         return alias
 
     def through_script(
