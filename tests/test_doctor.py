@@ -429,12 +429,14 @@ def test_without_a_compiler_the_reason_is_named(monkeypatch):
     )
 
 
-def test_the_machine_is_examined_in_three_seconds_of_this_process():
+def test_the_machine_is_examined_in_less_time_than_torch_takes_to_be_imported():
+    """Of processor time, within one process: beside other work both take longer."""
     code = (
-        "import time; from flowspace.cli import main; main(['doctor']); print(time.process_time())"
+        "import time, torch; imported = time.process_time(); from flowspace.cli import main; "
+        "main(['doctor']); print((time.process_time() - imported) / imported)"
     )
     done = [
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         for _ in range(2)
     ]
-    assert min(float(each.stdout.splitlines()[-1]) for each in done) < 3
+    assert min(float(each.stdout.splitlines()[-1]) for each in done) < 1

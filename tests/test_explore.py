@@ -440,16 +440,16 @@ def test_one_designs_trains_and_shares_in_a_browser(window, address):
     assert field.input_value() == "s"
 
     page.evaluate(MEASURE)
-    seconds, load = [], slowdown()
+    seconds = []
     for text in ("2*s", "s**2", "s*(2 - s)", "s + 1"):
         field.fill(text)
         page.wait_for_function(
             "k => document.querySelector('[data-kappa]').dataset.kappa == k",
             arg=text_of(parse(text)),
         )
-        seconds.append(page.evaluate("window.answer") / 1000)
-    print(f"kappa after {seconds} seconds, the load is {load:.1f}")
-    assert min(seconds) < LIMIT * load
+        seconds.append(page.evaluate("window.answer") / 1000 / slowdown())
+    print(f"kappa after {seconds} seconds of a machine that does nothing else")
+    assert min(seconds) < LIMIT
 
     field.fill("2*s +")
     page.get_by_text("is not a formula").wait_for()

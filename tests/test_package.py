@@ -57,13 +57,13 @@ print(sorted(after - before - set(sys.stdlib_module_names)))"""
     assert python(code) == "['flowspace']"
 
 
-def test_importing_flowspace_takes_no_longer_than_torch_and_sympy_and_a_fifth_of_a_second():
-    """Of processor time: what else the machine does is not the import's."""
+def test_importing_flowspace_adds_an_eighth_to_the_time_of_torch_and_sympy():
+    """Of processor time, within one process: beside other work both take longer."""
     code = (
-        "import torch, sympy, time; start = time.process_time(); from flowspace import *; "
-        "print(time.process_time() - start)"
+        "import torch, sympy, time; imported = time.process_time(); from flowspace import *; "
+        "print((time.process_time() - imported) / imported)"
     )
-    assert min(float(python(code)) for _ in range(3)) < 0.2
+    assert min(float(python(code)) for _ in range(3)) < 1 / 8
 
 
 @pytest.mark.parametrize(
