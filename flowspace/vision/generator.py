@@ -24,7 +24,7 @@ from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  # pipeline
 from torch import Tensor, nn
 
 from flowspace.errors import InputError
-from flowspace.vision.layers import MLPS, Norm, RotaryGrid, TimeEmbedding, turned
+from flowspace.vision.layers import MLPS, Norm, RotaryAttention, RotaryGrid, TimeEmbedding
 from flowspace.vision.shapes import check_latent, pair_of
 from flowspace.vision.transformer import (
     SMALL,
@@ -275,7 +275,7 @@ def _convolution(inputs: int, outputs: int, zero: bool = False) -> nn.Conv2d:
     return made
 
 
-class Block(nn.Module):
+class Block(RotaryAttention):
     """Attention and an MLP, each after an RMS norm and added to its input."""
 
     def __init__(self, width: int, heads: int, mlp: str) -> None:
@@ -292,13 +292,5 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         """Map tokens ``(B, context + cells, width)`` to tokens."""
-        x = x + self._attention(self.norm1(x), cosine, sine)
+        x = x + self.attention(self.norm1(x), cosine, sine)
         return x + self.mlp(self.norm2(x))
-
-    def _attention(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        heads = self.qkv(x).unflatten(2, (3, self.heads, -1))
-        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
-        q = turned(self.q_norm(q), cosine, sine).to(v.dtype)
-        k = turned(self.k_norm(k), cosine, sine).to(v.dtype)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).flatten(2))

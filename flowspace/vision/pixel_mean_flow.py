@@ -28,7 +28,7 @@ from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  # pipeline
 from torch import Tensor, nn
 
 from flowspace.errors import InputError
-from flowspace.vision.layers import Norm, RotaryGrid, TimeEmbedding, swiglu, turned
+from flowspace.vision.layers import Norm, RotaryAttention, RotaryGrid, TimeEmbedding, swiglu
 from flowspace.vision.transformer import (
     LabelledTransformer,
     check_rotary,
@@ -292,7 +292,7 @@ class PixelHead(nn.Module):
         self.last = nn.Linear(width, outputs, bias=False)
 
 
-class GatedBlock(nn.Module):
+class GatedBlock(RotaryAttention):
     """Attention and a gated MLP, each after an RMS norm, scaled by a vector and added."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -309,16 +309,8 @@ class GatedBlock(nn.Module):
 
     def forward(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         """Map tokens ``(B, context + cells, width)`` to tokens."""
-        x = x + self.attention_gate * self._attention(self.norm1(x), cosine, sine)
+        x = x + self.attention_gate * self.attention(self.norm1(x), cosine, sine)
         return x + self.mlp_gate * self.mlp(self.norm2(x))
-
-    def _attention(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        heads = self.qkv(x).unflatten(2, (3, self.heads, -1))
-        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
-        q = turned(self.q_norm(q), cosine, sine).to(v.dtype)
-        k = turned(self.k_norm(k), cosine, sine).to(v.dtype)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).flatten(2))
 
 
 def _blocks(width: int, heads: int, depth: int) -> nn.ModuleList:
