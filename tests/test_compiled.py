@@ -9,6 +9,7 @@ import copy
 import functools
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -936,7 +937,27 @@ def test_what_cannot_be_traced_runs_uncompiled_with_one_warning(monkeypatch):
     with pytest.warns(UserWarning, match="runs uncompiled.*no trace today") as caught:
         same(net, plain)
         same(net, plain, batch(seed=1))
-    assert len(caught) == 1
+    assert sum("runs uncompiled" in str(warned.message) for warned in caught) == 1
+
+
+def test_what_a_signal_handler_raises_while_a_part_is_traced_reaches_the_user(monkeypatch):
+    def at_the_signal(number, frame):
+        raise TimeoutError("the hour is over")
+
+    def interrupted(*args, **kwargs):
+        signal.raise_signal(signal.SIGALRM)
+
+    net, plain = pair(Net())
+    before = signal.signal(signal.SIGALRM, at_the_signal)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(compiled, "make_fx", interrupted)
+            with warnings.catch_warnings(), pytest.raises(Exception, match="the hour is over"):
+                warnings.simplefilter("error")
+                same(net, plain)
+        same(net, plain)
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_nothing_is_left_behind():

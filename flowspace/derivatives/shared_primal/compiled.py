@@ -30,6 +30,8 @@ once. What cannot be traced runs as it was captured, function by function, with 
 
 import contextlib
 import copy
+import signal
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -397,6 +399,8 @@ class Region:
         except Exception as error:
             if capturing and isinstance(error, RestartAnalysis):
                 raise  # dynamo captures again, with one number less left open
+            if _is_of_a_signal(error):
+                raise
             program = error
             warn_of(error)
         self.programs[case, sizes] = program
@@ -850,3 +854,16 @@ def warn_of(error: Exception) -> None:
         "right, and slower",
         stacklevel=3,
     )
+
+
+def _is_of_a_signal(error: Exception) -> bool:
+    """Return whether a signal handler of the user raised an error, which says nothing of a trace.
+
+    Python runs it wherever the program happens to be: a trace takes seconds.
+    """
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    codes = [getattr(handler, "__code__", None) for handler in handlers]
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code in codes:
+            return True
+    return False
