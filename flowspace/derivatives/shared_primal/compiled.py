@@ -863,7 +863,5 @@ def _is_of_a_signal(error: Exception) -> bool:
     """
     handlers = [signal.getsignal(number) for number in signal.valid_signals()]
     codes = [getattr(handler, "__code__", None) for handler in handlers]
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        if frame.f_code in codes:
-            return True
-    return False
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(frame.f_code in codes for frame in frames)
