@@ -14,7 +14,13 @@ from gaussian import Gaussian
 from launch import SHORT_MEAN_FLOW_RAE
 from safetensors.torch import load_file
 
-from flowspace import InputError, LinearSchedule, MeanFlowDistillationLoss, SharedPrimal
+from flowspace import (
+    InputError,
+    LinearSchedule,
+    MeanFlowDistillationLoss,
+    RunError,
+    SharedPrimal,
+)
 
 for needed in ("pydantic", "accelerate", "diffusers", "timm", "torchvision", "transformers"):
     pytest.importorskip(needed)
@@ -120,6 +126,12 @@ def test_a_teacher_of_another_width_is_one_error_that_names_both(tmp_path):
         run(small(tmp_path / "run", *changes))
 
 
+def test_a_judge_without_weights_is_refused_before_a_stage_is_trained(tmp_path):
+    with pytest.raises(RunError, match=r"write evaluation\.weights=PATH"):
+        run(small(tmp_path / "run"), ["--evaluate"])
+    assert not (tmp_path / "run" / "decoder").exists()
+
+
 # --- its objectives ----------------------------------------------------------------------------
 
 
@@ -170,6 +182,7 @@ def test_the_papers_configs_are_read(path):
     assert config.distillation.batch == (128 if wide else 256)
     assert config.distillation.emas == ((0.9995,) if wide else (0.9999,))
     assert (config.fine_tuning is not None) == (path.stem == "imagenet-512")
+    assert config.evaluation.weights  # without which --evaluate is refused
 
 
 @pytest.mark.parametrize("size", [256, 512])

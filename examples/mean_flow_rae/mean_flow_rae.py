@@ -43,7 +43,7 @@ import torch
 from accelerate import Accelerator
 from central_difference import CentralDifference
 from image_losses import adversary_of, perceptual_of
-from judging import digest, drawn, evaluate, plan_of
+from judging import digest, drawn, evaluate, extractors_of, plan_of
 from loop import accelerator_of, check_processes, fit, locked_by_first, optimizer_of, steps_of
 from pictures import images_of, in_range, pictures_in_order
 from rae_report import sampler_of, write_report
@@ -396,6 +396,8 @@ def main(config: RAEConfig, options: Sequence[str] = ()) -> None:
     sizes = config.sizes(len(images.names))
     if config.teacher is not None:  # refused before a step is paid for
         DiTDH.from_flow_matching(config.teacher, **sizes)
+    if "--evaluate" in options:
+        extractors_of(config, accelerator.device)
     work = Work(config, accelerator, images, images)
     with locked_by_first(config.out, accelerator):
         encoder = representation(work)
