@@ -4,6 +4,7 @@ The samplers and paths have tests of their own; here is what a program adds to t
 """
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,7 +25,8 @@ compare = pytest.importorskip("pixel_flow_compare")
 costs = pytest.importorskip("pixel_flow_costs")
 conditions = pytest.importorskip("pixel_flow_conditions")
 normal_pictures = pytest.importorskip("normal_pictures")
-PixelFlowConfig = pytest.importorskip("pixel_flow_settings").PixelFlowConfig
+settings = pytest.importorskip("pixel_flow_settings")
+PixelFlowConfig = settings.PixelFlowConfig
 
 CONFIGS = EXAMPLES / "pixel_flow" / "configs"
 
@@ -40,6 +42,7 @@ def load(name, *changes):
 def test_every_config_is_one(path):
     config = reading.load(PixelFlowConfig, path)
     assert config.cascade.kickoff << (config.stages - 1) == config.data.size
+    assert config.evaluation.weights  # without them a run could not be judged
 
 
 @pytest.mark.parametrize(
@@ -58,6 +61,57 @@ def test_every_config_is_one(path):
 def test_settings_that_do_not_fit_are_refused_with_what_to_write(changes, message):
     with pytest.raises(reading.SettingsError, match=message):
         load("paper", *changes)
+
+
+OTHER_JUDGE = "evaluation.extractors=[{network: resnet18, weights: /no/file}]"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["data.path=digits/test/test"], r"got data\.path = digits/test/test, which is no folder"),
+        (["evaluation.reference=/no"], r"got evaluation\.reference = /no, which is no folder"),
+        (["evaluation.held_out=/no"], r"got evaluation\.held_out = /no, which is no folder"),
+        (["evaluation.weights=/no"], r"got evaluation\.weights = /no, which is no file"),
+        (
+            [OTHER_JUDGE, "evaluation.held_out=digits/test"],
+            r"got evaluation\.extractors\.0\.weights = /no/file, which is no file",
+        ),
+        (
+            ["evaluation.extractor=inception", "evaluation.weights=null"],
+            r"got evaluation\.weights = null for inception.*write evaluation\.weights=FILE",
+        ),
+        (["out=/dev/null/run"], "/dev/null/run cannot be written to"),
+    ],
+)
+def test_what_a_config_names_must_be_there(changes, message, tmp_path):
+    with pytest.raises(reading.SettingsError, match=message):
+        settings.check(load("smoke", f"out={tmp_path / 'run'}", *changes))
+
+
+def test_a_config_whose_names_are_there_is_accepted_and_check_looks_for_none(
+    tmp_path, monkeypatch
+):
+    settings.check(load("smoke", f"out={tmp_path / 'run'}", "evaluation.reference=digits/test"))
+    monkeypatch.setattr(sys, "argv", ["pixel_flow.py", "--check"])
+    settings.check(load("paper", "out=/dev/null/run"))
+
+
+@pytest.mark.parametrize("program", ["pixel_flow", "pixel_flow_compare"])
+def test_a_wrong_path_is_refused_before_torch_is_imported(program):
+    arguments = [f"{program}.py", str(CONFIGS / "smoke.yaml"), "data.path=/no"]
+    path = EXAMPLES / "pixel_flow" / f"{program}.py"
+    lines = (
+        "import runpy, sys",
+        "sys.modules['torch'] = None",
+        f"sys.path.insert(0, {str(path.parent)!r})",
+        f"sys.argv = {arguments}",
+        f"runpy.run_path({str(path)!r}, run_name='__main__')",
+    )
+    command = [sys.executable, "-c", "\n".join(lines)]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 1
+    assert found.stderr.startswith(f"{program}.py: got data.path = /no, which is no folder")
 
 
 @pytest.mark.parametrize(("kickoff", "stages"), [(64, 1), (16, 3), (4, 5)])
@@ -172,6 +226,25 @@ def test_a_run_of_two_steps_leaves_a_network_samples_scores_and_a_page(few, tmp_
     assert json.loads((config.out / "metrics.json").read_text())["count"] == 10
     page = (config.out / "report.html").read_text()
     assert page.count("data:image/png") >= 3 and "<svg" in page and "GFLOPs" in page
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """Training fails: what a test looks at comes before it."""
+
+    def fit(*arguments):
+        raise AssertionError("trained")
+
+    monkeypatch.setattr(pixel_flow.loop, "fit", fit)
+
+
+@pytest.mark.parametrize("program", [pixel_flow, compare], ids=["pixel_flow", "compare"])
+def test_weights_of_the_judge_that_are_missing_are_found_before_training(
+    program, few, untrained, tmp_path
+):
+    config = load("smoke", *TINY, "evaluation.weights=package:none", f"out={tmp_path / 'run'}")
+    with pytest.raises(pixel_flow.InputError, match="got weights 'package:none'"):
+        program.main(config)
 
 
 def test_a_batch_larger_than_the_pictures_is_refused(few, tmp_path):

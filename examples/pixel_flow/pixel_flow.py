@@ -14,12 +14,17 @@ from pathlib import Path
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "common"))
 
 # settings are refused before torch is imported, which takes seconds
+import pixel_flow_settings
 import reading
 from pixel_flow_settings import PixelFlowConfig
 
 if __name__ == "__main__":
     CONFIG, OPTIONS = reading.from_command_line(
-        PixelFlowConfig, __doc__, ("--check",), runs=Path("runs/pixel_flow")
+        PixelFlowConfig,
+        __doc__,
+        ("--check",),
+        pixel_flow_settings.check,
+        runs=Path("runs/pixel_flow"),
     )
 
 import functools
@@ -81,6 +86,7 @@ def main(config: PixelFlowConfig, options: Sequence[str] = ()) -> None:
     accelerator = loop.accelerator_of(config.training, config.out, reading.as_dict(config))
     loop.check_processes(config.training, accelerator, "examples/pixel_flow/pixel_flow.py")
     check_share(config, accelerator.num_processes)
+    judging.extractors_of(config, accelerator.device)  # missing weights end the run here
     with loop.locked_by_first(config.out, accelerator):
         images = pictures_of(config)
         conditions = conditions_of(config, images, accelerator.device)

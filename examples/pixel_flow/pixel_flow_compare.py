@@ -15,11 +15,17 @@ from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "common"))
 
+import pixel_flow_settings
 import reading
 from pixel_flow_settings import PixelFlowConfig
 
 if __name__ == "__main__":
-    CONFIG, _ = reading.from_command_line(PixelFlowConfig, __doc__, runs=Path("runs/pixel_flow"))
+    CONFIG, _ = reading.from_command_line(
+        PixelFlowConfig,
+        __doc__,
+        check=pixel_flow_settings.check,
+        runs=Path("runs/pixel_flow"),
+    )
 
 import functools
 from dataclasses import replace
@@ -36,7 +42,7 @@ from pixel_flow_costs import costs_of, flops_of
 from torch import Tensor, nn
 
 from flowspace.demo.page import markdown_table, write_beside
-from flowspace.vision.evaluate import features_of, judge
+from flowspace.vision.evaluate import Extractor, features_of, judge
 
 SHOWN = 10
 """Samples of each kind that the picture shows, one a class."""
@@ -87,6 +93,7 @@ def samplings_of(config: PixelFlowConfig) -> list[tuple[str, int | tuple[int, ..
 def main(config: PixelFlowConfig) -> None:
     """Train each, sample each as asked, judge, and write the table down."""
     accelerator = loop.accelerator_of(config.training, config.out)
+    extractor = judging.extractor_of(config, accelerator.device)
     images = pixel_flow.pictures_of(config)
     conditions = pixel_flow.conditions_of(config, images, accelerator.device)
     variants = variants_of(config)
@@ -100,7 +107,7 @@ def main(config: PixelFlowConfig) -> None:
     for name, steps in samplings_of(config):
         sampling = replace(variants[name].sampling, steps=steps)
         one = replace(variants[name], sampling=sampling)
-        samples, cells = judged(one, networks[name], conditions)
+        samples, cells = judged(one, networks[name], conditions, extractor)
         title = f"{name}, {sum(one.steps)} steps"
         rows.append([title, *cells])
         shown[title] = samples[:SHOWN]
@@ -113,7 +120,10 @@ def main(config: PixelFlowConfig) -> None:
 
 @torch.no_grad()
 def judged(
-    config: PixelFlowConfig, network: nn.Module, conditions: pixel_flow.Conditions
+    config: PixelFlowConfig,
+    network: nn.Module,
+    conditions: pixel_flow.Conditions,
+    extractor: Extractor,
 ) -> tuple[Tensor, list[str]]:
     """Return samples, uint8, and the cells of their row in the table."""
     device = next(network.parameters()).device
@@ -121,7 +131,6 @@ def judged(
     draw = pixel_flow.sampler_of(config, network, conditions)
     samples = judging.drawn(plan, draw, device)
     images = pictures.images_of(config.data, config.out.parent)
-    extractor = judging.extractor_of(config, device)
     real = judging.reference_of(config, extractor, images)
     made = features_of(extractor, samples.split(plan.batch))
     scores = judge(extractor, made, real)

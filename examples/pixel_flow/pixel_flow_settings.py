@@ -1,12 +1,14 @@
 """The settings of the PixelFlow program; nothing heavy is imported here."""
 
+import sys
 from dataclasses import field
 from typing import Annotated, Literal
 
+import reading
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from reading import STRICT, Count, Positive, Share, Weight
-from sections import ProgramConfig
+from reading import STRICT, Count, Positive, SettingsError, Share, Weight
+from sections import SETS, EvaluationConfig, ProgramConfig
 
 __all__ = [
     "CascadeConfig",
@@ -14,6 +16,7 @@ __all__ = [
     "PixelFlowConfig",
     "PixelFlowNetworkConfig",
     "PixelFlowSamplingConfig",
+    "check",
 ]
 
 
@@ -121,3 +124,46 @@ class PixelFlowConfig(ProgramConfig):
         if isinstance(self.sampling.steps, int):
             return (self.sampling.steps,) * self.stages
         return self.sampling.steps
+
+
+# --- what the settings name --------------------------------------------------------------------
+
+
+def check(config: PixelFlowConfig) -> None:
+    """See that what a config names is there, before torch is imported.
+
+    With ``--check`` nothing is read and nothing is written, so nothing is looked for.
+
+    Raises:
+        SettingsError: if it is not.
+    """
+    if "--check" in sys.argv:
+        return
+    e = config.evaluation
+    places = {
+        "data.path": config.data.path,
+        "evaluation.reference": e.reference,
+        "evaluation.held_out": e.held_out,
+    }
+    for key, place in places.items():
+        reading.check_folder(key, place, SETS)
+    check_judges(e)
+    reading.check_writable(config.out)
+
+
+def check_judges(e: EvaluationConfig) -> None:
+    """See that the weights of all networks that judge are there.
+
+    Raises:
+        SettingsError: if they are not.
+    """
+    judges = {"evaluation": (e.extractor, e.weights)}
+    for number, one in enumerate(e.extractors):
+        judges[f"evaluation.extractors.{number}"] = (one.network, one.weights)
+    for key, (network, weights) in judges.items():
+        if network == "inception" and weights is None:
+            raise SettingsError(
+                f"got {key}.weights = null for inception, whose weights are a file; "
+                f"write {key}.weights=FILE"
+            )
+        reading.check_weights({f"{key}.weights": weights})
