@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from flowspace import __version__
+from flowspace.demo.request import SIDES, check_count, check_data, check_out, namesake
 from flowspace.errors import FlowspaceError
 
 if TYPE_CHECKING:
@@ -147,8 +148,8 @@ def _add_demo(commands: "argparse._SubParsersAction[Parser]") -> None:
     demo.add_argument(
         "--side",
         type=int,
-        help="pixels a side, 28 to 64 (default: chosen from the pictures); they are cropped to "
-        "their middle square and scaled",
+        help=f"pixels a side: {', '.join(map(str, SIDES))} (default: chosen from the pictures); "
+        "they are cropped to their middle square and scaled",
     )
     demo.add_argument("--steps", type=int, help="of the generator (default: by the pictures)")
     demo.add_argument("--out", type=Path, help="where the run is kept (default: runs/DATA)")
@@ -236,6 +237,7 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def _derive(options: argparse.Namespace) -> int:
+    _given(options)  # refused before torch and sympy are imported, which takes seconds
     from flowspace.criteria import check_criteria
     from flowspace.schedules import Schedule
 
@@ -253,33 +255,40 @@ def _derive(options: argparse.Namespace) -> int:
     return 0
 
 
+def _given(options: argparse.Namespace) -> list[str]:
+    """Return what was given of gamma, delta and kappa: two of the three, or none."""
+    given = [each for each in (options.gamma, options.delta, options.kappa) if each is not None]
+    if len(given) not in (0, 2):
+        raise FlowspaceError(
+            f"got {len(given)} of --gamma, --delta and --kappa; give two of the three, the third "
+            "is derived, or none for the matched statistic"
+        )
+    return given
+
+
 def _statistic(options: argparse.Namespace, schedule: "Schedule") -> "AbstractStatistic":
     """Return the statistic of two of gamma, delta and kappa, or the matched one of none."""
     from flowspace.statistics import MatchedStatistic, Statistic
 
     gamma, delta, kappa = options.gamma, options.delta, options.kappa
-    given = [each for each in (gamma, delta, kappa) if each is not None]
-    if not given:
+    if not _given(options):
         return MatchedStatistic()
-    if len(given) != 2:
-        raise FlowspaceError(
-            f"got {len(given)} of --gamma, --delta and --kappa; give two of the three, the third "
-            "is derived, or none for the matched statistic"
-        )
     if kappa is None:
         return Statistic(gamma, delta)
     return Statistic.from_kappa(schedule, kappa, delta=delta, gamma=gamma)
 
 
 def _demo(options: argparse.Namespace) -> int:
+    folder = options.out or Path("runs") / Path(options.data).resolve().name
+    check_count("--seeds", options.seeds)
+    check_count("--steps", options.steps)
+    check_data(options.data, options.side)
+    check_out(folder)
     from flowspace.demo import digits, sets
     from flowspace.demo.page import markdown_table
 
-    if options.seeds < 1:
-        raise FlowspaceError(f"got --seeds {options.seeds}; write 1 or more")
-    if options.steps is not None and options.steps < 1:
-        raise FlowspaceError(f"got --steps {options.steps}; write 1 or more")
-    folder = options.out or Path("runs") / Path(options.data).resolve().name
+    if namesake(options.data):
+        print(namesake(options.data), file=sys.stderr)
     with _one_thread():
         settings, data = sets.chosen(options.data, options.side, options.steps)
         metrics = digits.run(settings, folder, options.baselines, options.seeds, data)
@@ -301,11 +310,11 @@ def _doctor(options: argparse.Namespace) -> int:
         machine = examine_machine()
         _print_either(options.json, machine.as_dict(), machine_page(machine))
         return 0
+    if not options.seconds > 0:
+        raise FlowspaceError(f"got --seconds {options.seconds:g}; write more than 0")
     from flowspace.doctor.examination import examine_model
     from flowspace.doctor.page import model_page
 
-    if options.seconds <= 0:
-        raise FlowspaceError(f"got --seconds {options.seconds:g}; write more than 0")
     found = examine_model(
         options.model, options.latents, options.seconds, compiling=not options.no_compile
     )

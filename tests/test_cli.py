@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 
-from flowspace import __version__, cli
+from flowspace import InputError, __version__, cli
 from flowspace.cli import main
+from flowspace.demo import sets
 
 
 def test_derive_prints_the_report_and_the_residual(capsys):
@@ -136,9 +137,41 @@ def test_the_demo_refuses_no_seeds(capsys, tmp_path):
     assert "--seeds 0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("below", ["", "deep/below"])
+def test_a_run_in_place_of_a_file_is_refused_before_anything_is_read(
+    capsys, monkeypatch, tmp_path, below
+):
+    monkeypatch.setattr(sets, "chosen", None)
+    (tmp_path / "f.txt").write_text("")
+    assert main(["demo", "--data", "shapes", "--out", str(tmp_path / "f.txt" / below)]) == 1
+    assert f"{tmp_path / 'f.txt'} is a file; write a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_set_is_taken_before_a_folder_of_its_name_and_the_demo_says_so(
+    capsys, monkeypatch, tmp_path, there
+):
+    def chosen(name, *_):
+        raise InputError(f"was asked for {name}")
+
+    monkeypatch.setattr(sets, "chosen", chosen)
+    monkeypatch.chdir(tmp_path)
+    if there:
+        (tmp_path / "digits").mkdir()
+    assert main(["demo", "--data", "digits"]) == 1
+    first, *rest = capsys.readouterr().err.splitlines()
+    if there:
+        assert first.endswith("for the folder write --data ./digits")
+        assert rest == ["flowspace: was asked for digits"]
+        assert main(["demo", "--data", "./digits"]) == 1
+        assert capsys.readouterr().err == "flowspace: was asked for ./digits\n"
+    else:
+        assert first == "flowspace: was asked for digits"
+
+
 def test_a_place_that_cannot_be_written_is_one_line_on_stderr(capsys, tmp_path):
-    (tmp_path / "file").write_text("")
-    assert main(["demo", "--out", str(tmp_path / "file")]) == 1
+    (tmp_path / "seed-0").write_text("")
+    assert main(["demo", "--out", str(tmp_path)]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("flowspace: ")
     assert "Not a directory" in last
@@ -172,7 +205,8 @@ def test_the_demo_keeps_to_one_thread_unless_it_is_told(monkeypatch, told, wante
 def run(*arguments):
     """Run the command as a user does; return what it did and the seconds of its processor."""
     command = (
-        "import sys, time\nfrom flowspace.cli import main\ntry:\n    main(sys.argv[1:])\n"
+        "import sys, time\nfrom flowspace.cli import main\ntry:\n"
+        "    sys.exit(main(sys.argv[1:]))\n"
         "finally:\n    print('seconds', time.process_time())"
     )
     done = subprocess.run(
@@ -199,6 +233,29 @@ def test_a_mistyped_argument_is_answered_in_a_second_with_what_was_meant(argumen
     done, seconds = run(*arguments)
     assert done.returncode == 2
     assert done.stderr.strip().endswith(hint)
+    assert seconds < 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["demo", "--data", "digit"], "shapes; did you mean digits?"),
+        (["demo", "--data", "nope"], "which is no folder"),
+        (["demo", "--side", "36"], "whose pictures have 8 pixels a side"),
+        (["demo", "--data", "shapes", "--side", "36"], "write one of 28, 32, 40, 48, 56, 64"),
+        (["demo", "--seeds", "0"], "got --seeds 0; write 1 or more"),
+        (["demo", "--steps", "-1"], "got --steps -1; write 1 or more"),
+        (["demo", "--out", __file__], "is a file"),
+        (["derive", "--gamma", "1"], "got 1 of --gamma, --delta and --kappa"),
+        (["doctor", "--seconds", "0", "a:b"], "got --seconds 0; write more than 0"),
+        (["doctor", "--seconds", "nan", "a:b"], "got --seconds nan; write more than 0"),
+    ],
+)
+def test_a_value_that_cannot_be_is_answered_in_a_second(arguments, said):
+    done, seconds = run(*arguments)
+    assert done.returncode == 1
+    assert done.stderr.startswith("flowspace: ")
+    assert said in done.stderr
     assert seconds < 1
 
 

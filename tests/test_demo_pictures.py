@@ -12,7 +12,7 @@ from PIL import Image
 from flowspace import InputError
 from flowspace.cli import main
 from flowspace.demo import results, sets
-from flowspace.demo.data import Data
+from flowspace.demo.data import SETTINGS, Data
 from flowspace.demo.loop import Trainer, TrainSettings
 from flowspace.demo.picture_networks import (
     Components,
@@ -22,8 +22,9 @@ from flowspace.demo.picture_networks import (
     PictureSize,
     grid_of,
 )
-from flowspace.demo.pictures import SIDES, FoundPictures, read_folder
+from flowspace.demo.pictures import FoundPictures, read_folder
 from flowspace.demo.record import nearest, to_bytes
+from flowspace.demo.request import NAMES, SIDES
 from flowspace.demo.shapes import SHAPES, drawn_shapes, shape
 
 
@@ -473,5 +474,11 @@ def test_shapes_are_drawn_alike_from_a_seed_and_as_their_files_would_be_read(tmp
 
 
 def test_a_set_with_its_own_side_takes_no_other():
-    with pytest.raises(InputError, match="whose side is its own"):
+    with pytest.raises(InputError, match="--data digits, whose pictures have 8 pixels a side"):
         sets.chosen("digits", 32)
+    with pytest.raises(InputError, match="--data fashion-mnist, whose pictures have 28"):
+        sets.chosen("fashion-mnist", 64)
+
+
+def test_the_sets_that_can_be_asked_for_are_those_that_are_made():
+    assert (*SETTINGS, *sets.SHIPPED) == NAMES

@@ -17,29 +17,25 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+from flowspace.demo.request import check_side
 from flowspace.errors import InputError
 from flowspace.vision.data import BROKEN, FORMATS, SUFFIXES, Images, check_file, check_shape
 
 __all__ = [
     "FEWEST",
     "FEWEST_OF_A_CLASS",
-    "SIDES",
     "FoundPictures",
-    "check_side",
     "read_folder",
 ]
-
-SIDES = (28, 32, 40, 48, 56, 64)
-"""Pixels a side that the recipe suits: four to seven cells, doubled two to four times."""
-
-COMMON_SIDES = (28, 32, 48, 64)
-"""Of which one is taken where none is asked for."""
 
 FEWEST = 20
 """Pictures in a folder, of which a quarter is held out."""
 
 FEWEST_OF_A_CLASS = 8
 """Of which two are held out, three train the judges and three the perceptual network."""
+
+COMMON_SIDES = (28, 32, 48, 64)
+"""Of which one is taken where none is asked for."""
 
 MOST_LOOKED_AT = 500
 """Pictures whose sizes are looked at to choose a side."""
@@ -86,12 +82,12 @@ def read_folder(root: Path | str, side: int | None = None) -> FoundPictures:
 
     Args:
         root: the folder.
-        side: pixels a side, of `SIDES`; None takes 28, 32, 48 or 64, the largest that is no
-            larger than the shorter side of half of the pictures.
+        side: pixels a side: 28, 32, 40, 48, 56 or 64. None takes 28, 32, 48 or 64, the largest
+            that is no larger than the shorter side of half of the pictures.
 
     Raises:
         InputError: if it is no folder, holds no pictures, too few of them, or pictures beside
-            folders of pictures; if the side is none of `SIDES`.
+            folders of pictures; if the side is none of those.
     """
     check_side(side)
     root = _innermost(Path(root))
@@ -110,16 +106,6 @@ def read_folder(root: Path | str, side: int | None = None) -> FoundPictures:
     _check_counts(root, found)
     _warn(root, found)
     return found
-
-
-def check_side(side: int | None) -> None:
-    """Refuse a side that the recipe does not suit; None chooses one.
-
-    Raises:
-        InputError: if it is none of `SIDES`.
-    """
-    if side is not None and side not in SIDES:
-        raise InputError(f"got --side {side}; write one of {', '.join(map(str, SIDES))}")
 
 
 class PictureFiles(Images):

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from flowspace.demo.data import SETTINGS, Data, PictureSettings, Settings, load
 from flowspace.demo.loop import TrainSettings
-from flowspace.demo.pictures import FoundPictures, check_side, read_folder
+from flowspace.demo.pictures import FoundPictures, read_folder
+from flowspace.demo.request import check_data
 from flowspace.demo.shapes import drawn_shapes
 from flowspace.errors import InputError
 
-__all__ = ["CLOTHES", "FASHION_MNIST", "NAMES", "chosen", "fashion_mnist", "split"]
+__all__ = ["CLOTHES", "FASHION_MNIST", "SHIPPED", "chosen", "fashion_mnist", "split"]
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package ``dataset-fashion-mnist`` leaves its files."""
@@ -59,28 +60,21 @@ def chosen(name: str, side: int | None = None, steps: int | None = None) -> tupl
     """Return the settings and the data of a name or a folder.
 
     Args:
-        name: one of `NAMES`, or a folder of pictures.
-        side: pixels a side; None chooses. Digits and MNIST have their own.
+        name: one of `flowspace.demo.request.NAMES`, or a folder of pictures.
+        side: pixels a side; None chooses. Digits, MNIST and Fashion-MNIST have their own.
         steps: of the generator; None is the recipe's own number.
 
     Raises:
         InputError: if it is none of these, its package is not installed, or the folder does not
             hold what a run needs.
     """
+    check_data(name, side)
     if name in SETTINGS:
-        if side is not None:
-            raise InputError(f"got --side {side} with --data {name}, whose side is its own")
         settings, data = SETTINGS[name], load(name)
     elif name in SHIPPED:
-        check_side(side)
         settings, data = pictures(name, SHIPPED[name](side))
-    elif Path(name).is_dir():
-        settings, data = pictures(name, read_folder(Path(name), side))
     else:
-        raise InputError(
-            f"got --data {name}, which is no folder; write the folder of your pictures, or one of "
-            f"{', '.join(NAMES)}"
-        )
+        settings, data = pictures(name, read_folder(Path(name), side))
     if steps is not None:
         settings = replace(settings, generator=replace(settings.generator, steps=steps))
     return settings, data
@@ -171,10 +165,8 @@ def _values(path: Path, header: int) -> Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
-def _clothes(side: int | None) -> FoundPictures:
-    """Return the training pictures of Fashion-MNIST."""
-    if side not in (None, 28):
-        raise InputError(f"got --side {side} with --data fashion-mnist, whose pictures have 28")
+def _clothes(_: int | None) -> FoundPictures:
+    """Return the training pictures of Fashion-MNIST, which have a side of their own."""
     pixels, labels = fashion_mnist()
     return FoundPictures(pixels[:, None], labels, CLOTHES, True, {}, {})
 
@@ -196,5 +188,4 @@ SHIPPED: Mapping[str, Callable[[int | None], FoundPictures]] = {
     "openmoji": _openmoji,
     "shapes": _shapes,
 }
-
-NAMES = (*SETTINGS, *SHIPPED)
+"""What makes the pictures of a set, given their side; None is its own choice."""
