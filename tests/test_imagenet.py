@@ -19,7 +19,7 @@ import torch
 from launch import in_processes
 from safetensors.torch import load_file
 
-from flowspace import InputError, RunError
+from flowspace import ExpressionError, InputError, RunError
 from flowspace.times import TIME_FLOOR
 from flowspace.training import AdversarialStep, assign
 
@@ -151,6 +151,14 @@ def test_a_run_trains_ships_logs_and_ends_with_its_page(config, capsys):
     assert page.count("<svg") == 2  # losses, gradients
     assert settings.of_run(config.out) == config
     assert "report.html" in capsys.readouterr().out
+
+
+def test_the_page_of_a_run_says_commands_that_work(config):
+    found = report.commands(config, 2)
+    assert "--labels 0 1;" in found and "from_pretrained" in found
+    assert "--labels 0 1 2;" in report.commands(config, 1000)
+    across = settings.replaced(config, generator={"space": "latent"})
+    assert "from_pretrained" not in report.commands(across, 2)
 
 
 def test_the_steps_that_trackers_are_told_never_fall(config, monkeypatch):
@@ -619,6 +627,14 @@ def test_training_reads_the_latents_that_were_encoded(config, encoder_folder):
         ("encoder.name=va-vae", "beside encoder.stage_one"),
         ("encoder.stage_one=null", "got no encoder"),
         ("objective.kind=meanflow", "write generator.space=latent"),
+        (
+            "perceptual=[{network: lpips, layers: [1]}]",
+            r"perceptual\.0 .*size, layers or unit for lpips.*leave them out",
+        ),
+        ("perceptual=[{network: lpips, size: 64}]", "size, layers or unit for lpips"),
+        ("perceptual=[{network: lpips, unit: true}]", "size, layers or unit for lpips"),
+        ("encoder.half=true", "write encoder.half=false encoder.weights=null"),
+        ("encoder.weights=vae.pt", "write encoder.half=false encoder.weights=null"),
         ("evaluation.extractors=[{network: resnet18}]", "write evaluation.held_out=FOLDER"),
         ("generator.width", "write KEY=VALUE"),
     ],
@@ -633,6 +649,29 @@ def test_what_belongs_to_another_objective_is_refused(tiny):
         settings.load(tiny, ["objective.kind=consistency", "objective.literal=true"])
     with pytest.raises(SettingsError, match="they compare images"):
         settings.load(tiny, ["generator.space=latent", "adversarial={network: resnet18}"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "words"),
+    [
+        ("meanflow", "objective.shifted=false", r"write objective\.shifted=true"),
+        ("improved-meanflow", "objective.shifted=false", r"write objective\.shifted=true"),
+        ("meanflow", "objective.equal=0.7", r"write objective\.equal=0\.5"),
+        ("improved-meanflow", "objective.equal=0.7", r"write objective\.equal=0\.5"),
+        ("flow-matching", "objective.equal=0.7", r"write objective\.equal=0\.5"),
+        ("consistency", "objective.equal=0.7", r"write objective\.equal=0\.5"),
+        ("meanflow", "generator.condition=s", "not see the time.*condition=t,s"),
+        ("improved-meanflow", "generator.condition=s", "not see the time.*condition=t,s"),
+        ("flow-matching", "generator.condition=t-s", "see no time.*condition=t,s"),
+    ],
+)
+def test_what_an_objective_would_not_use_is_refused(tiny, kind, change, words):
+    chosen = [f"objective.kind={kind}", "objective.shifted=true"]
+    if kind != "consistency":
+        chosen += ["generator.space=latent", "generator.condition=t,s"]
+    settings.load(tiny, chosen)
+    with pytest.raises(SettingsError, match=words):
+        settings.load(tiny, [*chosen, change])
 
 
 @pytest.mark.parametrize(
@@ -703,6 +742,16 @@ def test_the_earliest_time_of_the_settings_is_the_librarys():
         ({"generator": {"width": None}}, InputError, "got no generator.width"),
         ({"training": {"batch": 9, "accumulate": 2}}, RunError, "multiple of 2"),
         ({"training": {"batch": 25}}, RunError, "25 for 24 pictures"),
+        (
+            {
+                "encoder": {
+                    "stage_one": settings.StageOneConfig(batch=25, widths=(8, 8), channels=4)
+                }
+            },
+            RunError,
+            r"encoder\.stage_one\.batch = 25 for 24 pictures",
+        ),
+        ({"objective": {"beta": "1-q"}}, ExpressionError, "'q' is not allowed"),
         ({"training": {"processes": 2}}, RunError, "torchrun"),
         (
             {"adversarial": settings.AdversarialConfig("resnet18", "/nowhere", size=None)},
@@ -1058,10 +1107,13 @@ def test_the_consistency_row_goes_to_the_data():
         {"objective": {"kind": "consistency"}},
         {"objective": {"literal": True, "estimated": True, "penalty": "squared"}},
         {"objective": {"drop_labels": 0.5}},
-        {"generator": {"space": "latent", "condition": "t,s"}, "objective": {"kind": "meanflow"}},
         {
             "generator": {"space": "latent", "condition": "t,s"},
-            "objective": {"kind": "improved-meanflow"},
+            "objective": {"kind": "meanflow", "shifted": True},
+        },
+        {
+            "generator": {"space": "latent", "condition": "t,s"},
+            "objective": {"kind": "improved-meanflow", "shifted": True},
         },
         {
             "generator": {"space": "latent", "condition": "t,s"},

@@ -81,7 +81,8 @@ class PerceptualConfig:
     """A perceptual term: a timm network (or ``lpips``), its weights, layers and weight.
 
     ``weights`` is a file, or ``package:NAME``; ``unit`` scales the features of each place to
-    length 1, as LPIPS does. ``literal`` compares what the paper compares, the scaled prediction
+    length 1, as LPIPS does itself: it has its own layers, and takes images as they are.
+    ``literal`` compares what the paper compares, the scaled prediction
     with the image; ``largest_step`` bounds the factor |b/a| of that prediction, None
     does not.
     """
@@ -95,6 +96,14 @@ class PerceptualConfig:
     unit: bool = False
     literal: bool = False
     largest_step: Positive | None = None
+
+    def __post_init__(self) -> None:
+        resized = self.size not in (PerceptualConfig.size, None)
+        if self.network == "lpips" and (resized or self.layers is not None or self.unit):
+            raise ValueError(
+                "got size, layers or unit for lpips, which takes images as they are, by its own "
+                "layers, scaled already; leave them out"
+            )
 
 
 @dataclass(frozen=True, config=STRICT)

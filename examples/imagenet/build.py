@@ -68,17 +68,28 @@ def rows_of(config: ImageNetConfig, images: Images) -> Rows:
     """Return what training reads: the pictures, or their latents where they were encoded.
 
     Raises:
-        RunError: if there are fewer of them than a batch has rows.
+        RunError: if there are fewer of them than a batch has rows, of stage 1 or the generator.
     """
     rows: Rows = images
     if config.data.latents:
         rows = LatentImages(Path(config.data.latents), config.data.flip)
-    if config.training.batch > len(rows):
-        raise RunError(
-            f"got training.batch = {config.training.batch} for {len(rows)} pictures; write a "
-            "batch that is not larger"
-        )
+    check_batch("training.batch", config.training.batch, len(rows))
+    stage = config.encoder.stage_one
+    if stage and not stage.linear:
+        check_batch("encoder.stage_one.batch", stage.batch, len(images))
     return rows
+
+
+def check_batch(name: str, batch: int, count: int) -> None:
+    """See that there are as many pictures as a batch has rows.
+
+    Raises:
+        RunError: if there are fewer.
+    """
+    if batch > count:
+        raise RunError(
+            f"got {name} = {batch} for {count} pictures; write a batch that is not larger"
+        )
 
 
 # --- the network and its objective -------------------------------------------------------------

@@ -85,7 +85,7 @@ def write(config: ImageNetConfig) -> Path:
     ]
     if config.generator.space == "image":
         parts += by_time(config, images)
-    parts += [commands(config), page.provenance(log)]
+    parts += [commands(config, len(images.names)), page.provenance(log)]
     parts += [page.settings_table(config.as_dict())]
     return page.write(config.out / "report.html", config.name, parts)
 
@@ -217,15 +217,19 @@ def by_time(config: ImageNetConfig, images: Images) -> list[str | bytes]:
     return [text, page.class_rows(rows)]
 
 
-def commands(config: ImageNetConfig) -> str:
-    """Return what to do next."""
-    pipeline = config.out / "pipeline"
-    return (
-        f"Next: python examples/imagenet/sample.py {config.out} --labels 0 1 2; "
-        f"python examples/imagenet/evaluate.py {config.out} --averages; "
-        "longer: the same command with training.steps=MORE; "
-        f"on the hub: CrossFlowPipeline.from_pretrained('{pipeline}').push_to_hub('NAME')."
-    )
+def commands(config: ImageNetConfig, classes: int) -> str:
+    """Return what to do next, of a generator of so many classes."""
+    labels = " ".join(str(label) for label in range(min(3, classes)))
+    found = [
+        f"Next: python examples/imagenet/sample.py {config.out} --labels {labels}",
+        f"python examples/imagenet/evaluate.py {config.out} --averages",
+        "longer: the same command with training.steps=MORE",
+    ]
+    if config.generator.space == "image":  # elsewhere pipeline/ holds the generator alone
+        folder = config.out / "pipeline"
+        shipped = f"CrossFlowPipeline.from_pretrained('{folder}')"
+        found.append(f"on the hub: {shipped}.push_to_hub('NAME')")
+    return "; ".join(found) + "."
 
 
 def card(

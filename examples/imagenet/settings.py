@@ -56,6 +56,9 @@ __all__ = [
 EARLIEST = 0.01
 """The smallest time that is drawn: ``flowspace.schedules.TIME_FLOOR``, which needs torch."""
 
+MEAN_FLOWS = ("meanflow", "improved-meanflow")
+"""Objectives whose paper says their times."""
+
 
 @dataclass(frozen=True, config=STRICT)
 class DataConfig(PicturesConfig):
@@ -135,6 +138,8 @@ class ObjectiveConfig:
 
     ``literal`` puts the stop-gradient where the paper writes it; ``estimated`` differentiates
     along the estimated marginal velocity. ``consistency`` is kappa = 0 with its boundary loss.
+    ``literal``, ``estimated`` and ``equal`` are crossflow's; the mean flows draw the times of
+    their papers, without the shift.
     """
 
     kind: Literal["crossflow", "consistency", "meanflow", "improved-meanflow", "flow-matching"] = (
@@ -162,26 +167,8 @@ class ImageNetConfig(ProgramConfig):
     adversarial: AdversarialConfig | None = None
 
     def __post_init__(self) -> None:
-        if self.encoder.stage_one and self.encoder.name:
-            raise ValueError(
-                f"got encoder.name = {self.encoder.name!r} beside encoder.stage_one; write one of "
-                "them, and null for the other"
-            )
-        if not (self.encoder.stage_one or self.encoder.name):
-            raise ValueError(
-                "got no encoder; write encoder.name, such as va-vae or a path, or "
-                "encoder.stage_one to train one"
-            )
-        kind, literal = self.objective.kind, self.objective.literal
-        if kind != "crossflow" and (literal or self.objective.estimated):
-            raise ValueError(
-                f"got literal or estimated with objective.kind = {kind}; both are crossflow's"
-            )
-        if kind not in ("crossflow", "consistency") and self.generator.space == "image":
-            raise ValueError(
-                f"got objective.kind = {kind} for images, but it stays in one space; write "
-                "generator.space=latent"
-            )
+        check_encoder(self.encoder)
+        check_objective(self.objective, self.generator)
         across = self.perceptual or self.adversarial
         if across and self.generator.space == "latent":
             raise ValueError(
@@ -192,6 +179,79 @@ class ImageNetConfig(ProgramConfig):
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as JSON has them."""
         return reading.as_dict(self)
+
+
+# --- what fits together ------------------------------------------------------------------------
+
+
+def check_encoder(encoder: EncoderConfig) -> None:
+    """See that the encoder is either named or trained, and that its settings are used.
+
+    Raises:
+        ValueError: if they do not fit; it says what to write.
+    """
+    if encoder.stage_one and encoder.name:
+        raise ValueError(
+            f"got encoder.name = {encoder.name!r} beside encoder.stage_one; write one of "
+            "them, and null for the other"
+        )
+    if not (encoder.stage_one or encoder.name):
+        raise ValueError(
+            "got no encoder; write encoder.name, such as va-vae or a path, or "
+            "encoder.stage_one to train one"
+        )
+    if encoder.stage_one and (encoder.half or encoder.weights):
+        raise ValueError(
+            "got encoder.half or encoder.weights beside encoder.stage_one, whose encoder is "
+            "trained here and stays in float32; write encoder.half=false encoder.weights=null"
+        )
+
+
+def check_objective(objective: ObjectiveConfig, generator: GeneratorConfig) -> None:
+    """See that the objective uses its settings, and that the network sees the times it needs.
+
+    Raises:
+        ValueError: if they do not fit; it says what to write.
+    """
+    kind = objective.kind
+    if kind != "crossflow" and (objective.literal or objective.estimated):
+        raise ValueError(
+            f"got literal or estimated with objective.kind = {kind}; both are crossflow's"
+        )
+    if kind not in ("crossflow", "consistency") and generator.space == "image":
+        raise ValueError(
+            f"got objective.kind = {kind} for images, but it stays in one space; write "
+            "generator.space=latent"
+        )
+    if kind != "crossflow" and objective.equal != ObjectiveConfig.equal:
+        raise ValueError(
+            f"got objective.equal = {objective.equal} with objective.kind = {kind}, whose times "
+            f"are its own; leave it out, or write objective.equal={ObjectiveConfig.equal}"
+        )
+    if kind in MEAN_FLOWS and not objective.shifted:
+        raise ValueError(
+            f"got objective.shifted = false with objective.kind = {kind}, which draws the times "
+            "of its paper; leave it out, or write objective.shifted=true"
+        )
+    check_condition(kind, generator.condition)
+
+
+def check_condition(kind: str, condition: str) -> None:
+    """See that the network of an objective in latents sees what its rows differ in.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    if kind in MEAN_FLOWS and condition == "s":
+        raise ValueError(
+            f"got generator.condition = s with objective.kind = {kind}: the network would not "
+            "see the time of its input; write generator.condition=t,s"
+        )
+    if kind == "flow-matching" and condition == "t-s":
+        raise ValueError(
+            "got generator.condition = t-s with objective.kind = flow-matching, where s = t: the "
+            "network would see no time; write generator.condition=t,s"
+        )
 
 
 # --- reading -----------------------------------------------------------------------------------

@@ -162,13 +162,15 @@ def prepared(config: ImageNetConfig, accelerator: Accelerator, judged: bool = Fa
 
 
 def check_early(config: ImageNetConfig, accelerator: Accelerator, judged: bool) -> None:
-    """See that the batch can be shared out, stage 1 fits, and the judge's weights are there.
+    """See what can be seen before stage 1: the batch, the objective, latents, the judge's weights.
 
     Raises:
         RunError: if the batch cannot be shared out, or weights are missing.
-        InputError: if the latents that stage 1 will make do not fit.
+        InputError: if the objective cannot be built, or the latents that stage 1 will make do not
+            fit.
     """
     t = config.training
+    build.objective_of(config)
     share_of(t.batch, accelerator.process_index, accelerator.num_processes, t.accumulate)
     if config.encoder.stage_one:
         stage_one.check_fit(config, stage_one.shape_of(config))
