@@ -26,6 +26,7 @@ program = importlib.import_module("pixel_mean_flow")
 settings = importlib.import_module("pixel_settings")
 reading = importlib.import_module("reading")
 judges = importlib.import_module("judges")
+perceptual = importlib.import_module("pixel_perceptual")
 toy = importlib.import_module("toy")
 
 SMOKE = FOLDER / "configs" / "smoke.yaml"
@@ -133,7 +134,7 @@ def test_mixed_times_are_of_the_one_sampler_or_the_other(seed, share):
 def test_both_images_are_cropped_alike():
     torch.manual_seed(0)
     images = torch.rand(4, 3, 16, 16)
-    first, second = program.same_crops(images, 3 * images, 12)
+    first, second = perceptual.same_crops(images, 3 * images, 12)
     assert first.shape == (4, 3, 12, 12)
     torch.testing.assert_close(3 * first, second, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(first[0], first[1])
@@ -146,7 +147,7 @@ def test_pooled_features_do_not_depend_on_where_they_are():
         def forward(self, images):
             return [images]
 
-    pooled = program.Pooled(OneLayer())
+    pooled = perceptual.Pooled(OneLayer())
     (found,) = pooled(maps)
     torch.testing.assert_close(found, pooled(maps.flip(2, 3))[0])
     assert found.shape == (2, 5)
@@ -161,6 +162,9 @@ def test_all_published_configs_build_and_take_their_images(capsys):
     assert [line.split(":")[0] for line in lines] == ["b-256", "l-256", "h-256", "h-512"]
     names = {path.stem for path in settings.PAPER.glob("*.yaml")}
     assert names == {published.config for published in settings.PUBLISHED}
+    for name in names:
+        config = reading.load(settings.PixelMeanFlowConfig, settings.PAPER / f"{name}.yaml")
+        assert config.evaluation.weights  # without them a run could not be judged
 
 
 def test_a_published_config_of_another_size_is_refused():
@@ -190,12 +194,65 @@ def test_the_average_that_is_sampled_has_the_published_half_life(name, half_life
         ("objective.largest_omega=0.5", "greater than or equal to 1"),
         ("network.preset=xl", "'b', 'l' or 'h'"),
         ("data.path=nowhere", "no folder"),
+        ("data.path=emoji/test", "no folder"),
         ("data.path=emoji", "they judge digits, mnist, fashion-mnist"),
+        ("evaluation.reference=/no", r"got evaluation\.reference = /no, which is no folder"),
+        ("evaluation.held_out=/no", r"got evaluation\.held_out = /no, which is no folder"),
+        ("out=/dev/null/run", "/dev/null/run cannot be written to"),
     ],
 )
 def test_a_setting_that_cannot_be_is_one_clear_error(change, says, tmp_path):
     with pytest.raises(reading.SettingsError, match=says):
         settings.check(config_of(tmp_path, change))
+
+
+OTHER_JUDGE = "evaluation.extractors=[{network: resnet18, weights: /no}]"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (["evaluation.weights=/no"], r"got evaluation\.weights = /no, which is no file"),
+        (
+            [OTHER_JUDGE, "evaluation.held_out=digits/test"],
+            r"got evaluation\.extractors\.0\.weights = /no, which is no file",
+        ),
+        (["evaluation.extractor=inception"], r"null for inception.*evaluation\.weights=FILE"),
+    ],
+)
+def test_weights_of_judges_are_looked_for_where_the_run_is_judged(
+    changes, says, tmp_path, monkeypatch
+):
+    config = config_of(tmp_path, *changes)
+    settings.check(config)
+    monkeypatch.setattr(sys, "argv", ["pixel_mean_flow.py", "--evaluate"])
+    with pytest.raises(reading.SettingsError, match=says):
+        settings.check(config)
+
+
+def test_weights_of_the_judge_that_are_missing_are_found_before_training(tmp_path, monkeypatch):
+    config = config_of(
+        tmp_path, "evaluation={extractor: tf_efficientnet_lite2, weights: 'package:none'}"
+    )
+
+    def fit(*arguments):
+        raise AssertionError("trained")
+
+    monkeypatch.setattr(program.loop, "fit", fit)
+    with pytest.raises(program.InputError, match="got weights 'package:none'"):
+        run(config, ["--evaluate"])
+
+
+def test_a_batch_larger_than_the_pictures_is_refused(tmp_path):
+    config = config_of(tmp_path, "training.batch=1349")
+    with pytest.raises(program.InputError, match=r"training\.batch = 1349 for 1348 pictures"):
+        program.prepared(config, program.Accelerator(cpu=True))
+
+
+@pytest.mark.parametrize("folder", ["pixel_flow", "pixel_mean_flow"])
+def test_no_program_is_longer_than_400_lines(folder):
+    for path in (FOLDER.parent / folder).glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 400, path
 
 
 # --- judges ------------------------------------------------------------------------------------

@@ -39,19 +39,18 @@ import page
 import torch
 from accelerate import Accelerator
 from pictures import images_of, in_range
+from pixel_perceptual import perceptual_of, same_crops
 from stage import Losses, LossesOf, Stage
 from torch import Tensor, nn
-from torchvision.transforms import InterpolationMode, RandomResizedCrop
-from torchvision.transforms.functional import resized_crop
 
 from flowspace import (
     FlowMap,
+    InputError,
     LinearSchedule,
     LogitNormalTimes,
     MatchedStatistic,
     PixelMeanFlowLoss,
     RandomGuidance,
-    SquaredError,
     TimePairs,
     UniformTimes,
 )
@@ -59,7 +58,6 @@ from flowspace.times import PairSampler, RandomSource
 from flowspace.training import Draws, KeyedPairs, MuonAdamW, assign
 from flowspace.vision import PixelMeanFlowTransformer
 from flowspace.vision.data import Images
-from flowspace.vision.perceptual import FeatureNetwork, PerceptualLoss
 
 PROGRAM = "examples/pixel_mean_flow/pixel_mean_flow.py"
 
@@ -80,6 +78,8 @@ def main(config: PixelMeanFlowConfig, options: Sequence[str] = ()) -> None:
     """Train what is left to train; leave the network, the samples and the page."""
     accelerator = loop.accelerator_of(config.training, config.out, reading.as_dict(config))
     loop.check_processes(config.training, accelerator, PROGRAM)
+    if "--evaluate" in options and config.evaluation.extractor != CLASSIFIERS:
+        judging.extractors_of(config, accelerator.device)  # missing weights end the run here
     with loop.locked_by_first(config.out, accelerator):
         averaged: Any = loop.fit(prepared(config, accelerator), accelerator)
         network = averaged.without_velocity_head()
@@ -99,6 +99,12 @@ def main(config: PixelMeanFlowConfig, options: Sequence[str] = ()) -> None:
 def prepared(config: PixelMeanFlowConfig, accelerator: Accelerator) -> Stage:
     """Return the training; what can be refused is refused before a step is paid for."""
     images = images_of(config.data, config.out.parent)
+    batch = config.training.batch
+    if batch > len(images):
+        raise InputError(
+            f"got training.batch = {batch} for {len(images)} pictures; "
+            "write a batch that is not larger"
+        )
     classes = len(images.names)
     torch.manual_seed(config.training.seed)
     network = network_of(config, classes)
@@ -222,63 +228,6 @@ def losses_of(
         return cost
 
     return losses
-
-
-# --- perceptual terms --------------------------------------------------------------------------
-
-
-class Pooled(FeatureNetwork):
-    """The last features of a network, averaged over the image: ``(B, channels)``."""
-
-    def __init__(self, features: nn.Module) -> None:
-        super().__init__()
-        self.features = features
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Return the means of the features of images ``(B, 3, H, W)``."""
-        return [layer.flatten(2).mean(2) for layer in self.features(images)]
-
-
-def perceptual_of(
-    config: PixelMeanFlowConfig, device: torch.device
-) -> dict[str, image_losses.PerceptualTerm]:
-    """Return the perceptual terms by name; squared differences, summed where they are pooled."""
-    size = config.objective.crop or config.data.size
-    terms = image_losses.perceptual_of(config.perceptual, size, device, config.network.compile)
-    found = {}
-    for (name, term), settings in zip(terms.items(), config.perceptual, strict=True):
-        features: nn.Module = term.loss.features
-        if settings.pooled:
-            features = Pooled(features)
-        penalty = SquaredError(summed=settings.pooled)
-        loss = PerceptualLoss(features, penalty, term.loss.below, term.loss.unit)
-        found[name] = replace(term, loss=loss)
-    return found
-
-
-def same_crops(prediction: Tensor, images: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Return random crops of both ``(B, 3, H, W)``, alike for each row, scaled to ``size``.
-
-    They cover 8 to 100 % of the area in proportions of 3:4 to 4:3, as in the reference.
-    """
-    pairs = []
-    for pair in torch.stack([prediction, images], 1):
-        top, left, height, width = RandomResizedCrop.get_params(
-            pair, scale=[0.08, 1.0], ratio=[3 / 4, 4 / 3]
-        )
-        crop = resized_crop(
-            pair,
-            top,
-            left,
-            height,
-            width,
-            size=[size, size],
-            interpolation=InterpolationMode.BICUBIC,
-            antialias=True,
-        )
-        pairs.append(crop)
-    cropped = torch.stack(pairs)
-    return cropped[:, 0], cropped[:, 1]
 
 
 # --- samples -----------------------------------------------------------------------------------

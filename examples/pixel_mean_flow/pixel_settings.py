@@ -12,7 +12,7 @@ import reading
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from reading import STRICT, Count, Positive, SettingsError, Share
-from sections import SETS, PerceptualConfig, ProgramConfig
+from sections import SETS, EvaluationConfig, PerceptualConfig, ProgramConfig
 
 PAPER = Path(__file__).parent / "configs" / "paper"
 """The configs with the published settings."""
@@ -100,25 +100,49 @@ def from_command_line(usage: str | None) -> tuple[PixelMeanFlowConfig | None, li
 def check(config: PixelMeanFlowConfig) -> None:
     """See that what a config names is there, before torch is imported.
 
+    The weights of what judges are looked for with ``--evaluate`` alone.
+
     Raises:
         SettingsError: if it is not.
     """
     path, evaluation = config.data.path, config.evaluation
-    names = []
-    for known in SETS:
-        names += [known, f"{known}/test"]
-    reading.check_folder("data.path", path, names)
+    places = {
+        "data.path": path,
+        "evaluation.reference": evaluation.reference,
+        "evaluation.held_out": evaluation.held_out,
+    }
+    for key, place in places.items():
+        reading.check_folder(key, place, SETS)
     files = {}
     for number, term in enumerate(config.perceptual):
         files[f"perceptual.{number}.weights"] = term.weights
-    files["evaluation.weights"] = evaluation.weights
     reading.check_weights(files)
     if evaluation.extractor == CLASSIFIERS and path not in GREY:
         raise SettingsError(
             f"got evaluation.extractor = {CLASSIFIERS} for data.path = {path}; "
             f"they judge {', '.join(GREY)}"
         )
+    if "--evaluate" in sys.argv:
+        check_judges(evaluation)
     reading.check_writable(config.out)
+
+
+def check_judges(evaluation: EvaluationConfig) -> None:
+    """See that the weights of all networks that judge are there.
+
+    Raises:
+        SettingsError: if they are not.
+    """
+    judges = {"evaluation": (evaluation.extractor, evaluation.weights)}
+    for number, one in enumerate(evaluation.extractors):
+        judges[f"evaluation.extractors.{number}"] = (one.network, one.weights)
+    for key, (network, weights) in judges.items():
+        if network == "inception" and weights is None:
+            raise SettingsError(
+                f"got {key}.weights = null for inception, whose weights are a file; "
+                f"write {key}.weights=FILE"
+            )
+        reading.check_weights({f"{key}.weights": weights})
 
 
 @plain(frozen=True)
