@@ -126,6 +126,18 @@ def test_a_teacher_of_another_width_is_one_error_that_names_both(tmp_path):
         run(small(tmp_path / "run", *changes))
 
 
+def test_a_teacher_alone_is_judged_at_its_own_steps(tmp_path):
+    judge = "extractor: tf_efficientnet_lite0, weights: 'package:efficientnet-lite0', tried: 0"
+    alone = ("mid_training=null", "distillation=null", "fine_tuning=null", "scratch=null")
+    judged = f"evaluation={{{judge}, size: 32, samples: 10, batch: 10}}"
+    run(small(tmp_path / "run", *alone, judged), ["--evaluate"])
+    (folder,) = (tmp_path / "run").glob("evaluations-*")
+    assert folder.name == "evaluations-3"
+    scores = json.loads((folder / "metrics.json").read_text())
+    assert scores["count"] == 10
+    assert scores["extractor"] in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_a_judge_without_weights_is_refused_before_a_stage_is_trained(tmp_path):
     with pytest.raises(RunError, match=r"write evaluation\.weights=PATH"):
         run(small(tmp_path / "run"), ["--evaluate"])

@@ -13,7 +13,7 @@ CONFIG is a YAML file, such as examples/mean_flow_rae/configs/small.yaml. In a r
 
 as far as the config has them. The same command continues a run that was stopped, in whichever
 stage it was. ``--check`` builds everything without weights and sees that the shapes fit;
-``--evaluate`` judges samples of one and of two evaluations.
+``--evaluate`` judges samples of one and of two evaluations; of a teacher alone, of teacher_steps.
 
 A run's folder holds a folder of each stage (checkpoints, the log, samples), ``network/`` (what one
 ships), ``scores.json`` and ``report.html``.
@@ -46,7 +46,7 @@ from image_losses import adversary_of, perceptual_of
 from judging import digest, drawn, evaluate, extractors_of, plan_of
 from loop import accelerator_of, check_processes, fit, locked_by_first, optimizer_of, steps_of
 from pictures import images_of, in_range, pictures_in_order
-from rae_report import sampler_of, write_report
+from rae_report import evaluations_of, sampler_of, shipped_of, write_report
 from rae_representation import LatentRows, autoencoder_of, check_shapes
 from stage import Losses, LossesOf, Stage
 from torch import Tensor, nn
@@ -409,21 +409,21 @@ def main(config: RAEConfig, options: Sequence[str] = ()) -> None:
             torch.manual_seed(config.training.seed)
             network = DiTDH(**sizes, average=True)
             networks["scratch"] = in_latents(work, "scratch", network, encoder)
-        *_, shipped = [name for name in networks if name != "scratch"]
+        shipped = shipped_of(networks)
         if accelerator.is_main_process:
             networks[shipped].save_pretrained(config.out / "network")
         if "--evaluate" in options:
-            judge_samples(work, networks[shipped], encoder)
+            judge_samples(work, shipped, networks[shipped], encoder)
         if accelerator.is_main_process:
             path = write_report(config, images, networks, encoder)
             print(f"finished; the page of the run: {path}")
         accelerator.wait_for_everyone()
 
 
-def judge_samples(work: Work, network: DiTDH, encoder: LatentEncoder) -> None:
-    """Draw and judge as many samples as the config says, in one evaluation and in two."""
+def judge_samples(work: Work, name: str, network: DiTDH, encoder: LatentEncoder) -> None:
+    """Draw and judge as many samples of a stage's network as the config says."""
     config = work.config
-    for steps in (1, 2):
+    for steps in evaluations_of(config, name):
         own = dataclasses.replace(config, out=config.out / f"evaluations-{steps}")
         draw = sampler_of(config, network, encoder, steps)
         plan = plan_of(own, work.classes, config.latent)

@@ -1,6 +1,6 @@
 """What a run leaves beside its weights: scores of small sets, figures, ``report.html``."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,14 @@ from flowspace.vision.data import Images
 from flowspace.vision.encoders import LatentEncoder
 from flowspace.vision.evaluate import rounded
 
-__all__ = ["draws_of", "sampler_of", "stage_curves", "write_report"]
+__all__ = [
+    "draws_of",
+    "evaluations_of",
+    "sampler_of",
+    "shipped_of",
+    "stage_curves",
+    "write_report",
+]
 
 SHOWN = 10
 """Samples of each sampler in the figure."""
@@ -62,13 +69,26 @@ def sampler_of(
     return draw
 
 
+def shipped_of(names: Iterable[str]) -> str:
+    """Return the stage whose network is shipped: the last one, but for the baseline."""
+    *_, last = [name for name in names if name != "scratch"]
+    return last
+
+
+def evaluations_of(config: RAEConfig, name: str) -> tuple[int, ...]:
+    """Return in how many evaluations ``--evaluate`` judges the network of a stage."""
+    if name == "flow_matching":
+        return (config.teacher_steps,)
+    return 1, 2
+
+
 def draws_of(config: RAEConfig, names: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
     """Return which samplers are compared: by title the stage, and how many evaluations."""
     found = {}
     for name in names:
-        counts = (1, 2)
+        counts = evaluations_of(config, name)
         if name == "flow_matching":
-            counts = (config.teacher_steps, ROUGH, 1)
+            counts = (*counts, ROUGH, 1)
         for steps in counts:
             evaluations = "evaluations"
             if steps == 1:
@@ -109,7 +129,7 @@ def write_report(
         labels = torch.arange(plan.count) % plan.classes
         verdicts = verdicts_of(config, samples, labels)
         parts += ["By classifiers that no stage saw:", digits_judge.table(verdicts)]
-    for steps in (1, 2):
+    for steps in evaluations_of(config, shipped_of(networks)):
         folder = config.out / f"evaluations-{steps}"
         if folder.exists():
             parts += page.scores_tables(folder, "--evaluate")
