@@ -123,6 +123,9 @@ class Components(nn.Module):
 def grid_of(side: int) -> tuple[int, int]:
     """Return the side of the coarsest grid, at least 4 cells, and how often it is doubled to
     give the side of a picture.
+
+    Args:
+        side: pixels a side of the picture.
     """
     doublings = 0
     while side % 2 == 0 and side // 2 >= FEWEST_CELLS:
