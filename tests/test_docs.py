@@ -217,6 +217,17 @@ def test_every_command_of_a_page_is_one_that_exists(page):
                 assert main(words[1:]) == 0
 
 
+@pytest.mark.parametrize("page", with_programs(), ids=named)
+def test_what_is_installed_and_run_is_of_the_virtual_environment(page):
+    bash = [block for block in blocks(page) if block.kind == "bash"]
+    for block in bash:
+        for command in commands(block.code):
+            first = re.sub(r"^([A-Z_]+=\S+ )*", "", command).split()[0]
+            assert first not in ("pip", "python", "pytest", "flowspace"), (
+                f"{named(page)}:{block.line}: write .venv/bin/{first}"
+            )
+
+
 # --- links ---------------------------------------------------------------------------------------
 
 
@@ -255,6 +266,20 @@ def test_every_link_leads_to_a_file_and_a_heading(page):
         names_code = anchor.startswith("flowspace.")  # mkdocs looks at those of the reference
         if anchor and not names_code:
             assert anchor in anchors(target), f"{named(page)}: {address}"
+
+
+def cells(row):
+    """How many cells a row of a table has: code between backticks does not hide a bar."""
+    return len(re.findall(r"(?<!\\)\|", row.strip())) - 1
+
+
+@pytest.mark.parametrize("page", LINKING, ids=named)
+def test_every_row_of_a_table_has_the_cells_of_its_head(page):
+    text = re.sub(r"^( *)```.*?^\1```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for table in re.findall(r"(?:^ *\|.*\|\n?)+", text, re.MULTILINE):
+        head, *rows = table.strip().splitlines()
+        for row in rows:
+            assert cells(row) == cells(head), f"{named(page)}: {row}"
 
 
 def pages_of_nav():
@@ -298,7 +323,14 @@ def test_the_map_for_language_models_lists_the_navigation_in_its_order(llms):
 # --- the reference -------------------------------------------------------------------------------
 
 REFERENCE = [DOCS / f"reference{part}.md" for part in ("", "_vision", "_training")]
-PUBLIC = ["flowspace", "flowspace.derivatives", "flowspace.training", "flowspace.vision"]
+PUBLIC = [
+    "flowspace",
+    "flowspace.demo.picture_networks",
+    "flowspace.demo.pictures",
+    "flowspace.derivatives",
+    "flowspace.training",
+    "flowspace.vision",
+]
 BUILT_BY = {"Adapter": "adapt"}
 """Classes that nobody makes by hand, and the function that says what they are made of."""
 
