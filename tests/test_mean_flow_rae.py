@@ -144,6 +144,11 @@ def test_a_judge_without_weights_is_refused_before_a_stage_is_trained(tmp_path):
     assert not (tmp_path / "run" / "decoder").exists()
 
 
+def test_no_file_of_the_program_is_longer_than_400_lines():
+    for path in PROGRAM.glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 400, path.name
+
+
 # --- its objectives ----------------------------------------------------------------------------
 
 

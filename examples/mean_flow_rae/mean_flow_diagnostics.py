@@ -35,9 +35,11 @@ from central_difference import CentralDifference
 from judging import drawn, plan_of
 from loop import accelerator_of
 from matplotlib import pyplot as plt
-from mean_flow_rae import Work, copied
+from mean_flow_rae import copied
 from pictures import images_of
 from rae_report import sampler_of
+from rae_representation import encoded, representation
+from rae_work import NOISE, TIMES, Work
 from torch import Tensor
 
 from flowspace import LossOutput, Objective, SharedPrimal
@@ -82,7 +84,7 @@ class DistillationTrial:
         """Yield what the objective gives for the batches of so many steps."""
         seed, batch = self.training.seed, self.training.batch
         device = self.work.accelerator.device
-        pairs = KeyedPairs(objective.times, mean_flow_rae.TIMES)  # type: ignore[arg-type]
+        pairs = KeyedPairs(objective.times, TIMES)  # type: ignore[arg-type]
         objective = dataclasses.replace(objective, times=pairs)
         rows = KeyedRows(self.work.rows, seed, flip=False)
         batches = BatchRows(0, steps, batch, [(0, batch)])
@@ -91,7 +93,7 @@ class DistillationTrial:
             latents, labels = zip(*(rows[place] for place in places), strict=True)
             z = torch.stack(latents).to(device)
             cond = {"labels": torch.tensor(labels, device=device)}
-            noise = pairs.draws.normal(z.shape[1:], mean_flow_rae.NOISE)
+            noise = pairs.draws.normal(z.shape[1:], NOISE)
             yield objective(network, z, cond=cond, noise=noise)
 
     def trained(self, network: DiTDH, objective: Objective) -> list[tuple[float, float]]:
@@ -222,8 +224,8 @@ def main(config: RAEConfig) -> None:
     images = images_of(config.data, config.out.parent)
     config = mean_flow_rae.with_baseline(config, len(images))
     work = Work(config, accelerator, images, images)
-    encoder = mean_flow_rae.representation(work)
-    work.rows = mean_flow_rae.encoded(work, encoder)
+    encoder = representation(work)
+    work.rows = encoded(work, encoder)
     teacher = mean_flow_rae.teacher_of(work, encoder)
     students = mean_flow_rae.students_of(work, encoder, teacher)
     torch.manual_seed(config.training.seed)

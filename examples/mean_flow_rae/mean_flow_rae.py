@@ -34,28 +34,25 @@ if __name__ == "__main__":
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import page
 import torch
-from accelerate import Accelerator
 from central_difference import CentralDifference
-from image_losses import adversary_of, perceptual_of
 from judging import digest, drawn, evaluate, extractors_of, plan_of
-from loop import accelerator_of, check_processes, fit, locked_by_first, optimizer_of, steps_of
-from pictures import images_of, in_range, pictures_in_order
+from loop import accelerator_of, check_processes, locked_by_first, steps_of
+from pictures import images_of, in_range
 from rae_report import evaluations_of, sampler_of, shipped_of, write_report
-from rae_representation import LatentRows, autoencoder_of, check_shapes
-from stage import Losses, LossesOf, Stage
+from rae_representation import check_shapes, encoded, representation
+from rae_work import DROPPED, NOISE, STAGES, TIMES, Work
+from stage import Losses, LossesOf
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 
 from flowspace import (
     Derivative,
     FlowMatchingLoss,
-    LinearSchedule,
     MeanFlowDistillationLoss,
     MeanFlowLoss,
     Objective,
@@ -64,144 +61,12 @@ from flowspace import (
     TimePairs,
     TrajectoryMatchingLoss,
 )
-from flowspace.training import AdversarialStep, Draws, KeyedPairs, Rows
+from flowspace.training import Draws, KeyedPairs
 from flowspace.vision import DiTDH
-from flowspace.vision.data import Images
 from flowspace.vision.encoders import LatentEncoder
-from flowspace.vision.rae import DecoderLoss, RAEReconstruction, keep_statistics
-
-STAGES = ("decoder", "flow_matching", "mid_training", "distillation", "fine_tuning", "scratch")
-"""In their order; what is trained in one depends on the settings of those before it."""
-
-NOISE, TIMES, SPREAD, DROPPED = 0, 1, 2, 5
-"""Streams of the draws of a step; 3 and 4 are the discriminator's."""
 
 SHEET = 80
 """Samples that are looked at when a stage ends."""
-
-
-@dataclass
-class Work:
-    """What every stage is given: the settings, the processes, what is read.
-
-    ``rows`` are pictures, or latents that were encoded once.
-    """
-
-    config: RAEConfig
-    accelerator: Accelerator
-    images: Images
-    rows: Rows
-
-    @property
-    def classes(self) -> int:
-        """How many classes the pictures have."""
-        return len(self.images.names)
-
-    def fit(self, name: str, network: nn.Module, losses: LossesOf, **more: Any) -> Any:
-        """Train a network as the settings of a stage say, or go on; return its average."""
-        config = self.config
-        number = STAGES.index(name)
-        training = getattr(config, name).over(config.training, number)
-        stage = Stage(
-            name,
-            network,
-            losses,
-            self.rows,
-            training=training,
-            depends=self.depends(number),
-            folder=config.out / name,
-            optimizer=optimizer_of(training),
-            flip=config.data.flip,
-            workers=config.data.workers,
-            begun=functools.partial(page.keep_config, config.out, as_dict(config)),
-            **more,
-        )
-        return fit(stage, self.accelerator)
-
-    def depends(self, number: int) -> dict[str, Any]:
-        """Return the settings that what is trained in the stage of a number depends on."""
-        settings = as_dict(self.config)
-        found = {
-            "data": settings["data"] | {"workers": None},
-            "representation": settings["representation"],
-            "network": settings["network"] | {"compile": None},
-            "objectives": settings["objectives"],
-            "teacher": settings["teacher"],
-        }
-        for earlier in STAGES[:number]:
-            found[earlier] = settings[earlier]
-        return found
-
-
-# --- stage 0: the representation ---------------------------------------------------------------
-
-
-def representation(work: Work) -> LatentEncoder:
-    """Return the frozen encoder with its decoder, which is trained first if a stage says so."""
-    config, accelerator = work.config, work.accelerator
-    torch.manual_seed(config.training.seed)
-    autoencoder = autoencoder_of(config).to(accelerator.device)
-    if config.decoder is None:
-        return LatentEncoder(autoencoder)
-    if autoencoder._latents_mean.numel() == 1:
-        encoder = LatentEncoder(autoencoder)
-        keep_statistics(encoder.fit(pictures_of(work), by_position=True))
-    network = RAEReconstruction(autoencoder, config.representation.tau)
-    if config.network.compile:
-        for layer in autoencoder.decoder.decoder_layers:
-            layer.compile()
-    adversary = None
-    settings = config.representation.adversarial
-    if settings is not None:
-        adversary = adversary_of(config, settings, LinearSchedule(), accelerator)
-    losses = decoder_losses(config, network, adversary, accelerator.device)
-    averaged = work.fit("decoder", network, losses, adversary=adversary)
-    return LatentEncoder(averaged.autoencoder)
-
-
-def pictures_of(work: Work) -> Iterator[Tensor]:
-    """Yield all pictures in their order, in [-1, 1], on the device."""
-    for pixels in pictures_in_order(work.images, 64, work.config.data.workers):
-        yield in_range(pixels.to(work.accelerator.device))
-
-
-def decoder_losses(
-    config: RAEConfig,
-    reconstruction: RAEReconstruction,
-    adversary: AdversarialStep | None,
-    device: torch.device,
-) -> LossesOf:
-    """Return L1 + w_L LPIPS + w_G eta GAN of pictures whose features were made noisy."""
-    r = config.representation
-    loss = DecoderLoss()
-    if r.adversarial is not None:
-        loss = dataclasses.replace(loss, adversarial_weight=r.adversarial.weight)
-    if r.perceptual is not None:
-        (term,) = perceptual_of([r.perceptual], config.data.size, device).values()
-        loss = dataclasses.replace(loss, perceptual=term.loss, perceptual_weight=term.weight)
-
-    def losses(network: nn.Module, batch: Sequence[Tensor], draws: Draws) -> Losses:
-        images = in_range(batch[0])
-        spread = draws.uniform((), SPREAD)
-        noise = draws.normal(config.latent, NOISE)
-        made = network(images, spread, noise)
-        opinion, last = None, None
-        if adversary is not None:
-            opinion = adversary.opinion(made, draws)
-        if not config.training.sharded:
-            last = reconstruction.last_layer
-        terms = loss(made, images, opinion, last)
-        return Losses({"reconstruction": terms.loss}, {"reconstruction": 1.0}, {}, made, images)
-
-    return losses
-
-
-def encoded(work: Work, encoder: LatentEncoder) -> Rows:
-    """Return the latents of all pictures, which the other stages read."""
-    found = []
-    for images in pictures_of(work):
-        found.append(encoder.encode(images).cpu())
-    return LatentRows(work.images, torch.cat(found))
 
 
 # --- stages 1 to 4: the objectives -------------------------------------------------------------

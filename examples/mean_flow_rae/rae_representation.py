@@ -1,22 +1,42 @@
-"""The frozen encoder with its decoder, as diffusers' ``AutoencoderRAE``; and latents in memory."""
+"""Stage 0: the frozen encoder with its decoder, as diffusers' ``AutoencoderRAE``, which is trained
+where a run says so; and latents in memory.
+"""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from image_losses import weights_of
+from image_losses import adversary_of, perceptual_of, weights_of
+from pictures import in_range, pictures_in_order
 from rae_settings import RAEConfig
+from rae_work import NOISE, SPREAD, Work
+from stage import Losses, LossesOf
 from torch import Tensor, nn
 
-from flowspace import InputError
+from flowspace import InputError, LinearSchedule
+from flowspace.training import AdversarialStep, Draws, Rows
 from flowspace.vision import DiTDH
 from flowspace.vision.data import Images
-from flowspace.vision.encoders import load_encoder
+from flowspace.vision.encoders import LatentEncoder, load_encoder
 from flowspace.vision.perceptual import TimmFeatures
-from flowspace.vision.rae import build_rae, with_decoder
+from flowspace.vision.rae import (
+    DecoderLoss,
+    RAEReconstruction,
+    build_rae,
+    keep_statistics,
+    with_decoder,
+)
 
-__all__ = ["LatentRows", "autoencoder_of", "check_shapes", "unfilled"]
+__all__ = [
+    "LatentRows",
+    "autoencoder_of",
+    "check_shapes",
+    "encoded",
+    "representation",
+    "unfilled",
+]
 
 
 def unfilled(config: RAEConfig) -> Any:
@@ -61,6 +81,72 @@ def tokens_of_features(network: nn.Module, images: Tensor) -> Tensor:
     return features.flatten(2).transpose(1, 2)
 
 
+# --- its training ------------------------------------------------------------------------------
+
+
+def representation(work: Work) -> LatentEncoder:
+    """Return the frozen encoder with its decoder, which is trained first if a stage says so."""
+    config, accelerator = work.config, work.accelerator
+    torch.manual_seed(config.training.seed)
+    autoencoder = autoencoder_of(config).to(accelerator.device)
+    if config.decoder is None:
+        return LatentEncoder(autoencoder)
+    if autoencoder._latents_mean.numel() == 1:
+        encoder = LatentEncoder(autoencoder)
+        keep_statistics(encoder.fit(pictures_of(work), by_position=True))
+    network = RAEReconstruction(autoencoder, config.representation.tau)
+    if config.network.compile:
+        for layer in autoencoder.decoder.decoder_layers:
+            layer.compile()
+    adversary = None
+    settings = config.representation.adversarial
+    if settings is not None:
+        adversary = adversary_of(config, settings, LinearSchedule(), accelerator)
+    losses = decoder_losses(config, network, adversary, accelerator.device)
+    averaged = work.fit("decoder", network, losses, adversary=adversary)
+    return LatentEncoder(averaged.autoencoder)
+
+
+def pictures_of(work: Work) -> Iterator[Tensor]:
+    """Yield all pictures in their order, in [-1, 1], on the device."""
+    for pixels in pictures_in_order(work.images, 64, work.config.data.workers):
+        yield in_range(pixels.to(work.accelerator.device))
+
+
+def decoder_losses(
+    config: RAEConfig,
+    reconstruction: RAEReconstruction,
+    adversary: AdversarialStep | None,
+    device: torch.device,
+) -> LossesOf:
+    """Return L1 + w_L LPIPS + w_G eta GAN of pictures whose features were made noisy."""
+    r = config.representation
+    loss = DecoderLoss()
+    if r.adversarial is not None:
+        loss = dataclasses.replace(loss, adversarial_weight=r.adversarial.weight)
+    if r.perceptual is not None:
+        (term,) = perceptual_of([r.perceptual], config.data.size, device).values()
+        loss = dataclasses.replace(loss, perceptual=term.loss, perceptual_weight=term.weight)
+
+    def losses(network: nn.Module, batch: Sequence[Tensor], draws: Draws) -> Losses:
+        images = in_range(batch[0])
+        spread = draws.uniform((), SPREAD)
+        noise = draws.normal(config.latent, NOISE)
+        made = network(images, spread, noise)
+        opinion, last = None, None
+        if adversary is not None:
+            opinion = adversary.opinion(made, draws)
+        if not config.training.sharded:
+            last = reconstruction.last_layer
+        terms = loss(made, images, opinion, last)
+        return Losses({"reconstruction": terms.loss}, {"reconstruction": 1.0}, {}, made, images)
+
+    return losses
+
+
+# --- latents in memory -------------------------------------------------------------------------
+
+
 @dataclass
 class LatentRows:
     """The latents of all pictures, encoded once, with their labels."""
@@ -80,6 +166,17 @@ class LatentRows:
         return self.images.order(seed, number)
 
 
+def encoded(work: Work, encoder: LatentEncoder) -> Rows:
+    """Return the latents of all pictures, which the other stages read."""
+    found = []
+    for images in pictures_of(work):
+        found.append(encoder.encode(images).cpu())
+    return LatentRows(work.images, torch.cat(found))
+
+
+# --- do the shapes fit? ------------------------------------------------------------------------
+
+
 def check_shapes(config: RAEConfig) -> None:
     """Build the networks without memory, let shapes go through them, and print their sizes.
 
@@ -94,8 +191,8 @@ def check_shapes(config: RAEConfig) -> None:
         latents, t = torch.empty(2, *config.latent), torch.empty(2)
         labels = torch.zeros(2, dtype=torch.long)
         if config.representation.network is None:  # else the features' place is empty here
-            encoded = autoencoder.encode(torch.empty(2, *picture))
-            require_shape("latents", encoded.latent, config.latent)
+            made = autoencoder.encode(torch.empty(2, *picture))
+            require_shape("latents", made.latent, config.latent)
         velocities = network(latents, t, t, labels)
         require_shape("velocities", velocities, config.latent)
         decoded = autoencoder.decode(latents)
