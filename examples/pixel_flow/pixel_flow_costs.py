@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from flowspace import Cascade, CascadeStage
 from flowspace.demo.page import markdown_table
 
-__all__ = ["cost_line", "cost_table", "costs_of", "flops_of"]
+__all__ = ["cost_line", "cost_table", "costs_of", "flops_of", "solver_line"]
 
 
 def flops_of(config: PixelFlowConfig, network: nn.Module, cond: Mapping[str, Tensor]) -> list[int]:
@@ -61,6 +61,18 @@ def cost_line(config: PixelFlowConfig, flops: Sequence[int]) -> str:
         f"and {single / 1e9:.4g} by as many steps at full resolution: "
         f"{whole / single:.3f} of them."
     )
+
+
+def solver_line(config: PixelFlowConfig) -> list[str]:
+    """Return a sentence that says so where the solver takes other steps than are counted."""
+    solver = config.sampling.solver
+    if solver != "dormand-prince":
+        return []
+    counts = ", ".join(f"{count}" for count in config.steps)
+    return [
+        f"Counted are {counts} Euler steps in the stages, coarsest first. The samples here are "
+        f"drawn by {solver}, which takes as many evaluations as its tolerances ask for."
+    ]
 
 
 def cost_table(config: PixelFlowConfig, flops: Sequence[int]) -> str:

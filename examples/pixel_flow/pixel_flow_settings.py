@@ -22,13 +22,18 @@ __all__ = [
 
 @dataclass(frozen=True, config=STRICT)
 class PixelFlowNetworkConfig:
-    """The transformer: a preset, or depth, width and heads; ``patch`` is pixels a side."""
+    """The transformer: a preset, or depth, width and heads; ``patch`` is pixels a side.
+
+    ``begin`` is the folder of a trained network, such as ``network`` of another run, whose weights
+    are the first ones; it may lack what this one is told. Null begins untrained.
+    """
 
     preset: Literal["b", "l", "xl"] | None = "xl"
     depth: Count | None = None
     width: Count | None = None
     heads: Count | None = None
     patch: Count = 4
+    begin: str | None = None
     compile: bool = False
     checkpointing: bool = False
 
@@ -105,6 +110,12 @@ class PixelFlowConfig(ProgramConfig):
                 f"got cascade.objective = {self.cascade.objective}, which trains steps of the "
                 "flow map; write cascade.packed=false sampling.solver=flow-map"
             )
+        evaluations = self.evaluation.evaluations
+        if evaluations != 1:
+            raise ValueError(
+                f"got evaluation.evaluations = {evaluations}, which PixelFlow does not read; "
+                f"write sampling.steps={evaluations}, which are those of each stage"
+            )
         for name in ("ramp", "steps"):
             given = getattr(self.sampling, name)
             if isinstance(given, tuple) and len(given) != self.stages:
@@ -147,6 +158,7 @@ def check(config: PixelFlowConfig) -> None:
     }
     for key, place in places.items():
         reading.check_folder(key, place, SETS)
+    reading.check_folder("network.begin", config.network.begin)
     check_judges(e)
     reading.check_writable(config.out)
 
