@@ -144,6 +144,20 @@ def test_a_judge_without_weights_is_refused_before_a_stage_is_trained(tmp_path):
     assert not (tmp_path / "run" / "decoder").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["distillation.batch=450"], "got distillation.batch = 450 for 449 pictures"),
+        (["training.batch=450"], "got training.batch = 450 for 449 pictures"),
+        (["mid_training.accumulate=3"], r"got batch = 2 .* accumulate = 3"),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_refused_before_a_stage_is_trained(tmp_path, changes, words):
+    with pytest.raises(RunError, match=words):
+        run(small(tmp_path / "run", *changes))
+    assert not (tmp_path / "run" / "decoder").exists()
+
+
 def test_no_file_of_the_program_is_longer_than_400_lines():
     for path in PROGRAM.glob("*.py"):
         assert len(path.read_text().splitlines()) <= 400, path.name

@@ -39,6 +39,7 @@ from typing import Any
 
 import page
 import torch
+from accelerate import Accelerator
 from central_difference import CentralDifference
 from judging import digest, drawn, evaluate, extractors_of, plan_of
 from loop import accelerator_of, check_processes, locked_by_first, steps_of
@@ -56,13 +57,15 @@ from flowspace import (
     MeanFlowDistillationLoss,
     MeanFlowLoss,
     Objective,
+    RunError,
     SharedPrimal,
     ShiftedTimes,
     TimePairs,
     TrajectoryMatchingLoss,
 )
-from flowspace.training import Draws, KeyedPairs
+from flowspace.training import Draws, KeyedPairs, share_of
 from flowspace.vision import DiTDH
+from flowspace.vision.data import Images
 from flowspace.vision.encoders import LatentEncoder
 
 SHEET = 80
@@ -258,11 +261,8 @@ def main(config: RAEConfig, options: Sequence[str] = ()) -> None:
     check_processes(config.training, accelerator, "examples/mean_flow_rae/mean_flow_rae.py")
     images = images_of(config.data, config.out.parent)
     config = with_baseline(config, len(images))
+    check_early(config, accelerator, images, "--evaluate" in options)
     sizes = config.sizes(len(images.names))
-    if config.teacher is not None:  # refused before a step is paid for
-        DiTDH.from_flow_matching(config.teacher, **sizes)
-    if "--evaluate" in options:
-        extractors_of(config, accelerator.device)
     work = Work(config, accelerator, images, images)
     with locked_by_first(config.out, accelerator):
         encoder = representation(work)
@@ -283,6 +283,42 @@ def main(config: RAEConfig, options: Sequence[str] = ()) -> None:
             path = write_report(config, images, networks, encoder)
             print(f"finished; the page of the run: {path}")
         accelerator.wait_for_everyone()
+
+
+def check_early(config: RAEConfig, accelerator: Accelerator, images: Images, judged: bool) -> None:
+    """See that batches and the teacher fit and the judge's weights are there, before a step of
+    any stage is paid for.
+
+    Raises:
+        RunError: if a batch is larger than the pictures or cannot be shared out, or weights are
+            missing.
+        InputError: if the teacher has other sizes than the config.
+    """
+    for name in STAGES:
+        if getattr(config, name) is not None:
+            check_batch(config, name, accelerator, len(images))
+    if config.teacher is not None:
+        DiTDH.from_flow_matching(config.teacher, **config.sizes(len(images.names)))
+    if judged:
+        extractors_of(config, accelerator.device)
+
+
+def check_batch(config: RAEConfig, name: str, accelerator: Accelerator, count: int) -> None:
+    """See that the batch of a stage is not larger than the pictures, and can be shared out.
+
+    Raises:
+        RunError: if it is not.
+    """
+    stage = getattr(config, name)
+    t = stage.over(config.training, 0)
+    if t.batch > count:
+        key = f"{name}.batch"
+        if stage.batch is None:
+            key = "training.batch"
+        raise RunError(
+            f"got {key} = {t.batch} for {count} pictures; write a batch that is not larger"
+        )
+    share_of(t.batch, accelerator.process_index, accelerator.num_processes, t.accumulate)
 
 
 def judge_samples(work: Work, name: str, network: DiTDH, encoder: LatentEncoder) -> None:
