@@ -21,7 +21,9 @@ for needed in ("pydantic", "accelerate", "diffusers", "timm", "torch_fidelity", 
 
 COMMON = Path(__file__).parents[1] / "examples" / "common"
 sys.path.insert(1, str(COMMON))
+image_losses = importlib.import_module("image_losses")
 loop = importlib.import_module("loop")
+profiling = importlib.import_module("profiling")
 pictures = importlib.import_module("pictures")
 reading = importlib.import_module("reading")
 sections = importlib.import_module("sections")
@@ -80,6 +82,47 @@ def test_losses_need_neither_times_nor_what_was_made():
     cost = stage.Losses({"a": weight * 2, "b": weight}, {"a": 0.5, "b": 3.0})
     assert torch.equal(cost.rows, torch.full((4,), 4.0))
     assert cost.gradients() == {} and cost.times == {}
+
+
+def test_a_profile_prints_what_stands_beside_its_parts():
+    found = {"milliseconds": 12.34, "device": "NVIDIA H100", "shares": {"flow": 0.6, "other": 0.4}}
+    lines = profiling.lines_of(found)
+    assert lines[0].startswith("12.3 ms a step on NVIDIA H100") and len(lines) == 3
+    more = profiling.lines_of(found | {"idle": 0.125, "utilisation": 0.4})
+    assert more == [*lines, "the card computes nothing: 12.5%", "of the card's peak: 40.0%"]
+
+
+@pytest.mark.filterwarnings("ignore")  # dynamo's own, and torchvision's of lpips
+def test_lpips_is_compiled_where_the_config_asks_so(tmp_path, monkeypatch):
+    """By a backend that runs what it is given, which keeps the compiler of C++ out."""
+    pytest.importorskip("lpips")
+    import torchvision
+
+    graphs, whole, distance = [], torch.compile, image_losses.LearnedDistance
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def compiled(model, **options):
+        return whole(model, backend=backend)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(image_losses, "LearnedDistance", lambda weights: distance("alex", weights))
+    torch.manual_seed(0)
+    torch.save(torchvision.models.alexnet().state_dict(), tmp_path / "alexnet.pth")
+    term = sections.PerceptualConfig("lpips", str(tmp_path / "alexnet.pth"))
+    draw = torch.Generator().manual_seed(1)
+    made, real = torch.rand(2, 2, 3, 64, 64, generator=draw) * 2 - 1
+    made.requires_grad_()
+    found = []
+    for asked in (False, True):
+        assert not graphs
+        terms = image_losses.perceptual_of([term], 64, torch.device("cpu"), asked)
+        distances = terms["lpips"].loss(made, real)
+        found.append(torch.autograd.grad(distances.sum(), made)[0])
+    assert graphs
+    torch.testing.assert_close(*found)
 
 
 # --- pictures ----------------------------------------------------------------------------------

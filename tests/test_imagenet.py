@@ -7,6 +7,7 @@ import functools
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -588,6 +589,43 @@ def test_compiled_blocks_train_what_eager_ones_do(config, encoder_folder, tmp_pa
     assert weights(eager.out).keys() == weights(compiled.out).keys()
 
 
+@pytest.mark.filterwarnings("ignore")  # dynamo's own
+def test_the_encoder_of_a_run_is_compiled_where_the_config_asks_so(
+    config, encoder_folder, monkeypatch
+):
+    """By a backend that runs what it is given, which keeps the compiler of C++ out."""
+    graphs, whole = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def compiled(model, **options):
+        return whole(model, backend=backend)
+
+    eager = given(config, encoder_folder)
+    encoder = stage_one.loaded(eager)
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    wanted = encoder.encode(images)
+    monkeypatch.setattr(torch, "compile", compiled)
+    assert encoder.compile_network() is encoder
+    torch.testing.assert_close(encoder.encode(images), wanted)
+    assert graphs
+    asked, taken = [], stage_one.LatentEncoder.compile_network
+
+    def compile_network(self, **options):
+        asked.append(self)
+        return taken(self, **options)
+
+    monkeypatch.setattr(stage_one.LatentEncoder, "compile_network", compile_network)
+    alone()
+    accelerator = train.accelerator_of(eager)
+    train.prepared(eager, accelerator)
+    assert not asked
+    train.prepared(settings.replaced(eager, generator={"compile": True}), accelerator)
+    assert len(asked) == 1
+
+
 def test_workers_read_what_this_process_does(config, encoder_folder, tmp_path):
     one = given(config, encoder_folder)
     run(one)
@@ -1077,6 +1115,26 @@ def test_every_config_is_read_and_its_objective_is_built(path):
         assert assign(network)["muon"]
 
 
+def test_the_readme_says_how_to_ask_for_fd_dinov2(tiny):
+    text = (PROGRAM / "README.md").read_text()
+    (several,) = re.findall(r"`(evaluation\.extractors=\[.*?\])`", text)
+    alone_asked = re.findall(r"`(evaluation\.extractor=\S+) (evaluation\.size=\S+)`", text)
+    asked = settings.load(tiny, [several, "evaluation.held_out=FOLDER"]).evaluation.extractors
+    assert asked == (sections.ExtractorConfig("vit_large_patch14_dinov2", size=224),)
+    assert settings.load(tiny, alone_asked[0]).evaluation.extractor == asked[0].network
+    assert importlib.import_module("timm").is_model(asked[0].network)
+
+
+def test_the_configs_of_figure_4_differ_in_the_exponent_and_keep_what_is_compared():
+    for folder, literal in ((PROGRAM / "configs", False), (PROGRAM / "configs" / "paper", True)):
+        names = ("b-gan-power-0", "crossflow-b", "b-gan-power-2")
+        configs = [settings.load(folder / f"{name}.yaml") for name in names]
+        assert [config.adversarial.power for config in configs] == [0, 1, 2]
+        assert all(config.training.snapshots for config in configs)
+        assert all(config.objective.literal is literal for config in configs)
+        assert not settings.load(folder / "crossflow-xl.yaml").training.snapshots
+
+
 def test_the_papers_times_are_those_of_its_appendix():
     """Half of the rows have s = t with one shifted draw; elsewhere two draws are sorted (B.3)."""
     config = settings.load(PROGRAM / "configs" / "paper" / "crossflow-b.yaml")
@@ -1188,12 +1246,15 @@ def test_runs_are_compared_over_their_training(
         out.unlink()
 
 
-def test_a_profile_says_where_a_step_goes(config, encoder_folder, capsys):
-    made = given(config, encoder_folder)
+def test_a_profile_says_where_a_step_goes(config, encoder_folder, tmp_path, capsys):
+    critic = settings.AdversarialConfig(**image_loss(tmp_path), channels=(32, 32))
+    made = given(config, encoder_folder, adversarial=critic)
     run(made, "--profile")
     found = json.loads((made.out / "profile.json").read_text())
     assert sum(found["shares"].values()) == pytest.approx(1)
     assert {"flow", "backward", "optimiser", "data"} <= set(found["shares"])
-    assert (made.out / "trace.json").stat().st_size > 0
+    trace = json.loads((made.out / "trace.json").read_text())
+    names = [event.get("name") for event in trace["traceEvents"]]
+    assert names.count("adversarial") == 2 * 20  # what the generator hears, and the critic itself
     assert not list(made.out.glob("generator/step-*"))
     assert "ms a step" in capsys.readouterr().out

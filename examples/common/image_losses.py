@@ -74,8 +74,8 @@ def perceptual_of(
         features = features.to(device)
         if p.network != "lpips":
             channels_of(features, p, size, device)
-            if compiled:
-                features.compile_network()
+        if compiled:
+            features.compile_network()
         name = p.network
         if name in terms:
             name = f"{name} {len(terms) + 1}"

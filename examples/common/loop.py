@@ -181,7 +181,7 @@ def take(run: Run, step: int, stream: Iterator[Sequence[Tensor]], log: Log, logg
         if stage.adversary and stage.adversary.plays(step):
             made, real = cost.shown()
             with exchanged(run, stage.adversary.wrapped, closing):
-                with accelerator.autocast():
+                with span("adversarial"), accelerator.autocast():
                     answer = stage.adversary.answer(real, made, draws)
                 backward(run, answer.float())
             if logged:

@@ -1,7 +1,7 @@
 """Where the time of a step goes: a trace, and the share of each part of a step."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,7 +13,14 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from flowspace.demo.page import write_beside
 
 PARTS = ("data", "encoder", "flow", "perceptual", "adversarial", "backward", "optimiser")
-"""The spans of a step, by the names they are recorded under."""
+"""The spans of a step, by the names they are recorded under.
+
+``flow`` is the network with its derivative: one pass carries both. ``adversarial`` is the forward
+pass of both players' losses.
+"""
+
+BESIDE = {"idle": "the card computes nothing", "utilisation": "of the card's peak"}
+"""What is said below the parts where it is known, and in which words."""
 
 KNOWN = ("H100", "H200")
 """Cards whose peak is known."""
@@ -112,9 +119,18 @@ class Profile:
             found["utilisation"] = self.utilisation(found["milliseconds"] / 1000, last)
         text = json.dumps(found, indent=2)
         write_beside(self.folder / "profile.json", text + "\n")
-        print(f"{found['milliseconds']:.1f} ms a step on {found['device']}; of them")
-        for part, share in found["shares"].items():
-            print(f"  {part:<12} {share:6.1%}")
+        print("\n".join(lines_of(found)))
+
+
+def lines_of(found: Mapping[str, Any]) -> list[str]:
+    """Return what is printed of the content of ``profile.json``."""
+    lines = [f"{found['milliseconds']:.1f} ms a step on {found['device']}; of them"]
+    for part, share in found["shares"].items():
+        lines.append(f"  {part:<12} {share:6.1%}")
+    for name, words in BESIDE.items():
+        if name in found:
+            lines.append(f"{words}: {found[name]:.1%}")
+    return lines
 
 
 def busy_time(events: Sequence[Any]) -> float:

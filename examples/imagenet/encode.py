@@ -38,6 +38,8 @@ def encoded(config: ImageNetConfig, accelerator: Accelerator) -> Path:
     images = build.images_of(config)
     fit = functools.partial(loop.fit, accelerator=accelerator)
     encoder = stage_one.encoder_of(config, images, accelerator, fit)
+    if config.generator.compile:
+        encoder.compile_network()
     folder = Path(config.data.latents or config.out / "latents")
     rank = accelerator.process_index
     ranks = accelerator.num_processes

@@ -110,8 +110,8 @@ class GeneratorConfig:
 
     ``space`` is where it ends: in images, or in latents, which the encoder's decoder takes to
     images. ``head_kind`` is what makes pixels of cells; the convolutional one is ours, and has
-    ``head_channels`` at the resolution of the image. ``compile`` runs its blocks and the networks
-    of the image losses compiled.
+    ``head_channels`` at the resolution of the image. ``compile`` runs its blocks, the
+    encoder and the networks of the image losses compiled, where training calls them.
     """
 
     preset: str | None = "crossflow-b"

@@ -140,6 +140,8 @@ def prepared(config: ImageNetConfig, accelerator: Accelerator, judged: bool = Fa
     _, *shape = encoder.encode(one).shape
     stage_one.check_fit(config, tuple(shape))
     build.check_latents(rows, images, encoder)
+    if config.generator.compile:
+        encoder.compile_network()
     return Stage(
         "generator",
         network,

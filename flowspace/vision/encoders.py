@@ -173,6 +173,22 @@ class LatentEncoder(nn.Module):
         """Stay in eval mode: the encoder is frozen."""
         return super().train(False)
 
+    def compile_network(self, **options: Any) -> "LatentEncoder":
+        """Compile in place what encodes, but not what decodes; returns itself.
+
+        That is the autoencoder's module ``encoder`` where it has one, otherwise its ``encode``.
+
+        Args:
+            options: those of ``torch.compile``.
+        """
+        autoencoder: Any = self.autoencoder
+        network = getattr(autoencoder, "encoder", None)
+        if isinstance(network, nn.Module):
+            network.compile(**options)
+        else:
+            autoencoder.encode = torch.compile(autoencoder.encode, **options)
+        return self
+
     @torch.no_grad()
     def encode(self, images: Tensor, generator: Generators = None) -> Tensor:
         """Return latents ``(B, C, h, w)`` in float32 of images ``(B, 3, H, W)`` in [-1, 1].
