@@ -107,6 +107,13 @@ def test_what_a_config_names_must_be_there(changes, message, tmp_path):
         settings.check(load("smoke", f"out={tmp_path / 'run'}", *changes))
 
 
+def test_what_is_compared_needs_pictures_that_are_held_out(tmp_path):
+    config = load("smoke", f"out={tmp_path / 'run'}")
+    with pytest.raises(reading.SettingsError, match=r"write evaluation\.reference=FOLDER"):
+        settings.check_compared(config)
+    settings.check_compared(load("digits", f"out={tmp_path / 'run'}"))
+
+
 def test_a_config_whose_names_are_there_is_accepted_and_check_looks_for_none(
     tmp_path, monkeypatch
 ):
@@ -117,7 +124,7 @@ def test_a_config_whose_names_are_there_is_accepted_and_check_looks_for_none(
 
 @pytest.mark.parametrize("program", ["pixel_flow", "pixel_flow_compare"])
 def test_a_wrong_path_is_refused_before_torch_is_imported(program):
-    arguments = [f"{program}.py", str(CONFIGS / "smoke.yaml"), "data.path=/no"]
+    arguments = [f"{program}.py", str(CONFIGS / "digits.yaml"), "data.path=/no"]
     path = EXAMPLES / "pixel_flow" / f"{program}.py"
     lines = (
         "import runpy, sys",

@@ -24,7 +24,7 @@ if __name__ == "__main__":
     CONFIG, _ = reading.from_command_line(
         PixelFlowConfig,
         __doc__,
-        check=pixel_flow_settings.check,
+        check=pixel_flow_settings.check_compared,
         runs=Path("runs/pixel_flow"),
     )
 

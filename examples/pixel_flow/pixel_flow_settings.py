@@ -17,6 +17,7 @@ __all__ = [
     "PixelFlowNetworkConfig",
     "PixelFlowSamplingConfig",
     "check",
+    "check_compared",
 ]
 
 
@@ -161,6 +162,20 @@ def check(config: PixelFlowConfig) -> None:
     reading.check_folder("network.begin", config.network.begin)
     check_judges(e)
     reading.check_writable(config.out)
+
+
+def check_compared(config: PixelFlowConfig) -> None:
+    """See, as `check` does, that what `pixel_flow_compare.py` needs is there.
+
+    Raises:
+        SettingsError: if it is not.
+    """
+    if config.evaluation.reference is None:
+        raise SettingsError(
+            "got evaluation.reference = null, but what is compared is judged by held-out ones; "
+            "write evaluation.reference=FOLDER, or a name such as digits/test"
+        )
+    check(config)
 
 
 def check_judges(e: EvaluationConfig) -> None:
