@@ -104,6 +104,24 @@ def adapt(  # noqa: PLR0913  # the public door: each argument has its name
         "write a torch module; a function needs no adapter: def model(z_t, t, s, **cond)",
     )
     require(is_number(factor), "factor", factor, "write a number, such as -1.0")
+    require(
+        times is None or isinstance(times, Mapping),
+        "times",
+        times,
+        "it says what each of the network's times is, as {'timestep': '1000*t'}",
+    )
+    require(
+        names is None or isinstance(names, Mapping),
+        "names",
+        names,
+        "it has the network's names of conditions, as {'labels': 'class_labels'}",
+    )
+    require(
+        output is None or callable(output),
+        "output",
+        output,
+        "it is a function from what the network returns to a tensor",
+    )
     if times is None:
         times = _known_times(network)
     renamed = dict(names or {})

@@ -18,6 +18,7 @@ __all__ = [
     "Cond",
     "Model",
     "at_least_float32",
+    "check_times",
     "checked_times",
     "draw_noise",
     "is_count",
@@ -89,13 +90,26 @@ def checked_times(t: Tensor | float, s: Tensor | float, states: Tensor) -> tuple
     """
     t = _one_per_row("t", t, states)
     s = _one_per_row("s", s, states)
-    _check_range("t", (t > 0) & (t <= 1), t, s)
-    _check_range("s", (s >= 0) & (s <= t), t, s)
+    check_times(t, s)
     return t, s
+
+
+def check_times(t: Tensor, s: Tensor, origin: str = "") -> None:
+    """Raise TimeError unless 0 <= s <= t <= 1 and t > 0 in each row; this waits for the device.
+
+    Args:
+        t: times of shape ``(B,)``.
+        s: destinations of shape ``(B,)``.
+        origin: where they come from, for the message.
+    """
+    _check_range("t", (t > 0) & (t <= 1), t, s, origin)
+    _check_range("s", (s >= 0) & (s <= t), t, s, origin)
 
 
 def _one_per_row(name: str, time: Tensor | float, states: Tensor) -> Tensor:
     xp, rows = backend_of(states), len(states)
+    if isinstance(time, int) and not isinstance(time, bool):
+        raise TimeError(f"got {name} = {time}; times are real numbers: write {name} = {time}.0")
     if not isinstance(time, float) and not xp.is_array(time):
         raise TimeError(
             f"got {name} = {time!r}; times are tensors of real numbers of shape () or (B,)"
@@ -115,14 +129,14 @@ def _one_per_row(name: str, time: Tensor | float, states: Tensor) -> Tensor:
     return xp.one_per_row(times, rows)
 
 
-def _check_range(name: str, holds: Tensor, t: Tensor, s: Tensor) -> None:
+def _check_range(name: str, holds: Tensor, t: Tensor, s: Tensor, origin: str) -> None:
     are_known = backend_of(holds).has_values(holds)
     if not are_known or bool(holds.all()):
         return
     row = holds.tolist().index(False)
     t_, s_ = float(t[row]), float(s[row])
     raise TimeError(
-        f"got t = {t_:.6g}, s = {s_:.6g} in row {row}; {name} is out of range: "
+        f"got t = {t_:.6g}, s = {s_:.6g} in row {row}{origin}; {name} is out of range: "
         "times obey 0 <= s <= t <= 1 with t > 0, "
         "where t = 0 is data (lambda is infinite there) and t = 1 is noise"
     )

@@ -11,8 +11,18 @@ from torch import Tensor
 from flowspace.arrays import Cond, Model, checked_times, draw_noise, over_rows
 from flowspace.backends import backend_of, torch_backend
 from flowspace.errors import InputError
-from flowspace.guidance import Guidance
-from flowspace.inputs import check_model, check_states, checked_cond, refuse_unfit, require
+from flowspace.guidance import Guidance, check_guidance
+from flowspace.inputs import (
+    check_device,
+    check_model,
+    check_source,
+    check_states,
+    checked_cond,
+    refuse_misfit,
+    refuse_unfit,
+    require,
+    takes,
+)
 from flowspace.schedules import TIME_FLOOR, Schedule
 from flowspace.solvers import falling_grid
 from flowspace.statistics import AbstractStatistic, Coefficients
@@ -128,6 +138,9 @@ class FlowMap:
         except TypeError as error:
             refuse_unfit(self.model, cond, error)
             raise
+        except RuntimeError as error:
+            refuse_misfit(self.model, z, error, "states")
+            raise
         if not backend_of(z).is_array(prediction):
             raise InputError(
                 f"got {type(prediction).__name__} from the model; "
@@ -137,6 +150,12 @@ class FlowMap:
             raise InputError(
                 f"got shape {tuple(prediction.shape)} from the model for {len(z)} rows; "
                 "wrap it so that it returns one tensor of shape (B, *)"
+            )
+        check_device("the model", prediction, z)
+        if not backend_of(z).is_floating(prediction):
+            raise InputError(
+                f"got dtype {prediction.dtype} from the model; "
+                "a prediction is of real numbers: return .real or .float() of it"
             )
         return prediction
 
@@ -181,6 +200,14 @@ class FlowMap:
             InputError: if several steps across spaces have no ``encode``.
         """
         check_states("noise", noise)
+        check_source(generator, noise)
+        check_guidance(guidance)
+        require(
+            encode is None or takes(encode, noise),
+            "encode",
+            encode,
+            "it is a function from what the model returns to latents",
+        )
         if guidance is not None and backend_of(noise) is not torch_backend:
             raise InputError(
                 "got guidance with JAX arrays, which it does not know; guide inside the model"
@@ -228,7 +255,7 @@ class FlowMap:
         """Return z_s by the statistic's step, with f re-encoded where it is of another space."""
         prediction = self._predict(z, t, s, cond)
         if encode is not None:
-            prediction = encode(prediction)
+            prediction = _encoded(encode, prediction, z)
         _check_one_space(prediction, z)
         return self.coefficients.step(prediction, z, t, s)
 
@@ -236,8 +263,7 @@ class FlowMap:
         """Return the latents at s = 0, re-encoded where f is of another space."""
         sample = self._sample_at_data(z, t, cond, encode)
         if encode is not None:
-            latents = encode(sample)
-            return backend_of(z).cast(latents, z.dtype)
+            return _encoded(encode, sample, z)
         _check_one_space(sample, z)
         return sample
 
@@ -272,6 +298,31 @@ class FlowMap:
 def _per_row(time: Tensor, states: Tensor) -> Tensor:
     """Return one time for each row of states, in their library."""
     return backend_of(states).one_per_row(time, len(states))
+
+
+def _encoded(encode: Encode, sample: Tensor, states: Tensor) -> Tensor:
+    """Return the latents of what a model returned, in the states' dtype.
+
+    Raises:
+        InputError: if they are no array of the states' shape.
+    """
+    try:
+        latents: Any = encode(sample)
+    except RuntimeError as error:
+        refuse_misfit(encode, sample, error, "samples")
+        raise
+    xp = backend_of(states)
+    if not xp.is_array(latents):
+        raise InputError(
+            f"got {type(latents).__name__} from encode; return latents, one array of shape (B, *)"
+        )
+    check_device("encode", latents, states)
+    if latents.shape != states.shape:
+        raise InputError(
+            f"got shape {tuple(latents.shape)} from encode for states of shape "
+            f"{tuple(states.shape)}; it maps what the model returns to latents of their shape"
+        )
+    return xp.cast(latents, states.dtype)
 
 
 def _check_one_space(prediction: Tensor, states: Tensor) -> None:

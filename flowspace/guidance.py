@@ -25,7 +25,7 @@ from flowspace.backends.process import several_processes
 from flowspace.errors import InputError
 from flowspace.inputs import require
 
-__all__ = ["Guidance", "RandomGuidance"]
+__all__ = ["Guidance", "RandomGuidance", "check_guidance"]
 
 Interval: TypeAlias = tuple[float, float]
 Predict: TypeAlias = Callable[..., Tensor]
@@ -67,6 +67,13 @@ class Guidance:
             self.null,
             "it names what the model is given instead, as {'labels': 1000}",
         )
+        for name, value in self.null.items():
+            require(
+                isinstance(value, Tensor | bool) or is_number(value),
+                f"null[{name!r}]",
+                value,
+                "write a number or a tensor: what a row is given in place of its condition",
+            )
         require(
             _is_strength(self.omega),
             "omega",
@@ -328,6 +335,16 @@ class RandomGuidance(Guidance):
         if rows is not None or "omega" not in cond:
             return free
         return free | {"omega": torch.ones_like(cond["omega"])}
+
+
+def check_guidance(guidance: Any) -> None:
+    """Raise InputError unless it is a Guidance, or None."""
+    require(
+        guidance is None or isinstance(guidance, Guidance),
+        "guidance",
+        guidance,
+        "write for example Guidance(null={'labels': 1000}, omega=2.0)",
+    )
 
 
 def _is_strength(omega: Any) -> bool:

@@ -2,24 +2,32 @@
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from flowspace.backends import backend_of
 from flowspace.errors import InputError
 
 __all__ = [
+    "check_beside",
+    "check_device",
+    "check_flag",
     "check_model",
+    "check_source",
     "check_states",
     "checked_cond",
     "first_time",
+    "is_function",
     "kind_of",
+    "refuse_misfit",
     "refuse_unfit",
     "require",
     "signature_of",
     "takes",
+    "velocity_of",
     "warn_once",
 ]
 
@@ -31,6 +39,11 @@ def require(holds: bool, name: str, value: Any, remedy: str) -> None:
     """Raise InputError with what came and what to write instead, unless a condition holds."""
     if not holds:
         raise InputError(f"got {name} = {value!r}; {remedy}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise InputError unless a switch is True or False: every text is true, also "no"."""
+    require(isinstance(value, bool), name, value, "write True or False")
 
 
 def first_time(what: str) -> bool:
@@ -66,9 +79,14 @@ def signature_of(model: Any) -> inspect.Signature:
     return inspect.signature(model)
 
 
+def is_function(value: Any) -> bool:
+    """Return whether a value can be called, and is no class in place of its object."""
+    return callable(value) and not isinstance(value, type)
+
+
 def takes(function: Any, *arguments: Any, **keywords: Any) -> bool:
     """Return whether a function, no class, can be called with these arguments, if it tells."""
-    if not callable(function) or isinstance(function, type):
+    if not is_function(function):
         return False
     try:
         signature = signature_of(function)
@@ -81,22 +99,97 @@ def takes(function: Any, *arguments: Any, **keywords: Any) -> bool:
     return True
 
 
-def refuse_unfit(model: Any, cond: Mapping[str, Any], error: TypeError) -> None:
-    """Raise InputError if a model cannot be called as it is called."""
+def refuse_unfit(
+    function: Any,
+    cond: Mapping[str, Any],
+    error: TypeError,
+    name: str = "model",
+    arguments: Sequence[str] = ("z_t", "t", "s"),
+) -> None:
+    """Raise InputError if a function of the user cannot be called as it is called.
+
+    Args:
+        function: a model, or a velocity.
+        cond: its arguments by name.
+        error: that the call raised.
+        name: of the function, for the message.
+        arguments: its arguments by place.
+    """
     try:
-        signature = signature_of(model)
+        signature = signature_of(function)
     except (TypeError, ValueError):  # callables that do not tell their arguments
         return
     try:
-        signature.bind(None, None, None, **cond)
+        signature.bind(*arguments, **cond)
     except TypeError as unfit:
-        named = "".join(f", {name}=..." for name in cond)
+        placed = ", ".join(arguments)
+        named = "".join(f", {each}=..." for each in cond)
+        others = f"{', '.join(arguments[:-1])} and {arguments[-1]}"
         raise InputError(
-            f"got a model with the arguments {signature}, "
-            f"which cannot be called as model(z_t, t, s{named}): {unfit}; "
-            "write it as def model(z_t, t, s, **cond), "
-            "where cond has other names than z_t, t and s"
+            f"got a {name} with the arguments {signature}, "
+            f"which cannot be called as {name}({placed}{named}): {unfit}; "
+            f"write it as def {name}({placed}, **cond), "
+            f"where cond has other names than {others}"
         ) from error
+
+
+def refuse_misfit(model: Any, states: Any, error: RuntimeError, name: str = "latents") -> None:
+    """Raise InputError if a module failed on states of another device or dtype than its weights.
+
+    Args:
+        model: what was called.
+        states: what it was called with.
+        error: that the call raised.
+        name: of the states, for the message.
+    """
+    if not isinstance(model, torch.nn.Module) or not isinstance(states, Tensor):
+        return
+    if not any(word in str(error) for word in ("device", "dtype", "type")):
+        return
+    weights = [weight for weight in model.parameters() if weight.is_floating_point()]
+    if not weights:
+        return
+    device, dtype = weights[0].device, weights[0].dtype
+    if device != states.device:
+        raise InputError(
+            f"got {name} on {states.device} for a model on {device}; "
+            f"write {name}.to({str(device)!r})"
+        ) from error
+    if dtype != states.dtype and not torch.is_autocast_enabled(device.type):
+        raise InputError(
+            f"got {name} of {states.dtype} for a model of {dtype}; write {name}.to({dtype})"
+        ) from error
+
+
+def velocity_of(
+    name: str, function: Callable[..., Any], z_t: Any, t: Any, cond: Mapping[str, Any]
+) -> Any:
+    """Return what a user's velocity gives at states ``(B, *)`` and times ``(B,)``.
+
+    Raises:
+        InputError: if it cannot be called with them, or returns anything but one array of the
+            states' shape.
+    """
+    try:
+        velocity = function(z_t, t, **cond)
+    except TypeError as error:
+        refuse_unfit(function, cond, error, name, ("z_t", "t"))
+        raise
+    except RuntimeError as error:
+        refuse_misfit(function, z_t, error, "states")
+        raise
+    if not backend_of(z_t).is_array(velocity):
+        raise InputError(
+            f"got {kind_of(velocity)} from {name}; return one array of the states' shape"
+        )
+    check_device(name, velocity, z_t)
+    if velocity.shape != z_t.shape:
+        raise InputError(
+            f"got shape {tuple(velocity.shape)} from {name} "
+            f"for states of shape {tuple(z_t.shape)}; "
+            "return a velocity of the states' shape"
+        )
+    return velocity
 
 
 def check_model(model: Any) -> None:
@@ -106,8 +199,11 @@ def check_model(model: Any) -> None:
             f"got model = {model.__name__}, a class; write an object of it, {model.__name__}(...)"
         )
     if not callable(model):
+        came = repr(model)
+        if backend_of(model).is_array(model):
+            came = f"an array of {kind_of(model)}"
         raise InputError(
-            f"got model = {model!r}, which cannot be called; write a function (z_t, t, s, **cond)"
+            f"got model = {came}, which cannot be called; write a function (z_t, t, s, **cond)"
         )
 
 
@@ -139,4 +235,36 @@ def check_states(name: str, states: Any) -> None:
         raise InputError(
             f"got {name} of shape {tuple(states.shape)}, which hold no number; "
             "write at least one row of one number"
+        )
+
+
+def check_beside(name: str, array: Any, latents: Any) -> None:
+    """Raise InputError if a tensor is on another device than the latents."""
+    if not isinstance(array, Tensor) or not isinstance(latents, Tensor):
+        return
+    if array.device != latents.device:
+        raise InputError(
+            f"got {name} on {array.device} beside latents on {latents.device}; "
+            f"write {name}.to({str(latents.device)!r})"
+        )
+
+
+def check_device(name: str, out: Any, states: Any) -> None:
+    """Raise InputError if what a function returned is on another device than the states."""
+    if not isinstance(out, Tensor) or not isinstance(states, Tensor):
+        return
+    if out.device != states.device:
+        raise InputError(
+            f"got a tensor on {out.device} from {name} for states on {states.device}; "
+            "return one on their device"
+        )
+
+
+def check_source(generator: Any, beside: Any) -> None:
+    """Raise InputError unless what is drawn beside tensors has a generator of torch, or None."""
+    is_source = generator is None or isinstance(generator, torch.Generator)
+    if isinstance(beside, Tensor) and not is_source:
+        raise InputError(
+            f"got generator = {generator!r}; "
+            "write torch.Generator().manual_seed(0), or leave it out"
         )

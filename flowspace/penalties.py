@@ -15,6 +15,7 @@ from torch import Tensor
 from flowspace.arrays import is_number
 from flowspace.backends import backend_of
 from flowspace.errors import InputError
+from flowspace.inputs import check_flag, is_function
 
 __all__ = ["AbsoluteError", "Adaptive", "HuberError", "Penalty", "SquaredError"]
 
@@ -44,6 +45,9 @@ class SquaredError(Penalty):
 
     summed: bool = False
 
+    def __post_init__(self) -> None:
+        check_flag("summed", self.summed)
+
     def __call__(self, difference: Tensor) -> Tensor:
         """Return the penalty of each row: ``(B, *)`` becomes ``(B,)``."""
         squares = backend_of(difference).square(difference)
@@ -59,6 +63,9 @@ class AbsoluteError(Penalty):
     """
 
     summed: bool = False
+
+    def __post_init__(self) -> None:
+        check_flag("summed", self.summed)
 
     def __call__(self, difference: Tensor) -> Tensor:
         """Return the penalty of each row: ``(B, *)`` becomes ``(B,)``."""
@@ -81,6 +88,7 @@ class HuberError(Penalty):
     summed: bool = False
 
     def __post_init__(self) -> None:
+        check_flag("summed", self.summed)
         if not (is_number(self.threshold) and self.threshold > 0):
             raise InputError(
                 f"got threshold = {self.threshold}; write a positive number, or AbsoluteError()"
@@ -119,7 +127,7 @@ class Adaptive(Penalty):
     c: float = 0.01
 
     def __post_init__(self) -> None:
-        if not callable(self.penalty) or isinstance(self.penalty, type):
+        if not is_function(self.penalty):
             raise InputError(
                 f"got penalty = {self.penalty!r}; "
                 "write for example Adaptive(SquaredError(summed=True))"

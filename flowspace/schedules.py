@@ -19,7 +19,8 @@ from flowspace.arrays import is_number, over_rows
 from flowspace.backends import backend_of, one_backend
 from flowspace.errors import ExpressionError, InputError, ScheduleError, TimeError
 from flowspace.formulas import T, parse
-from flowspace.time_functions import Source, TimeFunction
+from flowspace.inputs import check_states, kind_of
+from flowspace.time_functions import Source, TimeFunction, unseen_slope
 from flowspace.typeset import latex_of
 
 __all__ = [
@@ -114,11 +115,13 @@ class Schedule:
             in at least float32, each of shape ``(B, *)``.
 
         Raises:
-            InputError: if the shapes of latents and noise differ, or tensors came beside JAX
-                arrays.
+            InputError: if latents or noise are not real numbers, their shapes differ, or tensors
+                came beside JAX arrays.
             TimeError: if t is of whole numbers or has another shape.
         """
         xp = one_backend(latents, noise, t)
+        check_states("latents", latents)
+        check_states("noise", noise)
         shape = tuple(latents.shape)
         if noise.shape != latents.shape:
             raise InputError(
@@ -213,6 +216,10 @@ class Schedule:
         _check_finite("beta", beta, times)
         _check_finite("alpha'", alpha_dot, times)
         _check_finite("beta'", beta_dot, times)
+        for name, function in (("alpha", self._alpha), ("beta", self._beta)):
+            unseen = unseen_slope(function)
+            if unseen is not None:
+                raise ScheduleError(f"got {name} = {function}, {unseen}")
         why = "beta must be positive on (0, 1]"
         _refuse(beta <= 0, times, beta, why, "beta")
         ratio = self.signal_to_noise(times)
@@ -329,7 +336,12 @@ def _latex(function: TimeFunction) -> str:
 
 def _as_times(t: Tensor | float, beside: Tensor | None = None) -> Tensor:
     xp = backend_of(t, beside)
-    times = xp.as_array(t)
+    try:
+        times = xp.as_array(t)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise TimeError(
+            f"got times of {kind_of(t)}; write a tensor of real numbers, or one in [0, 1]"
+        ) from error
     if not xp.is_floating(times):
         hint = xp.to_float.format("t")
         raise TimeError(

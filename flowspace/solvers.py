@@ -17,8 +17,8 @@ from torch import Tensor
 
 from flowspace.arrays import is_count, is_number
 from flowspace.errors import InputError, TimeError
-from flowspace.guidance import Guidance
-from flowspace.inputs import check_states, checked_cond, require
+from flowspace.guidance import Guidance, check_guidance
+from flowspace.inputs import check_states, checked_cond, is_function, require, velocity_of
 
 __all__ = ["DormandPrince", "Euler", "Heun", "Solver", "VelocityFlow", "falling_grid"]
 
@@ -47,7 +47,7 @@ class Euler(Solver):
         with torch.no_grad():
             for t, s in itertools.pairwise(times):
                 per_row = t.expand(len(z)).contiguous()
-                v = _checked(velocity(z, per_row), z)
+                v = velocity_of("the velocity", velocity, z, per_row, {})
                 z = (z + (s - t) * v).to(z.dtype)
                 states.append(z)
         return torch.stack(states)
@@ -108,20 +108,11 @@ def _odeint(velocity: Velocity, z: Tensor, times: Tensor, **options: Any) -> Ten
 
     def right_hand_side(t: Tensor, state: Tensor) -> Tensor:
         t = t.to(times.dtype).expand(len(state)).contiguous()
-        v = _checked(velocity(state, t), state)
+        v = velocity_of("the velocity", velocity, state, t, {})
         return v.to(state.dtype)
 
     with torch.no_grad():
         return odeint(right_hand_side, z, times, **options)  # pyright: ignore[reportReturnType]
-
-
-def _checked(velocity: Tensor, z: Tensor) -> Tensor:
-    if velocity.shape != z.shape:
-        raise InputError(
-            f"got shape {tuple(velocity.shape)} from the velocity for states "
-            f"of shape {tuple(z.shape)}; return a velocity of the states' shape"
-        )
-    return velocity
 
 
 @dataclass(frozen=True)
@@ -138,7 +129,7 @@ class VelocityFlow:
 
     def __post_init__(self) -> None:
         require(
-            callable(self.velocity) and not isinstance(self.velocity, type),
+            is_function(self.velocity),
             "velocity",
             self.velocity,
             "it is a function (z_t, t, **cond), such as FlowMap.velocity",
@@ -175,11 +166,12 @@ class VelocityFlow:
         given = checked_cond(cond)
         velocity = self.velocity
         if guidance is not None:
+            check_guidance(guidance)
             velocity = guidance.apply(velocity)
         grid = falling_grid(noise, steps, times)
 
         def conditioned(z: Tensor, t: Tensor) -> Tensor:
-            return velocity(z, t, **given)
+            return velocity_of("velocity", velocity, z, t, given)
 
         path = self.solver.path(conditioned, noise, grid)
         return path[-1]

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from flowspace.arrays import over_rows
 from flowspace.backends import backend_of
-from flowspace.errors import CriterionError, InputError
+from flowspace.errors import CriterionError, FlowspaceError, InputError
 from flowspace.formulas import (
     NOT_ZERO,
     S,
@@ -39,7 +39,13 @@ from flowspace.formulas import (
 )
 from flowspace.inputs import require
 from flowspace.schedules import TIME_FLOOR, Schedule
-from flowspace.time_functions import NUDGE, Source, TimeFunction, limit_on_edge
+from flowspace.time_functions import (
+    NUDGE,
+    Source,
+    TimeFunction,
+    limit_on_edge,
+    unseen_slope,
+)
 from flowspace.typeset import text_of
 
 __all__ = [
@@ -286,12 +292,7 @@ class Statistic(AbstractStatistic):
         self.delta = TimeFunction(delta, 2)
         named = {"gamma": self.gamma, "delta": self.delta}
         for name, function in named.items():
-            if not bool(_inside(function).isfinite().all()):
-                raise CriterionError(
-                    f"got {name} = {function}, "
-                    "which is not a finite real number everywhere inside 0 < s < t < 1; "
-                    "write for example gamma='1', delta='-t/(t - s)'"
-                )
+            _check_function(name, function)
         if bool(_is_zero(self.delta).any()):
             raise CriterionError(
                 f"got delta = {self.delta}, which is zero inside 0 < s < t < 1, "
@@ -323,6 +324,12 @@ class Statistic(AbstractStatistic):
             InputError: if both delta and gamma are given, or neither.
             CriterionError: if kappa mentions t, or delta is zero.
         """
+        require(
+            isinstance(schedule, Schedule),
+            "schedule",
+            schedule,
+            "write for example Statistic.from_kappa(LinearSchedule(), 's', delta='-t/(t - s)')",
+        )
         kappa_ = _function_of_s(kappa)
         beta = schedule.functions[1]
         if delta is not None and gamma is None:
@@ -380,6 +387,29 @@ class Statistic(AbstractStatistic):
 
     def __hash__(self) -> int:
         return hash((self.gamma, self.delta))
+
+
+def _check_function(name: str, function: TimeFunction) -> None:
+    """Raise CriterionError for a gamma or delta that is no finite real function, or whose
+    derivative torch does not see.
+    """
+    try:
+        is_finite = bool(_inside(function).isfinite().all())
+        unseen = unseen_slope(function)
+    except FlowspaceError:
+        raise
+    except Exception as error:
+        raise CriterionError(
+            f"{name} fails on two float64 tensors of times, t and s: {error}"
+        ) from error
+    if not is_finite:
+        raise CriterionError(
+            f"got {name} = {function}, "
+            "which is not a finite real number everywhere inside 0 < s < t < 1; "
+            "write for example gamma='1', delta='-t/(t - s)'"
+        )
+    if unseen is not None:
+        raise CriterionError(f"got {name} = {function}, {unseen}")
 
 
 class MatchedStatistic(AbstractStatistic):

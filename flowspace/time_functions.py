@@ -39,7 +39,7 @@ from flowspace.formulas import (
 )
 from flowspace.typeset import text_of
 
-__all__ = ["NUDGE", "Source", "TimeFunction", "limit_on_edge"]
+__all__ = ["NUDGE", "Source", "TimeFunction", "limit_on_edge", "unseen_slope"]
 
 Function: TypeAlias = Callable[..., Any]
 """Any function of one or two tensors of times."""
@@ -502,4 +502,46 @@ def _formula_of(source: Source) -> sympy.Expr | None:
         f"got {source!r} of type {type(source).__name__}; "
         "write text such as '1 - t', a number, "
         "a sympy expression or a callable on tensors"
+    )
+
+
+# --- what torch does not see of a callable
+# -------------------------------------------------------------------------------------------------
+
+SLOPE_STEP = 1e-3
+"""Half the step of the differences that a callable's derivative is compared with.
+
+Over it float32, which a callable may compute in, rounds a slope by 1e-4.
+"""
+
+SLOPE_TOLERANCE = 0.05
+"""A slope that is off by this share is another one; a kink or a cell of a table is let pass."""
+
+ROUNDED = 1e-2
+"""Slopes that differ by less are the same: their values were rounded."""
+
+
+def unseen_slope(function: TimeFunction) -> str | None:
+    """Return what is wrong with the derivative in t of a callable, to end a message; or None.
+
+    Torch takes what a callable computes outside torch, or behind ``.detach()``, for a constant:
+    its derivative is then silently zero. It is compared with differences at 15 times, and is
+    wrong where more than half of them tell so.
+    """
+    if function.expression is not None:
+        return None
+    t = torch.linspace(0.2, 0.9, 15, dtype=torch.float64)
+    others = (t / 3,) * (function.arity - 1)
+    rise = function(t + SLOPE_STEP, *others) - function(t - SLOPE_STEP, *others)
+    difference = rise / (2 * SLOPE_STEP)
+    slope = function.dot(t, *others)
+    off = (slope - difference).abs()
+    wrong = off > SLOPE_TOLERANCE * (slope.abs() + difference.abs()) + ROUNDED
+    if wrong.sum() * 2 <= len(t):
+        return None
+    worst = int(off.argmax())
+    return (
+        f"whose derivative in t is {slope[worst]:.3g} for torch at t = {t[worst]:.3g}, "
+        f"where its values rise by {difference[worst]:.3g} a unit of time; "
+        "write it in functions of torch, without .detach(), .item() or a table"
     )

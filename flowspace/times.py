@@ -17,6 +17,7 @@ from torch import Tensor
 from flowspace.arrays import is_number
 from flowspace.backends import backend_of
 from flowspace.errors import TimeError
+from flowspace.inputs import check_flag, kind_of
 from flowspace.schedules import TIME_FLOOR
 
 __all__ = [
@@ -321,6 +322,7 @@ class TimePairs(PairSampler):
                 f"got times = {self.times!r}; "
                 "write for example TimePairs(UniformTimes(), equal=0.5)"
             )
+        check_flag("mask_first", self.mask_first)
         if not (is_number(self.equal) and 0 <= self.equal <= 1):
             raise TimeError(
                 f"got equal = {self.equal}; it is the share of rows with s = t, between 0 and 1"
@@ -399,7 +401,18 @@ def drawn_pairs(times: DrawPairs, rows: int, **settings: Any) -> tuple[Tensor, T
     Raises:
         TimeError: unless each has shape ``(rows,)``.
     """
-    t, s = times(rows, **settings)
+    drawn: Any = times(rows, **settings)
+    if not isinstance(drawn, tuple | list) or len(drawn) != 2:
+        raise TimeError(
+            f"got {kind_of(drawn)} from {times!r} for {rows} rows; "
+            f"return t and s of shape ({rows},) each"
+        )
+    t, s = drawn
+    if not hasattr(t, "shape") or not hasattr(s, "shape"):
+        raise TimeError(
+            f"got {kind_of(t)} and {kind_of(s)} from {times!r} for {rows} rows; "
+            f"return t and s as tensors of shape ({rows},) each"
+        )
     if t.shape != (rows,) or s.shape != (rows,):
         raise TimeError(
             f"got times of shapes {tuple(t.shape)} and {tuple(s.shape)} "

@@ -26,13 +26,20 @@ from hypothesis import strategies as st
 import flowspace
 from flowspace import (
     CrossFlowLoss,
+    FlowMap,
     FlowMatchingLoss,
     FlowspaceError,
+    Guidance,
     ImprovedMeanFlowLoss,
+    LinearSchedule,
+    MatchedStatistic,
+    MeanFlowDistillationLoss,
     MeanFlowLoss,
     PixelMeanFlowLoss,
     Schedule,
     Statistic,
+    TrajectoryMatchingLoss,
+    VelocityFlow,
     check_criteria,
 )
 from flowspace.cli import main
@@ -512,3 +519,62 @@ def test_a_sample_of_any_noise_is_a_sample_or_refused(data):
         sample = loss_fn.flow_map(model).sample(noise, **arguments)
         one_step = arguments.get("steps", 1) == 1 or "times" in arguments
         assert one_step or sample.shape == noise.shape  # one step may lead to another space
+
+
+GIVEN = {
+    "nothing": lambda *_, **__: None,
+    "a number": lambda *_, **__: 2.0,
+    "text": lambda *_, **__: "text",
+    "its first argument": lambda first=None, *_, **__: first,
+    "its last argument": lambda *given, **__: given[-1] if given else None,
+    "other rows": lambda *_, **__: torch.ones(2),
+    "a pair": lambda *_, **__: (torch.full((4,), 0.5), torch.full((4,), 0.25)),
+    "a pair of pairs": lambda *_, **__: (torch.ones(4, 2), torch.ones(4, 2)),
+    "whole numbers": lambda *_, **__: torch.ones(4, 3, dtype=torch.long),
+    "complex numbers": lambda *_, **__: torch.ones(4, 3) + 0j,
+    "another device": lambda *_, **__: torch.ones(4, 3, device="meta"),
+    "no arguments": lambda: None,
+    "a class": torch.nn.Linear,
+}
+"""What a function of the user may be, by what it returns."""
+
+
+def functions():
+    """Functions of the user, right ones and others, and what is no function."""
+    return st.sampled_from(list(GIVEN.values())) | tensors()
+
+
+ITSELF = FlowMap(MODELS["itself"], LinearSchedule(), MatchedStatistic())
+
+USES = {
+    "velocity": lambda part, z: CrossFlowLoss(velocity=part)(MODELS["itself"], z),
+    "penalty": lambda part, z: CrossFlowLoss(penalty=part)(MODELS["itself"], z),
+    "weight": lambda part, z: MeanFlowLoss(weight=part)(MODELS["itself"], z),
+    "times": lambda part, z: MeanFlowLoss(times=part)(MODELS["itself"], z),
+    "teacher": lambda part, z: MeanFlowDistillationLoss(teacher=part)(MODELS["itself"], z),
+    "path": lambda part, z: TrajectoryMatchingLoss(teacher=part)(MODELS["itself"], z),
+    "model": lambda part, z: ImprovedMeanFlowLoss()(part, z),
+    "sampled": lambda part, z: FlowMap(part, LinearSchedule(), MatchedStatistic()).sample(z),
+    "encode": lambda part, z: ITSELF.sample(z, steps=2, encode=part),
+    "guidance": lambda part, z: ITSELF.sample(z, guidance=part),
+    "generator": lambda part, z: CrossFlowLoss()(MODELS["itself"], z, generator=part),
+    "fresh noise": lambda part, z: ITSELF.sample(z, steps=2, renoise=True, generator=part),
+    "field": lambda part, z: VelocityFlow(part).sample(z, steps=2),
+    "null": lambda part, z: Guidance(null={"labels": part}),
+    "latents": lambda part, z: LinearSchedule().perturb(part, z, torch.full((4,), 0.5)),
+    "noise": lambda part, z: LinearSchedule().perturb(z, part, torch.full((4,), 0.5)),
+    "time": lambda part, z: LinearSchedule().perturb(z, z, part),
+    "alpha": lambda part, z: Schedule(part, "t"),
+    "delta": lambda part, z: Statistic("1", part),
+    "kappa": lambda part, z: Statistic.from_kappa(LinearSchedule(), part, delta="-t/(t - s)"),
+    "adapted": lambda part, z: flowspace.adapt(part),
+    "output": lambda part, z: flowspace.adapt(torch.nn.Linear(3, 3), {}, output=part),
+}
+"""What takes a part of the user's own."""
+
+
+@search(400)
+@given(part=functions(), use=st.sampled_from(list(USES)))
+def test_a_part_of_ones_own_is_used_or_refused(part, use):
+    with an_answer_or():
+        USES[use](part, torch.linspace(-1, 1, 12).view(4, 3))

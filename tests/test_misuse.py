@@ -9,23 +9,35 @@ import torch
 from torch import nn
 
 from flowspace import (
+    AbsoluteError,
     Adaptive,
     CascadeLoss,
     ConsistencyLoss,
     CriterionError,
     CrossFlowLoss,
     FlowMap,
+    Guidance,
+    HuberError,
+    ImprovedMeanFlowLoss,
     InputError,
     LinearSchedule,
     LogitNormalTimes,
     MatchedStatistic,
+    MeanFlowDistillationLoss,
+    MeanFlowLoss,
     MeanFlowStatistic,
     PixelMeanFlowLoss,
+    Schedule,
+    ScheduleError,
     SquaredError,
     Statistic,
     TimeError,
     TimePairs,
+    TimeSampler,
+    TrajectoryMatchingLoss,
     UniformTimes,
+    VelocityFlow,
+    adapt,
     check_criteria,
 )
 from flowspace.time_functions import TimeFunction
@@ -159,3 +171,267 @@ def test_several_steps_keep_half_precision():
 def test_what_a_search_over_inputs_found_is_refused(call, says):
     with pytest.raises(InputError, match=says):
         call()
+
+
+# --- parts of one's own
+
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(5, 3)
+
+    def forward(self, z, t, s):
+        times = torch.stack([t, s], 1).to(z.dtype)
+        return self.linear(torch.cat([z, times], 1))
+
+
+def drawn(t, s):
+    """Return a function that draws these pairs."""
+    return lambda rows, *, generator, device, dtype: (t, s)
+
+
+class BeyondNoise(TimeSampler):
+    def draw(self, rows, source):
+        return 3 + source.uniform(rows)
+
+
+ONES = torch.ones(6)
+CROSS = CrossFlowLoss()
+FLOW = CROSS.flow_map(model)
+
+OF_ONES_OWN = {
+    "alpha that torch takes for a constant": (
+        lambda: Schedule(lambda t: (1 - t).detach(), lambda t: t),
+        ScheduleError,
+        "derivative in t is 0 for torch.*rise by -1 .*without .detach",
+    ),
+    "beta from a table": (
+        lambda: Schedule(
+            lambda t: 1 - t,
+            lambda t: torch.linspace(0, 1, 100_001)[(t * 100_000).round().long()].double(),
+        ),
+        ScheduleError,
+        "rise by 1 a unit of time",
+    ),
+    "delta that torch takes for a constant": (
+        lambda: Statistic("1", lambda t, s: (-t / (t - s)).detach()),
+        CriterionError,
+        "got delta = .*derivative in t is 0 for torch",
+    ),
+    "gamma of one time": (
+        lambda: Statistic(lambda t: t, "-t"),
+        CriterionError,
+        "gamma fails on two float64 tensors",
+    ),
+    "kappa without a schedule": (
+        lambda: Statistic.from_kappa("s", "1"),
+        InputError,
+        "got schedule = 's'",
+    ),
+    "times that are not in order": (
+        lambda: CrossFlowLoss(times=drawn(0.1 * ONES, ONES))(model, Z),
+        TimeError,
+        "s = 1 in row 0 from times = .*out of range",
+    ),
+    "times of zero": (
+        lambda: CrossFlowLoss(times=drawn(0 * ONES, 0 * ONES))(model, Z),
+        TimeError,
+        "t = 0, .* out of range",
+    ),
+    "times beyond noise": (
+        lambda: CrossFlowLoss(times=TimePairs(BeyondNoise()))(model, Z),
+        TimeError,
+        "out of range",
+    ),
+    "one time": (
+        lambda: CrossFlowLoss(times=lambda rows, **_: ONES)(model, Z),
+        TimeError,
+        r"got dtype .* from .*; return t and s of shape \(6,\)",
+    ),
+    "lists of times": (
+        lambda: CrossFlowLoss(times=drawn([0.5] * 6, [0.5] * 6))(model, Z),
+        TimeError,
+        "got type list and type list",
+    ),
+    "a penalty of nothing": (
+        lambda: CrossFlowLoss(penalty=lambda difference: None)(model, Z),
+        InputError,
+        "got type NoneType from penalty",
+    ),
+    "a weight of nothing": (
+        lambda: CrossFlowLoss(weight=lambda t, s: None)(model, Z),
+        InputError,
+        "got type NoneType from weight",
+    ),
+    "a weight of other rows": (
+        lambda: CrossFlowLoss(weight=lambda t, s: t[:2])(model, Z),
+        InputError,
+        r"shape \(2,\) from weight",
+    ),
+    "a velocity of nothing": (
+        lambda: CrossFlowLoss(velocity=lambda z, t: None)(model, Z),
+        InputError,
+        "got type NoneType from velocity",
+    ),
+    "a model for a velocity": (
+        lambda: CrossFlowLoss(velocity=model)(model, Z),
+        InputError,
+        r"cannot be called as velocity\(z_t, t\): missing",
+    ),
+    "a model for a teacher": (
+        lambda: MeanFlowDistillationLoss(teacher=model)(model, Z),
+        InputError,
+        r"cannot be called as teacher\(z_t, t\)",
+    ),
+    "a model for a teacher on its trajectory": (
+        lambda: TrajectoryMatchingLoss(teacher=model)(model, Z),
+        InputError,
+        r"cannot be called as teacher\(z_t, t\)",
+    ),
+    "a teacher of nothing": (
+        lambda: TrajectoryMatchingLoss(teacher=lambda z, t: None)(model, Z),
+        InputError,
+        "got type NoneType from teacher",
+    ),
+    "an own velocity of another shape": (
+        lambda: ImprovedMeanFlowLoss()(lambda z, t, s: torch.cat([z, z], 1), Z),
+        InputError,
+        r"got shape \(6, 6\) from the model",
+    ),
+    "complex numbers": (
+        lambda: CROSS(lambda z, t, s: z + 0j, Z),
+        InputError,
+        "got dtype torch.complex64 from the model",
+    ),
+    "whole numbers": (
+        lambda: CROSS.flow_map(lambda z, t, s: z.long()).sample(Z),
+        InputError,
+        "got dtype torch.int64 from the model",
+    ),
+    "float64 latents": (
+        lambda: CROSS(Network(), Z.double()),
+        InputError,
+        r"latents of torch.float64 for a model of torch.float32; write latents.to\(torch.float32",
+    ),
+    "float64 noise": (
+        lambda: CROSS.flow_map(Network()).sample(Z.double()),
+        InputError,
+        "states of torch.float64 for a model of torch.float32",
+    ),
+    "latents on another device": (
+        lambda: CROSS(Network().to("meta"), Z),
+        InputError,
+        "got latents on cpu for a model on meta",
+    ),
+    "targets on another device": (
+        lambda: CROSS(model, Z, Z.to("meta")),
+        InputError,
+        "got targets on meta beside latents on cpu",
+    ),
+    "noise on another device": (
+        lambda: CROSS(model, Z, noise=Z.to("meta")),
+        InputError,
+        "got noise on meta beside latents on cpu",
+    ),
+    "latents of whole numbers": (
+        lambda: LinearSchedule().perturb(torch.full((6, 3), 3), Z, 0.5 * ONES),
+        InputError,
+        "got latents of dtype torch.int64",
+    ),
+    "no noise": (
+        lambda: LinearSchedule().perturb(Z, None, 0.5 * ONES),
+        InputError,
+        "got noise of type NoneType",
+    ),
+    "guidance by a number": (
+        lambda: FLOW.sample(Z, guidance=2.0),
+        InputError,
+        "got guidance = 2.0; write for example Guidance",
+    ),
+    "a velocity guided by a number": (
+        lambda: VelocityFlow(lambda z, t: z).sample(Z, guidance=2.0),
+        InputError,
+        "got guidance = 2.0",
+    ),
+    "a condition of nothing": (
+        lambda: Guidance(null={"labels": None}),
+        InputError,
+        r"got null\['labels'\] = None",
+    ),
+    "no encoder": (lambda: FLOW.sample(Z, encode=3), InputError, "got encode = 3"),
+    "an encoder of nothing": (
+        lambda: FLOW.sample(Z, steps=3, encode=lambda x: None),
+        InputError,
+        "got NoneType from encode",
+    ),
+    "an encoder of another shape": (
+        lambda: FLOW.sample(Z, steps=3, encode=lambda x: x[:, :2], renoise=False),
+        InputError,
+        r"got shape \(6, 2\) from encode for states of shape \(6, 3\)",
+    ),
+    "a field of nothing": (
+        lambda: VelocityFlow(lambda z, t: None).sample(Z),
+        InputError,
+        "got type NoneType from velocity",
+    ),
+    "a field without times": (
+        lambda: VelocityFlow(lambda z: z).sample(Z),
+        InputError,
+        r"cannot be called as velocity\(z_t, t\)",
+    ),
+    "latents for a model": (
+        lambda: CROSS(Z, model),
+        InputError,
+        "an array of dtype torch.float32",
+    ),
+    "a whole number for a time": (
+        lambda: CROSS(model, Z, t=1, s=0),
+        TimeError,
+        "got t = 1; .*write t = 1.0",
+    ),
+    "the names of times": (
+        lambda: adapt(Network(), times="t"),
+        InputError,
+        "got times = 't'; .*as {'timestep'",
+    ),
+    "an output by number": (lambda: adapt(Network(), output=3), InputError, "got output = 3"),
+}
+
+
+@pytest.mark.parametrize(("make", "error", "says"), OF_ONES_OWN.values(), ids=OF_ONES_OWN)
+def test_a_part_of_ones_own_that_does_not_fit_is_named(make, error, says):
+    with pytest.raises(error, match=says):
+        make()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda value: TimePairs(mask_first=value),
+        lambda value: SquaredError(summed=value),
+        lambda value: AbsoluteError(summed=value),
+        lambda value: HuberError(summed=value),
+        lambda value: ImprovedMeanFlowLoss(head=value),
+        lambda value: PixelMeanFlowLoss(own_tangent=value),
+        lambda value: MeanFlowLoss(check=value),
+    ],
+)
+def test_a_switch_is_true_or_false(make):
+    with pytest.raises(InputError, match="= 'no'; write True or False"):
+        make("no")
+
+
+@pytest.mark.parametrize(
+    "alpha",
+    [
+        lambda t: torch.where(t < 0.5, 1 - 1.5 * t, 0.5 - 0.5 * t),
+        lambda t: (1 - t.float()).double(),
+        lambda t: (1 - t) ** 20,
+    ],
+    ids=["kink", "single precision", "steep"],
+)
+def test_a_callable_that_torch_follows_is_a_schedule(alpha):
+    schedule = Schedule(alpha, lambda t: t)
+    t = torch.tensor([0.3], dtype=torch.float64)
+    assert schedule.alpha_dot(t) < 0

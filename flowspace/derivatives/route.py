@@ -22,6 +22,7 @@ from flowspace.backends import backend_of, one_backend, torch_backend
 from flowspace.derivatives import hidden_calls
 from flowspace.derivatives.replay import in_transform, several_processes
 from flowspace.errors import InputError
+from flowspace.inputs import check_device
 
 __all__ = ["Derivative", "checked", "scatter"]
 
@@ -167,6 +168,7 @@ def checked(value: Any, primals: Sequence[Any]) -> Tensor:
     """
     is_array = backend_of(*primals).is_array(value)
     if is_array and value.ndim >= 1 and len(value) == len(primals[0]):
+        check_device("the model", value, primals[0])
         return value
     came = type(value).__name__
     if is_array:

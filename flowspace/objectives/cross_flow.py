@@ -11,7 +11,7 @@ from flowspace.arrays import Model, at_least_float32, over_rows
 from flowspace.criteria import check_criteria
 from flowspace.derivatives.replay import without_trace
 from flowspace.errors import CriterionError, InputError
-from flowspace.inputs import require
+from flowspace.inputs import is_function, require
 from flowspace.objectives.engine import Objective, PathPoint
 from flowspace.objectives.inputs import Batch, evaluated
 from flowspace.statistics import AbstractStatistic, MatchedStatistic
@@ -67,7 +67,7 @@ class CrossFlowLoss(Objective):
     def check_settings(self) -> None:
         """Refuse an estimate that is no function, and gap = 1."""
         require(
-            self.estimate is None or callable(self.estimate),
+            self.estimate is None or is_function(self.estimate),
             "estimate",
             self.estimate,
             "it is a function from the model's output to latents, in one space lambda x: x",

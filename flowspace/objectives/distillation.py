@@ -12,8 +12,8 @@ from torch import Tensor
 from flowspace.arrays import Model, is_number
 from flowspace.derivatives import FiniteDifference
 from flowspace.errors import InputError
-from flowspace.inputs import require
-from flowspace.objectives.engine import PathPoint, given_velocity
+from flowspace.inputs import is_function, require, velocity_of
+from flowspace.objectives.engine import PathPoint
 from flowspace.objectives.inputs import with_fields
 from flowspace.objectives.mean_flow import MeanFlowLoss
 from flowspace.penalties import SquaredError
@@ -67,7 +67,7 @@ class MeanFlowDistillationLoss(MeanFlowLoss):
     def check_settings(self) -> None:
         """Refuse what is no teacher, a mixture beyond [0, 1], and a second velocity."""
         require(
-            callable(self.teacher),
+            is_function(self.teacher),
             "teacher",
             self.teacher,
             "it is a function (z_t, t, **cond) that returns a velocity",
@@ -87,7 +87,8 @@ class MeanFlowDistillationLoss(MeanFlowLoss):
     def residual_velocity(self, model: Model, at: PathPoint) -> Tensor:
         """Return the mixture of conditional and teacher's velocity, guided where asked for."""
         if self.mix:
-            taught = given_velocity("teacher", self.teacher, at)
+            taught = velocity_of("teacher", self.teacher, at.state, at.t, at.cond)
+            taught = at.library.detach(taught)
             mixed = (1 - self.mix) * at.velocity + self.mix * taught
             at = with_fields(at, velocity=mixed)
         return super().residual_velocity(model, at)

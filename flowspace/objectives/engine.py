@@ -29,19 +29,39 @@ from flowspace.arrays import (
     Cond,
     Model,
     at_least_float32,
+    check_times,
     checked_times,
     draw_noise,
     is_number,
     over_rows,
 )
-from flowspace.backends import one_backend, torch_backend
+from flowspace.backends import backend_of, one_backend, torch_backend
 from flowspace.derivatives import Derivative, SharedPrimal
 from flowspace.derivatives.replay import RandomState, on_copies, without_trace
 from flowspace.errors import InputError, TimeError
 from flowspace.flow_map import FlowMap
-from flowspace.guidance import Guidance
-from flowspace.inputs import check_model, checked_cond, refuse_unfit, require, takes
-from flowspace.objectives.inputs import Batch, checked_batch, evaluated, warn_of_scale, with_fields
+from flowspace.guidance import Guidance, check_guidance
+from flowspace.inputs import (
+    check_flag,
+    check_model,
+    checked_cond,
+    first_time,
+    is_function,
+    kind_of,
+    refuse_misfit,
+    refuse_unfit,
+    require,
+    takes,
+    velocity_of,
+)
+from flowspace.objectives.inputs import (
+    Batch,
+    check_output,
+    checked_batch,
+    evaluated,
+    warn_of_scale,
+    with_fields,
+)
 from flowspace.penalties import Penalty, SquaredError
 from flowspace.schedules import LinearSchedule, Schedule
 from flowspace.statistics import (
@@ -212,21 +232,15 @@ class Objective(abc.ABC):
             self.derivative,
             "a route is an object, so write for example SharedPrimal() or FiniteDifference()",
         )
-        for name in ("literal", "check"):
-            value = getattr(self, name)
-            require(isinstance(value, bool), name, value, "write True or False")
+        check_flag("literal", self.literal)
+        check_flag("check", self.check)
         require(
-            self.velocity is None or callable(self.velocity),
+            self.velocity is None or is_function(self.velocity),
             "velocity",
             self.velocity,
             "it is a function (z_t, t, **cond) that returns a tensor like z_t",
         )
-        require(
-            self.guidance is None or isinstance(self.guidance, Guidance),
-            "guidance",
-            self.guidance,
-            "write for example Guidance(null={'labels': 1000}, omega=2.0)",
-        )
+        check_guidance(self.guidance)
         self._check_gap()
 
     def _check_gap(self) -> None:
@@ -310,7 +324,8 @@ class Objective(abc.ABC):
         """Return the velocity in the known part: given, guided, or the conditional one."""
         velocity = at.velocity
         if self.velocity is not None:
-            velocity = given_velocity("velocity", self.velocity, at)
+            velocity = velocity_of("velocity", self.velocity, at.state, at.t, at.cond)
+            velocity = at.library.detach(velocity)
         if self.guidance is None or at.dropped is None:
             return velocity
 
@@ -378,14 +393,17 @@ class Objective(abc.ABC):
         check_model(model)
         self.check_call(checked_batch(batch))
         warn_of_scale(type(self).__name__, batch)
-        model = self.wrapped(model)
         at, noise = self._drawn_point(batch, t, s)
+        function = self.wrapped(model)
         try:
-            out = self._evaluate(model, at, latents, noise)
+            out = self._evaluate(function, at, latents, noise)
         except TypeError as error:
             refuse_unfit(model, at.cond, error)
             raise
-        return self.completed(out, model, batch)
+        except RuntimeError as error:
+            refuse_misfit(model, latents, error)
+            raise
+        return self.completed(out, function, batch)
 
     def _drawn_point(
         self, batch: Batch, t: Tensor | None, s: Tensor | None
@@ -432,13 +450,17 @@ class Objective(abc.ABC):
         if t is not None or s is not None:
             raise TimeError("got only one of t and s; give both, or neither to have them drawn")
         xp, latents = batch.library, batch.latents
-        return drawn_pairs(
+        t, s = drawn_pairs(
             self.times,
             len(latents),
             generator=generator,
             device=xp.device(latents),
             dtype=xp.time_dtype(latents),
         )
+        # a look waits for the device, so only the first draw is looked at
+        if xp.has_values(t) and first_time(f"times {id(self.times)}"):
+            check_times(t, s, f" from times = {self.times!r}")
+        return t, s
 
     def _evaluate(self, model: Model, at: PathPoint, latents: Tensor, noise: Tensor) -> LossOutput:
         conditional = at.velocity
@@ -483,7 +505,7 @@ class Objective(abc.ABC):
         f = at_least_float32(f)
         derivative = at_least_float32(derivative)
         known = self.known_part(at)
-        _check_shape(f, known)
+        check_output(f, known)
         b = over_rows(weights.derivative, f)
         return f, b * derivative - known
 
@@ -505,7 +527,7 @@ class Objective(abc.ABC):
         f = at_least_float32(evaluated(model, at.state, at.t, at.s, at.cond))
         f_r = at_least_float32(without_trace(evaluate_earlier, at.state))
         between = self.known_part_between(at, earlier)
-        _check_shape(f, between)
+        check_output(f, between)
         a, b, m = weights.over_rows(f)
         off_diagonal = over_rows(at.s < at.t, f)
         b = xp.where(off_diagonal, b, 1.0)
@@ -528,8 +550,7 @@ class Objective(abc.ABC):
         if self.literal:
             difference = a * f + rest
         if self.weight is not None:
-            w = xp.as_array(self.weight(at.t, at.s), f)
-            difference = over_rows(w, f) * difference
+            difference = over_rows(self._weights(self.weight, at), f) * difference
         return LossOutput(
             loss=self._penalised(difference),
             prediction=f,
@@ -541,13 +562,30 @@ class Objective(abc.ABC):
             velocity=at.velocity,
         )
 
+    def _weights(self, weight: Weight, at: PathPoint) -> Tensor:
+        """Return the weight of each row, of shape ``(B,)`` or ``()``."""
+        weights, rows = weight(at.t, at.s), len(at.t)
+        if is_number(weights):
+            return at.library.as_array(weights, at.t)
+        if at.library.is_array(weights) and tuple(weights.shape) in ((), (rows,)):
+            return weights
+        raise InputError(
+            f"got {kind_of(weights)} from weight = {self.weight!r} for {rows} rows; "
+            f"return one number for each row, of shape ({rows},)"
+        )
+
     def _penalised(self, difference: Tensor) -> Tensor:
         """Return the penalty of each row, of shape ``(B,)``."""
         loss, rows = self.penalty(difference), len(difference)
-        if isinstance(self.penalty, Penalty) or tuple(loss.shape) == (rows,):
+        if isinstance(self.penalty, Penalty):
             return loss
+        came = kind_of(loss)
+        if backend_of(difference).is_array(loss):
+            if tuple(loss.shape) == (rows,):
+                return loss
+            came = f"shape {tuple(loss.shape)}"
         raise InputError(
-            f"got shape {tuple(loss.shape)} from penalty = {self.penalty!r} for {rows} rows; "
+            f"got {came} from penalty = {self.penalty!r} for {rows} rows; "
             "reduce over all axes but the first, "
             "as in lambda d: d.abs().flatten(1).mean(1)"
         )
@@ -560,28 +598,3 @@ def _default_of(each: Field[Any]) -> Any:
     if each.default is not MISSING:
         return each.default
     return None
-
-
-def given_velocity(name: str, function: Callable[..., Tensor], at: PathPoint) -> Tensor:
-    """Return what a user's velocity gives at a point, without gradient.
-
-    Raises:
-        InputError: if it is of another shape than the states.
-    """
-    velocity = at.library.detach(function(at.state, at.t, **at.cond))
-    if velocity.shape != at.state.shape:
-        raise InputError(
-            f"got shape {tuple(velocity.shape)} from {name} "
-            f"for states of shape {tuple(at.state.shape)}; "
-            "return a velocity of the states' shape"
-        )
-    return velocity
-
-
-def _check_shape(f: Tensor, known: Tensor) -> None:
-    if f.shape != known.shape:
-        raise InputError(
-            f"got shape {tuple(f.shape)} from the model, "
-            f"but the targets have {tuple(known.shape)}; "
-            "give targets= of what the model returns"
-        )

@@ -14,9 +14,9 @@ from flowspace.backends import torch_backend
 from flowspace.derivatives.replay import on_copies, without_trace
 from flowspace.derivatives.route import checked
 from flowspace.errors import InputError
-from flowspace.inputs import signature_of
+from flowspace.inputs import check_flag, signature_of
 from flowspace.objectives.engine import LossOutput, PathPoint
-from flowspace.objectives.inputs import Batch, evaluated, with_fields
+from flowspace.objectives.inputs import Batch, check_output, evaluated, with_fields
 from flowspace.objectives.mean_flow import MeanFlowLoss
 from flowspace.penalties import Adaptive
 from flowspace.times import LogitNormalTimes, TimePairs
@@ -66,6 +66,7 @@ class ImprovedMeanFlowLoss(MeanFlowLoss):
         velocity = without_trace(on_diagonal, at.state)
         if self.head:
             velocity = model.heads.pop()
+        check_output(velocity, at.state)
         return at_least_float32(velocity)
 
     def to_velocity(self, output: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
@@ -79,6 +80,11 @@ class ImprovedMeanFlowLoss(MeanFlowLoss):
         if self.guidance is not None:
             at = with_fields(at, cond=self.guidance.own_condition(at.t, at.cond))
         return self.own_velocity(model, at)
+
+    def check_settings(self) -> None:
+        """Refuse switches that are not True or False."""
+        check_flag("head", self.head)
+        check_flag("own_tangent", self.own_tangent)
 
     def check_call(self, batch: Batch) -> None:
         """Refuse an auxiliary head with JAX arrays, where a second output cannot be kept."""

@@ -4,17 +4,30 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor
 
 from flowspace.arrays import Cond, Model
-from flowspace.backends import torch_backend
+from flowspace.backends import backend_of
 from flowspace.derivatives.replay import on_copies
 from flowspace.derivatives.route import checked
 from flowspace.errors import InputError
-from flowspace.inputs import check_states, first_time, kind_of, warn_once
+from flowspace.inputs import (
+    check_beside,
+    check_source,
+    check_states,
+    first_time,
+    kind_of,
+    warn_once,
+)
 
-__all__ = ["Batch", "checked_batch", "evaluated", "warn_of_scale", "with_fields"]
+__all__ = [
+    "Batch",
+    "check_output",
+    "checked_batch",
+    "evaluated",
+    "warn_of_scale",
+    "with_fields",
+]
 
 WIDE = 100.0
 """Latents with a spread this many times the noise's are taken for unscaled ones."""
@@ -69,12 +82,27 @@ def evaluated(model: Model, z_t: Tensor, t: Tensor, s: Tensor, cond: Mapping[str
     return checked(output, (z_t,))
 
 
+def check_output(f: Tensor, like: Tensor) -> None:
+    """Raise InputError unless a model returned real numbers of the targets' shape."""
+    if f.shape != like.shape:
+        raise InputError(
+            f"got shape {tuple(f.shape)} from the model, "
+            f"but the targets have {tuple(like.shape)}; "
+            "give targets= of what the model returns"
+        )
+    if not backend_of(f).is_floating(f):
+        raise InputError(
+            f"got dtype {f.dtype} from the model; its output is compared with real numbers: "
+            "return .real or .float() of it"
+        )
+
+
 def checked_batch(batch: Batch) -> Batch:
     """Return a batch that may be used.
 
     Raises:
-        InputError: unless latents, targets and noise are real numbers, as many rows of latents and
-            targets, and the generator is one.
+        InputError: unless latents, targets and noise are real numbers on one device, as many rows
+            of latents and targets, and the generator is one.
     """
     xp, noise = batch.library, batch.noise
     check_states("latents", batch.latents)
@@ -90,12 +118,9 @@ def checked_batch(batch: Batch) -> Batch:
             f"got noise of {kind_of(noise)}; "
             "write real numbers of the latents' shape, or leave it out"
         )
-    is_source = batch.generator is None or isinstance(batch.generator, torch.Generator)
-    if xp is torch_backend and not is_source:
-        raise InputError(
-            f"got generator = {batch.generator!r}; "
-            "write torch.Generator().manual_seed(0), or leave it out"
-        )
+    check_beside("targets", batch.data, batch.latents)
+    check_beside("noise", noise, batch.latents)
+    check_source(batch.generator, batch.latents)
     return batch
 
 

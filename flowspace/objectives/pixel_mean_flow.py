@@ -61,6 +61,7 @@ class PixelMeanFlowLoss(ImprovedMeanFlowLoss):
 
     def check_settings(self) -> None:
         """Refuse a floor or a perceptual limit that is no time."""
+        super().check_settings()
         require(
             is_number(self.floor) and 0 <= self.floor < 1,
             "floor",

@@ -24,7 +24,14 @@ from flowspace.arrays import (
 from flowspace.backends import one_backend, torch_backend
 from flowspace.derivatives.replay import RandomState, RowsMixError, agree, restoring_buffers
 from flowspace.errors import InputError, TimeError
-from flowspace.inputs import check_model, checked_cond, refuse_unfit, require
+from flowspace.inputs import (
+    check_model,
+    checked_cond,
+    is_function,
+    refuse_unfit,
+    require,
+    velocity_of,
+)
 from flowspace.objectives.engine import LossOutput, PathPoint
 from flowspace.objectives.inputs import Batch, checked_batch, evaluated, with_fields
 from flowspace.objectives.mean_flow import MeanFlowLoss
@@ -94,7 +101,7 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
                 "leave it out, and guide the teacher: Guidance.apply"
             )
         require(
-            callable(self.teacher),
+            is_function(self.teacher),
             "teacher",
             self.teacher,
             "write a function (z_t, t, **cond) of the velocity",
@@ -227,13 +234,9 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
         cond, times = batch.cond, self.grid(noise)
 
         def taught(z: Tensor, t: Tensor) -> Tensor:
-            return self.teacher(z, t, **cond)
+            return velocity_of("teacher", self.teacher, z, t, cond)
 
-        try:
-            path = Euler().path(taught, noise, times)
-        except TypeError as error:
-            refuse_unfit(model, cond, error)
-            raise
+        path = Euler().path(taught, noise, times)
         early, late = self._pairs_of_points(batch.generator, times.device)
         rows = len(batch.latents)
         t = times[early].repeat_interleave(rows)
