@@ -4,6 +4,7 @@ the middle, its derivative, and the shapes of the paper's configs.
 
 import importlib
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -251,3 +252,28 @@ def test_networks_that_do_not_fit_are_refused(change, words):
 def test_settings_that_do_not_fit_are_refused_before_torch_is(tmp_path, changes, words):
     with pytest.raises(reading.SettingsError, match=words):
         small(tmp_path, *changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("representation.weights=/nowhere.pth", "write representation.weights=FILE"),
+        ("out=/dev/null/run", "write out=FOLDER"),
+        ("evaluation.weights=/nowhere.pth", "write evaluation.weights=FILE"),
+        ("evaluation.reference=/nowhere", "write evaluation.reference=FOLDER"),
+    ],
+)
+def test_what_is_not_there_is_refused_before_torch_is_imported(tmp_path, change, words):
+    arguments = [str(PROGRAM / "mean_flow_rae.py"), str(SMALL), f"out={tmp_path}", change]
+    without_torch = (
+        "import runpy, sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [sys.executable, "-c", without_torch, *arguments, "--evaluate"]
+    ended = subprocess.run(command, cwd=PROGRAM, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1 and words in ended.stderr
+
+
+def test_a_setting_without_an_effect_is_refused(tmp_path):
+    with pytest.raises(reading.SettingsError, match="write teacher_steps"):
+        small(tmp_path, "evaluation.evaluations=2")

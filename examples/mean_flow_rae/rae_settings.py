@@ -9,7 +9,19 @@ from typing import Annotated, Any
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from reading import STRICT, Count, Decay, Positive, SettingsError, Share, Weight, check_folder
+from reading import (
+    STRICT,
+    Count,
+    Decay,
+    Positive,
+    SettingsError,
+    Share,
+    Weight,
+    check_folder,
+    check_installed,
+    check_weights,
+    check_writable,
+)
 from sections import SETS, AdversarialConfig, PerceptualConfig, ProgramConfig, TrainingConfig
 
 
@@ -123,6 +135,11 @@ class RAEConfig(ProgramConfig):
             raise ValueError("features of a network have no decoder; write a stage decoder")
         if (self.teacher is None) == (self.flow_matching is None):
             raise ValueError("write teacher or flow_matching: where the teacher comes from")
+        if self.evaluation.evaluations != 1:
+            raise ValueError(
+                f"got evaluation.evaluations = {self.evaluation.evaluations}, but one and two are "
+                "judged; leave it out, and write teacher_steps for the steps of a teacher alone"
+            )
         grid, size = self.network.grid, self.data.size
         if r.network is not None and grid * r.cell != size:
             raise ValueError(
@@ -148,14 +165,43 @@ class RAEConfig(ProgramConfig):
 
 
 def check(config: RAEConfig) -> None:
-    """See that what a config names is there, unless only shapes are looked at.
+    """See that what a config names is there, and that its folder can be written to, unless only
+    shapes are looked at.
 
     Raises:
         SettingsError: if it is not.
     """
     if "--check" in sys.argv:
         return
-    held_out = [f"{name}/test" for name in SETS]
-    check_folder("data.path", config.data.path, (*SETS, *held_out))
+    pictures = (*SETS, *[f"{name}/test" for name in SETS])
+    check_folder("data.path", config.data.path, pictures)
     if config.teacher is not None and not config.teacher.is_dir():
         raise SettingsError(f"got teacher = {config.teacher}, no folder; write teacher=FOLDER")
+    check_weights(_weights(config))
+    if "--evaluate" in sys.argv:
+        e = config.evaluation
+        check_folder("evaluation.reference", e.reference, pictures)
+        check_folder("evaluation.held_out", e.held_out, pictures)
+        check_weights(_weights_of_judges(config))
+    if config.training.wandb:
+        check_installed("training.wandb", "wandb")
+    check_writable(config.out)
+
+
+def _weights(config: RAEConfig) -> dict[str, str | None]:
+    """Return the files of weights that training needs, by their keys."""
+    r = config.representation
+    found = {"representation.weights": r.weights}
+    if r.perceptual is not None:
+        found["representation.perceptual.weights"] = r.perceptual.weights
+    if r.adversarial is not None:
+        found["representation.adversarial.weights"] = r.adversarial.weights
+    return found
+
+
+def _weights_of_judges(config: RAEConfig) -> dict[str, str | None]:
+    """Return the files of weights of the networks that judge, by their keys."""
+    found = {"evaluation.weights": config.evaluation.weights}
+    for number, judge in enumerate(config.evaluation.extractors):
+        found[f"evaluation.extractors.{number}.weights"] = judge.weights
+    return found
