@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -157,6 +158,20 @@ def test_a_batch_that_does_not_fit_is_refused_before_a_stage_is_trained(tmp_path
     with pytest.raises(RunError, match=words):
         run(small(tmp_path / "run", *changes))
     assert not (tmp_path / "run" / "decoder").exists()
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_mirror_images_have_latents_of_their_own_where_they_are_trained(tmp_path, flip):
+    """The encoder is the identity here."""
+    config = small(tmp_path, f"data.flip={str(flip).lower()}")
+    images = program.images_of(config.data)
+    work = program.Work(config, SimpleNamespace(device="cpu"), images, images)
+    rows = program.encoded(work, SimpleNamespace(encode=lambda pictures: pictures))
+    assert rows.latents.shape == (len(images), 1 + flip, 3, 32, 32)
+    for mirrored in (False, True)[: 1 + flip]:
+        pixels, label = images.row(5, mirrored)
+        latent, same = rows.row(5, mirrored)
+        assert label == same and torch.equal(latent, program.in_range(pixels))
 
 
 def test_no_file_of_the_program_is_longer_than_400_lines():

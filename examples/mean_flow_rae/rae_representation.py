@@ -149,7 +149,11 @@ def decoder_losses(
 
 @dataclass
 class LatentRows:
-    """The latents of all pictures, encoded once, with their labels."""
+    """The latents of all pictures, encoded once, with their labels.
+
+    ``latents`` are ``(N, 1 or 2, C, h, w)``, of each picture, and of its mirror image where these
+    are trained too.
+    """
 
     images: Images
     latents: Tensor
@@ -158,8 +162,8 @@ class LatentRows:
         return len(self.images)
 
     def row(self, index: int, mirrored: bool = False) -> tuple[Tensor, int]:
-        """Return one; a mirror image has no latent here."""
-        return self.latents[index], self.images.labels[index]
+        """Return the latent ``(C, h, w)`` of a picture or of its mirror image, and its class."""
+        return self.latents[index, int(mirrored)], self.images.labels[index]
 
     def order(self, seed: int, number: int) -> Sequence[int]:
         """Return the order in which a pass takes them."""
@@ -170,7 +174,11 @@ def encoded(work: Work, encoder: LatentEncoder) -> Rows:
     """Return the latents of all pictures, which the other stages read."""
     found = []
     for images in pictures_of(work):
-        found.append(encoder.encode(images).cpu())
+        views = [images]
+        if work.config.data.flip:
+            views.append(images.flip(-1))
+        latents = [encoder.encode(view).cpu() for view in views]
+        found.append(torch.stack(latents, 1))
     return LatentRows(work.images, torch.cat(found))
 
 
