@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import torch._dynamo
 import torch.nn.functional as F
 from tolerances import TRAINED, within
 from torch import nn
+from torch._dynamo.convert_frame import compile_lock
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -957,6 +959,86 @@ def test_what_a_signal_handler_raises_while_a_part_is_traced_reaches_the_user(mo
         same(net, plain)
     finally:
         signal.signal(signal.SIGALRM, before)
+
+
+def jvp_of_state(z, t):
+    return torch.func.jvp(torch.sin, (z,), (z,))[1] * t[:, None]
+
+
+def grad_of_state(z, t):
+    return torch.func.grad(lambda x: (x.sin() * t[:, None]).sum())(z)
+
+
+def vmap_round_state(z, t):
+    y = z.sin()
+    weights = torch.ones(3, 4, dtype=torch.float64)
+    return torch.vmap(lambda w: y * w)(weights).sum(0) * t[:, None]
+
+
+@pytest.mark.parametrize("fn", [jvp_of_state, grad_of_state, vmap_round_state])
+def test_a_transform_in_a_model_is_refused_and_leaves_torch_as_it_was(fn):
+    z, t = torch.rand(5, 4, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
+    net = torch.compile(fn, backend=EAGER)
+    for rows in (None, torch.arange(5) < 2):
+        with pytest.raises(DerivativeError, match=r"transform of torch.func.*ForwardMode\(\)$"):
+            SharedPrimal()(net, (z, t), (z, torch.ones_like(t)), rows)
+    torch.testing.assert_close(net(z, t), fn(z, t))
+    weight = torch.ones(3, requires_grad=True)
+    checkpoint(torch.sin, weight, use_reentrant=False).sum().backward()
+    torch.testing.assert_close(torch.func.jvp(torch.sin, (z,), (z,))[1], z.cos() * z)
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "sizes"), [(True, [(6, 3), (5, 3), (1, 3)]), (None, [(6, 3), (6, 5), (6, 1)])]
+)
+def test_an_axis_may_become_one_once_sizes_are_open(dynamic, sizes):
+    def fn(z, t):
+        return z.sin() * t[:, None, None]
+
+    net = torch.compile(fn, backend=EAGER, dynamic=dynamic)
+    for batch_size, tokens in sizes:
+        z = torch.rand(batch_size, tokens, 4, dtype=torch.float64)
+        t = torch.rand(batch_size, dtype=torch.float64)
+        one = torch.ones_like(t)
+        derivative = SharedPrimal()(net, (z, t), (z, one))[1]
+        wanted = torch.func.jvp(fn, (z, t), (z, one))[1]
+        torch.testing.assert_close(derivative, wanted)
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_primals_of_inference_mode(compiles):
+    def fn(z, t):
+        return z.sin() * t[:, None]
+
+    net = fn
+    if compiles:
+        net = torch.compile(fn, backend=EAGER)
+    with torch.inference_mode():
+        z, t = torch.rand(5, 4).double(), torch.rand(5).double()
+    before = z.clone()
+    with torch.no_grad():
+        derivative = SharedPrimal()(net, (z, t), (z, torch.ones_like(t)))[1]
+    wanted = before.cos() * before * t[:, None] + before.sin()
+    torch.testing.assert_close(derivative, wanted)
+    assert torch.equal(z, before)
+
+
+def test_no_other_thread_compiles_while_a_part_is_traced(monkeypatch):
+    held, make = [], compiled.Region._make
+
+    def watched(*args):
+        taken = []
+        other = threading.Thread(target=lambda: taken.append(compile_lock.acquire(blocking=False)))
+        other.start()
+        other.join()
+        held.append(not taken[0])
+        return make(*args)
+
+    monkeypatch.setattr(compiled.Region, "_make", watched)
+    net, plain = pair(Net())
+    same(net, plain)
+    same(net, plain, batch(moving=8))
+    assert held and all(held)
 
 
 def test_nothing_is_left_behind():

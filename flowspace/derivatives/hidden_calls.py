@@ -95,6 +95,22 @@ def paused(carrier: "Carrier | None") -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _idle() -> Iterator[None]:
+    """Let the active carrier pass over what torch.compile asks of tensors, to say why it captures
+    again: it reads what its guards read of an alias, not what the primal has.
+    """
+    carrier = active_carrier()
+    if carrier is None:
+        yield
+        return
+    idle, carrier.idle = carrier.idle, True
+    try:
+        yield
+    finally:
+        carrier.idle = idle
+
+
+@contextlib.contextmanager
 def following(carrier: "Carrier") -> Iterator[None]:
     """Hand a carrier the calls that no function mode sees."""
     before, _active.carrier = active_carrier(), carrier
@@ -316,7 +332,7 @@ class _Callback:
         from flowspace.derivatives.shared_primal.compiled import warn_of
 
         try:
-            with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+            with _idle(), torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
                 return self._torchdynamo_orig_backend(*args, **kwargs)
         except (InternalTorchDynamoError, TorchRuntimeError) as error:
             warn_of(error)

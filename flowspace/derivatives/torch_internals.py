@@ -1,5 +1,7 @@
 """Private names of torch that the carrier of tangents needs, under names that say what they do."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ __all__ = [
     "forward_mode_is_open",
     "function_modes",
     "leave_function_modes",
+    "left_after_errors",
     "memory_of",
     "negated_view",
     "not_intercepted",
@@ -93,6 +96,28 @@ def leave_function_modes(count: int) -> None:
 def forward_mode_is_open() -> bool:
     """Return whether a level of forward mode is open in this process."""
     return forward_ad._current_level >= 0
+
+
+@contextlib.contextmanager
+def left_after_errors() -> Iterator[None]:
+    """Leave the transforms of torch.func that were entered within, if an error ends it.
+
+    A captured graph enters and leaves them by calls like any other: an error on the way skips
+    those that leave, and every later transform of the process would raise.
+    """
+    depth = _C._functorch.get_dynamic_layer_stack_depth()
+    refusal = _C._autograd._saved_tensors_hooks_get_disabled_error_message()
+    is_open = forward_mode_is_open()
+    try:
+        yield
+    except BaseException:
+        _C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+        _C._autograd._saved_tensors_hooks_enable()
+        if refusal is not None:
+            _C._autograd._saved_tensors_hooks_disable(refusal)
+        if not is_open:
+            close_forward_mode()
+        raise
 
 
 def close_forward_mode() -> None:

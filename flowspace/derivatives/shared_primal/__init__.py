@@ -109,7 +109,9 @@ def _copies(primals: Sequence[Any], tangents: Sequence[Tensor | None]) -> list[A
 def _hand_back(primals: Sequence[Any], copies: Sequence[Any]) -> None:
     """Write into the primals what the model wrote into their copies."""
     for primal, copy in zip(primals, copies, strict=True):
-        if copy is primal or copy.is_inference() or not copy._version:
+        if copy is primal or primal.is_inference() or copy.is_inference():
+            continue  # nobody may write into a tensor of inference mode
+        if not copy._version:
             continue
         with torch.no_grad():
             primal.copy_(copy)

@@ -39,6 +39,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, _guards, _refs, fx
 from torch._dynamo import config as dynamo_config
+from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.exc import RestartAnalysis, SkipFrame
 from torch._ops import HigherOrderOperator
 from torch._subclasses import FakeTensor, FakeTensorMode
@@ -48,7 +49,7 @@ from torch.utils import _pytree as pytree
 from flowspace.derivatives import hidden_calls, replay
 from flowspace.derivatives.rules.dual import ChosenRows, Dual, Layout, LostRowsError
 from flowspace.derivatives.shared_primal.carrier import FIELD, Carrier
-from flowspace.derivatives.torch_internals import not_intercepted
+from flowspace.derivatives.torch_internals import left_after_errors, not_intercepted
 from flowspace.errors import DerivativeError
 
 __all__ = ["Backend", "Region", "warn_of"]
@@ -257,7 +258,8 @@ class Region:
         if isinstance(program, DerivativeError):
             raise program
         if isinstance(program, Exception):
-            return self.followed(*inputs)
+            with left_after_errors():
+                return self.followed(*inputs)
         if program.lost:
             carrier.lost = True
             return self._run_plain(carrier, primals)
@@ -392,7 +394,8 @@ class Region:
                 return error
             context = TraceContext.of(inputs)
         try:
-            with context.entered():
+            # torch.compile traces in one thread at a time, and this is no less of a trace
+            with compile_lock, context.entered(), left_after_errors():
                 program = make(context)
         except DerivativeError as error:
             program = error
@@ -453,6 +456,7 @@ class _GraphRunner(fx.Interpreter):
 
     def __init__(self, graph: fx.GraphModule, carrier: Carrier) -> None:
         super().__init__(graph)
+        self.extra_traceback = False  # a refusal is told as in the eager route
         self.carrier = carrier
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -514,7 +518,12 @@ def _value_recomputed() -> bool:
 
 
 def _no_saving_hooks() -> Any:
-    """Let a trace save its tensors without the hooks of a checkpoint, which would count them."""
+    """Let a trace save its tensors without the hooks of a checkpoint, which would count them.
+
+    Where there are none, none are set: transforms of torch.func refuse any.
+    """
+    if not hidden_calls.under_checkpoint():
+        return contextlib.nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(_same, _same)
 
 
