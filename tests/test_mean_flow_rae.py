@@ -174,6 +174,24 @@ def test_mirror_images_have_latents_of_their_own_where_they_are_trained(tmp_path
         assert label == same and torch.equal(latent, program.in_range(pixels))
 
 
+def test_compile_reaches_every_network_of_the_decoders_stage(tmp_path, monkeypatch):
+    """The encoder once more after the stage, whose average is a copy."""
+    found = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda part: found.append(type(part).__name__))
+    frozen = "network: tf_efficientnet_lite0, weights: 'package:efficientnet-lite0', size: 32"
+    changes = (
+        f"representation.perceptual={{{frozen}}}",
+        f"representation.adversarial={{{frozen}, layers: [2], channels: [40]}}",
+        "network.compile=true",
+    )
+    config = small(tmp_path / "run", *changes)
+    images = program.images_of(config.data)
+    accelerator = program.accelerator_of(config.training, config.out)
+    program.representation(program.Work(config, accelerator, images, images))
+    assert found.count("TimmFeatures") == 4  # perceptual, the discriminator's, the encoder twice
+    assert found.count("ViTMAELayer") == 3
+
+
 def test_no_file_of_the_program_is_longer_than_400_lines():
     for path in PROGRAM.glob("*.py"):
         assert len(path.read_text().splitlines()) <= 400, path.name

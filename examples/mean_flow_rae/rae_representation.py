@@ -89,21 +89,26 @@ def representation(work: Work) -> LatentEncoder:
     config, accelerator = work.config, work.accelerator
     torch.manual_seed(config.training.seed)
     autoencoder = autoencoder_of(config).to(accelerator.device)
+    compiled = config.network.compile
+    if compiled:
+        autoencoder.encoder.compile()
     if config.decoder is None:
         return LatentEncoder(autoencoder)
     if autoencoder._latents_mean.numel() == 1:
         encoder = LatentEncoder(autoencoder)
         keep_statistics(encoder.fit(pictures_of(work), by_position=True))
     network = RAEReconstruction(autoencoder, config.representation.tau)
-    if config.network.compile:
+    if compiled:
         for layer in autoencoder.decoder.decoder_layers:
             layer.compile()
     adversary = None
     settings = config.representation.adversarial
     if settings is not None:
-        adversary = adversary_of(config, settings, LinearSchedule(), accelerator)
+        adversary = adversary_of(config, settings, LinearSchedule(), accelerator, compiled)
     losses = decoder_losses(config, network, adversary, accelerator.device)
     averaged = work.fit("decoder", network, losses, adversary=adversary)
+    if compiled:  # a copy runs as it was written
+        averaged.autoencoder.encoder.compile()
     return LatentEncoder(averaged.autoencoder)
 
 
@@ -126,6 +131,8 @@ def decoder_losses(
         loss = dataclasses.replace(loss, adversarial_weight=r.adversarial.weight)
     if r.perceptual is not None:
         (term,) = perceptual_of([r.perceptual], config.data.size, device).values()
+        if config.network.compile:  # LPIPS too
+            term.loss.features.compile_network()
         loss = dataclasses.replace(loss, perceptual=term.loss, perceptual_weight=term.weight)
 
     def losses(network: nn.Module, batch: Sequence[Tensor], draws: Draws) -> Losses:
