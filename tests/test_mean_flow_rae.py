@@ -250,6 +250,23 @@ def test_the_papers_configs_are_read(path):
     assert config.evaluation.weights  # without which --evaluate is refused
 
 
+def test_the_readme_has_what_a_sample_costs_as_it_is_counted(monkeypatch):
+    monkeypatch.syspath_prepend(PROGRAM.parent / "imagenet")
+    costs = importlib.import_module("costs")
+    page = (PROGRAM / "README.md").read_text()
+    assert len(costs.TABLES.findall(page)) == 1
+    assert costs.with_tables(page) == page, (
+        "run: python examples/imagenet/costs.py --write examples/mean_flow_rae/README.md"
+    )
+
+
+def test_raes_decoder_is_trained_without_clipping():
+    config = reading.load(rae_settings.RAEConfig, PROGRAM / "configs" / "paper" / "decoder.yaml")
+    training = config.decoder.over(config.training, 0)
+    assert training.clip >= 1e9 and config.training.clip == 1.0
+    assert (training.epochs, training.batch, training.emas) == (16, 512, (0.9978,))
+
+
 @pytest.mark.parametrize("size", [256, 512])
 def test_the_papers_networks_fit_each_other_on_meta_tensors(size, capsys):
     path = PROGRAM / "configs" / "paper" / f"imagenet-{size}.yaml"

@@ -132,7 +132,8 @@ def decoder_losses(
     if r.perceptual is not None:
         (term,) = perceptual_of([r.perceptual], config.data.size, device).values()
         if config.network.compile:  # LPIPS too
-            term.loss.features.compile_network()
+            features: Any = term.loss.features
+            features.compile_network()
         loss = dataclasses.replace(loss, perceptual=term.loss, perceptual_weight=term.weight)
 
     def losses(network: nn.Module, batch: Sequence[Tensor], draws: Draws) -> Losses:
