@@ -287,6 +287,7 @@ def check(config: PixelFlowConfig) -> str:
         f"{config.name}: {parameters / 1e6:.0f} million parameters",
         cost_table(config, flops),
         cost_line(config, flops),
+        *solver_line(config),
     ]
     return "\n\n".join(parts)
 
