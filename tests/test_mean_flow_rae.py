@@ -89,9 +89,10 @@ def test_a_run_leaves_a_network_and_a_page_with_its_figures(finished):
     assert steps[-1] == program.with_baseline(small(finished), 449).scratch.steps - 1
 
 
-def test_the_diagnostics_of_a_run_measure_its_networks(finished, monkeypatch):
+def test_the_diagnostics_of_a_run_measure_its_networks(finished, monkeypatch, capsys):
     """With one network and the same rows the residual's mean square is a parabola of the mix: the
-    conditional and the teacher's velocity enter it linearly (proposition 3.1).
+    conditional and the teacher's velocity enter it linearly (proposition 3.1). An error of the
+    teacher is nothing at mix 0 and all at mix 1.
     """
     monkeypatch.setattr(diagnostics, "STEPS", 2)
     monkeypatch.setattr(diagnostics, "BATCHES", 3)
@@ -100,11 +101,17 @@ def test_the_diagnostics_of_a_run_measure_its_networks(finished, monkeypatch):
     run(small(finished), main=diagnostics.main)
     found = json.loads((finished / "diagnostics.json").read_text())
     assert set(found["initialisations"]) == {"random", "flow matching", "mid-trained"}
-    none, quarter, half, whole = (row["residual"] for row in found["variances"])
-    assert quarter == pytest.approx((3 * none + 6 * half - whole) / 8, rel=1e-4)
+    trained, inexact = found["variances"][:4], found["variances"][4:]
+    for rows in (trained, inexact):
+        none, quarter, half, whole = (row["residual"] for row in rows)
+        assert quarter == pytest.approx((3 * none + 6 * half - whole) / 8, rel=1e-4)
+    assert inexact[0] == trained[0] | {"teacher": "with an error"}
+    assert inexact[3]["residual"] > trained[3]["residual"]
     exact, drowned, fine = (row["error"] for row in found["differences"])
     assert exact == 0 < fine < drowned  # in float32's rounding
     assert "data:image/png" in (finished / "diagnostics.html").read_text()
+    printed = capsys.readouterr().out
+    assert "| teacher | mix |" in printed and "| ratio |" in printed
 
 
 def test_the_baseline_has_the_evaluations_of_all_stages_in_latents(tmp_path):

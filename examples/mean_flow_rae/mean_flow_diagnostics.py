@@ -7,7 +7,7 @@ leaves ``diagnostics.json``, three PNGs and ``diagnostics.html`` in its folder:
 
 * loss and gradient norm of distillation from random, flow-matching and mid-trained weights;
 * the mean square of the residual and the variance of the gradient for mix 0, 1/2 and 1, with one
-  network and the same rows (proposition 3.1);
+  network and the same rows (proposition 3.1), of the teacher and of one with an error;
 * the exact derivative against central differences of 1e-4 to 1e-2: its error, the samples after a
   short distillation, the time of a step over that of the exact one (table 3).
 """
@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from rae_work import NOISE, TIMES, Work
 from torch import Tensor
 
 from flowspace import LossOutput, Objective, SharedPrimal
-from flowspace.demo.page import png, write_beside
+from flowspace.demo.page import markdown_table, png, write_beside
 from flowspace.training import BatchRows, Draws, KeyedPairs, KeyedRows
 from flowspace.vision import DiTDH
 from flowspace.vision.encoders import LatentEncoder
@@ -60,6 +60,9 @@ DIFFERENCES = (1e-4, 1e-3, 5e-3, 1e-2)
 MIXES = (0.0, 0.5, 1.0)
 """Shares of the teacher's velocity."""
 
+ERROR = 0.5
+"""Spread of the error of an inexact teacher, which is added to its velocity, everywhere alike."""
+
 
 class DistillationTrial:
     """Evaluates objectives on the batches of distillation, which follow from the run's seed.
@@ -74,10 +77,10 @@ class DistillationTrial:
         stage: Any = work.config.distillation
         self.training = stage.over(work.config.training, 7)
 
-    def objective(self, **changes: Any) -> Objective:
-        """Return distillation's objective with other settings."""
+    def objective(self, teacher: Any = None, **changes: Any) -> Objective:
+        """Return distillation's objective with another teacher, or with other settings."""
         config = replaced(self.work.config, objectives=changes)
-        objectives = mean_flow_rae.objectives_of(config, self.teacher)
+        objectives = mean_flow_rae.objectives_of(config, teacher or self.teacher)
         return objectives["distillation"][0]
 
     def outputs(self, network: DiTDH, objective: Objective, steps: int) -> Iterator[LossOutput]:
@@ -111,6 +114,17 @@ class DistillationTrial:
             found.append((float(loss.detach()), float(norm)))
         return found
 
+    def inexact(self) -> Any:
+        """Return the teacher with an error, the same one for every state, time and label."""
+        latent, device = self.work.config.latent, self.work.accelerator.device
+        draw = torch.Generator().manual_seed(self.training.seed)
+        error = ERROR * torch.randn(latent, generator=draw).to(device)
+
+        def velocity(z_t: Tensor, t: Tensor, **cond: Any) -> Tensor:
+            return self.teacher(z_t, t, **cond) + error
+
+        return velocity
+
 
 def gradient_of(network: DiTDH, loss: Tensor) -> Tensor:
     """Return the gradient at all weights as one vector."""
@@ -130,31 +144,33 @@ def initialisations(trial: DistillationTrial, networks: Mapping[str, DiTDH]) -> 
     return found
 
 
-def variances(trial: DistillationTrial, network: DiTDH) -> list[dict[str, float]]:
-    """Return, by the teacher's share, the residual's mean square and the gradient's variance.
-
-    The variance is that of a batch's gradient over batches, summed over the weights, beside the
-    square of their mean.
-    """
+def variances(trial: DistillationTrial, network: DiTDH) -> list[dict[str, Any]]:
+    """Return, by teacher and its share, the residual's mean square and the gradient's variance."""
     found = []
-    network = copied(network)
-    for mix in MIXES:
-        objective = trial.objective(mix=mix)
-        residuals, gradients = [], []
-        for out in trial.outputs(network, objective, BATCHES):
-            squares = out.residual.square().flatten(1)
-            residuals.append(squares.sum(1).mean())
-            gradient = gradient_of(network, out.loss.mean())
-            gradients.append(gradient.detach())
-        stacked = torch.stack(gradients)
-        row = {
-            "mix": mix,
-            "residual": float(torch.stack(residuals).mean()),
-            "variance": float(stacked.var(0).sum()),
-            "mean": float(stacked.mean(0).square().sum()),
-        }
-        found.append(row)
+    for name, teacher in {"trained": None, "with an error": trial.inexact()}.items():
+        for mix in MIXES:
+            objective = trial.objective(teacher, mix=mix)
+            row = {"teacher": name, "mix": mix}
+            found.append(row | spread(trial, copied(network), objective))
     return found
+
+
+def spread(trial: DistillationTrial, network: DiTDH, objective: Objective) -> dict[str, float]:
+    """Return the mean square of a row's residual, and the variance of a batch's gradient over
+    batches, summed over the weights, beside the square of their mean.
+    """
+    residuals, gradients = [], []
+    for out in trial.outputs(network, objective, BATCHES):
+        squares = out.residual.square().flatten(1)
+        residuals.append(squares.sum(1).mean())
+        gradient = gradient_of(network, out.loss.mean())
+        gradients.append(gradient.detach())
+    stacked = torch.stack(gradients)
+    return {
+        "residual": float(torch.stack(residuals).mean()),
+        "variance": float(stacked.var(0).sum()),
+        "mean": float(stacked.mean(0).square().sum()),
+    }
 
 
 def differences(
@@ -200,7 +216,7 @@ def slopes(trial: DistillationTrial, network: DiTDH, step: float | None) -> Tens
     return slope.detach()
 
 
-def judged(trial: DistillationTrial, network: DiTDH, encoder: LatentEncoder) -> dict[str, float]:
+def judged(trial: DistillationTrial, network: DiTDH, encoder: LatentEncoder) -> dict[str, Any]:
     """Return the scores of samples in one evaluation, where there is a judge of the set."""
     work = trial.work
     config = work.config
@@ -243,6 +259,8 @@ def main(config: RAEConfig) -> None:
         "differences": differences(trial, students["mid_training"], encoder),
     }
     page.write_json(config.out / "diagnostics.json", found)
+    for name in ("variances", "differences"):
+        print(markdown_table(*table(found[name])), end="\n\n")
     print(f"the page: {write_page(config, found)}")
 
 
@@ -250,35 +268,37 @@ def write_page(config: RAEConfig, found: Mapping[str, Any]) -> Path:
     """Write figures and tables, and return the page's path."""
     curves = initial_curves(found["initialisations"])
     write_beside(config.out / "initialisations.png", curves)
-    of_mixes = ("mix", "residual", "variance", "mean")
-    of_differences = tuple(found["differences"][0])
     parts: list[page.Part] = [
         "Distillation from three initialisations: loss, and gradient norm before clipping.",
         curves,
-        "The teacher's share of the velocity, same network and rows: "
+        "The teacher's share of the velocity, same network and rows, for the teacher as it is and "
+        f"with an error of spread {ERROR}, everywhere alike: "
         "mean square of the residual of a row, "
         "variance of a batch's gradient and square of its mean over batches.",
-        table(found["variances"], of_mixes),
+        table(found["variances"]),
         "The derivative: exact (no step) against central differences; "
         f"{STEPS} steps of distillation each, from the mid-trained network. "
         "The error is relative, the ratio is of times of a step over that of the exact one.",
-        table(found["differences"], of_differences),
+        table(found["differences"]),
     ]
     return page.write(config.out / "diagnostics.html", f"Diagnostics: {config.name}", parts)
 
 
-def table(rows: Iterable[Mapping[str, Any]], names: tuple[str, ...]) -> page.Part:
-    """Return records as a table of the values under these names."""
+def table(rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Return the head and the cells of a table of records that have the same names."""
+    names = tuple(rows[0])
     cells = []
     for row in rows:
         cells.append([cell_of(row[name]) for name in names])
     return names, cells
 
 
-def cell_of(value: float | None) -> str:
+def cell_of(value: Any) -> str:
     """Return a number as the tables show it; no step of a difference is the exact derivative."""
     if value is None:
         return "exact"
+    if isinstance(value, str):
+        return value
     return f"{value:.4g}"
 
 
