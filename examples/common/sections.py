@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from reading import STRICT, Count, Decay, Number, Positive, Weight
+from reading import STRICT, Count, Decay, Number, Positive, SettingsError, Weight, check_weights
 
 SETS = (
     "emoji",
@@ -188,3 +188,21 @@ class ProgramConfig:
     data: PicturesConfig = field(default_factory=PicturesConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+def check_judges(evaluation: EvaluationConfig) -> None:
+    """See that the weights of all networks that judge are there.
+
+    Raises:
+        SettingsError: if they are not.
+    """
+    judges = {"evaluation": (evaluation.extractor, evaluation.weights)}
+    for number, one in enumerate(evaluation.extractors):
+        judges[f"evaluation.extractors.{number}"] = (one.network, one.weights)
+    for key, (network, weights) in judges.items():
+        if network == "inception" and weights is None:
+            raise SettingsError(
+                f"got {key}.weights = null for inception, whose weights are a file; "
+                f"write {key}.weights=FILE"
+            )
+        check_weights({f"{key}.weights": weights})

@@ -8,7 +8,7 @@ import reading
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from reading import STRICT, Count, Positive, SettingsError, Share, Weight
-from sections import SETS, EvaluationConfig, ProgramConfig
+from sections import SETS, ProgramConfig, check_judges
 
 __all__ = [
     "CascadeConfig",
@@ -176,21 +176,3 @@ def check_compared(config: PixelFlowConfig) -> None:
             "write evaluation.reference=FOLDER, or a name such as digits/test"
         )
     check(config)
-
-
-def check_judges(e: EvaluationConfig) -> None:
-    """See that the weights of all networks that judge are there.
-
-    Raises:
-        SettingsError: if they are not.
-    """
-    judges = {"evaluation": (e.extractor, e.weights)}
-    for number, one in enumerate(e.extractors):
-        judges[f"evaluation.extractors.{number}"] = (one.network, one.weights)
-    for key, (network, weights) in judges.items():
-        if network == "inception" and weights is None:
-            raise SettingsError(
-                f"got {key}.weights = null for inception, whose weights are a file; "
-                f"write {key}.weights=FILE"
-            )
-        reading.check_weights({f"{key}.weights": weights})

@@ -12,7 +12,7 @@ import reading
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from reading import STRICT, Count, Positive, SettingsError, Share
-from sections import SETS, EvaluationConfig, PerceptualConfig, ProgramConfig
+from sections import SETS, PerceptualConfig, ProgramConfig, check_judges
 
 PAPER = Path(__file__).parent / "configs" / "paper"
 """The configs with the published settings."""
@@ -125,24 +125,6 @@ def check(config: PixelMeanFlowConfig) -> None:
     if "--evaluate" in sys.argv:
         check_judges(evaluation)
     reading.check_writable(config.out)
-
-
-def check_judges(evaluation: EvaluationConfig) -> None:
-    """See that the weights of all networks that judge are there.
-
-    Raises:
-        SettingsError: if they are not.
-    """
-    judges = {"evaluation": (evaluation.extractor, evaluation.weights)}
-    for number, one in enumerate(evaluation.extractors):
-        judges[f"evaluation.extractors.{number}"] = (one.network, one.weights)
-    for key, (network, weights) in judges.items():
-        if network == "inception" and weights is None:
-            raise SettingsError(
-                f"got {key}.weights = null for inception, whose weights are a file; "
-                f"write {key}.weights=FILE"
-            )
-        reading.check_weights({f"{key}.weights": weights})
 
 
 @plain(frozen=True)
