@@ -815,6 +815,16 @@ def test_what_does_not_fit_is_one_error_before_any_step(config, parts, error, wo
     assert not list(config.out.rglob("log.jsonl"))
 
 
+def test_stage_one_is_not_trained_by_encode_either_where_its_batch_does_not_fit(config):
+    stage = settings.StageOneConfig(batch=25, widths=(8, 8), channels=4)
+    alone()
+    with pytest.raises(RunError, match=r"encoder\.stage_one\.batch = 25 for 24 pictures"):
+        importlib.import_module("encode").main(
+            settings.replaced(config, encoder={"stage_one": stage})
+        )
+    assert not list(config.out.rglob("log.jsonl"))
+
+
 @pytest.mark.parametrize(
     ("part", "asked", "words"),
     [

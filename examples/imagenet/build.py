@@ -74,10 +74,19 @@ def rows_of(config: ImageNetConfig, images: Images) -> Rows:
     if config.data.latents:
         rows = LatentImages(Path(config.data.latents), config.data.flip)
     check_batch("training.batch", config.training.batch, len(rows))
+    check_stage_one_batch(config, images)
+    return rows
+
+
+def check_stage_one_batch(config: ImageNetConfig, images: Images) -> None:
+    """See that there are as many pictures as a batch of stage 1 has rows, where it has batches.
+
+    Raises:
+        RunError: if there are fewer.
+    """
     stage = config.encoder.stage_one
     if stage and not stage.linear:
         check_batch("encoder.stage_one.batch", stage.batch, len(images))
-    return rows
 
 
 def check_batch(name: str, batch: int, count: int) -> None:

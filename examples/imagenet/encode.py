@@ -36,6 +36,7 @@ def main(config: ImageNetConfig) -> Path:
 def encoded(config: ImageNetConfig, accelerator: Accelerator) -> Path:
     """Encode the pictures by the encoder, which is trained first where the config asks so."""
     images = build.images_of(config)
+    build.check_stage_one_batch(config, images)
     fit = functools.partial(loop.fit, accelerator=accelerator)
     encoder = stage_one.encoder_of(config, images, accelerator, fit)
     if config.generator.compile:
