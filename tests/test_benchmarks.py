@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("jax")  # minutes, and so not among the tests that a newcomer runs
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 LONGEST = 600
@@ -29,7 +31,7 @@ def case(words, needed, told, marks=()):
 
 RUNS = (
     case("overhead --rounds 1", (), "flowspace itself"),
-    case("jax_step --rounds 1", ("jax",), "3 hidden layers of 512, batch 2048"),
+    case("jax_step --rounds 1", (), "3 hidden layers of 512, batch 2048"),
     case(
         "packing --rounds 1 --batch 4 --width 64 --depth 1",
         (),
@@ -42,23 +44,23 @@ RUNS = (
     ),
     case(
         "derivatives --rounds 1 --no-memory --tokens 64 --only bfloat16",
-        ("matplotlib",),
+        (),
         "FiniteDifference(order=2)",
     ),
     case(
         "derivatives --compiled --rounds 1 --no-memory --no-compile-time --only whole",
-        ("matplotlib", "torch._inductor"),
+        (),
         "largest error",
         slow,
     ),
-    case("objectives --quick --data swiss_roll", ("matplotlib",), "swiss_roll, 1 seed(s)"),
+    case("objectives --quick --data swiss_roll", (), "swiss_roll, 1 seed(s)"),
     case(
         "objectives --quick --data digits --only CrossFlow",
-        ("matplotlib",),
+        (),
         "digits, 1 seed(s)",
         slow,
     ),
-    case("bfloat16 --seeds 1 --steps 1", ("matplotlib",), "values and tangents", slow),
+    case("bfloat16 --seeds 1 --steps 1", (), "values and tangents", slow),
 )
 
 
