@@ -961,6 +961,29 @@ def test_what_a_signal_handler_raises_while_a_part_is_traced_reaches_the_user(mo
         signal.signal(signal.SIGALRM, before)
 
 
+class Hooked(nn.Module):
+    """Sets a hook on a tensor that moves, and on one that does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.scale = nn.Linear(4, 4), nn.Parameter(torch.ones(4))
+
+    def forward(self, z, t, s):
+        h = self.first(z) * (1 + column(t)) + column(s)
+        scale = self.scale.sin()
+        for tensor in (h, scale):
+            if tensor.requires_grad:
+                tensor.register_hook(lambda gradient: 2 * gradient)
+        return (h * scale).sin()
+
+
+@pytest.mark.filterwarnings("ignore:.*would lose the hook")
+@pytest.mark.parametrize("moving", [0, 3, 8])
+def test_hooks_of_tensors_meet_the_gradient(moving):
+    net, plain = pair(Hooked())
+    same(net, plain, batch(moving=moving))
+
+
 def jvp_of_state(z, t):
     return torch.func.jvp(torch.sin, (z,), (z,))[1] * t[:, None]
 

@@ -38,6 +38,8 @@ def run(carrier: "Carrier", call: rules.Call, name: str, args: tuple[Any, ...]) 
     """
     if name == "autograd_function_apply":
         return _custom_function(carrier, call, args)
+    if name == "register_hook":
+        return _hooked(carrier, call)
     body = _BODIES.get(name)
     if body is None and not call.duals:
         return call.evaluate()
@@ -53,6 +55,21 @@ def run(carrier: "Carrier", call: rules.Call, name: str, args: tuple[Any, ...]) 
     if name == "tag_activation_checkpoint":
         _mark_recomputed(before)
     return out
+
+
+def _hooked(carrier: "Carrier", call: rules.Call) -> Any:
+    """Return the tensor that a model sets a hook on, which meets the gradient of the value alone.
+
+    Raises:
+        ValueError: in a trace, which would lose the hook: the part is left to Python.
+    """
+    if carrier.traced:
+        raise ValueError("a trace would lose the hook of a tensor")
+    out = call.evaluate()
+    if not call.duals:
+        return out
+    dual = call.duals[0]
+    return carrier.wrap(out, dual.tangent, dual.layout)
 
 
 Arguments = tuple[Any, ...]
