@@ -15,6 +15,7 @@ from flowspace import (
     ConsistencyLoss,
     CriterionError,
     CrossFlowLoss,
+    Derivative,
     FlowMap,
     Guidance,
     HuberError,
@@ -29,6 +30,7 @@ from flowspace import (
     PixelMeanFlowLoss,
     Schedule,
     ScheduleError,
+    SharedPrimal,
     SquaredError,
     Statistic,
     TimeError,
@@ -200,7 +202,33 @@ ONES = torch.ones(6)
 CROSS = CrossFlowLoss()
 FLOW = CROSS.flow_map(model)
 
+
+class Route(Derivative):
+    """A route that returns what it was made with."""
+
+    def __init__(self, found):
+        self.found = found
+
+    def evaluate(self, fn, primals, tangents, indices):
+        return self.found
+
+
 OF_ONES_OWN = {
+    "a route of one tensor": (
+        lambda: CrossFlowLoss(derivative=Route(Z))(model, Z),
+        InputError,
+        r"got dtype .* from Route.evaluate; return the value and the derivative",
+    ),
+    "a route of another shape": (
+        lambda: CrossFlowLoss(derivative=Route((Z, Z[:2])))(model, Z),
+        InputError,
+        r"a derivative of .* shape \(2, 3\) beside a value of .* from Route.evaluate",
+    ),
+    "rows of another number": (
+        lambda: SharedPrimal()(lambda z: z, (Z,), (Z,), torch.ones(2, dtype=torch.bool)),
+        InputError,
+        r"got rows of shape \(2,\) for 6 rows",
+    ),
     "alpha that torch takes for a constant": (
         lambda: Schedule(lambda t: (1 - t).detach(), lambda t: t),
         ScheduleError,

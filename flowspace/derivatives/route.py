@@ -22,7 +22,7 @@ from flowspace.backends import backend_of, one_backend, torch_backend
 from flowspace.derivatives import hidden_calls
 from flowspace.derivatives.replay import in_transform, several_processes
 from flowspace.errors import InputError
-from flowspace.inputs import check_device
+from flowspace.inputs import check_device, kind_of
 
 __all__ = ["Derivative", "checked", "scatter"]
 
@@ -68,6 +68,11 @@ class Derivative(abc.ABC):
                     f"got a tangent of shape {tuple(v.shape)} for a primal of shape "
                     f"{tuple(p.shape)}; write one of the same shape, or None"
                 )
+        if rows is not None and tuple(rows.shape) != tuple(primals[0].shape[:1]):
+            raise InputError(
+                f"got rows of shape {tuple(rows.shape)} for {len(primals[0])} rows; "
+                "write a mask of one truth value a row"
+            )
         xp = one_backend(*primals, *tangents)
         if xp is not torch_backend:
             value, derivative = self.evaluate_pure(fn, primals, tangents)
@@ -101,8 +106,8 @@ class Derivative(abc.ABC):
         if indices is not None and not len(indices):
             value = checked(fn(*primals), primals)
             return value, torch.zeros_like(value)
-        value, derivative = self.evaluate(fn, primals, tangents, indices)
-        checked(value, primals)
+        found = self.evaluate(fn, primals, tangents, indices)
+        value, derivative = self._checked_pair(found, primals)
         if mask is None:
             return value, derivative
         derivative = torch.where(over_rows(mask, derivative), derivative, 0.0)
@@ -110,6 +115,24 @@ class Derivative(abc.ABC):
             missed = mask.index_fill(0, indices, False)
             derivative = derivative.masked_fill(over_rows(missed, derivative), math.nan)
         return value, derivative
+
+    def _checked_pair(self, found: Any, primals: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """Return what `evaluate` returned.
+
+        Raises:
+            InputError: if the model returned no tensor of rows, or a route of the user's own
+                anything but a value and a derivative of its shape.
+        """
+        came = kind_of(found)
+        if isinstance(found, tuple | list) and len(found) == 2:
+            value, derivative = checked(found[0], primals), found[1]
+            if isinstance(derivative, Tensor) and derivative.shape == value.shape:
+                return value, derivative
+            came = f"a derivative of {kind_of(derivative)} beside a value of {kind_of(value)}"
+        raise InputError(
+            f"got {came} from {type(self).__name__}.evaluate; "
+            "return the value and the derivative, two tensors of one shape"
+        )
 
     @abc.abstractmethod
     def evaluate(

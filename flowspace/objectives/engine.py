@@ -212,7 +212,8 @@ class Objective(abc.ABC):
             draws and not isinstance(self.times, TimeSampler),
             "times",
             self.times,
-            "it draws pairs (t, s), so write for example TimePairs(UniformTimes(), equal=0.5)",
+            "it draws pairs (t, s), so write for example TimePairs(UniformTimes(), equal=0.5), "
+            "or a function (rows, *, generator, device, dtype) that returns t and s",
         )
         require(
             takes(self.penalty, None),

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowspace.errors import InputError, RunError
+from flowspace.inputs import require
 from flowspace.vision.weights import read_tensors
 
 __all__ = ["SOURCES", "LatentEncoder", "from_ldm", "load_encoder"]
@@ -507,6 +508,7 @@ def load_encoder(
         pack: see `LatentEncoder`.
 
     Raises:
+        InputError: if it is neither text nor a path.
         RunError: if weights are missing; it names the file, where it goes and the command that
             fetches it. If the autoencoder is of a class that is not in `KINDS`. If an id cannot be
             fetched.
@@ -514,6 +516,12 @@ def load_encoder(
     Warns:
         UserWarning: if float16 was asked for and the config forbids it.
     """
+    require(
+        isinstance(name_or_path, str | Path),
+        "name_or_path",
+        name_or_path,
+        "write a name such as va-vae, a folder, or an id of the hub, owner/name",
+    )
     name, path = str(name_or_path), Path(name_or_path)
     if name in SOURCES:
         path = _find(name, weights)
