@@ -433,6 +433,15 @@ def test_a_part_of_ones_own_that_does_not_fit_is_named(make, error, says):
         make()
 
 
+def test_a_wrong_sampler_is_found_in_the_place_of_a_right_one():
+    for _ in range(5):  # what is freed leaves its place in memory, and its id, to the next
+        CrossFlowLoss(times=drawn(0.5 * ONES, 0.2 * ONES))(model, Z)
+        wrong = CrossFlowLoss(times=drawn(0.1 * ONES, ONES))
+        for _ in range(2):
+            with pytest.raises(TimeError, match="out of range"):
+                wrong(model, Z)
+
+
 @pytest.mark.parametrize(
     "make",
     [

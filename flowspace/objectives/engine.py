@@ -23,6 +23,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 
 from flowspace.arrays import (
@@ -45,7 +46,6 @@ from flowspace.inputs import (
     check_flag,
     check_model,
     checked_cond,
-    first_time,
     is_function,
     kind_of,
     refuse_misfit,
@@ -458,10 +458,18 @@ class Objective(abc.ABC):
             device=xp.device(latents),
             dtype=xp.time_dtype(latents),
         )
-        # a look waits for the device, so only the first draw is looked at
-        if xp.has_values(t) and first_time(f"times {id(self.times)}"):
-            check_times(t, s, f" from times = {self.times!r}")
+        self._check_first_draw(t, s)
         return t, s
+
+    def _check_first_draw(self, t: Tensor, s: Tensor) -> None:
+        """Raise TimeError if drawn times are out of range; only until a draw was right, for a look
+        waits for the device.
+        """
+        seen = vars(self)
+        if torch.compiler.is_compiling() or "_drawn" in seen or not backend_of(t).has_values(t):
+            return
+        check_times(t, s, f" from times = {self.times!r}")
+        seen["_drawn"] = True
 
     def _evaluate(self, model: Model, at: PathPoint, latents: Tensor, noise: Tensor) -> LossOutput:
         conditional = at.velocity
