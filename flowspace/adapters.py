@@ -97,6 +97,23 @@ def adapt(  # noqa: PLR0913  # the public door: each argument has its name
             not given, or there is no embedding to add to.
         ExpressionError: if a text is no formula in t and s.
     """
+    _check_parts(network, times, names, factor, output)
+    if times is None:
+        times = _known_times(network)
+    renamed = dict(names or {})
+    _check_names(network, [*times, *renamed.values()])
+    made = Adapter(network, times, renamed, factor, output)
+    if added is not None:
+        made.add_time(added, added_to)
+    elif added_to is not None:
+        raise InputError(
+            f"got added_to = {added_to!r} without a time that is added; write added='t - s' too"
+        )
+    return made
+
+
+def _check_parts(network: Any, times: Any, names: Any, factor: Any, output: Any) -> None:
+    """Raise InputError for an argument of `adapt` of the wrong kind."""
     require(
         isinstance(network, nn.Module),
         "network",
@@ -122,18 +139,6 @@ def adapt(  # noqa: PLR0913  # the public door: each argument has its name
         output,
         "it is a function from what the network returns to a tensor",
     )
-    if times is None:
-        times = _known_times(network)
-    renamed = dict(names or {})
-    _check_names(network, [*times, *renamed.values()])
-    made = Adapter(network, times, renamed, factor, output)
-    if added is not None:
-        made.add_time(added, added_to)
-    elif added_to is not None:
-        raise InputError(
-            f"got added_to = {added_to!r} without a time that is added; write added='t - s' too"
-        )
-    return made
 
 
 class Adapter(nn.Module):

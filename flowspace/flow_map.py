@@ -15,6 +15,7 @@ from flowspace.guidance import Guidance, check_guidance
 from flowspace.inputs import (
     check_device,
     check_model,
+    check_real,
     check_source,
     check_states,
     checked_cond,
@@ -151,12 +152,8 @@ class FlowMap:
                 f"got shape {tuple(prediction.shape)} from the model for {len(z)} rows; "
                 "wrap it so that it returns one tensor of shape (B, *)"
             )
-        check_device("the model", prediction, z)
-        if not backend_of(z).is_floating(prediction):
-            raise InputError(
-                f"got dtype {prediction.dtype} from the model; "
-                "a prediction is of real numbers: return .real or .float() of it"
-            )
+        check_device("the output of the model", prediction, z)
+        check_real(prediction)
         return prediction
 
     @torch.no_grad()
@@ -201,17 +198,7 @@ class FlowMap:
         """
         check_states("noise", noise)
         check_source(generator, noise)
-        check_guidance(guidance)
-        require(
-            encode is None or takes(encode, noise),
-            "encode",
-            encode,
-            "it is a function from what the model returns to latents",
-        )
-        if guidance is not None and backend_of(noise) is not torch_backend:
-            raise InputError(
-                "got guidance with JAX arrays, which it does not know; guide inside the model"
-            )
+        _check_helpers(noise, encode, guidance)
         grid = falling_grid(noise, steps, times)
         flow = self
         if guidance is not None:
@@ -295,6 +282,21 @@ class FlowMap:
         return xp.cast(-b * prediction, prediction.dtype)
 
 
+def _check_helpers(noise: Tensor, encode: Encode | None, guidance: Guidance | None) -> None:
+    """Raise InputError for an encoder or a guidance that cannot help to sample."""
+    require(
+        encode is None or takes(encode, noise),
+        "encode",
+        encode,
+        "it is a function from what the model returns to latents",
+    )
+    check_guidance(guidance)
+    if guidance is not None and backend_of(noise) is not torch_backend:
+        raise InputError(
+            "got guidance with JAX arrays, which it does not know; guide inside the model"
+        )
+
+
 def _per_row(time: Tensor, states: Tensor) -> Tensor:
     """Return one time for each row of states, in their library."""
     return backend_of(states).one_per_row(time, len(states))
@@ -316,7 +318,7 @@ def _encoded(encode: Encode, sample: Tensor, states: Tensor) -> Tensor:
         raise InputError(
             f"got {type(latents).__name__} from encode; return latents, one array of shape (B, *)"
         )
-    check_device("encode", latents, states)
+    check_device("the output of encode", latents, states)
     if latents.shape != states.shape:
         raise InputError(
             f"got shape {tuple(latents.shape)} from encode for states of shape "

@@ -12,10 +12,10 @@ from flowspace.backends import backend_of
 from flowspace.errors import InputError
 
 __all__ = [
-    "check_beside",
     "check_device",
     "check_flag",
     "check_model",
+    "check_real",
     "check_source",
     "check_states",
     "checked_cond",
@@ -182,7 +182,7 @@ def velocity_of(
         raise InputError(
             f"got {kind_of(velocity)} from {name}; return one array of the states' shape"
         )
-    check_device(name, velocity, z_t)
+    check_device(f"the output of {name}", velocity, z_t)
     if velocity.shape != z_t.shape:
         raise InputError(
             f"got shape {tuple(velocity.shape)} from {name} "
@@ -238,25 +238,23 @@ def check_states(name: str, states: Any) -> None:
         )
 
 
-def check_beside(name: str, array: Any, latents: Any) -> None:
-    """Raise InputError if a tensor is on another device than the latents."""
-    if not isinstance(array, Tensor) or not isinstance(latents, Tensor):
+def check_device(what: str, array: Any, states: Any) -> None:
+    """Raise InputError if a tensor is on another device than the states or latents."""
+    if not isinstance(array, Tensor) or not isinstance(states, Tensor):
         return
-    if array.device != latents.device:
+    if array.device != states.device:
         raise InputError(
-            f"got {name} on {array.device} beside latents on {latents.device}; "
-            f"write {name}.to({str(latents.device)!r})"
+            f"got {what} on {array.device} beside latents on {states.device}; "
+            f"move it there by .to({str(states.device)!r})"
         )
 
 
-def check_device(name: str, out: Any, states: Any) -> None:
-    """Raise InputError if what a function returned is on another device than the states."""
-    if not isinstance(out, Tensor) or not isinstance(states, Tensor):
-        return
-    if out.device != states.device:
+def check_real(output: Any) -> None:
+    """Raise InputError unless a model returned real numbers."""
+    if not backend_of(output).is_floating(output):
         raise InputError(
-            f"got a tensor on {out.device} from {name} for states on {states.device}; "
-            "return one on their device"
+            f"got dtype {output.dtype} from the model; it is to return real numbers, "
+            "so return .real or .float() of it"
         )
 
 

@@ -191,7 +191,7 @@ def checked(value: Any, primals: Sequence[Any]) -> Tensor:
     """
     is_array = backend_of(*primals).is_array(value)
     if is_array and value.ndim >= 1 and len(value) == len(primals[0]):
-        check_device("the model", value, primals[0])
+        check_device("the output of the model", value, primals[0])
         return value
     came = type(value).__name__
     if is_array:

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor
 
 from flowspace.arrays import Cond, Model
-from flowspace.backends import backend_of
 from flowspace.derivatives.replay import on_copies
 from flowspace.derivatives.route import checked
 from flowspace.errors import InputError
 from flowspace.inputs import (
-    check_beside,
+    check_device,
+    check_real,
     check_source,
     check_states,
     first_time,
@@ -90,11 +90,7 @@ def check_output(f: Tensor, like: Tensor) -> None:
             f"but the targets have {tuple(like.shape)}; "
             "give targets= of what the model returns"
         )
-    if not backend_of(f).is_floating(f):
-        raise InputError(
-            f"got dtype {f.dtype} from the model; its output is compared with real numbers: "
-            "return .real or .float() of it"
-        )
+    check_real(f)
 
 
 def checked_batch(batch: Batch) -> Batch:
@@ -118,8 +114,8 @@ def checked_batch(batch: Batch) -> Batch:
             f"got noise of {kind_of(noise)}; "
             "write real numbers of the latents' shape, or leave it out"
         )
-    check_beside("targets", batch.data, batch.latents)
-    check_beside("noise", noise, batch.latents)
+    check_device("targets", batch.data, batch.latents)
+    check_device("noise", noise, batch.latents)
     check_source(batch.generator, batch.latents)
     return batch
 

@@ -189,8 +189,7 @@ class RotaryAttention(nn.Module):
     def attention(self, x: Tensor, cosine: Tensor | None, sine: Tensor | None) -> Tensor:
         """Map tokens ``(B, N, width)`` to tokens; without cosines and sines nothing is turned.
 
-        Queries and keys are normalised and turned as one tensor: it halves the calls, of which an
-        eager step has thousands.
+        Queries and keys are normalised and turned as one tensor, which takes fewer calls.
         """
         heads = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         pair = self._normalised(heads[:2])
