@@ -485,6 +485,22 @@ def _own_statistics(autoencoder: nn.Module) -> tuple[Tensor, Tensor] | None:
 # --- loading -------------------------------------------------------------------------------------
 
 
+def _place_of(name_or_path: str | Path, weights: Path | None) -> tuple[str, Path]:
+    """Return an encoder's name and the file or folder that it names, which need not be there."""
+    require(
+        isinstance(name_or_path, str | Path),
+        "name_or_path",
+        name_or_path,
+        "write a name such as va-vae, a folder, or an id of the hub, owner/name",
+    )
+    name, path = str(name_or_path), Path(name_or_path)
+    if name in SOURCES:
+        path = _find(name, weights)
+    if path.is_dir() and not (path / "config.json").exists():
+        path = next(iter(sorted(path.glob("*vavae*.pt"))), path)
+    return name, path
+
+
 def load_encoder(
     name_or_path: str | Path,
     *,
@@ -516,17 +532,7 @@ def load_encoder(
     Warns:
         UserWarning: if float16 was asked for and the config forbids it.
     """
-    require(
-        isinstance(name_or_path, str | Path),
-        "name_or_path",
-        name_or_path,
-        "write a name such as va-vae, a folder, or an id of the hub, owner/name",
-    )
-    name, path = str(name_or_path), Path(name_or_path)
-    if name in SOURCES:
-        path = _find(name, weights)
-    if path.is_dir() and not (path / "config.json").exists():
-        path = next(iter(sorted(path.glob("*vavae*.pt"))), path)
+    name, path = _place_of(name_or_path, weights)
     mean = std = None
     if path.is_dir():
         autoencoder = _from_folder(path)
