@@ -109,9 +109,22 @@ def test_the_diagnostics_of_a_run_measure_its_networks(finished, monkeypatch, ca
     assert inexact[3]["residual"] > trained[3]["residual"]
     exact, drowned, fine = (row["error"] for row in found["differences"])
     assert exact == 0 < fine < drowned  # in float32's rounding
+    apart = [row["samples"] for row in found["differences"]]
+    assert apart[0] == 0 < apart[2] < 1  # two steps with and without the difference's error
     assert "data:image/png" in (finished / "diagnostics.html").read_text()
     printed = capsys.readouterr().out
-    assert "| teacher | mix |" in printed and "| ratio |" in printed
+    assert "| teacher | mix |" in printed and "| samples | seconds | ratio |" in printed
+    begun = [line for line in printed.splitlines() if line.startswith("| random |")]
+    losses, norms = zip(*found["initialisations"]["random"], strict=True)
+    shown = (losses[0], norms[0], max(norms))
+    assert begun == [f"| random | {' | '.join(f'{value:.4g}' for value in shown)} |"]
+
+
+def test_time_is_the_processors_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(diagnostics.time, "process_time", lambda: 1.0)
+    monkeypatch.setattr(diagnostics.time, "perf_counter", lambda: 2.0)
+    assert diagnostics.seconds_on(torch.device("cpu")) == 1
+    assert diagnostics.seconds_on(torch.device("cuda")) == 2
 
 
 def test_the_baseline_has_the_evaluations_of_all_stages_in_latents(tmp_path):
