@@ -331,6 +331,7 @@ def test_a_judge_is_tried_before_what_is_compared_is_trained(
 
     monkeypatch.setattr(compare.judging, "tried_judge", refusing)
     monkeypatch.setattr(compare.judging, "extractor_of", lambda *arguments: None)
+    monkeypatch.setattr(compare.judging, "reference_of", lambda *arguments: None)
     for tried, error in ((0, AssertionError("trained")), (8, RunError("tried on 30"))):
         config = load("smoke", *TINY, f"evaluation.tried={tried}", f"out={tmp_path / 'run'}")
         with pytest.raises(type(error), match=str(error)):
@@ -367,3 +368,29 @@ def test_what_is_compared_differs_in_the_cascade_alone():
     for one in variants.values():
         assert one.training == config.training and one.network == config.network
         assert one.sampling.guidance == 1
+
+
+def test_three_seeds_are_compared_in_folders_of_their_own_and_shown_by_mean_and_range(
+    few, tmp_path, monkeypatch, capsys
+):
+    seeds = []
+
+    def compared(config, judges):
+        seed = config.training.seed
+        seeds.append((seed, config.out.name))
+        row = compare.Judged(3, 0.0123, 10.0 + seed, 1.0, 0.5)
+        return compare.Compared({"a": row}, {}, {"a": 7.0})
+
+    monkeypatch.setattr(compare, "compared", compared)
+    monkeypatch.setattr(compare.judging, "extractor_of", lambda *arguments: None)
+    monkeypatch.setattr(compare.judging, "reference_of", lambda *arguments: None)
+    monkeypatch.setattr(compare.page, "class_rows", lambda rows: b"")
+    config = load("smoke", *TINY, "training.seed=4", f"out={tmp_path / 'run'}")
+    compare.main(config)
+    assert "| a | 3 | 0.0123 | 14.0 | 1.00 | 0.500 |" in capsys.readouterr().out
+    compare.main(config, ["--three-seeds"])
+    printed = capsys.readouterr().out
+    assert "| 15.0 (14.0 to 16.0) | 1.00 (1.00 to 1.00) |" in printed
+    assert printed.count("Seconds of training: a 7") == 3
+    assert printed.rstrip() == (config.out / "compare.md").read_text().rstrip()
+    assert seeds == [(4, "seed-4"), (4, "seed-4"), (5, "seed-5"), (6, "seed-6")]

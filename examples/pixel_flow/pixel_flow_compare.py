@@ -1,14 +1,15 @@
 """Compare a cascade with one resolution, and one-step stages with Euler's method.
 
-    python examples/pixel_flow/pixel_flow_compare.py CONFIG [key=value ...]
+    python examples/pixel_flow/pixel_flow_compare.py CONFIG [key=value ...] [--three-seeds]
 
 Trains three networks of one size on the same pictures for as many steps: flow matching at full
 resolution, flow matching on the cascade of the config, MeanFlow on the cascade. Each is sampled
 without guidance. The judges have seen no training picture: a network of ImageNet, and a support
 vector machine that is fitted to the held-out pictures and asked for the class of each sample.
 The first is tried on real pictures before anything is trained (``evaluation.tried``).
-Leaves ``compare.md`` and ``compare.png`` in the folder of the config; a run that is there is not
-trained again, and other seeds are asked for by ``training.seed=1 out=...``.
+With ``--three-seeds`` all of it is done for ``training.seed`` and the two after it, and the table
+has means, with the range behind. Leaves ``compare.md`` and ``compare.png``, of the first seed, in
+the folder of the config; a run that is there is not trained again.
 """
 
 import sys
@@ -21,16 +22,18 @@ import reading
 from pixel_flow_settings import PixelFlowConfig
 
 if __name__ == "__main__":
-    CONFIG, _ = reading.from_command_line(
+    CONFIG, OPTIONS = reading.from_command_line(
         PixelFlowConfig,
         __doc__,
-        check=pixel_flow_settings.check_compared,
+        ("--three-seeds",),
+        pixel_flow_settings.check_compared,
         runs=Path("runs/pixel_flow"),
     )
 
 import functools
-from dataclasses import replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import journal
 import judging
@@ -39,16 +42,73 @@ import page
 import pictures
 import pixel_flow
 import torch
+from accelerate import Accelerator
 from pixel_flow_costs import costs_of, flops_of
 from torch import Tensor, nn
 
 from flowspace.demo.page import markdown_table, write_beside
-from flowspace.vision.evaluate import Extractor, features_of, judge
+from flowspace.vision.data import Images
+from flowspace.vision.evaluate import Extractor, Features, features_of, judge
 
 SHOWN = 10
 """Samples of each kind that the picture shows, one a class."""
 
 HEAD = ("what", "evaluations", "GFLOPs a sample", "Frechet distance", "KID", "right class")
+
+SEEDS = 3
+"""Of ``--three-seeds``."""
+
+
+class Judged(NamedTuple):
+    """What one kind of sample costs and scores.
+
+    Attributes:
+        evaluations: of the network, for a sample.
+        gflops: of a sample.
+        distance: Frechet distance to the held-out pictures.
+        kid: to them.
+        right: share of samples in which the classifier sees the class that was asked for.
+    """
+
+    evaluations: int
+    gflops: float
+    distance: float
+    kid: float
+    right: float
+
+
+@dataclass
+class Compared:
+    """What one seed gave.
+
+    Attributes:
+        rows: by what was sampled.
+        shown: its first samples, uint8, by the same names.
+        seconds: that the training of each network took.
+    """
+
+    rows: dict[str, Judged]
+    shown: dict[str, Tensor]
+    seconds: dict[str, float]
+
+
+@dataclass
+class Judges:
+    """What every seed is given.
+
+    Attributes:
+        accelerator: that trains.
+        extractor: of features, for the Frechet distance and KID.
+        real: features of the held-out pictures.
+        images: that are trained on.
+        conditions: what networks are told.
+    """
+
+    accelerator: Accelerator
+    extractor: Extractor
+    real: Features
+    images: Images
+    conditions: pixel_flow.Conditions
 
 
 def variants_of(config: PixelFlowConfig) -> dict[str, PixelFlowConfig]:
@@ -91,7 +151,7 @@ def samplings_of(config: PixelFlowConfig) -> list[tuple[str, int | tuple[int, ..
     ]
 
 
-def main(config: PixelFlowConfig) -> None:
+def main(config: PixelFlowConfig, options: Sequence[str] = ()) -> None:
     """Train each, sample each as asked, judge, and write the table down."""
     accelerator = loop.accelerator_of(config.training, config.out)
     extractor = judging.extractor_of(config, accelerator.device)
@@ -99,58 +159,92 @@ def main(config: PixelFlowConfig) -> None:
     if config.evaluation.tried:
         judging.tried_judge(config, extractor, images)
     conditions = pixel_flow.conditions_of(config, images, accelerator.device)
-    variants = variants_of(config)
-    networks, times = {}, []
-    for name, one in variants.items():
-        stage = pixel_flow.prepared(one, images, conditions)
-        networks[name] = loop.fit(stage, accelerator)
-        seconds = page.seconds_logged(journal.latest(one.out / "training"))
-        times.append(f"{name} {seconds:.0f}")
-    rows, shown = [], {}
-    for name, steps in samplings_of(config):
-        sampling = replace(variants[name].sampling, steps=steps)
-        one = replace(variants[name], sampling=sampling)
-        samples, cells = judged(one, networks[name], conditions, extractor)
-        title = f"{name}, {sum(one.steps)} steps"
-        rows.append([title, *cells])
-        shown[title] = samples[:SHOWN]
-    line = f"Seconds of training: {', '.join(times)}"
-    text = f"{markdown_table(HEAD, rows)}\n\n{line}\n"
+    real = judging.reference_of(config, extractor, images)
+    judges = Judges(accelerator, extractor, real, images, conditions)
+    count = 1
+    if "--three-seeds" in options:
+        count = SEEDS
+    found = []
+    for seed in range(config.training.seed, config.training.seed + count):
+        found.append(compared(of_seed(config, seed), judges))
+    lines = [markdown_table(HEAD, table(found)), ""]
+    for one in found:
+        times = [f"{name} {seconds:.0f}" for name, seconds in one.seconds.items()]
+        lines.append(f"Seconds of training: {', '.join(times)}")
+    text = "\n".join([*lines, ""])
     write_beside(config.out / "compare.md", text)
-    write_beside(config.out / "compare.png", page.class_rows(shown))
+    write_beside(config.out / "compare.png", page.class_rows(found[0].shown))
     print(text)
 
 
+def of_seed(config: PixelFlowConfig, seed: int) -> PixelFlowConfig:
+    """Return the config of a seed, whose runs have a folder of their own."""
+    training = replace(config.training, seed=seed)
+    return replace(config, training=training, out=config.out / f"seed-{seed}")
+
+
+def table(found: Sequence[Compared]) -> list[list[str]]:
+    """Return the cells of the table: means over seeds, with the range where there are several."""
+    cells = []
+    for name in found[0].rows:
+        rows = [one.rows[name] for one in found]
+        cells.append(
+            [
+                name,
+                f"{rows[0].evaluations}",
+                f"{rows[0].gflops:.3g}",
+                spread([row.distance for row in rows], 1),
+                spread([row.kid for row in rows], 2),
+                spread([row.right for row in rows], 3),
+            ]
+        )
+    return cells
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Return the mean of values, and their range in brackets where there are several."""
+    mean = f"{sum(values) / len(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def compared(config: PixelFlowConfig, judges: Judges) -> Compared:
+    """Train and judge what is compared, with one seed."""
+    variants = variants_of(config)
+    networks, seconds = {}, {}
+    for name, one in variants.items():
+        stage = pixel_flow.prepared(one, judges.images, judges.conditions)
+        networks[name] = loop.fit(stage, judges.accelerator)
+        seconds[name] = page.seconds_logged(journal.latest(one.out / "training"))
+    rows, shown = {}, {}
+    for name, steps in samplings_of(config):
+        sampling = replace(variants[name].sampling, steps=steps)
+        one = replace(variants[name], sampling=sampling)
+        title = f"{name}, {sum(one.steps)} steps"
+        samples, rows[title] = judged(one, networks[name], judges)
+        shown[title] = samples[:SHOWN]
+    return Compared(rows, shown, seconds)
+
+
 @torch.no_grad()
-def judged(
-    config: PixelFlowConfig,
-    network: nn.Module,
-    conditions: pixel_flow.Conditions,
-    extractor: Extractor,
-) -> tuple[Tensor, list[str]]:
-    """Return samples, uint8, and the cells of their row in the table."""
+def judged(config: PixelFlowConfig, network: nn.Module, judges: Judges) -> tuple[Tensor, Judged]:
+    """Return samples, uint8, and what they cost and score."""
     device = next(network.parameters()).device
+    conditions = judges.conditions
     plan = pixel_flow.plan_of(config, conditions)
     draw = pixel_flow.sampler_of(config, network, conditions)
     samples = judging.drawn(plan, draw, device)
-    images = pictures.images_of(config.data, config.out.parent)
-    real = judging.reference_of(config, extractor, images)
-    made = features_of(extractor, samples.split(plan.batch))
-    scores = judge(extractor, made, real)
+    made = features_of(judges.extractor, samples.split(plan.batch))
+    scores = judge(judges.extractor, made, judges.real)
     distance = next(iter(scores.values.values()))
     one = torch.zeros(1, dtype=torch.long, device=device)
     flops = flops_of(config, network, conditions.of(one))
     costs, _ = costs_of(config, flops)
     labels = torch.arange(plan.count) % plan.classes
     share = right_class(config, samples, labels)
-    cells = [
-        f"{sum(config.steps)}",
-        f"{sum(costs) / 1e9:.3g}",
-        f"{distance:.1f}",
-        f"{scores.kid:.3f}",
-        f"{share:.3f}",
-    ]
-    return samples, cells
+    gflops = sum(costs) / 1e9
+    return samples, Judged(sum(config.steps), gflops, distance, scores.kid, share)
 
 
 def right_class(config: PixelFlowConfig, samples: Tensor, labels: Tensor) -> float:
@@ -170,4 +264,4 @@ def flat(pixels: Tensor) -> Any:
 
 
 if __name__ == "__main__":
-    reading.run_program(functools.partial(main, CONFIG))
+    reading.run_program(functools.partial(main, CONFIG, OPTIONS))
