@@ -14,6 +14,7 @@ from flowspace.errors import InputError
 __all__ = [
     "check_device",
     "check_flag",
+    "check_generator",
     "check_model",
     "check_real",
     "check_source",
@@ -260,8 +261,13 @@ def check_real(output: Any) -> None:
 
 def check_source(generator: Any, beside: Any) -> None:
     """Raise InputError unless what is drawn beside tensors has a generator of torch, or None."""
-    is_source = generator is None or isinstance(generator, torch.Generator)
-    if isinstance(beside, Tensor) and not is_source:
+    if isinstance(beside, Tensor):
+        check_generator(generator)
+
+
+def check_generator(generator: Any) -> None:
+    """Raise InputError unless a generator is one of torch, or None."""
+    if generator is not None and not isinstance(generator, torch.Generator):
         raise InputError(
             f"got generator = {generator!r}; "
             "write torch.Generator().manual_seed(0), or leave it out"

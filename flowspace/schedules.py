@@ -68,6 +68,15 @@ class Schedule:
         self._check_ends()
         self._check_inside()
 
+    def __getattr__(self, name: str) -> Any:
+        """Say what is missing in a subclass whose ``__init__`` does not call this one's."""
+        if name in ("_alpha", "_beta", "_ratio"):
+            raise ScheduleError(
+                f"got a {type(self).__name__} without alpha and beta; "
+                "write super().__init__(alpha, beta) in its __init__"
+            )
+        raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
+
     @property
     def functions(self) -> tuple[TimeFunction, TimeFunction]:
         """Alpha and beta as functions that know their formula and derivative."""

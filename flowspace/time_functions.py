@@ -25,7 +25,7 @@ from sympy.core.function import Application
 from torch import Tensor
 
 from flowspace.backends import backend_of, handed_over
-from flowspace.errors import ExpressionError
+from flowspace.errors import ExpressionError, InputError
 from flowspace.formulas import (
     NOT_ZERO,
     S,
@@ -37,6 +37,7 @@ from flowspace.formulas import (
     precise_values,
     tidy,
 )
+from flowspace.inputs import kind_of
 from flowspace.typeset import text_of
 
 __all__ = ["NUDGE", "Source", "TimeFunction", "limit_on_edge", "unseen_slope"]
@@ -295,12 +296,29 @@ class TimeFunction:
 
         They are formed in float64: b is a small difference of large numbers near the diagonal, and
         there are only B of them. JAX has float64 only where it is switched on.
+
+        Raises:
+            InputError: unless there is an array of real numbers for each time.
         """
         xp = backend_of(*times)
+        self._check_times(times)
         like = times[0]
         precise = [xp.as_float64(time) for time in times]
         values = self._evaluate(*precise)
         return xp.like(values, like, like.dtype)
+
+    def _check_times(self, times: tuple[Any, ...]) -> None:
+        """Raise InputError unless there is an array of real numbers for each time."""
+        xp = backend_of(*times)
+        are_real = all(xp.is_array(time) and xp.is_floating(time) for time in times)
+        if len(times) == self.arity and are_real:
+            return
+        came = " and ".join(kind_of(time) for time in times) or "nothing"
+        names = " and ".join(map(str, self.variables))
+        raise InputError(
+            f"got times of {came} for a function of {names}; "
+            "write a tensor of real numbers for each, such as torch.tensor(0.5)"
+        )
 
     def prepare(self) -> Function:
         """Compile now rather than in the first call, which a compiler may be watching."""

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from flowspace.arrays import is_number
-from flowspace.backends import backend_of
-from flowspace.errors import TimeError
-from flowspace.inputs import check_flag, kind_of
+from flowspace.backends import backend_of, torch_backend
+from flowspace.errors import InputError, TimeError
+from flowspace.inputs import check_flag, check_generator, kind_of
 from flowspace.schedules import TIME_FLOOR
 
 __all__ = [
@@ -59,8 +59,15 @@ class RandomSource(NamedTuple):
 
     @classmethod
     def of(cls, generator: Any, device: torch.device | str | None, dtype: Any) -> "RandomSource":
-        """Return the source for a generator of torch or a key of JAX."""
-        return cls(generator, device, dtype, backend_of(generator))
+        """Return the source for a generator of torch or a key of JAX.
+
+        Raises:
+            InputError: if the generator is neither.
+        """
+        library = backend_of(generator)
+        if library is torch_backend:
+            check_generator(generator)
+        return cls(generator, device, dtype, library)
 
     def uniform(self, *shape: int) -> Tensor:
         """Draw uniformly from [0, 1)."""
@@ -79,6 +86,13 @@ class RandomSource(NamedTuple):
         return {"generator": self.generator, "device": self.device, "dtype": self.dtype}
 
 
+def _check_rows(rows: Any) -> None:
+    """Raise InputError unless a number of rows is a whole number from 0 up."""
+    is_whole = hasattr(rows, "__index__") and not isinstance(rows, bool)
+    if not is_whole or rows < 0:
+        raise InputError(f"got rows = {rows!r}; write how many times are drawn, such as 256")
+
+
 class TimeSampler(abc.ABC):
     """Draws one time per row, in [TIME_FLOOR, 1]; a subclass says how in `draw`."""
 
@@ -91,6 +105,7 @@ class TimeSampler(abc.ABC):
         dtype: Any = torch.float32,
     ) -> Tensor:
         """Return times of shape ``(rows,)``."""
+        _check_rows(rows)
         return self.draw(rows, RandomSource.of(generator, device, dtype))
 
     @abc.abstractmethod
@@ -282,6 +297,7 @@ class PairSampler(abc.ABC):
         dtype: Any = torch.float32,
     ) -> tuple[Tensor, Tensor]:
         """Return t and s, each of shape ``(rows,)``."""
+        _check_rows(rows)
         return self.draw(rows, RandomSource.of(generator, device, dtype))
 
     @abc.abstractmethod

@@ -36,6 +36,7 @@ from flowspace import (
     TimeError,
     TimePairs,
     TimeSampler,
+    ToDataTimes,
     TrajectoryMatchingLoss,
     UniformTimes,
     VelocityFlow,
@@ -201,6 +202,16 @@ class BeyondNoise(TimeSampler):
 ONES = torch.ones(6)
 CROSS = CrossFlowLoss()
 FLOW = CROSS.flow_map(model)
+
+
+COEFFICIENTS = MatchedStatistic().coefficients(LinearSchedule())
+
+
+class Unbegun(Schedule):
+    """A schedule whose ``__init__`` forgets the one that it overrides."""
+
+    def __init__(self, power):
+        self.power = power
 
 
 class Route(Derivative):
@@ -422,6 +433,36 @@ OF_ONES_OWN = {
         lambda: adapt(Network(), times="t"),
         InputError,
         "got times = 't'; .*as {'timestep'",
+    ),
+    "rows below zero": (lambda: TimePairs()(-1), InputError, "got rows = -1; write how many"),
+    "half a row": (lambda: UniformTimes()(2.5), InputError, r"got rows = 2\.5"),
+    "rows in text": (lambda: ToDataTimes()("3"), InputError, "got rows = '3'"),
+    "a truth value of rows": (lambda: TimePairs()(True), InputError, "got rows = True"),
+    "a seed for a generator": (
+        lambda: TimePairs()(3, generator=0),
+        InputError,
+        "got generator = 0; write torch.Generator",
+    ),
+    "a schedule that was not begun": (
+        lambda: CrossFlowLoss(schedule=Unbegun(2)),
+        ScheduleError,
+        r"got a Unbegun without alpha and beta; write super\(\).__init__\(alpha, beta\)",
+    ),
+    "plain numbers for times": (
+        lambda: COEFFICIENTS.data(0.5, 0.2),
+        InputError,
+        "got times of type float and type float for a function of t and s; write a tensor",
+    ),
+    "one time of two": (
+        lambda: COEFFICIENTS.data(ONES),
+        InputError,
+        r"got times of dtype torch.float32 and shape \(6,\) for a function of t and s",
+    ),
+    "no time": (lambda: COEFFICIENTS.data(), InputError, "got times of nothing"),
+    "whole numbers for times": (
+        lambda: TimeFunction("t / 2")(torch.tensor(1)),
+        InputError,
+        "got times of dtype torch.int64",
     ),
     "an output by number": (lambda: adapt(Network(), output=3), InputError, "got output = 3"),
 }
