@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -289,7 +290,7 @@ def _demo(options: argparse.Namespace) -> int:
 
     if namesake(options.data):
         print(namesake(options.data), file=sys.stderr)
-    with _one_thread():
+    with _one_thread(), _plain_warnings():
         settings, data = sets.chosen(options.data, options.side, options.steps)
         metrics = digits.run(settings, folder, options.baselines, options.seeds, data)
     print(markdown_table(digits.HEAD, digits.rows(metrics)))
@@ -333,6 +334,18 @@ def _print_either(as_json: bool, record: dict[str, Any], page: str) -> None:
     if as_json:
         page = json.dumps(record, indent=2, allow_nan=False)
     print(page)
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Print each warning as one line, without the place in the code that it comes from."""
+
+    def show(message: Warning | str, *_: Any) -> None:
+        print(f"flowspace: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 @contextlib.contextmanager

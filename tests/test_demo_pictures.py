@@ -2,8 +2,10 @@
 
 import gzip
 import json
+import os
 import random
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,6 +134,41 @@ def test_a_torn_file_is_left_out_counted_and_named(tmp_path):
     torch.testing.assert_close(found.pixels[:3], others.pixels[:3])
 
 
+def test_folders_without_pictures_are_named(tmp_path):
+    folder = two_classes(tmp_path / "pictures")
+    (folder / "none").mkdir()
+    (folder / "text").mkdir()
+    (folder / "text" / "notes.txt").touch()
+    with pytest.warns(UserWarning, match=r"2 folders of .* hold no pictures .*: none, text$"):
+        found = read_folder(folder)
+    assert found.class_names == ("one", "two")
+    assert found.ignored == {".txt": 1}
+
+
+def test_files_without_an_ending_are_counted_together(tmp_path):
+    for number in range(30):
+        (tmp_path / f"{number}").touch()
+    with pytest.raises(InputError, match=r"other files \(30 without an ending\)"):
+        read_folder(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every name is Unicode")
+def test_names_that_are_not_utf8_are_refused_as_classes_and_shown_as_files(tmp_path):
+    folder = two_classes(tmp_path / "pictures")
+    odd = os.fsencode(folder / "one") + b"/\xff.png"
+    Path(os.fsdecode(odd)).write_bytes(b"torn")
+    with pytest.warns(UserWarning, match="1 of 25 pictures"):
+        found = read_folder(folder)
+    assert [name.rpartition("/")[2] for name in found.skipped] == ["\\xff.png"]
+    assert "".join([*found.skipped, *found.skipped.values()]).encode()
+    (folder / "one").rename(os.fsdecode(os.fsencode(folder) + b"/\xfe"))
+    with pytest.raises(InputError, match=r"the class \\xfe is not UTF-8; rename its folder"):
+        read_folder(folder)
+    folder = folder.rename(os.fsdecode(os.fsencode(tmp_path) + b"/\xfd"))
+    with pytest.raises(InputError, match=r"a name that is not UTF-8.*rename the folder"):
+        sets.chosen(str(folder))
+
+
 def test_a_folder_that_does_not_suit_is_one_clear_error(tmp_path):
     with pytest.raises(InputError, match="is no folder"):
         read_folder(tmp_path / "nowhere")
@@ -160,7 +197,8 @@ def test_a_folder_that_does_not_suit_is_one_clear_error(tmp_path):
 def found_pictures(counts=(40, 23, 8)):
     labels = torch.cat([torch.full((count,), label) for label, count in enumerate(counts)])
     numbers = torch.arange(len(labels))[:, None, None, None]
-    pixels = numbers.expand(-1, 1, 28, 28).to(torch.uint8)
+    pixels = numbers.expand(-1, 1, 28, 28).to(torch.uint8).clone()
+    pixels[:, :, 27, 27] = numbers[:, :, 0, 0] // 256  # so that no two are alike
     names = tuple(map(str, range(len(counts))))
     return FoundPictures(pixels, labels, names, True, {}, {})
 
@@ -206,6 +244,13 @@ def test_the_doubts_name_each_figure_that_cannot_be_trusted():
         assert words in told
     many = sets.split(found_pictures((800, 800)))
     assert results.doubts(many, scored(0.95)) == []
+
+
+def test_held_out_pictures_that_are_copies_of_training_pictures_are_counted():
+    data = sets.split(found_pictures((800, 800)))
+    data.test_images[:3] = data.images[5:8]
+    (told,) = results.doubts(data, scored(0.95))
+    assert told.startswith("3 of 400 held-out pictures are also training pictures")
 
 
 # --- networks
@@ -389,6 +434,16 @@ def test_a_flat_folder_trains_without_classes_and_has_no_accuracy(tmp_path, tiny
     assert {accuracy for accuracy, *_ in figures(out).values()} == {None}
     with Image.open(out / "samples" / "flat" / "49.png") as made:
         assert made.mode == "L"
+
+
+@pytest.mark.filterwarnings("default")
+def test_what_is_left_out_is_said_in_one_line_without_code(tmp_path, tiny, capsys):
+    folder = two_classes(tmp_path / "pictures")
+    (folder / "one" / "torn.png").touch()
+    assert main(["demo", "--data", str(folder), "--out", str(tmp_path / "out")]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "torn.png" in line]
+    assert len(told) == 1
+    assert told[0].startswith("flowspace: 1 of 25 pictures of ")
 
 
 def test_pictures_that_changed_are_another_run(tmp_path, tiny, capsys):

@@ -8,7 +8,7 @@ import os
 import statistics
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +44,9 @@ MANY = 1000
 """From so many pictures on, reading shows how far it is."""
 
 MOST_NAMED = 5
+
+NO_ENDING = "without an ending"
+"""What files such as ``README`` are counted under."""
 
 TRANSPARENT = ("RGBA", "LA", "PA", "La", "RGBa")
 """Modes of pictures that may be transparent."""
@@ -87,11 +90,12 @@ def read_folder(root: Path | str, side: int | None = None) -> FoundPictures:
 
     Raises:
         InputError: if it is no folder, holds no pictures, too few of them, or pictures beside
-            folders of pictures; if the side is none of those.
+            folders of pictures; if the name of a class is not UTF-8; if the side is none of those.
     """
     check_side(side)
     root = _innermost(Path(root))
-    groups, ignored = _files_by_class(root)
+    groups, ignored, empty = _files_by_class(root)
+    _check_names(root, groups)
     conditional = len(groups) > 1
     paths, labels = [], []
     for label, files in enumerate(groups.values()):
@@ -100,11 +104,10 @@ def read_folder(root: Path | str, side: int | None = None) -> FoundPictures:
     names = tuple(groups)
     images = PictureFiles(paths, labels, names, side or _common_side(paths))
     pixels, kept = images.read()
-    found = FoundPictures(
-        pixels, torch.tensor(labels)[kept], names, conditional, images.broken, ignored
-    )
+    skipped = {printable(name): printable(why) for name, why in images.broken.items()}
+    found = FoundPictures(pixels, torch.tensor(labels)[kept], names, conditional, skipped, ignored)
     _check_counts(root, found)
-    _warn(root, found)
+    _warn(root, found, empty)
     return found
 
 
@@ -201,9 +204,12 @@ def _files_below(folder: Path) -> Iterator[Path]:
             yield from _files_below(entry)
 
 
-def _files_by_class(root: Path) -> tuple[dict[str, list[Path]], dict[str, int]]:
-    """Return the picture files by the name of their class, and how many other files there are."""
+def _files_by_class(root: Path) -> tuple[dict[str, list[Path]], dict[str, int], list[str]]:
+    """Return the picture files by the name of their class, how many other files there are by their
+    ending, and the names of folders without pictures.
+    """
     ignored: Counter[str] = Counter()
+    empty: list[str] = []
 
     def pictures(files: Iterator[Path] | list[Path]) -> list[Path]:
         found = []
@@ -211,7 +217,7 @@ def _files_by_class(root: Path) -> tuple[dict[str, list[Path]], dict[str, int]]:
             if path.suffix.lower() in SUFFIXES:
                 found.append(path)
             else:
-                ignored[path.suffix.lower() or path.name] += 1
+                ignored[path.suffix.lower() or NO_ENDING] += 1
         return found
 
     entries = list(_visible(root))
@@ -222,6 +228,8 @@ def _files_by_class(root: Path) -> tuple[dict[str, list[Path]], dict[str, int]]:
             found = pictures(_files_below(entry))
             if found:
                 groups[entry.name] = found
+            else:
+                empty.append(entry.name)
     if loose and groups:
         raise InputError(
             f"{root} holds {len(loose)} pictures beside folders of pictures "
@@ -234,7 +242,7 @@ def _files_by_class(root: Path) -> tuple[dict[str, list[Path]], dict[str, int]]:
         raise InputError(
             f"{root} holds no pictures; known are {', '.join(sorted(SUFFIXES))}{_others(ignored)}"
         )
-    return groups, dict(ignored)
+    return groups, dict(ignored), empty
 
 
 def _others(ignored: Counter[str]) -> str:
@@ -258,6 +266,21 @@ def _common_side(paths: Sequence[Path]) -> int:
             continue
     middle = statistics.median(shorter or [0])
     return max([side for side in COMMON_SIDES if side <= middle], default=COMMON_SIDES[0])
+
+
+def _check_names(root: Path, names: Iterable[str]) -> None:
+    """Refuse names of classes that no page and no JSON file can hold."""
+    for name in names:
+        if printable(name) != name:
+            raise InputError(
+                f"{printable(str(root))}: the name of the class {printable(name)} is not UTF-8; "
+                "rename its folder"
+            )
+
+
+def printable(name: str) -> str:
+    """Return a name, each byte that is not UTF-8 in hexadecimal."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 # --- whether they are enough
@@ -293,8 +316,14 @@ def _left_out(found: FoundPictures) -> str:
     return f" ({len(found.skipped)} could not be read: {named})"
 
 
-def _warn(root: Path, found: FoundPictures) -> None:
-    """Say once what was left out."""
+def _warn(root: Path, found: FoundPictures, empty: Sequence[str]) -> None:
+    """Say once what was left out: files, and folders without pictures."""
+    if empty:
+        named = ", ".join(printable(name) for name in empty[:MOST_NAMED])
+        warnings.warn(
+            f"{len(empty)} folders of {root} hold no pictures and are no classes: {named}",
+            stacklevel=3,
+        )
     if found.skipped:
         whole = len(found.skipped) + len(found.labels)
         name, why = next(iter(found.skipped.items()))

@@ -36,7 +36,8 @@ def check_data(name: str, side: int | None = None) -> None:
         side: pixels a side; None chooses.
 
     Raises:
-        InputError: if it is neither, or the side is none of its own or of `SIDES`.
+        InputError: if it is neither, its name is not UTF-8, or the side is none of its own or of
+            `SIDES`.
     """
     if name not in NAMES and not Path(name).is_dir():
         near = difflib.get_close_matches(name, NAMES, n=1)
@@ -44,6 +45,11 @@ def check_data(name: str, side: int | None = None) -> None:
         raise InputError(
             f"got --data {name}, which is no folder; write the folder of your pictures, or one of "
             f"{', '.join(NAMES)}{meant}"
+        )
+    if name.encode(errors="replace").decode() != name:
+        raise InputError(
+            f"got --data {name!a}, a name that is not UTF-8, which report.html cannot hold; "
+            "rename the folder"
         )
     own = OWN_SIDES.get(name)
     if own is None:

@@ -256,10 +256,22 @@ def as_png(picture: Tensor) -> bytes:
 # -------------------------------------------------------------------------------------------------
 
 
+def copied(data: Data) -> int:
+    """Return how many held-out pictures are also training pictures, of whatever class."""
+    known = {hash(row.numpy().tobytes()) for row in data.images}
+    return sum(hash(row.numpy().tobytes()) in known for row in data.test_images)
+
+
 def doubts(data: Data, scores: Mapping[str, Any]) -> list[str]:
     """Return sentences that say which figures cannot be trusted, and why; often none."""
     found = []
     held_out = len(data.test_images)
+    copies = copied(data)
+    if copies:
+        found.append(
+            f"{copies} of {held_out} held-out pictures are also training pictures, pixel for "
+            "pixel, and say nothing about new ones. Keep one of each."
+        )
     if held_out < FEWEST_FOR_FRECHET:
         found.append(
             f"The Frechet distance cannot be trusted: it is of {held_out} held-out pictures, and "
