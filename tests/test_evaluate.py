@@ -7,6 +7,7 @@ import os
 import pickle
 import resource
 import signal
+import types
 
 import pytest
 import torch
@@ -101,6 +102,15 @@ def test_a_sample_is_its_number(count, classes, first, seed):
     )
 
 
+@pytest.mark.parametrize("wrong", [{"count": 0}, {"batch": 0}, {"shard": 0}, {"classes": -1}])
+def test_a_plan_of_no_samples_is_refused(wrong):
+    with pytest.raises(
+        InputError, match=f"{next(iter(wrong))}={next(iter(wrong.values()))}.*; coun"
+    ):
+        dataclasses.replace(plan(), **wrong)
+    assert not dataclasses.replace(plan(), classes=0).inputs(0, 5)[1].any()
+
+
 @given(st.floats(-3, 3))
 def test_rounding_is_to_the_nearest_of_255_levels(x):
     level = evaluate.rounded(torch.tensor(x))
@@ -156,6 +166,53 @@ def test_only_inception_gives_fid_and_its_missing_weights_are_named(tmp_path):
         evaluate.Inception(None)
     with pytest.raises(RunError, match="nowhere"):
         evaluate.Inception(tmp_path / "nowhere.pth")
+
+
+class Classic(Fixed):
+    classic = True
+
+
+def test_the_inception_score_is_the_number_of_classes_that_are_told_apart():
+    real = sets(seed=1)
+    for classes in (1, 2, 3):
+        labels = torch.arange(600) % classes
+        logits = 50 * torch.nn.functional.one_hot(labels, 5).float()
+        found = evaluate.judge(Classic(), evaluate.Features(sets().features, logits), real).values
+        assert found.keys() == {"FID", "KID", "KID, spread", "precision", "recall", "IS"}
+        assert found["IS"] == pytest.approx(classes, rel=0.03)
+    assert "IS" not in evaluate.judge(Classic(), sets(), real).values
+
+
+class Classifier(Fixed):
+    def __call__(self, images):
+        numbers = images.flatten(1).float()
+        return evaluate.Features(numbers, -numbers[:, :2])
+
+
+def test_features_of_batches_are_those_of_all_images_in_their_order():
+    images = pictures(7, 4)
+    for extractor in (Fixed(), Classifier()):
+        whole = extractor(images)
+        found = evaluate.features_of(extractor, images.split(3))
+        assert torch.equal(found.features, whole.features)
+        assert found.logits is whole.logits or torch.equal(found.logits, whole.logits)
+
+
+def test_some_of_the_features_are_those_of_the_same_images():
+    whole = evaluate.Features(torch.randn(6, 4), torch.randn(6, 3))
+    rows = torch.tensor([4, 1])
+    some = whole[rows]
+    assert torch.equal(some.features, whole.features[rows])
+    assert torch.equal(some.logits, whole.logits[rows])
+    assert sets()[rows].logits is None
+
+
+@pytest.mark.parametrize(("rows", "step"), [(9, 1), (10, 1), (11, 2), (20, 2), (21, 3)])
+def test_at_most_so_many_images_are_compared_and_these_are_spread(monkeypatch, rows, step):
+    monkeypatch.setattr(evaluate, "COMPARED", 10)
+    some = sets(rows=rows)
+    found = evaluate._spread_over(some)
+    assert torch.equal(found, some.features[::step]) and len(found) <= 10
 
 
 class Bomb:
@@ -465,6 +522,38 @@ class Colours(evaluate.Extractor):
 
     def __call__(self, images):
         return evaluate.Features(images.float().mean((2, 3)) / 64)
+
+
+def test_a_network_without_a_size_is_called_by_its_name_alone():
+    for size, name in ((None, "resnet18"), (64, "resnet18@64")):
+        features = types.SimpleNamespace(size=size)
+        assert evaluate.TimmExtractor(features, "resnet18").name == name
+
+
+def test_a_blurred_image_is_four_times_smaller_between():
+    halves = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    halves[..., 4:] = 200
+    row = evaluate._blurred(halves)[0, 0, 0].tolist()
+    assert row == [0, 0, 25, 75, 125, 175, 200, 200]
+    tiny = torch.arange(9, dtype=torch.uint8).reshape(1, 1, 3, 3)
+    assert (evaluate._blurred(tiny) == 4).all()
+
+
+def test_shuffled_pixels_are_the_images_own_and_keep_their_colours():
+    images = pictures(3, 6)
+    found = evaluate._shuffled(images, torch.Generator().manual_seed(0))
+    for before, after in zip(images.flatten(2), found.flatten(2), strict=True):
+        assert sorted(before.T.tolist()) == sorted(after.T.tolist())
+    assert not torch.equal(images, found)
+
+
+def test_in_every_split_real_images_are_the_nearest():
+    evaluate._check_order(Blind(), 4, {"FD": {"real": [1.0, 3.0], "blurred": [4.0, 3.1]}})
+    for blurred in ([4.0, 2.0], [2.0, 4.0], [3.0, 4.0]):
+        with pytest.raises(
+            RunError, match=rf"blurred images by FD \({min(blurred):g}, real ones 3"
+        ):
+            evaluate._check_order(Blind(), 4, {"FD": {"real": [1.0, 3.0], "blurred": blurred}})
 
 
 def test_a_judge_that_sees_images_passes():

@@ -233,7 +233,7 @@ class Features:
     @property
     def digest(self) -> str:
         """The SHA-256 of the features, which pins a reference."""
-        numbers = self.features.cpu().contiguous().numpy()
+        numbers = self.features.cpu().numpy()
         return hashlib.sha256(numbers.tobytes()).hexdigest()
 
     def save(self, path: Path, made: str = "") -> None:
