@@ -42,6 +42,7 @@ from flowspace import (
     SharedPrimal,
     objectives,
 )
+from flowspace.backends.process import forward_mode_lock
 from flowspace.derivatives import hidden_calls, route, shared_primal
 from flowspace.derivatives.shared_primal import compiled
 
@@ -1062,6 +1063,28 @@ def test_no_other_thread_compiles_while_a_part_is_traced(monkeypatch):
     same(net, plain)
     same(net, plain, batch(moving=8))
     assert held and all(held)
+
+
+def test_a_thread_in_forward_mode_does_not_compile():
+    """One that compiles asks for the lock of forward mode: the two would wait for ever."""
+    compiles = []
+
+    def backend(graph, inputs):
+        compiles.append(forward_mode_lock._is_owned())
+        return graph
+
+    inner = torch.compile(torch.sin, backend=backend)
+
+    @torch.library.custom_op("flowspace_tests::compiled_inside", mutates_args=())
+    def compiled_inside(x: torch.Tensor) -> torch.Tensor:
+        return inner(x)
+
+    compiled_inside.register_fake(torch.empty_like)
+    z, times = batch()
+    t, directions = times["t"], (z, torch.ones_like(times["t"]))
+    with pytest.raises(DerivativeError, match="compiled_inside"):
+        SharedPrimal()(lambda z, t: compiled_inside(z) * column(t), (z, t), directions)
+    assert not any(compiles)
 
 
 def test_nothing_is_left_behind():

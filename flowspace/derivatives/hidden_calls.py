@@ -32,6 +32,7 @@ import torch
 from torch.nn.modules.module import register_module_buffer_registration_hook
 from torch.utils import _python_dispatch as python_dispatch
 
+from flowspace.backends.process import forward_mode_lock
 from flowspace.derivatives.torch_internals import not_intercepted, unseen_by_modes
 
 if TYPE_CHECKING:
@@ -287,9 +288,13 @@ def _callback(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Return what stands for `_callback_from_stance`.
 
     What is compiled while a carrier or a second run is active goes through `compiled.Backend`.
+    Within a torch.func.jvp of ours it runs as it was written: a thread that compiles asks for the
+    lock of forward mode, so one that has it must not compile.
     """
 
     def callback_from_stance(callback: Any) -> Any:
+        if forward_mode_lock._is_owned():  # type: ignore[attr-defined]
+            return None
         callback = original(callback)
         active = active_carrier() is not None or active_second_run() is not None
         if not active or callback in (None, False):
