@@ -154,6 +154,28 @@ def test_the_strength_has_a_density_that_falls_with_that_power(power):
     close(share, torch.linspace(0, 1, 2001, dtype=torch.float64), 1e-9)
 
 
+def test_strengths_from_zero_up_may_differ_by_row():
+    for omega in (0, 0.5, torch.tensor([0.0, 0.5, 7.0])):
+        assert Guidance(null=NULL, omega=omega).omega is omega
+
+
+def test_intervals_are_drawn_from_either_half_and_hold_their_ends():
+    guide, rows = RandomGuidance(null=NULL, drop=0.0), 4000
+    t = torch.linspace(0.06, 1, rows, dtype=torch.float64)
+    s = torch.where(torch.arange(rows) % 4 == 0, t, t / 3)
+    labels = torch.zeros(rows, dtype=torch.long)
+    cond, _ = guide.drop_condition({"labels": labels}, t, s, torch.Generator().manual_seed(0))
+    below, above = cond["t_min"][s < t], cond["t_max"][s < t]
+    for ends, low in ((below, 0.0), (above, 0.5)):
+        steps = torch.linspace(low, low + 0.5, len(ends), dtype=torch.float64)
+        assert (ends.sort().values - steps).abs().max() < 0.02
+    assert abs(float(torch.corrcoef(torch.stack([below, above]))[0, 1])) < 0.05
+    for end in ("t_min", "t_max"):
+        assert torch.equal(guide.own_condition(cond[end], cond)["omega"], cond["omega"])
+    just_outside = guide.own_condition(above + 1e-9, {k: v[s < t] for k, v in cond.items()})
+    assert (just_outside["omega"] == 1).all()
+
+
 def test_at_sampling_the_scale_may_differ_by_row_and_is_one_outside_the_interval():
     net, noise = Labelled(), normal(0, 4, 3)
     omega, t = (
@@ -197,6 +219,11 @@ def test_a_flow_map_and_a_velocity_flow_take_guidance():
     [
         (lambda: Guidance(null={}), "labels"),
         (lambda: Guidance(null=NULL, omega=-1.0), "omega"),
+        (lambda: Guidance(null=NULL, omega=math.inf), "omega"),
+        (lambda: Guidance(null=NULL, omega=torch.tensor([1.0, math.nan])), "omega"),
+        (lambda: Guidance(null=NULL, interval=(0.1, 0.4, 0.7)), "interval"),
+        (lambda: Guidance(null=NULL, interval=(0.4, 0.4)), "interval"),
+        (lambda: Guidance(null=NULL, interval=(0.4, "0.7")), "interval"),
         (lambda: Guidance(null=NULL, own_weight=1.0), "own_weight"),
         (lambda: Guidance(null=NULL, interval=(0.7, 0.2)), "interval"),
         (lambda: Guidance(null=NULL, drop=1.5), "drop"),
@@ -316,9 +343,17 @@ def test_the_consistency_sampler_keeps_the_law_of_the_data():
 
 def test_grids_and_velocities_that_do_not_fit_are_refused():
     flow, noise = VelocityFlow(lambda z, t: z), torch.zeros(2, 3)
-    for options in ({"steps": 0}, {"times": [1.0, 0.5]}, {"times": [0.0, 1.0]}):
-        with pytest.raises(TimeError):
-            flow.sample(noise, **options)
+    for steps in (0, 2.0, True):
+        with pytest.raises(TimeError, match="counts evaluations"):
+            flow.sample(noise, steps=steps)
+    for times in ([1, 0.5], [0.5, 0], [0, 1], [1, 0.5, 0.5, 0], [1, 0.2, 0.7, 0], [1], [[1, 0]]):
+        with pytest.raises(TimeError, match="falls strictly from 1 to 0"):
+            flow.sample(noise, times=times)
+    for velocity in (3, torch.nn.Identity):
+        with pytest.raises(InputError, match="got velocity = "):
+            VelocityFlow(velocity)
+    with pytest.raises(InputError, match="got solver = "):
+        VelocityFlow(flow.velocity, Euler)
     with pytest.raises(InputError, match="shape"):
         VelocityFlow(lambda z, t: z[:, :1]).sample(noise)
     with pytest.raises(InputError, match="rtol"):

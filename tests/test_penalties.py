@@ -82,7 +82,12 @@ def test_adaptive_divides_value_and_gradient_by_a_constant(p, c, seed):
         (lambda: HuberError(-1), "threshold = -1"),
         (lambda: HuberError(math.nan), "threshold = nan"),
         (lambda: Adaptive(c=0), "c = 0"),
+        (lambda: HuberError(True), "threshold = True"),
+        (lambda: Adaptive(c=True), "c = True"),
+        (lambda: Adaptive(c=math.inf), "c = inf"),
         (lambda: Adaptive(p=-1), "p = -1"),
+        (lambda: Adaptive(p=math.inf), "p = inf"),
+        (lambda: Adaptive(p=True), "p = True"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_with_their_values(make, named):

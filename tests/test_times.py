@@ -12,6 +12,7 @@ from strategies import seeds
 from flowspace import (
     TIME_FLOOR,
     CrossFlowLoss,
+    KarrasTimes,
     LogitNormalTimes,
     PowerTimes,
     ShiftedTimes,
@@ -20,6 +21,7 @@ from flowspace import (
     ToDataTimes,
     UniformTimes,
 )
+from flowspace.times import RandomSource
 
 SAMPLERS = [
     UniformTimes(),
@@ -34,6 +36,7 @@ SAMPLERS = [
     ShiftedTimes(64),
     ShiftedTimes(32 * 16 * 16),
     ShiftedTimes(10**6, LogitNormalTimes()),
+    KarrasTimes(),
 ]
 samplers = st.sampled_from(SAMPLERS)
 PAIRS = st.builds(TimePairs, samplers, st.sampled_from([0.0, 0.25, 0.5, 1.0]), st.booleans())
@@ -164,6 +167,43 @@ def test_a_power_of_uniform_times_has_the_distribution_of_its_formula(power, see
     ).abs().max() < 0.045
 
 
+@settings(max_examples=20)
+@given(st.floats(0.02, 1), st.floats(1.5, 50), st.floats(0.5, 9), seeds)
+def test_karras_times_are_their_formula(lowest, span, rho, seed):
+    highest = lowest * span
+    unit = torch.rand(64, generator=generator(seed), dtype=torch.float64)
+    level = (lowest ** (1 / rho) * (1 - unit) + highest ** (1 / rho) * unit) ** rho
+    found = KarrasTimes(lowest, highest, rho)(64, generator=generator(seed), dtype=torch.float64)
+    torch.testing.assert_close(found, level / (1 + level), rtol=1e-12, atol=1e-12)
+
+
+class JustBelowOne(RandomSource):
+    """Single numbers are the largest of float32 below one."""
+
+    def uniform(self, *shape):
+        drawn = super().uniform(*shape)
+        if shape:
+            return drawn
+        return torch.full_like(drawn, 1 - 2**-24)
+
+
+def test_a_draw_that_rounds_to_the_next_row_takes_none_from_the_diagonal():
+    source = JustBelowOne.of(generator(0), None, torch.float32)
+    t, s = TimePairs(equal=0.5).draw(8, source)
+    assert int((t == s).sum()) == 4
+
+
+def test_only_the_plain_way_to_draw_says_how_many_rows_are_off_the_diagonal():
+    class Called(TimePairs):
+        def __call__(self, rows, **settings):
+            t, s = super().__call__(rows, **settings)
+            return t, s / 2
+
+    assert Called().most_off_diagonal(8) is None
+    assert TimePairs(equal=0.35).most_off_diagonal(5) == 4
+    assert ToDataTimes().most_off_diagonal(5) == 5
+
+
 def test_the_larger_of_two_squared_times_is_uniform():
     t, s = TimePairs(PowerTimes(2), 0.0)(40_000, generator=generator(0), dtype=torch.float64)
     low, high = ((x - TIME_FLOOR) / (1 - TIME_FLOOR) for x in (s, t))
@@ -199,10 +239,24 @@ def test_to_data_ends_at_zero_in_every_row(inner, seed):
         (lambda: UniformTimes(0.0, 1.0), "low = 0.0"),
         (lambda: UniformTimes(0.1, 1.5), "1.5"),
         (lambda: UniformTimes(math.nan, 1), "nan"),
+        (lambda: UniformTimes(0.5, 0.5), "low = 0.5, high = 0.5"),
+        (lambda: UniformTimes(0.5, True), "high = True"),
+        (lambda: UniformTimes("0.5", 1.0), "low = 0.5"),
         (lambda: PowerTimes(0), "power = 0"),
+        (lambda: PowerTimes(True), "power = True"),
         (lambda: PowerTimes(math.inf), "power = inf"),
         (lambda: LogitNormalTimes(0, 0), "spread = 0"),
         (lambda: LogitNormalTimes(0, math.inf), "spread = inf"),
+        (lambda: LogitNormalTimes(math.inf, 1), "mean = inf"),
+        (lambda: LogitNormalTimes(True, 1), "mean = True"),
+        (lambda: LogitNormalTimes(0, True), "spread = True"),
+        (lambda: KarrasTimes(0), "lowest = 0"),
+        (lambda: KarrasTimes(2.0, 2.0), "highest = 2.0"),
+        (lambda: KarrasTimes(True, 2.0), "lowest = True"),
+        (lambda: KarrasTimes(0.5, True), "highest = True"),
+        (lambda: KarrasTimes(0.5, math.inf), "highest = inf"),
+        (lambda: KarrasTimes(rho=0), "rho = 0"),
+        (lambda: KarrasTimes(rho=math.inf), "rho = inf"),
         (lambda: ShiftedTimes(0), "dim = 0"),
         (lambda: ShiftedTimes(-4), "dim = -4"),
         (lambda: TimePairs(equal=1.5), "equal = 1.5"),
