@@ -1087,6 +1087,25 @@ def test_a_thread_in_forward_mode_does_not_compile():
     assert not any(compiles)
 
 
+def test_a_stance_that_lets_nothing_be_captured_anew_is_kept():
+    net, plain = pair(Net())
+    same(net, plain)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        same(net, plain)
+        with pytest.raises(RuntimeError, match="Detected recompile"):
+            same(net, plain, batch(4))
+
+
+@pytest.mark.parametrize("stance", ["force_eager", "eager_on_recompile", "eager_then_compile"])
+def test_other_stances_give_what_the_eager_route_gives(stance):
+    net, plain = pair(Net())
+    z, times = batch()
+    net(z, times["t"], times["s"])  # captured without tangents: not to be run with them
+    with torch.compiler.set_stance(stance):
+        same(net, plain)
+        same(net, plain, batch(4))
+
+
 def test_nothing_is_left_behind():
     original = torch._dynamo.eval_frame._callback_from_stance
     net, plain = pair(Net())

@@ -295,11 +295,13 @@ def _callback(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def callback_from_stance(callback: Any) -> Any:
         if forward_mode_lock._is_owned():  # type: ignore[attr-defined]
             return None
-        callback = original(callback)
+        found = original(callback)
         active = active_carrier() is not None or active_second_run() is not None
-        if not active or callback in (None, False):
-            return callback
-        return _dual_callback(callback)
+        if not active or found in (None, False):
+            return found
+        if torch._dynamo.eval_frame._stance.stance == "fail_on_recompile":
+            return original(_dual_callback(callback))
+        return _dual_callback(found)
 
     return callback_from_stance
 
