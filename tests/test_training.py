@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -27,6 +28,7 @@ from flowspace.training import (
     share_of,
     unpacked,
 )
+from flowspace.training.checkpoints import digest_of
 
 CPU = torch.device("cpu")
 
@@ -55,6 +57,48 @@ def test_rows_draw_the_same_however_the_batch_is_cut(step, cut, seed):
         assert torch.equal(torch.cat(both), value)
     t, s = whole[2:]
     assert LinearSchedule().alpha(t).shape == (8,) and (s <= t).all()
+
+
+def test_seeds_are_those_of_earlier_versions():
+    assert seed_of(0) == 1442695038202829496  # else a run that goes on would draw otherwise
+    assert seed_of(1, 2, 3) == 8003460272182815284
+
+
+@given(step=st.integers(0, 9), seed=st.integers(0, 3), stream=st.integers(0, 5))
+def test_seeds_steps_streams_and_rows_draw_apart(step, seed, stream):
+    here = Draws(seed, step, 0, 8, 8, CPU)
+    numbers = here.normal((4,), stream)
+    for other, at in (
+        (here, stream + 1),
+        (Draws(seed, step + 1, 0, 8, 8, CPU), stream),
+        (Draws(seed + 1, step, 0, 8, 8, CPU), stream),
+    ):
+        assert not (other.normal((4,), at) == numbers).any()
+    assert len(numbers.unique()) == numbers.numel()
+    units = here.uniform((4,), stream)
+    assert ((units >= 0) & (units < 1)).all()
+
+
+@given(step=st.integers(0, 9), cut=st.integers(1, 7), stream=st.integers(0, 5))
+def test_a_row_has_a_generator_of_its_own_however_the_batch_is_cut(step, cut, stream):
+    def drawn(first, last, at=stream):
+        generators = Draws(0, step, first, last, 8, CPU).generators(at)
+        return [float(torch.rand((), generator=generator)) for generator in generators]
+
+    whole = drawn(0, 8)
+    assert whole == drawn(0, cut) + drawn(cut, 8)
+    assert len({*whole, *drawn(0, 8, stream + 1)}) == 16
+
+
+def test_what_need_not_be_alike_differs_by_process_and_step():
+    seeds = [
+        Draws(seed, step, first, first + 2, 8, CPU).seed_of_rows
+        for seed in (0, 1)
+        for step in (0, 1, 2)
+        for first in (0, 2, 4)
+    ]
+    assert len(set(seeds)) == len(seeds)
+    assert Draws(0, 1, 2, 4, 8, CPU).generator.initial_seed() == seeds[4]
 
 
 def test_the_times_of_a_step_are_asked_for_after_the_step_is_known():
@@ -119,10 +163,28 @@ def test_processes_read_together_what_one_reads_from_any_step_on(rows, ranks, pa
         )
 
 
+def test_a_place_of_the_stream_is_that_of_its_pass():
+    rows, seed = Numbers(9), 3
+    for place in (0, 4, 9, 13, 26):
+        number, at = divmod(place, 9)
+        assert KeyedRows(rows, seed)[place][1] == rows.order(seed, number)[at]
+    shares = share_of(8, 0, 1)
+    assert len(BatchRows(2, 2, 8, shares)) == len(BatchRows(3, 2, 8, shares)) == 0
+    assert list(BatchRows(2, 3, 8, shares)) == [list(range(16, 24))]
+
+
 def test_half_of_the_rows_are_mirrored_and_none_where_they_shall_not():
     rows = Numbers(500)
     mirrored = sum(int(KeyedRows(rows, 0)[place][0] < 0) for place in range(1000))
     assert 430 < mirrored < 570
+    passes = [[int(KeyedRows(rows, 0)[place][1]) for place in range(n, n + 500)] for n in (0, 500)]
+    assert passes[0] != passes[1]
+    turned = [{}, {}]
+    for place in range(1000):
+        value, index = KeyedRows(rows, 0)[place]
+        turned[place // 500][index] = int(value) < 0
+    alike = sum(turned[0][index] == turned[1][index] for index in range(500))
+    assert 200 < alike < 300  # each pass mirrors others
     assert all(KeyedRows(rows, 0, flip=False)[place][0] > 0 for place in range(500))
 
 
@@ -185,6 +247,35 @@ def test_other_settings_are_refused_and_the_difference_is_named(tmp_path):
         Checkpoints(tmp_path, {"batch": 8}).latest()
 
 
+def test_settings_in_another_order_are_the_same(tmp_path):
+    folder = tmp_path / "made" / "when saved"
+    assert Checkpoints(folder, {}).latest() is None
+    Checkpoints(folder, {"a": 1, "b": 2}).save(1, {"a": torch.ones(1)})
+    assert Checkpoints(folder, {"b": 2, "a": 1}).latest()[0] == 1
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_by_that_name(tmp_path):
+    metadata = {"step": "1", "fingerprint": Checkpoints(tmp_path, {}).fingerprint}
+    save_file({"a": torch.ones(1)}, tmp_path / "step-00000001.safetensors", metadata)
+    with pytest.raises(RunError, match="by an earlier version of flowspace, without a digest"):
+        Checkpoints(tmp_path, {}).latest()
+
+
+def test_a_digest_is_of_names_shapes_types_and_values_alone():
+    numbers = torch.arange(12.0)
+    digest = digest_of({"a": numbers[::2], "b": numbers})
+    assert digest == digest_of({"b": numbers, "a": numbers[::2].clone().requires_grad_()})
+    others = [numbers[1::2], numbers[::2].reshape(2, 3), numbers[::2].view(torch.int32)]
+    found = {digest_of({"a": other, "b": numbers}) for other in others}
+    assert len({digest, digest_of({"c": numbers[::2], "b": numbers}), *found}) == 5
+
+
+def test_packed_tensors_have_no_gradient_and_only_who_keeps_them_has_them():
+    parts = {"network": nn.Linear(2, 2).state_dict(keep_vars=True)}
+    assert not any(tensor.requires_grad for tensor in packed(parts).values())
+    assert packed(parts, kept=False) == {}
+
+
 def test_what_a_killed_write_left_is_removed_by_the_next_one(tmp_path):
     checkpoints = Checkpoints(tmp_path, {})
     checkpoints.save(1, {"a": torch.ones(2)})
@@ -208,6 +299,7 @@ def test_an_interrupted_write_leaves_the_earlier_checkpoint(tmp_path, monkeypatc
     monkeypatch.setattr("flowspace.training.checkpoints.save_file", torn)
     with pytest.raises(OSError, match="No space left"):
         checkpoints.save(2, {"a": torch.zeros(3)})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001.safetensors"]
     step, tensors = checkpoints.latest()
     assert step == 1
     assert torch.equal(tensors["a"], torch.ones(3))
