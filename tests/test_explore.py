@@ -329,6 +329,30 @@ def test_what_no_one_has_foreseen_is_said_and_ends_nothing(monkeypatch):
     assert "RecursionError: too deep" in refused.problems["statistic"]
 
 
+def test_a_process_answers_the_first_design_before_it_is_asked_and_says_nothing(monkeypatch):
+    pytest.importorskip("latex2mathml")
+    from flowspace.explore import workers
+
+    seen, rehearsed = [], threading.Event()
+
+    def answers(design):
+        seen.append(design)
+        yield "a part"
+        rehearsed.set()
+        yield "another"
+
+    monkeypatch.setattr(workers, "answers", answers)
+    ours, theirs = multiprocessing.Pipe()
+    thread = threading.Thread(target=workers.answer_questions, args=(theirs,))
+    thread.start()
+    assert rehearsed.wait(60)
+    assert seen == [Design()]
+    assert not ours.poll()
+    ours.close()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
 def test_the_parts_come_with_the_quick_ones_first(monkeypatch):
     pytest.importorskip("torchdiffeq")
     kinds = [type(each).__name__ for each in answered(Design(), monkeypatch)]

@@ -100,6 +100,7 @@ def answer_questions(pipe: Connection) -> None:
     """Answer designs until the pipe closes; a newer question ends the answer to an older one."""
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError, OSError):
+        _rehearse(pipe)
         while True:
             number, design = pipe.recv()
             pipe.send((number, None))
@@ -109,6 +110,15 @@ def answer_questions(pipe: Connection) -> None:
                     break
             else:
                 pipe.send((number, Ended()))
+
+
+def _rehearse(pipe: Connection) -> None:
+    """Answer the first design to nobody, until a question comes: what sympy and torch do once in a
+    process is then done.
+    """
+    for _ in _answers_or_failure(Design()):
+        if pipe.poll():
+            return
 
 
 def _answers_or_failure(design: Design) -> Iterator[Answer]:
