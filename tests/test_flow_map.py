@@ -12,6 +12,7 @@ from strategies import PRESETS, normal, pairs, schedules, seeds
 from tolerances import DERIVED, within
 
 from flowspace import (
+    TIME_FLOOR,
     ConsistencyStatistic,
     FlowMap,
     InputError,
@@ -208,8 +209,16 @@ def test_several_steps_across_spaces_need_an_encoder():
     assert flow_map.sample(normal(0, 2, 3)).shape == (2, 5)
     with pytest.raises(InputError, match=r"\(2, 5\).*\(2, 3\).*encode="):
         flow_map.sample(normal(0, 2, 3), steps=2)
-    with pytest.raises(InputError, match="encode="):
+    with pytest.raises(InputError, match=r"\(2, 5\).*\(2, 3\).*encode="):
+        flow_map.sample(normal(0, 2, 3), steps=2, renoise=True)
+    with pytest.raises(InputError, match=r"\(2, 5\).*\(2, 3\).*encode="):
         flow_map.step(normal(0, 2, 3), torch.full((2,), 0.5), torch.full((2,), 0.2))
+
+
+@pytest.mark.parametrize("model", [3, torch.ones(2), torch.nn.Identity])
+def test_a_flow_map_is_of_a_model_that_can_be_called(model):
+    with pytest.raises(InputError, match="got model = "):
+        FlowMap(model, LINEAR, MatchedStatistic())
 
 
 def test_a_misspelt_keyword_is_a_type_error():
@@ -246,9 +255,10 @@ def test_across_spaces_any_statistic_whose_step_forgets_the_state_ends_in_the_sa
     torch.testing.assert_close(samples, point.expand(5, 2))
 
 
-def test_a_step_that_keeps_some_of_the_state_cannot_end_in_another_space():
+@pytest.mark.parametrize("statistic", [MeanFlowStatistic(), Statistic(-3, 1)])
+def test_a_step_that_keeps_some_of_the_state_cannot_end_in_another_space(statistic):
     with pytest.raises(InputError, match="cannot end in another space"):
-        FlowMap(lambda z, t, s: z, LinearSchedule(), MeanFlowStatistic()).sample(
+        FlowMap(lambda z, t, s: z, LinearSchedule(), statistic).sample(
             torch.randn(3, 2), encode=lambda x: x
         )
 
@@ -266,3 +276,21 @@ def test_a_step_takes_times_as_numbers_and_checks_them():
 def test_a_model_that_returns_a_tuple_is_refused():
     with pytest.raises(InputError, match="got tuple from the model"):
         FlowMap(lambda z, t, s: (z, z), LINEAR, MatchedStatistic()).sample(normal(0, 2, 3))
+
+
+def test_below_the_floor_of_times_a_velocity_is_that_of_the_floor():
+    data, flow_map = exact("matched", LINEAR, 0)
+    z = normal(0, 3, 3)
+    floor = torch.full((3,), TIME_FLOOR, dtype=torch.float64)
+    at_floor = flow_map.velocity(z, floor)
+    for time in (0.0, TIME_FLOOR / 2):
+        assert torch.equal(flow_map.velocity(z, torch.full_like(floor, time)), at_floor)
+    above = 2 * floor
+    close(flow_map.velocity(z, above), data.velocity(z, above), 1e-5)
+    assert not torch.equal(flow_map.velocity(z, above), at_floor)
+
+
+def test_a_velocity_needs_one_space():
+    flow_map = FlowMap(watched([], 5), LINEAR, MatchedStatistic())
+    with pytest.raises(InputError, match="a velocity needs one space"):
+        flow_map.velocity(normal(0, 2, 3), torch.full((2,), 0.5))

@@ -130,6 +130,33 @@ def test_a_step_depends_on_its_timestep_and_on_no_step_before():
         torch.testing.assert_close(found, z - (0.7 - 0.1) * f, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(("renoise", "after"), [(False, 0.5), (True, 0.0)])
+def test_timesteps_count_from_noise_in_any_unit(renoise, after):
+    scheduler = FlowMapScheduler(renoise=renoise, num_train_timesteps=100)
+    scheduler.set_timesteps(4)
+    assert len(scheduler) == 100 and scheduler.num_inference_steps == 4
+    assert scheduler.timesteps.tolist() == [100, 75, 50, 25]
+    for timestep in (75, 75.00001, torch.tensor(75), torch.full((3,), 75.0)):
+        t, s = scheduler.pair(timestep)
+        assert (float(t), float(s)) == (0.75, after)
+    assert float(scheduler.pair(25)[1]) == 0
+    for timestep in (74.9, 75.1, 0):
+        with pytest.raises(TimeError, match="not on the grid"):
+            scheduler.pair(timestep)
+
+
+def test_networks_and_schedulers_return_tuples_where_they_are_asked_to():
+    model, scheduler = Small(), FlowMapScheduler()
+    network, z = PipelineNetwork(model, scheduler, 2, 4), torch.randn(3, 2, 4, 4)
+    labels, one, zero = torch.tensor([1, 2, 5]), torch.ones(3), torch.zeros(3)
+    (found,) = network(z, 1000, labels, return_dict=False)
+    assert torch.equal(found, model(z, one, zero, labels=labels))
+    assert torch.equal(network(z, 1000).sample, model(z, one, zero))
+    assert network.config["in_channels"] == network.config["out_channels"] == 2
+    (moved,) = scheduler.step(found, 1000, z, return_dict=False)
+    assert torch.equal(moved, scheduler.step(found, 1000, z).prev_sample)
+
+
 def test_noise_is_added_as_the_schedule_does():
     scheduler = FlowMapScheduler(alpha="cos(pi*t/2)", beta="sin(pi*t/2)")
     x, eps, t = normal(0, 4, 3), normal(1, 4, 3), torch.tensor([0.0, 0.25, 0.5, 1.0])
@@ -263,6 +290,12 @@ def test_the_flow_map_scheduler_of_diffusers_is_ours_of_mean_flow(steps):
     ("call", "error", "says"),
     [
         (lambda: FlowMapScheduler(gamma="0"), InputError, "write both, or neither"),
+        (lambda: FlowMapScheduler(delta="1"), InputError, "write both, or neither"),
+        (
+            lambda: FlowMapScheduler().set_timesteps(1, timesteps=[1000]),
+            InputError,
+            "one of the two",
+        ),
         (lambda: FlowMapScheduler(alpha="t", beta="1 - t"), FlowspaceError, "swapped"),
         (lambda: FlowMapScheduler().set_timesteps(), InputError, "one of the two"),
         (lambda: FlowMapScheduler().set_timesteps(0), TimeError, "counts evaluations"),
