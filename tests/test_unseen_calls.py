@@ -233,6 +233,23 @@ def test_what_tangents_cannot_follow_is_refused(name, rows):
         SharedPrimal()(PAST[name], PRIMALS, TANGENTS, rows)
 
 
+LISTS = {
+    "by a number": lambda z, t: sum(torch._foreach_mul([z * t[:, None], z.sin()], 2.0)),
+    "by a list": lambda z, t: sum(torch._foreach_mul([z.cos(), z], [z, z * t[:, None]])),
+}
+
+
+@pytest.mark.parametrize("rows", [None, HALF], ids=["all", "half"])
+@pytest.mark.parametrize("name", LISTS)
+def test_functions_of_lists_that_write_nothing_are_followed(name, rows):
+    found = SharedPrimal()(LISTS[name], PRIMALS, TANGENTS, rows)[1]
+    written = {
+        "by a number": lambda z, t: 2 * z * t[:, None] + 2 * z.sin(),
+        "by a list": lambda z, t: z.cos() * z + z * z * t[:, None],
+    }
+    close(found, wanted(written[name], rows))
+
+
 @pytest.mark.parametrize("rows", [None, HALF], ids=["all", "half"])
 @pytest.mark.parametrize(
     ("fn", "written"),

@@ -241,7 +241,9 @@ def _kind(name: str) -> str:
         return "metadata"
     if name in rules.RANDOM:
         return "random"
-    if name in RESHAPING or name in REFUSED or name.startswith("_foreach_"):
+    if name in RESHAPING or name in REFUSED:
+        return "refused"
+    if name.startswith("_foreach_") and name.endswith("_"):  # tensors of a list are written to
         return "refused"
     if name == "setitem" or (name.endswith("_") and name[:-1]):
         return "in place"
