@@ -29,6 +29,7 @@ from flowspace import (
     InputError,
     MeanFlowDistillationLoss,
     MeanFlowLoss,
+    MeanFlowStatistic,
     PixelMeanFlowLoss,
     RandomGuidance,
     TimeError,
@@ -37,9 +38,9 @@ from flowspace import (
     UniformTimes,
     VelocityFlow,
 )
+from flowspace.cascade import PairsOfStage, doubled, halved
 from flowspace.cascade import _is_idle as is_idle
 from flowspace.cascade import _sent as sent
-from flowspace.cascade import doubled, halved
 from flowspace.training import Draws, KeyedPairs
 
 SIDE, STAGES = 4, 3
@@ -682,6 +683,35 @@ def test_one_step_of_each_stage_is_exact_where_the_flow_map_is():
     assert [end.shape[-1] for end in ends] == [2, 4, 8]
     for end in ends:
         torch.testing.assert_close(end, paths[end.shape[-1]][0])
+
+
+def test_known_times_say_what_their_sampler_said():
+    t = torch.rand(4)
+    assert PairsOfStage(t, t / 2).most_off_diagonal(4) is None
+    told = PairsOfStage(t, t / 2, 3)
+    assert [told.most_off_diagonal(rows) for rows in (2, 3, 4)] == [2, 3, 3]
+    assert told.of(torch.tensor([2, 0])).most == 3
+    assert torch.equal(told.of(torch.tensor([2, 0])).s, t[[2, 0]] / 2)
+
+
+def test_times_may_be_drawn_by_a_function_and_one_stage_has_its_sampler():
+    def drawn(rows, *, generator, device, dtype):
+        t = torch.linspace(0.2, 1, rows, device=device, dtype=dtype)
+        return t, t / 2
+
+    loss_fn = CascadeLoss(Cascade(1), MeanFlowLoss(times=drawn))
+    out = loss_fn(model, normal(0, 4, 2, 4, 4))
+    torch.testing.assert_close(out.t, torch.linspace(0.2, 1, 4, dtype=out.t.dtype))
+    assert torch.equal(out.s, out.t / 2)
+    assert loss_fn.sampler(model).flow.statistic == MeanFlowStatistic()
+
+
+def test_a_stage_takes_one_step_unless_more_are_asked_for():
+    flow = FlowMatchingLoss().flow_map(lambda z, t, s: -z * t[:, None, None, None])
+    sampler, noise = CascadeFlow(Cascade(2), flow, Euler()), normal(0, 2, 1, 4, 4)
+    assert torch.equal(sampler.sample(noise), sampler.sample(noise, steps=1))
+    for found, wanted in zip(sampler.states(noise), sampler.states(noise, steps=1), strict=True):
+        assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("steps", [3, (1, 2, 4)])

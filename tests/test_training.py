@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from flowspace import InputError, LinearSchedule, RunError, TimePairs
 from flowspace.training import (
+    AdversarialStep,
     BatchRows,
     Checkpoints,
     Draws,
@@ -191,6 +192,76 @@ def test_half_of_the_rows_are_mirrored_and_none_where_they_shall_not():
 def test_a_batch_that_cannot_be_shared_is_refused():
     with pytest.raises(RunError, match="write a multiple of 6"):
         share_of(8, 0, 3, 2)
+
+
+# --- the adversarial step ----------------------------------------------------------------------
+
+
+class Critic(nn.Module):
+    """Frozen features and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Linear(4, 3).requires_grad_(False)
+        self.head = nn.Linear(3, 1)
+
+    def forward(self, images):
+        return self.head(self.features(images))[:, 0]
+
+
+class Told:
+    """Losses that keep by what changes they were to change their images."""
+
+    changes = 5
+
+    def __init__(self):
+        self.seen = []
+
+    def weight(self, t):
+        return 1 - t
+
+    def opinion(self, discriminator, fake, changes):
+        self.seen.append(changes)
+        assert not any(weight.requires_grad for weight in discriminator.parameters())
+        return -discriminator(fake)
+
+    def discriminator(self, discriminator, real, fake, changes):
+        self.seen.append(changes)
+        assert not fake.requires_grad
+        return discriminator(fake) - discriminator(real)
+
+
+def test_images_are_changed_by_draws_of_the_step_and_row_apart_for_each_player():
+    def changes(first, last):
+        told = Told()
+        step, rows = AdversarialStep(Critic(), told), last - first
+        draws = Draws(0, 1, first, last, 8, CPU)
+        step.opinion(torch.randn(rows, 4), draws)
+        step.answer(torch.randn(rows, 4), torch.randn(rows, 4, requires_grad=True), draws)
+        return told.seen
+
+    whole = changes(0, 8)
+    assert whole[0].shape == whole[1].shape == (8, 5) and not (whole[0] == whole[1]).any()
+    for one, first, second in zip(whole, changes(0, 3), changes(3, 8), strict=True):
+        assert torch.equal(one, torch.cat([first, second]))
+
+
+def test_only_the_heads_of_a_discriminator_are_trained_and_kept():
+    critic = Critic()
+    step = AdversarialStep(critic, Told(), start=1)
+    (group,) = step.optimizer.param_groups
+    assert group["params"] == list(critic.head.parameters())
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (2e-4, (0.0, 0.99), 0.0)
+    assert step.kept().keys() == {"head.weight", "head.bias"}
+    made = torch.randn(8, 4, requires_grad=True)
+    assert [step.plays(number) for number in range(3)] == [False, True, True]
+    heard = [step.opinion(made, Draws(0, number, 0, 8, 8, CPU)) for number in range(3)]
+    assert heard[0] is heard[1] is None
+    assert torch.equal(heard[2], -critic(made))
+    with pytest.raises(RuntimeError):
+        step.opinion(torch.randn(8, 7), Draws(0, 2, 0, 8, 8, CPU))
+    asking = [name for name, weight in critic.named_parameters() if weight.requires_grad]
+    assert asking == ["head.weight", "head.bias"]
 
 
 # --- checkpoints -------------------------------------------------------------------------------
