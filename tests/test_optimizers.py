@@ -346,11 +346,23 @@ def test_it_trains():
     assert losses[-1] < 0.1 * losses[0]
 
 
+def test_every_setting_reaches_its_optimiser():
+    muon, adamw = MuonAdamW(1e-2, 0.1, (0.8, 0.9), 0.7)(Net()).param_groups
+    assert (muon["lr"], muon["weight_decay"], muon["momentum"]) == (1e-2, 0.1, 0.7)
+    assert muon["adjust_lr_fn"] == "match_rms_adamw"
+    (plain,) = PlainAdamW(1e-2, 0.1, (0.8, 0.9))(Net()).param_groups
+    for group in (adamw, plain):
+        assert (group["lr"], group["weight_decay"]) == (1e-2, 0.1)
+        assert group["betas"] == (0.8, 0.9) and not group["fused"]
+
+
 def test_misuse_is_one_clear_error():
     with pytest.raises(InputError, match="no linear layer inside 'layers'"):
         assign(Net(), ("layers",))
     with pytest.raises(InputError, match="learning_rate"):
         MuonAdamW(0.0)
+    with pytest.raises(InputError, match=r"weight_decay = -0\.1"):
+        MuonAdamW(1e-2, -0.1)
     p, q = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
     with pytest.raises(InputError, match="two optimisers"):
         CombinedOptimizer([torch.optim.SGD([p], 0.1), torch.optim.SGD([p], 0.1)])
