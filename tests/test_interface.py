@@ -28,12 +28,14 @@ from flowspace import (
     InputError,
     KarrasTimes,
     LinearSchedule,
+    MatchedStatistic,
     MeanFlowDistillationLoss,
     MeanFlowLoss,
     MeanFlowStatistic,
     Objective,
     PathPoint,
     PixelMeanFlowLoss,
+    Schedule,
     ShiftedTimes,
     SquaredError,
     Statistic,
@@ -43,6 +45,7 @@ from flowspace import (
     UniformTimes,
     inputs,
 )
+from flowspace.time_functions import TimeFunction
 
 OBJECTIVES = [
     CrossFlowLoss(),
@@ -314,3 +317,22 @@ def test_alpha_flow_without_a_gap_says_that_it_is_mean_flow(said):
     assert not texts(lambda: AlphaFlowLoss(gap=0.5)(model, latents))
     found = texts(lambda: [AlphaFlowLoss()(model, latents) for _ in range(2)])
     assert len(found) == 1 and "trains MeanFlow" in found[0]
+
+
+# --- what is equal
+
+
+@pytest.mark.parametrize(
+    ("make", "like", "others"),
+    [
+        (LinearSchedule, lambda: Schedule("1 - t", "t"), [CosineSchedule(), "1 - t", None]),
+        (MeanFlowStatistic, lambda: Statistic(0, "1/(t - s)"), [MatchedStatistic(), 0]),
+        (MatchedStatistic, MatchedStatistic, [MeanFlowStatistic(), "matched"]),
+        (lambda: TimeFunction("t"), lambda: TimeFunction("t"), [TimeFunction("t", 2), "t"]),
+    ],
+    ids=["schedule", "statistic", "matched", "function"],
+)
+def test_what_is_made_alike_is_equal_and_nothing_else(make, like, others):
+    assert make() == like() and hash(make()) == hash(like())
+    for other in others:
+        assert make() != other and other != make()
