@@ -6,6 +6,7 @@ nothing; few tests use inductor.
 """
 
 import copy
+import dataclasses
 import functools
 import re
 import shutil
@@ -365,6 +366,18 @@ def test_a_compiled_step_draws_its_times_for_any_number_of_rows(loss):
         found = step(z)
         torch.manual_seed(rows)
         close(found.residual, loss(plain, z).residual)
+
+
+def test_a_compiled_step_may_change_a_setting_of_its_objective():
+    net, plain = pair(Net(), lambda net: net)
+    loss, (z, times) = MeanFlowLoss(gap=0.9), batch()
+
+    def residual(model, gap):
+        return dataclasses.replace(loss, gap=gap)(model, z, **times).residual
+
+    step = torch.compile(lambda gap: residual(net, gap), backend=EAGER)
+    for gap in (0.5, 0.25):
+        close(step(gap), residual(plain, gap))
 
 
 def test_objectives_change_their_records_as_torch_2_11_can_follow():
