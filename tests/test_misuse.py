@@ -513,3 +513,23 @@ def test_a_callable_that_torch_follows_is_a_schedule(alpha):
     schedule = Schedule(alpha, lambda t: t)
     t = torch.tensor([0.3], dtype=torch.float64)
     assert schedule.alpha_dot(t) < 0
+
+
+@pytest.mark.parametrize(
+    ("alpha", "beta", "advice"),
+    [
+        ("t", "1 - t", "They are swapped: write alpha = 1 - t, beta = t"),
+        ("2*t", "1 - t", None),
+        ("t", "1 - t/2", None),
+        ("1 - t/2", "t", "rescale it to zero terminal SNR"),
+        ("1 + t/2", "t", None),
+        ("1 - 2*t", "t", None),
+    ],
+)
+def test_how_wrong_ends_are_mended_is_said_where_that_is_known(alpha, beta, advice):
+    with pytest.raises(ScheduleError, match="but it must be") as raised:
+        Schedule(alpha, beta)
+    if advice is None:
+        assert "swapped" not in str(raised.value) and "rescale" not in str(raised.value)
+    else:
+        assert advice in str(raised.value)
