@@ -9,13 +9,14 @@ import abc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from flowspace.arrays import is_number
 from flowspace.backends import backend_of
 from flowspace.errors import InputError
-from flowspace.inputs import check_flag, is_function
+from flowspace.inputs import check_flag, is_function, kind_of
 
 __all__ = ["AbsoluteError", "Adaptive", "HuberError", "Penalty", "SquaredError"]
 
@@ -26,6 +27,15 @@ class Penalty(abc.ABC):
     @abc.abstractmethod
     def __call__(self, difference: Tensor) -> Tensor:
         """Return the penalty of each row: ``(B, *)`` becomes ``(B,)``."""
+
+
+def _check_difference(difference: Any) -> None:
+    """Raise InputError unless a difference is a tensor with rows."""
+    is_array = backend_of(difference).is_array(difference)
+    if not (is_array and difference.ndim):
+        raise InputError(
+            f"got a difference of {kind_of(difference)}; write a tensor of shape (B, *)"
+        )
 
 
 def _over_axes(values: Tensor, summed: bool) -> Tensor:
@@ -50,6 +60,7 @@ class SquaredError(Penalty):
 
     def __call__(self, difference: Tensor) -> Tensor:
         """Return the penalty of each row: ``(B, *)`` becomes ``(B,)``."""
+        _check_difference(difference)
         squares = backend_of(difference).square(difference)
         return _over_axes(squares, self.summed)
 
@@ -69,6 +80,7 @@ class AbsoluteError(Penalty):
 
     def __call__(self, difference: Tensor) -> Tensor:
         """Return the penalty of each row: ``(B, *)`` becomes ``(B,)``."""
+        _check_difference(difference)
         return _over_axes(abs(difference), self.summed)
 
 
@@ -96,6 +108,7 @@ class HuberError(Penalty):
 
     def __call__(self, difference: Tensor) -> Tensor:
         """Return the penalty of each row: ``(B, *)`` becomes ``(B,)``."""
+        _check_difference(difference)
         xp = backend_of(difference)
         h = self.threshold
         size = abs(difference)
@@ -138,6 +151,7 @@ class Adaptive(Penalty):
 
     def __call__(self, difference: Tensor) -> Tensor:
         """Return the penalty of each row: ``(B, *)`` becomes ``(B,)``."""
+        _check_difference(difference)
         value = self.penalty(difference)
         fixed = backend_of(value).detach(value)
         return value / (fixed + self.c) ** self.p

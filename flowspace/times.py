@@ -62,11 +62,13 @@ class RandomSource(NamedTuple):
         """Return the source for a generator of torch or a key of JAX.
 
         Raises:
-            InputError: if the generator is neither.
+            InputError: if the generator is neither, or torch has no such device or no real numbers
+                of such a dtype.
         """
         library = backend_of(generator)
         if library is torch_backend:
             check_generator(generator)
+            _check_place(device, dtype)
         return cls(generator, device, dtype, library)
 
     def uniform(self, *shape: int) -> Tensor:
@@ -84,6 +86,18 @@ class RandomSource(NamedTuple):
 
     def _how(self) -> dict[str, Any]:
         return {"generator": self.generator, "device": self.device, "dtype": self.dtype}
+
+
+def _check_place(device: Any, dtype: Any) -> None:
+    """Raise InputError unless torch can draw real numbers of a dtype on a device."""
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise InputError(f"got dtype = {dtype!r}; write a real one, such as torch.float32")
+    if device is None or isinstance(device, torch.device):
+        return
+    try:
+        torch.device(device)
+    except (RuntimeError, TypeError):
+        raise InputError(f'got device = {device!r}; write for example "cpu" or "cuda"') from None
 
 
 def _check_rows(rows: Any) -> None:

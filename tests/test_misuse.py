@@ -293,6 +293,51 @@ OF_ONES_OWN = {
         TimeError,
         "got type list and type list",
     ),
+    "a number for a difference": (
+        lambda: SquaredError()(1.0),
+        InputError,
+        r"got a difference of type float; write a tensor of shape \(B, \*\)",
+    ),
+    "a difference without rows": (
+        lambda: HuberError()(torch.tensor(1.0)),
+        InputError,
+        r"a difference of dtype torch.float32 and shape \(\)",
+    ),
+    "a list for a difference": (
+        lambda: Adaptive()([1.0]),
+        InputError,
+        "a difference of type list",
+    ),
+    "an absolute error of a number": (
+        lambda: AbsoluteError()(1.0),
+        InputError,
+        "a difference of type float",
+    ),
+    "times on no device": (
+        lambda: TimePairs()(4, device="gpux"),
+        InputError,
+        "got device = 'gpux'; write for example \"cpu\"",
+    ),
+    "times of a dtype's name": (
+        lambda: TimePairs()(4, dtype="float32"),
+        InputError,
+        "got dtype = 'float32'; write a real one",
+    ),
+    "whole times": (
+        lambda: UniformTimes()(4, dtype=torch.int64),
+        InputError,
+        "got dtype = torch.int64; write a real one",
+    ),
+    "a derivative of nothing": (
+        lambda: SharedPrimal()(None, (Z,), (Z,)),
+        InputError,
+        "got type NoneType for a function",
+    ),
+    "a number for a tangent": (
+        lambda: SharedPrimal()(model, (Z, ONES, ONES), (Z, 1.0, None)),
+        InputError,
+        "got a tangent of type float for a primal of dtype",
+    ),
     "a penalty of nothing": (
         lambda: CrossFlowLoss(penalty=lambda difference: None)(model, Z),
         InputError,

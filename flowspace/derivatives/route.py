@@ -22,7 +22,7 @@ from flowspace.backends import backend_of, one_backend, torch_backend
 from flowspace.derivatives import hidden_calls
 from flowspace.derivatives.replay import in_transform, several_processes
 from flowspace.errors import InputError
-from flowspace.inputs import check_device, kind_of
+from flowspace.inputs import check_device, is_function, kind_of
 
 __all__ = ["Derivative", "checked", "scatter"]
 
@@ -54,7 +54,8 @@ class Derivative(abc.ABC):
                 the mask has more all the same, the derivative of some of its rows is NaN.
 
         Raises:
-            InputError: if there are not as many tangents as primals, or fn returns no tensor.
+            InputError: if there are not as many tangents as primals, one is no tensor of its
+                primal's shape, or fn is no function or returns no tensor.
             DerivativeError: if the route cannot differentiate fn.
         """
         if len(primals) != len(tangents):
@@ -62,12 +63,13 @@ class Derivative(abc.ABC):
                 f"got {len(primals)} primals and {len(tangents)} tangents; write None for a "
                 "constant"
             )
-        for p, v in zip(primals, tangents, strict=True):
-            if v is not None and v.shape != p.shape:
-                raise InputError(
-                    f"got a tangent of shape {tuple(v.shape)} for a primal of shape "
-                    f"{tuple(p.shape)}; write one of the same shape, or None"
-                )
+        if not is_function(fn):
+            raise InputError(
+                f"got {kind_of(fn)} for a function; write the model, or a function of the primals"
+            )
+        for primal, tangent in zip(primals, tangents, strict=True):
+            if tangent is not None:
+                _check_tangent(primal, tangent)
         if rows is not None and tuple(rows.shape) != tuple(primals[0].shape[:1]):
             raise InputError(
                 f"got rows of shape {tuple(rows.shape)} for {len(primals[0])} rows; "
@@ -153,6 +155,20 @@ class Derivative(abc.ABC):
         no side effects.
         """
         return backend_of(*primals).value_and_derivative(fn, primals, tangents)
+
+
+def _check_tangent(primal: Any, tangent: Any) -> None:
+    """Raise InputError unless a tangent is a tensor of its primal's shape."""
+    if not (hasattr(primal, "shape") and hasattr(tangent, "shape")):
+        raise InputError(
+            f"got a tangent of {kind_of(tangent)} for a primal of {kind_of(primal)}; "
+            "write two tensors of one shape, or None for the tangent of a constant"
+        )
+    if tangent.shape != primal.shape:
+        raise InputError(
+            f"got a tangent of shape {tuple(tangent.shape)} for a primal of shape "
+            f"{tuple(primal.shape)}; write one of the same shape, or None"
+        )
 
 
 def _indices(mask: Tensor, at_most: int | None) -> Tensor | None:
