@@ -301,15 +301,14 @@ class TimeFunction:
             InputError: unless there is an array of real numbers for each time.
         """
         xp = backend_of(*times)
-        self._check_times(times)
+        self._check_times(xp, times)
         like = times[0]
         precise = [xp.as_float64(time) for time in times]
         values = self._evaluate(*precise)
         return xp.like(values, like, like.dtype)
 
-    def _check_times(self, times: tuple[Any, ...]) -> None:
+    def _check_times(self, xp: Any, times: tuple[Any, ...]) -> None:
         """Raise InputError unless there is an array of real numbers for each time."""
-        xp = backend_of(*times)
         are_real = all(xp.is_array(time) and xp.is_floating(time) for time in times)
         if len(times) == self.arity and are_real:
             return

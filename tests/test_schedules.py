@@ -316,14 +316,18 @@ def test_sympy_text_and_callable_give_one_schedule():
 
 
 @pytest.mark.parametrize("schedule", PRESETS.values(), ids=PRESETS)
-def test_a_call_on_256_times_costs_under_100_microseconds(schedule):
+def test_a_call_on_256_times_costs_less_than_50_functions_of_torch(schedule):
     t = torch.linspace(0.01, 1, 256)
 
     def once(function):
-        start = time.perf_counter()
+        start = time.thread_time()
         for _ in range(50):
             function(t)
-        return (time.perf_counter() - start) / 50
+        return (time.thread_time() - start) / 50
+
+    def five_functions(t):
+        return t.double().square().exp().sqrt().float()
 
     for function in (schedule.alpha, schedule.beta, schedule.alpha_dot, schedule.beta_dot):
-        assert min(once(function) for _ in range(20)) < 100e-6
+        took, five = zip(*[(once(function), once(five_functions)) for _ in range(20)], strict=True)
+        assert min(took) < 10 * min(five)
