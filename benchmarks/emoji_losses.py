@@ -8,7 +8,6 @@ continued by the same command.
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ import yaml
 from small_pictures import pictures_of, samples_of
 from verdicts import said
 
-from flowspace.demo.page import markdown_table, write_beside
+from flowspace.demo.page import markdown_table, mean_and_range, write_beside
 from flowspace.vision.evaluate import nearest
 
 ROOT = Path(__file__).parents[1]
@@ -75,14 +74,6 @@ def numbers_of(folder: Path) -> list[float]:
     return [*found, float(len(near.index.unique())), near.share]
 
 
-def cell(values: tuple[float, ...], digits: int) -> str:
-    """Return a mean, and the range over seeds."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
-
-
 def main() -> None:
     """Run all arms, seed by seed; print the table of those that are done."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -111,7 +102,7 @@ def table(found: dict[str, list[list[float]]]) -> str:
     for name, of_seeds in found.items():
         cells = []
         for values, digits in zip(zip(*of_seeds, strict=True), (1, 2, 3, 3, 0, 2), strict=True):
-            cells.append(cell(values, digits))
+            cells.append(mean_and_range(values, digits))
         rows.append((name, *cells))
     return markdown_table(HEAD, rows)
 

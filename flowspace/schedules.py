@@ -75,7 +75,7 @@ class Schedule:
                 f"got a {type(self).__name__} without alpha and beta; "
                 "write super().__init__(alpha, beta) in its __init__"
             )
-        raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
+        return self.__getattribute__(name)  # raises AttributeError in Python's words
 
     @property
     def functions(self) -> tuple[TimeFunction, TimeFunction]:

@@ -379,7 +379,7 @@ def test_three_seeds_are_compared_in_folders_of_their_own_and_shown_by_mean_and_
         seed = config.training.seed
         seeds.append((seed, config.out.name))
         row = compare.Judged(3, 0.0123, 10.0 + seed, 1.0, 0.5)
-        return compare.Compared({"a": row}, {}, {"a": 7.0})
+        return compare.SeedResult({"a": row}, {}, {"a": 7.0})
 
     monkeypatch.setattr(compare, "compared", compared)
     monkeypatch.setattr(compare.judging, "extractor_of", lambda *arguments: None)

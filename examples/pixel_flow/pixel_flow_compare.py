@@ -46,7 +46,7 @@ from accelerate import Accelerator
 from pixel_flow_costs import costs_of, flops_of
 from torch import Tensor, nn
 
-from flowspace.demo.page import markdown_table, write_beside
+from flowspace.demo.page import markdown_table, mean_and_range, write_beside
 from flowspace.vision.data import Images
 from flowspace.vision.evaluate import Extractor, Features, features_of, judge
 
@@ -78,7 +78,7 @@ class Judged(NamedTuple):
 
 
 @dataclass
-class Compared:
+class SeedResult:
     """What one seed gave.
 
     Attributes:
@@ -183,7 +183,7 @@ def of_seed(config: PixelFlowConfig, seed: int) -> PixelFlowConfig:
     return replace(config, training=training, out=config.out / f"seed-{seed}")
 
 
-def table(found: Sequence[Compared]) -> list[list[str]]:
+def table(found: Sequence[SeedResult]) -> list[list[str]]:
     """Return the cells of the table: means over seeds, with the range where there are several."""
     cells = []
     for name in found[0].rows:
@@ -193,23 +193,15 @@ def table(found: Sequence[Compared]) -> list[list[str]]:
                 name,
                 f"{rows[0].evaluations}",
                 f"{rows[0].gflops:.3g}",
-                spread([row.distance for row in rows], 1),
-                spread([row.kid for row in rows], 2),
-                spread([row.right for row in rows], 3),
+                mean_and_range([row.distance for row in rows], 1),
+                mean_and_range([row.kid for row in rows], 2),
+                mean_and_range([row.right for row in rows], 3),
             ]
         )
     return cells
 
 
-def spread(values: Sequence[float], digits: int) -> str:
-    """Return the mean of values, and their range in brackets where there are several."""
-    mean = f"{sum(values) / len(values):.{digits}f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
-
-
-def compared(config: PixelFlowConfig, judges: Judges) -> Compared:
+def compared(config: PixelFlowConfig, judges: Judges) -> SeedResult:
     """Train and judge what is compared, with one seed."""
     variants = variants_of(config)
     networks, seconds = {}, {}
@@ -224,7 +216,7 @@ def compared(config: PixelFlowConfig, judges: Judges) -> Compared:
         title = f"{name}, {sum(one.steps)} steps"
         samples, rows[title] = judged(one, networks[name], judges)
         shown[title] = samples[:SHOWN]
-    return Compared(rows, shown, seconds)
+    return SeedResult(rows, shown, seconds)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import html
 import io
 import math
 import os
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ __all__ = [
     "listing",
     "losses",
     "markdown_table",
+    "mean_and_range",
     "named_rows",
     "page",
     "pair",
@@ -320,6 +322,14 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table; all columns but the first are aligned to the right."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def mean_and_range(values: Sequence[float], digits: int) -> str:
+    """Return the mean of values, and their range in brackets where there are several."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def page(title: str, parts: Sequence[Part]) -> str:
