@@ -115,9 +115,29 @@ def test_the_diagnostics_of_a_run_measure_its_networks(finished, monkeypatch, ca
     printed = capsys.readouterr().out
     assert "| teacher | mix |" in printed and "| samples | seconds | ratio |" in printed
     begun = [line for line in printed.splitlines() if line.startswith("| random |")]
-    losses, norms = zip(*found["initialisations"]["random"], strict=True)
+    losses, norms, seconds = zip(*found["initialisations"]["random"], strict=True)
+    assert min(seconds) > 0
     shown = (losses[0], norms[0], max(norms))
     assert begun == [f"| random | {' | '.join(f'{value:.4g}' for value in shown)} |"]
+
+
+def test_a_step_that_waited_does_not_count_in_the_time_of_a_derivative(monkeypatch):
+    class Trial:
+        def objective(self, difference):
+            return difference
+
+        def trained(self, network, difference):
+            seconds = 1.0
+            if difference is None:
+                seconds = 2.0
+            return [diagnostics.TrialStep(0.0, 0.0, each) for each in (9.0, seconds, seconds)]
+
+    moved = iter(torch.eye(6))
+    monkeypatch.setattr(diagnostics, "slopes", lambda *_: torch.ones(2))
+    monkeypatch.setattr(diagnostics, "samples_of", lambda *_: next(moved))
+    rows = diagnostics.differences(Trial(), torch.nn.Linear(1, 1))
+    assert [row["seconds"] for row in rows] == [2, 1, 1, 1, 1]
+    assert [row["ratio"] for row in rows] == [1, 0.5, 0.5, 0.5, 0.5]
 
 
 def test_time_is_the_processors_on_a_cpu(monkeypatch):

@@ -9,19 +9,20 @@ leaves ``diagnostics.json``, three PNGs and ``diagnostics.html`` in its folder:
 * the mean square of the residual and the variance of the gradient for mix 0, 1/2 and 1, with one
   network and the same rows (proposition 3.1), of the teacher and of one with an error;
 * the exact derivative against central differences of 1e-4 to 1e-2: its error, how far the samples
-  of a short distillation come to lie from those by the exact derivative, the time of a step over
-  that of the exact one (table 3).
+  of a short distillation come to lie from those by the exact derivative, the median time of a
+  step, and it over that of the exact one (table 3).
 
 The three tables are printed.
 """
 
 import dataclasses
 import functools
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "common"))
 from rae_settings import RAEConfig, check
@@ -71,6 +72,20 @@ ERROR = 0.5
 """Spread of the error of an inexact teacher, which is added to its velocity, everywhere alike."""
 
 
+class TrialStep(NamedTuple):
+    """One step of a short distillation.
+
+    Attributes:
+        loss: mean over the batch.
+        norm: of the gradient, before clipping.
+        seconds: that it took; see `seconds_on`.
+    """
+
+    loss: float
+    norm: float
+    seconds: float
+
+
 class DistillationTrial:
     """Evaluates objectives on the batches of distillation, which follow from the run's seed.
 
@@ -106,19 +121,24 @@ class DistillationTrial:
             noise = pairs.draws.normal(z.shape[1:], NOISE)
             yield objective(network, z, cond=cond, noise=noise)
 
-    def trained(self, network: DiTDH, objective: Objective) -> list[tuple[float, float]]:
-        """Distil in place for a few steps; return the loss and the gradient's norm of each."""
+    def trained(self, network: DiTDH, objective: Objective) -> list[TrialStep]:
+        """Distil in place for a few steps; return what each came to."""
         t = self.training
+        device = self.work.accelerator.device
         weights = list(network.parameters())
         optimizer = torch.optim.AdamW(weights, t.learning_rate, (0.9, 0.95))
         found = []
+        began = seconds_on(device)
         for out in self.outputs(network, objective, STEPS):
             loss = out.loss.mean()
             optimizer.zero_grad()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(weights, t.clip)
             optimizer.step()
-            found.append((float(loss.detach()), float(norm)))
+            value, size = float(loss.detach()), float(norm)
+            ended = seconds_on(device)
+            found.append(TrialStep(value, size, ended - began))
+            began = ended
         return found
 
     def inexact(self) -> Any:
@@ -184,19 +204,18 @@ def differences(trial: DistillationTrial, network: DiTDH) -> list[dict[str, Any]
     """Return, by the step of the difference, its error, what it does to samples, and its time.
 
     ``samples`` is how far samples after a short distillation lie from those that the exact
-    derivative's distillation ends with, over how far that one moved them.
+    derivative's distillation ends with, over how far that one moved them. ``seconds`` are a
+    step's, the median: single steps wait for other programs.
     """
     exact = slopes(trial, network, None)
     before = samples_of(trial, network)
-    device = trial.work.accelerator.device
     found, after = [], before
     for step in (None, *DIFFERENCES):
         missed = slopes(trial, network, step) - exact
         error = missed.norm() / exact.norm()
         student = copied(network)
-        began = seconds_on(device)
-        trial.trained(student, trial.objective(difference=step))
-        seconds = seconds_on(device) - began
+        steps = trial.trained(student, trial.objective(difference=step))
+        seconds = statistics.median(one.seconds for one in steps)
         made = samples_of(trial, student)
         if step is None:
             after = made
@@ -292,7 +311,8 @@ def write_page(config: RAEConfig, found: Mapping[str, Any]) -> Path:
         "The derivative: exact (no step) against central differences; "
         f"{STEPS} steps of distillation each, from the mid-trained network. "
         "The error is relative; samples: their distance from those that the exact derivative ends "
-        "with, over how far it moved them; the ratio is of times to that of the exact one.",
+        "with, over how far it moved them; seconds are a step's, the median; the ratio is of them "
+        "to the exact one's.",
         table(found["differences"]),
     ]
     return page.write(config.out / "diagnostics.html", f"Diagnostics: {config.name}", parts)
@@ -302,9 +322,10 @@ def beginnings(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return, by initialisation, how its distillation begins and its largest gradient norm."""
     rows = []
     for name, records in found["initialisations"].items():
-        loss, norm = records[0]
-        largest = max(norm for _, norm in records)
-        rows.append({"from": name, "loss": loss, "norm": norm, "largest norm": largest})
+        first = records[0]
+        largest = max(step.norm for step in records)
+        row = {"from": name, "loss": first.loss, "norm": first.norm, "largest norm": largest}
+        rows.append(row)
     return rows
 
 
@@ -330,7 +351,7 @@ def initial_curves(found: Mapping[str, Any]) -> bytes:
     """Plot losses and gradient norms over steps: a PNG."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for name, records in found.items():
-        losses, norms = zip(*records, strict=True)
+        losses, norms, _ = zip(*records, strict=True)
         axes[0].plot(range(len(losses)), losses, label=name)
         axes[1].plot(range(len(norms)), norms, label=name)
     for axis, label in zip(axes, ("loss of distillation", "gradient norm"), strict=True):
