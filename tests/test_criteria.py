@@ -214,10 +214,21 @@ def test_kappa_zero_is_refused_with_the_advice_to_use_the_consistency_loss(sched
         CrossFlowLoss(schedule=schedule, statistic=ConsistencyStatistic())
 
 
-@pytest.mark.parametrize("statistic", [MatchedStatistic(), MeanFlowStatistic()])
+ZERO_AT_NOISE = Statistic("t", "-1")
+"""(1 + gamma/delta) beta = (1 - t) t is zero at t = 1 alone, so Criterion 1 fails."""
+
+
+@pytest.mark.parametrize("statistic", [MatchedStatistic(), MeanFlowStatistic(), ZERO_AT_NOISE])
 def test_the_consistency_loss_refuses_a_kappa_that_is_not_zero(statistic):
     with pytest.raises(CriterionError, match="kappa is not 0"):
         ConsistencyLoss(statistic=statistic)
+
+
+def test_a_kappa_that_is_zero_at_noise_alone_is_no_kappa_of_zero():
+    assert ZERO_AT_NOISE.coefficients(LINEAR).data_vanishes
+    assert "without Criterion 1" in check_criteria(LINEAR, ZERO_AT_NOISE).advice
+    with pytest.raises(CriterionError, match="Criterion 1 failed"):
+        CrossFlowLoss(statistic=ZERO_AT_NOISE)
 
 
 def test_a_statistic_that_is_not_anchored_is_trained_with_a_warning():
@@ -227,8 +238,9 @@ def test_a_statistic_that_is_not_anchored_is_trained_with_a_warning():
     statistic = Statistic.from_kappa(LINEAR, "s", "1/((s - t)/t - s*(1 - s))")
     report = check_criteria(LINEAR, statistic)
     assert answers(report)[:3] == (True, True, False), str(report)
-    with pytest.warns(UserWarning, match="not anchored"):
+    with pytest.warns(UserWarning, match="not anchored") as caught:
         CrossFlowLoss(statistic=statistic)
+    assert caught[0].filename == __file__
 
 
 def test_the_kappa_of_a_callable_is_a_function():

@@ -1,12 +1,13 @@
 """Guidance in training and sampling, and the solvers of plain velocity models."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from gaussian import Gaussian, column
 from hypothesis import given, settings
-from strategies import PRESETS, formula_schedules, normal, pairs, seeds
+from strategies import PRESETS, cross_flow, formula_schedules, normal, pairs, seeds
 from tolerances import EXACT, within
 
 from flowspace import (
@@ -107,6 +108,25 @@ def test_without_strength_guidance_only_drops_and_costs_no_evaluation():
     )
     close(first.loss, second.loss)
     assert len(plain.seen) == len(guided.seen)
+
+
+@pytest.mark.parametrize("gap", [None, 0.3])
+@settings(max_examples=4, deadline=None)
+@given(schedule=formula_schedules, times=pairs(rows=6, inside=True), seed=seeds)
+def test_guided_cross_flow_is_identity_one_and_with_strength_one_identity_two(
+    gap, schedule, times, seed
+):
+    cross = replace(cross_flow(schedule), gap=gap)
+    mean = MeanFlowLoss(schedule=schedule, statistic=MatchedStatistic(), gap=gap)
+    weak, strong = (Guidance(null=NULL, omega=omega, drop=0.0) for omega in (1.0, 1.7))
+    for first, second in (
+        (cross, replace(cross, guidance=weak)),
+        (replace(cross, guidance=strong), replace(mean, guidance=strong)),
+    ):
+        found, wanted = (call(loss_fn, Labelled(), times, seed)[0] for loss_fn in (first, second))
+        close(found.residual, wanted.residual, 1e-7)
+        close(found.target, wanted.target, 1e-7)
+        close(found.velocity, wanted.velocity)
 
 
 @pytest.mark.parametrize("head", [False, True])

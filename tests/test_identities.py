@@ -34,16 +34,19 @@ from flowspace import (
     Guidance,
     ImprovedMeanFlowLoss,
     InputError,
+    LogitNormalTimes,
     MatchedStatistic,
     MeanFlowDistillationLoss,
     MeanFlowLoss,
     PixelMeanFlowLoss,
     ShiftedTimes,
     SquaredError,
+    Statistic,
     TimePairs,
     TrajectoryMatchingLoss,
     alpha_at,
 )
+from flowspace.objectives.engine import PathPoint
 
 LINEAR = PRESETS["linear"]
 
@@ -115,6 +118,52 @@ def test_alpha_flows_target_is_the_references(times, seed, alpha):
     wanted = (column(dt) * v + column(t - dt - s) * earlier) / column(t - s)
     close(out.target, wanted, 1e-9)
     close(out.loss, alpha * (out.prediction - wanted).square().mean(1), 1e-9)
+
+
+@pytest.mark.parametrize("bound", [torch.inf, 100.0])
+def test_alpha_flow_on_the_diagonal_is_flow_matching_whatever_its_alpha(bound):
+    net, z, noise = Net(), normal(0, 4, 3), normal(1, 4, 3)
+    t = torch.linspace(0.2, 1, 4, dtype=torch.float64)
+    out = AlphaFlowLoss(gap=0.3, bound=bound)(net, z, noise=noise, t=t, s=t)
+    equal(out, FlowMatchingLoss()(net, z, noise=noise, t=t), net)
+
+
+@settings(max_examples=60)
+@given(
+    st.floats(-0.5, 2), st.floats(-1, 1), st.floats(0.1, 2), st.sampled_from([1.0, 25.0, 1e6])
+)
+def test_alpha_is_a_sigmoid_that_falls_from_start_to_end_and_is_snapped_near_one_and_zero(
+    progress, start, length, steepness
+):
+    place = torch.tensor((progress - start) / length - 0.5, dtype=torch.float64)
+    wanted = float(torch.sigmoid(-steepness * place))
+    if wanted < 0.005:
+        wanted = 0.0
+    if wanted > 0.995:
+        wanted = 1.0
+    found = alpha_at(progress, start, start + length, steepness)
+    assert found == pytest.approx(wanted, rel=1e-6, abs=1e-12)
+
+
+def test_alpha_falls_as_the_reference_does_where_nothing_is_said():
+    assert alpha_at(0.6) == alpha_at(0.6, 0.0, 1.0, 25.0) == pytest.approx(0.07585818)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "says"),
+    [
+        ((float("nan"),), "progress"),
+        ((-float("inf"),), "progress"),
+        ((0.5, 0.2, 0.2), "write start < end"),
+        ((0.5, 0.8, 0.2), "write start < end"),
+        ((0.5, 0.0, float("inf")), "write start < end"),
+        ((0.5, 0.0, 1.0, float("inf")), "steepness"),
+        ((0.5, 0.0, 1.0, 0.0), "steepness"),
+    ],
+)
+def test_an_alpha_of_numbers_out_of_range_is_refused(numbers, says):
+    with pytest.raises(InputError, match=says):
+        alpha_at(*numbers)
 
 
 @settings(max_examples=20)
@@ -354,6 +403,27 @@ def test_the_diagonal_of_an_anchored_statistic_is_a_velocity(draws, schedule, se
     close(schedule.latents(data.velocity(z_t, t), z_t, t), data.clean(z_t, t), 1e-7)
 
 
+@settings(max_examples=5)
+@given(pairs(rows=4, inside=True), seeds)
+def test_the_velocity_that_an_estimate_stands_for_is_that_of_the_clean_prediction(times, seed):
+    """f on the diagonal is c/a of the data, here 2."""
+    t, data = times[0], Gaussian.random(LINEAR, seed)
+    matrix, offset = normal(seed, 5, 3), normal(seed + 1, 5)
+    statistic = Statistic("2", "-2*t/(t - s)")
+
+    def model(z, t, s):
+        return 2 * (data.clean(z, t) @ matrix.T + offset)
+
+    loss_fn = CrossFlowLoss(
+        statistic=statistic,
+        check=False,
+        estimate=lambda images: (images - offset) @ torch.linalg.pinv(matrix).T,
+    )
+    z_t = data.sample_state(t, seed)
+    at = PathPoint(z_t, t, t, velocity=z_t, data=z_t, cond={})
+    close(loss_fn.tangent_velocity(model, at), data.velocity(z_t, t), 1e-8)
+
+
 # --- what distillation gains
 # ---------------------------------------------------------------------------------------------
 
@@ -487,6 +557,7 @@ def test_published_numbers_are_the_references():
         False,
         4.0,
     )
+    assert alpha.times == TimePairs(LogitNormalTimes(-0.4, 1.0))
     assert FlowMatchingLoss.published() == FlowMatchingLoss()
     dim = 768 * 16 * 16
     matching = TrajectoryMatchingLoss.published(dim, teacher=torch.sin)
@@ -498,6 +569,40 @@ def test_published_numbers_are_the_references():
     assert distilled.derivative == FiniteDifference(step=0.005)
     t, s = distilled.times(1000, generator=torch.Generator().manual_seed(0))
     assert (t > s).all()
+
+
+def test_a_teacher_gets_no_gradient_and_is_not_asked_where_nothing_is_mixed_in():
+    net, teacher, asked = Net(), Net(seed=5), []
+
+    def taught(z, t):
+        asked.append(len(z))
+        return teacher(z, t, t)
+
+    z, noise = normal(0, 3, 3), normal(1, 3, 3)
+    t = torch.tensor([0.3, 0.6, 0.9]).double()
+    given_ = {"noise": noise, "t": t, "s": t / 2}
+    for literal in (False, True):
+        loss_fn = MeanFlowDistillationLoss(teacher=taught, literal=literal)
+        loss_fn(net, z, **given_).loss.sum().backward()
+    assert len(asked) == 2 and net.first.grad is not None
+    assert teacher.first.grad is None and teacher.second.grad is None
+    plain = MeanFlowDistillationLoss(teacher=taught, mix=0.0)(net, z, **given_)
+    equal(plain, MeanFlowLoss()(net, z, **given_), net)
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("part", "says"),
+    [
+        ({"mix": 1.001}, "got mix = 1.001"),
+        ({"mix": -0.001}, "got mix = -0.001"),
+        ({"teacher": 3}, "got teacher = 3"),
+        ({"velocity": torch.sin}, "leave velocity out"),
+    ],
+)
+def test_distillation_refuses_what_it_could_not_use(part, says):
+    with pytest.raises(InputError, match=says):
+        MeanFlowDistillationLoss(**({"teacher": torch.sin} | part))
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ from flowspace import (
     MatchedStatistic,
     MeanFlowLoss,
     MeanFlowStatistic,
+    PowerTimes,
     Schedule,
     SquaredError,
     Statistic,
@@ -503,9 +504,12 @@ def test_consistency(schedule, times, seed):
     close(out.target, f - column(t - s) * df)
 
 
-def test_the_boundary_of_consistency_ties_it_to_the_data():
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_the_boundary_of_consistency_ties_it_to_the_data(share):
+    """Targets are those of s = 0, whatever the destinations of the rows are."""
     net, (z, x, noise) = Net(out=4), batch(0, 3, out=4)
-    t, s = torch.tensor([0.3, 0.6, 1.0]).double(), torch.zeros(3).double()
+    t = torch.tensor([0.3, 0.6, 1.0]).double()
+    s = share * t
     plain, tied = (
         ConsistencyLoss(boundary=weight)(net, z, x, noise=noise, t=t, s=s).loss
         for weight in (0.0, 0.5)
@@ -513,6 +517,21 @@ def test_the_boundary_of_consistency_ties_it_to_the_data():
     floor = torch.full((3,), 0.01, dtype=torch.float64)
     edge = net(0.99 * z + 0.01 * noise, floor, 0 * floor) - x
     close(tied - plain, 0.5 * edge.square().mean(1))
+
+
+def test_a_boundary_of_weight_zero_costs_no_evaluation():
+    z, calls = normal(0, 3, 3), []
+
+    def model(z, t, s):
+        calls.append(len(z))
+        return torch.tanh(z)
+
+    counts = []
+    for weight in (0.0, 1.0):
+        calls.clear()
+        ConsistencyLoss(boundary=weight)(model, z, t=tensor(0.3, 0.6, 1), s=tensor(0, 0, 0))
+        counts.append(len(calls))
+    assert counts[1] == counts[0] + 1
 
 
 def test_a_velocity_replaces_the_conditional_one_in_target_and_tangent():
@@ -732,6 +751,7 @@ def test_the_defaults_are_those_of_the_contract():
         and isinstance(loss_fn.times, TimePairs)
         and loss_fn.check
     )
+    assert loss_fn.times == TimePairs(PowerTimes(2.0), mask_first=True)
     explicit = CrossFlowLoss(
         schedule=LINEAR, statistic=None, times=None, penalty=None, weight=None, derivative=None
     )
@@ -892,6 +912,10 @@ def test_a_misspelt_keyword_is_a_type_error(loss_fn):
 def test_settings_that_make_no_sense_are_refused():
     with pytest.raises(InputError, match="boundary = -1"):
         ConsistencyLoss(boundary=-1)
+    with pytest.raises(CriterionError, match="write literal=False"):
+        ConsistencyLoss(literal=True)
+    with pytest.raises(InputError, match="got gap = 1.*write less than 1"):
+        CrossFlowLoss(gap=1)
     with pytest.raises(CriterionError):
         CrossFlowLoss(statistic=MeanFlowStatistic())
     with pytest.raises(FlowspaceError):
