@@ -20,6 +20,7 @@ from flowspace import (
     ImprovedMeanFlowLoss,
     InputError,
     MatchedStatistic,
+    MeanFlowDistillationLoss,
     MeanFlowLoss,
     PixelMeanFlowLoss,
     RandomGuidance,
@@ -127,6 +128,21 @@ def test_guided_cross_flow_is_identity_one_and_with_strength_one_identity_two(
         close(found.residual, wanted.residual, 1e-7)
         close(found.target, wanted.target, 1e-7)
         close(found.velocity, wanted.velocity)
+
+
+def test_a_taught_velocity_is_guided_as_one_that_is_given():
+    guide, teacher = Guidance(null=NULL, omega=1.7, drop=0.0), Labelled()
+    t = torch.linspace(0.3, 1, 6, dtype=torch.float64)
+
+    def taught(z, t, labels):
+        return teacher(z, t, t, labels)
+
+    first = MeanFlowDistillationLoss(teacher=taught, guidance=guide)
+    second = MeanFlowLoss(velocity=taught, guidance=guide)
+    found, wanted = (call(loss_fn, Labelled(), (t, t / 2), 0)[0] for loss_fn in (first, second))
+    close(found.velocity, wanted.velocity)
+    close(found.target, wanted.target)
+    assert not torch.allclose(found.velocity, taught(found.z_t, t, torch.arange(6) % 3))
 
 
 @pytest.mark.parametrize("head", [False, True])

@@ -129,9 +129,7 @@ def test_alpha_flow_on_the_diagonal_is_flow_matching_whatever_its_alpha(bound):
 
 
 @settings(max_examples=60)
-@given(
-    st.floats(-0.5, 2), st.floats(-1, 1), st.floats(0.1, 2), st.sampled_from([1.0, 25.0, 1e6])
-)
+@given(st.floats(-0.5, 2), st.floats(-1, 1), st.floats(0.1, 2), st.sampled_from([1.0, 25.0, 1e6]))
 def test_alpha_is_a_sigmoid_that_falls_from_start_to_end_and_is_snapped_near_one_and_zero(
     progress, start, length, steepness
 ):

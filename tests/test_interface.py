@@ -283,15 +283,19 @@ def texts(function):
 
 def test_targets_that_are_ignored_are_said_once(said):
     latents, images = torch.randn(4, 3), torch.randn(4, 7)
-    calls = texts(lambda: [MeanFlowLoss()(model, latents, images) for _ in range(3)])
+    many = [images, images, images.flip(0), images[:, :5]]
+    calls = texts(lambda: [MeanFlowLoss()(model, latents, targets) for targets in many])
     assert len(calls) == 1 and "MeanFlowLoss ignores the targets" in calls[0]
+    calls = texts(lambda: AlphaFlowLoss(gap=0.5)(model, latents, images))
+    assert len(calls) == 1 and "AlphaFlowLoss ignores the targets" in calls[0]
 
 
 def test_other_targets_of_the_same_shape_are_said_and_the_latents_are_not(said):
     latents = torch.randn(4, 3)
     assert not texts(lambda: MeanFlowLoss()(model, latents, latents))
     assert not texts(lambda: ImprovedMeanFlowLoss()(model, latents, latents.clone()))
-    assert len(texts(lambda: MeanFlowLoss()(model, latents, latents + 1))) == 1
+    others = latents + torch.tensor([0.0, 1.0, 0.0])
+    assert len(texts(lambda: MeanFlowLoss()(model, latents, others))) == 1
     assert not texts(lambda: CrossFlowLoss()(model, latents, latents + 1))
 
 

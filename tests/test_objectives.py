@@ -914,7 +914,7 @@ def test_settings_that_make_no_sense_are_refused():
         ConsistencyLoss(boundary=-1)
     with pytest.raises(CriterionError, match="write literal=False"):
         ConsistencyLoss(literal=True)
-    with pytest.raises(InputError, match="got gap = 1.*write less than 1"):
+    with pytest.raises(InputError, match=r"got gap = 1.*write less than 1"):
         CrossFlowLoss(gap=1)
     with pytest.raises(CriterionError):
         CrossFlowLoss(statistic=MeanFlowStatistic())
