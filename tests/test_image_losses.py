@@ -92,6 +92,41 @@ def test_unit_features_do_not_see_their_size():
     torch.testing.assert_close(*(PerceptualLoss(f, unit=True)(x, y) for f in (Small(), Scaled())))
 
 
+class Both(nn.Module):
+    """A map and tokens, whose channels stand at different axes."""
+
+    def forward(self, images):
+        return [images, images[:, 0]]
+
+
+def test_unit_features_are_of_length_one_along_the_channels_of_maps_and_of_tokens():
+    x, y = pictures(), pictures(seed=1)
+    found = PerceptualLoss(Both(), SquaredError(), unit=True)(x, y)
+    of_map = x / x.norm(dim=1, keepdim=True) - y / y.norm(dim=1, keepdim=True)
+    a, b = x[:, 0], y[:, 0]
+    of_tokens = a / a.norm(dim=2, keepdim=True) - b / b.norm(dim=2, keepdim=True)
+    wanted = of_map.square().mean((1, 2, 3)) + of_tokens.square().mean((1, 2))
+    torch.testing.assert_close(found, wanted / 2)
+
+
+def test_a_limit_of_one_takes_all_rows_but_those_of_noise_alone_and_none_is_the_default():
+    x, y, t = pictures(), pictures(seed=1), torch.tensor([0.2, 1.0, 0.999, 1.0])
+    whole = PerceptualLoss(Both())(x, y)
+    assert (whole > 0).all()
+    torch.testing.assert_close(
+        PerceptualLoss(Both(), below=1.0)(x, y, t), torch.where(t < 1, whole, 0.0)
+    )
+
+
+def test_only_the_first_targets_are_looked_at():
+    """It waits for the device."""
+    loss = PerceptualLoss(Both())
+    with pytest.raises(InputError, match=r"127\.5"):
+        loss(pictures(), torch.full((4, 3, 16, 16), 1.6))
+    loss(pictures(), torch.full((4, 3, 16, 16), 1.4))
+    loss(pictures(), torch.full((4, 3, 16, 16), 100.0))
+
+
 def test_a_wrong_range_or_shape_is_refused():
     loss = PerceptualLoss(Small())
     with pytest.raises(InputError, match=r"127\.5"):
@@ -299,6 +334,105 @@ def test_a_discriminator_learns_to_tell_two_kinds_of_pictures_apart():
     assert critic(real).mean() > critic(pictures(16, 16, 6000)).mean() + 0.2
 
 
+def test_a_head_is_its_formula_and_sees_positions_as_on_a_circle():
+    """Features are normalised; then leaky(A x), a residual convolution, and a logit."""
+    head = Discriminator(Small(), [6], width=5, kernel=3).double().eval().heads[0]
+    tokens = torch.randn(2, 6, 7, dtype=torch.float64)
+
+    def leaky(x):
+        return torch.where(x > 0, x, 0.2 * x)
+
+    def layer(module, x):
+        return torch.einsum("oi,bin->bon", module.weight[..., 0], x) + module.bias[:, None]
+
+    spread = tokens.var(1, unbiased=False, keepdim=True)
+    x = (tokens - tokens.mean(1, keepdim=True)) / (spread + 1e-5).sqrt()
+    x = leaky(layer(head.first, x))
+    around = head.second.bias[:, None]
+    for place in range(3):
+        weight = head.second.weight[..., place]
+        around = around + torch.einsum("oi,bin->bon", weight, x.roll(1 - place, 2))
+    wanted = layer(head.last, (x + leaky(around)) / 2**0.5)
+    torch.testing.assert_close(head(tokens), wanted)
+    torch.testing.assert_close(head(tokens.roll(2, 2)), wanted.roll(2, 2))
+
+
+def test_every_layer_of_a_head_stretches_by_one_at_most():
+    head = Discriminator(Small(), [6], width=5, kernel=3).heads[0]
+    for layer in (head.first, head.second, head.last):
+        with torch.no_grad():
+            layer.parametrizations.weight.original.mul_(7)
+    for _ in range(30):
+        head(torch.randn(2, 6, 7))
+    for layer in (head.first, head.second, head.last):
+        size = torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2)
+        assert float(size) == pytest.approx(1, abs=0.02)
+
+
+def test_tokens_are_positions_of_maps_and_tokens_and_one_of_a_vector():
+    features = torch.randn(2, 5, 3, 4)
+    assert torch.equal(tokens_of(features)[:, :, 5], features[:, :, 1, 1])
+    tokens = torch.randn(2, 7, 5)
+    assert torch.equal(tokens_of(tokens)[:, :, 6], tokens[:, 6])
+    assert torch.equal(tokens_of(tokens[:, 0])[:, :, 0], tokens[:, 0])
+
+
+def test_heads_that_do_not_fit_their_features_are_refused():
+    with pytest.raises(InputError, match="2 layers for 1 heads"):
+        Discriminator(Small(), [6])(pictures())
+    with pytest.raises(InputError, match="got kernel = 4"):
+        Discriminator(Small(), [6, 8], kernel=4)
+
+
+class Seen(nn.Module):
+    """Logits that keep the images they are of."""
+
+    def forward(self, images):
+        self.images = images
+        return images.flatten(1)
+
+
+def test_the_discriminator_sees_images_as_they_are_stored_and_a_row_s_pair_changed_alike():
+    critic, fake = Seen(), 1.5 * pictures()
+    AdversarialLoss(LinearSchedule(), augmented=False).discriminator(critic, fake, fake)
+    real, stored = critic.images.chunk(2)
+    assert torch.equal(real, fake)
+    levels = (stored + 1) * 127.5
+    torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-4)
+    assert (stored - fake.clamp(-1, 1)).abs().max() <= 0.5 / 127.5 + 1e-6
+    both, changes = levels.round() / 127.5 - 1, torch.rand(4, CHANGES)
+    AdversarialLoss(LinearSchedule()).discriminator(critic, both, both, changes)
+    torch.testing.assert_close(*critic.images.chunk(2))
+
+
+def test_lecams_term_draws_logits_to_the_other_sides_mean():
+    """Of real and fake logits alike; the means get no gradient."""
+    real, fake = pictures(seed=2), pictures().requires_grad_()
+    levels = ((fake.detach() + 1) * 127.5).round() / 127.5 - 1
+    slope = torch.nn.Parameter(torch.ones(()))
+    plain, with_term = (
+        AdversarialLoss(LinearSchedule(), augmented=False, penalty=weight).discriminator(
+            lambda images: slope * images.flatten(1), real, fake
+        )
+        for weight in (0.0, 0.3)
+    )
+    on_real, on_fake = (slope * images.flatten(1) for images in (real, levels))
+    wanted = (on_real - on_fake.mean().detach()).square().mean(1)
+    wanted = 0.3 * (wanted + (on_fake - on_real.mean().detach()).square().mean(1))
+    torch.testing.assert_close(with_term - plain, wanted)
+    found, asked = (
+        torch.autograd.grad(loss.sum(), slope, retain_graph=True)[0]
+        for loss in (with_term - plain, wanted)
+    )
+    torch.testing.assert_close(found, asked)
+
+
+def test_the_generators_loss_keeps_the_precision_of_the_images():
+    t = torch.full((4,), 0.3, dtype=torch.float64)
+    loss = AdversarialLoss(LinearSchedule()).generator(Seen(), pictures(), t)
+    assert loss.dtype == torch.float32
+
+
 def test_r1_is_half_of_the_squared_gradient_at_real_images():
     critic = judge().double().eval()
     real, fake = pictures().double(), pictures(seed=1).double()
@@ -325,6 +459,43 @@ def test_augmentation_shifts_by_whole_pixels_follows_its_generator_and_has_a_gra
     assert x.grad.isfinite().all() and x.grad.abs().sum() > 0
     empty = (first == 0).all(1).flatten(1).float().mean(1)
     assert empty.max() <= 1 - (14 / 16) ** 2 + 1e-6
+
+
+@pytest.mark.parametrize("shape", [(16, 8), (8, 24), (3, 5)])
+def test_augmentation_is_brightness_then_saturation_then_contrast_then_a_shift(shape):
+    height, width = shape
+    draw = torch.Generator().manual_seed(0)
+    images = torch.rand(5, 3, height, width, generator=draw, dtype=torch.float64)
+    changes = torch.rand(5, CHANGES, generator=draw, dtype=torch.float64)
+    found = augment(images, changes)
+    for image, numbers, changed in zip(images, changes.tolist(), found, strict=True):
+        brightness, saturation, contrast, vertical, horizontal = numbers
+        x = image + brightness - 0.5
+        grey = x.mean(0)
+        x = grey + 2 * saturation * (x - grey)
+        x = x.mean() + (0.5 + contrast) * (x - x.mean())
+        down = round((2 * vertical - 1) * height / 8)
+        right = round((2 * horizontal - 1) * width / 8)
+        for i in range(height):
+            for j in range(width):
+                wanted = torch.zeros(3, dtype=torch.float64)
+                if 0 <= i + down < height and 0 <= j + right < width:
+                    wanted = x[:, i + down, j + right]
+                torch.testing.assert_close(changed[:, i, j], wanted)
+
+
+def test_the_balance_has_a_floor_and_a_bound_and_is_formed_in_float32():
+    images = torch.ones(3, 3, 2, 2, requires_grad=True)
+    sums = images.sum((1, 2, 3))
+    slope = 12**0.5  # of a sum over 12 numbers
+    main = sums / slope
+    weak = torch.tensor([0.0, 1e-6, 1e-3])
+    found = balance(main, weak * sums / slope, images)
+    torch.testing.assert_close(found, torch.tensor([1e4, 1e4, 1 / (1e-3 + 1e-6)]))
+    found = balance(1e-3 * main, weak * sums / slope, images)
+    torch.testing.assert_close(found, torch.tensor([1e3, 5e2, 1e-3 / (1e-3 + 1e-6)]))
+    half = torch.ones(2, 3, 2, 2, dtype=torch.bfloat16, requires_grad=True)
+    assert balance(half.sum((1, 2, 3)), half.sum((1, 2, 3)), half).dtype == torch.float32
 
 
 def test_the_balance_makes_both_gradients_of_an_image_equally_long_whatever_the_other_images_are():
