@@ -165,7 +165,7 @@ def turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Turn each pair of numbers (x_i, x_j), j = i + size/2, of ``(..., tokens, size)`` by its
     token's angle, to (x_i cos - x_j sin, x_j cos + x_i sin); the sines of x_j have their sign.
     """
-    return x * cosine + x.roll(x.shape[-1] // 2, -1) * sine
+    return torch.addcmul(x * cosine, x.roll(x.shape[-1] // 2, -1), sine)
 
 
 class RotaryAttention(nn.Module):
@@ -191,7 +191,8 @@ class RotaryAttention(nn.Module):
 
         Queries and keys are normalised and turned as one tensor, which takes fewer calls.
         """
-        heads = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        batch, tokens, _ = x.shape
+        heads = self.qkv(x).reshape(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         pair = self._normalised(heads[:2])
         if cosine is not None and sine is not None:
             pair = turned(pair, cosine, sine)

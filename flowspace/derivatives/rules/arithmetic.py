@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowspace.derivatives.rules.dual import Dual, rowwise, shared_rows
+from flowspace.derivatives.rules.dual import Dual, check_same_rows, rowwise, shared_rows
 from flowspace.derivatives.rules.registry import (
     At,
     Call,
@@ -32,11 +32,14 @@ def add(call: Call, x: Any, y: Any, *, alpha: Any = 1) -> Any:
     """d(x + alpha y) = dx + alpha dy."""
     if isinstance(alpha, Dual):
         return forward(call)
-    shared_rows(call.duals)
-    dx, dy = tangent_of(x), tangent_of(y)
-    if dy is not None and alpha != 1:
-        dy = alpha * dy
-    return call.along_with(sum_of(dx, dy))
+    if len(call.duals) == 1:
+        (dual,) = call.duals
+        tangent = dual.tangent
+        if alpha != 1 and dual is y:
+            tangent = alpha * tangent
+        return call.along_with(tangent)
+    check_same_rows(call.duals)
+    return call.along_with(torch.add(x.tangent, y.tangent, alpha=alpha))
 
 
 @rule("sub subtract")
@@ -44,7 +47,7 @@ def sub(call: Call, x: Any, y: Any, *, alpha: Any = 1) -> Any:
     """d(x - alpha y) = dx - alpha dy."""
     if isinstance(alpha, Dual):
         return forward(call)
-    shared_rows(call.duals)
+    check_same_rows(call.duals)
     dx, dy = tangent_of(x), tangent_of(y)
     if dy is None:
         return call.along_with(dx)  # type: ignore[arg-type]
@@ -57,13 +60,30 @@ def sub(call: Call, x: Any, y: Any, *, alpha: Any = 1) -> Any:
 def mul(call: Call, x: Any, y: Any) -> At:
     """d(x y) = dx y + x dy."""
     restricted = shared_rows(call.duals)
-    dx, dy = tangent_of(x), tangent_of(y)
-    if dy is None:
-        return call.along_with(dx * restricted(y))
-    tangent = restricted(x) * dy
-    if dx is not None:
-        tangent = torch.addcmul(tangent, dx, restricted(y))
-    return call.along_with(tangent)
+    if len(call.duals) == 2:
+        tangent = restricted(x) * y.tangent
+        return call.along_with(torch.addcmul(tangent, x.tangent, restricted(y)))
+    (dual,), constant = call.duals, x
+    if dual is x:
+        constant = y
+    return call.along_with(dual.tangent * restricted(constant))
+
+
+@rule("addcmul")
+def addcmul(call: Call, start: Any, x: Any, y: Any, *, value: Any = 1) -> Any:
+    """d(start + value x y) = dstart + value (dx y + x dy)."""
+    if isinstance(value, Dual):
+        return forward(call)
+    restricted = shared_rows(call.duals)
+    tangent = tangent_of(start)
+    for factor, other in ((x, y), (y, x)):
+        if not isinstance(factor, Dual):
+            continue
+        if tangent is None:
+            tangent = value * factor.tangent * restricted(other)
+        else:
+            tangent = torch.addcmul(tangent, factor.tangent, restricted(other), value=value)
+    return call.along_with(tangent)  # type: ignore[arg-type]  # one of the three moves
 
 
 @rule("div truediv true_divide divide")
@@ -93,30 +113,30 @@ def _kernel(name: str, derivative: Callable[..., Tensor], of_output: bool = Fals
     """
 
     @rule(name)
-    def kernel(call: Call, x: Dual, *args: Any, **kwargs: Any) -> Tensor:
+    def kernel(call: Call, x: Dual, *args: Any, **kwargs: Any) -> At | list[Tensor]:
         """The tangent is f'(x) dx, by the kernel of torch's backward pass where it has one."""
-        if x.primal.is_complex():
-            return pointwise(call)  # type: ignore[return-value]  # a backward kernel conjugates
         primal = x.primal
+        if primal.is_complex():
+            return pointwise(call)  # a backward kernel conjugates
         if of_output:
             primal = call.out
 
         def product(tangent: Tensor, primal: Tensor) -> Tensor:
             return derivative(tangent, primal, *args, **kwargs)
 
-        return rowwise(product, x.tangent, primal.detach(), x.layout)
+        return At(rowwise(product, x.tangent, primal.detach(), x.layout), x.layout)
 
     kernel.__name__ = kernel.__qualname__ = name
 
 
 def _silu(dx: Tensor, x: Tensor, *_: Any, **__: Any) -> Tensor:
     """Return d silu(x), whatever `inplace` says."""
-    return aten.silu_backward(dx, x)
+    return aten.silu_backward.default(dx, x)
 
 
 def _gelu(dx: Tensor, x: Tensor, approximate: str = "none") -> Tensor:
     """Return d gelu(x)."""
-    return aten.gelu_backward(dx, x, approximate=approximate)
+    return aten.gelu_backward.default(dx, x, approximate=approximate)
 
 
 # f'(x) dx, where y is f(x): (1 - y^2) dx for tanh, y (1 - y) dx for sigmoid.
@@ -126,6 +146,6 @@ _kernel("sin", lambda dx, x: dx * x.cos())
 _kernel("cos", lambda dx, x: -dx * x.sin())
 _kernel("silu", _silu)
 _kernel("gelu", _gelu)
-_kernel("relu", lambda dx, x, **_: aten.threshold_backward(dx, x, 0))
-_kernel("tanh", lambda dx, y: aten.tanh_backward(dx, y), of_output=True)
-_kernel("sigmoid", lambda dx, y: aten.sigmoid_backward(dx, y), of_output=True)
+_kernel("relu", lambda dx, x, **_: aten.threshold_backward.default(dx, x, 0))
+_kernel("tanh", lambda dx, y: aten.tanh_backward.default(dx, y), of_output=True)
+_kernel("sigmoid", lambda dx, y: aten.sigmoid_backward.default(dx, y), of_output=True)

@@ -10,9 +10,10 @@ where products of scores are elementwise. The value is left to torch's fused ker
 no scores. For the tangent they are formed again, a block of queries at a time, so that no more
 memory is needed than for one block:
 
-* eager, `_eager_tangent`: where all heads of a row fit into a block, a block is all queries of
-  some heads of some rows, so that short sequences cost few kernels; else it is some queries of one
-  head, for one or several rows. The memory of S is used for dS;
+* eager, `_eager_tangent`: where all scores fit into one, it is formed at once, so that short
+  sequences cost few kernels. Where all heads of a row fit, a block is all queries of some heads of
+  some rows; else it is some queries of one head, for one or several rows. The memory of S is used
+  for dS;
 * traced, `_traced_tangent`: a block is some queries of all heads and rows, as formulas without
   writes, which a compiler fuses.
 
@@ -93,10 +94,12 @@ class Form(NamedTuple):
     Attributes:
         scale: what the scores are multiplied by.
         causal: no query sees a later key.
+        traced: it is written down for a compiler.
     """
 
     scale: float
     causal: bool
+    traced: bool
 
 
 @rule("scaled_dot_product_attention")
@@ -128,7 +131,7 @@ def scaled_dot_product_attention(  # noqa: PLR0913  # torch's arguments
         tangents = tangents.repeat_heads(times)
     if scale is None:
         scale = 1 / math.sqrt(primals.query.shape[-1])
-    form = Form(scale, is_causal)
+    form = Form(scale, is_causal, call.traced)
     # all axes before tokens and channels, two at least: the last of them is called heads
     lead = list(shape[:-2])
     while len(lead) < 2:
@@ -176,11 +179,13 @@ def _eager_tangent(primals: Operands, tangents: Operands, form: Form) -> Tensor:
     query, value = primals.query, primals.value
     batch, heads, count, _ = query.shape
     keys, channels = primals.key.shape[2], value.shape[3]
+    elements = GPU_BLOCK_ELEMENTS
+    if query.is_cpu:
+        elements = BLOCK_ELEMENTS
+    if batch * heads * count * keys <= elements:
+        return _block_tangent(primals, tangents, form, 0)
     primals = primals.transpose_keys()
     tangents = tangents.transpose_keys()
-    elements = GPU_BLOCK_ELEMENTS
-    if query.device.type == "cpu":
-        elements = BLOCK_ELEMENTS
     if primals.mask is None and heads * count * keys <= elements:
         out = value.new_empty(batch * heads, count, channels)
         at_once = elements // (count * keys)
@@ -249,7 +254,7 @@ def _write_block(
     # the matrix of softmax is symmetric, so its backward kernel makes dP of dS
     dp = None
     if _add_products(scores, [(dq, k), (q, dk)], form.scale, filled=dmask is not None):
-        dp = torch.ops.aten._softmax_backward_data(scores, p, -1, p.dtype)
+        dp = torch.ops.aten._softmax_backward_data.default(scores, p, -1, p.dtype)
     _add_products(out, [(dp, v), (p, dv)])
 
 
@@ -303,7 +308,9 @@ def _block_tangent(primals: Operands, tangents: Operands, form: Form, first: int
     """Return dP v + P dv for the queries from the first on."""
     q, k, v, mask = primals
     dq, dk, dv, dmask = tangents
-    scores = form.scale * (q @ k.mT)
+    q = form.scale * q
+    keys = k.mT
+    scores = q @ keys
     if form.causal:
         scores = scores.masked_fill(_later(scores, first), -math.inf)
     if mask is not None and mask.dtype == torch.bool:
@@ -313,17 +320,25 @@ def _block_tangent(primals: Operands, tangents: Operands, form: Form, first: int
     p = _probabilities(scores, mask)
     ds = dy = None
     if dq is not None:
-        ds = form.scale * (dq @ k.mT)
+        ds = (form.scale * dq) @ keys
     if dk is not None:
-        ds = sum_of(ds, form.scale * (q @ dk.mT))
+        ds = sum_of(ds, q @ dk.mT)
     if dmask is not None:
         ds = sum_of(ds, dmask)
     if dv is not None:
         dy = p @ dv
     if ds is not None:
-        dp = p * (ds - (p * ds).sum(-1, keepdim=True))
-        dy = sum_of(dy, dp @ v)
+        dy = sum_of(dy, _of_probabilities(p, ds, form) @ v)
     return dy  # type: ignore[return-value]
+
+
+def _of_probabilities(p: Tensor, ds: Tensor, form: Form) -> Tensor:
+    """Return dP: in a trace as a formula, which is fused; else by the backward kernel of softmax,
+    whose matrix is symmetric.
+    """
+    if form.traced:
+        return p * (ds - (p * ds).sum(-1, keepdim=True))
+    return torch.ops.aten._softmax_backward_data.default(ds.to(p.dtype), p, -1, p.dtype)
 
 
 # --- both

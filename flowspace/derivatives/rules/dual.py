@@ -20,6 +20,7 @@ __all__ = [
     "Dual",
     "Layout",
     "LostRowsError",
+    "check_same_rows",
     "restrict",
     "rowwise",
     "same",
@@ -158,10 +159,18 @@ class Dual:
     __slots__ = ("layout", "owner", "primal", "tangent", "unsure")
 
     def __init__(
-        self, primal: Tensor, tangent: Tensor, layout: Layout | None, owner: object = None
+        self,
+        primal: Tensor,
+        tangent: Tensor,
+        layout: Layout | None,
+        owner: object = None,
+        unsure: bool = False,
     ) -> None:
-        self.primal, self.tangent, self.layout, self.owner = primal, tangent, layout, owner
-        self.unsure = False
+        self.primal = primal
+        self.tangent = tangent
+        self.layout = layout
+        self.owner = owner
+        self.unsure = unsure
 
     @property
     def rows(self) -> Tensor:
@@ -201,6 +210,26 @@ def _whole(value: Any) -> Any:
     return value
 
 
+def check_same_rows(duals: Sequence[Dual]) -> None:
+    """Raise LostRowsError unless duals have the batch on the same axis, counted from the last.
+
+    Of the first, which may have every row, the others may differ in having every row.
+    """
+    if len(duals) == 1:
+        return
+    first = duals[0]
+    layout, ndim = first.layout, first.primal.ndim
+    if layout is None:
+        return
+    right = ndim - layout.axis
+    for dual in duals[1:]:
+        other, ndims = dual.layout, dual.primal.ndim
+        if other is None or (other is layout and ndims == ndim):
+            continue
+        if ndims - other.axis != right or other[1:3] != layout[1:3]:
+            raise LostRowsError
+
+
 def shared_rows(duals: Sequence[Dual]) -> Callable[[Any], Any]:
     """Return what restricts an argument of a broadcasting function to the rows of the duals.
 
@@ -213,13 +242,8 @@ def shared_rows(duals: Sequence[Dual]) -> Callable[[Any], Any]:
     layout = first.layout
     if layout is None:
         return _whole
-    right = first.ndim - layout.axis
-    for dual in duals[1:]:
-        other = dual.layout
-        if other is None or (other is layout and dual.ndim == first.ndim):
-            continue
-        if dual.ndim - other.axis != right or other[1:3] != layout[1:3]:
-            raise LostRowsError
+    check_same_rows(duals)
+    right = first.primal.ndim - layout.axis
 
     def restricted(value: Any) -> Any:
         if isinstance(value, Dual):

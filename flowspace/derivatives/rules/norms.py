@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from flowspace.derivatives.rules.dual import Dual, LostRowsError, restrict
-from flowspace.derivatives.rules.registry import Call, forward, rule
+from flowspace.derivatives.rules.registry import At, Call, forward, rule
 from flowspace.derivatives.torch_internals import rms_norm_and_scale, unseen_by_modes
 
 EVALUATING = frozenset({"layer_norm", "rms_norm"})
@@ -87,12 +87,12 @@ def layer_norm(  # noqa: PLR0913  # torch's arguments
         call.out, mean, scale = call.run(torch.native_layer_norm, *given)
         mean = restrict(mean.detach(), x.layout)
         scale = restrict(scale.detach(), x.layout)
-    derivative = torch.ops.aten.native_layer_norm_backward(
+    derivative = torch.ops.aten.native_layer_norm_backward.default(
         tangent, rows, normalized_shape, mean, scale, None, None, INPUT_ONLY
     )[0]
-    if weight is None:
-        return derivative
-    return derivative.mul_(weight)
+    if weight is not None:
+        derivative.mul_(weight)
+    return At(derivative, x.layout)
 
 
 @rule("rms_norm")
@@ -123,7 +123,7 @@ def rms_norm(
     rows, tangent = x.rows, x.tangent
     # in at least float32, as torch forms it, default eps included
     dtype = rows.dtype
-    if dtype != torch.float32:
+    if dtype is not torch.float32:
         dtype = torch.promote_types(dtype, torch.float32)
         rows, tangent = rows.to(dtype), tangent.to(dtype)
     count = math.prod(normalized_shape)
@@ -135,9 +135,9 @@ def rms_norm(
     # with sums, for a mean costs a CPU twice as much
     share = (u * tangent).sum(dims, keepdim=True)
     derivative = torch.addcmul(tangent, u, share, value=-1 / count).mul_(scale)
-    if weight is None:
-        return derivative
-    return derivative.mul_(weight)
+    if weight is not None:
+        derivative.mul_(weight)
+    return At(derivative, x.layout)
 
 
 def _default_eps(given: torch.dtype, computed: torch.dtype) -> float:
@@ -171,17 +171,19 @@ def _by_kernel(x: Tensor, shape: Sequence[int], weight: Tensor | None) -> bool:
     What autocast does, other dtypes and devices, pictures with channels last, and shapes that do
     not fit, which the kernel does not check, are left to torch.
     """
-    if rms_norm_and_scale is None or x.device.type not in ("cpu", "cuda"):
+    device = "cpu"
+    if x.is_cuda:
+        device = "cuda"
+    elif not x.is_cpu:
         return False
-    if torch.is_autocast_enabled(x.device.type):
+    if rms_norm_and_scale is None or torch.is_autocast_enabled(device):
         return False
-    if x.shape[-len(shape) :] != tuple(shape):
-        return False
-    if weight is not None and weight.shape != tuple(shape):
+    shape = tuple(shape)
+    if x.shape[-len(shape) :] != shape:
         return False
     if x.is_complex() or (x.ndim > 3 and x.stride(1) == 1):
         return False
-    return weight is None or weight.dtype == x.dtype
+    return weight is None or (weight.dtype == x.dtype and weight.shape == shape)
 
 
 @rule("group_norm")

@@ -41,7 +41,7 @@ def linear(call: Call, x: Any, weight: Any, bias: Any = None) -> Any:
     if len(call.duals) > 1 or not isinstance(x, Dual):
         return forward(call)
     x.untouched(-1)
-    return F.linear(x.tangent, weight)
+    return At(F.linear(x.tangent, weight), x.layout)
 
 
 @rule("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution")

@@ -8,7 +8,7 @@ import functools
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,8 +68,9 @@ STEPWISE = frozenset({"copysign", "nextafter", "hardshrink"})
 _UNKNOWN = object()
 
 
-class At(NamedTuple):
-    """A tangent whose rows lie elsewhere than in the input."""
+@dataclass(slots=True)
+class At:
+    """A tangent, and where its rows lie."""
 
     tangent: Tensor
     layout: Layout | None
@@ -110,6 +111,15 @@ class Call:
         finally:
             set_gradients(before)
 
+    def moves(self) -> bool:
+        """Run the function, once; return whether any part of its output can carry a tangent."""
+        out = self.out
+        if out is _UNKNOWN:
+            out = self.out = self.func(*self.primals, **self.options)
+        if isinstance(out, Tensor):
+            return out.is_floating_point() or out.is_complex()
+        return moves(out)
+
     @property
     def evaluated(self) -> bool:
         """Whether the function has been run."""
@@ -130,7 +140,7 @@ class Call:
         """Return the tangent of a broadcasting function, expanded to the output's shape."""
         dual, shape = self.duals[0], self.out.shape
         layout = dual.layout
-        if tangent.shape == dual.tangent.shape and shape == dual.primal.shape:
+        if shape == dual.primal.shape and tangent.shape == dual.tangent.shape:
             return At(tangent, layout)  # as it mostly is
         if layout is None:
             if tangent.shape != shape:

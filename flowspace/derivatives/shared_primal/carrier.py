@@ -25,11 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
+from torch.compiler import is_dynamo_compiling
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from flowspace.derivatives import hidden_calls, rules
 from flowspace.derivatives.replay import RandomState, in_transform, written_by
+from flowspace.derivatives.rules import EVALUATING, RULES, At
 from flowspace.derivatives.rules.dual import Dual, Layout, LostRowsError
 from flowspace.derivatives.shared_primal import higher_order
 from flowspace.derivatives.shared_primal.kinds import (
@@ -62,6 +64,14 @@ FIELD = "_flowspace_dual"
 MOVING = "_flowspace_moving"
 """The attribute of a tensor that is no view, in whose memory something moves."""
 
+COMPLEX = frozenset({torch.complex32, torch.complex64, torch.complex128})
+"""The dtypes of complex numbers."""
+
+NO_TENSORS = frozenset(
+    {int, float, bool, str, slice, type(None), type(Ellipsis), torch.dtype, torch.device}
+)
+"""Types of arguments that are no tensors and hold none."""
+
 
 class Carrier(TorchFunctionMode):
     """Carries tangents through the torch functions that are called while it is entered.
@@ -71,7 +81,7 @@ class Carrier(TorchFunctionMode):
         lost: rows mix, or may mix: the tangents stop, and every row needs one.
         idle: it lets every function pass.
         moving: the mark of tensors in whose memory something moves.
-        live: the aliases that carry a tangent, by id, as long as they live.
+        live: the aliases that were made, as long as they live.
         has_detached: there are tensors that share memory with these, and carry none.
         writes: what became of tensors that the model wrote into.
         inside: the functions written in others that it has entered.
@@ -83,7 +93,7 @@ class Carrier(TorchFunctionMode):
         self.traced = traced
         self.lost = False
         self.idle = False
-        self.live: dict[int, weakref.ref[Tensor]] = {}
+        self.live: list[weakref.ref[Tensor]] = []
         self.moving = object()
         self.has_detached = False
         self.writes = Writes(self)
@@ -97,22 +107,22 @@ class Carrier(TorchFunctionMode):
         # A view has the values, memory and graph of its primal, and is an object of its own: the
         # attribute is then on no tensor that anybody else holds.
         alias = primal.view_as(primal)
-        if tangent.dtype != primal.dtype:
-            tangent = tangent.to(primal.dtype)
+        dtype = primal.dtype
+        if tangent.dtype is not dtype:
+            tangent = tangent.to(dtype)
         if self.traced:
-            tangent = tangent.detach()
-        dual = Dual(primal, tangent, layout, self)
-        setattr(alias, FIELD, dual)
-        self.live[id(alias)] = weakref.ref(alias)
-        if not self.traced:
+            dual = Dual(primal, tangent.detach(), layout, self)
+        else:
+            dual = Dual(primal, tangent, layout, self, primal.is_leaf)
             # views of its memory that no function made are found by their base
             base = alias._base
             if base is not None:
-                setattr(base, MOVING, self.moving)
-            dual.unsure = primal.is_leaf
-            if primal.is_complex():
+                base._flowspace_moving = self.moving  # type: ignore[attr-defined]
+            if dtype in COMPLEX:
                 dual.unsure = True
                 self.writes.seen(primal)
+        alias._flowspace_dual = dual  # type: ignore[attr-defined]
+        self.live.append(weakref.ref(alias))
         return alias
 
     def held(self, alias: Tensor) -> Dual:
@@ -197,7 +207,7 @@ class Carrier(TorchFunctionMode):
         """
         self.has_detached = True
         setattr(tensor, FIELD, Dual(tensor, None, None, self))  # type: ignore[arg-type]
-        self.live[id(tensor)] = weakref.ref(tensor)
+        self.live.append(weakref.ref(tensor))
         return tensor
 
     def release(self) -> None:
@@ -206,15 +216,15 @@ class Carrier(TorchFunctionMode):
         What it keeps of a pass, such as a cache, is then a plain tensor, and holds no memory of
         tangents.
         """
-        for reference in self.live.values():
+        for reference in self.live:
             alias = reference()
             if alias is not None and hasattr(alias, FIELD):
                 delattr(alias, FIELD)
-        self.live, self.writes.mirrors = {}, {}
+        self.live, self.writes.mirrors = [], {}
 
     def aliases(self) -> Iterator[Tensor]:
         """Iterate over the tensors that carry a tangent."""
-        for reference in list(self.live.values()):
+        for reference in list(self.live):
             alias = reference()
             held = getattr(alias, FIELD, None)
             if alias is not None and held is not None and held.tangent is not None:
@@ -224,10 +234,18 @@ class Carrier(TorchFunctionMode):
         """Return arguments with duals in place of the tensors that carry a tangent, and with their
         primals; the duals are added to those that were found before.
         """
-        given, primals = list(values), list(values)
+        given, primals, mirrors = list(values), list(values), self.writes.mirrors
         for i, value in enumerate(values):
+            if type(value) in NO_TENSORS:
+                continue
             if isinstance(value, Tensor):
-                dual = self.dual(value)
+                if type(value) is nn.Parameter and not mirrors:
+                    continue  # never an alias, nor a view of one
+                dual = getattr(value, FIELD, None)
+                if dual is None or dual.owner is not self or dual.unsure or mirrors:
+                    dual = self.dual(value)
+                elif dual.tangent is None:
+                    continue
                 if dual is not None:
                     duals.append(dual)
                     given[i], primals[i] = dual, dual.primal
@@ -269,7 +287,7 @@ class Carrier(TorchFunctionMode):
 
         What torch.compile captures, it captures without tangents.
         """
-        if torch.compiler.is_dynamo_compiling():
+        if is_dynamo_compiling():
             return hidden_calls.call_captured(func, args, kwargs)
         if self.idle:
             return func(*args, **(kwargs or {}))
@@ -288,9 +306,10 @@ class Carrier(TorchFunctionMode):
     ) -> Any:
         """Run a torch function, and its rule beside it."""
         treatment = treatment_of(func)
-        if treatment.kind == "metadata":
+        kind, name = treatment
+        if kind == "metadata":
             return func(*args, **kwargs)
-        if treatment.kind == "itself" and _is_itself(args, kwargs):
+        if kind == "itself" and _is_itself(args, kwargs):
             return args[0]
         duals: list[Dual] = []
         given, primals = self.unpack(args, duals)
@@ -300,15 +319,15 @@ class Carrier(TorchFunctionMode):
         if not duals:
             return self._at_rest(func, treatment, args, kwargs)
         call = rules.Call(func, given, named, primals, options, duals, self.traced)
-        if treatment.kind == "higher order" and self.traced and not self.lost:
-            return higher_order.run(self, call, treatment.name, args)
+        if kind == "higher order" and self.traced and not self.lost:
+            return higher_order.run(self, call, name, args)
         if transform_level() != self.level:
             raise DerivativeError(TRANSFORMED)
         # There will be a second pass for the tangents; this one goes on for the value.
         if not self.lost:
             try:
-                if treatment.kind == "rule":
-                    return self.ruled(call, treatment.name)
+                if kind == "rule":
+                    return self.ruled(call, name)
                 return self._treated(call, treatment, args, kwargs)
             except LostRowsError:
                 # the call has kept what the function returned, so it is not run twice
@@ -403,19 +422,16 @@ class Carrier(TorchFunctionMode):
 
     def ruled(self, call: rules.Call, name: str) -> Any:
         """Run a function as it is, and its rule, or torch.func.jvp of it, beside it."""
-        rule, draws = rules.rule_of(name), None
-        # torch.func.jvp runs the function again, and has to draw what the function drew. The state
-        # of the generators is slow to ask for, so only where that may happen.
-        unruled = rule is None or rule is rules.pointwise
-        if unruled and not self.traced and rules.may_draw(name):
-            draws = RandomState(call.duals[0].primal.device)
+        rule, draws = RULES.get(name), None
+        if rule is None:
+            rule, draws = self._by_forward_mode(call, name)
         # Two rules of norms run the function itself, by a kernel that returns mean and scale too.
         # A dispatch mode of the user, and a subclass of Tensor, have to see the function that the
         # model calls.
-        by_rule = name in rules.EVALUATING
+        by_rule = name in EVALUATING
         if by_rule and not self.traced:
             by_rule = not dispatch_modes() and _of_plain_tensors(call)
-        if not by_rule and not rules.moves(call.evaluate()):
+        if not by_rule and not call.moves():
             if name in WHOLE:
                 warn_of_whole_numbers(name)
             return call.out
@@ -429,9 +445,25 @@ class Carrier(TorchFunctionMode):
             call.run(call.evaluate)
             found = rules.forward(call)
         out = call.out
-        if isinstance(out, Tensor) and not isinstance(found, list):
+        if type(found) is At:
+            return self.wrap(out, found.tangent, found.layout)
+        if isinstance(out, Tensor) and type(found) is not list:
             return self.wrap_output(call, out, found)
         return self._wrap_outputs(call, found)
+
+    def _by_forward_mode(
+        self, call: rules.Call, name: str
+    ) -> tuple[rules.Rule, RandomState | None]:
+        """Return what stands for the rule of a function without one, and the state of the
+        generators before it, if it may draw.
+
+        torch.func.jvp runs the function again, and has to draw what the function drew. That state
+        is slow to ask for, so only where it may be needed.
+        """
+        draws = None
+        if not self.traced and rules.may_draw(name):
+            draws = RandomState(call.duals[0].primal.device)
+        return rules.rule_of(name) or rules.without_rule, draws
 
     def _tangents(self, call: rules.Call, rule: Any) -> Any:
         """Call a rule, unseen by function modes, and by dispatch modes of the user, who would take
@@ -439,20 +471,17 @@ class Carrier(TorchFunctionMode):
 
         A trace records no switch of the grad mode: its tangents are detached.
         """
-        if rule is None:
-            rule = rules.without_rule
-        if self.traced:
-            with not_intercepted():
+        with not_intercepted():
+            if self.traced:
                 return rule(call, *call.args, **call.kwargs)
-        set_gradients(False)
-        try:
-            with not_intercepted():
+            set_gradients(False)
+            try:
                 if not dispatch_modes():
                     return rule(call, *call.args, **call.kwargs)
                 with hidden_calls.outside_modes():
                     return rule(call, *call.args, **call.kwargs)
-        finally:
-            set_gradients(call.grad)
+            finally:
+                set_gradients(call.grad)
 
     def _enter(
         self, func: Any, body: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -491,7 +520,7 @@ class Carrier(TorchFunctionMode):
         """
         if tangent is None:
             return out
-        if isinstance(tangent, rules.At):
+        if type(tangent) is At:
             return self.wrap(out, tangent.tangent, tangent.layout)
         layout = call.duals[0].layout
         if layout is None or layout.fits(tangent.shape, out.shape):
