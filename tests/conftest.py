@@ -1,6 +1,7 @@
 """One thread, one seed, one profile for every test."""
 
 import os
+import sys
 
 # Before torch is imported, and for the programs that tests start: more threads wait for each other
 # where tests run in several processes.
@@ -26,3 +27,13 @@ settings.load_profile("suite")
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled():
+    """Forget what a test compiled: torch.compile captures a function eight times at most, for all
+    tests of a process together.
+    """
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()

@@ -60,13 +60,6 @@ COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor need
 LOSS = MeanFlowLoss()
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.fixture
 def programs(monkeypatch):
     """Every dual graph that is traced is appended."""

@@ -83,6 +83,26 @@ MOVING = {
         },
         "query key value attn_mask",
     ),
+    "addcmul": (
+        functools.partial(torch.addcmul, value=0.7),
+        {"input": ROWS, "tensor1": normal(1, 4, 6), "tensor2": normal(2, 4, 1)},
+        "input tensor1 tensor2",
+    ),
+    "addcmul of shorter": (
+        torch.addcmul,
+        {"input": normal(1, 6), "tensor1": ROWS, "tensor2": normal(2, 4, 6)},
+        "input tensor1 tensor2",
+    ),
+    "add with a factor": (
+        functools.partial(torch.add, alpha=0.7),
+        {"input": ROWS, "other": normal(1, 4, 6)},
+        "input other",
+    ),
+    "causal attention": (
+        functools.partial(F.scaled_dot_product_attention, is_causal=True, scale=0.7),
+        {"query": CHANNELS, "key": normal(1, 4, 6, 5), "value": normal(2, 4, 6, 5)},
+        "query key value",
+    ),
     "lerp": (
         torch.lerp,
         {"input": ROWS, "end": normal(1, 4, 6), "weight": normal(2, 4, 6)},
