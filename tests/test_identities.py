@@ -523,6 +523,57 @@ def test_a_linear_network_has_closed_form_losses(times, seed):
     check(MeanFlowLoss(gap=0.25), f - (0.25 * gap * v + column(r - s) * net(z_r, r, s)) / gap)
 
 
+@settings(max_examples=10)
+@given(pairs(rows=5, inside=True, gap=0.05), seeds, st.booleans())
+def test_an_auxiliary_head_is_the_own_velocity_and_is_regressed_on_the_same_one(
+    times, seed, literal
+):
+    (t, s), gap = times, column(times[0] - times[1])
+    w, b, h, c = (normal(seed + i, *shape) for i, shape in enumerate([(3, 3), (3,)] * 2))
+    w.requires_grad_()
+    h.requires_grad_()
+    z, noise = normal(seed + 5, 5, 3), normal(seed + 6, 5, 3)
+    z_t, v = LINEAR.perturb(z, noise, t)
+
+    def net(z, t, s):
+        return z @ w.T + column(t) * b, z @ h.T + column(s) * c
+
+    out = ImprovedMeanFlowLoss(head=True, literal=literal)(net, z, noise=noise, t=t, s=s)
+    slope = (net(z_t, t, t)[1] @ w.T + b).detach()
+    trunk, head = net(z_t, t, s)
+    wanted = (trunk + gap * slope - v).square().mean(1) + (head - v).square().mean(1)
+    close(out.loss, wanted, 1e-9)
+    found, asked = (torch.autograd.grad(loss.sum(), [w, h]) for loss in (out.loss, wanted))
+    for a, b in zip(found, asked, strict=True):
+        close(a, b, 1e-8)
+
+
+@settings(max_examples=5)
+@given(pairs(rows=5, diagonal=True), seeds)
+def test_improved_mean_flow_along_the_conditional_velocity_is_mean_flow(times, seed):
+    (t, s), net, z, noise = times, Net(), normal(seed, 5, 3), normal(seed + 1, 5, 3)
+    first, second = (
+        loss_fn(net, z, noise=noise, t=t, s=s)
+        for loss_fn in (ImprovedMeanFlowLoss(own_tangent=False), MeanFlowLoss())
+    )
+    equal(first, second, net)
+    close(first.target, second.target)
+
+
+@pytest.mark.parametrize("name", ["head", "own_tangent"])
+def test_switches_are_true_or_false(name):
+    with pytest.raises(InputError, match=f"got {name} = 'yes'"):
+        ImprovedMeanFlowLoss(**{name: "yes"})
+    with pytest.raises(InputError, match=f"got {name} = 'yes'"):
+        PixelMeanFlowLoss(**{name: "yes"})
+
+
+@pytest.mark.parametrize("output", [3, [1, 2, 3], (torch.ones(2, 3),)])
+def test_a_model_with_a_head_returns_two_tensors(output):
+    with pytest.raises(InputError, match=r"with head=True; return \(u, v\)"):
+        ImprovedMeanFlowLoss(head=True)(lambda z, t, s: output, torch.ones(2, 3))
+
+
 def test_eulers_path_is_the_step_of_the_average_velocity():
     data, noise = Gaussian.random(LINEAR, 0), normal(0, 4, 3)
     grid = torch.linspace(1, 0, 6, dtype=torch.float64)

@@ -286,8 +286,10 @@ def test_targets_that_are_ignored_are_said_once(said):
     many = [images, images, images.flip(0), images[:, :5]]
     calls = texts(lambda: [MeanFlowLoss()(model, latents, targets) for targets in many])
     assert len(calls) == 1 and "MeanFlowLoss ignores the targets" in calls[0]
-    calls = texts(lambda: AlphaFlowLoss(gap=0.5)(model, latents, images))
-    assert len(calls) == 1 and "AlphaFlowLoss ignores the targets" in calls[0]
+    for loss_fn in (AlphaFlowLoss(gap=0.5), ImprovedMeanFlowLoss(), flowspace.FlowMatchingLoss()):
+        name = type(loss_fn).__name__
+        calls = texts(lambda called=loss_fn: called(model, latents, images))
+        assert len(calls) == 1 and f"{name} ignores the targets" in calls[0]
 
 
 def test_other_targets_of_the_same_shape_are_said_and_the_latents_are_not(said):
