@@ -360,3 +360,11 @@ def test_compiled_functions_without_a_rule_are_traced_and_right(name, which):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_seeded(compiled, choose(4, which), wanted, tolerance=1e-10)
+
+
+def test_a_factor_of_addcmul_that_moves_alone_or_beside_its_start_is_refused():
+    def model(z, t):
+        return torch.addcmul(z, torch.ones_like(ROWS), torch.ones_like(ROWS), value=t.mean())
+
+    with pytest.raises(DerivativeError, match=r"FiniteDifference\(\)"):
+        check_seeded(model, None, by_differences)
