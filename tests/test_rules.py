@@ -368,3 +368,21 @@ def test_a_factor_of_addcmul_that_moves_alone_or_beside_its_start_is_refused():
 
     with pytest.raises(DerivativeError, match=r"FiniteDifference\(\)"):
         check_seeded(model, None, by_differences)
+
+
+SQUARES = {
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": torch.mul,
+    "addcmul": lambda x, y: torch.addcmul(x, x, y),
+}
+
+
+@pytest.mark.parametrize("which", WHICH)
+@pytest.mark.parametrize("name", SQUARES)
+def test_a_square_meets_its_transpose_with_rows_on_another_axis(name, which):
+    def model(z, t):
+        square = z[:, :4]
+        return torch.cat([SQUARES[name](square, square.mT), z[:, 4:]], 1)
+
+    check_seeded(model, choose(4, which), by_differences, tolerance=1e-8)
