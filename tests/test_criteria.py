@@ -251,3 +251,148 @@ def test_the_kappa_of_a_callable_is_a_function():
     assert math.isclose(
         float(report.coefficients.derivative(t_[:1], 0 * t_[:1])), -1, abs_tol=1e-9
     )
+
+
+# --- what a report says
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_the_coefficients_of_a_report_are_those_of_the_residual(name):
+    report = check_criteria(*KNOWN[name][:2])
+    c = report.coefficients
+    functions = {"a": c.prediction, "b": c.derivative}
+    if report.criterion1:
+        functions["c"] = c.data
+    else:
+        functions |= {"p": c.state, "q": c.velocity}
+    _, *lines = report.residual().splitlines()
+    assert [line.partition(" = ")[0] for line in lines] == list(functions)
+    t, s_ = torch.tensor([[0.9, 0.6, 0.35], [0.2, 0.5, 0.1]], dtype=torch.float64)
+    for line in lines:
+        letter, _, text = line.partition(" = ")
+        found = TimeFunction(text, 2)(t, s_)
+        torch.testing.assert_close(found, functions[letter](t, s_), rtol=1e-9, atol=1e-12)
+        assert f"\n            {line}" in str(report)
+
+
+def ones(t, s):
+    return torch.ones_like(t)
+
+
+def callable_mean_flow():
+    return Statistic(lambda t, s: 0 * t, lambda t, s: 1 / (t - s))
+
+
+@pytest.mark.parametrize(
+    ("statistic", "latex"),
+    [
+        (
+            Statistic("1", "-t/(t-s)"),
+            r"R = - \frac{s}{t^{2}} f - \frac{t - s}{t} D_t f + \frac{s}{t^{2}} x",
+        ),
+        (MeanFlowStatistic(), r"R = f + \left(t - s\right) D_t f - v"),
+        (ConsistencyStatistic(), "R = - D_t f"),
+        (ZERO_AT_NOISE, r"R = - D_t f + z_t - \left(1 - t\right) v"),
+        (
+            Statistic(ones, lambda t, s: -t / (t - s)),
+            "R = a(t, s) f + b(t, s) D_t f - c(t, s) x",
+        ),
+        (
+            callable_mean_flow(),
+            "R = a(t, s) f + b(t, s) D_t f - p(t, s) z_t - q(t, s) v",
+        ),
+    ],
+    ids=["paper", "MeanFlow", "consistency", "zero at noise", "callable", "callable MeanFlow"],
+)
+def test_a_residual_is_typeset_with_its_signs_and_without_what_is_zero(statistic, latex):
+    assert check_criteria(LINEAR, statistic).latex() == latex
+
+
+def test_a_report_says_what_kappa_is():
+    for statistic, kappa in (
+        (Statistic("1", "-t/(t-s)"), "s"),
+        (ConsistencyStatistic(), "0"),
+        (MeanFlowStatistic(), "none"),
+        (Statistic(ones, lambda t, s: -t / (t - s)), "a callable"),
+    ):
+        assert f"\nkappa(s)    {kappa}\n" in str(check_criteria(LINEAR, statistic))
+
+
+INFINITE = [Statistic("1", "t - s"), Statistic(ones, lambda t, s: t - s)]
+
+
+@pytest.mark.parametrize("statistic", INFINITE, ids=["text", "callable"])
+def test_what_is_infinite_on_the_diagonal_is_said_to_be(statistic):
+    report = check_criteria(LINEAR, statistic)
+    assert not report.anchored
+    assert "b(t,t) is not 0 but infinite at t = " in str(report)
+
+
+def test_what_is_large_on_the_diagonal_is_not_infinite():
+    report = check_criteria(LINEAR, Statistic("1", "1/10000"))
+    assert "b(t,t) is not 0 but 1e+04 in size" in str(report)
+
+
+def test_a_callable_that_is_0_over_0_on_the_diagonal_is_anchored_and_a_small_b_is_not():
+    removable = Statistic(ones, lambda t, s: -t * (t - s) / (t - s) ** 2)
+    assert answers(check_criteria(LINEAR, removable)) == (True, True, True, True)
+    assert not check_criteria(LINEAR, Statistic("1", "1/(0.001 - t + s)")).anchored
+
+
+def test_a_match_is_relative_to_what_is_matched():
+    small = Statistic.from_h(LINEAR, "2/t - 2/s", "s/10**8")
+    assert not check_criteria(LINEAR, small).matched
+
+
+@pytest.mark.parametrize(
+    ("statistic", "values"),
+    [
+        (KNOWN["never zero"][1], "gamma(1,0) is infinite, delta(1,0) is infinite"),
+        (
+            Statistic(ones, lambda t, s: -torch.exp(1 / (100 * s))),
+            "gamma(1,0) is undefined, delta(1,0) is infinite",
+        ),
+        (callable_mean_flow(), "gamma(1,0) = 0, delta(1,0) = 1"),
+    ],
+    ids=["infinite", "undefined", "callable"],
+)
+def test_the_values_at_noise_are_numbers_infinite_or_undefined(statistic, values):
+    assert f"Criterion 2 FAILS  {values}: f at" in str(check_criteria(LINEAR, statistic))
+
+
+@pytest.mark.parametrize(
+    ("statistic", "singular"),
+    [
+        (Statistic.from_kappa(LINEAR, "s", "t - s"), {"s = t", "t = 1", "t -> 0"}),
+        (Statistic.from_kappa(LINEAR, "s", "1 - t"), {"s = 0", "s = t", "t = 1", "t -> 0"}),
+        (Statistic.from_kappa(LINEAR, "s", "-(1 - s)"), {"s = t", "t = 1", "t -> 0"}),
+        (Statistic("1/s", "-1"), {"s = 0", "t -> 0"}),
+        (Statistic("1", "1 + t"), set()),
+    ],
+)
+def test_every_edge_on_which_a_coefficient_is_infinite_is_named(statistic, singular):
+    """A corner lies on two edges."""
+    assert set(check_criteria(LINEAR, statistic).singular) == singular
+
+
+AVERAGE = "f is the average velocity"
+MULTIPLE = "times a sample: divide gamma and delta by"
+
+
+@pytest.mark.parametrize(
+    ("statistic", "said", "unsaid"),
+    [
+        (MeanFlowStatistic(), AVERAGE, "from_kappa"),
+        (callable_mean_flow(), AVERAGE, "from_kappa"),
+        (Statistic("0", "1/(t - s)**2"), "from_kappa", AVERAGE),
+        (Statistic("1", "1/(t - s)"), "from_kappa", AVERAGE),
+        (KNOWN["scaled"][1], f"is 2 {MULTIPLE} 2", "no sample"),
+        (KNOWN["wrong sign"][1], f"is -1 {MULTIPLE} -1", "no sample"),
+        (KNOWN["never zero"][1], "no sample", MULTIPLE),
+        (KNOWN["gamma no sample"][1], "no sample", MULTIPLE),
+        (Statistic.from_kappa(LINEAR, "(1 + s)/2", "-1/100000"), "no sample", MULTIPLE),
+    ],
+)
+def test_the_advice_is_of_the_statistic_that_came(statistic, said, unsaid):
+    advice = check_criteria(LINEAR, statistic).advice
+    assert said in advice and unsaid not in advice

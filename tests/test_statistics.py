@@ -553,6 +553,22 @@ def test_the_coefficients_at_a_point_need_no_criterion():
     close(at.derivative, TIMES)
 
 
+def test_the_scale_is_a_where_b_vanishes_and_on_the_diagonal_and_infinite_where_a_does_too():
+    half, time = torch.tensor([[0.5], [0.75]], dtype=torch.float64)
+    shifted = coefficients(LINEAR, Statistic.from_kappa(LINEAR, "s + 1/4", "t/(s + 1/4 - t)"))
+    assert float(shifted.derivative(time, half)) == 0
+    close(shifted.scale(time, half), -0.75 / time**2)
+    never = coefficients(LINEAR, Statistic.from_kappa(LINEAR, "s", "t/s"))
+    close(never.scale(time, time), -1 / time)
+    assert float(coefficients(LINEAR, ConsistencyStatistic()).scale(time, time)) == math.inf
+
+
+def test_a_step_keeps_the_precision_of_the_states():
+    z, t_ = torch.ones(2, 3, dtype=torch.bfloat16), torch.tensor([0.5, 0.7])
+    step = coefficients(LINEAR, MatchedStatistic()).step(z.float(), z, t_, t_ / 2)
+    assert step.dtype == torch.bfloat16
+
+
 # --- construction
 # -------------------------------------------------------------------------------------------------
 
@@ -565,6 +581,11 @@ def test_a_delta_of_zero_is_refused(delta):
         Statistic("1", delta)
     with pytest.raises(CriterionError, match="zero inside"):
         Statistic.from_kappa(LINEAR, "s", delta)
+
+
+def test_from_kappa_names_the_delta_that_came():
+    with pytest.raises(FlowspaceError, match="got delta"):
+        Statistic.from_kappa(LINEAR, "s", "log(s - t)")
 
 
 @pytest.mark.parametrize("gamma", ["sqrt(s - t)", "log(t - s - 5)", "(s - t)**0.5"])
