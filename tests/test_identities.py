@@ -42,6 +42,7 @@ from flowspace import (
     ShiftedTimes,
     SquaredError,
     Statistic,
+    TimeError,
     TimePairs,
     TrajectoryMatchingLoss,
     alpha_at,
@@ -284,6 +285,7 @@ def test_trajectory_matching_is_zero_for_the_exact_map_of_a_path_that_is_solved_
     )
     out = loss_fn(lambda z, t, s: constant.repeat(len(z) // 4, 1), noise, noise=noise)
     close(out.residual, torch.zeros_like(out.residual), 1e-9)
+    close(out.velocity, constant.repeat(10, 1), 1e-9)
     assert out.loss.shape == (40,) and set(out.t.tolist()) < set(loss_fn.grid(noise).tolist())
     wrong = loss_fn(lambda z, t, s: constant.repeat(len(z) // 4, 1) + 0.1, noise, noise=noise)
     close(wrong.loss, torch.full((40,), 0.01, dtype=torch.float64), 1e-9)
@@ -655,6 +657,61 @@ def test_distillation_refuses_what_it_could_not_use(part, says):
 
 
 @pytest.mark.parametrize(
+    ("part", "says"),
+    [
+        ({"steps": 0}, "got steps = 0"),
+        ({"steps": 2.5}, "got steps = 2.5"),
+        ({"steps": 3, "pairs": 7}, "got pairs = 7.*3 steps make 6 pairs"),
+        ({"pairs": 0}, "got pairs = 0"),
+        ({"trajectories": 0}, "got trajectories = 0"),
+        ({"trajectories": 2.5}, "got trajectories = 2.5"),
+        ({"shift": 0.0}, "got shift = 0.0"),
+        ({"shift": float("inf")}, "got shift = inf"),
+    ],
+)
+def test_numbers_of_trajectory_matching_out_of_range_are_refused(part, says):
+    with pytest.raises(InputError, match=says):
+        TrajectoryMatchingLoss(teacher=torch.sin, **part)
+
+
+def test_trajectory_matching_takes_all_pairs_there_are_and_no_times():
+    loss_fn, z = TrajectoryMatchingLoss(teacher=lambda z, t: -z, steps=3, pairs=6), normal(0, 2, 3)
+    out = loss_fn(lambda z, t, s: z, z, noise=z)
+    assert len(set(zip(out.t.tolist(), out.s.tolist(), strict=True))) == 6
+    assert loss_fn.grid(z.bfloat16()).dtype == torch.float32
+    for times in ({"t": torch.ones(2)}, {"s": torch.zeros(2)}):
+        with pytest.raises(TimeError, match="leave them out"):
+            loss_fn(lambda z, t, s: z, z, **times)
+
+
+def test_the_generator_alone_decides_trajectories_and_pairs():
+    loss_fn, z = TrajectoryMatchingLoss(teacher=lambda z, t: -z, steps=5, pairs=4), normal(0, 2, 3)
+    before = torch.get_rng_state()
+    first, again, other = (
+        loss_fn(lambda z, t, s: z, z, generator=torch.Generator().manual_seed(seed))
+        for seed in (3, 3, 4)
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first.z_t, again.z_t) and torch.equal(first.s, again.s)
+    assert not torch.equal(first.z_t, other.z_t) and not torch.equal(first.s, other.s)
+
+
+@pytest.mark.parametrize(("steps", "evaluations"), [(1, [2]), (3, [12])])
+def test_pairs_are_evaluated_once_where_the_model_draws_and_where_there_is_one(steps, evaluations):
+    """A second draw would be another value of a model that mixes nothing."""
+    calls, z = [], normal(0, 2, 3)
+
+    def model(z, t, s):
+        calls.append(len(z))
+        if steps == 1:
+            return z
+        return z + torch.rand_like(z)
+
+    TrajectoryMatchingLoss(teacher=lambda z, t: -z, steps=steps)(model, z, noise=z)
+    assert calls == evaluations
+
+
+@pytest.mark.parametrize(
     "part", [{"gap": 0.1}, {"guidance": Guidance(null={"y": 0})}, {"velocity": torch.sin}]
 )
 def test_trajectory_matching_refuses_what_it_would_not_use(part):
@@ -676,6 +733,39 @@ def test_alpha_flows_targets_are_bounded_and_its_alpha_falls_from_one_to_zero():
         0.5,
         0.0,
     )
+
+
+def test_below_the_floor_prediction_and_target_are_images_and_velocities_are_divided_by_it():
+    net, z, noise = Net(), normal(0, 4, 3), normal(1, 4, 3)
+    t = torch.tensor([0.02, 0.049, 0.07, 0.6]).double()
+    z_t = LINEAR.perturb(z, noise, t)[0]
+    for s in (t, t / 2):
+        out = PixelMeanFlowLoss()(net, z, noise=noise, t=t, s=s)
+        close(out.prediction, net(z_t, t, s))
+        close(out.velocity, (z_t - z) / column(t.clamp(min=0.05)))
+        if s is t:
+            close(out.target, z)
+
+
+@pytest.mark.parametrize(
+    ("part", "says"),
+    [
+        ({"floor": 1.0}, "got floor = 1.0"),
+        ({"floor": -0.01}, "got floor = -0.01"),
+        ({"perceptual_below": 1.01}, "got perceptual_below = 1.01"),
+        ({"perceptual_below": -0.01}, "got perceptual_below = -0.01"),
+        ({"statistic": Statistic("1", "-1")}, "leave it out"),
+    ],
+)
+def test_pixel_mean_flow_refuses_what_is_no_time_and_another_statistic(part, says):
+    with pytest.raises(InputError, match=says):
+        PixelMeanFlowLoss(**part)
+
+
+def test_pixel_mean_flow_has_the_references_numbers_and_refuses_other_shapes():
+    assert (PixelMeanFlowLoss().floor, PixelMeanFlowLoss().perceptual_below) == (0.05, 0.8)
+    with pytest.raises(InputError, match="both images"):
+        PixelMeanFlowLoss()(lambda z, t, s: z[:, :1], normal(0, 2, 3))
 
 
 def test_perceptual_losses_of_pixel_mean_flow_see_rows_near_the_data():
