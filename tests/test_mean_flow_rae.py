@@ -130,7 +130,7 @@ def test_a_step_that_waited_does_not_count_in_the_time_of_a_derivative(monkeypat
             seconds = 1.0
             if difference is None:
                 seconds = 2.0
-            return [diagnostics.TrialStep(0.0, 0.0, each) for each in (9.0, seconds, seconds)]
+            return [diagnostics.TrialStep(0.0, 0.0, each) for each in (9.0, 8.0, seconds)]
 
     moved = iter(torch.eye(6))
     monkeypatch.setattr(diagnostics, "slopes", lambda *_: torch.ones(2))
