@@ -696,6 +696,21 @@ def test_the_generator_alone_decides_trajectories_and_pairs():
     assert not torch.equal(first.z_t, other.z_t) and not torch.equal(first.s, other.s)
 
 
+def test_the_literal_form_of_trajectory_matching_has_its_gradient_through_a_f_alone():
+    net, z = Net(), normal(0, 2, 3)
+    loss_fn = TrajectoryMatchingLoss(
+        teacher=lambda z, t: -z, steps=3, statistic=MatchedStatistic(), literal=True
+    )
+    out = loss_fn(net, z, noise=z)
+    weight = column(loss_fn.coefficients.prediction(out.t, out.s))
+    wanted = (2 * out.residual * weight * net(out.z_t, out.t, out.s)).mean(1)
+    found, asked = (
+        torch.autograd.grad(loss.sum(), list(net.parameters())) for loss in (out.loss, wanted)
+    )
+    for a, b in zip(found, asked, strict=True):
+        close(a, b, 1e-9)
+
+
 @pytest.mark.parametrize(("steps", "evaluations"), [(1, [2]), (3, [12])])
 def test_pairs_are_evaluated_once_where_the_model_draws_and_where_there_is_one(steps, evaluations):
     """A second draw would be another value of a model that mixes nothing."""
