@@ -29,7 +29,7 @@ from flowspace.training import (
     share_of,
     unpacked,
 )
-from flowspace.training.checkpoints import digest_of
+from flowspace.training.checkpoints import digest_of, flatten_optimizer, restore_optimizer
 
 CPU = torch.device("cpu")
 
@@ -63,6 +63,19 @@ def test_rows_draw_the_same_however_the_batch_is_cut(step, cut, seed):
 def test_seeds_are_those_of_earlier_versions():
     assert seed_of(0) == 1442695038202829496  # else a run that goes on would draw otherwise
     assert seed_of(1, 2, 3) == 8003460272182815284
+
+
+def test_numbers_and_mirror_images_are_those_of_earlier_versions():
+    """Else a run that goes on would draw otherwise."""
+    draw = torch.Generator().manual_seed(seed_of(5, 2, 3, 7))
+    found = Draws(5, 2, 3, 6, 8, CPU).normal((4,), 7)
+    assert torch.equal(found, torch.randn(8, 4, generator=draw)[3:6])
+    assert Draws(5, 2, 0, 6, 8, CPU).seed_of_rows == seed_of(5, 2)
+    assert Draws(5, 2, 3, 6, 8, CPU).seed_of_rows == seed_of(5, 2, 3)
+    for place in range(20):
+        value, index = KeyedRows(Numbers(10), 5)[place]
+        mirrored = seed_of(5, place // 10, index, 2) >> 31 & 1
+        assert (int(value) < 0) == mirrored
 
 
 @given(step=st.integers(0, 9), seed=st.integers(0, 3), stream=st.integers(0, 5))
@@ -111,6 +124,8 @@ def test_the_times_of_a_step_are_asked_for_after_the_step_is_known():
     with pytest.raises(InputError, match="got 8 rows"):
         pairs(8)
     assert pairs.most_off_diagonal(4) == 4
+    unknown = KeyedPairs(KeyedPairs(TimePairs(), 1), 1, pairs.draws)
+    assert unknown.most_off_diagonal(4) is None
     pairs.draws = Draws(0, 0, 0, 8, 8, CPU)
     t, s = pairs(8)
     assert int((s < t).sum()) <= pairs.most_off_diagonal(8) == 6
@@ -190,8 +205,9 @@ def test_half_of_the_rows_are_mirrored_and_none_where_they_shall_not():
 
 
 def test_a_batch_that_cannot_be_shared_is_refused():
-    with pytest.raises(RunError, match="write a multiple of 6"):
-        share_of(8, 0, 3, 2)
+    for batch in (8, 9, 10):
+        with pytest.raises(RunError, match="write a multiple of 6"):
+            share_of(batch, 0, 3, 2)
 
 
 # --- the adversarial step ----------------------------------------------------------------------
@@ -283,6 +299,24 @@ def test_only_the_tensors_of_the_same_network_are_filled(tmp_path):
         fill(network.state_dict(), nn.Linear(3, 3).state_dict(), tmp_path)
     with pytest.raises(RunError, match="bias"):
         fill(network.state_dict(), {"weight": other.weight}, tmp_path)
+    with pytest.raises(RunError, match="bias"):
+        fill({"weight": network.weight}, other.state_dict(), tmp_path)
+
+
+def test_the_state_of_an_optimiser_is_flattened_and_restored():
+    network, other = nn.Linear(2, 3), nn.Linear(2, 3)
+    optimizer = torch.optim.AdamW(network.parameters())
+    network(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    optimizer.state[network.weight]["note"] = "no tensor"
+    tensors = flatten_optimizer(optimizer, network)
+    slots = ("step", "exp_avg", "exp_avg_sq")
+    assert tensors.keys() == {f"{name}/{slot}" for name in ("weight", "bias") for slot in slots}
+    again = torch.optim.AdamW(other.parameters())
+    restore_optimizer(again, other, tensors)
+    for slot in slots:
+        kept = optimizer.state[network.weight][slot]
+        assert torch.equal(again.state[other.weight][slot], kept)
 
 
 def test_only_unreadable_checkpoints_are_an_error(tmp_path):
@@ -316,6 +350,21 @@ def test_other_settings_are_refused_and_the_difference_is_named(tmp_path):
     Checkpoints(tmp_path, {"batch": 16}).save(1, {"a": torch.ones(1)})
     with pytest.raises(RunError, match="batch: 16 there, 8 now"):
         Checkpoints(tmp_path, {"batch": 8}).latest()
+
+
+def test_only_settings_that_differ_are_named_and_paths_are_settings(tmp_path):
+    Checkpoints(tmp_path, {"batch": 16, "data": tmp_path}).save(1, {"a": torch.ones(1)})
+    assert Checkpoints(tmp_path, {"batch": 16, "data": tmp_path}).latest()[0] == 1
+    with pytest.raises(RunError, match=r"other settings \(batch: 16 there, 8 now\)"):
+        Checkpoints(tmp_path, {"batch": 8, "data": tmp_path}).latest()
+
+
+def test_tensors_that_share_their_memory_or_are_turned_are_saved_whole(tmp_path):
+    numbers = torch.arange(6.0).reshape(2, 3)
+    Checkpoints(tmp_path, {}).save(1, {"a": numbers, "b": numbers, "c": numbers.T})
+    _, tensors = Checkpoints(tmp_path, {}).latest()
+    assert torch.equal(tensors["a"], numbers) and torch.equal(tensors["b"], numbers)
+    assert torch.equal(tensors["c"], numbers.T)
 
 
 def test_settings_in_another_order_are_the_same(tmp_path):
