@@ -14,6 +14,7 @@ from flowspace import (
     InputError,
     LinearSchedule,
     RunError,
+    Schedule,
     SquaredError,
 )
 from flowspace.vision.adversarial import (
@@ -304,6 +305,13 @@ def test_the_generators_weight_falls_with_the_noise(power):
     torch.testing.assert_close(
         AdversarialLoss(LinearSchedule(), power=power).weight(t), (1 - t) ** power
     )
+
+
+def test_the_weight_at_noise_is_a_number_where_alpha_is_rounded_below_zero():
+    rounded = Schedule("1 - t - t**50/10**9", "t")
+    one = torch.ones(1, dtype=torch.float64)
+    assert float(rounded.alpha(one)) < 0
+    assert float(AdversarialLoss(rounded, power=0.5).weight(one)) == 0
 
 
 def test_each_turn_moves_its_own_player_only():
