@@ -912,6 +912,8 @@ def test_a_misspelt_keyword_is_a_type_error(loss_fn):
 def test_settings_that_make_no_sense_are_refused():
     with pytest.raises(InputError, match="boundary = -1"):
         ConsistencyLoss(boundary=-1)
+    with pytest.raises(InputError, match="boundary = inf"):
+        ConsistencyLoss(boundary=math.inf)
     with pytest.raises(CriterionError, match="write literal=False"):
         ConsistencyLoss(literal=True)
     with pytest.raises(InputError, match=r"got gap = 1.*write less than 1"):
