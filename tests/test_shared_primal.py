@@ -1375,3 +1375,34 @@ def test_a_second_pass_draws_what_the_first_one_drew(draw):
     assert len(factors) == 2 and factors[0] == factors[1]
     wanted = exact(lambda z, t: factors[0] * (z - z.mean(0)) * t[:, None], primals, tangents)
     close(found, masked(wanted, choose(4, "half")))
+
+
+class WritesPart(nn.Module):
+    """Writes into a part of a tensor that is in the graph, so that its alias is no leaf."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6).double()
+
+    def forward(self, z, t):
+        y = self.layer(z)
+        y[:, 0].mul_(3 * t)
+        return y.sin()
+
+
+class WritesWeight(nn.Module):
+    """Writes what moves into the memory of a weight, and uses it."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(6, dtype=torch.float64), requires_grad=False)
+
+    def forward(self, z, t):
+        self.scale.copy_(t.mean() * torch.arange(6, dtype=torch.float64))
+        return z.sin() * self.scale
+
+
+@pytest.mark.parametrize("which", WHICH)
+@pytest.mark.parametrize("kind", [WritesPart, WritesWeight])
+def test_what_is_written_into_a_part_or_a_weight_is_read_from_there(kind, which):
+    check_seeded(kind(), choose(4, which), by_differences, tolerance=1e-8)

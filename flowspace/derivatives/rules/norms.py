@@ -85,8 +85,8 @@ def layer_norm(  # noqa: PLR0913  # torch's arguments
     else:
         given = x.primal, normalized_shape, weight, bias, eps
         call.out, mean, scale = call.run(torch.native_layer_norm, *given)
-        mean = restrict(mean.detach(), x.layout)
-        scale = restrict(scale.detach(), x.layout)
+        mean = restrict(mean, x.layout)
+        scale = restrict(scale, x.layout)
     derivative = torch.ops.aten.native_layer_norm_backward.default(
         tangent, rows, normalized_shape, mean, scale, None, None, INPUT_ONLY
     )[0]
@@ -119,7 +119,7 @@ def rms_norm(
     else:
         given = x.primal, normalized_shape, weight, eps
         call.out, scale = call.run(rms_norm_and_scale, *given)
-        scale = restrict(scale.detach(), x.layout)
+        scale = restrict(scale, x.layout)
     rows, tangent = x.rows, x.tangent
     # in at least float32, as torch forms it, default eps included
     dtype = rows.dtype
