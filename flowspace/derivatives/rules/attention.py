@@ -308,9 +308,8 @@ def _block_tangent(primals: Operands, tangents: Operands, form: Form, first: int
     """Return dP v + P dv for the queries from the first on."""
     q, k, v, mask = primals
     dq, dk, dv, dmask = tangents
-    q = form.scale * q
     keys = k.mT
-    scores = q @ keys
+    scores = form.scale * (q @ keys)
     if form.causal:
         scores = scores.masked_fill(_later(scores, first), -math.inf)
     if mask is not None and mask.dtype == torch.bool:
@@ -320,9 +319,11 @@ def _block_tangent(primals: Operands, tangents: Operands, form: Form, first: int
     p = _probabilities(scores, mask)
     ds = dy = None
     if dq is not None:
-        ds = (form.scale * dq) @ keys
+        ds = dq @ keys
     if dk is not None:
         ds = sum_of(ds, q @ dk.mT)
+    if ds is not None:
+        ds = form.scale * ds
     if dmask is not None:
         ds = sum_of(ds, dmask)
     if dv is not None:
