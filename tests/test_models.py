@@ -578,7 +578,6 @@ def test_a_compiled_model_has_the_derivative_of_the_plain_one(name):
     """
     case = MODELS[name]
     plain, net = built(case), built(case)
-    torch._dynamo.reset()
     net.compile(backend="aot_eager")
     primals, tangents = inputs(case)
     value = seeded(case.call, plain, *primals)

@@ -350,7 +350,6 @@ for size in (1, 2, 3):
 @pytest.mark.parametrize("which", ["all", "half"])
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_functions_without_a_rule_are_traced_and_right(name, which):
-    torch._dynamo.reset()
     model = COMPILED[name]
     compiled = torch.compile(model, backend="aot_eager")
 

@@ -32,14 +32,15 @@ def add(call: Call, x: Any, y: Any, *, alpha: Any = 1) -> Any:
     """d(x + alpha y) = dx + alpha dy."""
     if isinstance(alpha, Dual):
         return forward(call)
-    if len(call.duals) == 1:
-        (dual,) = call.duals
-        tangent = dual.tangent
-        if alpha != 1 and dual is y:
-            tangent = alpha * tangent
-        return call.along_with(tangent)
-    check_same_rows(call.duals)
-    return call.along_with(torch.add(x.tangent, y.tangent, alpha=alpha))
+    if not isinstance(y, Dual):
+        return call.along_with(x.tangent)
+    if isinstance(x, Dual):
+        check_same_rows(call.duals)
+        return call.along_with(torch.add(x.tangent, y.tangent, alpha=alpha))
+    tangent = y.tangent
+    if alpha != 1:
+        tangent = alpha * tangent
+    return call.along_with(tangent)
 
 
 @rule("sub subtract")
@@ -63,10 +64,9 @@ def mul(call: Call, x: Any, y: Any) -> At:
     if len(call.duals) == 2:
         tangent = restricted(x) * y.tangent
         return call.along_with(torch.addcmul(tangent, x.tangent, restricted(y)))
-    (dual,), constant = call.duals, x
-    if dual is x:
-        constant = y
-    return call.along_with(dual.tangent * restricted(constant))
+    if isinstance(x, Dual):
+        return call.along_with(x.tangent * restricted(y))
+    return call.along_with(restricted(x) * y.tangent)
 
 
 @rule("addcmul")

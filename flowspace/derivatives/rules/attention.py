@@ -10,10 +10,10 @@ where products of scores are elementwise. The value is left to torch's fused ker
 no scores. For the tangent they are formed again, a block of queries at a time, so that no more
 memory is needed than for one block:
 
-* eager, `_eager_tangent`: where all scores fit into one, it is formed at once, so that short
-  sequences cost few kernels. Where all heads of a row fit, a block is all queries of some heads of
-  some rows; else it is some queries of one head, for one or several rows. The memory of S is used
-  for dS;
+* eager, `_eager_tangent`: so few scores that a kernel costs little more than its call are formed
+  at once, in as few calls as can be. Where all heads of a row fit into a block, a block is all
+  queries of some heads of some rows; else it is some queries of one head, for one or several rows.
+  The memory of S is used for dS;
 * traced, `_traced_tangent`: a block is some queries of all heads and rows, as formulas without
   writes, which a compiler fuses.
 
@@ -179,11 +179,11 @@ def _eager_tangent(primals: Operands, tangents: Operands, form: Form) -> Tensor:
     query, value = primals.query, primals.value
     batch, heads, count, _ = query.shape
     keys, channels = primals.key.shape[2], value.shape[3]
+    if batch * heads * count * keys <= BLOCK_ELEMENTS:
+        return _block_tangent(primals, tangents, form, 0)
     elements = GPU_BLOCK_ELEMENTS
     if query.is_cpu:
         elements = BLOCK_ELEMENTS
-    if batch * heads * count * keys <= elements:
-        return _block_tangent(primals, tangents, form, 0)
     primals = primals.transpose_keys()
     tangents = tangents.transpose_keys()
     if primals.mask is None and heads * count * keys <= elements:

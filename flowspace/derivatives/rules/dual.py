@@ -213,10 +213,8 @@ def _whole(value: Any) -> Any:
 def check_same_rows(duals: Sequence[Dual]) -> None:
     """Raise LostRowsError unless duals have the batch on the same axis, counted from the last.
 
-    Of the first, which may have every row, the others may differ in having every row.
+    Nothing is asked of duals beside a first one without a layout, nor of others without one.
     """
-    if len(duals) == 1:
-        return
     first = duals[0]
     layout, ndim = first.layout, first.primal.ndim
     if layout is None:

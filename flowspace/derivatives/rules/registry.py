@@ -111,15 +111,6 @@ class Call:
         finally:
             set_gradients(before)
 
-    def moves(self) -> bool:
-        """Run the function, once; return whether any part of its output can carry a tangent."""
-        out = self.out
-        if out is _UNKNOWN:
-            out = self.out = self.func(*self.primals, **self.options)
-        if isinstance(out, Tensor):
-            return out.is_floating_point() or out.is_complex()
-        return moves(out)
-
     @property
     def evaluated(self) -> bool:
         """Whether the function has been run."""

@@ -64,9 +64,6 @@ FIELD = "_flowspace_dual"
 MOVING = "_flowspace_moving"
 """The attribute of a tensor that is no view, in whose memory something moves."""
 
-COMPLEX = frozenset({torch.complex32, torch.complex64, torch.complex128})
-"""The dtypes of complex numbers."""
-
 NO_TENSORS = frozenset(
     {int, float, bool, str, slice, type(None), type(Ellipsis), torch.dtype, torch.device}
 )
@@ -117,11 +114,11 @@ class Carrier(TorchFunctionMode):
             # views of its memory that no function made are found by their base
             base = alias._base
             if base is not None:
-                base._flowspace_moving = self.moving  # type: ignore[attr-defined]
-            if dtype in COMPLEX:
+                setattr(base, MOVING, self.moving)
+            if dtype.is_complex:
                 dual.unsure = True
                 self.writes.seen(primal)
-        alias._flowspace_dual = dual  # type: ignore[attr-defined]
+        setattr(alias, FIELD, dual)
         self.live.append(weakref.ref(alias))
         return alias
 
@@ -241,12 +238,11 @@ class Carrier(TorchFunctionMode):
             if isinstance(value, Tensor):
                 if type(value) is nn.Parameter and not mirrors:
                     continue  # never an alias, nor a view of one
+                # what is not plainly an alias of this carrier is looked at more closely
                 dual = getattr(value, FIELD, None)
                 if dual is None or dual.owner is not self or dual.unsure or mirrors:
                     dual = self.dual(value)
-                elif dual.tangent is None:
-                    continue
-                if dual is not None:
+                if dual is not None and dual.tangent is not None:
                     duals.append(dual)
                     given[i], primals[i] = dual, dual.primal
             elif isinstance(value, (tuple, list)):
@@ -431,7 +427,7 @@ class Carrier(TorchFunctionMode):
         by_rule = name in EVALUATING
         if by_rule and not self.traced:
             by_rule = not dispatch_modes() and _of_plain_tensors(call)
-        if not by_rule and not call.moves():
+        if not by_rule and not rules.moves(call.evaluate()):
             if name in WHOLE:
                 warn_of_whole_numbers(name)
             return call.out
