@@ -35,6 +35,7 @@ from flowspace import (
     SharedPrimal,
     TrajectoryMatchingLoss,
 )
+from flowspace.backends.process import forward_mode_lock
 
 RANKS = Path(__file__).with_name("ranks_worker.py")
 ROUTES = [SharedPrimal(), ForwardMode(), FiniteDifference(1e-4), FiniteDifference(1e-6, order=1)]
@@ -685,6 +686,7 @@ def test_an_interrupt_leaves_nothing_behind(route):
         assert torch.is_grad_enabled() and torch._C._len_torch_function_stack() == 0
         assert torch._C._functorch.peek_interpreter_stack() is None
         assert torch._dynamo.eval_frame._stance.stance == "default"
+        assert not forward_mode_lock._is_owned()
         derivative, rows = derived(
             ForwardMode(), lambda z, t, s: torch.sin(z) * t[:, None], primals, tangents
         )[1:]

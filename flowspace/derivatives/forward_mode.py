@@ -193,14 +193,21 @@ def _one_thread() -> Iterator[None]:
     after an interrupt.
 
     torch counts its levels for the whole process. Python may be interrupted as a context is about
-    to be left, which is then not left.
+    to be left, which is then not left: so it is with the lock.
     """
-    with forward_mode_lock:
-        outermost, modes = not forward_mode_is_open(), function_modes()
-        try:
-            yield
-        except BaseException:
-            leave_function_modes(modes)
-            if outermost:
-                close_forward_mode()
-            raise
+    is_owned = forward_mode_lock._is_owned  # type: ignore[attr-defined]
+    held = is_owned()
+    try:
+        with forward_mode_lock:
+            outermost, modes = not forward_mode_is_open(), function_modes()
+            try:
+                yield
+            except BaseException:
+                leave_function_modes(modes)
+                if outermost:
+                    close_forward_mode()
+                raise
+    except BaseException:
+        while is_owned() and not held:
+            forward_mode_lock.release()
+        raise
