@@ -28,6 +28,9 @@ Velocity = Callable[..., Tensor]
 DOUBLE = 8
 """Bytes of a number in float64."""
 
+UNDERFLOW = "underflow in dt"
+"""What torchdiffeq says where an adaptive step would be of no length."""
+
 
 class Solver(abc.ABC):
     """A method for dz/dt = v(z, t)."""
@@ -78,7 +81,7 @@ class DormandPrince(Solver):
 
     Raises:
         InputError: if a tolerance is not above 0; on use, if torchdiffeq (the extra ``ode``) is
-            not installed.
+            not installed, or the velocity asks for steps of no length.
     """
 
     rtol: float = 1e-5
@@ -111,8 +114,17 @@ def _odeint(velocity: Velocity, z: Tensor, times: Tensor, **options: Any) -> Ten
         v = velocity_of("the velocity", velocity, state, t, {})
         return v.to(state.dtype)
 
-    with torch.no_grad():
-        return odeint(right_hand_side, z, times, **options)  # pyright: ignore[reportReturnType]
+    try:
+        with torch.no_grad():
+            return odeint(right_hand_side, z, times, **options)  # pyright: ignore[reportReturnType]
+    except AssertionError as error:
+        if UNDERFLOW not in str(error):
+            raise
+        raise InputError(
+            f"got a velocity that asks for smaller steps than numbers tell apart, in states of "
+            f"{z.dtype}: it is infinite, not a number, or rounded too coarsely; "
+            "write noise in float32, larger tolerances or Euler()"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -339,6 +339,79 @@ def test_the_adaptive_solver_keeps_its_tolerance_and_the_grid_only_says_where(sc
         close(state, data.transported(noise, one, time * one), 1e-5)
 
 
+@pytest.mark.parametrize("tolerances", [(1e-2, 1e-7), (1e-7, 1e-2)], ids=str)
+def test_the_relative_and_the_absolute_tolerance_are_torchdiffeqs(tolerances):
+    torchdiffeq = pytest.importorskip("torchdiffeq")
+    data, noise = Gaussian.random(LINEAR, 3), normal(2, 4, 3) / 30
+    grid = torch.tensor([1, 0.1], dtype=torch.float64)
+    rtol, atol = tolerances
+    theirs = torchdiffeq.odeint(
+        lambda t, z: data.velocity(z, t.expand(4)), noise, grid, rtol=rtol, atol=atol
+    )
+    close(DormandPrince(rtol, atol).path(data.velocity, noise, grid), theirs)
+    exchanged = DormandPrince(atol, rtol).path(data.velocity, noise, grid)
+    assert (exchanged - theirs).abs().max() > 1e-6
+
+
+def test_by_default_the_adaptive_solver_is_exact_to_four_places():
+    data, noise = Gaussian.random(LINEAR, 3), normal(2, 64, 3)
+    one, grid = torch.ones(64, dtype=torch.float64), torch.tensor([1, 0.1], dtype=torch.float64)
+    found = DormandPrince().path(data.velocity, noise, grid)[-1]
+    close(found, data.transported(noise, one, 0.1 * one), 1e-4)
+
+
+@pytest.mark.parametrize("solver", [Euler(), Heun(), DormandPrince()], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "of_times"),
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+    ids=str,
+)
+def test_a_velocity_sees_states_of_the_noises_precision_and_times_of_float32_at_least(
+    solver, dtype, of_times
+):
+    """Its own precision does not spread, and nothing has a gradient."""
+    weight, seen = torch.ones((), requires_grad=True), []
+
+    def velocity(z, t):
+        seen.append((z.dtype, t.dtype, t.shape, t.is_contiguous(), torch.is_grad_enabled()))
+        return weight * z.double()
+
+    found = VelocityFlow(velocity, solver).sample(torch.ones(3, 2, dtype=dtype), steps=3)
+    assert set(seen) == {(dtype, of_times, (3,), True, False)}
+    assert found.dtype == dtype and not found.requires_grad
+    assert float(found[0, 0]) == pytest.approx(math.exp(-1), abs=0.1)
+
+
+@pytest.mark.parametrize("tolerance", [0, -1e-5, math.inf, math.nan, "1e-5", None])
+@pytest.mark.parametrize("name", ["rtol", "atol"])
+def test_tolerances_are_finite_numbers_above_zero(name, tolerance):
+    with pytest.raises(InputError, match=f"got .*{name} = {tolerance!r}"):
+        DormandPrince(**{name: tolerance})
+
+
+@pytest.mark.parametrize(
+    ("velocity", "dtype"),
+    [(lambda z, t: z * math.nan, torch.float64), (lambda z, t: z, torch.float16)],
+    ids=["nan", "float16"],
+)
+def test_a_velocity_that_the_adaptive_solver_cannot_follow_is_one_clear_error(velocity, dtype):
+    flow = VelocityFlow(velocity, DormandPrince())
+    with pytest.raises(InputError, match=f"smaller steps .* in states of {dtype}"):
+        flow.sample(torch.ones(2, 3, dtype=dtype))
+
+
+def test_an_assertion_of_a_velocity_is_its_own():
+    def velocity(z, t):
+        raise AssertionError("mine")
+
+    with pytest.raises(AssertionError, match="mine"):
+        VelocityFlow(velocity, DormandPrince()).sample(torch.ones(2, 3))
+
+
 def test_our_euler_is_torchdiffeqs():
     torchdiffeq = pytest.importorskip("torchdiffeq")
     data, noise = Gaussian.random(LINEAR, 1), normal(0, 6, 3)
@@ -402,5 +475,3 @@ def test_grids_and_velocities_that_do_not_fit_are_refused():
         VelocityFlow(flow.velocity, Euler)
     with pytest.raises(InputError, match="shape"):
         VelocityFlow(lambda z, t: z[:, :1]).sample(noise)
-    with pytest.raises(InputError, match="rtol"):
-        DormandPrince(rtol=0)

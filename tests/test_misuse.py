@@ -438,6 +438,21 @@ OF_ONES_OWN = {
         InputError,
         "got guidance = 2.0",
     ),
+    "noise of whole numbers for a field": (
+        lambda: VelocityFlow(lambda z, t: z).sample(torch.ones(2, 3, dtype=torch.int64)),
+        InputError,
+        "got noise of dtype torch.int64",
+    ),
+    "no rows for a field": (
+        lambda: VelocityFlow(lambda z, t: z).sample(Z[:0]),
+        InputError,
+        r"got noise of shape \(0, 3\)",
+    ),
+    "a list of conditions for a field": (
+        lambda: VelocityFlow(lambda z, t: z).sample(Z, cond=[1]),
+        InputError,
+        "got cond of type list",
+    ),
     "a condition of nothing": (
         lambda: Guidance(null={"labels": None}),
         InputError,
