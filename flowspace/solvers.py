@@ -213,7 +213,7 @@ def falling_grid(noise: Tensor, steps: int, times: Sequence[float] | Tensor | No
         return torch.linspace(1, 0, steps + 1, **where)
     try:
         grid = torch.as_tensor(times, **where)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise TimeError(f"got times = {times!r}; write numbers, as in [1, 0.5, 0]") from error
     if grid.ndim != 1 or len(grid) < 2 or not _falls(grid):
         raise TimeError(

@@ -28,6 +28,7 @@ from flowspace import (
     TimeError,
     VelocityFlow,
 )
+from flowspace.solvers import falling_grid
 
 LINEAR, NULL = PRESETS["linear"], {"labels": 3}
 
@@ -460,6 +461,14 @@ def test_the_consistency_sampler_keeps_the_law_of_the_data():
     assert (torch.cov(images.T) - matrix @ covariance @ matrix.T).abs().max() < 0.3
 
 
+def test_a_grid_is_beside_the_noise_and_has_32_steps_where_nothing_is_said():
+    grid = falling_grid(torch.empty(2, 3, device="meta"), 3, None)
+    assert grid.device.type == "meta"
+    seen = []
+    VelocityFlow(lambda z, t: seen.append(float(t[0])) or z).sample(torch.ones(2, 3))
+    assert seen == pytest.approx([1 - k / 32 for k in range(32)])
+
+
 def test_grids_and_velocities_that_do_not_fit_are_refused():
     flow, noise = VelocityFlow(lambda z, t: z), torch.zeros(2, 3)
     for steps in (0, 2.0, True):
@@ -467,6 +476,12 @@ def test_grids_and_velocities_that_do_not_fit_are_refused():
             flow.sample(noise, steps=steps)
     for times in ([1, 0.5], [0.5, 0], [0, 1], [1, 0.5, 0.5, 0], [1, 0.2, 0.7, 0], [1], [[1, 0]]):
         with pytest.raises(TimeError, match="falls strictly from 1 to 0"):
+            flow.sample(noise, times=times)
+    for times in ([], 0.5, [[1], [0]]):
+        with pytest.raises(TimeError, match="falls strictly from 1 to 0"):
+            flow.sample(noise, times=times)
+    for times in ([None, 0], ["1", "0"], [10**400, 0], torch.ones(2, device="meta")):
+        with pytest.raises(TimeError, match="write numbers"):
             flow.sample(noise, times=times)
     for velocity in (3, torch.nn.Identity):
         with pytest.raises(InputError, match="got velocity = "):
