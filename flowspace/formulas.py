@@ -279,7 +279,7 @@ def _refuse_constant(value: sympy.Expr, limit: float, what: str) -> None:
 
 def _refuse_deep(tree: ast.AST) -> None:
     """Refuse deep nesting; a sum of sums is one sum, and a product of products one product."""
-    waiting = [(tree, 1)]
+    waiting = [(tree, 0)]
     while waiting:
         node, level = waiting.pop()
         if level > MAX_DEPTH:
@@ -287,11 +287,17 @@ def _refuse_deep(tree: ast.AST) -> None:
                 f"got functions, powers and brackets nested more than {MAX_DEPTH} deep; "
                 "pass a callable instead"
             )
-        for child in ast.iter_child_nodes(node):
+        for child in _operands(node):
             is_flat = False
             for kind in (SUMS, PRODUCTS):
                 is_flat |= _is_binary(node, kind) and _is_binary(child, kind)
             waiting.append((child, level + (not is_flat)))
+
+
+def _operands(node: ast.AST) -> list[ast.expr]:
+    """Return what stands in a syntax tree one level down, without its operators."""
+    children = ast.iter_child_nodes(node)
+    return [child for child in children if isinstance(child, ast.expr)]
 
 
 def _is_binary(node: ast.AST, kind: type | tuple[type, ...]) -> bool:
@@ -348,9 +354,15 @@ def _hint_at(node: ast.AST) -> str:
     """Return what a syntax tree that is not allowed may have meant."""
     if isinstance(node, ast.Call) and _is_factor(node.func):
         return " (products are written *)"
-    if _is_binary(node, ast.BitXor):
-        return " (powers are written **)"
+    if isinstance(node, ast.Constant):
+        return _hint_at_constant(node.value)
     return _hint(ast.unparse(node))
+
+
+def _hint_at_constant(value: Any) -> str:
+    if isinstance(value, float):
+        return " (a number is at most 1.8e308)"
+    return ""
 
 
 def _is_factor(node: ast.AST) -> bool:

@@ -25,7 +25,17 @@ from flowspace import (
     check_criteria,
     time_functions,
 )
-from flowspace.formulas import S, T, parse, precise_values
+from flowspace.formulas import (
+    S,
+    T,
+    expanded_terms,
+    has_values,
+    parse,
+    precise_values,
+    random_points,
+    readable,
+    tidy,
+)
 from flowspace.time_functions import TimeFunction
 from flowspace.typeset import latex_of, text_of
 
@@ -101,6 +111,16 @@ HOSTILE = {
     "large argument": "sin(exp(1e300*t))",
     "large number": "1" + "0" * 400 + "*t",
     "power of a large number": "(1e300)**60*t",
+    "small number": "1e-300*1e-300*t",
+    "keyword beside an argument": "exp(t, base=2)",
+    "power of a power": "((1 + t)**60)**60",
+    "powers with a time between": "(((1 + t)**60)**s)**60",
+    "negative exponent by a sum": "t**(-60 - 60)",
+    "exp of exp of a time": "exp(exp(t))",
+    "exp of a logarithm": "exp(log(t))",
+    "large argument of exp": "exp(1e7*t)",
+    "large angle": "sin(1e13*t)",
+    "large angle but at one time": f"sin(1e15*(t - {random_points(3)[0][0]!r}))",
 }
 
 
@@ -123,6 +143,8 @@ NO_VALUE = {
 
 @pytest.mark.parametrize("text", NO_VALUE.values(), ids=NO_VALUE.keys())
 def test_a_constant_without_a_value_is_one_error_wherever_text_is_taken(text):
+    with pytest.raises(ExpressionError, match="is not real"):
+        parse(text)
     with pytest.raises(ExpressionError):
         TimeFunction(text)
     with pytest.raises(ExpressionError):
@@ -133,7 +155,7 @@ def test_a_constant_without_a_value_is_one_error_wherever_text_is_taken(text):
         Statistic.from_kappa(LinearSchedule(), text.replace("t*", "s*"), "-1")
 
 
-@pytest.mark.parametrize("depth", [1, 10, 19])
+@pytest.mark.parametrize("depth", [1, 10, 40])
 def test_some_nesting_is_allowed(depth):
     text = "cos(" * depth + "t" + ")" * depth
     value = 0.3
@@ -141,6 +163,33 @@ def test_some_nesting_is_allowed(depth):
         value = math.cos(value)
     times = torch.tensor([0.3], dtype=torch.float64)
     assert float(TimeFunction(text)(times)) == pytest.approx(value, rel=1e-12)
+
+
+def test_more_is_refused_and_sums_and_products_are_no_nesting():
+    with pytest.raises(ExpressionError, match="nested more than 40 deep"):
+        parse("cos(" * 41 + "t" + ")" * 41)
+    assert parse("*".join(["t", "s"] * 100)) == T**100 * S**100
+    assert parse("t" + " - s" * 101) == T - 101 * S
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("exp(t**2)", sympy.exp(T**2)),
+        ("exp(1e5*t)", sympy.exp(100_000 * T)),
+        ("sin(1e11*t)", sympy.sin(10**11 * T)),
+        ("+t", T),
+    ],
+)
+def test_what_is_far_from_a_limit_is_read(text, wanted):
+    assert parse(text) == wanted
+
+
+def test_a_divisor_is_zero_where_30_digits_of_it_are():
+    """sqrt(2) less its first 39 digits, and less its first 20."""
+    with pytest.raises(ExpressionError, match="divides by zero"):
+        parse("t/(sqrt(2) - 141421356237309504880168872420969807857/10**38)")
+    assert has_values(parse("t/(sqrt(2) - 14142135623730950488/10**19)"))
 
 
 def test_nothing_is_evaluated(tmp_path):
@@ -178,6 +227,13 @@ def test_hostile_text_is_refused_wherever_text_is_taken(name):
         ("t" + "+t" * 500, "1001 characters"),
         ("t.real", "t.real"),
         ("2**(2**t)", "power tower"),
+        ("True", "'True' is not allowed; only numbers"),
+        ("1e999", r"'1e309' is not allowed \(a number is at most 1.8e308\)"),
+        ("gamma(t)", r"'gamma\(t\)' is not allowed; only"),
+        ("s(1 - t)", r"not allowed \(products are written \*\)"),
+        ("t^s", r"not allowed \(powers are written \*\*\)"),
+        ("1^t", r"not allowed \(powers are written \*\*\)"),
+        ("u" * 90, f"^'{'u' * 80}'\\.\\.\\.: "),
     ],
 )
 def test_a_refusal_names_what_came_and_what_is_allowed(text, named):
@@ -510,6 +566,73 @@ def test_precise_values_have_fifty_digits_and_nan_where_there_is_no_value():
     value, none = precise_values(sympy.sqrt(2) / (T - S), [(2, 1), (1, 1)])
     assert mpmath.nstr(value, 45) == "1.41421356237309504880168872420969807856967188"
     assert math.isnan(none)
+    for formula in (sympy.gamma(T - S), sympy.sqrt(S - T - 1), sympy.zoo, sympy.nan):
+        assert math.isnan(precise_values(formula, [(1, 1)])[0])
+
+
+@given(st.integers(1, 40))
+def test_random_points_are_inside_the_triangle_and_the_same_in_every_call(count):
+    points = random_points(count)
+    assert points == random_points(count) and len(points) == count
+    assert all(0 < s < t < 1 for t, s in points)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "(exp(2*t) - 1)/(exp(t) - 1)",
+        "t*log(t) + s*log(t)",
+        "(t - 1)/(sqrt(t) - 1)",
+        "(1e200*t + 1)**2 + s",
+        "sin(1)**2 + cos(1)**2 + t",
+        "sin(t**2)**2 + cos(t**2)**2",
+        "sin(cos(t))**2 + cos(cos(t))**2",
+    ],
+)
+def test_formulas_whose_algebra_may_take_long_or_overflow_stay_as_they_are(text):
+    formula = parse(text)
+    assert tidy(formula) == formula and readable(formula) == formula
+
+
+@pytest.mark.parametrize(
+    ("text", "shorter"),
+    [
+        ("sin(t)**2 + cos(t)**2 + s", "s + 1"),
+        ("(t**2 - s**2)/(t - s)", "s + t"),
+        ("s*sin(t) + t*sin(t)", "(s + t)*sin(t)"),
+        ("cos(pi*t/2 + pi*s/2)", "cos(pi*(s/2 + t/2))"),
+    ],
+)
+def test_a_formula_is_read_in_its_shorter_form(text, shorter):
+    assert readable(tidy(parse(text))) == parse(shorter)
+
+
+@st.composite
+def polynomials(draw, depth=3):
+    """Sums, products and powers of times and numbers."""
+    kind = draw(st.sampled_from(["leaf"] + ["+", "*", "**"] * (depth > 0)))
+    if kind == "leaf":
+        return draw(st.sampled_from([T, S, 1 + T, S + T + 1, T - 2 * S]))
+    part = draw(polynomials(depth - 1))
+    if kind == "**":
+        return part ** draw(st.integers(1, 4))
+    other = draw(polynomials(depth - 1))
+    return {"+": operator.add, "*": operator.mul}[kind](part, other)
+
+
+@settings(max_examples=40)
+@given(polynomials())
+def test_the_terms_that_are_counted_are_no_fewer_than_those_of_the_multiplied_formula(formula):
+    if expanded_terms(formula) < 2_000:
+        terms = sympy.Add.make_args(sympy.expand(formula))
+        assert len(terms) <= expanded_terms(formula)
+
+
+@pytest.mark.parametrize(
+    ("text", "terms"), [("t + s", 2), ("(1 + t)*(1 + s)", 4), ("(t + s + 1)**3", 10), ("t**8", 1)]
+)
+def test_they_are_as_many_where_none_cancel(text, terms):
+    assert expanded_terms(parse(text)) == terms
 
 
 @pytest.mark.parametrize("source", ["1 - t", 2, T**2 + 1, math.cos])
