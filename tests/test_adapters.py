@@ -328,6 +328,8 @@ def test_blocks_that_are_run_again_in_the_backward_pass_know_the_added_time(buil
         model.enable_gradient_checkpointing()
     for first, second in zip(*gradients, strict=True):
         torch.testing.assert_close(first, second)
+    with pytest.raises(InputError, match="outside of the adapted model"):
+        model.network(z, 1000 * t, class_labels=LABELS)
 
 
 def test_a_block_that_is_run_again_without_the_added_time_is_refused():
@@ -355,6 +357,103 @@ def test_states_are_cast_to_bfloat16_weights_and_times_are_not():
     assert dtype == torch.bfloat16 and times.tolist() == pytest.approx([999.0, 1000.0])
     loss = CrossFlowLoss()(model, z, cond={"labels": torch.tensor([0, 1])}).loss
     assert loss.dtype == torch.float32 and bool(loss.isfinite().all())
+
+
+class OfContext(nn.Module):
+    """Remembers what it is given; its first parameter is no real number."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = nn.Parameter(torch.zeros(1, dtype=torch.int64), requires_grad=False)
+        self.weight = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+
+    def forward(self, x, t, s, **given):
+        self.given = given | {"t": t, "x": x}
+        return [x * self.weight]
+
+
+def test_conditions_of_several_axes_are_cast_and_those_of_one_are_not():
+    model = adapt(OfContext())
+    cond = {
+        "context": torch.randn(3, 2, 4),
+        "places": torch.ones(3, 2, dtype=torch.int64),
+        "scale": torch.tensor([999.0, 1000.0, 1001.0]),
+        "words": ["one", "two", "three"],
+    }
+    out = model(torch.randn(3, 3), T_.float(), S_.float(), **cond)
+    assert out.dtype == torch.float32
+    given = model.network.given
+    assert given["x"].dtype == given["context"].dtype == torch.bfloat16
+    assert given["t"].dtype == torch.float32
+    for name in ("places", "scale", "words"):
+        assert given[name] is cond[name]
+
+
+def test_a_network_that_names_its_precision_gets_states_of_it():
+    """As diffusers' do, whose first weight may be one that is kept in float32."""
+    network = Average().float()
+    network.dtype = torch.bfloat16
+    network.forward = lambda x, t, s: x
+    seen = []
+    network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    assert adapt(network, {"t": "t", "s": "s"})(normal(0, 3, 3), T_, S_).dtype == torch.float32
+    assert seen == [torch.bfloat16]
+
+
+class Uneven(nn.Module):
+    """The embedding of its time has layers of two widths, and another precision than they."""
+
+    def __init__(self):
+        super().__init__()
+        self.t_embedder = nn.Sequential(nn.Linear(1, 16), nn.Linear(16, 3))
+        self.last = nn.Linear(3, 3).bfloat16()
+
+    def forward(self, x, t):
+        embedded = self.t_embedder(t[:, None])
+        return self.last(x.to(embedded.dtype) + embedded).float()
+
+
+def test_an_added_time_is_as_wide_as_the_embedding_and_of_its_precision():
+    network = Uneven()
+    network.t_embedder.register_forward_hook(lambda _, inputs, output: output.bfloat16())
+    model = adapt(network, {"t": "t"}, added="t - s")
+    z, t, s = torch.randn(3, 3), T_.float(), S_.float()
+    still = model(z, t, s)
+    assert model.added.second.weight.shape == (3, 3)
+    awake(model.added)
+    assert model(z, t, s).shape == still.shape and not torch.equal(model(z, t, s), still)
+
+
+def test_a_model_that_is_called_within_its_own_call_adds_to_each_call_its_own_time():
+    model = adapt(sit(), {"t": "t"}, added="t - s")
+    awake(model.added)
+    z, inner = normal(0, 3, 3), []
+
+    def call_once(module, inputs):
+        if not inner:
+            inner.append(None)
+            inner.append(model(z, S_, 0 * S_, y=LABELS))
+
+    wanted = model(z, T_, S_, y=LABELS), model(z, S_, 0 * S_, y=LABELS)
+    model.network.register_forward_pre_hook(call_once)
+    assert torch.equal(model(z, T_, S_, y=LABELS), wanted[0])
+    assert torch.equal(inner[1], wanted[1])
+
+
+class Repeated(Average):
+    _repeated_blocks = ("Block",)
+
+    def forward(self, x, t, s):
+        return self.average(x, t, s)
+
+    def compile_repeated_blocks(self, **options):
+        self.options = options
+
+
+def test_blocks_that_a_network_names_itself_are_compiled_by_it():
+    model = adapt(Repeated())
+    assert model.compile_blocks(backend="eager") is model
+    assert model.network.options == {"backend": "eager"}
 
 
 def test_tensors_keep_their_names():
@@ -457,6 +556,11 @@ class Dictionary(nn.Module):
         (lambda: adapt(sit(), {"t": "t"}, names={"labels": "classes"}), "classes by name"),
         (lambda: adapt(XTH(), added="t - s"), "none is called time_embedding"),
         (lambda: adapt(unet(), added="t - s", added_to="embedding"), "write one of time_proj"),
+        (lambda: adapt(unet(), added="t - s", added_to=""), "write one of .*class_embedding"),
+        (lambda: adapt(unet(), names=["labels"]), r"got names = \['labels'\]"),
+        (lambda: adapt(unet(), times=["timestep"]), r"got times = \['timestep'\]"),
+        (lambda: adapt(unet(), output="sample"), "got output = 'sample'"),
+        (lambda: adapt(unet(), added="t - s").add_time("s"), "an added time already"),
         (lambda: adapt(unet(), added="t - s", added_to="conv_act"), "without a linear layer"),
         (lambda: adapt(unet(), added_to="time_embedding"), "added='t - s' too"),
         (lambda: adapt(unet(), factor="-1"), "factor = '-1'"),
@@ -485,6 +589,14 @@ def test_what_cannot_be_called_is_one_clear_error(model, cond, says):
         model()(torch.randn(3, 3), T_.float(), S_.float(), **cond)
     with pytest.raises(InputError, match=says):
         CrossFlowLoss()(model(), torch.randn(3, 3), cond=cond)
+
+
+def test_a_message_names_eight_modules_at_most():
+    network = sit()
+    network.times = nn.ModuleList(nn.Identity() for _ in range(20))
+    with pytest.raises(InputError) as caught:
+        adapt(network, {"t": "t"}, added="t - s", added_to="time")
+    assert len(str(caught.value).rpartition("write one of ")[2].split(", ")) == 8
 
 
 def test_a_module_that_returns_another_shape_than_an_embedding_is_refused():
