@@ -11,6 +11,7 @@ pytest.importorskip("timm")
 from flowspace import (
     AbsoluteError,
     CrossFlowLoss,
+    HuberError,
     InputError,
     LinearSchedule,
     RunError,
@@ -82,6 +83,20 @@ def test_below_counts_only_the_rows_that_are_nearer_to_the_data():
     assert torch.equal(none, torch.zeros(4)) and torch.equal(x.grad, torch.zeros_like(x))
     with pytest.raises(InputError, match="without times"):
         PerceptualLoss(features, below=0.6)(x, y)
+
+
+@pytest.mark.parametrize("penalty", [SquaredError(), HuberError()])
+def test_below_takes_what_autocast_rounds(penalty):
+    """The penalties of some rows are not always of the prediction's type."""
+    features, x, y = Small(), pictures().requires_grad_(), pictures(seed=1)
+    t = torch.tensor([0.2, 0.9, 0.5, 1.0])
+    with torch.autocast("cpu", torch.bfloat16):
+        whole = PerceptualLoss(features, penalty)(x, y)
+        some = PerceptualLoss(features, penalty, below=0.6)(x, y, t)
+    assert some.dtype == whole.dtype
+    torch.testing.assert_close(some, torch.where(t < 0.6, whole, 0.0))
+    some.float().sum().backward()
+    assert x.grad.isfinite().all()
 
 
 def test_unit_features_do_not_see_their_size():

@@ -235,10 +235,10 @@ class PerceptualLoss:
                 "out.t)"
             )
         rows = (t < self.below).nonzero().squeeze(1)
-        found = prediction.new_zeros(len(prediction))
         if not len(rows):
-            return found + 0 * prediction.sum()
+            return prediction.new_zeros(len(prediction)) + 0 * prediction.sum()
         distance = self._distance(prediction[rows], target[rows])
+        found = distance.new_zeros(len(prediction))  # in autocast's type, not the prediction's
         return found.index_add(0, rows, distance)
 
     def _distance(self, prediction: Tensor, target: Tensor) -> Tensor:
