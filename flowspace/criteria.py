@@ -306,7 +306,7 @@ def _is_mean_flow(c: Coefficients) -> bool:
 def _advice_for_no_sample(gamma: float, delta: float) -> str:
     factor = -delta
     is_proportional = abs(gamma - factor) < LIMIT_TOLERANCE * abs(factor)
-    if 0 < abs(factor) < math.inf and is_proportional:
+    if is_proportional:
         return (
             f"f at (1, 0) is {factor:.6g} times a sample: divide gamma and delta by {factor:.6g}"
         )

@@ -224,6 +224,14 @@ def test_the_consistency_loss_refuses_a_kappa_that_is_not_zero(statistic):
         ConsistencyLoss(statistic=statistic)
 
 
+def test_a_kappa_that_is_zero_but_for_rounding_is_zero():
+    def one(t, s):
+        return torch.sin(9 * t) ** 2 + torch.cos(9 * t) ** 2
+
+    statistic = Statistic(one, lambda t, s: -ones(t, s))
+    assert statistic.coefficients(LINEAR).data_vanishes
+
+
 def test_a_kappa_that_is_zero_at_noise_alone_is_no_kappa_of_zero():
     assert ZERO_AT_NOISE.coefficients(LINEAR).data_vanishes
     assert "without Criterion 1" in check_criteria(LINEAR, ZERO_AT_NOISE).advice
@@ -353,11 +361,52 @@ def test_a_match_is_relative_to_what_is_matched():
             "gamma(1,0) is undefined, delta(1,0) is infinite",
         ),
         (callable_mean_flow(), "gamma(1,0) = 0, delta(1,0) = 1"),
+        (
+            Statistic("1", "1/(t + s - 1)"),
+            "gamma(1,0) is undefined, delta(1,0) is infinite",
+        ),
+        (
+            Statistic("2/(t + s - 1)", "1/(t + s - 1)"),
+            "gamma(1,0) is infinite, delta(1,0) is infinite",
+        ),
+        (
+            Statistic("sin(s)**2 + cos(s)**2 - 1", "1/s"),
+            "gamma(1,0) = 0, delta(1,0) is infinite",
+        ),
+        (Statistic("1", "-1/sqrt(s)"), "gamma(1,0) = 1, delta(1,0) is infinite"),
+        (Statistic("1", "-10**10"), "gamma(1,0) = 1, delta(1,0) = -1e+10"),
+        (Statistic("1", "-1.001"), "gamma(1,0) = 1, delta(1,0) = -1.001"),
+        (Statistic("1.001", "-1"), "gamma(1,0) = 1.001, delta(1,0) = -1"),
     ],
-    ids=["infinite", "undefined", "callable"],
+    ids=[
+        "infinite",
+        "undefined",
+        "callable",
+        "zero over zero",
+        "over zero",
+        "rounding",
+        "slowly infinite",
+        "large",
+        "delta is near",
+        "gamma is near",
+    ],
 )
 def test_the_values_at_noise_are_numbers_infinite_or_undefined(statistic, values):
     assert f"Criterion 2 FAILS  {values}: f at" in str(check_criteria(LINEAR, statistic))
+
+
+@pytest.mark.parametrize(
+    "statistic",
+    [
+        Statistic("1", "-2*(1 - cos(s))/s**2"),
+        Statistic("1", "-(1 - t)/sin(1 - t)"),
+        Statistic("1.00001", "-1.00001"),
+        Statistic(ones, lambda t, s: -((s / (1 - (1 - s))) ** 2)),
+    ],
+    ids=["second order in s", "first order in 1 - t", "rounded", "callable"],
+)
+def test_0_over_0_at_noise_has_its_limit_and_rounding_is_no_failure(statistic):
+    assert check_criteria(LINEAR, statistic).criterion2
 
 
 @pytest.mark.parametrize(
@@ -368,11 +417,18 @@ def test_the_values_at_noise_are_numbers_infinite_or_undefined(statistic, values
         (Statistic.from_kappa(LINEAR, "s", "-(1 - s)"), {"s = t", "t = 1", "t -> 0"}),
         (Statistic("1/s", "-1"), {"s = 0", "t -> 0"}),
         (Statistic("1", "1 + t"), set()),
+        (Statistic("1", "t**2/(t - s)"), {"t -> 0"}),
     ],
 )
 def test_every_edge_on_which_a_coefficient_is_infinite_is_named(statistic, singular):
     """A corner lies on two edges."""
     assert set(check_criteria(LINEAR, statistic).singular) == singular
+
+
+def test_a_report_writes_formulas_in_their_shortest_form():
+    report = check_criteria(LINEAR, Statistic("1", "1/(sin(t)**2 + cos(t)**2 - s)"))
+    assert "delta(t, s) = 1/(1 - s)\n" in str(report) and "b = 1 - s\n" in str(report)
+    assert r"R = \left(1 - s\right) D_t f - " in report.latex()
 
 
 AVERAGE = "f is the average velocity"

@@ -44,7 +44,8 @@ from flowspace import (
 from flowspace.expressions import S as s
 from flowspace.expressions import T as t
 from flowspace.expressions import TimeFunction
-from flowspace.statistics import AbstractStatistic
+from flowspace.statistics import AbstractStatistic, worst_on_diagonal
+from flowspace.time_functions import NUDGE
 
 LINEAR, COSINE = PRESETS["linear"], PRESETS["cosine"]
 TIMES = torch.linspace(TIME_FLOOR, 1, 25, dtype=torch.float64)
@@ -574,13 +575,30 @@ def test_a_step_keeps_the_precision_of_the_states():
 
 
 @pytest.mark.parametrize(
-    "delta", ["0", 0, "t - t", lambda t, s: torch.zeros_like(t), "sin(pi*t)*0"]
+    "delta",
+    [
+        "0",
+        0,
+        "t - t",
+        lambda t, s: torch.zeros_like(t),
+        "sin(pi*t)*0",
+        lambda t, s: torch.full_like(t, 1e-16),
+    ],
 )
 def test_a_delta_of_zero_is_refused(delta):
     with pytest.raises(CriterionError, match="zero inside"):
         Statistic("1", delta)
     with pytest.raises(CriterionError, match="zero inside"):
         Statistic.from_kappa(LINEAR, "s", delta)
+
+
+def test_a_small_delta_is_no_delta_of_zero():
+    Statistic("1", lambda t, s: torch.full_like(t, 1e-14))
+
+
+def test_a_size_that_is_small_is_not_infinite_however_it_grows_towards_the_diagonal():
+    size, _ = worst_on_diagonal(lambda t, s: torch.where(t - s < 10 * NUDGE, 1.0, 0.0))
+    assert size == 1
 
 
 def test_from_kappa_names_the_delta_that_came():
