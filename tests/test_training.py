@@ -3,8 +3,11 @@
 """
 
 import os
+import re
+import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -29,6 +32,7 @@ from flowspace.training import (
     share_of,
     unpacked,
 )
+from flowspace.training import checkpoints as locks
 from flowspace.training.checkpoints import digest_of, flatten_optimizer, restore_optimizer
 
 CPU = torch.device("cpu")
@@ -448,3 +452,28 @@ def test_a_folder_is_one_processs_until_it_ends(tmp_path):
     other.communicate()
     with locked(tmp_path):
         assert str(os.getpid()) in (tmp_path / "lock").read_text()
+
+
+def test_a_lock_says_whose_it_is_and_nothing_of_whom_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "LONGEST_GOODBYE", 0.0)
+    folder, own = tmp_path / "runs" / "one", f"process {os.getpid()} on {socket.gethostname()}"
+    with locked(folder):
+        pass
+    (folder / "lock").write_text("process 1 on a machine of a long name\n" * 3)
+    with locked(folder):
+        assert (folder / "lock").read_text() == f"{own}\n"
+        used = re.escape(f"{folder} is used by {own}; wait for it")
+        with pytest.raises(RunError, match=used), locked(folder):
+            pass
+        (folder / "lock").write_text("")  # as it is before its process has said so
+        with pytest.raises(RunError, match="is used by another process; wait"), locked(folder):
+            pass
+
+
+def test_a_lock_that_is_let_go_soon_is_waited_for(tmp_path):
+    held = locked(tmp_path)
+    held.__enter__()
+    letting_go = threading.Timer(0.3, held.__exit__, (None, None, None))
+    letting_go.start()
+    with locked(tmp_path):
+        letting_go.join()
