@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,6 +91,36 @@ def test_a_profile_prints_what_stands_beside_its_parts():
     assert lines[0].startswith("12.3 ms a step on NVIDIA H100") and len(lines) == 3
     more = profiling.lines_of(found | {"idle": 0.125, "utilisation": 0.4})
     assert more == [*lines, "the card computes nothing: 12.5%", "of the card's peak: 40.0%"]
+
+
+def event(key, host, device=0.0, kernel=False):
+    """What the profiler says of one name: microseconds of the host and of a card's kernels."""
+    kind = torch.autograd.DeviceType.CPU
+    if kernel:
+        kind = torch.autograd.DeviceType.CUDA
+    return SimpleNamespace(
+        key=key,
+        device_type=kind,
+        cpu_time_total=host,
+        device_time_total=device,
+        self_device_time_total=device,
+        is_user_annotation=False,
+    )
+
+
+def test_kernels_that_autograd_starts_are_the_backward_passs():
+    """It starts them in a thread of its own, and the profiler counts those of a part's thread."""
+    events = [
+        event("step", 1000.0, 310.0),
+        event("flow", 200.0, 300.0),
+        event("backward", 500.0, 10.0),
+        event("one kernel", 0.0, 310.0, kernel=True),
+        event("another kernel", 0.0, 490.0, kernel=True),
+    ]
+    assert profiling.shares_of(events, card=True) == {"flow": 0.3, "backward": 0.5}
+    assert profiling.shares_of(events, card=False) == {"flow": 0.2, "backward": 0.5}
+    del events[-1]
+    assert profiling.shares_of(events, card=True)["backward"] == 0.01
 
 
 @pytest.mark.filterwarnings("ignore")  # dynamo's own, and torchvision's of lpips

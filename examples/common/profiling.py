@@ -86,35 +86,23 @@ class Profile:
             self.profiler.stop()
             self.write()
 
-    def time_of(self, event: Any) -> float:
-        """Return the time of a part in microseconds: of its kernels, or of a CPU that has none."""
-        if self.accelerator.device.type == "cuda":
-            return event.device_time_total
-        return event.cpu_time_total
-
     def write(self) -> None:
         """Leave the trace and the table, and print the table."""
         if not self.accelerator.is_main_process:
             return
         self.profiler.export_chrome_trace(str(self.folder / "trace.json"))
         events = list(self.profiler.key_averages())
-        on_host = {}
-        for event in events:
-            if event.device_type == DeviceType.CPU:
-                on_host[event.key] = event
-        whole = on_host["step"].cpu_time_total
-        shares = {}
-        for part in PARTS:
-            if part in on_host:
-                shares[part] = self.time_of(on_host[part]) / whole
+        card = self.accelerator.device.type == "cuda"
+        whole = on_host(events)["step"].cpu_time_total
+        shares = shares_of(events, card)
         found: dict[str, Any] = {
             "device": name_of(self.accelerator.device),
             "milliseconds": whole / self.active / 1000,
             "shares": shares | {"other": 1 - sum(shares.values())},
         }
-        if self.accelerator.device.type == "cuda":
+        if card:
             found["idle"] = max(0.0, 1 - busy_time(events) / whole)
-        if self.utilisation and any(card in found["device"] for card in KNOWN):
+        if self.utilisation and any(known in found["device"] for known in KNOWN):
             last = self.first + self.steps
             found["utilisation"] = self.utilisation(found["milliseconds"] / 1000, last)
         text = json.dumps(found, indent=2)
@@ -131,6 +119,34 @@ def lines_of(found: Mapping[str, Any]) -> list[str]:
         if name in found:
             lines.append(f"{words}: {found[name]:.1%}")
     return lines
+
+
+def on_host(events: Sequence[Any]) -> dict[str, Any]:
+    """Return the events of the host by their names."""
+    return {event.key: event for event in events if event.device_type == DeviceType.CPU}
+
+
+def shares_of(events: Sequence[Any], card: bool) -> dict[str, float]:
+    """Return the share of each part in the time of a step.
+
+    On a card a part's time is its kernels'. The profiler gives a part those that its own thread
+    started, and autograd has threads of its own: what they started is the backward pass's.
+
+    Args:
+        events: averages by name, as the profiler gives them.
+        card: whether the steps ran on one.
+    """
+    host = on_host(events)
+    whole = host["step"].cpu_time_total
+    times = {}
+    for part in PARTS:
+        if part in host:
+            times[part] = host[part].cpu_time_total
+            if card:
+                times[part] = host[part].device_time_total
+    if card and "backward" in times:
+        times["backward"] += max(0.0, busy_time(events) - host["step"].device_time_total)
+    return {part: time / whole for part, time in times.items()}
 
 
 def busy_time(events: Sequence[Any]) -> float:
