@@ -52,11 +52,114 @@ def test_frechet_distance_is_symmetric_shift_invariant_and_zero_for_equals(seed)
     )
 
 
+@given(st.integers(0, 100), st.sampled_from([3, 8, 40]))
+def test_frechet_distance_of_correlated_features_few_or_many(seed, count):
+    """The root's trace is the sum of the roots of the eigenvalues of C1 C2; few rows leave some
+    of them zero.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    a, b, mixed = (
+        torch.randn(rows, 6, generator=generator, dtype=torch.float64) for rows in (count, 50, 6)
+    )
+    a, b = a @ mixed, b + 1
+    c1, c2 = torch.cov(a.T), torch.cov(b.T)
+    roots = torch.linalg.eigvals(c1 @ c2).real.clamp(min=0).sqrt().sum()
+    wanted = (a.mean(0) - b.mean(0)).square().sum() + c1.trace() + c2.trace() - 2 * roots
+    assert metrics.frechet_distance(a, b) == pytest.approx(float(wanted), rel=1e-5)
+    assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-5)
+
+
+def test_moments_of_features_are_formed_in_float64():
+    a, b = (1000 + torch.randn(2, 500, 4)).double()
+    found = metrics.frechet_distance(a.float(), b.float())
+    assert found == pytest.approx(metrics.frechet_distance(a.float().double(), b.float().double()))
+
+
 def test_diversity_scales_with_the_images_and_is_zero_for_copies():
     images, labels = torch.randn(60, 1, 4, 4), torch.arange(60) % 3
     assert metrics.diversity(images / 2, labels, images, labels) == pytest.approx(0.5)
     copies = images[:3].repeat(20, 1, 1, 1)
     assert metrics.diversity(copies, labels, images, labels) == pytest.approx(0, abs=1e-6)
+
+
+def test_pairs_are_of_one_class_and_classes_count_alike(monkeypatch):
+    """Those of the first class are 1 apart, those of the second 3; the third has one image."""
+    rows = torch.tensor([0.0, 1.0, 5.0, 8.0, 11.0, 9.0]).reshape(-1, 1, 1, 1)
+    labels = torch.tensor([0, 0, 1, 1, 1, 2])
+    assert metrics.within_class_distance(rows, labels) == pytest.approx((1 + 4) / 2)
+    monkeypatch.setattr(metrics, "MOST_PAIRED", 2)
+    assert metrics.within_class_distance(rows, labels) == pytest.approx((1 + 3) / 2)
+
+
+class HandJudge(nn.Module):
+    """Features by one matrix, classes by another; remembers how many images it saw at once."""
+
+    def __init__(self, seed):
+        super().__init__()
+        draw = torch.Generator().manual_seed(seed)
+        self.matrix = nn.Parameter(torch.randn(16, 3, generator=draw))
+        self.head, self.seen = nn.Linear(3, 2), []
+        nn.init.normal_(self.head.weight, generator=draw)
+
+    def features(self, images):
+        self.seen.append((len(images), images.dtype, torch.is_grad_enabled()))
+        return images.flatten(1) @ self.matrix
+
+
+@pytest.fixture
+def judged(monkeypatch):
+    """Two judges of uint8 pictures in two classes, of which twelve are compared at a time."""
+    monkeypatch.setattr(metrics, "AT_ONCE", 5)
+    monkeypatch.setattr(data, "MOST_JUDGED", 12)
+    pictures = torch.randint(0, 256, (60, 1, 4, 4), dtype=torch.uint8)
+    labels = torch.arange(60) // 2 % 2
+    held = data.Data(
+        pictures[:40], labels[:40], pictures[40:], labels[40:], class_names=("a", "b")
+    )
+    return metrics.Judge((HandJudge(0), HandJudge(1)), held)
+
+
+def test_a_verdict_is_the_mean_of_the_judges_over_sets_of_the_size_that_is_compared(judged):
+    made, labels = torch.rand(24, 1, 4, 4) * 2 - 1, torch.arange(24) % 2
+    held = judged.data
+    test = held.test_images / 127.5 - 1
+    accuracies, distances = [], []
+    for network in judged.networks:
+        found, wanted = (x.flatten(1) @ network.matrix.detach() for x in (made, test))
+        accuracies.append((network.head(found).argmax(1) == labels).double().mean())
+        distances += [metrics.frechet_distance(part, wanted) for part in found.split(12)]
+    verdict = judged.score(made, labels, 7.0)
+    assert verdict.accuracy == pytest.approx(float(sum(accuracies)) / 2)
+    assert verdict.frechet == pytest.approx(sum(distances) / 4)
+    spread = metrics.diversity(made, labels, test, held.test_labels)
+    assert verdict.diversity == pytest.approx(spread) and verdict.milliseconds == 7
+    for network in judged.networks:
+        assert {seen[1:] for seen in network.seen} == {(torch.float32, False)}
+        assert max(count for count, _, _ in network.seen) == 5
+
+
+def test_pictures_are_judged_alike_whether_they_are_kept_in_bytes_or_not(judged):
+    held = judged.data
+    images, labels = held.half(0)
+    assert judged.score(images, labels) == judged.score(data.in_range(images), labels)
+
+
+def test_real_pictures_have_the_accuracy_of_the_test_and_the_distance_of_the_rest(judged):
+    held = judged.data
+    real, unseen = judged.real(), judged.score(*held.compared())
+    test = judged.score(held.test_images, held.test_labels)
+    assert (real.accuracy, real.frechet, real.diversity) == (
+        test.accuracy,
+        unseen.frechet,
+        unseen.diversity,
+    )
+    assert test.accuracy != unseen.accuracy and test.frechet < unseen.frechet
+
+
+def test_without_classes_there_is_no_accuracy(judged):
+    held = dataclasses.replace(judged.data, conditional=False)
+    verdict = metrics.Judge(judged.networks, held).real()
+    assert verdict.accuracy is None and verdict.frechet > 0
 
 
 def test_nothing_is_judged_by_what_it_was_trained_on():
