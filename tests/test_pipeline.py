@@ -28,6 +28,7 @@ from flowspace import (
 )
 from flowspace.vision import CrossFlowGenerator
 from flowspace.vision.card import model_card
+from flowspace.vision.one_step import OneStepPipeline
 from flowspace.vision.pipeline import CrossFlowDecoder, CrossFlowPipeline
 from flowspace.vision.standalone import standalone
 
@@ -156,6 +157,63 @@ def test_pictures_may_be_rectangles():
 def test_misuse_is_one_clear_error(call, says):
     with pytest.raises(InputError, match=says):
         call(CrossFlowPipeline(network()))
+
+
+def test_the_pipeline_that_is_shipped_evaluates_once_and_draws_one_where_nothing_is_said():
+    made, seen = network(classes=0), []
+    made.register_forward_hook(lambda *call: seen.append(call[1]))
+    pipeline = OneStepPipeline(made)
+    images = pipeline(generator=draw(), output_type="pt").images
+    [(noise, t, s)] = seen
+    assert torch.equal(noise, torch.randn(1, 4, 4, 4, generator=draw()))
+    assert (t.tolist(), s.tolist()) == ([1], [0])
+    assert torch.equal(images, made(noise, t, s)) and not images.requires_grad
+    again = pipeline(count=1, latents=noise.double(), output_type="pt", return_dict=False)
+    assert torch.equal(again[0], images)
+    pictures = pipeline(latents=30 * noise, output_type="np").images
+    wide = pipeline(latents=30 * noise, output_type="pt").images
+    assert wide.abs().max() > 1
+    wanted = (wide.clamp(-1, 1) + 1) / 2
+    torch.testing.assert_close(torch.tensor(pictures), wanted.permute(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 3.0])
+def test_its_guidance_is_of_any_strength(scale):
+    pipeline = OneStepPipeline(network(null_trained=True))
+    guided, one, none = (
+        pipeline(labels=[label, 3], generator=draw(), scale=given, output_type="pt").images[:1]
+        for label, given in ((0, scale), (0, 1.0), (5, 1.0))
+    )
+    torch.testing.assert_close(guided, none + scale * (one - none))
+
+
+def test_of_a_generator_in_bfloat16_it_draws_noise_of_that_and_returns_float32():
+    made, seen = network().bfloat16(), []
+    made.register_forward_hook(lambda *call: seen.append(call[1][0].dtype))
+    images = OneStepPipeline(made)(labels=[1], output_type="pt").images
+    assert seen == [torch.bfloat16] and images.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("changes", "call", "says"),
+    [
+        ({}, {}, "got no labels for a generator of 5 classes"),
+        ({}, {"labels": [-1]}, "integers from 0 to 4"),
+        ({}, {"labels": [6]}, "integers from 0 to 4"),
+        ({}, {"labels": [0.5]}, "integers from 0 to 4"),
+        ({}, {"labels": [[0]]}, "integers from 0 to 4"),
+        ({}, {"labels": [5]}, "null"),
+        ({}, {"labels": [0], "scale": 2.0}, "null"),
+        ({}, {"labels": [0], "output_type": "jpg"}, "write one of 'pil', 'np', 'pt'"),
+        ({}, {"labels": [0], "latents": torch.zeros(2, 4, 4, 4)}, r"takes \(1, 4, 4, 4\)"),
+        ({}, {"labels": [0], "latents": torch.zeros(1, 4, 2, 8)}, r"takes \(1, 4, 4, 4\)"),
+        ({"classes": 0}, {"labels": [0]}, "write count= instead"),
+        ({"classes": 0}, {"scale": 2.0}, "got scale for a generator without classes"),
+    ],
+)
+def test_what_the_shipped_pipeline_cannot_draw_is_one_clear_error(changes, call, says):
+    with pytest.raises(InputError, match=says):
+        OneStepPipeline(network(**changes))(**call)
 
 
 # --- the decoder

@@ -56,7 +56,8 @@ class OneStepPipeline(DiffusionPipeline):
             count: how many images a generator without classes draws.
             generator: the source of the noise: one, or one for each image, which makes an image
                 independent of its batch.
-            latents: the noise itself, ``(B, channels, h, w)``, instead of ``generator``.
+            latents: the noise itself, ``(B, channels, h, w)``, instead of ``generator``; of any
+                precision.
             scale: of classifier-free guidance, for a generator whose null class was trained; other
                 than 1 costs a second evaluation.
             output_type: ``"pil"``, ``"np"`` (floats in [0, 1], channels last) or ``"pt"`` (in [-1,
@@ -116,7 +117,7 @@ class OneStepPipeline(DiffusionPipeline):
             raise InputError(
                 f"got latents of shape {tuple(latents.shape)}; this generator takes {shape}"
             )
-        return latents.to(network.device)
+        return latents.to(network.device, network.dtype)
 
     def _classes(self, labels: Sequence[int] | Tensor | None) -> Tensor | None:
         """Return the labels on the network's device, checked; None where it has no classes."""
