@@ -5,6 +5,7 @@ import json
 import os
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 
 from flowspace import InputError
 from flowspace.cli import main
-from flowspace.demo import emoji, results, sets
+from flowspace.demo import digits, emoji, results, sets, stage_one
 from flowspace.demo.data import SETTINGS, Data
 from flowspace.demo.loop import Trainer, TrainSettings
 from flowspace.demo.picture_networks import (
@@ -366,6 +367,26 @@ class Everywhere:
 
 
 # --- the record
+
+
+def test_what_decodes_is_where_the_networks_are(tmp_path, monkeypatch):
+    """A network on a GPU hands the decoder latents that are there."""
+    device, seen = torch.device("meta"), []
+
+    class Decoder:
+        def decode(self, latents):
+            seen.append(latents.device)
+            return torch.zeros(len(latents), 3, 28, 28)
+
+    monkeypatch.setattr(stage_one, "_classifier", lambda *rest: torch.nn.Identity())
+    monkeypatch.setattr(stage_one.FeatureDistance, "of", lambda *rest: None)
+    settings, data = sets.pictures("shapes", drawn_shapes(28))
+    world, _ = stage_one.prepare(data, settings, tmp_path, device)
+    kept = {value.device for value in world.autoencoder.state_dict().values()}
+    assert kept == {world.device} == {device} and world.latents.device.type == "cpu"
+    method = digits.Method("decoder", digits.CrossFlowLoss())
+    images, _, _ = digits.draw(method, None, replace(world, autoencoder=Decoder()), 0)
+    assert set(seen) == {device} and images.device.type == "cpu"
 
 
 def test_the_nearest_picture_is_found_and_its_distance_is_a_root_mean_square():

@@ -298,9 +298,12 @@ def draw(
         images, seconds = method.draw(network, world, noise, labels, steps)
         return images, labels, 1000 * seconds / count
     start = time.perf_counter()
+    parts = []
     with torch.no_grad():
-        images = torch.cat([world.autoencoder.decode(z) for z in noise.split(AT_ONCE)])
-    return images, labels, 1000 * (time.perf_counter() - start) / count
+        for z in noise.split(AT_ONCE):
+            decoded = world.autoencoder.decode(z.to(world.device))
+            parts.append(decoded.cpu())
+    return torch.cat(parts), labels, 1000 * (time.perf_counter() - start) / count
 
 
 def shifted(first: Tensor, second: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:

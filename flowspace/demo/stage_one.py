@@ -75,13 +75,14 @@ class FeatureDistance:
 @dataclass(frozen=True)
 class World:
     """What every method is given: data, the frozen autoencoder, the latents, the perceptual
-    distance.
+    distance, and the device of its networks; data and latents are on the CPU.
     """
 
     data: Data
     autoencoder: Autoencoder | Patches | Components
     latents: Tensor
     perceptual: FeatureDistance
+    device: torch.device = CPU
 
 
 def prepare(
@@ -102,7 +103,8 @@ def prepare(
         judges.append(_classifier(f"judge-{k}", data, settings, folder, device))
     spread = data.images[:: -(-len(data.images) // MANY)]
     perceptual = FeatureDistance.of(features, spread)
-    return World(data, autoencoder, latents, perceptual), Judge(tuple(judges), data)
+    autoencoder.to(device)  # whose decoder is given what a network on the device made
+    return World(data, autoencoder, latents, perceptual, device), Judge(tuple(judges), data)
 
 
 def _classifier(
