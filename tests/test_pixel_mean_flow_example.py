@@ -59,6 +59,14 @@ def test_a_run_that_is_continued_ends_at_the_weights_of_one_that_was_not_stopped
     assert "Not judged yet" in page and page.count("<img") >= 2 and "<svg" in page
 
 
+def test_the_page_names_the_device_of_the_network(tmp_path, monkeypatch):
+    config = config_of(tmp_path / "run")
+    monkeypatch.setattr(program, "beside", lambda *rest: "")
+    monkeypatch.setattr(program.page, "curves", lambda log: [])
+    path = program.report(config, torch.nn.Linear(1, 1, device="meta"))
+    assert "meta, " in path.read_text()
+
+
 def run_until(config, step):
     """Stop a run as SIGTERM does, after a step was saved."""
     import loop

@@ -297,6 +297,7 @@ def report(config: PixelMeanFlowConfig, network: nn.Module) -> Path:
     images = images_of(config.data, config.out.parent)
     folder = config.out / "network"
     log = journal.latest(folder)
+    device = next(network.parameters()).device
     command = f"python {PROGRAM} CONFIG out={config.out} --evaluate"
     parts: list[Any] = [
         *page.unfinished(config, len(images), log),
@@ -305,7 +306,7 @@ def report(config: PixelMeanFlowConfig, network: nn.Module) -> Path:
         *page.scores_tables(config.out, command),
         *page.sheets_over_training(folder),
         *page.curves(log),
-        page.provenance(log, torch.device("cpu")),
+        page.provenance(log, device),
         page.settings_table(reading.as_dict(config)),
     ]
     return page.write(config.out / "report.html", config.name, parts)
