@@ -606,6 +606,7 @@ def test_row_numbers_go_to_a_gpu_from_pinned_memory_and_nothing_waits():
     assert sent(Rows(), torch.device("cpu")) == ("cpu", False, False)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU to wait for")
 def test_on_a_gpu_a_step_of_a_cascade_waits_for_nothing():
     images = torch.randn(6, 1, 8, 8, device="cuda")

@@ -64,6 +64,7 @@ def test_a_step_with_given_times_is_seen_to_wait():
         CrossFlowLoss()(Net(), torch.randn(8, 6), t=t, s=t / 2)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU to wait for")
 def test_on_a_gpu_torch_sees_no_wait_in_a_step():
     net, loss, z = Net().cuda(), CrossFlowLoss(), torch.randn(8, 6, device="cuda")

@@ -15,9 +15,10 @@ memory is needed than for one block:
   queries of some heads of some rows; else it is some queries of one head, for one or several rows.
   The memory of S is used for dS;
 * traced, `_traced_tangent`: a block is some queries of all heads and rows, as formulas without
-  writes, which a compiler fuses.
+  writes, which a compiler fuses;
+* on a GPU in half precision, without a mask, `attention_kernel`: one kernel, eager and traced.
 
-Both work on tensors with four axes: (rows, heads, tokens, channels).
+All work on tensors with four axes: (rows, heads, tokens, channels).
 """
 
 import itertools
@@ -28,7 +29,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flowspace.derivatives.rules.dual import shared_rows
+from flowspace.derivatives.rules import attention_kernel
+from flowspace.derivatives.rules.dual import Layout, check_same_rows, shared_rows, whole_primal
 from flowspace.derivatives.rules.registry import At, Call, rule, sum_of, tangent_of
 
 BLOCK_ELEMENTS = 1 << 17
@@ -123,15 +125,19 @@ def scaled_dot_product_attention(  # noqa: PLR0913  # torch's arguments
         layout = layout.on(out.ndim - dual.ndim + layout.axis)
         shape = layout.shape(shape)
     given = Operands(query, key, value, attn_mask)
+    whole, tangents = given.map(whole_primal), given.map(tangent_of)
+    if scale is None:
+        scale = 1 / math.sqrt(whole.query.shape[-1])
+    form = Form(scale, is_causal, call.traced)
+    check_same_rows(call.duals)
+    tangent = _kernel_tangent(whole, tangents, form, dual.layout)
+    if tangent is not None:
+        return At(tangent, layout)
     primals = given.map(shared_rows(call.duals))
-    tangents = given.map(tangent_of)
     if enable_gqa:
         times = primals.query.shape[-3] // primals.key.shape[-3]
         primals = primals.repeat_heads(times)
         tangents = tangents.repeat_heads(times)
-    if scale is None:
-        scale = 1 / math.sqrt(primals.query.shape[-1])
-    form = Form(scale, is_causal, call.traced)
     # all axes before tokens and channels, two at least: the last of them is called heads
     lead = list(shape[:-2])
     while len(lead) < 2:
@@ -169,6 +175,31 @@ def _cut(x: Tensor | None, block: slice) -> Tensor | None:
     if x is None or x.shape[-2] == 1:
         return x
     return x[..., block, :]
+
+
+# --- on a GPU
+
+
+def _kernel_tangent(
+    primals: Operands, tangents: Operands, form: Form, layout: Layout | None
+) -> Tensor | None:
+    """Return the tangent by the kernel, or None where it does not take these operands.
+
+    The primals have every row of the batch, of which the kernel reads those that move.
+    """
+    *operands, mask = primals
+    if mask is not None or not attention_kernel.takes(operands):
+        return None
+    rows = None
+    if layout is not None:
+        if layout[:3] != (0, 1, 1):
+            return None
+        rows = layout.chosen.indices
+    dtype = primals.query.dtype
+    query, key, value, _ = tangents.map(lambda x: x.to(dtype))
+    return attention_kernel.attention_tangent(
+        *operands, query, key, value, rows, form.scale, form.causal
+    )
 
 
 # --- eager

@@ -121,23 +121,34 @@ def rms_norm(
         call.out, scale = call.run(rms_norm_and_scale, *given)
         scale = restrict(scale, x.layout)
     rows, tangent = x.rows, x.tangent
-    # in at least float32, as torch forms it, default eps included
-    dtype = rows.dtype
-    if dtype is not torch.float32:
-        dtype = torch.promote_types(dtype, torch.float32)
-        rows, tangent = rows.to(dtype), tangent.to(dtype)
-    count = math.prod(normalized_shape)
-    if scale is None:
-        if eps is None:
-            eps = _default_eps(x.primal.dtype, dtype)
-        scale = _scale(rows, dims, count, eps)
-    u = rows * scale
-    # with sums, for a mean costs a CPU twice as much
-    share = (u * tangent).sum(dims, keepdim=True)
-    derivative = torch.addcmul(tangent, u, share, value=-1 / count).mul_(scale)
+    if scale is not None and rows.is_cuda:
+        derivative, _ = torch.ops.aten._fused_rms_norm_backward.default(
+            tangent.to(rows.dtype), rows, normalized_shape, scale, None, INPUT_ONLY[:2]
+        )
+    else:
+        derivative = _of_unit(rows, tangent, dims, scale, eps)
     if weight is not None:
         derivative.mul_(weight)
     return At(derivative, x.layout)
+
+
+def _of_unit(
+    x: Tensor, dx: Tensor, dims: list[int], scale: Tensor | None, eps: float | None
+) -> Tensor:
+    """Return the tangent of x / rms(x), in at least float32, as torch forms it."""
+    given = x.dtype
+    if given is not torch.float32:
+        dtype = torch.promote_types(given, torch.float32)
+        x, dx = x.to(dtype), dx.to(dtype)
+    count = math.prod(x.shape[dim] for dim in dims)
+    if scale is None:
+        if eps is None:
+            eps = _default_eps(given, x.dtype)
+        scale = _scale(x, dims, count, eps)
+    u = x * scale
+    # with sums, for a mean costs a CPU twice as much
+    share = (u * dx).sum(dims, keepdim=True)
+    return torch.addcmul(dx, u, share, value=-1 / count).mul_(scale)
 
 
 def _default_eps(given: torch.dtype, computed: torch.dtype) -> float:
@@ -176,7 +187,9 @@ def _by_kernel(x: Tensor, shape: Sequence[int], weight: Tensor | None) -> bool:
         device = "cuda"
     elif not x.is_cpu:
         return False
-    if rms_norm_and_scale is None or torch.is_autocast_enabled(device):
+    if rms_norm_and_scale is None:
+        return False
+    if torch.is_autocast_enabled(device) and not (x.is_cuda and _autocast_leaves_it()):
         return False
     shape = tuple(shape)
     if x.shape[-len(shape) :] != shape:
@@ -184,6 +197,20 @@ def _by_kernel(x: Tensor, shape: Sequence[int], weight: Tensor | None) -> bool:
     if x.is_complex() or (x.ndim > 3 and x.stride(1) == 1):
         return False
     return weight is None or (weight.dtype == x.dtype and weight.shape == shape)
+
+
+@functools.cache
+def _autocast_leaves_it() -> bool:
+    """Return whether autocast on a CUDA device leaves `rms_norm` the dtype of its input.
+
+    So it does in torch 2.11, where it casts the layer norm.
+    """
+    with unseen_by_modes(), torch.autocast("cuda", torch.bfloat16):
+        for dtype in (torch.bfloat16, torch.float32):
+            x = torch.ones(1, dtype=dtype, device="cuda")
+            if torch.rms_norm(x, (1,)).dtype != dtype:
+                return False
+    return True
 
 
 @rule("group_norm")

@@ -1,0 +1,131 @@
+"""The tangent of attention as one Triton kernel, for half precision on NVIDIA's GPUs.
+
+With S = scale q k', P = softmax(S) and dS = scale (dq k' + q dk'), a program of the kernel holds
+some queries of one head and passes over the keys once. It keeps, relative to the largest score
+so far as fused attention does,
+
+    l = rowsum(exp S)             a = rowsum(exp(S) (dS - r))
+    o = exp(S) v                  e = (exp(S) (dS - r)) v + exp(S) dv
+
+and at the end dy = (e - (a / l) o) / l. Any number r gives the same; the mean of dS under the
+probabilities of the first keys is taken from it, since what all keys share would be lost to the
+rounding of the products otherwise. Scores and sums are in float32; only the factors of products
+are rounded to the dtype of the operands, as in fused attention.
+
+The kernel reads the rows that move where they lie in the primals, so these are not copied.
+It is an operator of torch, so that a compiler calls it as it is. Triton is imported by its first
+call.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["attention_tangent", "takes"]
+
+DEVICES = frozenset({"cuda"})
+"""Where it runs."""
+
+DTYPES = frozenset({torch.bfloat16, torch.float16})
+"""Those in which the kernel was seen to be faster than the products one by one."""
+
+LARGEST_HEAD = 128
+"""Channels of a head, at most: what a program holds has to fit into its registers."""
+
+CAPABILITY = (8, 0)
+"""NVIDIA's GPUs from which on matrix units take bfloat16 (Ampere)."""
+
+_library = torch.library.Library("flowspace", "FRAGMENT")
+_library.define(
+    "attention_tangent(Tensor query, Tensor key, Tensor value, Tensor? query_tangent, "
+    "Tensor? key_tangent, Tensor? value_tangent, Tensor? rows, float scale, bool causal) "
+    "-> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
+)
+
+attention_tangent = torch.ops.flowspace.attention_tangent.default
+"""Returns the tangent ``(few, heads, queries, channels)`` of attention.
+
+Its arguments are query, key and value ``(batch, heads, tokens, channels)``; their tangents, whose
+first axis is that of the rows that move, or None; the indices ``(few,)`` of these rows in the
+batch, or None for all; the scale of the scores; and whether no query sees a later key.
+"""
+
+
+def takes(operands: Sequence[Tensor]) -> bool:
+    """Return whether the kernel takes these queries, keys and values.
+
+    They have the same rows and heads, dtype and device.
+    """
+    query, key, value = operands
+    if query.device.type not in DEVICES or query.dtype not in DTYPES or not _device_fits():
+        return False
+    for x in (key, value):
+        if x.ndim != 4 or x.dtype != query.dtype or x.shape[:2] != query.shape[:2]:
+            return False
+    return query.shape[-1] <= LARGEST_HEAD and value.shape[-1] <= LARGEST_HEAD
+
+
+@functools.cache
+def _device_fits() -> bool:
+    """Return whether the GPU has matrix units for half precision, and Triton is there."""
+    if torch.version.cuda is None or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability() >= CAPABILITY
+
+
+def _empty(query: Tensor, value: Tensor, few: int) -> Tensor:
+    """Return memory for the tangent, in which the heads of a token lie side by side: to merge
+    them next takes no copy.
+    """
+    _, heads, count, _ = query.shape
+    return query.new_empty(few, count, heads, value.shape[-1]).transpose(1, 2)
+
+
+def _few(query: Tensor, rows: Tensor | None) -> int:
+    """Return how many rows move."""
+    if rows is None:
+        return query.shape[0]
+    return rows.shape[0]
+
+
+def _launch(  # noqa: PLR0913  # the operator's arguments
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_tangent: Tensor | None,
+    key_tangent: Tensor | None,
+    value_tangent: Tensor | None,
+    rows: Tensor | None,
+    scale: float,
+    causal: bool,
+) -> Tensor:
+    """Run the kernel."""
+    from flowspace.derivatives.rules.attention_triton import launch
+
+    out = _empty(query, value, _few(query, rows))
+    primals = query, key, value
+    launch(out, primals, (query_tangent, key_tangent, value_tangent), rows, scale, causal)
+    return out
+
+
+def _without_values(  # noqa: PLR0913  # the operator's arguments
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_tangent: Tensor | None,
+    key_tangent: Tensor | None,
+    value_tangent: Tensor | None,
+    rows: Tensor | None,
+    scale: float,
+    causal: bool,
+) -> Tensor:
+    """Return what a trace takes for the tangent."""
+    return _empty(query, value, _few(query, rows))
+
+
+_library.impl("attention_tangent", _launch, "CompositeExplicitAutograd")
+torch.library.register_fake("flowspace::attention_tangent", _without_values, lib=_library)
