@@ -79,8 +79,14 @@ class Limits:
     error: float | None = 1e-5
 
 
+VIT_S = "timm ViT-S, 64 tokens"
+VIT_S_LIMITS = Limits({0.25: 1.15, 0.5: 1.25, 1.0: 1.45})
+
+
 def settings() -> list[tuple[CompiledSetting, Limits]]:
     """Return what is measured on this device, and what is to hold."""
+    if DEVICE.type == "cuda":
+        return settings_of_gpu()
     small = functools.partial(crossflow, width=96, heads=3, grid=4, classes=10)
     name = "CrossFlow-B small (width 96, 32 tokens)"
     blocks = CompiledSetting(name, small, 4, whole=False, eager=True, compiles=3)
@@ -88,20 +94,32 @@ def settings() -> list[tuple[CompiledSetting, Limits]]:
     step = Limits({0.5: 1.40}, eager=1.65)
     found = [(blocks, replace(step, compiling=1.6)), (whole, step)]
     if importlib.util.find_spec("timm"):
-        vit = CompiledSetting(
-            "timm ViT-S, 64 tokens",
-            vit_s,
-            16,
-            whole=False,
-            moving=tuple(SHARES),
-        )
-        found.append((vit, Limits({0.25: 1.15, 0.5: 1.25, 1.0: 1.45})))
-    if DEVICE.type == "cpu":
-        return found
-    found = [(setting, Limits()) for setting, _ in found]
-    for batch, most in ((32, 1.40), (128, 1.30)):
-        large = CompiledSetting("CrossFlow-B", crossflow, batch, autocast=True)
-        found.append((large, Limits({0.5: most}, error=None)))
+        vit = CompiledSetting(VIT_S, vit_s, 16, whole=False, moving=tuple(SHARES))
+        found.append((vit, VIT_S_LIMITS))
+    return found
+
+
+def settings_of_gpu() -> list[tuple[CompiledSetting, Limits]]:
+    """Return what is measured on a GPU, and what is to hold."""
+    name = "CrossFlow-B"
+    blocks = CompiledSetting(
+        name, crossflow, 32, whole=False, autocast=True, eager=True, routes=False
+    )
+    exact = replace(blocks, batch=32, autocast=False, eager=False, compiles=0)
+    graphs = CompiledSetting(
+        name, crossflow, 32, autocast=True, routes=False, compiles=0, graphs=True
+    )
+    none = Limits(error=None)
+    found = [
+        (graphs, Limits({0.5: 1.40}, error=None)),
+        (replace(graphs, batch=128), Limits({0.5: 1.30}, error=None)),
+        (replace(blocks, routes=True), replace(none, eager=1.6, compiling=1.6)),
+        (replace(blocks, batch=128, compiles=0), replace(none, eager=1.25)),
+        (exact, Limits()),
+    ]
+    if importlib.util.find_spec("timm"):
+        vit = replace(graphs, name=VIT_S, build=vit_s, batch=256, moving=tuple(SHARES))
+        found.insert(2, (vit, replace(VIT_S_LIMITS, error=None)))
     return found
 
 
@@ -136,8 +154,17 @@ class Process:
 
     def ask(self, what: str) -> Any:
         """Return what a method of `Step` returns, or a text that says what it raises."""
-        try:
+        self.tell(what)
+        return self.reply()
+
+    def tell(self, what: str) -> None:
+        """Let it run a method of `Step`."""
+        with contextlib.suppress(OSError):
             self.pipe.send(what)
+
+    def reply(self) -> Any:
+        """Return what the method returns, or a text that says what it raises."""
+        try:
             return self.pipe.recv()
         except (EOFError, OSError):
             return "its process ended"
@@ -226,35 +253,58 @@ def _run_in_turn(
     found: dict[str, Figures],
     options: Options,
 ) -> None:
-    """Start a process for each row, then let them step in turn, and tell their errors."""
-    processes: dict[str, Process] = {}
-    for name, row in rows.items():
-        print(f"starting: {setting.title}: {name}", file=sys.stderr)
-        alone = options.compile_time and row.compiled and row not in ROUTES
-        environment = CACHES
-        if alone:
-            environment = NO_CACHES
-        process = Process(setting, row, environment)
-        reply = process.ask("start")
-        if isinstance(reply, str):
-            found[name].remark = reply
-            process.end()
-            continue
-        processes[name] = process
-        compiling, warned = reply
-        found[name].remark = warned or row.remark
-        if alone:
-            found[name].compiling.append(compiling)
+    """Let a process for each row step in turn, and tell their errors."""
+    processes = _processes(setting, rows, found, options.compile_time and setting.compiles > 0)
     for _ in range(options.rounds):
         for name, process in processes.items():
             taken = process.ask("seconds")
             found[name].steps.append(taken)
     for name, process in processes.items():
-        if options.memory:
+        if options.memory and not setting.graphs:
             found[name].peak = process.figure("peak")
-        if rows[name].route is not None:
+        if rows[name].route is not None and not setting.graphs:
             found[name].error = process.figure("error")
         process.end()
+
+
+def _processes(
+    setting: CompiledSetting, rows: Mapping[str, Row], found: dict[str, Figures], alone: bool
+) -> dict[str, Process]:
+    """Return a process for each row that has run its first steps: one after the other, so that
+    the seconds to compile can be measured, or all at the same time.
+    """
+    processes: dict[str, Process] = {}
+    for name, row in rows.items():
+        print(f"starting: {setting.title}: {name}", file=sys.stderr)
+        timed = alone and row.compiled and row not in ROUTES
+        environment: Mapping[str, str] = {}
+        if alone:
+            environment = CACHES
+        if timed:
+            environment = NO_CACHES
+        processes[name] = Process(setting, row, environment)
+        processes[name].tell("start")
+        if alone:
+            _wait_for_start(processes, row, found[name], timed)
+    if not alone:
+        for name, row in rows.items():
+            _wait_for_start(processes, row, found[name], False)
+    return processes
+
+
+def _wait_for_start(
+    processes: dict[str, Process], row: Row, figures: Figures, timed: bool
+) -> None:
+    """Note what the first steps of a process came to; end it if they raised."""
+    reply = processes[row.name].reply()
+    if isinstance(reply, str):
+        figures.remark = reply
+        processes.pop(row.name).end()
+        return
+    compiling, warned = reply
+    if timed:
+        figures.compiling.append(compiling)
+    figures.remark = warned or row.remark
 
 
 def ratios(above: Figures, below: Figures) -> list[float]:
