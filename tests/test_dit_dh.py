@@ -24,6 +24,7 @@ from flowspace import (
     SharedPrimal,
 )
 from flowspace.vision import CrossFlowGenerator, DiTDH
+from flowspace.vision.dit_dh import SIZES
 from flowspace.vision.layers import FourierEmbedding, sines_of_grid
 
 SMALL = {
@@ -71,6 +72,11 @@ def test_the_large_one_has_the_published_number_of_parameters(average, millions)
     count = sum(parameter.numel() for parameter in network.parameters())
     assert count == pytest.approx(millions * 1e6, rel=5e-3)
     assert network.latent_shape == (768, 16, 16)
+
+
+@pytest.mark.parametrize(("name", "wide"), [("s", 64), ("b", 64), ("xl", 72)])
+def test_a_head_of_a_preset_is_as_wide_as_that_of_dit(name, wide):
+    assert SIZES[name]["width"] == wide * SIZES[name]["heads"]
 
 
 @pytest.mark.parametrize("name", ["s", "b", "xl"])
@@ -182,6 +188,33 @@ def test_it_begins_at_a_velocity_of_zero_and_its_frequencies_are_not_trained():
     assert torch.equal(network(z, t, s, labels=y), torch.zeros_like(z))
     assert "time.frequencies" not in dict(network.named_parameters())
     assert "time.frequencies" in network.state_dict()
+
+
+def test_both_embeddings_of_cells_begin_as_xavier_says():
+    network = small(trained=False)
+    for layer in (network.embed, network.head_embed):
+        inputs, outputs = layer.in_features, layer.out_features
+        bound = math.sqrt(6 / (inputs + outputs))
+        assert 0.9 * bound < layer.weight.abs().max() <= bound
+        assert not layer.bias.any()
+
+
+def test_without_classes_it_is_the_network_whose_label_is_embedded_by_zeros():
+    z, t, s, y = batch()
+    alone, labelled = small(classes=0), small()
+    labelled.load_state_dict(alone.state_dict(), strict=False)
+    torch.nn.init.zeros_(labelled.label.weight)
+    torch.testing.assert_close(alone(z, t, s), labelled(z, t, s, labels=y))
+
+
+def test_under_autocast_the_residual_streams_keep_the_precision_of_the_weights():
+    network, seen = small(), []
+    for block in (network.blocks[0], network.head_blocks[0]):
+        block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    z, t, s, y = batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        network(z, t, s, labels=y)
+    assert seen == [torch.float32] * 2
 
 
 def test_positions_tell_cells_apart_and_columns_come_first():
@@ -390,6 +423,8 @@ def test_what_is_not_in_raes_layout_is_one_clear_error(tmp_path):
         ("blocks.1.attn.proj.bias", torch.zeros(3), r"blocks\.1\.proj"),
         ("something.weight", torch.zeros(3), "something"),
         ("pos_embed", torch.zeros(1, 16, 32), "other positions"),
+        ("pos_embed", torch.zeros(16), "tuple index out of range"),
+        ("enc_feat_rope.freqs_cos", torch.zeros(16, 6), "width = 32, heads = 5"),
     ):
         changed = {key: tensor for key, tensor in tensors.items() if key != name}
         if value is not None:

@@ -70,6 +70,12 @@ def test_published_sizes_are_those_of_their_matrices(encoder, decoder):
     assert network.config.decoder_num_attention_heads == d // {"b": 64, "l": 64, "xl": 72}[decoder]
 
 
+def test_siglip_is_given_images_in_minus_one_to_one():
+    settings = ENCODERS["siglip2"]
+    for mean, std in zip(settings["encoder_norm_mean"], settings["encoder_norm_std"], strict=True):
+        assert ((0 - mean) / std, (1 - mean) / std) == (-1, 1)
+
+
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_a_new_decoder_leaves_the_encoder_as_it_is(encoder):
     old = tiny(encoder, latents_mean=normal(64, 4, 4), latents_std=normal(64, 4, 4).exp())
@@ -218,6 +224,21 @@ def test_the_frozen_encoder_gets_no_gradient_and_stays_in_eval_mode():
     assert len(trained) == len(list(network.autoencoder.decoder.parameters()))
     after = network.autoencoder.encoder.parameters()
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_an_encoder_that_was_trained_elsewhere_is_frozen_and_its_images_get_no_gradient():
+    autoencoder = tiny("dinov2").train()
+    autoencoder.encoder.requires_grad_(True)
+    network, x = RAEReconstruction(autoencoder), images().requires_grad_()
+    assert not any(p.requires_grad for p in autoencoder.encoder.parameters())
+    assert not any(module.training for module in autoencoder.encoder.modules())
+    made = network(x)
+    assert torch.autograd.grad(made.sum(), x, allow_unused=True) == (None,)
+
+
+def test_weights_and_spread_are_the_published_ones_where_nothing_is_said():
+    assert RAEReconstruction(tiny()).tau == 0.8
+    assert (DecoderLoss().perceptual_weight, DecoderLoss().adversarial_weight) == (1, 0.75)
 
 
 # --- the loss ----------------------------------------------------------------------------------
