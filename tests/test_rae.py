@@ -13,6 +13,7 @@ from flowspace import InputError, LinearSchedule
 from flowspace.training import Draws
 from flowspace.vision import LatentEncoder, PerceptualLoss, load_encoder
 from flowspace.vision.adversarial import LARGEST_BALANCE, AdversarialLoss, Discriminator, balance
+from flowspace.vision.encoders import RAE_EPSILON
 from flowspace.vision.perceptual import FeatureNetwork
 from flowspace.vision.rae import (
     DECODERS,
@@ -224,6 +225,20 @@ def test_the_frozen_encoder_gets_no_gradient_and_stays_in_eval_mode():
     assert len(trained) == len(list(network.autoencoder.decoder.parameters()))
     after = network.autoencoder.encoder.parameters()
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_where_features_have_no_spread_noise_is_divided_as_they_are():
+    network, noise = RAEReconstruction(tiny()), normal(2, 64, 4, 4)
+    network.autoencoder._latents_std = torch.zeros(1)
+    found = network._noise(torch.zeros_like(noise), torch.tensor([0.5, 1.0]), noise)
+    sigma = torch.tensor([0.4, 0.8]).reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(found, sigma * noise / RAE_EPSILON)
+
+
+def test_in_bfloat16_noise_of_float32_leaves_everything_in_bfloat16():
+    network = RAEReconstruction(tiny().bfloat16()).train()
+    made = network(images().bfloat16(), torch.rand(4), normal(4, *network.latent_shape))
+    assert made.dtype == torch.bfloat16 and made.isfinite().all()
 
 
 def test_an_encoder_that_was_trained_elsewhere_is_frozen_and_its_images_get_no_gradient():
