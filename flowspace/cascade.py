@@ -49,7 +49,7 @@ from flowspace.guidance import Guidance, RandomGuidance
 from flowspace.inputs import check_model, check_states, checked_cond, kind_of, require
 from flowspace.objectives import FlowMatchingLoss, LossOutput, Objective
 from flowspace.solvers import Solver, VelocityFlow
-from flowspace.times import DrawPairs, PairSampler, RandomSource, drawn_pairs
+from flowspace.times import PairSampler, RandomSource, drawn_pairs
 
 __all__ = [
     "Cascade",
@@ -519,6 +519,7 @@ class CascadeLoss:
         """
         objective = copy.copy(self._objectives[stage.index])
         object.__setattr__(objective, "times", pairs)
+        object.__setattr__(objective, "_drawn", True)  # `_pairs` has looked at them
         return objective
 
     def _pairs(
@@ -539,12 +540,12 @@ class CascadeLoss:
             raise TimeError("got only one of t and s; give both, or neither to have them drawn")
         times = self._objectives[0].times
         if all(each.times == times for each in self._objectives):
-            drawn = _drawn_pairs(times, len(images), images, generator)
+            drawn = _drawn_pairs(self._objectives[0], len(images), images, generator)
             return [drawn.of(batch.rows) for batch in batches]
         pairs = []
         for batch in batches:
-            times = self._objectives[batch.stage.index].times
-            pairs.append(_drawn_pairs(times, len(batch.rows), images, generator))
+            objective = self._objectives[batch.stage.index]
+            pairs.append(_drawn_pairs(objective, len(batch.rows), images, generator))
         return pairs
 
     def _called_once(
@@ -600,9 +601,10 @@ class PairsOfStage(PairSampler):
 
 
 def _drawn_pairs(
-    times: DrawPairs, rows: int, images: Tensor, generator: torch.Generator | None
+    objective: Objective, rows: int, images: Tensor, generator: torch.Generator | None
 ) -> PairsOfStage:
     """Return so many times as an objective draws them, beside the images."""
+    times = objective.times
     t, s = drawn_pairs(
         times,
         rows,
@@ -610,6 +612,7 @@ def _drawn_pairs(
         device=images.device,
         dtype=torch_backend.time_dtype(images),
     )
+    objective._check_first_draw(t, s)
     most = None
     if isinstance(times, PairSampler):
         most = times.most_off_diagonal(rows)

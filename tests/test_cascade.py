@@ -41,6 +41,7 @@ from flowspace import (
 from flowspace.cascade import PairsOfStage, doubled, halved
 from flowspace.cascade import _is_idle as is_idle
 from flowspace.cascade import _sent as sent
+from flowspace.objectives import engine
 from flowspace.training import Draws, KeyedPairs
 
 SIDE, STAGES = 4, 3
@@ -604,6 +605,28 @@ def test_row_numbers_go_to_a_gpu_from_pinned_memory_and_nothing_waits():
 
     assert sent(Rows(), torch.device("cuda")) == ("cuda", True, True)
     assert sent(Rows(), torch.device("cpu")) == ("cpu", False, False)
+
+
+@pytest.mark.parametrize("times", [(NEAR, NEAR), (NEAR, FAR)], ids=["alike", "apart"])
+def test_drawn_times_are_looked_at_in_the_first_step_alone(monkeypatch, times):
+    """To look at them waits for a GPU."""
+    seen, check = [], engine.check_times
+    monkeypatch.setattr(engine, "check_times", lambda *args: seen.append(args) or check(*args))
+    loss_fn = CascadeLoss(Cascade(2), [FlowMatchingLoss(times=each) for each in times])
+    images = normal(0, 6, 1, 4, 4)
+    loss_fn(model, images)
+    assert len(seen) == len(set(times))
+    loss_fn(model, images)
+    assert len(seen) == len(set(times))
+
+
+def test_drawn_times_out_of_range_are_refused_by_the_name_of_what_drew_them():
+    def times(rows, **_):
+        return torch.full((rows,), 2.0), torch.zeros(rows)
+
+    loss_fn = CascadeLoss(Cascade(2), CrossFlowLoss(times=times))
+    with pytest.raises(TimeError, match=r"from times = <function .*times"):
+        loss_fn(model, normal(0, 6, 1, 4, 4))
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
