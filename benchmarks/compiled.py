@@ -113,7 +113,7 @@ def settings_of_gpu() -> list[tuple[CompiledSetting, Limits]]:
     found = [
         (graphs, Limits({0.5: 1.40}, error=None)),
         (replace(graphs, batch=128), Limits({0.5: 1.30}, error=None)),
-        (replace(blocks, routes=True), replace(none, eager=1.6, compiling=1.6)),
+        (blocks, replace(none, eager=1.6, compiling=1.6)),
         (replace(blocks, batch=128, compiles=0), replace(none, eager=1.25)),
         (exact, Limits()),
     ]
