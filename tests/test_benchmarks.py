@@ -60,6 +60,7 @@ RUNS = (
         "digits, 1 seed(s)",
         slow,
     ),
+    case("attention", (), "kernel"),
     case("bfloat16 --seeds 1 --steps 1", (), "values and tangents", slow),
 )
 
