@@ -17,6 +17,7 @@ from flowspace import (
     RunError,
     Schedule,
     SquaredError,
+    Statistic,
 )
 from flowspace.vision.adversarial import (
     CHANGES,
@@ -164,6 +165,7 @@ def test_timms_networks_are_frozen_features_of_normalised_images(name, tmp_path)
     assert len(found) == 2 and not features.train().network.training
     PerceptualLoss(features)(x, pictures(2, 32, 1)).sum().backward()
     assert x.grad.abs().sum() > 0
+    assert not any(p.requires_grad for p in features.parameters())
     last = TimmFeatures(
         name, weights=tmp_path / "weights.pt", size=64, mean=(0.0,) * 3, std=(1.0,) * 3
     )
@@ -216,6 +218,39 @@ def test_weights_under_other_names_load_by_their_order_and_what_does_not_fit_is_
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
     with pytest.raises(RunError, match="do not fit"):
         TimmFeatures("convnext_atto", weights=tmp_path / "other.pt", size=32)
+    first, *_ = network.state_dict()
+    torch.save(network.state_dict() | {first: torch.zeros(3)}, tmp_path / "shapes.pt")
+    with pytest.raises(RunError, match="tensors of other shapes"):
+        TimmFeatures("convnext_atto", weights=tmp_path / "shapes.pt", size=32)
+
+
+def test_images_are_resized_to_224_pixels_where_nothing_is_said(tmp_path):
+    import timm
+
+    path = tmp_path / "weights.pt"
+    torch.save(timm.create_model("convnext_atto").state_dict(), path)
+    found = TimmFeatures("convnext_atto", weights=path)(pictures(1, 32))[0]
+    assert found.shape[2:] == (224 // 32, 224 // 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "says"),
+    [
+        ("convnext_ato", InputError, "near are .*convnext_atto"),
+        ("0123456789", InputError, r"see timm\.list_models\(\)"),
+        ("hf-hub:someone/network", RunError, "no weights of hf-hub:someone/network"),
+        ("convnext_atto", RunError, "no weights of convnext_atto on this machine .*offline"),
+    ],
+)
+def test_a_name_is_timms_or_the_hubs_and_weights_that_are_not_there_are_told(
+    name, error, says, monkeypatch
+):
+    def offline(*_, **__):
+        raise OSError("offline")
+
+    monkeypatch.setattr("timm.create_model", offline)
+    with pytest.raises(error, match=says):
+        TimmFeatures(name)
 
 
 def test_lpips_is_zero_for_equal_images_and_positive_for_others(tmp_path):
@@ -232,13 +267,24 @@ def test_lpips_is_zero_for_equal_images_and_positive_for_others(tmp_path):
         pictures(2, 64, 1),
     )
     assert loss(x, x).abs().max() < 1e-6 and (loss(x, y) > 0).all() and loss(x, y).shape == (2,)
+    x.requires_grad_(), y.requires_grad_()
+    loss(x, y).sum().backward()
+    assert x.grad.abs().sum() > 0 and y.grad is None
+    assert not any(p.requires_grad for p in loss.features.parameters())
+    with pytest.raises(InputError, match="distance of two images"):
+        loss.features(x)
     with pytest.raises(RunError, match="right shape"):
         LearnedDistance("vgg", tmp_path / "alexnet.pth")
+    weights = torch.load(tmp_path / "alexnet.pth", weights_only=True)
+    torch.save(weights | {"features.0.weight": torch.zeros(3)}, tmp_path / "shapes.pth")
+    with pytest.raises(RunError, match="right shape"):
+        LearnedDistance("alex", tmp_path / "shapes.pth")
 
 
-def literal_rows(t, s):
+def literal_rows(t, s, **options):
     """A loss of rows at these times, its output, the images, and D_t f by torch.func.jvp."""
-    loss_fn, draw = CrossFlowLoss(penalty=AbsoluteError()), torch.Generator().manual_seed(0)
+    loss_fn = CrossFlowLoss(penalty=AbsoluteError(), **options)
+    draw = torch.Generator().manual_seed(0)
     weight = torch.randn(6, 6, generator=draw, dtype=torch.float64, requires_grad=True)
 
     def model(z, t, s):
@@ -262,6 +308,17 @@ def test_the_literal_pair_is_the_prediction_moved_along_its_derivative(bound):
     found, wanted = literal_pair(loss_fn, out, x, bound)
     torch.testing.assert_close(found, out.prediction + step[:, None] * slope, rtol=1e-9, atol=1e-9)
     assert wanted is x and found.requires_grad
+
+
+def test_the_bound_is_of_steps_of_either_sign():
+    """Of b = (t - s)(t + s - 1.5), for which b/a is 4.2 and -4.2."""
+    statistic = Statistic.from_kappa(LinearSchedule(), "s", "1/((t - s)*(t + s - 1.5))")
+    t, s = torch.tensor([[0.7, 0.8], [0.1, 0.1]], dtype=torch.float64)
+    loss_fn, out, x, slope = literal_rows(t, s, statistic=statistic, check=False)
+    for bound, steps in ((None, [4.2, -4.2]), (3.0, [3, -3])):
+        found, _ = literal_pair(loss_fn, out, x, bound)
+        moved = torch.tensor(steps, dtype=torch.float64)[:, None] * slope
+        torch.testing.assert_close(found, out.prediction + moved, rtol=1e-9, atol=1e-9)
 
 
 def test_without_a_bound_the_literal_pair_is_the_residual_without_its_weight():

@@ -326,7 +326,7 @@ def literal_pair(
     is this one follows from the identity: it is R without its weight a. No bound of b/a is
     mentioned, so none is the default.
 
-    For the linear schedule -b/a is t (t - s)/s, which grows as s falls. At the paper's times its
+    For the linear schedule b/a is t (t - s)/s, which grows as s falls. At the paper's times its
     median off the diagonal is 0.5; it is above 1 in 34 % of those rows, above 4 in 11 %, and at
     most 70:
 
@@ -360,7 +360,7 @@ def literal_pair(
     step = torch.where(a == 0, torch.inf, b / torch.where(a == 0, 1.0, a))
     if largest_step is not None:
         step = step.clamp(-largest_step, largest_step)
-    scaled = f + (step * derivative).detach()
+    scaled = f + step * derivative
     return torch.where(step.isinf(), images, scaled), images
 
 
