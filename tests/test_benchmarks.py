@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("jax")  # minutes, and so not among the tests that a newcomer runs
 
@@ -60,7 +61,6 @@ RUNS = (
         "digits, 1 seed(s)",
         slow,
     ),
-    case("attention", (), "kernel"),
     case("bfloat16 --seeds 1 --steps 1", (), "values and tangents", slow),
 )
 
@@ -79,3 +79,17 @@ def test_a_benchmark_runs_and_prints_its_table(tmp_path, script, rest, needed, t
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert told in done.stdout and "| ---" in done.stdout
+
+
+def test_what_needs_a_gpu_prints_its_table_there_and_says_so_elsewhere(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "attention.py")],
+        cwd=tmp_path,
+        env=os.environ | PLAIN,
+        capture_output=True,
+        text=True,
+        timeout=LONGEST,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert ("| ---" in done.stdout) == torch.cuda.is_available()
+    assert ("there is none" in done.stdout) != torch.cuda.is_available()
