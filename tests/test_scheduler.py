@@ -164,6 +164,51 @@ def test_noise_is_added_as_the_schedule_does():
     torch.testing.assert_close(found, CosineSchedule().perturb(x, eps, t)[0])
 
 
+def test_times_are_of_float32_at_least_whatever_the_states_are():
+    """Rounded to bfloat16, 0.999 would be 1."""
+
+    class Seeing(nn.Module):
+        def forward(self, z, t, s, y):
+            self.seen = t, s, y
+            return z
+
+    scheduler, model = FlowMapScheduler(), Seeing()
+    network = PipelineNetwork(model, scheduler, 2, 4, labels="y")
+    scheduler.set_timesteps(timesteps=[1000, 999, 500])
+    z = torch.randn(3, 2, 4, 4).bfloat16()
+    network(z, 999, torch.tensor([1, 2, 5]))
+    t, s, y = model.seen
+    assert t.dtype == s.dtype == torch.float32 and y.tolist() == [1, 2, 5]
+    assert t.tolist() == pytest.approx([0.999] * 3) and s.tolist() == [0.5] * 3
+    t = torch.tensor([0.999, 0.5, 0.25])
+    found = FlowMapScheduler(num_train_timesteps=8).add_noise(z, z.flip(0), 8 * t)
+    assert torch.equal(found, LinearSchedule().perturb(z, z.flip(0), t)[0])
+
+
+def test_times_that_differ_by_rounding_alone_are_one():
+    scheduler = FlowMapScheduler()
+    scheduler.set_timesteps(3)
+    assert len(scheduler) == 1000 and scheduler.order == 1
+    for off in (-0.004, 0.004):
+        assert float(scheduler.pair(1000 * 2 / 3 + off)[1]) == pytest.approx(1 / 3)
+    for off in (-0.02, 0.02):
+        with pytest.raises(TimeError, match="not on the grid"):
+            scheduler.pair(1000 * 2 / 3 + off)
+
+
+def test_timesteps_are_where_they_are_asked_to_be():
+    scheduler = FlowMapScheduler()
+    scheduler.set_timesteps(3, device="meta")
+    assert scheduler.timesteps.device.type == "meta" and scheduler.times.device.type == "cpu"
+
+
+def test_across_spaces_the_sample_is_that_of_the_statistic():
+    """f of (2, -2) at (1, 0) is twice a sample."""
+    scheduler, f = FlowMapScheduler(gamma="2", delta="-2*t/(t - s)"), normal(0, 5, 7)
+    found = scheduler.step(f, 1000, normal(1, 5, 3)).prev_sample
+    torch.testing.assert_close(found, f / 2)
+
+
 # --- in their own pipelines
 
 
