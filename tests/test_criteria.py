@@ -401,7 +401,7 @@ def test_the_values_at_noise_are_numbers_infinite_or_undefined(statistic, values
         Statistic("1", "-2*(1 - cos(s))/s**2"),
         Statistic("1", "-(1 - t)/sin(1 - t)"),
         Statistic("1.00001", "-1.00001"),
-        Statistic(ones, lambda t, s: -((s / (1 - (1 - s))) ** 2)),
+        Statistic(ones, lambda t, s: -((s / (1 - (1 - s))) ** 16)),
     ],
     ids=["second order in s", "first order in 1 - t", "rounded", "callable"],
 )
@@ -429,6 +429,11 @@ def test_a_report_writes_formulas_in_their_shortest_form():
     report = check_criteria(LINEAR, Statistic("1", "1/(sin(t)**2 + cos(t)**2 - s)"))
     assert "delta(t, s) = 1/(1 - s)\n" in str(report) and "b = 1 - s\n" in str(report)
     assert r"R = \left(1 - s\right) D_t f - " in report.latex()
+
+
+def test_rounding_over_a_small_number_is_no_infinite_gamma():
+    statistic = Statistic(lambda t, s: 4e-16 / s, lambda t, s: 1 / s)
+    assert "gamma(1,0) = 4.4" in str(check_criteria(LINEAR, statistic))
 
 
 AVERAGE = "f is the average velocity"
