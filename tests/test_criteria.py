@@ -418,6 +418,7 @@ def test_0_over_0_at_noise_has_its_limit_and_rounding_is_no_failure(statistic):
         (Statistic("1/s", "-1"), {"s = 0", "t -> 0"}),
         (Statistic("1", "1 + t"), set()),
         (Statistic("1", "t**2/(t - s)"), {"t -> 0"}),
+        (Statistic("1", "t**3/(t - s)**2"), {"t -> 0"}),
     ],
 )
 def test_every_edge_on_which_a_coefficient_is_infinite_is_named(statistic, singular):
