@@ -512,6 +512,18 @@ def test_any_module_or_two_functions_are_an_encoder_whose_latents_are_standard(b
     torch.testing.assert_close(encoder.decode(latents), x, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("given", [(), (torch.zeros(4), torch.ones(4))], ids=["fitted", "given"])
+def test_statistics_are_on_the_device_of_the_weights(given):
+    """As of an autoencoder that was trained on a GPU; meta is a device that every machine has."""
+    autoencoder = torch.nn.Conv2d(3, 4, 1, device="meta")
+    autoencoder.encode = autoencoder.decode = autoencoder.forward
+    encoder = LatentEncoder(autoencoder, *given)
+    encoder.known = True
+    assert encoder.encode_prediction(torch.zeros(2, 3, 4, 4, device="meta")).is_meta
+    encoder.set_statistics(torch.zeros(4), torch.ones(4))
+    assert encoder.mean.is_meta and encoder.std.is_meta
+
+
 def test_two_functions_take_the_module_they_belong_to_along():
     network = va_vae_like()
     encoder = LatentEncoder.of(network.encode, network.decode, torch.zeros(4), torch.ones(4))

@@ -116,7 +116,8 @@ class LatentEncoder(nn.Module):
             do not).
 
     Attributes:
-        mean: ``(C, 1, 1)`` or ``(C, h, w)``, subtracted from latents.
+        mean: ``(C, 1, 1)`` or ``(C, h, w)``, subtracted from latents; on the device of the
+            autoencoder's weights.
         std: of the same shape, by which they are divided.
         known: whether mean and std are known; if not, `fit` estimates them.
     """
@@ -141,8 +142,9 @@ class LatentEncoder(nn.Module):
             statistics = mean, std
         self.known = statistics is not None
         mean, std = statistics or (torch.zeros(1), torch.ones(1))
-        self.register_buffer("mean", self._packed(mean, pack or 1))
-        self.register_buffer("std", self._packed(std, pack or 1))
+        device = _device(autoencoder, mean)
+        self.register_buffer("mean", self._packed(mean, pack or 1).to(device))
+        self.register_buffer("std", self._packed(std, pack or 1).to(device))
         self.requires_grad_(False).eval()
 
     @classmethod
@@ -420,6 +422,13 @@ def _dtype(module: nn.Module) -> torch.dtype:
     for parameter in module.parameters():
         return parameter.dtype
     return torch.float32
+
+
+def _device(module: nn.Module, other: Tensor) -> torch.device:
+    """Return the device of a module's weights; that of a tensor for one without any."""
+    for parameter in module.parameters():
+        return parameter.device
+    return other.device
 
 
 def _config(autoencoder: nn.Module) -> Any:
