@@ -19,10 +19,13 @@ call.
 
 import functools
 import importlib.util
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from flowspace.derivatives.torch_internals import unseen_by_modes
 
 __all__ = ["attention_tangent", "takes"]
 
@@ -71,10 +74,32 @@ def takes(operands: Sequence[Tensor]) -> bool:
 
 @functools.cache
 def _device_fits() -> bool:
-    """Return whether the GPU has matrix units for half precision, and Triton is there."""
+    """Return whether the GPU has matrix units for half precision, and Triton runs on it.
+
+    Triton builds kernels with a C compiler, which may be missing: that is said once.
+    """
     if torch.version.cuda is None or importlib.util.find_spec("triton") is None:
         return False
-    return torch.cuda.get_device_capability() >= CAPABILITY
+    if torch.cuda.get_device_capability() < CAPABILITY:
+        return False
+    try:
+        _try_once()
+    except Exception as error:
+        first = next(iter(str(error).splitlines()), "")
+        warnings.warn(
+            f"Triton cannot run the kernel of attention's tangent ({type(error).__name__}: "
+            f"{first[:120]}); the tangent is right without it, and slower",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def _try_once() -> None:
+    """Run the kernel on a few numbers."""
+    with unseen_by_modes(), torch.no_grad():
+        x = torch.zeros(1, 1, 1, 1, dtype=torch.bfloat16, device="cuda")
+        attention_tangent(x, x, x, x, None, None, None, 1.0, False)
 
 
 def _empty(query: Tensor, value: Tensor, few: int) -> Tensor:
