@@ -44,6 +44,8 @@ from flowspace import (
 from flowspace.expressions import S as s
 from flowspace.expressions import T as t
 from flowspace.expressions import TimeFunction
+from flowspace.formulas import random_points
+from flowspace.statistics import POINTS as POINTS_INSIDE
 from flowspace.statistics import AbstractStatistic, worst_on_diagonal
 from flowspace.time_functions import NUDGE
 
@@ -590,6 +592,61 @@ def test_a_delta_of_zero_is_refused(delta):
         Statistic("1", delta)
     with pytest.raises(CriterionError, match="zero inside"):
         Statistic.from_kappa(LINEAR, "s", delta)
+
+
+def test_a_large_kappa_of_callables_is_flat_and_matched_but_for_rounding():
+    """What multiplies f and x is then one function."""
+    statistic = Statistic.from_h(LINEAR, lambda t, s: 1 / t - 1 / s, lambda s: 1e12 * s)
+    c = statistic.coefficients(LINEAR)
+    assert c.data is c.prediction
+
+
+@pytest.mark.parametrize(
+    ("gamma", "kappa"),
+    [
+        ("1 - s*(t**0.5 - 1)*(t**0.5 + 1)/(t*(t - 1))", s),
+        ("1 - (sin(s)**2 + cos(s)**2)/t", sympy.Integer(1)),
+    ],
+    ids=["0/0 at noise", "longer than it need be"],
+)
+def test_kappa_is_its_limit_at_noise_as_one_reads_it(gamma, kappa):
+    assert Statistic(gamma, "-1").kappa(LINEAR) == kappa
+
+
+def test_a_kappa_that_is_zero_at_one_time_is_no_kappa_of_zero():
+    """Not even at one of those at which it is looked at."""
+    _, zero = random_points(POINTS_INSIDE)[0]
+    statistic = Statistic.from_kappa(LINEAR, f"s - {zero!r}", "-t/(t - s)")
+    assert not statistic.coefficients(LINEAR).data_vanishes
+
+
+def test_what_is_infinite_at_noise_has_no_kappa():
+    with pytest.raises(CriterionError, match="must be a function of s alone"):
+        Statistic("1/(1 - t)", "-1").kappa(LINEAR)
+
+
+class Nameless(AbstractStatistic):
+    """1 + gamma/delta times t is the root of a negative number, which does not change with t."""
+
+    def ratios(self, schedule):
+        return TimeFunction("s - t", 2), TimeFunction("sqrt(s - 1)/t - 1", 2)
+
+    def on(self, schedule):
+        return Statistic("1", "-1")
+
+
+def test_what_is_no_number_is_no_kappa_though_it_does_not_change():
+    assert "function of s alone" in Nameless().coefficients(LINEAR).failure
+
+
+@settings(max_examples=10)
+@given(st.floats(0.5, 1), st.floats(0.5, 1))
+def test_kappa_of_callables_does_not_see_t_at_all(first, second):
+    statistic = Statistic.from_kappa(LINEAR, lambda s: s**1.3 + 0.1, lambda t, s: -t / (t - s))
+    kappa, s_ = statistic.kappa(LINEAR), torch.linspace(0.01, 0.4, 9, dtype=torch.float64)
+    found = [kappa(torch.full_like(s_, time), s_) for time in (first, second)]
+    assert torch.equal(*found)
+    torch.testing.assert_close(found[0], s_**1.3 + 0.1)
 
 
 def test_a_small_delta_is_no_delta_of_zero():
