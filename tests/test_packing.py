@@ -64,6 +64,8 @@ def test_values_of_pictures_and_of_their_tokens_reach_every_token(case):
     row = packing.join(tokens_of(packing, seed, 2))
     values = normal(seed + 9, len(tokens), 2)
     assert torch.equal(torch.cat(packing.by_size(values)), values)
+    if len(packing.sizes) == 1:
+        assert packing.spread(values).shape == (len(tokens), 1, 2)
     for picture, before, value in zip(
         pictures_of(packing, row + packing.spread(values)),
         pictures_of(packing, row),
