@@ -80,6 +80,12 @@ against_formulas("no tokens", (3, 2, 20, 20, 16, 16), few=1)
 for parts in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1)):
     against_formulas(f"parts {parts}", (2, 2, 33, 65, 8, 8), moving=parts)
 
+empty = torch.randn(2, 2, 0, 8)
+for keys, queries in ((empty, torch.randn(2, 2, 5, 8)), (torch.randn(2, 2, 5, 8), empty)):
+    tangents = torch.ones_like(queries), torch.ones_like(keys), torch.ones_like(keys)
+    found = attention_kernel.attention_tangent(queries, keys, keys, *tangents, None, 1.0, False)
+    assert found.shape == queries.shape and not found.any()
+
 attention_kernel.DEVICES = frozenset({"cpu"})
 attention_kernel.DTYPES = frozenset({torch.float32})
 attention_kernel._device_fits = lambda: True

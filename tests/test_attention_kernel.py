@@ -95,6 +95,7 @@ def test_a_cpu_has_no_use_for_it(dtype):
         lambda q, k, v: (q, k.float(), v),
         lambda q, k, v: (q, k[:1], v),
         lambda q, k, v: (q, k, v[0]),
+        lambda q, k, v: (q[..., None, :], k, v),
         lambda q, k, v: (q.repeat(1, 1, 1, 20), k.repeat(1, 1, 1, 20), v),
         lambda q, k, v: (q, k, v.repeat(1, 1, 1, 20)),
         lambda q, k, v: (q.double(), k.double(), v.double()),

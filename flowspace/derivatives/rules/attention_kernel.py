@@ -41,12 +41,15 @@ LARGEST_HEAD = 128
 CAPABILITY = (8, 0)
 """NVIDIA's GPUs from which on matrix units take bfloat16 (Ampere)."""
 
+TAGS = ("pt2_compliant_tag", "flexible_layout")
+"""What compilers may take for granted: it runs under them, on any strides."""
+
 _library = torch.library.Library("flowspace", "FRAGMENT")
 _library.define(
     "attention_tangent(Tensor query, Tensor key, Tensor value, Tensor? query_tangent, "
     "Tensor? key_tangent, Tensor? value_tangent, Tensor? rows, float scale, bool causal) "
     "-> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
+    tags=[getattr(torch.Tag, name) for name in TAGS if hasattr(torch.Tag, name)],
 )
 
 attention_tangent = torch.ops.flowspace.attention_tangent.default
@@ -63,10 +66,10 @@ def takes(operands: Sequence[Tensor]) -> bool:
 
     They have the same rows and heads, dtype and device.
     """
-    query, key, value = operands
+    query, _, value = operands
     if query.device.type not in DEVICES or query.dtype not in DTYPES or not _device_fits():
         return False
-    for x in (key, value):
+    for x in operands:
         if x.ndim != 4 or x.dtype != query.dtype or x.shape[:2] != query.shape[:2]:
             return False
     return query.shape[-1] <= LARGEST_HEAD and value.shape[-1] <= LARGEST_HEAD

@@ -40,6 +40,9 @@ def launch(
     operands = [_channels_beside(x) for x in (*primals, *tangents)]
     few, heads, count, channels = out.shape
     size, keys = operands[0].shape[3], operands[1].shape[2]
+    if keys == 0:
+        out.zero_()
+        return
     strides: list[int] = []
     for x in (*operands, out):
         strides += _strides(x)
@@ -98,10 +101,13 @@ def _strides(x: Tensor | None) -> list[int]:
 
 
 @triton.jit
-def _loaded(head, tokens, token_stride, there, width: tl.constexpr, side: tl.constexpr):
-    """Return the channels of these tokens of one head; zeros where there are none."""
+def _loaded(head, first, offsets, token_stride, there, width: tl.constexpr, side: tl.constexpr):
+    """Return the channels of some tokens of one head, from the first on; zeros where there are
+    none. Memory may be longer than 32 bits count, so the first is counted in 64.
+    """
     channel = tl.arange(0, side)
-    places = head + tokens[:, None] * token_stride + channel[None, :]
+    start = head + tl.cast(first, tl.int64) * token_stride
+    places = start + offsets[:, None] * token_stride + channel[None, :]
     return tl.load(places, mask=there[:, None] & (channel < width)[None, :], other=0.0)
 
 
@@ -124,18 +130,20 @@ def _kernel(
     blocks = tl.cdiv(count, QUERIES)
     pair = tl.program_id(0) // blocks
     moving = (pair // heads).to(tl.int64)
-    head = pair % heads
+    head = (pair % heads).to(tl.int64)
     row = moving
     if rows is not None:
         row = tl.load(rows + moving).to(tl.int64)
     first = tl.program_id(0) % blocks * QUERIES
-    places = first + tl.arange(0, QUERIES)
+    here = tl.arange(0, QUERIES)
+    places = first + here
     there = places < count
-    q = _loaded(query + row * q_row + head * q_head, places, q_token, there, size, size_padded)
+    query += row * q_row + head * q_head
+    q = _loaded(query, first, here, q_token, there, size, size_padded)
     dq = q
     if query_tangent is not None:
-        start = query_tangent + moving * dq_row + head * dq_head
-        dq = _loaded(start, places, dq_token, there, size, size_padded)
+        query_tangent += moving * dq_row + head * dq_head
+        dq = _loaded(query_tangent, first, here, dq_token, there, size, size_padded)
     key += row * k_row + head * k_head
     value += row * v_row + head * v_head
     if key_tangent is not None:
@@ -153,10 +161,11 @@ def _kernel(
     if causal:
         last = tl.minimum(keys, first + QUERIES)
     for begin in range(0, last, KEYS):
-        others = begin + tl.arange(0, KEYS)
+        steps = tl.arange(0, KEYS)
+        others = begin + steps
         known = others < keys
-        k = _loaded(key, others, k_token, known, size, size_padded)
-        v = _loaded(value, others, v_token, known, channels, channels_padded)
+        k = _loaded(key, begin, steps, k_token, known, size, size_padded)
+        v = _loaded(value, begin, steps, v_token, known, channels, channels_padded)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2_E)
         seen = known[None, :]
         if causal:
@@ -171,14 +180,14 @@ def _kernel(
         o = o * shrunk[:, None] + tl.dot(rounded, v, input_precision="ieee")
         e = e * shrunk[:, None]
         if value_tangent is not None:
-            dv = _loaded(value_tangent, others, dv_token, known, channels, channels_padded)
+            dv = _loaded(value_tangent, begin, steps, dv_token, known, channels, channels_padded)
             e += tl.dot(rounded, dv, input_precision="ieee")
         if query_tangent is not None or key_tangent is not None:
             ds = tl.zeros([QUERIES, KEYS], tl.float32)
             if query_tangent is not None:
                 ds = tl.dot(dq, tl.trans(k), ds, input_precision="ieee")
             if key_tangent is not None:
-                dk = _loaded(key_tangent, others, dk_token, known, size, size_padded)
+                dk = _loaded(key_tangent, begin, steps, dk_token, known, size, size_padded)
                 ds = tl.dot(q, tl.trans(dk), ds, input_precision="ieee")
             ds *= scale
             if begin == 0:
@@ -188,6 +197,6 @@ def _kernel(
             e += tl.dot(p.to(v.dtype), v, input_precision="ieee")
     dy = (e - (a / l)[:, None] * o) / l[:, None]
     channel = tl.arange(0, channels_padded)
-    target = out + moving * out_row + head * out_head
-    target += places[:, None] * out_token + channel[None, :]
+    target = out + moving * out_row + head * out_head + tl.cast(first, tl.int64) * out_token
+    target += here[:, None] * out_token + channel[None, :]
     tl.store(target, dy, mask=there[:, None] & (channel < channels)[None, :])
