@@ -338,6 +338,30 @@ def test_the_average_of_a_training_checkpoint_is_taken(tmp_path):
         convert(tmp_path / "checkpoint.pth", "jit", weights="ema")
 
 
+@pytest.mark.parametrize("first", range(5))
+def test_an_average_is_taken_before_a_model_and_of_several_the_first(first):
+    kinds = ["ema", "model_ema1", "model_ema", "model", "state_dict"][first:]
+    tables = {kind: checkpoint("sit", seed=seed) for seed, kind in enumerate(kinds)}
+    saved = dict(reversed(tables.items())) | {"optimizer": {"state": {}}}
+    found = to_layout(convert(saved, "sit", heads=HEADS), "sit")
+    for name, tensor in tables[kinds[0]].items():
+        assert torch.equal(found[name], tensor)
+
+
+def test_names_that_were_wrapped_more_than_once_are_unwrapped():
+    plain = checkpoint("sit")
+    wrapped = {f"module._orig_mod.net.module.{name}": value for name, value in plain.items()}
+    found = to_layout(convert(wrapped, "sit", heads=HEADS), "sit")
+    assert found.keys() == plain.keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_network_is_of_the_precision_of_its_weights_its_new_embedding_too(dtype):
+    tensors = {name: value.to(dtype) for name, value in checkpoint("sit").items()}
+    network = convert(tensors, "sit", heads=HEADS)
+    assert {parameter.dtype for parameter in network.parameters()} == {dtype}
+
+
 class Harmful:
     def __reduce__(self):
         return (print, ("executed",))
@@ -407,6 +431,15 @@ def test_an_error_says_what_does_not_fit(change, said):
     change(tensors)
     with pytest.raises(InputError, match=said):
         convert(tensors, "sit", heads=HEADS)
+
+
+@pytest.mark.parametrize("wide", [0, 2 * WIDTH])
+@pytest.mark.parametrize("name", ["feat_rope.freqs_cos", "feat_rope.freqs_sin"])
+def test_positions_of_no_numbers_or_of_more_than_a_token_has_are_refused(name, wide):
+    tensors = checkpoint("lightning-dit")
+    tensors[name] = torch.zeros(16, wide)
+    with pytest.raises(InputError, match=f"got {name}|heads"):
+        convert(tensors, "lightning-dit")
 
 
 def test_what_no_tensor_tells_is_asked_for():
