@@ -65,31 +65,29 @@ RUNS = (
 )
 
 
+def ran(folder, script, *rest):
+    """Return what a benchmark ended with, which is success."""
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / f"{script}.py"), *rest],
+        cwd=folder,
+        env=os.environ | PLAIN,
+        capture_output=True,
+        text=True,
+        timeout=LONGEST,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
 @pytest.mark.parametrize(("script", "rest", "needed", "told"), RUNS)
 def test_a_benchmark_runs_and_prints_its_table(tmp_path, script, rest, needed, told):
     for module in needed:
         pytest.importorskip(module)
-    done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / f"{script}.py"), *rest],
-        cwd=tmp_path,
-        env=os.environ | PLAIN,
-        capture_output=True,
-        text=True,
-        timeout=LONGEST,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert told in done.stdout and "| ---" in done.stdout
+    told_now = ran(tmp_path, script, *rest)
+    assert told in told_now and "| ---" in told_now
 
 
 def test_what_needs_a_gpu_prints_its_table_there_and_says_so_elsewhere(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "attention.py")],
-        cwd=tmp_path,
-        env=os.environ | PLAIN,
-        capture_output=True,
-        text=True,
-        timeout=LONGEST,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert ("| ---" in done.stdout) == torch.cuda.is_available()
-    assert ("there is none" in done.stdout) != torch.cuda.is_available()
+    told = ran(tmp_path, "attention")
+    assert ("| ---" in told) == torch.cuda.is_available()
+    assert ("there is none" in told) != torch.cuda.is_available()

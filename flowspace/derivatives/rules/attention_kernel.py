@@ -21,6 +21,7 @@ import functools
 import importlib.util
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,38 +121,19 @@ def _few(query: Tensor, rows: Tensor | None) -> int:
     return rows.shape[0]
 
 
-def _launch(  # noqa: PLR0913  # the operator's arguments
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_tangent: Tensor | None,
-    key_tangent: Tensor | None,
-    value_tangent: Tensor | None,
-    rows: Tensor | None,
-    scale: float,
-    causal: bool,
-) -> Tensor:
-    """Run the kernel."""
+def _launch(*given: Any) -> Tensor:
+    """Run the kernel on the operator's arguments."""
     from flowspace.derivatives.rules.attention_triton import launch
 
+    query, _, value, *_, rows, scale, causal = given
     out = _empty(query, value, _few(query, rows))
-    primals = query, key, value
-    launch(out, primals, (query_tangent, key_tangent, value_tangent), rows, scale, causal)
+    launch(out, given[:3], given[3:6], rows, scale, causal)
     return out
 
 
-def _without_values(  # noqa: PLR0913  # the operator's arguments
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_tangent: Tensor | None,
-    key_tangent: Tensor | None,
-    value_tangent: Tensor | None,
-    rows: Tensor | None,
-    scale: float,
-    causal: bool,
-) -> Tensor:
+def _without_values(*given: Any) -> Tensor:
     """Return what a trace takes for the tangent."""
+    query, _, value, *_, rows, _, _ = given
     return _empty(query, value, _few(query, rows))
 
 
