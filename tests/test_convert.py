@@ -465,6 +465,43 @@ def test_another_layout_than_the_file_has_is_refused(layout, other):
         to_layout(converted(layout), other)
 
 
+@pytest.mark.parametrize(
+    ("layout", "change", "part"),
+    [
+        ("jit", {"bottleneck": 0}, "no bottleneck"),
+        ("jit", {"predicts": "velocity"}, "velocities"),
+        ("sit", {"bottleneck": 4}, "a bottleneck"),
+        ("sit", {"context_tokens": 2, "context_start": 1}, "context tokens"),
+        ("sit", {"predicts": "data"}, "clean data"),
+        ("sit", {"rotary": True}, "rotary positions"),
+        ("sit", {"outputs": 8}, "a pixel head"),
+        ("sit", {"output_patch": 4}, "a pixel head"),
+    ],
+)
+def test_a_part_that_a_layout_has_not_is_named(layout, change, part):
+    network = DiT(**(converted(layout).settings | change))
+    with pytest.raises(InputError, match=f"a network with {part}, for which"):
+        to_layout(network, layout)
+
+
+def test_rotary_positions_of_a_file_are_those_of_the_grid_or_refused():
+    """JiT computes them, whether or not a file keeps them; SiT has none."""
+    there = checkpoint("lightning-dit")
+    z, t, s, y = batch("jit")
+    kept = checkpoint("jit")
+    angle = angles(4, WIDTH // HEADS).repeat_interleave(2, 1)
+    kept |= {"feat_rope.freqs_cos": angle.cos(), "feat_rope.freqs_sin": angle.sin()}
+    network = convert(kept, "jit", context_start=START)
+    assert torch.equal(network(z, t, s, labels=y), converted("jit")(z, t, s, labels=y))
+    for name in ("feat_rope.freqs_cos", "feat_rope.freqs_sin"):
+        moved = there | {name: there[name] + 0.01}
+        with pytest.raises(InputError, match=f"got {name} of other rotary positions"):
+            convert(moved, "lightning-dit")
+    surplus = checkpoint("sit") | {"feat_rope.freqs_sin": there["feat_rope.freqs_sin"]}
+    with pytest.raises(InputError, match=r"got feat_rope.freqs_sin .* does not have"):
+        convert(surplus, "sit", heads=HEADS)
+
+
 def test_a_pixel_head_has_no_name_in_a_layout():
     with pytest.raises(InputError, match="a pixel head"):
         to_layout(converted("sit").with_pixel_head(8), "sit")
