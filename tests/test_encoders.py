@@ -18,6 +18,7 @@ from diffusers import (
     AutoencoderTiny,
     VQModel,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowspace import CrossFlowLoss, InputError, RunError
 from flowspace.vision.encoders import (
@@ -510,6 +511,25 @@ def test_any_module_or_two_functions_are_an_encoder_whose_latents_are_standard(b
     torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(12), atol=1e-5, rtol=0)
     torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(12), atol=1e-3, rtol=0)
     torch.testing.assert_close(encoder.decode(latents), x, atol=1e-5, rtol=0)
+
+
+class LooksAtNothing(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in ("_local_scalar_dense", "item")
+        return func(*args, **(kwargs or {}))
+
+
+def test_without_a_check_no_value_is_looked_at_and_the_latents_are_the_same():
+    encoder, x = of_functions(), images(8)
+    encoder.fit([x])
+    with LooksAtNothing():
+        latents = encoder.encode(x, check=False)
+        with pytest.raises(AssertionError):
+            encoder.encode(x)
+    assert torch.equal(latents, encoder.encode(x))
+    assert encoder.encode(3 * x, check=False).shape == latents.shape
+    with pytest.raises(InputError, match="takes"):
+        encoder.encode(3 * x)
 
 
 @pytest.mark.parametrize("given", [(), (torch.zeros(4), torch.ones(4))], ids=["fitted", "given"])

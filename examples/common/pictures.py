@@ -160,6 +160,10 @@ def pictures_in_order(images: Images, batch: int, workers: int = 0) -> Iterator[
     yield from DataLoader(Pictures(images), batch, num_workers=workers)
 
 
+LOOK_EVERY = 100
+"""Steps from one look at the values of latents to the next: a GPU is waited for."""
+
+
 def in_range(pixels: Tensor) -> Tensor:
     """Return uint8 pictures as floats in [-1, 1]."""
     return pixels.float() / 127.5 - 1

@@ -38,7 +38,7 @@ from image_losses import (
     perceptual_of,
 )
 from page import keep_config
-from pictures import in_range
+from pictures import LOOK_EVERY, in_range
 from profiling import Profile, span
 from reading import depends_on
 from settings import ImageNetConfig
@@ -222,7 +222,8 @@ def generator_losses(
             if latents:
                 z = latents[0].float()
             else:
-                z = encoder.encode(images, draws.generators(POSTERIOR))
+                look = draws.step % LOOK_EVERY == 0
+                z = encoder.encode(images, draws.generators(POSTERIOR), check=look)
         noise = draws.normal(z.shape[1:], NOISE)
         if drop:
             dropped = draws.uniform((), DROPPED) < drop

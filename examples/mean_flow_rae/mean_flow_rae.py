@@ -43,7 +43,7 @@ from accelerate import Accelerator
 from central_difference import CentralDifference
 from judging import digest, drawn, evaluate, extractors_of, plan_of
 from loop import accelerator_of, check_processes, locked_by_first, steps_of
-from pictures import images_of, in_range
+from pictures import LOOK_EVERY, images_of, in_range
 from rae_report import evaluations_of, sampler_of, shipped_of, write_report
 from rae_representation import check_shapes, encoded, representation
 from rae_work import DROPPED, NOISE, STAGES, TIMES, Work
@@ -146,7 +146,7 @@ def latent_losses(
     def losses(network: nn.Module, batch: Sequence[Tensor], draws: Draws) -> Losses:
         z, labels = batch
         if z.dtype == torch.uint8:
-            z = encoder.encode(in_range(z))
+            z = encoder.encode(in_range(z), check=draws.step % LOOK_EVERY == 0)
         if drop:
             dropped = draws.uniform((), DROPPED) < drop
             labels = torch.where(dropped, null, labels)

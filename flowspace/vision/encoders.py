@@ -193,19 +193,24 @@ class LatentEncoder(nn.Module):
         return self
 
     @torch.no_grad()
-    def encode(self, images: Tensor, generator: Generators = None) -> Tensor:
+    def encode(self, images: Tensor, generator: Generators = None, check: bool = True) -> Tensor:
         """Return latents ``(B, C, h, w)`` in float32 of images ``(B, 3, H, W)`` in [-1, 1].
 
         Args:
             images: of which.
             generator: of the draws from the posterior, where they are drawn from it; a list of
                 one a row makes what is drawn of a row independent of the rows beside it.
+            check: look at the values of images and latents, for which a GPU is waited for three
+                times.
 
         Raises:
-            InputError: if images leave [-1, 1] or have a shape that the autoencoder does not
-                take, if the latents are not finite, or if their statistics are not known yet.
+            InputError: if images leave [-1, 1] or the latents are not finite, where that is
+                checked; if images have a shape that the autoencoder does not take, or if the
+                statistics of the latents are not known yet.
         """
         self._require_statistics()
+        if not check:
+            return self._standard(self._latents(images, self.sample, generator))
         return self._standard(self._raw(images, generator))
 
     @torch.no_grad()
