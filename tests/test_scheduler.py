@@ -196,6 +196,22 @@ def test_times_that_differ_by_rounding_alone_are_one():
             scheduler.pair(1000 * 2 / 3 + off)
 
 
+def test_timesteps_that_are_given_count_in_the_same_unit():
+    scheduler = FlowMapScheduler(num_train_timesteps=100)
+    scheduler.set_timesteps(timesteps=[100, 25])
+    assert scheduler.times.tolist() == [1, 0.25, 0] and scheduler.timesteps.tolist() == [100, 25]
+
+
+def test_the_last_step_adds_no_noise():
+    scheduler, draw = FlowMapScheduler(renoise=True), torch.Generator().manual_seed(0)
+    scheduler.set_timesteps(2)
+    z, before = normal(0, 4, 3), draw.get_state()
+    scheduler.step(z, 500, z, generator=draw)
+    assert torch.equal(draw.get_state(), before)
+    scheduler.step(z, 1000, z, generator=draw)
+    assert not torch.equal(draw.get_state(), before)
+
+
 def test_timesteps_are_where_they_are_asked_to_be():
     scheduler = FlowMapScheduler()
     scheduler.set_timesteps(3, device="meta")
