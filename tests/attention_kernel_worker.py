@@ -7,6 +7,7 @@ the kernel was called with chosen rows.
 
 import copy
 import os
+import warnings
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flowspace import ForwardMode, SharedPrimal
+from flowspace import ForwardMode, MeanFlowLoss, SharedPrimal
 from flowspace.derivatives.rules import attention_kernel, attention_triton
 from flowspace.derivatives.rules.attention import Form, Operands, _block_tangent
 
@@ -70,6 +71,29 @@ def against_forward_mode(backend, causal, moves):
     print(f"{backend}, {causal}, {int(moves.sum())}", float(error), called[0][3] is not None)
 
 
+def under_transforms():
+    """The gradient of each row alone, by torch.func, against that of the batch by autograd."""
+    net = Net(causal=False)
+    z, noise, t = torch.randn(4, 9, 16), torch.randn(4, 9, 16), torch.tensor([0.3, 0.5, 0.7, 0.9])
+    loss, parameters = MeanFlowLoss(), dict(net.named_parameters())
+
+    def of_rows(parameters, *rows):
+        z, noise, t = rows
+
+        def model(z_t, t, s):
+            return torch.func.functional_call(net, parameters, (z_t, t))
+
+        return loss(model, z, noise=noise, t=t, s=t / 2).loss.mean()
+
+    rows = [x[:, None] for x in (z, noise, t)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch: it goes through the rows one by one
+        each = torch.func.vmap(torch.func.grad(of_rows), (None, 0, 0, 0))(parameters, *rows)
+    wanted = torch.autograd.grad(of_rows(parameters, z, noise, t), net.qkv.weight)[0]
+    error = (each["qkv.weight"].mean(0) - wanted).abs().max() / wanted.abs().max()
+    print("each row's gradient", float(error), False)
+
+
 launch = attention_triton.launch
 torch.manual_seed(0)
 against_formulas("square", (2, 3, 70, 70, 24, 24))
@@ -93,3 +117,4 @@ some, every = torch.tensor([True, False, True, False]), torch.ones(4, dtype=torc
 for compiler in (None, "aot_eager"):
     against_forward_mode(compiler, False, some)
     against_forward_mode(compiler, True, every)
+under_transforms()

@@ -30,7 +30,7 @@ def test_the_kernel_is_the_derivative_of_attention():
     )
     assert ran.returncode == 0, ran.stderr
     lines = [line.rsplit(maxsplit=2) for line in ran.stdout.splitlines()]
-    assert len(lines) == 14
+    assert len(lines) == 15
     wrong = [line for line in lines if not float(line[1]) < 3e-6]
     assert not wrong
     chosen = {name for name, _, rows in lines if rows == "True"}
