@@ -14,6 +14,7 @@ Time functions add, subtract, multiply and divide, with each other and with numb
 
 import math
 import operator
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -98,6 +99,15 @@ def _on_arrays(name: str) -> Callable[[Any], Any]:
     return function
 
 
+INT64 = 2**63 - 1
+"""The largest whole number that a tensor is multiplied by."""
+
+DIGITS = 17
+"""So many tell each number in double precision from the next."""
+
+LARGEST = sympy.Float(sys.float_info.max)
+"""The largest number in double precision; beyond it a constant overflows."""
+
 ELEMENTWISE = (
     "exp log sqrt sin cos tan sinh cosh tanh asin acos atan asinh acosh atanh erf".split()
 )
@@ -128,8 +138,10 @@ def _lambdify(expression: sympy.Expr, variables: Variables) -> Function:
     Raises:
         ExpressionError: if a constant in it divides by zero, overflows or is not real.
     """
+    large = [n for n in expression.atoms(sympy.Integer) if INT64 < abs(n) < LARGEST]
+    written = expression.xreplace({n: sympy.Float(n, DIGITS) for n in large})
     try:
-        function = sympy.lambdify(variables, expression, modules=[ON_ARRAYS], cse=True)
+        function = sympy.lambdify(variables, written, modules=[ON_ARRAYS], cse=True)
         times = torch.tensor([0.75, 0.25], dtype=torch.float64)
         value = function(*times[: len(variables)])
     except (ArithmeticError, ValueError, TypeError, KeyError, RecursionError) as error:

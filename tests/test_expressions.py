@@ -132,6 +132,14 @@ def test_what_is_no_formula_is_refused_and_quickly(text):
     assert time.process_time() - start < 1
 
 
+@given(number=st.integers(2**60, 10**60), sign=st.sampled_from([1, -1]))
+@settings(max_examples=20, deadline=None)
+def test_whole_numbers_of_more_than_64_bits_are_numbers_like_others(number, sign):
+    t = torch.tensor([0.3], dtype=torch.float64)
+    value = TimeFunction(f"{sign * number}*t + sqrt(t)")(t)
+    assert math.isclose(float(value), sign * number * 0.3 + math.sqrt(0.3), rel_tol=1e-15)
+
+
 NO_VALUE = {
     "hidden zero": "1/log(sin(1)**2 + cos(1)**2)",
     "hidden zero beside t": "t + 1/log(sin(1)**2 + cos(1)**2)",
