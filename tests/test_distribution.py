@@ -91,6 +91,7 @@ def imported_names(node):
 def libraries_of(node):
     """What has to be installed for a part of a program, beside the core's libraries."""
     core = {name_of(each) for each in PROJECT["dependencies"]} | {"flowspace"}
+    core.add("triton")  # torch brings it where there may be a GPU; it is looked for elsewhere
     for module in imported_names(node):
         package = module.split(".")[0]
         if package in sys.stdlib_module_names:
