@@ -105,7 +105,7 @@ def settings_of_gpu() -> list[tuple[CompiledSetting, Limits]]:
     blocks = CompiledSetting(
         name, crossflow, 32, whole=False, autocast=True, eager=True, routes=False
     )
-    exact = replace(blocks, batch=32, autocast=False, eager=False, compiles=0)
+    exact = replace(blocks, autocast=False, eager=False, compiles=0)
     graphs = CompiledSetting(
         name, crossflow, 32, autocast=True, routes=False, compiles=0, graphs=True
     )

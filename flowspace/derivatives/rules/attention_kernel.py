@@ -34,7 +34,7 @@ DEVICES = frozenset({"cuda"})
 """Where it runs."""
 
 DTYPES = frozenset({torch.bfloat16, torch.float16})
-"""Those in which the kernel was seen to be faster than the products one by one."""
+"""Those that matrix units multiply without rounding; in float32 products one by one are faster."""
 
 LARGEST_HEAD = 128
 """Channels of a head, at most: what a program holds has to fit into its registers."""
