@@ -66,26 +66,17 @@ def test_values_of_pictures_and_of_their_tokens_reach_every_token(case):
     assert torch.equal(torch.cat(packing.by_size(values)), values)
     if len(packing.sizes) == 1:
         assert packing.spread(values).shape == (len(tokens), 1, 2)
-    for picture, before, value in zip(
-        pictures_of(packing, row + packing.spread(values)),
-        pictures_of(packing, row),
-        values,
-        strict=True,
-    ):
-        assert torch.equal(picture, before + value)
     places = [normal(seed + k, n, 2) for k, (_, n) in enumerate(packing.sizes)]
     each = [
         place
         for place, (count, _) in zip(places, packing.sizes, strict=True)
         for _ in range(count)
     ]
-    for picture, before, place in zip(
-        pictures_of(packing, row + packing.repeat(places)),
-        pictures_of(packing, row),
-        each,
-        strict=True,
-    ):
-        assert torch.equal(picture, before + place)
+    before = pictures_of(packing, row)
+    for spread, parts in ((packing.spread(values), values), (packing.repeat(places), each)):
+        after = pictures_of(packing, row + spread)
+        for picture, given_, part in zip(after, before, parts, strict=True):
+            assert torch.equal(picture, given_ + part)
 
 
 @settings(max_examples=40)
