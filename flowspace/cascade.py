@@ -5,7 +5,9 @@ It is PixelFlow's (Chen et al., arXiv 2504.07963). Stage k of S, from the coarse
 size,
 
 $$\text{start}_k = (1 - t_k)\, \mathrm{Up}(\mathrm{Down}(x_k)) + t_k\, n$$
+
 $$\text{end}_k = (1 - e_k)\, x_k + e_k\, n$$
+
 $$t_k = 2 (1 - u)/(2 - u), \quad e_k = 1 - (k + 1)/S$$
 
 where x_k is the image at the stage's size, Down the mean of 2 x 2 pixels (bilinear halving) and Up

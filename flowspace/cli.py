@@ -55,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, unknown = _parser().parse_known_args(_joined(arguments))
     if unknown:
         options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if options.command is None:
+        options.parser.error("the following arguments are required: COMMAND")
     try:
         return options.command(options)
     except FlowspaceError as error:
@@ -97,7 +99,8 @@ def _parser() -> argparse.ArgumentParser:
         "flowspace", description="Cross-space flow maps: derive, check, train, sample."
     )
     parser.add_argument("--version", action="version", version=f"flowspace {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.set_defaults(command=None, parser=parser)
+    commands = parser.add_subparsers(metavar="COMMAND")
     _add_derive(commands)
     _add_demo(commands)
     _add_doctor(commands)

@@ -226,6 +226,8 @@ def test_help_takes_half_a_second_of_the_processor():
         (["derive", "--kapa=s"], "did you mean --kappa?"),
         (["demo", "--seed5", "3"], "did you mean --seeds?"),
         (["dmeo"], "did you mean demo?"),
+        (["--vresion"], "did you mean --version?"),
+        ([], "the following arguments are required: COMMAND"),
         (["doctor", "--jsn"], "did you mean --json?"),
     ],
 )

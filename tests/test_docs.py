@@ -282,6 +282,19 @@ def test_every_row_of_a_table_has_the_cells_of_its_head(page):
             assert cells(row) == cells(head), f"{named(page)}: {row}"
 
 
+FORMULA_PLACES = [*PAGES[2:], *sorted((ROOT / "flowspace").rglob("*.py"))]
+"""Pages, and docstrings that the reference shows."""
+
+
+def test_every_formula_of_a_line_is_a_paragraph_of_its_own():
+    """Two in one paragraph are drawn as one, with the signs between them."""
+    for place in FORMULA_PLACES:
+        lines = place.read_text().splitlines()
+        for number, line in enumerate(lines):
+            if line.strip().startswith("$$"):
+                assert not lines[number - 1].strip(), f"{named(place)}:{number + 1}"
+
+
 def pages_of_nav():
     nav = (ROOT / "docs" / "mkdocs.yml").read_text().split("\nnav:")[1]
     return re.findall(r": ([\w/]+\.md)$", nav, re.MULTILINE)
