@@ -55,8 +55,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, unknown = _parser().parse_known_args(_joined(arguments))
     if unknown:
         options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if options.command is None:
-        options.parser.error("the following arguments are required: COMMAND")
     try:
         return options.command(options)
     except FlowspaceError as error:
@@ -99,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         "flowspace", description="Cross-space flow maps: derive, check, train, sample."
     )
     parser.add_argument("--version", action="version", version=f"flowspace {__version__}")
-    parser.set_defaults(command=None, parser=parser)
+    parser.set_defaults(command=_nothing, parser=parser)
     commands = parser.add_subparsers(metavar="COMMAND")
     _add_derive(commands)
     _add_demo(commands)
@@ -238,6 +236,10 @@ def _shape(text: str) -> tuple[int, ...]:
             f"got {text!r}; write sizes with commas, rows first, as in 4,16,32,32"
         )
     return tuple(int(size) for size in text.split(","))
+
+
+def _nothing(options: argparse.Namespace) -> None:
+    options.parser.error("the following arguments are required: COMMAND")
 
 
 def _derive(options: argparse.Namespace) -> int:
