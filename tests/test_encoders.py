@@ -600,3 +600,11 @@ def test_an_id_that_cannot_be_fetched_or_does_not_suit_is_one_clear_error(tmp_pa
     AutoencoderTiny().save_pretrained(tmp_path)
     with pytest.raises(RunError, match=r"someone/pictures holds AutoencoderTiny"):
         load_encoder("someone/pictures")
+
+
+def test_weights_that_lack_a_tensor_are_one_error_that_names_it(tmp_path):
+    va_vae_like(scaling_factor=0.5).save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes().replace(b"decoder.conv_in.bias", b"decoder.conv_in.biaw"))
+    with pytest.raises(RunError, match=r"lack 1 tensor.*such as decoder.conv_in.bias; fetch"):
+        load_encoder(tmp_path)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from flowspace import InputError, RunError
 from flowspace.training import AdversarialStep, Draws
+from flowspace.vision.checked_model import keep_digests
 from flowspace.vision.data import Images
 from flowspace.vision.encoders import LatentEncoder, load_encoder
 from flowspace.vision.linear import LinearAutoencoder
@@ -235,6 +236,7 @@ def keep(
     if accelerator.is_main_process:
         partial = folder / "partial"
         autoencoder.save_pretrained(partial)
+        keep_digests(partial)
         for path in sorted(partial.iterdir(), reverse=True):  # config.json comes last
             os.replace(path, folder / path.name)
         shutil.rmtree(partial)

@@ -12,7 +12,7 @@ from diffusers.models.modeling_utils import ModelMixin
 
 from flowspace.errors import RunError
 
-__all__ = ["CheckedModel"]
+__all__ = ["CheckedModel", "check_digests", "keep_digests"]
 
 DIGESTS = "_digests"
 """The entry of ``config.json`` that holds the SHA-256 of each file of weights, by its name, and
@@ -56,12 +56,7 @@ class CheckedModel(ModelMixin, ConfigMixin):
         repository = kwargs.pop("repo_id", folder.name)
         super().save_pretrained(folder, is_main_process=is_main_process, **kwargs)
         if is_main_process:
-            place = folder / self.config_name
-            config = json.loads(place.read_text())
-            digests = {path.name: _digest(path) for path in _weights(folder)}
-            digests[self.config_name] = _digest_of_arguments(config)
-            config[DIGESTS] = digests
-            place.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            keep_digests(folder, self.config_name)
         if push_to_hub:
             self.push_to_hub(repository, token=kwargs.get("token"))
 
@@ -77,7 +72,7 @@ class CheckedModel(ModelMixin, ConfigMixin):
         """
         place = pretrained_model_name_or_path
         folder = Path(str(place)) / (kwargs.get("subfolder") or "")
-        _check_digests(folder, cls.config_name)
+        check_digests(folder, cls.config_name)
         told = kwargs.pop("output_loading_info", False)
         loaded: Any = super().from_pretrained(place, output_loading_info=True, **kwargs)
         model, found = loaded
@@ -112,8 +107,31 @@ def _digest_of_arguments(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _check_digests(folder: Path, config_name: str) -> None:
-    """Refuse a folder whose config or weights have another digest than its config says."""
+def keep_digests(folder: Path, config_name: str = "config.json") -> None:
+    """Write the digests of a folder's weights and arguments into its config.
+
+    Args:
+        folder: that diffusers saved a model into.
+        config_name: of its config.
+    """
+    place = folder / config_name
+    config = json.loads(place.read_text())
+    digests = {path.name: _digest(path) for path in _weights(folder)}
+    digests[config_name] = _digest_of_arguments(config)
+    config[DIGESTS] = digests
+    place.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def check_digests(folder: Path, config_name: str = "config.json") -> None:
+    """See that a folder holds what was saved; one without digests is let through.
+
+    Args:
+        folder: that a model was saved into.
+        config_name: of its config.
+
+    Raises:
+        RunError: if its config or weights have another digest than its config says.
+    """
     try:
         config = json.loads((folder / config_name).read_text())
         wanted = dict(config.get(DIGESTS, {}))

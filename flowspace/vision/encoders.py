@@ -646,10 +646,13 @@ def _from_folder(path: Path) -> nn.Module:
         kind = json.loads((path / "config.json").read_text())["_class_name"]
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise RunError(f"{path} holds no autoencoder that diffusers can load: {error}") from error
+    from flowspace.vision.checked_model import check_digests
+
     if kind == "LinearAutoencoder":
         from flowspace.vision.linear import LinearAutoencoder
 
         return LinearAutoencoder.from_pretrained(path)
+    check_digests(path)
     return _of_kind(kind, path, path, local_files_only=True)
 
 
@@ -675,9 +678,19 @@ def _of_kind(kind: str, name: object, source: str | Path, **options: Any) -> nn.
     make_buildable(kind)
     try:
         made = getattr(diffusers, kind)
-        return made.from_pretrained(source, use_safetensors=True, **options)
-    except (OSError, ValueError, AttributeError) as error:
+        loaded = made.from_pretrained(
+            source, use_safetensors=True, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, AttributeError, NotImplementedError) as error:
         raise RunError(f"{name} holds no autoencoder that diffusers can load: {error}") from error
+    model, found = loaded
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise RunError(
+            f"the weights of {name} lack {len(missing)} tensor(s) of {kind}, such as "
+            f"{missing[0]}; fetch them again"
+        )
+    return model
 
 
 def make_buildable(kind: str) -> None:
