@@ -23,6 +23,7 @@ for needed in ("pydantic", "accelerate", "diffusers", "timm", "torch_fidelity", 
 COMMON = Path(__file__).parents[1] / "examples" / "common"
 sys.path.insert(1, str(COMMON))
 image_losses = importlib.import_module("image_losses")
+journal = importlib.import_module("journal")
 loop = importlib.import_module("loop")
 profiling = importlib.import_module("profiling")
 pictures = importlib.import_module("pictures")
@@ -73,6 +74,15 @@ def test_a_program_has_runs_of_its_own(tmp_path):
     assert config.out == Path("runs/mine/small") and config.name == "small"
     depends = reading.depends_on(config, "data")
     assert depends["data"]["path"] == "digits" and "workers" not in depends["data"]
+
+
+def test_lines_of_a_log_that_are_no_records_of_a_step_are_passed_over(tmp_path):
+    good = [{"step": 1, "loss": 2.0}, {"step": 0, "loss": 3.0}]
+    for record in good:
+        journal.append(tmp_path, record)
+    with (tmp_path / "log.jsonl").open("ab") as file:
+        file.write(b'\xff\n[1]\n{"step": "x"}\n{"step": null}\n{"stev": 2}\n{"step": 2, "lo')
+    assert journal.latest(tmp_path) == good[::-1]
 
 
 # --- what is optional --------------------------------------------------------------------------

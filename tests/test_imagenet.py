@@ -682,6 +682,15 @@ def test_settings_that_do_not_fit_are_one_error(tiny, change, words):
         settings.load(tiny, [change])
 
 
+def test_a_setting_in_a_list_is_changed_by_its_number(tiny):
+    terms = "perceptual=[{network: lpips}, {network: resnet18, weight: 2}]"
+    changed = settings.load(tiny, [terms, "perceptual.1.weights=a.pt"])
+    first, second = settings.load(tiny, [terms]).perceptual
+    assert changed.perceptual == (first, dataclasses.replace(second, weights="a.pt"))
+    with pytest.raises(SettingsError, match=r"perceptual\.2 is not known"):
+        settings.load(tiny, [terms, "perceptual.2.weights=a.pt"])
+
+
 def test_what_belongs_to_another_objective_is_refused(tiny):
     with pytest.raises(SettingsError, match="both are crossflow's"):
         settings.load(tiny, ["objective.kind=consistency", "objective.literal=true"])
@@ -759,10 +768,6 @@ def test_a_mistyped_key_is_refused_before_torch_is_imported(tiny):
         assert found.stderr.startswith("train.py: ") and found.stderr.count("\n") == 1
 
 
-def test_the_earliest_time_of_the_settings_is_the_librarys():
-    assert settings.EARLIEST == TIME_FLOOR
-
-
 @pytest.mark.parametrize(
     ("parts", "error", "words"),
     [
@@ -773,7 +778,12 @@ def test_the_earliest_time_of_the_settings_is_the_librarys():
         (
             {"encoder": {"name": "va-vae", "stage_one": None, "weights": Path("/nowhere")}},
             SettingsError,
-            "encoder.weights = /nowhere, which is no file",
+            "encoder.weights = /nowhere, which is no folder; write encoder.weights=FOLDER",
+        ),
+        (
+            {"encoder": {"name": "va-vae", "stage_one": None, "weights": Path("/")}},
+            RunError,
+            "/va-vae/.* is missing; fetch it .*--local-dir /va-vae",
         ),
         ({"generator": {"grid": 4}}, InputError, "generator.grid=8"),
         ({"generator": {"preset": "crossflow-z"}}, InputError, "crossflow-b"),
@@ -949,6 +959,18 @@ def test_a_flipped_bit_in_a_checkpoint_is_noticed(config, encoder_folder):
         pytest.raises(RunError, match=f"none of the {len(paths)} checkpoints"),
     ):
         run(made)
+
+
+@pytest.mark.parametrize("place", [-5, 60], ids=["a weight", "a name"])
+def test_a_flipped_bit_in_the_encoder_of_stage_one_is_noticed(config, place):
+    run(config)
+    path = config.out / "encoder" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[place] ^= 4
+    path.write_bytes(content)
+    told = config.out / "encoder" / "config.json"
+    with pytest.raises(RunError, match=f"{path} is not what was saved.*; delete {told}:"):
+        stage_one.loaded(config)
 
 
 def test_weights_of_an_encoder_are_never_unpickled(config):

@@ -34,9 +34,10 @@ def append(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    """Return the records of a log in the order they were written, without unfinished lines.
+    """Return the records of a log in the order they were written, without what is none.
 
-    A run that was continued wrote the steps after its checkpoint twice.
+    A killed run leaves an unfinished line; one that was continued wrote the steps after its
+    checkpoint twice.
     """
     path = folder / LOG
     found: list[dict[str, Any]] = []
@@ -45,7 +46,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
     for line in path.read_bytes().splitlines():
         with contextlib.suppress(ValueError):
             record = json.loads(line)
-            if isinstance(record, dict):
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
                 found.append(record)
     return found
 
@@ -54,8 +55,7 @@ def latest(folder: Path) -> list[dict[str, Any]]:
     """Return the records of a log by step, of each step the one that was written last."""
     by_step: dict[Any, dict[str, Any]] = {}
     for record in records(folder):
-        step = record.get("step", -1)
-        by_step[step, "watch" in record] = record
+        by_step[record["step"], "watch" in record] = record
     return [by_step[key] for key in sorted(by_step)]
 
 

@@ -313,11 +313,21 @@ def _read(path: Path, users: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the union of nested mappings; lists and values are replaced whole."""
+    """Return the union of nested mappings; lists and values are replaced whole.
+
+    A number as a key changes that item of a list: ``perceptual.0.weight=0.5``.
+    """
     merged = {**under, **over}
     for key, value in over.items():
-        if isinstance(value, Mapping) and isinstance(under.get(key), Mapping):
-            merged[key] = _merged(under[key], value)
+        if not isinstance(value, Mapping):
+            continue
+        before = under.get(key)
+        if isinstance(before, list):
+            items = {str(number): item for number, item in enumerate(before)}
+            if value.keys() <= items.keys():
+                merged[key] = list(_merged(items, value).values())
+        elif isinstance(before, Mapping):
+            merged[key] = _merged(before, value)
     return merged
 
 

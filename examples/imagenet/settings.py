@@ -53,9 +53,6 @@ __all__ = [
     "run_program",
 ]
 
-EARLIEST = 0.01
-"""The smallest time that is drawn: ``flowspace.schedules.TIME_FLOOR``, which needs torch."""
-
 MEAN_FLOWS = ("meanflow", "improved-meanflow")
 """Objectives whose paper says their times."""
 
@@ -92,6 +89,7 @@ class StageOneConfig:
 class EncoderConfig:
     """A name or path for `load_encoder`, or ``stage_one`` to train one.
 
+    ``weights`` is the folder that holds ``NAME/`` of a name; None asks the hub's cache.
     ``fit`` images estimate unknown statistics; ``pack`` makes one cell of pack x pack cells.
     """
 
@@ -303,6 +301,8 @@ def check_places(config: ImageNetConfig, latents_made: bool = False) -> None:
                 hint += ", which encode.py makes of the same config, or null to encode every step"
             raise SettingsError(f"got data.{name} = {place}, which is no folder; {hint}")
     check_evaluation(config)
+    if config.encoder.weights:
+        reading.check_folder("encoder.weights", os.fspath(config.encoder.weights))
     reading.check_weights(_weights(config))
     if config.training.wandb:
         reading.check_installed("training.wandb", "wandb")
@@ -333,6 +333,4 @@ def _weights(config: ImageNetConfig) -> dict[str, str | None]:
         found[f"perceptual.{number}.weights"] = term.weights
     if config.adversarial:
         found["adversarial.weights"] = config.adversarial.weights
-    if config.encoder.weights:
-        found["encoder.weights"] = os.fspath(config.encoder.weights)
     return found
