@@ -168,6 +168,7 @@ def test_all_published_configs_build_and_take_their_images(capsys):
     program.check()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["b-256", "l-256", "h-256", "h-512"]
+    assert lines[0].startswith("b-256: 16 blocks of width 768; 118.2 M parameters sample, 175.5 M")
     names = {path.stem for path in settings.PAPER.glob("*.yaml")}
     assert names == {published.config for published in settings.PUBLISHED}
     for name in names:

@@ -361,8 +361,10 @@ def checked(config: PixelMeanFlowConfig, published: Published) -> str:
     if wanted is not None and abs(millions / wanted - 1) > 0.005:
         raise ValueError(f"{config.name} has {millions:.1f} M parameters, not {wanted} M")
     muon = len(assign(network, MATRICES)["muon"])
+    sizes = network.config
     return (
-        f"{config.name}: {millions:.1f} M parameters sample, "
+        f"{config.name}: {sizes['depth']} blocks of width {sizes['width']}; "
+        f"{millions:.1f} M parameters sample, "
         f"{trained / 1e6:.1f} M are trained, {muon} matrices by Muon; "
         f"images {shape}; published FID {published.fid}, not run here"
     )
