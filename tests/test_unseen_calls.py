@@ -416,3 +416,106 @@ def test_a_model_that_calls_autograd_is_refused_or_right(model, rows):
     exact = exact if rows is None else exact * rows[:, None]
     found = FiniteDifference()(model, primals, TANGENTS, rows)[1]
     assert (found - exact).norm() < 1e-2 * exact.norm()
+
+
+# --- writes through .data and .detach() into what moves
+
+
+class IntoScratch(torch.autograd.Function):
+    """As torchdiffeq keeps the stages of a Runge-Kutta step."""
+
+    @staticmethod
+    def forward(ctx, scratch, value, place):
+        ctx.place = place
+        scratch.data[:, place] = value
+        return scratch
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, grad[:, ctx.place], None
+
+
+def stages(z, t):
+    scratch = torch.empty(4, 3, dtype=z.dtype)
+    scratch = IntoScratch.apply(scratch, t.sin(), 0)
+    scratch = IntoScratch.apply(scratch, z[:, 1], 1)
+    scratch = IntoScratch.apply(scratch, (scratch[:, :2] * z[:, :2]).sum(1), 2)
+    return scratch @ WEIGHT[:3]
+
+
+def filled_twice(z, t):
+    h = torch.zeros(4, 2, dtype=z.dtype)
+    h.data[:, 0] = z[:, 0]
+    h.data[:, 1] = t
+    return h * 1
+
+
+def part_replaced(z, t):
+    h = z * 2
+    h.detach()[:, 0] = t
+    return h * 1
+
+
+def read_from_both(z, t):
+    h = z * 2
+    still = h.detach()
+    still[:, 0].copy_(t)
+    still.add_(t[:, None])
+    return still * 3 + h
+
+
+def stopped_and_written(z, t):
+    h = z * 2
+    h.data[:, 0] = 0
+    h.data.mul_(3)
+    return h * 1
+
+
+def first_column(z, column):
+    return torch.cat([column[:, None], z[:, 1:]], 1)
+
+
+THROUGH_DATA = {
+    "stages of an integrator": (
+        stages,
+        lambda z, t: (
+            torch.stack([t.sin(), z[:, 1], t.sin() * z[:, 0] + z[:, 1] ** 2], 1) @ WEIGHT[:3]
+        ),
+    ),
+    "filled part by part": (filled_twice, lambda z, t: torch.stack([z[:, 0], t], 1)),
+    "a part replaced": (part_replaced, lambda z, t: first_column(z * 2, t)),
+    "read from both": (
+        read_from_both,
+        lambda z, t: 4 * (first_column(z * 2, t) + t[:, None]),
+    ),
+    "a constant written": (
+        stopped_and_written,
+        lambda z, t: first_column(z * 6, torch.zeros_like(t)),
+    ),
+}
+
+
+@pytest.mark.parametrize("rows", [None, HALF], ids=["all", "half"])
+@pytest.mark.parametrize("name", THROUGH_DATA)
+def test_what_is_written_through_data_is_read_with_its_derivative(name, rows):
+    """It keeps the derivatives of what it leaves as it was."""
+    fn, written = THROUGH_DATA[name]
+    value, derivative = SharedPrimal()(fn, PRIMALS, TANGENTS, rows)
+    close(value, written(*PRIMALS))
+    close(derivative, wanted(written, rows))
+
+
+def test_an_adaptive_integrator_inside_a_model_is_differentiated():
+    integrate = pytest.importorskip("torchdiffeq").odeint
+    times = torch.tensor([0.0, 1.0], dtype=DOUBLE)
+
+    def flow(z, t):
+        def velocity(tau, x):
+            return torch.tanh(x @ WEIGHT / 3) * tau * (1 + t[:, None])
+
+        return integrate(velocity, z, times, method="dopri5", rtol=1e-9, atol=1e-9)[-1]
+
+    ahead = [p + 1e-5 * v for p, v in zip(PRIMALS, TANGENTS, strict=True)]
+    behind = [p - 1e-5 * v for p, v in zip(PRIMALS, TANGENTS, strict=True)]
+    exact = (flow(*ahead) - flow(*behind)) / 2e-5
+    close(SharedPrimal()(flow, PRIMALS, TANGENTS)[1], exact, 1e-6)

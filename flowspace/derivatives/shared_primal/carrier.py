@@ -207,6 +207,20 @@ class Carrier(TorchFunctionMode):
         self.live.append(weakref.ref(tensor))
         return tensor
 
+    def is_detached(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is marked as one that carries no tangent."""
+        held = getattr(tensor, FIELD, None)
+        return held is not None and held.owner is self and held.tangent is None
+
+    def attach(self, memory: int) -> None:
+        """Take the mark off the detached tensors in a memory: they move as it does."""
+        for reference in self.live:
+            tensor = reference()
+            if tensor is None or not self.is_detached(tensor):
+                continue
+            if memory_below(tensor) == memory:
+                delattr(tensor, FIELD)
+
     def release(self) -> None:
         """Let go of every tangent that the model still holds.
 
@@ -312,7 +326,7 @@ class Carrier(TorchFunctionMode):
         named, options = kwargs, kwargs
         if kwargs:
             named, options = self._unpack_named(kwargs, duals)
-        if not duals:
+        if not duals and not (kind == "in place" and self._writes_below(args)):
             return self._at_rest(func, treatment, args, kwargs)
         call = rules.Call(func, given, named, primals, options, duals, self.traced)
         if kind == "higher order" and self.traced and not self.lost:
@@ -330,6 +344,10 @@ class Carrier(TorchFunctionMode):
                 self.lost = True
         self._refuse_once_lost(treatment)
         return _value_alone(call, args)
+
+    def _writes_below(self, args: tuple[Any, ...]) -> bool:
+        """Return whether a function writes, through a detached tensor, into memory that moves."""
+        return self.has_detached and not self.lost and self.writes.stopped(args[0])
 
     def _at_rest(
         self,

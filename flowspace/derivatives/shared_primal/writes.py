@@ -131,6 +131,8 @@ class Writes:
         """Run a function that writes into its first argument, and write the tangent beside it."""
         if not isinstance(call.args[0], Dual):
             self.remember(target)
+            if self.stopped(target):
+                self._move_as_its_memory(call, target)
         with torch.no_grad(), not_intercepted():
             tangent, layout = self._written_tangent(call, name)
 
@@ -181,6 +183,32 @@ class Writes:
             written = dual.primal
         with torch.no_grad(), not_intercepted():
             _place(mirror, written).copy_(tangent)
+
+    def stopped(self, target: Tensor) -> bool:
+        """Return whether a tensor carries no tangent, as x.data does, where its memory does."""
+        if not self.carrier.is_detached(target):
+            return False
+        return memory_below(target) in self.mirrors or self.shared(target)
+
+    def _move_as_its_memory(self, call: rules.Call, target: Tensor) -> None:
+        """Let the first argument, which was detached, move as what lies in its memory does.
+
+        What is written into x.data is read from x, and from then on from x.data too.
+
+        Raises:
+            LostRowsError: if not every row has a tangent.
+        """
+        key = memory_below(target)
+        sharing = [alias for alias in self.carrier.aliases() if memory_below(alias) == key]
+        duals = [*call.duals, *map(self.carrier.held, sharing)]
+        if any(dual.layout is not None for dual in duals):
+            raise LostRowsError
+        with torch.no_grad(), not_intercepted():
+            tangent = _place(self._mirror(target), target).clone()
+        self.carrier.attach(key)
+        moving = Dual(target, tangent, None, self.carrier)
+        call.args = [moving, *call.args[1:]]
+        call.duals.insert(0, moving)
 
     def shared(self, target: Tensor) -> bool:
         """Return whether another tensor that carries a tangent lies in the memory of this one."""
