@@ -66,6 +66,13 @@ def test_the_program_of_the_readme_runs_and_continues(tmp_path, monkeypatch, cap
     assert kept.training.steps == 5 and kept.data.path == "digits"
 
 
+def test_what_does_not_fit_into_memory_is_one_error():
+    with pytest.raises(SystemExit, match=r"memory does not suffice \(.*larger training.accumul"):
+        reading.run_program(lambda: torch.empty(2**50))
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        reading.run_program(lambda: torch.ones(2) + torch.ones(3))
+
+
 def test_a_program_has_runs_of_its_own(tmp_path):
     (tmp_path / "configs").mkdir()
     path = tmp_path / "configs" / "small.yaml"

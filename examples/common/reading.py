@@ -39,6 +39,7 @@ __all__ = [
     "Positive",
     "SettingsError",
     "Share",
+    "Size",
     "Weight",
     "as_dict",
     "check_folder",
@@ -59,6 +60,9 @@ STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 MOST = 10**9
 """No size, count or number of steps of a run is larger."""
 
+LARGEST = 2**14
+"""No width, depth or side of a network is larger."""
+
 LARGEST_FILE = 2**20
 """Bytes of a config; a larger file is none."""
 
@@ -69,6 +73,7 @@ FREE = ("workers", "compile")
 """Settings of sections that weights do not depend on."""
 
 Count = Annotated[int, Field(ge=1, le=MOST, strict=True)]
+Size = Annotated[int, Field(ge=1, le=LARGEST, strict=True)]
 Number = Annotated[int, Field(ge=0, le=MOST, strict=True)]
 Weight = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -156,6 +161,10 @@ def from_command_line(
     return config, asked
 
 
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
+"""What torch says, of a card and of a CPU."""
+
+
 def run_program(main: Callable[[], Any]) -> None:
     """Run a program; what a user can mend ends it with one line that says how."""
     name = Path(sys.argv[0]).name
@@ -172,6 +181,14 @@ def run_program(main: Callable[[], Any]) -> None:
         if not isinstance(error, (SettingsError, FlowspaceError)):
             raise
         sys.exit(f"{name}: {error}")
+    except RuntimeError as error:
+        if not any(words in str(error) for words in OUT_OF_MEMORY):
+            raise
+        reason, *_ = str(error).splitlines()
+        sys.exit(
+            f"{name}: the memory does not suffice ({reason}); write a smaller training.batch, a "
+            "larger training.accumulate, or a smaller network, and run it again"
+        )
 
 
 # --- files -------------------------------------------------------------------------------------

@@ -6,7 +6,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from reading import STRICT, Count, Decay, Number, Positive, SettingsError, Weight, check_weights
+from reading import (
+    STRICT,
+    Count,
+    Decay,
+    Number,
+    Positive,
+    SettingsError,
+    Size,
+    Weight,
+    check_weights,
+)
 
 SETS = (
     "emoji",
@@ -31,7 +41,7 @@ class PicturesConfig:
 
     path: str = "data/imagenet/train"
     source: Literal["folder", "dataset", "shards"] = "folder"
-    size: Count = 256
+    size: Size = 256
     classes: Count | None = 1000
     flip: bool = True
     workers: Number = 8
@@ -119,8 +129,8 @@ class AdversarialConfig:
     size: Count | None = 224
     layers: tuple[int, ...] = (2, 5, 8, 11)
     channels: tuple[int, ...] = (384, 384, 384, 384)
-    width: Count = 64
-    kernel: Count = 9
+    width: Size = 64
+    kernel: Size = 9
     power: Weight = 1.0
     start: Number = 0
     learning_rate: Positive = 2e-4

@@ -23,6 +23,7 @@ from reading import (
     Positive,
     SettingsError,
     Share,
+    Size,
     Weight,
     replaced,
     run_program,
@@ -75,9 +76,9 @@ class StageOneConfig:
     ``channels`` principal components, in closed form; the other settings are then not used.
     """
 
-    channels: Count = 8
-    linear: Count | None = None
-    widths: Annotated[tuple[Count, ...], Field(min_length=1)] = (32, 64, 64)
+    channels: Size = 8
+    linear: Size | None = None
+    widths: Annotated[tuple[Size, ...], Field(min_length=1)] = (32, 64, 64)
     steps: Count = 500
     batch: Count = 32
     learning_rate: Positive = 1e-3
@@ -114,18 +115,18 @@ class GeneratorConfig:
 
     preset: str | None = "crossflow-b"
     space: Literal["image", "latent"] = "image"
-    channels: Count = 32
-    grid: Count = 16
-    patch: Count = 16
-    depth: Count | None = None
-    width: Count | None = None
-    heads: Count | None = None
+    channels: Size = 32
+    grid: Size = 16
+    patch: Size = 16
+    depth: Size | None = None
+    width: Size | None = None
+    heads: Size | None = None
     mlp: Literal["swiglu", "gelu"] = "swiglu"
     condition: Literal["s", "t,s", "t-s"] = "s"
-    class_tokens: Count = 12
-    time_tokens: Count = 4
+    class_tokens: Size = 12
+    time_tokens: Size = 4
     head_kind: Literal["linear", "convolutional"] = "linear"
-    head_channels: Count = 16
+    head_channels: Size = 16
     checkpointing: bool = False
     compile: bool = False
 
