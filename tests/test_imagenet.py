@@ -150,8 +150,25 @@ def test_a_run_trains_ships_logs_and_ends_with_its_page(config, capsys):
     assert "Each picture was seen 2.0 times" in page
     assert page.count("data:image/png") == 4  # classes, nearest, over training, by t
     assert page.count("<svg") == 2  # losses, gradients
+    assert f"cpu, {torch.get_num_threads()} thread(s)" in page
     assert settings.of_run(config.out) == config
     assert "report.html" in capsys.readouterr().out
+
+
+def test_the_time_on_the_page_is_of_both_stages_and_the_device_is_where_it_trained(config):
+    run(config)
+    for stage, name, seconds in (("encoder/training", "card A", 60), ("generator", "card B", 120)):
+        record = {"step": 0, "loss": 1.0, "seconds": seconds, "device": name}
+        (config.out / stage / "log.jsonl").write_text(json.dumps(record) + "\n")
+    page = report.page.provenance
+    told = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report.page, "curves", lambda log: [])
+        patch.setattr(report.page, "provenance", lambda log: told.append(page(log)) or told[0])
+        report.write(config)
+    _, rows = told[0]
+    assert dict(rows)["time"] == "3.0 minutes of training logged"
+    assert dict(rows)["device"] == "card B"
 
 
 def test_the_page_of_a_run_says_commands_that_work(config):

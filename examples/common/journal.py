@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from profiling import name_of
 from torch import Tensor
 from tqdm import tqdm
 
@@ -169,6 +170,7 @@ class Log:
             "step": step,
             "loss": float(run.loss),
             "gradient_norm": float(run.norms[0]),
+            "device": self.device(),
         }
         if len(run.norms) > 1:
             record["opponent_norm"] = float(run.norms[1])
@@ -181,6 +183,14 @@ class Log:
             append(self.stage.folder, record)
         track(self.stage, self.accelerator, record, step)
         self.bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
+
+    def device(self) -> str:
+        """Return what trains: a card or a CPU, and how many processes."""
+        name = name_of(self.accelerator.device)
+        count = self.accelerator.num_processes
+        if count == 1:
+            return name
+        return f"{count} processes, each on {name}"
 
     def details(self) -> dict[str, Any]:
         """Return the means of the terms and their gradients, also by bins of the times."""

@@ -223,15 +223,23 @@ def settings_table(settings: Mapping[str, Any]) -> Part:
 
 
 def provenance(log: Log, device: torch.device | None = None) -> Part:
-    """Return what made a run and its page: the command, the versions, the time, the device."""
+    """Return what made a run and its page: the command, the versions, the time, the device.
+
+    Args:
+        log: of the run.
+        device: on which it was trained; None takes the one that the log names last.
+    """
     minutes = seconds_logged(log) / 60
     rows = [
         ("command", shlex.join(["python", *sys.argv])),
         ("versions", f"flowspace {flowspace.__version__}, torch {torch.__version__}"),
         ("time", f"{minutes:.1f} minutes of training logged"),
     ]
+    devices = [record["device"] for record in log if "device" in record]
     if device is not None:
-        rows.append(("device", name_of(device)))
+        devices.append(name_of(device))
+    if devices:
+        rows.append(("device", devices[-1]))
     return ("made by", ""), rows
 
 

@@ -85,7 +85,8 @@ def write(config: ImageNetConfig) -> Path:
     ]
     if config.generator.space == "image":
         parts += by_time(config, images)
-    parts += [commands(config, len(images.names)), page.provenance(log)]
+    first = journal.latest(config.out / "encoder" / "training")
+    parts += [commands(config, len(images.names)), page.provenance([*first, *log])]
     parts += [page.settings_table(config.as_dict())]
     return page.write(config.out / "report.html", config.name, parts)
 

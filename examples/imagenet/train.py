@@ -7,6 +7,9 @@ run that was stopped, also with another number of processes: everything random i
 from (seed, step, row). With more steps it continues a run that was finished. ``--evaluate`` judges
 the run at its end; ``--profile`` measures a few steps and says where their time goes.
 
+Here stand `main`, what is trained and the sum of its losses. The loop, with backward and the
+update, is `fit` of ``examples/common/loop.py``, which other programs use too.
+
 A run's folder holds ``config.json``, ``encoder/`` (where stage 1 was trained on the spot),
 ``generator/`` (checkpoints, the log, pictures), ``pipeline/`` (what one ships), ``samples/``,
 ``metrics.json`` and ``report.html``.

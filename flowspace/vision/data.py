@@ -79,8 +79,7 @@ def centre_crop(picture: Image.Image, size: int) -> Image.Image:
     """Return the middle square of a picture, scaled to size: halved by boxes while it is twice as
     large, then bicubic.
 
-    The preprocessing of ADM (Dhariwal & Nichol, arXiv 2105.05233), which DiT, MeanFlow and
-    CrossFlow share.
+    The preprocessing of ADM (Dhariwal & Nichol, arXiv 2105.05233), which DiT and MeanFlow share.
     """
     width, height = picture.size
     while min(width, height) >= 2 * size:
