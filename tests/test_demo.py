@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from flowspace import InputError, RunError
-from flowspace.demo import data, digits, metrics
+from flowspace.demo import data, digits, metrics, stage_one
 from flowspace.demo.loop import Trainer, TrainSettings, rows_of
 from flowspace.demo.networks import Autoencoder, JudgeClassifier, SmallViT
 
@@ -190,6 +190,24 @@ def test_judges_are_averaged_each_against_its_own_features():
     assert alone[0].frechet != pytest.approx(alone[1].frechet, rel=1e-3)
     assert both.frechet == pytest.approx((alone[0].frechet + alone[1].frechet) / 2)
     assert both.accuracy == pytest.approx((alone[0].accuracy + alone[1].accuracy) / 2)
+
+
+def test_judges_of_grey_pictures_learn_once_from_seeds_and_a_half_of_their_own(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(stage_one, "JUDGES", 2)
+    found = data.load("digits")
+    plan = TrainSettings(steps=2, batch=4, warmup=1)
+    first, second = stage_one.judge_of_grey(found, plan, tmp_path / "a", {}).networks
+    assert not torch.equal(first.head.weight, second.head.weight)
+    images = found.images.clone()
+    images[0::2] = math.nan  # the half of the perceptual network
+    half = dataclasses.replace(found, images=images)
+    for folder in ("a", "b"):  # kept, then trained again
+        again, _ = stage_one.judge_of_grey(half, plan, tmp_path / folder, {}).networks
+        assert torch.equal(again.head.weight, first.head.weight)
+    with pytest.raises(RunError, match="other settings"):
+        stage_one.judge_of_grey(found, plan, tmp_path / "a", {"dataset": "digits"})
 
 
 def test_an_unknown_data_set_is_refused():

@@ -269,7 +269,7 @@ def test_no_program_is_longer_than_400_lines(folder):
 
 def test_judges_know_real_pictures_and_refuse_noise(tmp_path, monkeypatch):
     monkeypatch.setattr(judges, "PLAN", judges.TrainSettings(steps=150, batch=64, warmup=10))
-    monkeypatch.setattr(judges, "JUDGES", 1)
+    monkeypatch.setattr("flowspace.demo.stage_one.JUDGES", 1)
     config = config_of(tmp_path / "run")
     data = judges.data_of(config)
     one_of_each = [int((data.test_labels == label).nonzero()[0]) for label in range(10)]

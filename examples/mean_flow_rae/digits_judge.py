@@ -4,18 +4,14 @@ They see 8 x 8 grey pictures and were trained on half of the training digits; sa
 over squares to that size. For digits alone; other pictures are judged by ``judging.py``.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flowspace.demo.data import SETTINGS, load
-from flowspace.demo.loop import Trainer
 from flowspace.demo.metrics import Judge, Verdict
-from flowspace.demo.networks import JudgeClassifier
-from flowspace.demo.stage_one import JUDGES, classification
+from flowspace.demo.stage_one import judge_of_grey
 
 __all__ = ["grey", "judge_of", "table"]
 
@@ -25,18 +21,8 @@ SIDE = 8
 
 def judge_of(folder: Path) -> Judge:
     """Return the classifiers, trained into a folder where they are not there yet."""
-    data = load("digits")
-    first = SETTINGS["digits"].classifier
-    judges = []
-    for number in range(1, JUDGES + 1):
-        plan = replace(first, seed=first.seed + 100 * number)
-        name = f"judge-{number}"
-        trainer = Trainer(name, plan, folder / name, {"dataset": "digits"})
-        torch.manual_seed(plan.seed)
-        network = JudgeClassifier(data.side)
-        trained = trainer.train(network, data.half(1), classification)
-        judges.append(trained)
-    return Judge(tuple(judges), data)
+    plan = SETTINGS["digits"].classifier
+    return judge_of_grey(load("digits"), plan, folder, {"dataset": "digits"})
 
 
 def grey(samples: Tensor) -> Tensor:

@@ -6,19 +6,17 @@ the generator. They learn from half of the training pictures, and are tried on h
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from page import write_json
 from pictures import images_of, stacked
 from pixel_settings import CLASSIFIERS, PixelMeanFlowConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowspace.demo.data import Data
-from flowspace.demo.loop import Trainer, TrainSettings
+from flowspace.demo.loop import TrainSettings
 from flowspace.demo.metrics import Judge, Verdict
-from flowspace.demo.networks import JudgeClassifier
-from flowspace.demo.stage_one import JUDGES, classification
+from flowspace.demo.stage_one import judge_of_grey
 from flowspace.vision.data import Images
 
 PLAN = TrainSettings(steps=600, batch=64)
@@ -50,18 +48,8 @@ def evaluate(config: PixelMeanFlowConfig, samples: Tensor) -> Mapping[str, float
 
 def judge_of(config: PixelMeanFlowConfig) -> Judge:
     """Return the judges of a config's pictures, trained where its neighbours left none."""
-    data = data_of(config)
-    classes = len(data.labels.unique())
     folder = config.out.parent / f"judges-{config.data.path}-{config.data.size}"
-    networks: list[Any] = []
-    for seed in range(1, JUDGES + 1):
-        plan = replace(PLAN, seed=100 * seed)
-        trainer = Trainer(f"judge {seed}", plan, folder / str(seed))
-        torch.manual_seed(plan.seed)
-        network: nn.Module = JudgeClassifier(data.side, classes)
-        trained = trainer.train(network, data.half(1), classification)
-        networks.append(trained)
-    return Judge(tuple(networks), data)
+    return judge_of_grey(data_of(config), PLAN, folder, {})
 
 
 def data_of(config: PixelMeanFlowConfig) -> Data:

@@ -4,6 +4,7 @@ Stage 1 of CrossFlow is the autoencoder, whose encoder is kept, frozen. The judg
 weights, seed, architecture or training images with the perceptual classifier.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowspace.demo.data import Data, PictureSettings, Settings, in_range
-from flowspace.demo.loop import Trainer
+from flowspace.demo.loop import Trainer, TrainSettings
 from flowspace.demo.metrics import Judge
 from flowspace.demo.networks import Autoencoder, FeatureClassifier, JudgeClassifier, Patches
 from flowspace.demo.picture_networks import Components, PictureFeatures, PictureJudge
 from flowspace.training.checkpoints import Checkpoints, fill
 from flowspace.training.draws import Draws
 
-__all__ = ["JUDGES", "FeatureDistance", "World", "prepare"]
+__all__ = ["JUDGES", "FeatureDistance", "World", "judge_of_grey", "prepare"]
 
 JUDGES = 3
 """How many classifiers judge, whose scores are averaged: a Frechet distance in the features of one
@@ -105,6 +106,29 @@ def prepare(
     perceptual = FeatureDistance.of(features, spread)
     autoencoder.to(device)  # whose decoder is given what a network on the device made
     return World(data, autoencoder, latents, perceptual, device), Judge(tuple(judges), data)
+
+
+def judge_of_grey(
+    data: Data, plan: TrainSettings, folder: Path, context: Mapping[str, Any]
+) -> Judge:
+    """Train the judges of grey pictures with classes, each from a seed of its own, where the
+    folder has not got them yet.
+
+    Args:
+        data: the judges learn from every other training picture, from the second on.
+        plan: how long and how fast.
+        folder: of a folder for each judge.
+        context: what else they depend on, such as the data set.
+    """
+    judges = []
+    for number in range(1, JUDGES + 1):
+        own = replace(plan, seed=plan.seed + 100 * number)
+        torch.manual_seed(own.seed)
+        network = JudgeClassifier(data.side, data.classes)
+        name = f"judge-{number}"
+        trainer = Trainer(name, own, folder / name, context)
+        judges.append(trainer.train(network, data.half(1), classification))
+    return Judge(tuple(judges), data)
 
 
 def _classifier(
