@@ -894,6 +894,27 @@ def test_weights_that_only_judging_needs_are_asked_for_before_the_training(confi
     assert not list(config.out.rglob("log.jsonl"))
 
 
+@pytest.mark.parametrize("name", ["reference", "held_out"])
+def test_pictures_that_only_judging_needs_are_looked_at_before_anything_is_paid_for(
+    config, encoder_folder, tmp_path, name
+):
+    from PIL import Image
+
+    folder = tmp_path / "others" / "one class"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (16, 16)).save(folder / "0.png")
+    made = judged_by_resnet(given(config, encoder_folder), tmp_path)
+    asked = settings.replaced(made, evaluation={name: str(folder.parent)})
+    with pytest.raises(RunError, match="holds 1 classes, 2 are expected"):
+        run(asked, "--evaluate")
+    assert not (made.out / "generator").exists()
+    run(made)
+    alone()
+    with pytest.raises(RunError, match="holds 1 classes, 2 are expected"):
+        ship.evaluate(asked, train.accelerator_of(asked))
+    assert not (made.out / "samples").exists()
+
+
 def test_a_torch_without_muon_is_one_error_before_any_step(config, monkeypatch):
     monkeypatch.delattr(torch.optim, "Muon", raising=False)
     with pytest.raises(InputError, match=r"install torch 2\.9"):

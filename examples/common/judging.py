@@ -8,7 +8,7 @@ the score over several extractors.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ __all__ = [
     "extractors_of",
     "forget",
     "plan_of",
+    "ready_judges",
     "reference_of",
     "table",
     "tried_judge",
@@ -125,15 +126,21 @@ def evaluate(
 
     Returns:
         The scores of the first set, in the first process.
+
+    Raises:
+        InputError, RunError: if what judges, or its pictures, cannot be used; nothing is drawn.
     """
     device = accelerator.device
+    judges: list[Extractor] = []
+    if accelerator.is_main_process:
+        judges = ready_judges(config, device)
     rank = accelerator.process_index
     for folder, one in sets_of(config, plan).items():
         one.draw(draw, folder, maker, device, rank, accelerator.num_processes)
     accelerator.wait_for_everyone()
     scores = None
     if accelerator.is_main_process:
-        scores = judged(config, plan, maker, device)
+        scores = judged(config, plan, maker, judges)
         text = (config.out / METRICS).read_text()
         found = json.loads(text)
         print(table(found))
@@ -157,13 +164,13 @@ def forget(config: ProgramConfig) -> None:
     (config.out / METRICS).unlink(missing_ok=True)
 
 
-def judged(config: ProgramConfig, plan: Plan, maker: str, device: torch.device) -> Scores:
+def judged(config: ProgramConfig, plan: Plan, maker: str, judges: Sequence[Extractor]) -> Scores:
     """Judge the samples that were drawn and write down what came out; return the first scores.
 
     One set is in memory at a time.
     """
     e = config.evaluation
-    extractor = extractor_of(config, device)
+    extractor = judges[0]
     pictures = images_of(config.data, config.out.parent)
     if e.tried:
         tried_judge(config, extractor, pictures)
@@ -178,7 +185,7 @@ def judged(config: ProgramConfig, plan: Plan, maker: str, device: torch.device) 
             shown = sheet(samples, plan.classes)
             write_beside(config.out / "samples.png", shown)
             if e.extractors:
-                found["representations"] = ratios(config, samples, pictures, device)
+                found["representations"] = ratios(config, samples, pictures, judges)
     if len(scores) > 1:
         found["sets"] = least_and_spread(scores)
     first = scores[0]
@@ -187,20 +194,19 @@ def judged(config: ProgramConfig, plan: Plan, maker: str, device: torch.device) 
 
 
 def ratios(
-    config: ProgramConfig, samples: Tensor, pictures: Images, device: torch.device
+    config: ProgramConfig, samples: Tensor, pictures: Images, judges: Sequence[Extractor]
 ) -> dict[str, Any]:
     """Return the score over several representations, and of how many samples.
 
     It compares as many samples as there are held-out pictures, where these are fewer.
     """
     e = config.evaluation
-    validation = replace(config.data, path=e.held_out)
-    others = images_of(validation, config.out.parent)
+    others = pictures_at(config, e.held_out)
     count = min(len(samples), len(others))
     mine: dict[str, Features] = {}
     real: dict[str, Features] = {}
     held_out: dict[str, Features] = {}
-    for extractor in extractors_of(config, device):
+    for extractor in judges:
         name = extractor.name
         batches = samples[:count].split(e.batch)
         mine[name] = features_of(extractor, batches)
@@ -247,6 +253,26 @@ def extractors_of(config: ProgramConfig, device: torch.device) -> list[Extractor
     return found
 
 
+def ready_judges(config: ProgramConfig, device: torch.device) -> list[Extractor]:
+    """Return all networks that judge, once they and the pictures that they compare are there.
+
+    Raises:
+        InputError: if a network does not fit.
+        RunError: if weights are missing, or a folder holds no such pictures.
+    """
+    judges = extractors_of(config, device)
+    e = config.evaluation
+    for path in (config.data.path, e.reference, e.held_out):
+        if path is not None:
+            pictures_at(config, path)
+    return judges
+
+
+def pictures_at(config: ProgramConfig, path: str | None) -> Images:
+    """Return the pictures at another path than a run's own, of its size and classes."""
+    return images_of(replace(config.data, path=path), config.out.parent)
+
+
 def extractor_named(one: ExtractorConfig, device: torch.device) -> Extractor:
     """Return a network that judges, from its settings."""
     weights = weights_of(one.weights)
@@ -266,8 +292,7 @@ def reference_of(config: ProgramConfig, extractor: Extractor, images: Images) ->
     reference = config.evaluation.reference
     if reference:
         name = reference
-        data = replace(config.data, path=reference)
-        images = images_of(data, config.out.parent)
+        images = pictures_at(config, reference)
     path = config.out / f"reference-{extractor.name}.safetensors"
     return kept_features(path, config, extractor, images, name)
 

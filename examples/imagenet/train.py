@@ -180,7 +180,7 @@ def check_early(config: ImageNetConfig, accelerator: Accelerator, judged: bool) 
     if config.encoder.stage_one:
         stage_one.check_fit(config, stage_one.shape_of(config))
     if judged:
-        judging.extractors_of(config, accelerator.device)
+        judging.ready_judges(config, accelerator.device)
     elif config.evaluation.extractor != "inception":  # it scores every look
         judging.extractor_of(config, accelerator.device)
 
