@@ -5,7 +5,9 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
@@ -276,22 +278,26 @@ def test_the_archives_are_what_the_index_takes(archives):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["wheel", "source archive"])
-def test_an_archive_installs_and_runs_the_first_program_of_the_readme(archives, kind, tmp_path):
-    """In a folder of its own, beside the libraries of this Python: torch is not fetched again."""
-    installed, elsewhere = tmp_path / "installed", tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
-    command += ["--no-build-isolation", "--target", str(installed), str(archives[kind])]
+def test_an_archive_installs_and_runs_the_quickstart_in_an_environment_of_its_own(
+    archives, kind, tmp_path
+):
+    """Which borrows the libraries of this one: torch is not fetched again."""
+    for library in ("matplotlib", "sklearn"):
+        pytest.importorskip(library)
+    venv.create(tmp_path / "own")
+    [installed] = (tmp_path / "own").glob("lib/python*/site-packages")
+    (installed / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
+    python, script = tmp_path / "own" / "bin" / "python", tmp_path / "own" / "bin" / "flowspace"
+    command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
+    command += ["--no-index", "--no-deps", "--no-build-isolation", str(archives[kind])]
     environment = os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    page = (ROOT / "README.md").read_text()
-    program = re.search(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[1]
+    page = (ROOT / "docs" / "pages" / "quickstart.md").read_text()
+    program = "\n".join(re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
     program += "\nimport flowspace\nprint(flowspace.__file__)\n"
-    environment = os.environ | {"PYTHONPATH": str(installed)}
-    runs = {"cwd": elsewhere, "env": environment, "capture_output": True, "text": True}
-    done = subprocess.run([sys.executable, "-c", program], check=False, **runs)
+    runs = {"cwd": tmp_path, "capture_output": True, "text": True}
+    done = subprocess.run([str(python), "-c", program], check=False, **runs)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith(str(installed))
-    script = [sys.executable, str(installed / "bin" / "flowspace"), "--version"]
-    told = subprocess.run(script, check=True, **runs).stdout
+    told = subprocess.run([str(script), "--version"], check=True, **runs).stdout
     assert told.strip() == f"flowspace {flowspace.__version__}"
