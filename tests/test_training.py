@@ -356,6 +356,18 @@ def test_other_settings_are_refused_and_the_difference_is_named(tmp_path):
         Checkpoints(tmp_path, {"batch": 8}).latest()
 
 
+def test_of_nested_settings_those_that_differ_are_named(tmp_path):
+    before = {"objective": {"kind": "crossflow", "equal": 0.5}, "adversarial": None}
+    Checkpoints(tmp_path, before).save(1, {"w": torch.zeros(1)})
+    now = {"objective": {"kind": "consistency", "equal": 0.5}, "adversarial": {"power": 1}}
+    told = (
+        r"\(adversarial\.power: None there, 1 now, "
+        r"objective\.kind: 'crossflow' there, 'consistency' now\)"
+    )
+    with pytest.raises(RunError, match=told):
+        Checkpoints(tmp_path, now).latest()
+
+
 def test_only_settings_that_differ_are_named_and_paths_are_settings(tmp_path):
     Checkpoints(tmp_path, {"batch": 16, "data": tmp_path}).save(1, {"a": torch.ones(1)})
     assert Checkpoints(tmp_path, {"batch": 16, "data": tmp_path}).latest()[0] == 1

@@ -148,8 +148,8 @@ class Checkpoints:
     def _check_settings(self, path: Path, metadata: Mapping[str, str]) -> None:
         if metadata.get("fingerprint") == self.fingerprint:
             return
-        theirs = json.loads(metadata.get("settings", "{}"))
-        ours = json.loads(json.dumps(self.settings, default=str))
+        theirs = _flat(json.loads(metadata.get("settings", "{}")))
+        ours = _flat(json.loads(json.dumps(self.settings, default=str)))
         changes = []
         for name in sorted({*theirs, *ours}):
             before, now = theirs.get(name), ours.get(name)
@@ -163,6 +163,17 @@ class Checkpoints:
 
     def _paths(self) -> list[Path]:
         return sorted(self.folder.glob("step-*.safetensors"))
+
+
+def _flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Return nested settings by path, such as ``objective.kind``."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{before}{name}.")
+        else:
+            found[f"{before}{name}"] = value
+    return found
 
 
 def _check_whole(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
