@@ -450,6 +450,32 @@ def filled_twice(z, t):
     return h * 1
 
 
+def filled_detached(z, t):
+    h = torch.zeros(4, 2, dtype=z.dtype)
+    still = h.detach()
+    still[:, 0] = z[:, 0]
+    h.detach().view(8)[1::2] = t
+    return h * 1
+
+
+def filled_for_inference(z, t):
+    with torch.inference_mode():
+        h = torch.zeros(4, 2, dtype=z.dtype)
+        h[:, :1].copy_(z[:, :1])
+        h[:, 1] = t
+    return h * z[:, 1:2]
+
+
+HELD = torch.zeros(4, 2, dtype=DOUBLE)
+HELD_TOO = HELD.detach()
+
+
+def filled_before(z, t):
+    HELD_TOO[:, 0] = z[:, 0]
+    HELD_TOO[:, 1] = t
+    return HELD * 1
+
+
 def part_replaced(z, t):
     h = z * 2
     h.detach()[:, 0] = t
@@ -483,6 +509,18 @@ THROUGH_DATA = {
         ),
     ),
     "filled part by part": (filled_twice, lambda z, t: torch.stack([z[:, 0], t], 1)),
+    "filled through a detached one": (
+        filled_detached,
+        lambda z, t: torch.stack([z[:, 0], t], 1),
+    ),
+    "filled through one detached before": (
+        filled_before,
+        lambda z, t: torch.stack([z[:, 0], t], 1),
+    ),
+    "filled for inference": (
+        filled_for_inference,
+        lambda z, t: torch.stack([z[:, 0], t], 1) * z[:, 1:2],
+    ),
     "a part replaced": (part_replaced, lambda z, t: first_column(z * 2, t)),
     "read from both": (
         read_from_both,

@@ -25,8 +25,10 @@ from flowspace.derivatives.rules import (  # noqa: F401  # importing a family re
     arithmetic,
     attention,
     axes,
+    matrices,
     norms,
     products,
+    sampling,
     shapes,
 )
 from flowspace.derivatives.rules.dual import (

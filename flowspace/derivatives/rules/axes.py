@@ -58,6 +58,7 @@ def _along(names: str, dim_at: int, default: Any, linear: bool) -> None:
 _along("sum mean cumsum", dim_at=0, default=None, linear=True)
 _along("unbind select narrow index_select", dim_at=0, default=0, linear=True)
 _along("gather unfold", dim_at=0, default=0, linear=True)
+_along("take_along_dim", dim_at=1, default=None, linear=True)
 _along("tensor_split split_with_sizes", dim_at=1, default=0, linear=True)
 _along("roll", dim_at=1, default=None, linear=True)
 _along("fft_fftshift fft_ifftshift", dim_at=0, default=None, linear=True)
@@ -73,6 +74,10 @@ _along("logsumexp glu sort", dim_at=0, default=-1, linear=False)
 _along("linalg_vector_norm quantile nanquantile", dim_at=1, default=None, linear=False)
 _along("diff topk", dim_at=1, default=-1, linear=False)
 _along("cosine_similarity", dim_at=1, default=1, linear=False)
+_along("kthvalue linalg_cross", dim_at=1, default=-1, linear=False)
+_along("cross linalg_norm aminmax", dim_at=1, default=None, linear=False)
+_along("linalg_matrix_norm", dim_at=1, default=(-2, -1), linear=False)
+_along("mode", dim_at=0, default=-1, linear=False)
 
 
 @rule("chunk split")
@@ -110,7 +115,7 @@ def tril(call: Call, x: Dual, *args: Any, **kwargs: Any) -> Tensor:
     return call.func(x.tangent, *args, **kwargs)
 
 
-@rule("max min median")
+@rule("max min median nanmedian")
 def max_min_median(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
     """The tangent is dx at the number that is taken, by torch.func.jvp.
 

@@ -11,13 +11,19 @@ blocks of B rows, of `inner` entries each:
     torch.stack([x, y])                a new axis before the batch's: it moves on by one
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowspace.derivatives.rules.dual import Dual, Layout, LostRowsError
+from flowspace.derivatives.rules.dual import (
+    Dual,
+    Layout,
+    LostRowsError,
+    shared_rows,
+    whole_primal,
+)
 from flowspace.derivatives.rules.registry import At, Call, forward, rule, tangent_of
 
 __all__ = ["assigned"]
@@ -56,59 +62,81 @@ def _takes_whole_batch(x: Dual, index: Any) -> None:
     """
     if x.layout is None:
         return
-    whole = slice(None)
-    entries = _entries(index)
-    ellipses = [i for i, entry in enumerate(entries) if entry is Ellipsis]
-    if ellipses:
-        place = ellipses[0]
-        taken = [_axes_taken(entry) for entry in entries]
-        taken[place] = 0
-        entries[place : place + 1] = [whole] * (x.ndim - sum(taken))
     last = -1  # of the axes that the entries up to this one stand for
-    for entry in [*entries, *[whole] * x.ndim]:
+    for entry in _written_out(index, x.ndim):
         last += _axes_taken(entry)
         if last < x.layout.axis or entry is None:
             continue
-        if isinstance(entry, slice) and entry == whole:
+        if isinstance(entry, slice) and entry == slice(None):
             return
         raise LostRowsError
 
 
-def assigned(target: Any, index: Any, source: Any) -> Tensor:
+def _written_out(index: Any, ndim: int) -> list[Any]:
+    """Return the entries of an index of a tensor of so many axes, whole axes among them."""
+    entries = _entries(index)
+    taken = [_axes_taken(entry) for entry in entries]
+    places = [i for i, entry in enumerate(entries) if entry is Ellipsis]
+    place = len(entries)
+    if places:
+        place = places[0]
+        taken[place] = 0
+    entries[place : place + 1] = [slice(None)] * (ndim - sum(taken))
+    return entries
+
+
+def assigned(target: Any, index: Any, source: Any) -> At:
     """Return the tangent of a target after the assignment ``target[index] = source``.
 
     Raises:
         LostRowsError: if that is not an assignment within each row of the batch.
     """
-    duals = [value for value in (target, source) if isinstance(value, Dual)]
-    if any(dual.layout for dual in duals):
-        if not isinstance(target, Dual) or target.layout is None or target.layout.axis != 0:
+    layout = None
+    if isinstance(source, Dual) and source.layout is not None:
+        layout = _assigned_rows(whole_primal(target), index, source)
+    if isinstance(target, Dual):
+        if layout is not None and (target.layout is None or target.layout[:3] != layout[:3]):
             raise LostRowsError
         _takes_whole_batch(target, index)
-        if isinstance(source, Dual) and not _aligned(target, index, source):
+        layout = target.layout
+        if isinstance(source, Dual) and source.layout is None and layout is not None:
             raise LostRowsError
-    if isinstance(target, Dual):
         tangent = target.tangent.clone()
+    elif layout is not None:
+        tangent = target.new_zeros(layout.shape(target.shape))
     else:
         tangent = torch.zeros_like(target)
     if isinstance(source, Dual):
         tangent[index] = source.tangent
     else:
         tangent[index] = 0
-    return tangent
+    return At(tangent, layout)
 
 
-def _aligned(target: Dual, index: Any, source: Dual) -> bool:
-    """Return whether each row of a source is assigned to the same row of a target.
+def _assigned_rows(target: Tensor, index: Any, source: Dual) -> Layout:
+    """Return where the rows of a source lie in a target that it is assigned to.
 
     A tensor as an index may change the order of axes, so it is not looked at further.
+
+    Raises:
+        LostRowsError: if they lie on no whole axis of as many rows.
     """
-    for entry in _entries(index):
-        if not isinstance(entry, slice | int) and entry is not Ellipsis:
-            return False
-    if source.layout is None or target.layout is None or source.layout[:3] != target.layout[:3]:
-        return False
-    return source.ndim == target.primal.detach()[index].ndim
+    layout = source.layout
+    place = target.detach()[index].ndim - source.ndim + layout.axis  # type: ignore[union-attr]
+    axis = -1
+    for entry in _written_out(index, target.ndim):
+        if isinstance(entry, int):
+            axis += 1
+            continue
+        if entry is not None and not isinstance(entry, slice):
+            raise LostRowsError
+        axis += _axes_taken(entry)
+        if place == 0:
+            if entry != slice(None) or target.shape[axis] != layout.size:  # type: ignore
+                raise LostRowsError
+            return layout.on(axis)  # type: ignore[union-attr]
+        place -= 1
+    raise LostRowsError
 
 
 @rule("repeat tile")
@@ -165,3 +193,40 @@ def cat(call: Call, tensors: Sequence[Any], dim: int = 0) -> At:
             raise LostRowsError
         layout = layout._replace(outer=layout.outer * len(tensors))
     return At(call.func(parts, dim), layout)
+
+
+@rule("scatter scatter_add")
+def scatter(call: Call, x: Any, dim: int, index: Tensor, src: Any) -> Any:
+    """The tangent is that of src, scattered into that of x, within each row of the batch."""
+    layout = call.duals[0].layout
+    if layout is not None:
+        for value in (x, index, src):
+            _check_row_for_row(call.duals[0], value, dim)
+    restricted = shared_rows(call.duals)
+    source = src
+    if isinstance(src, Dual | Tensor):
+        source = _tangent_or_zeros(src, restricted)
+    elif call.duals[0] is not x:
+        return forward(call)
+    else:
+        source = 0
+    tangent = _tangent_or_zeros(x, restricted)
+    return At(call.func(tangent, dim, restricted(index), source), layout)
+
+
+def _check_row_for_row(dual: Dual, value: Any, dim: int) -> None:
+    """Raise LostRowsError unless a tensor has the rows of a dual, and no axis else holds them."""
+    dual.untouched(dim)
+    if not isinstance(value, Dual | Tensor):
+        return
+    shape = whole_primal(value).shape
+    layout = dual.layout
+    if len(shape) != dual.ndim or shape[layout.axis] != layout.size:  # type: ignore[union-attr]
+        raise LostRowsError
+
+
+def _tangent_or_zeros(value: Any, restricted: Callable[[Any], Any]) -> Tensor:
+    """Return the tangent of a tensor, which is zero where it does not move."""
+    if isinstance(value, Dual):
+        return value.tangent
+    return torch.zeros_like(restricted(value))

@@ -17,12 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowspace.derivatives.rules.dual import (
+    ChosenRows,
     Dual,
     Layout,
     LostRowsError,
     restrict,
     same,
     shared_rows,
+    whole_primal,
 )
 from flowspace.derivatives.rules.registry import (
     At,
@@ -48,12 +50,68 @@ def linear(call: Call, x: Any, weight: Any, bias: Any = None) -> Any:
 def conv1d(call: Call, x: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Any:
     """d(x * w + b) = dx * w where only x moves.
 
-    Pictures have the batch first; a single one, without a batch axis, is left to torch.func.jvp.
+    Pictures have the batch first, or in their channels, in groups; a single one, without a batch
+    axis, is left to torch.func.jvp.
     """
+    if _in_groups(x, weight, bias):
+        return _of_groups(call, x, weight, args, kwargs)
     if len(call.duals) > 1 or not isinstance(x, Dual) or x.ndim != weight.ndim:
         return forward(call)
     x.only_batch_first()
     return call.func(x.tangent, weight, None, *args, **kwargs)
+
+
+def _in_groups(x: Any, weight: Any, bias: Any) -> bool:
+    """Return whether the rows of the batch are groups of channels, each with weights of its own.
+
+    So a StyleGAN modulates: x (1, B C, H, W), weights (B O, C, ...), of B groups.
+    """
+    if isinstance(bias, Dual) or x.ndim != weight.ndim:
+        return False
+    for value, axis in ((x, 1), (weight, 0)):
+        if isinstance(value, Dual) and (value.layout is None or value.layout.axis != axis):
+            return False
+    return True
+
+
+def _of_groups(call: Call, x: Any, weight: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> At:
+    """d(x * w) = dx * w + x * dw, in the groups of the rows that have a tangent.
+
+    Raises:
+        LostRowsError: if a group has channels of several rows.
+    """
+    place = 3
+    if call.func.__name__ == "convolution":
+        place = 5
+    groups, given = kwargs.get("groups", 1), list(args)
+    if len(args) > place:
+        groups = args[place]
+    rows = call.duals[0].layout.chosen  # type: ignore[union-attr]
+    if groups % rows.batch or call.out.shape[1] % rows.batch:
+        raise LostRowsError
+    fewer = groups // rows.batch * rows.few
+    if len(args) > place:
+        given[place] = fewer
+    else:
+        kwargs = {**kwargs, "groups": fewer}
+    channels, kernels = _group_rows(x, 1, rows), _group_rows(weight, 0, rows)
+    tangent = None
+    if isinstance(x, Dual):
+        tangent = call.func(x.tangent, kernels, None, *given, **kwargs)
+    if isinstance(weight, Dual):
+        tangent = sum_of(tangent, call.func(channels, weight.tangent, None, *given, **kwargs))
+    layout = Layout(1, 1, call.out.shape[1] // rows.batch, rows)
+    return At(tangent, layout)  # type: ignore[arg-type]  # one of the two moves
+
+
+def _group_rows(value: Any, axis: int, rows: ChosenRows) -> Tensor:
+    """Return what belongs to these rows, where each row has an equal share of an axis."""
+    primal = whole_primal(value)
+    share, left = divmod(primal.shape[axis], rows.batch)
+    layout = Layout(axis, 1, share, rows)
+    if left or (isinstance(value, Dual) and value.layout[:3] != layout[:3]):  # type: ignore[index]
+        raise LostRowsError
+    return restrict(primal, layout)
 
 
 @rule("matmul bmm mm")
@@ -102,6 +160,29 @@ def _product(call: Call, x: Any, y: Any) -> Tensor:
     if dx is None:
         return tangent
     return torch.matmul(dx, restricted(y)) + tangent
+
+
+@rule("outer ger")
+def outer(call: Call, x: Any, y: Any) -> Any:
+    """d(x y') = dx y' + x dy', for vectors; of a moving y the batch goes to the second axis."""
+    if len(call.duals) > 1:
+        return forward(call)
+    layout = call.duals[0].layout
+    if isinstance(x, Dual):
+        return At(torch.outer(x.tangent, y), layout)
+    return At(torch.outer(x, y.tangent), layout and layout.on(1))
+
+
+@rule("tensordot")
+def tensordot(call: Call, x: Any, y: Any, *dims: Any, **named: Any) -> Any:
+    """The tangent is that of the product with the one factor that moves, on its rows."""
+    if len(call.duals) > 1 or len(dims) != 2 or named:
+        return forward(call)
+    if isinstance(x, Dual):
+        x.untouched(*dims[0])
+        return call.func(x.tangent, y, *dims)
+    y.untouched(*dims[1])
+    return call.func(x, y.tangent, *dims)
 
 
 @rule("einsum")

@@ -53,7 +53,10 @@ CONSTANT = frozenset(
 )
 """Functions whose output does not move with their input."""
 
-UNTAGGED = frozenset({"hardswish", "log_sigmoid", "complex", "polar"})
+UNTAGGED = frozenset(
+    "hardswish log_sigmoid complex polar absolute negative fix arccos arccosh arcsin arcsinh "
+    "arctan arctanh arctan2 special_expit special_gammaln special_ndtr special_psi".split()
+)
 """Elementwise functions that torch does not tag as such."""
 
 BY_MKLDNN = frozenset({"lstm"})
@@ -173,7 +176,9 @@ def is_pointwise(name: str) -> bool:
     """
     if name in UNTAGGED:
         return True
-    packet = getattr(torch.ops.aten, name, None)
+    # torch.special.expm1 is torch.expm1 under another name, of which alone torch tells
+    packet = getattr(torch.ops.aten, name.removeprefix("special_"), None)
+    packet = packet or getattr(torch.ops.aten, name, None)
     if packet is None:
         return False
     overloads = [getattr(packet, overload) for overload in packet.overloads()]

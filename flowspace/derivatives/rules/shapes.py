@@ -185,7 +185,7 @@ def pixel_shuffle(call: Call, x: Dual, *args: Any, **kwargs: Any) -> Tensor:
     return call.func(x.tangent, *args, **kwargs)
 
 
-@rule("max_pool1d max_pool2d max_pool3d adaptive_max_pool2d grid_sampler")
+@rule("max_pool1d max_pool2d max_pool3d adaptive_max_pool2d")
 def max_pool1d(call: Call, x: Any, *args: Any, **kwargs: Any) -> list[Tensor]:
     """The tangent is that of torch.func.jvp, for the moving rows of (B, C, *) pictures."""
     for dual in call.duals:

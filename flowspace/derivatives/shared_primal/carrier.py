@@ -64,6 +64,15 @@ FIELD = "_flowspace_dual"
 MOVING = "_flowspace_moving"
 """The attribute of a tensor that is no view, in whose memory something moves."""
 
+MADE = "_flowspace_made"
+"""The attribute of a tensor that the model made in a pass, for itself."""
+
+MAKERS = frozenset(
+    "zeros ones empty full zeros_like ones_like empty_like full_like new_zeros new_ones new_empty "
+    "new_full clone".split()
+)
+"""Functions that make tensors which are then filled."""
+
 NO_TENSORS = frozenset(
     {int, float, bool, str, slice, type(None), type(Ellipsis), torch.dtype, torch.device}
 )
@@ -121,6 +130,16 @@ class Carrier(TorchFunctionMode):
         setattr(alias, FIELD, dual)
         self.live.append(weakref.ref(alias))
         return alias
+
+    def begin(self, tensor: Tensor, tangent: Tensor, layout: Layout) -> None:
+        """Let a tensor of the model's own carry a tangent itself, once it was written to."""
+        dual = Dual(tensor, tangent.to(tensor.dtype), layout, self)
+        if tensor.dtype.is_complex:
+            dual.unsure = True
+            self.writes.seen(tensor)
+        setattr(tensor, FIELD, dual)
+        setattr(tensor, MOVING, self.moving)
+        self.live.append(weakref.ref(tensor))
 
     def held(self, alias: Tensor) -> Dual:
         """Return the dual of an alias."""
@@ -184,8 +203,16 @@ class Carrier(TorchFunctionMode):
         """
         if getattr(view._base, MOVING, None) is not self.moving:
             return
+        if self._carries(view._base):
+            self.lost = True  # it was taken before its base began to move
+            return
         if rules.differentiable(view) and not isinstance(view, nn.Parameter):
             raise DerivativeError(UNSEEN)
+
+    def _carries(self, tensor: Any) -> bool:
+        """Return whether a tensor carries a tangent of its own."""
+        held = getattr(tensor, FIELD, None)
+        return held is not None and held.owner is self and held.tangent is not None
 
     def _refuse_transforms(self, tensor: Tensor) -> None:
         """Raise DerivativeError for a tensor that carries a tangent inside torch.func.vmap, grad
@@ -364,12 +391,24 @@ class Carrier(TorchFunctionMode):
             return higher_order.run(self, call, treatment.name, args)
         if treatment.kind in ("in place", "refused") or "out" in kwargs:
             self.writes.remember(*written_by(func, args, kwargs))
-        elif treatment.kind == "detached" and treatment == DATA_READ:
-            self.writes.remember(args[0])  # what is written through it, nobody sees
+        elif treatment.kind == "detached":
+            self.writes.detached(args[0])
+            if treatment == DATA_READ:
+                self.writes.remember(args[0])  # what is written through it, nobody sees
         out = func(*args, **kwargs)
         if self.has_detached and args and isinstance(args[0], Tensor):
             self._mark_views(args[0], out)
+        return self._made(treatment.name, out)
+
+    def _made(self, name: str, out: Any) -> Any:
+        """Return what a function returned, marked if it is a tensor made for the model."""
+        if name in MAKERS and isinstance(out, Tensor):
+            setattr(out, MADE, self.moving)
         return out
+
+    def has_made(self, tensor: Tensor) -> bool:
+        """Return whether a tensor was made in this pass."""
+        return getattr(tensor, MADE, None) is self.moving
 
     def _refuse_once_lost(self, treatment: Treatment) -> None:
         """Raise DerivativeError for a function that drops tangents, whatever it is called with.
@@ -413,7 +452,7 @@ class Carrier(TorchFunctionMode):
         if kind in ("constant", "itself") and call.returns_first():
             return args[0]
         if kind == "constant":
-            return call.out
+            return self._made(name, call.out)
         if kind == "detached":
             return self._detached(call.evaluate())
         if kind == "higher order":

@@ -49,6 +49,8 @@ class Writes:
         before: what tensors without a tangent held before they were first written to, should the
             model be run again.
         bindings: what buffers were before other tensors were bound to their names, for the same.
+        read_detached: memory of tensors at rest that x.data or x.detach() shares, which torch
+            counts as no view.
     """
 
     def __init__(self, carrier: "Carrier") -> None:
@@ -57,6 +59,7 @@ class Writes:
         self.versions: dict[int, int] = {}
         self.before: dict[int, tuple[Tensor, Tensor]] = {}
         self.bindings = Bindings()
+        self.read_detached: set[int] = set()
 
     @contextlib.contextmanager
     def undone(self) -> Iterator[None]:
@@ -93,6 +96,11 @@ class Writes:
                 continue
             if not (self.carrier.lost and root.grad_fn is not None):
                 self.before[id(root)] = root, root.detach().clone()
+
+    def detached(self, tensor: Tensor) -> None:
+        """Note that a tensor without a tangent may be written to through another."""
+        if tensor.layout == torch.strided:
+            self.read_detached.add(memory_below(tensor))
 
     def seen(self, tensor: Tensor) -> None:
         """Note that what is in the memory of complex numbers by now is known."""
@@ -161,6 +169,11 @@ class Writes:
         if run is None:
             self._seen_written(target)
         dual = self.carrier.dual(target)
+        if dual is None and layout is not None and self._alone(target):
+            if run is not None:
+                run()
+            self.carrier.begin(target, tangent, layout)
+            return
         # A tensor without a tangent may be a view of one that has: the mirror then tells both.
         shared = dual is None or self.shared(target)
         if layout is not None and (shared or not _same_place(layout, dual)):
@@ -183,6 +196,19 @@ class Writes:
             written = dual.primal
         with torch.no_grad(), not_intercepted():
             _place(mirror, written).copy_(tangent)
+
+    def _alone(self, target: Tensor) -> bool:
+        """Return whether a tensor was made in this pass, as zeros that are filled, and has its
+        memory for itself.
+
+        Views of it that were taken before are met when they are read.
+        """
+        if self.carrier.traced or not self.carrier.has_made(target):
+            return False
+        key = memory_below(target)
+        if key in self.mirrors or key in self.read_detached:
+            return False
+        return not self.shared(target)
 
     def stopped(self, target: Tensor) -> bool:
         """Return whether a tensor carries no tangent, as x.data does, where its memory does."""
@@ -228,7 +254,8 @@ class Writes:
             index, source = ..., following[0]
             if name == "setitem":
                 index, source = following[:2]
-            return rules.assigned(target, index, source), layout
+            found = rules.assigned(target, index, source)
+            return found.tangent, found.layout
         # x.add_(y) has the tangent of x.add(y), whose rule is asked for it
         given = call.args, call.kwargs, call.primals, call.options, call.duals
         other = rules.Call(_form_out_of_place(name), *given, call.traced)
