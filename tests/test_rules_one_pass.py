@@ -204,6 +204,7 @@ def weight_filled(z, t):
 
 
 ONE_PASS = {
+    "padded by nothing along the batch": lambda z, t: F.pad(z, (1, 2, 0, 0)) * t[:, None],
     "modulated": modulated,
     "modulated and enlarged": enlarged,
     "a picture smoothed by each row": smoothed,
@@ -258,6 +259,7 @@ ONE_PASS = {
     "other distances": lambda z, t: torch.cdist(points(z, t), TABLE[:4, :3], p=3.0),
 }
 MIXED = {
+    "padded along the batch": lambda z, t: F.pad(z, (0, 0, 1, 0))[: len(z)] * t[:, None],
     "groups of two rows": groups_of_two_rows,
     "a view that was taken before": seen_before,
     "a view that is taken between": seen_between,

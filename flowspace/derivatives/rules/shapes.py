@@ -169,7 +169,8 @@ def pad(call: Call, x: Any, pad: Sequence[int], mode: str = "constant", value: A
     """The tangent is dx, padded alike, with zeros where x is padded with a constant."""
     if len(call.duals) > 1 or not isinstance(x, Dual):
         return forward(call)
-    x.untouched(*range(-(len(pad) // 2), 0))
+    # two numbers for each axis, from the last on
+    x.untouched(*[-1 - i // 2 for i, count in enumerate(pad) if count])
     return call.func(x.tangent, pad, mode)
 
 
