@@ -13,6 +13,8 @@ from programs import WHICH, choose
 from strategies import normal
 from torch import nn
 
+from flowspace import SharedPrimal
+
 SQUARE = normal(0, 6, 6)
 TABLE = normal(1, 5, 6)
 PICTURES, VOLUMES = normal(2, 4, 3, 5, 7), normal(3, 4, 2, 3, 5, 4)
@@ -291,3 +293,34 @@ def test_one_pass_where_rows_stay_apart(name, which):
 def test_two_passes_where_they_do_not(name, which):
     passes = check_seeded(MIXED[name], choose(4, which), by_differences, tolerance=1e-7)
     assert passes == (2 if which in ("one", "half") else 1)
+
+
+@pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="this torch has no grouped products")
+@pytest.mark.parametrize("which", ["all", "half"])
+@pytest.mark.parametrize("moving", ["rows", "matrices", "both"])
+def test_products_of_groups_have_a_derivative(moving, which):
+    """As the experts of transformers call them, in single precision; torch has none of it."""
+    ends = torch.tensor([1, 4], dtype=torch.int32)
+    z, v = normal(0, 4, 8).float(), normal(1, 4, 8).float()
+    t, weights = torch.linspace(0.1, 0.9, 4), normal(2, 2, 8, 8).float()
+
+    def factors(z, t):
+        rows, matrices = normal(3, 4, 8).float(), weights
+        if moving != "matrices":
+            rows = z * t[:, None]
+        if moving != "rows":
+            matrices = weights * z.mean()
+        return rows, matrices
+
+    def model(z, t):
+        return torch._grouped_mm(*factors(z, t), offs=ends).sin()
+
+    def written(z, t):
+        rows, matrices = factors(z, t)
+        return torch.cat([rows[:1] @ matrices[0], rows[1:] @ matrices[1]]).sin()
+
+    mask = choose(4, which)
+    value, derivative = SharedPrimal()(model, (z, t), (v, torch.ones(4)), mask)
+    wanted = torch.func.jvp(written, (z, t), (v, torch.ones(4)))
+    torch.testing.assert_close(value, wanted[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(derivative, wanted[1] * mask[:, None], rtol=1e-5, atol=1e-5)

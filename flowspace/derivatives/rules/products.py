@@ -120,6 +120,24 @@ def matmul(call: Call, x: Any, y: Any) -> Tensor:
     return _product(call, x, y)
 
 
+@rule("_grouped_mm")
+def grouped_mm(
+    call: Call, x: Any, y: Any, offs: Any = None, bias: Any = None, **named: Any
+) -> Any:
+    """d(x y) = dx y + x dy, where groups of rows of x have a matrix each, as experts have.
+
+    The rows are sorted by their experts, so that the batch is no axis of theirs.
+    """
+    if bias is not None or any(dual.layout for dual in call.duals):
+        return forward(call)
+    tangent = None
+    if isinstance(x, Dual):
+        tangent = call.func(x.tangent, whole_primal(y), offs, **named)
+    if isinstance(y, Dual):
+        tangent = sum_of(tangent, call.func(whole_primal(x), y.tangent, offs, **named))
+    return tangent
+
+
 @rule("baddbmm addmm")
 def baddbmm(
     call: Call, start: Any, *factors: Any, beta: Any = 1, alpha: Any = 1, **named: Any
