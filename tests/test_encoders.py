@@ -18,6 +18,7 @@ from diffusers import (
     AutoencoderTiny,
     VQModel,
 )
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowspace import CrossFlowLoss, InputError, RunError
@@ -486,14 +487,14 @@ def test_a_representation_autoencoder_does_not_squeeze_rectangles():
 # --- any module, any id
 
 
-class Halves(torch.nn.Module):
+class Halves(nn.Module):
     """An autoencoder that nobody knows: squares of two pixels become cells."""
 
     def encode(self, images):
-        return torch.nn.functional.pixel_unshuffle(images, 2) * 3 + 1
+        return nn.functional.pixel_unshuffle(images, 2) * 3 + 1
 
     def decode(self, latents):
-        return torch.nn.functional.pixel_shuffle((latents - 1) / 3, 2)
+        return nn.functional.pixel_shuffle((latents - 1) / 3, 2)
 
 
 def of_functions():
@@ -535,7 +536,7 @@ def test_without_a_check_no_value_is_looked_at_and_the_latents_are_the_same():
 @pytest.mark.parametrize("given", [(), (torch.zeros(4), torch.ones(4))], ids=["fitted", "given"])
 def test_statistics_are_on_the_device_of_the_weights(given):
     """As of an autoencoder that was trained on a GPU; meta is a device that every machine has."""
-    autoencoder = torch.nn.Conv2d(3, 4, 1, device="meta")
+    autoencoder = nn.Conv2d(3, 4, 1, device="meta")
     autoencoder.encode = autoencoder.decode = autoencoder.forward
     encoder = LatentEncoder(autoencoder, *given)
     encoder.known = True
@@ -553,8 +554,23 @@ def test_two_functions_take_the_module_they_belong_to_along():
     torch.testing.assert_close(encoder.encode(x), network.encode(x).latent_dist.mode())
 
 
+@pytest.mark.parametrize("autoencoder", [nn.Conv2d(3, 4, 2), object(), None])
+def test_what_cannot_encode_is_told_what_an_autoencoder_has(autoencoder):
+    with pytest.raises(InputError, match=r"no module with encode.*LatentEncoder\.of"):
+        LatentEncoder(autoencoder)
+
+
+def test_an_encoder_alone_encodes_and_says_that_it_cannot_decode():
+    network = nn.Conv2d(3, 4, 2, 2)
+    network.encode = network.forward
+    encoder = LatentEncoder(network, torch.zeros(4), torch.ones(4))
+    latents = encoder.encode(torch.rand(1, 3, 8, 8))
+    with pytest.raises(InputError, match=r"no module with decode"):
+        encoder.decode(latents)
+
+
 def test_a_module_that_returns_vectors_is_told_what_to_return():
-    vectors = torch.nn.Flatten()
+    vectors = nn.Flatten()
     encoder = LatentEncoder.of(vectors, lambda latents: latents)
     with pytest.raises(InputError, match=r"got shape \(4, 3072\).*return latents \(B, C, h, w\)"):
         encoder.fit([images()])

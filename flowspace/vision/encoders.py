@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowspace.errors import InputError, RunError
-from flowspace.inputs import require
+from flowspace.inputs import kind_of, require
 from flowspace.vision.weights import read_tensors
 
 __all__ = ["SOURCES", "LatentEncoder", "from_ldm", "load_encoder"]
@@ -120,6 +120,9 @@ class LatentEncoder(nn.Module):
             autoencoder's weights.
         std: of the same shape, by which they are divided.
         known: whether mean and std are known; if not, `fit` estimates them.
+
+    Raises:
+        InputError: if the autoencoder is no module, or has no ``encode``.
     """
 
     mean: Tensor
@@ -134,6 +137,7 @@ class LatentEncoder(nn.Module):
         pack: int | None = None,
     ) -> None:
         super().__init__()
+        _check_has(autoencoder, "encode")
         self.autoencoder = autoencoder
         self.sample = sample
         self.patch = pack or _patch(autoencoder)
@@ -254,8 +258,13 @@ class LatentEncoder(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Return images of latents, by the autoencoder's own decoder."""
+        """Return images of latents, by the autoencoder's own decoder.
+
+        Raises:
+            InputError: if it has none.
+        """
         autoencoder: Any = self.autoencoder
+        _check_has(autoencoder, "decode")
         raw = F.pixel_shuffle(latents * self.std + self.mean, self.patch)
         decoded = autoencoder.decode(raw.to(_dtype(autoencoder)))
         images = _held(decoded, "sample").float()
@@ -408,6 +417,17 @@ class TwoFunctions(nn.Module):
     def decode(self, latents: Tensor) -> Any:
         """Call the second."""
         return self.functions[1](latents)
+
+
+def _check_has(autoencoder: Any, method: str) -> None:
+    """Raise InputError unless this is a module with a method of that name."""
+    if isinstance(autoencoder, nn.Module) and callable(getattr(autoencoder, method, None)):
+        return
+    raise InputError(
+        f"got {kind_of(autoencoder)} for an autoencoder, which is no module with {method}(...); "
+        "give it encode(images) and decode(latents), or write LatentEncoder.of(encode, decode) "
+        "with two functions"
+    )
 
 
 def _held(out: Any, name: str) -> Any:
