@@ -205,7 +205,18 @@ def weight_filled(z, t):
     return weight.detach() * 0 + weight * t[:, None]
 
 
+def by_heads(z, t):
+    """Two heads of four channels, as many as rows, with weights of their own."""
+    heads = (z @ normal(19, 6, 8)).view(4, 2, 4).transpose(0, 1) * t[:, None]
+    out = torch.bmm(heads, normal(20, 2, 4, 3))
+    out = out + torch.baddbmm(normal(21, 2, 1, 3), heads.sin(), normal(22, 2, 4, 3))
+    columns = normal(23, 2, 5, 4) @ heads.mT
+    return torch.cat([out.transpose(0, 1), columns.permute(2, 0, 1)], 2)
+
+
 ONE_PASS = {
+    "heads with weights of their own": by_heads,
+    "a matrix by a stack": lambda z, t: ((z * t[:, None]) @ normal(24, 4, 6, 3)).transpose(0, 1),
     "padded by nothing along the batch": lambda z, t: F.pad(z, (1, 2, 0, 0)) * t[:, None],
     "modulated": modulated,
     "modulated and enlarged": enlarged,

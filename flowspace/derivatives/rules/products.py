@@ -155,18 +155,18 @@ def _product(call: Call, x: Any, y: Any) -> Tensor:
     Raises:
         LostRowsError: where the batch is summed over, or lies on different axes of x and y.
     """
+    within = False  # the batch is the rows or columns of matrices, and no stack of them
     for dual, contracted, other in ((x, 1, y), (y, 2, x)):
         if not isinstance(dual, Dual) or dual.layout is None:
             continue
         axis = dual.ndim - dual.layout.axis  # of the batch, counted from the last
         if axis == contracted or dual.ndim < 2:
             raise LostRowsError
-        # where the batch is the rows or columns of a matrix, the other factor has to be one
-        # matrix or vector, and to be at rest
-        if axis < 3 and (isinstance(other, Dual) or other.ndim > 2):
+        within = axis < 3
+        if within and isinstance(other, Dual):
             raise LostRowsError
     restricted = rows_of
-    if x.ndim > 2 and y.ndim > 2:
+    if x.ndim > 2 and y.ndim > 2 and not within:
         # a factor that is no stack of matrices has no batch axis to broadcast along
         restricted = shared_rows(call.duals)
     if len({d.layout and d.ndim - d.layout.axis for d in call.duals}) > 1:
