@@ -643,6 +643,30 @@ def test_buffers_are_written_once(route):
     assert net.calls == 3
 
 
+class Turned(nn.Module):
+    """Its counter is written after a product that broadcasts over sizes left open."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("angles", torch.randn(3, 4))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, z, t, s):
+        h = self.linear(z) * column(s)
+        h = torch.addcmul(h * self.angles.cos(), h.roll(2, -1), self.angles.sin())
+        self.calls.add_(1)
+        return (h - h.mean(0)) * column(t) + self.calls
+
+
+def test_buffers_are_written_once_where_sizes_are_open_and_torch_logs_no_error(caplog):
+    net, plain = pair(Turned(), HOW["dynamic"])
+    for rows in (4, 6, 5):
+        same(net, plain, batch(rows, moving=2))
+    assert net.calls == 3
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 @pytest.mark.parametrize(
     ("start", "says"),
     [(0, "captured 8 times"), (0.0, "changes a Python float of its own")],

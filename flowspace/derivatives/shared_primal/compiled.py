@@ -38,6 +38,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, _guards, _refs, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.exc import RestartAnalysis, SkipFrame
@@ -635,7 +636,8 @@ def _written_inputs(captured: fx.GraphModule, context: TraceContext) -> list[int
             written.update(numbers[x] for x in statistics if x in numbers)
     before = _versions(context.examples)
     if any(map(_writes_in_place, captured.graph.nodes)):
-        with context.fake, torch.no_grad(), contextlib.suppress(Exception):
+        open_sizes = enable_python_dispatcher()
+        with context.fake, open_sizes, torch.no_grad(), contextlib.suppress(Exception):
             captured(*context.examples)
     for i, version in _versions(context.examples).items():
         if version != before[i]:
