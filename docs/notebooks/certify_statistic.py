@@ -38,7 +38,7 @@ from flowspace import (
     check_criteria,
 )
 
-warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")  # torch's own
+warnings.filterwarnings("ignore", message="`torch.jit.script` is")  # torch's own
 torch.manual_seed(0)
 torch.set_default_dtype(torch.float64)
 schedule = LinearSchedule()

@@ -39,7 +39,7 @@ QUICK = bool(os.environ.get("FLOWSPACE_QUICK"))  # fewer rounds, to see that it 
 ROUNDS = 1 if QUICK else 7
 torch.manual_seed(0)
 torch.set_num_threads(1)
-warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
+warnings.filterwarnings("ignore", message="`torch.jit.script` is")
 
 # %% [markdown]
 # ## A network

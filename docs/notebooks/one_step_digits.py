@@ -31,7 +31,7 @@ from torch import nn
 
 from flowspace import AbsoluteError, CrossFlowLoss
 
-warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")  # torch's own
+warnings.filterwarnings("ignore", message="`torch.jit.script` is")  # torch's own
 torch.manual_seed(0)
 QUICK = bool(os.environ.get("FLOWSPACE_QUICK"))  # fewer steps, to see that it runs
 

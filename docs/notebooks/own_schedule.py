@@ -40,7 +40,7 @@ from flowspace import (
     check_criteria,
 )
 
-warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")  # torch's own
+warnings.filterwarnings("ignore", message="`torch.jit.script` is")  # torch's own
 torch.manual_seed(0)
 QUICK = bool(os.environ.get("FLOWSPACE_QUICK"))  # fewer steps, to see that it runs
 
