@@ -11,6 +11,8 @@ from accelerate import Accelerator
 from sections import TrainingConfig
 from stage import Stage
 from torch import Tensor, distributed, nn
+from torch._dynamo import config as dynamo_config
+from torch._functorch import config as functorch_config
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -32,6 +34,11 @@ FREE += ("snapshots", "tensorboard", "wandb", "cpu", "sharded", "accumulate")
 
 AGREED_EVERY = 10
 """Steps after which several processes ask each other whether one was told to stop."""
+
+GRAPHS = 32
+"""Of one part: by stage, width, rows, gradients and tangents. What torch captured more often, or
+more than 8 times where it is not told otherwise, runs uncompiled.
+"""
 
 
 class Run:
@@ -67,6 +74,9 @@ class Run:
         for decay in t.emas:
             self.averages[str(decay)] = copy.deepcopy(stage.network)
         if stage.compiled:  # once it was copied: the copies only draw
+            dynamo_config.recompile_limit = max(GRAPHS, dynamo_config.recompile_limit)
+            # the log asks for each term's gradient before their sum's
+            functorch_config.donated_buffer = False
             blocks: Any = stage.network
             blocks.compile_blocks()
         self.network = self.distributed()

@@ -115,8 +115,6 @@ def prepared(config: ImageNetConfig, accelerator: Accelerator, judged: bool = Fa
         judged: whether the run will be judged, for which the judge's weights are needed.
     """
     device = accelerator.device
-    if config.generator.compile:  # the log asks for each term's gradient before their sum's
-        torch._functorch.config.donated_buffer = False
     images = build.images_of(config)
     rows = build.rows_of(config, images)
     optimizer = loop.optimizer_of(config.training)

@@ -49,8 +49,6 @@ from rae_representation import check_shapes, encoded, representation
 from rae_work import DROPPED, NOISE, STAGES, TIMES, Work
 from stage import Losses, LossesOf
 from torch import Tensor, nn
-from torch._dynamo import config as dynamo_config
-from torch._functorch import config as functorch_config
 
 from flowspace import (
     Derivative,
@@ -68,9 +66,6 @@ from flowspace.training import Draws, KeyedPairs, share_of
 from flowspace.vision import DiTDH
 from flowspace.vision.data import Images
 from flowspace.vision.encoders import LatentEncoder
-
-GRAPHS = 32
-"""Of a block: two widths, in each of five stages, with and without gradient and tangents."""
 
 SHEET = 80
 """Samples that are looked at when a stage ends."""
@@ -259,9 +254,6 @@ def main(config: RAEConfig, options: Sequence[str] = ()) -> None:
     if "--check" in options:
         check_shapes(config)
         return
-    if config.network.compile:  # the log asks for each term's gradient before their sum's
-        functorch_config.donated_buffer = False
-        dynamo_config.recompile_limit = GRAPHS
     accelerator = accelerator_of(config.training, config.out, as_dict(config))
     check_processes(config.training, accelerator, "examples/mean_flow_rae/mean_flow_rae.py")
     images = images_of(config.data, config.out.parent)
