@@ -290,12 +290,12 @@ def test_an_archive_installs_and_runs_the_quickstart_in_an_environment_of_its_ow
     python, script = tmp_path / "own" / "bin" / "python", tmp_path / "own" / "bin" / "flowspace"
     command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
     command += ["--no-index", "--no-deps", "--no-build-isolation", str(archives[kind])]
-    environment = os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    environment = os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PYTHONPATH": ""}
     subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     page = (ROOT / "docs" / "pages" / "quickstart.md").read_text()
     program = "\n".join(re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
     program += "\nimport flowspace\nprint(flowspace.__file__)\n"
-    runs = {"cwd": tmp_path, "capture_output": True, "text": True}
+    runs = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
     done = subprocess.run([str(python), "-c", program], check=False, **runs)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith(str(installed))

@@ -485,6 +485,7 @@ def test_one_designs_trains_and_shares_in_a_browser(window, address):
     page.wait_for_selector("[data-kappa='sin(pi*s/2)']")
     page.wait_for_selector(".formulas:not(.stale)")
     page.get_by_role("button", name="copy LaTeX").click()
+    page.wait_for_function("async () => await navigator.clipboard.readText()")
     copied = page.evaluate("navigator.clipboard.readText()")
     assert (
         copied
