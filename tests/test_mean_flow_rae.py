@@ -235,12 +235,13 @@ def test_compile_reaches_every_network_of_the_decoders_stage(tmp_path, monkeypat
 def test_a_part_may_be_captured_as_often_as_all_stages_need(tmp_path, monkeypatch):
     """Its limit of 8 was met in the third stage, and what it stops runs uncompiled."""
     monkeypatch.setattr(torch.nn.Module, "compile", lambda part: None)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    monkeypatch.setattr(torch._functorch.config, "donated_buffer", True)
     later = ("mid_training=null", "distillation=null", "scratch=null")
-    run(small(tmp_path / "run", "network.compile=true", *later))
-    assert torch._dynamo.config.recompile_limit == 32
-    assert not torch._functorch.config.donated_buffer
+    # monkeypatch would delete what torch keeps outside the module's own dictionary
+    limits = torch._dynamo.config.patch(recompile_limit=8)
+    with limits, torch._functorch.config.patch(donated_buffer=True):
+        run(small(tmp_path / "run", "network.compile=true", *later))
+        assert torch._dynamo.config.recompile_limit == 32
+        assert not torch._functorch.config.donated_buffer
 
 
 def test_no_file_of_the_program_is_longer_than_400_lines():
