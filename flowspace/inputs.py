@@ -86,9 +86,15 @@ def is_function(value: Any) -> bool:
 
 
 def takes(function: Any, *arguments: Any, **keywords: Any) -> bool:
-    """Return whether a function, no class, can be called with these arguments, if it tells."""
+    """Return whether a function, no class, can be called with these arguments, if it tells.
+
+    Within a step that torch.compile captures it is not asked: on Python 3.14 `inspect.signature`
+    has a cache, which torch warns of.
+    """
     if not is_function(function):
         return False
+    if torch.compiler.is_compiling():
+        return True
     try:
         signature = signature_of(function)
     except (TypeError, ValueError):  # callables that do not tell their arguments
