@@ -99,6 +99,9 @@ class Run:
             rising = (self.step + 1) / (self.step + 10)
             share = 1 - min(float(decay), rising)
             averages = list(network.parameters())
+            if self.finite.device.type == "cpu":  # which is read without a wait: one pass
+                torch._foreach_lerp_(averages, values, share * float(self.finite))
+                continue
             towards = torch._foreach_sub(values, averages)
             torch._foreach_mul_(towards, share * self.finite)
             torch._foreach_add_(averages, towards)

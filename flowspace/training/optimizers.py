@@ -76,7 +76,8 @@ class PlainAdamW:
         learning_rate: at its peak.
         weight_decay: of every parameter.
         betas: its two averages.
-        fused: whether one kernel updates all parameters; None: where all of them are on CUDA.
+        fused: whether one kernel updates all parameters; None: where all of them are real, on a
+            CPU or on CUDA.
     """
 
     learning_rate: float = 8e-4
@@ -152,7 +153,7 @@ def _adamw(
     if not parameters:
         return []
     fused = settings.fused
-    if fused is None and all(parameter.is_cuda for parameter in parameters):
+    if fused is None and all(_has_kernel(parameter) for parameter in parameters):
         fused = True
     adamw = torch.optim.AdamW(
         parameters,
@@ -162,6 +163,10 @@ def _adamw(
         fused=fused,
     )
     return [adamw]
+
+
+def _has_kernel(parameter: Tensor) -> bool:
+    return parameter.device.type in ("cpu", "cuda") and parameter.is_floating_point()
 
 
 class CombinedOptimizer(torch.optim.Optimizer):
@@ -176,9 +181,9 @@ class CombinedOptimizer(torch.optim.Optimizer):
         optimizer.step()
 
     A ``grad_scale`` that is set divides the gradients first. Both hold until they are set again.
-    A fused optimiser does this in its kernel. Others keep a copy of one parameter and its state at
-    a time while they step it; if they count steps on the CPU for parameters elsewhere, as AdamW
-    with ``fused=False`` does, this does wait.
+    On a CPU it is read; a fused optimiser does this in its kernel. Others keep a copy of one
+    parameter and its state at a time while they step it; if they count steps on the CPU for
+    parameters elsewhere, as AdamW with ``fused=False`` does, this does wait.
 
     Args:
         optimizers: of one group of parameters each; they are steered through this object alone.
@@ -273,6 +278,10 @@ class CombinedOptimizer(torch.optim.Optimizer):
 
 def _step_unless(skip: Tensor, optimizer: Any) -> None:
     """Step an optimiser of one group, which changes nothing where ``skip``, a boolean, is true."""
+    if _readable(skip):
+        if not skip:
+            optimizer.step()
+        return
     (group,) = optimizer.param_groups
     if group.get("fused"):
         optimizer.found_inf = skip.float()  # the kernels compare with 1
@@ -298,6 +307,11 @@ def _step_unless(skip: Tensor, optimizer: Any) -> None:
                 new.copy_(torch.where(skip.to(new.device), old, new))
     finally:
         optimizer.param_groups = [group]
+
+
+def _readable(skip: Tensor) -> bool:
+    """Return whether Python may read a tensor: nothing waits for it, and it is no constant."""
+    return skip.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _tensors(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:

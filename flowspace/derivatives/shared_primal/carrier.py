@@ -19,6 +19,7 @@ Python; what is rare is asked for last.
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -511,10 +512,12 @@ class Carrier(TorchFunctionMode):
         generators before it, if it may draw.
 
         torch.func.jvp runs the function again, and has to draw what the function drew. That state
-        is slow to ask for, so only where it may be needed.
+        is slow to ask for, so only where it may be needed; one written in Python may draw before
+        it calls the operator of its name.
         """
         draws = None
-        if not self.traced and rules.may_draw(name):
+        drawing = isinstance(call.func, FunctionType) or rules.may_draw(name)
+        if not self.traced and drawing:
             draws = RandomState(call.duals[0].primal.device)
         return rules.rule_of(name) or rules.without_rule, draws
 

@@ -67,9 +67,10 @@ primal: a hook that is set on an alias has to be called in the backward pass of 
 """
 
 LEAVES = frozenset(
-    "item tolist numpy __array__ __float__ __complex__ __dlpack__ __reduce_ex__".split()
+    "item tolist numpy __array__ __float__ __complex__ __dlpack__ __reduce_ex__ storage "
+    "untyped_storage".split()
 )
-"""Functions that hand a value out of torch, where no tangent follows it."""
+"""Functions that hand a value, or its memory, out of torch, where no tangent follows it."""
 
 ITSELF = frozenset("to contiguous float double type type_as".split())
 """Functions that return the tensor itself where it is already what they make of it."""
