@@ -272,6 +272,9 @@ ONE_PASS = {
     "other distances": lambda z, t: torch.cdist(points(z, t), TABLE[:4, :3], p=3.0),
 }
 MIXED = {
+    "pooling of windows that are drawn": lambda z, t: F.fractional_max_pool2d(
+        pictures(z, t), 2, (2, 3)
+    ),
     "padded along the batch": lambda z, t: F.pad(z, (0, 0, 1, 0))[: len(z)] * t[:, None],
     "groups of two rows": groups_of_two_rows,
     "a view that was taken before": seen_before,

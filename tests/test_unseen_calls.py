@@ -2,7 +2,9 @@
 operators, copies, and functions that were looked up before. Each is right, or refused by name.
 """
 
+import concurrent.futures
 import copy
+import threading
 
 import pytest
 import torch
@@ -214,6 +216,8 @@ def doubled(z, t):
 
 
 PAST = {
+    "memory": lambda z, t: z * torch.tensor((t * 2).untyped_storage().tolist()[:6]),
+    "memory as numbers": lambda z, t: z * (t * 2).storage()[0],
     "out=": summed_into,
     "out= of what is constant": lambda z, t: torch.cos(WEIGHT[:4], out=z * 2) * z,
     "a function that writes into a part": written_in_part,
@@ -231,6 +235,56 @@ PAST = {
 def test_what_tangents_cannot_follow_is_refused(name, rows):
     with pytest.raises(DerivativeError, match="write"):
         SharedPrimal()(PAST[name], PRIMALS, TANGENTS, rows)
+
+
+def summed_by_threads(z, t):
+    found = []
+    threads = [
+        threading.Thread(target=lambda x=x: found.append((x * t[:, None]).sin()))
+        for x in (z, z * 2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found[0] + found[1]
+
+
+def summed_by_a_pool(z, t):
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return sum(pool.map(lambda x: x * t[:, None], [z, WEIGHT[:4]]))
+
+
+POOL = concurrent.futures.ThreadPoolExecutor(1)
+
+
+def added_by_a_pool_of_before(z, t):
+    return z * POOL.submit(torch.stack, [t] * 6, 1).result()
+
+
+@pytest.mark.parametrize("rows", [None, HALF], ids=["all", "half"])
+@pytest.mark.parametrize("route", ROUTES[:2])
+@pytest.mark.parametrize("fn", [summed_by_threads, summed_by_a_pool, added_by_a_pool_of_before])
+def test_what_moves_in_another_thread_is_refused(fn, route, rows):
+    POOL.submit(torch.ones, 1).result()
+    with pytest.raises(DerivativeError, match="in another thread"):
+        route(fn, PRIMALS, TANGENTS, rows)
+    derivative = FiniteDifference(1e-3)(fn, PRIMALS, TANGENTS, rows)[1]
+    close(derivative, FiniteDifference(1e-4)(fn, PRIMALS, TANGENTS, rows)[1], 1e-4)
+
+
+def test_what_stands_still_may_be_used_in_another_thread():
+    seen = []
+
+    def model(z, t):
+        constant = POOL.submit(lambda: WEIGHT.sin()).result()
+        POOL.submit(lambda: seen.append(z.shape)).result()
+        return z @ constant * t[:, None]
+
+    for route in ROUTES[:2]:
+        derivative = route(model, PRIMALS, TANGENTS)[1]
+        close(derivative, wanted(lambda z, t: z @ WEIGHT.sin() * t[:, None]))
+    assert seen
 
 
 LISTS = {

@@ -17,10 +17,15 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from flowspace.derivatives.replay import forward_mode_lock, in_transform, written_places
+from flowspace.derivatives.replay import (
+    RestoringMode,
+    forward_mode_lock,
+    in_transform,
+    written_places,
+)
 from flowspace.derivatives.rules.registry import CONSTANT, differentiable
 from flowspace.derivatives.second_run import First, Second, SecondRun
-from flowspace.derivatives.shared_primal.kinds import LEAVES, leaving
+from flowspace.derivatives.shared_primal.kinds import ELSEWHERE, LEAVES, leaving
 from flowspace.derivatives.torch_internals import (
     close_forward_mode,
     forward_mode_is_open,
@@ -102,6 +107,13 @@ class ForwardMode(SecondRun):
             ) from error
         value, derivative = both
         return Second(derivative, value)
+
+    def check_run(self, run: RestoringMode) -> None:
+        """Raise DerivativeError if the model followed tangents in another thread, where torch goes
+        on without them.
+        """
+        if run.elsewhere:
+            raise DerivativeError(ELSEWHERE)
 
 
 class _NoLostTangents(TorchFunctionMode):

@@ -1,15 +1,16 @@
 """Calls that no function mode sees, and how a carrier or a second run is told of them.
 
-A function mode sees the functions of torch that Python calls. Four kinds of call pass it by:
+A function mode sees the functions of torch that Python calls. Five kinds of call pass it by:
 
     autograd.Function.apply      torch runs the forward pass itself    -> Carrier.through_function
     functions of torch.jit       an interpreter in C++ runs them       -> Carrier.through_script
     what torch.compile compiled  a kernel runs, no function at all     -> compiled.Backend
+    what another thread calls    no mode of this thread is entered     -> met_elsewhere of both
     module.buffer = tensor       Python binds a name                   -> replay.Bindings
 
-So the first three are replaced (`_patch`) by functions that ask for this thread's active carrier,
+So the first four are replaced (`_patch`) by functions that ask for this thread's active carrier,
 or second run, and hand the call to it; where there is none they do what the original does. For the
-fourth, torch calls a hook of ours. This is the one place of the house that changes torch for the
+fifth, torch calls a hook of ours. This is the one place of the house that changes torch for the
 whole process. It does so only while a mode of ours is entered in some thread; the last one to
 leave puts the originals back.
 
@@ -25,12 +26,15 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.modules.module import register_module_buffer_registration_hook
+from torch.overrides import TorchFunctionMode
 from torch.utils import _python_dispatch as python_dispatch
+from torch.utils import _pytree as pytree
 
 from flowspace.backends.process import forward_mode_lock
 from flowspace.derivatives.torch_internals import not_intercepted, unseen_by_modes
@@ -163,6 +167,8 @@ def _patch() -> None:
         (torch.autograd.Function, "apply", _apply),
         (torch._C.ScriptFunction, "__call__", _script),
         (torch._C.ScriptMethod, "__call__", _script),
+        (threading.Thread, "start", _start),
+        (ThreadPoolExecutor, "submit", _submit),
     ]
     if follows_compiled():
         places.append((torch._dynamo.eval_frame, "_callback_from_stance", _callback))
@@ -237,6 +243,70 @@ def _script(original: Any) -> Any:
         return carrier.through_script(original, function, args, kwargs)
 
     return call
+
+
+# --- threads
+
+
+class _Elsewhere(TorchFunctionMode):
+    """Tells passes of another thread, whose model started this one, of the functions called here.
+
+    They follow none of them, so what moves there may not be among the arguments.
+    """
+
+    def __init__(self, passes: Sequence[Any]) -> None:
+        super().__init__()
+        self.passes = passes
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run a torch function; one that reads no values that move is nobody's concern."""
+        from flowspace.derivatives.shared_primal.kinds import treatment_of  # imports this module
+
+        idle = torch.compiler.is_dynamo_compiling()
+        if not idle and treatment_of(func).kind not in ("metadata", "constant", "detached"):
+            values = pytree.tree_leaves((args, kwargs))
+            for followed in self.passes:
+                followed.met_elsewhere(values)
+        return call_captured(func, args, kwargs)
+
+
+def _watched(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what another thread is to run, so that the passes of this one hear of it."""
+    passes = [run for run in (active_carrier(), active_second_run()) if run is not None]
+    if not passes:
+        return function
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        with _Elsewhere(passes):
+            return function(*args, **kwargs)
+
+    return watched
+
+
+def _start(original: Any) -> Any:
+    """Return what stands for the start of a thread."""
+
+    def start(thread: threading.Thread) -> None:
+        if active_carrier() or active_second_run():
+            thread.run = _watched(thread.run)
+        original(thread)
+
+    return start
+
+
+def _submit(original: Any) -> Any:
+    """Return what stands for handing a function to a pool, whose threads outlive it."""
+
+    def submit(pool: Any, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        watched = _watched(function)
+        before = active_carrier(), active_second_run()
+        _active.carrier = _active.second_run = None  # the pool may start a thread now
+        try:
+            return original(pool, watched, *args, **kwargs)
+        finally:
+            _active.carrier, _active.second_run = before
+
+    return submit
 
 
 # --- torch.compile

@@ -263,6 +263,7 @@ class RestoringMode(TorchFunctionMode):
         halved: the first function that returned numbers of half precision, or None.
         own_generator: a generator of the model's own that was drawn from in a state which a second
             run cannot know, or None.
+        elsewhere: a function was called in another thread with what belongs to torch.func.jvp.
     """
 
     def __init__(self, mixed: bool) -> None:
@@ -273,6 +274,7 @@ class RestoringMode(TorchFunctionMode):
         self.replaced: dict[int, tuple[Tensor, Tensor]] = {}
         self.halved: str | None = None
         self.own_generator: torch.Generator | None = None
+        self.elsewhere = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a torch function; note what it writes into, draws from and returns.
@@ -307,6 +309,11 @@ class RestoringMode(TorchFunctionMode):
         if self.halved is None and isinstance(out, Tensor) and out.dtype in HALVES:
             self.halved = f"{name} returned {out.dtype}"
         return out
+
+    def met_elsewhere(self, values: Iterable[Any]) -> None:
+        """Note a function of these values that the model calls in another thread."""
+        if _any_in_transform(values):
+            self.elsewhere = True
 
     def mixes(self, mixing: bool) -> None:
         """Raise RowsMixError if a function mixes rows and nobody said so."""

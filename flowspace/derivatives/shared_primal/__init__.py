@@ -42,6 +42,7 @@ from flowspace.derivatives.replay import (
 from flowspace.derivatives.route import Derivative, scatter
 from flowspace.derivatives.rules.dual import ChosenRows, Layout
 from flowspace.derivatives.shared_primal.carrier import FIELD, Carrier
+from flowspace.derivatives.shared_primal.kinds import ELSEWHERE
 from flowspace.derivatives.shared_primal.writes import Writes
 from flowspace.errors import DerivativeError, InputError
 
@@ -158,6 +159,8 @@ def evaluate_beside(
     try:
         with hidden_calls.following(carrier), _as_written(), carrier:
             out = fn(*inputs)
+        if carrier.elsewhere:
+            raise DerivativeError(ELSEWHERE)
         if hidden_calls.dynamo_loaded() and not loaded:
             # the model loaded torch.compile on its way: what it compiled was not followed
             carrier.lost = True

@@ -18,7 +18,7 @@ Python; what is rare is asked for last.
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -93,6 +93,7 @@ class Carrier(TorchFunctionMode):
         writes: what became of tensors that the model wrote into.
         inside: the functions written in others that it has entered.
         level: the transforms of torch.func that it was made within.
+        elsewhere: a function was called in another thread with what moves.
     """
 
     def __init__(self, traced: bool = False) -> None:
@@ -106,6 +107,7 @@ class Carrier(TorchFunctionMode):
         self.writes = Writes(self)
         self.inside: list[Any] = []
         self.level = transform_level()
+        self.elsewhere = False
 
     # --- tensors and their tangents
 
@@ -584,6 +586,11 @@ class Carrier(TorchFunctionMode):
         return self.wrap(out, tangent, layout.found(tangent.shape, out.shape))
 
     # --- what no function mode sees
+
+    def met_elsewhere(self, values: Iterable[Any]) -> None:
+        """Note a function of these values that the model calls in another thread."""
+        if any(map(self._carries, values)):
+            self.elsewhere = True
 
     def through_function(self, cls: type, args: tuple[Any, ...], outs: Any) -> Any:
         """Return the outputs of a custom function with the tangents that its forward pass gave

@@ -15,6 +15,7 @@ from flowspace.derivatives.replay import written_places
 
 __all__ = [
     "DATA_READ",
+    "ELSEWHERE",
     "LEAVES",
     "OUT_OF_PLACE",
     "REFUSED",
@@ -35,6 +36,11 @@ TRANSFORMED = (
 UNSEEN = (
     "got torch.Tensor(x) or x.as_subclass(...) of a tensor that moves with z_t or t, which torch "
     "does without a function that tangents follow; write x itself, or derivative=ForwardMode()"
+)
+ELSEWHERE = (
+    "the model calls functions of torch in another thread, of a tensor that moves with z_t or t, "
+    "where tangents cannot follow; call them in the thread of the model, or write "
+    "derivative=FiniteDifference()"
 )
 DROPPED = "the model calls autograd, which drops tangents; write FiniteDifference()"
 RESHAPED = (
