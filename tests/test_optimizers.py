@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from flowspace import InputError
-from flowspace.training import optimizers
 from flowspace.training.checkpoints import flatten_optimizer, restore_optimizer
 from flowspace.training.optimizers import CombinedOptimizer, MuonAdamW, PlainAdamW, assign
 
@@ -189,7 +188,7 @@ def test_it_is_an_optimiser_of_torch(build):
 def calling_off(request, monkeypatch):
     """Both ways of a step that may be called off: a GPU's is not read, which works here too."""
     if request.param != "read":
-        monkeypatch.setattr(optimizers, "_readable", lambda skip: False)
+        monkeypatch.setattr("flowspace.training.optimizers.readable", lambda tensor: False)
 
 
 @pytest.mark.usefixtures("calling_off")

@@ -385,3 +385,38 @@ def test_a_square_meets_its_transpose_with_rows_on_another_axis(name, which):
         return torch.cat([SQUARES[name](square, square.mT), z[:, 4:]], 1)
 
     check_seeded(model, choose(4, which), by_differences, tolerance=1e-8)
+
+
+HEADS, BIAS = normal(30, 4, 2, 5, 8), normal(31, 5, 5)
+DRAWING = {
+    "attention": lambda x: F.scaled_dot_product_attention(x, HEADS.to(x), x.sin(), None, 0.3),
+    "attention with a bias": lambda x: F.scaled_dot_product_attention(
+        x, x.cos(), HEADS.to(x), BIAS.to(x), dropout_p=0.3, scale=0.4
+    ),
+    "causal attention": lambda x: F.scaled_dot_product_attention(
+        x, x, x, dropout_p=0.3, is_causal=True
+    ),
+    "alpha dropout": lambda x: F.alpha_dropout(x, 0.37, True),
+    "feature alpha dropout": lambda x: F.feature_alpha_dropout(x, 0.37, True),
+    "dropout in place": lambda x: F.dropout(x * 2, 0.37, True, inplace=True),
+}
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", DRAWING)
+def test_what_draws_has_value_and_gradient_to_the_bit_in_every_precision(name, dtype, autocast):
+    weight = torch.ones(4, 1, 1, 1, dtype=dtype, requires_grad=True)
+
+    def model(z, t):
+        return DRAWING[name](z * weight) * t[:, None, None, None]
+
+    z, t = normal(32, 4, 2, 5, 8).to(dtype), torch.linspace(0.2, 0.8, 4).to(dtype)
+    found = []
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for route in (None, ROUTE):
+            torch.manual_seed(0)
+            value = model(z, t) if route is None else route(model, (z, t), (z, t))[0]
+            found.append((value, torch.autograd.grad(value.sum(), weight)[0]))
+    for plain, ours in zip(*found, strict=True):
+        assert plain.dtype == ours.dtype and torch.equal(plain, ours)

@@ -27,6 +27,7 @@ from flowspace.training import (
     unpacked,
     whole,
 )
+from flowspace.training.optimizers import readable
 
 FREE = ("epochs", "steps", "checkpoint_every", "log_every", "look_every", "skips", "processes")
 FREE += ("snapshots", "tensorboard", "wandb", "cpu", "sharded", "accumulate")
@@ -99,7 +100,7 @@ class Run:
             rising = (self.step + 1) / (self.step + 10)
             share = 1 - min(float(decay), rising)
             averages = list(network.parameters())
-            if self.finite.device.type == "cpu":  # which is read without a wait: one pass
+            if readable(self.finite):  # one pass in place of three
                 torch._foreach_lerp_(averages, values, share * float(self.finite))
                 continue
             towards = torch._foreach_sub(values, averages)

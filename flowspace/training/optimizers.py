@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from flowspace.errors import InputError
 from flowspace.training.checkpoints import whole
 
-__all__ = ["CombinedOptimizer", "MuonAdamW", "PlainAdamW", "assign"]
+__all__ = ["CombinedOptimizer", "MuonAdamW", "PlainAdamW", "assign", "readable"]
 
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """What torch.compile, FSDP and activation checkpointing put into the names of parameters."""
@@ -278,7 +278,7 @@ class CombinedOptimizer(torch.optim.Optimizer):
 
 def _step_unless(skip: Tensor, optimizer: Any) -> None:
     """Step an optimiser of one group, which changes nothing where ``skip``, a boolean, is true."""
-    if _readable(skip):
+    if readable(skip):
         if not skip:
             optimizer.step()
         return
@@ -309,9 +309,11 @@ def _step_unless(skip: Tensor, optimizer: Any) -> None:
         optimizer.param_groups = [group]
 
 
-def _readable(skip: Tensor) -> bool:
-    """Return whether Python may read a tensor: nothing waits for it, and it is no constant."""
-    return skip.device.type == "cpu" and not torch.compiler.is_compiling()
+def readable(tensor: Tensor) -> bool:
+    """Return whether Python may read a tensor: nothing waits, and torch.compile captures nothing
+    that depends on its value.
+    """
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _tensors(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
