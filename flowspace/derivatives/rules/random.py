@@ -38,12 +38,35 @@ def decompositions(
             dropout = args[4]
         if not dropout:
             return None
-        return _attention_in_parts
+        return _attention
     if name.endswith("_"):
         return _in_place(getattr(torch, name[:-1]))
     if "alpha" in name:
         return _alpha_dropout(getattr(torch, name))
     return _dropout(getattr(torch, name))
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Return attention with dropout.
+
+    On a CPU torch computes it in single precision where it is given half, in and out of autocast,
+    which makes half of what it is given first.
+    """
+    dtype = query.dtype
+    if torch.is_autocast_enabled("cpu") and dtype.itemsize < 8:
+        dtype = torch.get_autocast_dtype("cpu")
+    if not query.is_cpu or dtype.itemsize >= 4:
+        return _attention_in_parts(query, key, value, *args, **kwargs)
+
+    def halved(x: Any) -> Any:
+        if isinstance(x, Tensor) and x.is_floating_point():
+            return x.to(dtype)
+        return x
+
+    given = [halved(x).float() for x in (query, key, value)]
+    options = {name: halved(x) for name, x in kwargs.items()}
+    with torch.autocast("cpu", enabled=False):
+        return _attention_in_parts(*given, *map(halved, args), **options).to(dtype)
 
 
 def _attention_in_parts(  # noqa: PLR0913  # torch's arguments
@@ -98,7 +121,7 @@ def _dropout(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _alpha_dropout(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return an alpha dropout as a choice by what it makes of ones: what is kept stays positive.
+    """Return an alpha dropout as torch forms it. What it keeps of ones stays positive.
 
     It keeps mean and variance of what a SELU returns (Klambauer et al., arXiv 1706.02515).
     """
@@ -108,9 +131,10 @@ def _alpha_dropout(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return input
         if p >= 1:
             return input * 0.0
-        kept = function(torch.ones_like(input), p, True) > 0
-        scale = 1 / math.sqrt((1 - p) * (1 + p * SATURATION**2))
-        return scale * (torch.where(kept, input, -SATURATION) + p * SATURATION)
+        kept = (function(torch.ones_like(input), p, True) > 0).to(input.dtype)
+        scale = 1 / math.sqrt((SATURATION**2 * p + 1) * (1 - p))
+        shift = (kept - 1) * (SATURATION * scale) + SATURATION * scale * p
+        return input * (kept * scale) + shift
 
     return dropout
 
