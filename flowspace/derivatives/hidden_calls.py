@@ -330,10 +330,13 @@ def follows_compiled() -> bool:
 
 
 def _warning_callback(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return what stands for `_callback_from_stance` where what is compiled is not followed."""
+    """Return what stands for `_callback_from_stance` where what is compiled is not followed.
+
+    What is marked not to be compiled, as activation checkpointing's own code, comes with None.
+    """
 
     def callback_from_stance(callback: Any) -> Any:
-        if active_carrier() is not None:
+        if active_carrier() is not None and callback not in (None, False):
             warn_of_old_torch()
         return original(callback)
 
