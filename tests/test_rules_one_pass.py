@@ -46,6 +46,17 @@ def symmetric(x):
 
 
 LINALG = {
+    "eig": lambda x: torch.linalg.eig(symmetric(x))[0].real,
+    "lu_factor": lambda x: torch.linalg.lu_factor(x)[0],
+    "inv_ex": lambda x: torch.linalg.inv_ex(x)[0],
+    "solve from the right": lambda x: torch.linalg.solve(x, x.sin(), left=False),
+    "solve vectors": lambda x: torch.linalg.solve(x, x[..., 0].sin()),
+    "solve a vector": lambda x: torch.linalg.solve(x, normal(25, 3)),
+    "solve for a stack of constants": lambda x: torch.linalg.solve(normal(26, 3, 3), x),
+    "solve vectors by a constant": lambda x: torch.linalg.solve(
+        normal(27, 4, x.shape[1], 3, 3), x[..., 0]
+    ),
+    "diagonal": lambda x: torch.linalg.diagonal(x) * x.diagonal(1, -1, -2).sum(-1, keepdim=True),
     "qr": torch.linalg.qr,
     "svdvals": torch.linalg.svdvals,
     "cholesky": lambda x: torch.linalg.cholesky(symmetric(x)),
@@ -214,7 +225,82 @@ def by_heads(z, t):
     return torch.cat([out.transpose(0, 1), columns.permute(2, 0, 1)], 2)
 
 
+def by_letters(z, t):
+    """Ellipses, a diagonal, and an output that is not written."""
+    h = triples(z) * t[:, None, None]
+    h = torch.einsum("...i,ij->...j", h, SQUARE[:3, :3])
+    h = torch.einsum("b...,b->b...", h, t.sin())
+    squares = torch.einsum("...ij,...kj", h, h.sin())
+    parts = torch.einsum("bii->bi", squares), torch.einsum(h, [0, 1, 2], SQUARE[:3], [2, 3])
+    return torch.cat([part.flatten(1) for part in parts], 1)
+
+
+def losses(z, t):
+    h, p = z * t[:, None], z.sigmoid()
+    named = {"reduction": "none"}
+    return (
+        F.mse_loss(h, z.sin(), **named)
+        + F.huber_loss(h, TABLE[:1].expand(len(z), -1), **named)
+        + F.smooth_l1_loss(z, h, **named)
+        + F.binary_cross_entropy_with_logits(h, p, pos_weight=SQUARE[0].abs(), **named)
+        + F.kl_div(h, p, **named)
+    )
+
+
+def pooled(z, t):
+    h, indices = F.max_pool2d(pictures(z, t), 2, return_indices=True)
+    wide = F.max_unpool2d(h.sin(), indices, 2, output_size=(5, 7))
+    parts = wide, F.adaptive_max_pool3d(pictures(z, t), (2, 2, 3))
+    return torch.cat([part.flatten(1) for part in parts], 1)
+
+
+def enlarged_in_many_ways(z, t):
+    h, volumes = pictures(z, t), VOLUMES * t.view(-1, 1, 1, 1, 1)
+    parts = [
+        F.interpolate(h, (6, 9), mode="bilinear", antialias=True),
+        F.interpolate(h, (6, 9), mode="bicubic", antialias=True),
+        F.interpolate(volumes, (4, 6, 5), mode="trilinear"),
+        F.interpolate(volumes, (4, 6, 5), mode="nearest-exact"),
+    ]
+    return torch.cat([part.flatten(1) for part in parts], 1)
+
+
+def turned(z, t):
+    """As a spatial transformer turns its pictures."""
+    rows = [t.cos(), -t.sin(), z[:, 0], t.sin(), t.cos(), z[:, 1]]
+    theta = torch.stack(rows, 1).view(-1, 2, 3) * 0.2
+    return F.grid_sample(
+        PICTURES, F.affine_grid(theta, [4, 3, 5, 7], False), "bicubic", align_corners=False
+    )
+
+
+def windows(z, t):
+    """As Longformer cuts its tokens into chunks that overlap."""
+    h = z * t[:, None]
+    return h.as_strided((4, 4, 3), (6, 1, 1)).sin() * h[:, 1:].contiguous()[:, None, :3]
+
+
 ONE_PASS = {
+    "equations with ellipses": by_letters,
+    "losses of each number": losses,
+    "pools with indices": pooled,
+    "enlarged in many ways": enlarged_in_many_ways,
+    "a picture that is turned": turned,
+    "windows that overlap": windows,
+    "vectors of a stack": lambda z, t: torch.linalg.solve(
+        matrices(z, t)[0], normal(16, len(z), 3)
+    ),
+    "msort": lambda z, t: torch.msort((z * t[:, None]).T).T,
+    "diag_embed": lambda z, t: torch.diag_embed(z).flatten(1) * t[:, None],
+    "integrals": lambda z, t: (
+        torch.cumulative_trapezoid(z) * torch.trapezoid(z * t[:, None])[:, None]
+    ),
+    "pairwise_distance": lambda z, t: F.pairwise_distance(z, z.sin(), keepdim=True) * t[:, None],
+    "transforms of what is symmetric": lambda z, t: (
+        torch.fft.hfft(torch.complex(z, z.sin()))
+        * torch.fft.ihfft(z).imag.sum(1, True)
+        * t[:, None]
+    ),
     "heads with weights of their own": by_heads,
     "a matrix by a stack": lambda z, t: ((z * t[:, None]) @ normal(24, 4, 6, 3)).transpose(0, 1),
     "padded by nothing along the batch": lambda z, t: F.pad(z, (1, 2, 0, 0)) * t[:, None],
@@ -272,6 +358,12 @@ ONE_PASS = {
     "other distances": lambda z, t: torch.cdist(points(z, t), TABLE[:4, :3], p=3.0),
 }
 MIXED = {
+    "an equation that sums over rows": lambda z, t: (
+        z @ torch.einsum("bi,bj->ij", z, t[:, None] * z)
+    ),
+    "an ellipsis that is summed over": lambda z, t: z * torch.einsum("...i->i", z * t[:, None]),
+    "windows across rows": lambda z, t: (z * t[:, None]).as_strided((4, 6), (5, 1)),
+    "rrelu in place": lambda z, t: F.rrelu(z * t[:, None], training=True, inplace=True),
     "pooling of windows that are drawn": lambda z, t: F.fractional_max_pool2d(
         pictures(z, t), 2, (2, 3)
     ),
@@ -284,9 +376,6 @@ MIXED = {
     "outer of both": lambda z, t: torch.outer(t, t.sin()) @ z,
     "distances between rows": lambda z, t: torch.cdist(z, z + 1),
     "scatter across rows": lambda z, t: z.scatter(0, torch.zeros(1, 6, dtype=torch.long), z),
-    "vectors of a stack": lambda z, t: torch.linalg.solve(
-        matrices(z, t)[0], normal(16, len(z), 3)
-    ),
 }
 
 

@@ -149,3 +149,14 @@ _kernel("gelu", _gelu)
 _kernel("relu", lambda dx, x, **_: aten.threshold_backward.default(dx, x, 0))
 _kernel("tanh", lambda dx, y: aten.tanh_backward.default(dx, y), of_output=True)
 _kernel("sigmoid", lambda dx, y: aten.sigmoid_backward.default(dx, y), of_output=True)
+
+
+@rule(
+    "mse_loss l1_loss smooth_l1_loss huber_loss soft_margin_loss kl_div poisson_nll_loss "
+    "binary_cross_entropy binary_cross_entropy_with_logits"
+)
+def mse_loss(call: Call, *args: Any, **kwargs: Any) -> list[Tensor]:
+    """The tangent is that of an elementwise function, unless its numbers are summed up."""
+    if not call.out.ndim:
+        return forward(call)
+    return pointwise(call)

@@ -62,9 +62,9 @@ _along("take_along_dim", dim_at=1, default=None, linear=True)
 _along("tensor_split split_with_sizes", dim_at=1, default=0, linear=True)
 _along("roll", dim_at=1, default=None, linear=True)
 _along("fft_fftshift fft_ifftshift", dim_at=0, default=None, linear=True)
-_along("fft_fft fft_ifft fft_rfft fft_irfft", dim_at=1, default=-1, linear=True)
-_along("fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2", dim_at=1, default=(-2, -1), linear=True)
-_along("fft_fftn fft_ifftn fft_rfftn fft_irfftn", dim_at=1, default=None, linear=True)
+for _kind, _default in {"": -1, "2": (-2, -1), "n": None}.items():
+    _names = [f"fft_{name}{_kind}" for name in "fft ifft rfft irfft hfft ihfft".split()]
+    _along(" ".join(_names), dim_at=1, default=_default, linear=True)
 
 # Others.
 _along("nansum nanmean amax amin prod cumprod", dim_at=0, default=None, linear=False)
@@ -78,6 +78,11 @@ _along("kthvalue linalg_cross", dim_at=1, default=-1, linear=False)
 _along("cross linalg_norm aminmax", dim_at=1, default=None, linear=False)
 _along("linalg_matrix_norm", dim_at=1, default=(-2, -1), linear=False)
 _along("mode", dim_at=0, default=-1, linear=False)
+
+# Others, whose axis is named or always the same.
+_along("trapezoid trapz cumulative_trapezoid", dim_at=9, default=-1, linear=False)
+_along("pairwise_distance", dim_at=9, default=-1, linear=False)
+_along("msort", dim_at=9, default=0, linear=False)
 
 
 @rule("chunk split")
@@ -108,7 +113,25 @@ def flip(call: Call, x: Dual, *axes: Any, dims: Any = None) -> Tensor:
     return x.tangent.flip(dims)
 
 
-@rule("tril triu diag_embed")
+@rule("diagonal linalg_diagonal")
+def diagonal(call: Call, x: Dual, *args: Any, **kwargs: Any) -> Tensor:
+    """The tangent is the diagonal of dx, along two axes other than the batch's."""
+    defaults = [0, 0, 1]
+    if call.func.__name__ == "linalg_diagonal":
+        defaults = [0, -2, -1]
+    _, first, second = [*args, *defaults[len(args) :]]
+    x.untouched(kwargs.get("dim1", first), kwargs.get("dim2", second))
+    return call.func(x.tangent, *args, **kwargs)
+
+
+@rule("diag_embed")
+def diag_embed(call: Call, x: Dual, *args: Any, **kwargs: Any) -> Tensor:
+    """The tangent has dx along its diagonals."""
+    x.untouched(-1)
+    return call.func(x.tangent, *args, **kwargs)
+
+
+@rule("tril triu")
 def tril(call: Call, x: Dual, *args: Any, **kwargs: Any) -> Tensor:
     """The tangent is f(dx), for functions f that work on the last two axes."""
     x.untouched(-1, -2)

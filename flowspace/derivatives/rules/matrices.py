@@ -4,6 +4,7 @@ worked on alone, and torch.func.jvp differentiates that on the rows that have a 
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flowspace.derivatives.rules.dual import (
@@ -13,13 +14,14 @@ from flowspace.derivatives.rules.dual import (
     shared_rows,
     whole_primal,
 )
-from flowspace.derivatives.rules.registry import Call, forward, rule
+from flowspace.derivatives.rules.registry import At, Call, forward, rule, sum_of, tangent_of
 
 
 @rule(
-    "linalg_qr linalg_svd linalg_svdvals linalg_cholesky linalg_inv linalg_pinv linalg_det "
-    "linalg_slogdet linalg_matrix_exp linalg_matrix_power linalg_eigh linalg_eigvalsh "
-    "linalg_solve linalg_solve_triangular linalg_cond inverse pinverse det slogdet logdet "
+    "linalg_qr linalg_svd linalg_svdvals linalg_cholesky linalg_cholesky_ex linalg_inv "
+    "linalg_inv_ex linalg_pinv linalg_det linalg_slogdet linalg_matrix_exp linalg_matrix_power "
+    "linalg_eig linalg_eigvals linalg_eigh linalg_eigvalsh linalg_lu_factor "
+    "linalg_solve_triangular linalg_cond inverse pinverse det slogdet logdet "
     "cholesky cholesky_solve cholesky_inverse svd qr matrix_exp matrix_power triangular_solve"
 )
 def linalg_qr(call: Call, *args: Any, **kwargs: Any) -> list[Tensor]:
@@ -32,6 +34,40 @@ def linalg_qr(call: Call, *args: Any, **kwargs: Any) -> list[Tensor]:
             if isinstance(value, Tensor) and value.ndim != ndim:
                 raise LostRowsError  # vectors, perhaps one for each matrix
     return forward(call, shared_rows(call.duals))
+
+
+@rule("linalg_solve")
+def linalg_solve(call: Call, a: Any, b: Any, *, left: bool = True) -> Any:
+    """The tangent of x = solve(a, b) is solve(a, db - da x).
+
+    b may hold a vector for each matrix, which is then a matrix of one column.
+    """
+    if not left:
+        return linalg_qr(call, a, b, left=left)
+    x, matrix, side = call.out.detach(), whole_primal(a), whole_primal(b)
+    vectors = side.ndim == 1 or (side.ndim < matrix.ndim and side.shape == matrix.shape[:-1])
+    if vectors:
+        x, b = x[..., None], _as_columns(b)
+    duals = [value for value in (a, b) if isinstance(value, Dual)]
+    for dual in duals:
+        dual.untouched(-1, -2)
+    restricted, layout = shared_rows(duals), duals[0].layout
+    layout = layout and layout.on(x.ndim - duals[0].ndim + layout.axis)
+    change = tangent_of(b)
+    if isinstance(a, Dual):
+        change = sum_of(change, -(a.tangent @ restrict(x, layout)))
+    tangent = torch.linalg.solve(restricted(a), change)
+    if vectors:
+        tangent = tangent[..., 0]
+    return At(tangent, layout)
+
+
+def _as_columns(vectors: Any) -> Any:
+    """Return vectors, or a dual of them, as matrices of one column."""
+    if isinstance(vectors, Dual):
+        primal, tangent = vectors.primal[..., None], vectors.tangent[..., None]
+        return Dual(primal, tangent, vectors.layout)
+    return vectors[..., None]
 
 
 @rule("lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell")

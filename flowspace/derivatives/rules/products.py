@@ -9,6 +9,7 @@ factors that move, and must not be summed over:
     x (N, B),    y (B, C)        the batch is summed over: LostRowsError
 """
 
+import string
 from collections.abc import Sequence
 from typing import Any
 
@@ -207,15 +208,12 @@ def tensordot(call: Call, x: Any, y: Any, *dims: Any, **named: Any) -> Any:
 def einsum(call: Call, equation: str, *operands: Any, path: Any = None) -> Any:
     """The tangent is the sum of the products in which one factor is replaced by its tangent.
 
-    The batch is a letter of the equation. An equation without ``->``, or with an ellipsis, is not
-    searched for it: torch.func.jvp differentiates the whole.
+    The batch is a letter of the equation, in which an ellipsis is spelled out.
     """
     if isinstance(operands[0], (list, tuple)):
         operands = tuple(operands[0])
-    if "->" not in equation or "." in equation:
-        return forward(call)
-    inputs, output = equation.replace(" ", "").split("->")
-    terms = inputs.split(",")
+    terms, output = _spelled(equation, [x.ndim for x in operands])
+    equation = f"{','.join(terms)}->{output}"
     moving = [(i, x) for i, x in enumerate(operands) if isinstance(x, Dual)]
     label = _batch_label(terms, output, moving)
     layout = call.duals[0].layout
@@ -229,6 +227,25 @@ def einsum(call: Call, equation: str, *operands: Any, path: Any = None) -> Any:
         product = torch.einsum(equation, *fixed[:i], x.tangent, *fixed[i + 1 :])
         tangent = sum_of(tangent, product)
     return At(tangent, layout and layout.on(output.index(label)))  # type: ignore[arg-type]
+
+
+def _spelled(equation: str, ndims: Sequence[int]) -> tuple[list[str], str]:
+    """Return the operands' terms and the output of an einsum, with letters for an ellipsis, and
+    with the output that torch takes where none is written: letters that stand once, sorted.
+    """
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    if not arrow:
+        once = sorted(letter for letter in set(inputs) - set(",.") if inputs.count(letter) == 1)
+        output = "..." * ("..." in inputs) + "".join(once)
+    spare = "".join(letter for letter in string.ascii_letters if letter not in equation)
+    terms, most = inputs.split(","), 0
+    for i, (term, ndim) in enumerate(zip(terms, ndims, strict=True)):
+        if "..." in term:
+            count = ndim - len(term) + 3
+            most = max(most, count)
+            # axes of an ellipsis are the same counted from the last
+            terms[i] = term.replace("...", spare[:count][::-1])
+    return terms, output.replace("...", spare[:most][::-1])
 
 
 def _batch_label(terms: Sequence[str], output: str, moving: Sequence[tuple[int, Dual]]) -> str:

@@ -39,6 +39,8 @@ def decompositions(
         if not dropout:
             return None
         return _attention
+    if name == "rrelu_":
+        return _in_place(_leaky)
     if name.endswith("_"):
         return _in_place(getattr(torch, name[:-1]))
     if "alpha" in name:
@@ -137,6 +139,11 @@ def _alpha_dropout(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return input * (kept * scale) + shift
 
     return dropout
+
+
+def _leaky(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Return a leaky ReLU with slopes that are drawn, of a copy: autograd saves what it is of."""
+    return torch.rrelu(input.clone(), *args, **kwargs)
 
 
 def _in_place(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -1,5 +1,5 @@
-"""Rules for two functions of which torch has no forward derivative: samples of a picture at points
-that may move, and distances between points.
+"""Rules for functions of points: grids of them, samples of a picture at points that may move, and
+distances between them. Of the last two torch has no forward derivative.
 """
 
 from collections.abc import Callable
@@ -37,6 +37,13 @@ def grid_sampler(call: Call, x: Any, grid: Any, *modes: Any) -> Any:
         motion = _slope(pictures, points, modes) * grid.tangent[:, None]
         tangent = sum_of(tangent, motion.sum(-1))
     return At(tangent, call.duals[0].layout)  # type: ignore[arg-type]  # one of the two moves
+
+
+@rule("affine_grid_generator")
+def affine_grid_generator(call: Call, theta: Dual, size: Any, *align: Any) -> Tensor:
+    """The tangent is the grid of dtheta, of shape (B, 2, 3) or (B, 3, 4)."""
+    theta.only_batch_first()
+    return call.func(theta.tangent, [len(theta.tangent), *size[1:]], *align)
 
 
 def _slope(pictures: Tensor, points: Tensor, modes: Any) -> Tensor:

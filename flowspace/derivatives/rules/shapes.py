@@ -88,6 +88,29 @@ def expand(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
     return call.along_with(x.tangent)
 
 
+@rule("as_strided")
+def as_strided(
+    call: Call,
+    x: Dual,
+    size: Sequence[int],
+    stride: Sequence[int],
+    storage_offset: int | None = None,
+) -> Any:
+    """The tangent is dx, read alike, where rows lie beside each other and each is read in it."""
+    if x.layout is None:
+        return forward(call)
+    offset, primal = 0, x.primal
+    if storage_offset is not None:
+        offset = storage_offset - int(primal.storage_offset())
+    x.only_batch_first()
+    last = offset + sum((n - 1) * step for n, step in zip(size[1:], stride[1:], strict=True))
+    whole = primal.is_contiguous() and size[0] == len(primal) and stride[0] == primal.stride(0)
+    if not whole or offset < 0 or last >= stride[0]:
+        raise LostRowsError
+    tangent = x.tangent.contiguous()
+    return tangent.as_strided([len(tangent), *size[1:]], stride, offset)
+
+
 @rule("full full_like new_full")
 def full(call: Call, *args: Any, fill_value: Any = None, **kwargs: Any) -> Any:
     """The tangent is that of the number the tensor is filled with, if it moves."""
@@ -178,7 +201,8 @@ def pad(call: Call, x: Any, pad: Sequence[int], mode: str = "constant", value: A
     "pixel_shuffle pixel_unshuffle channel_shuffle im2col col2im avg_pool1d avg_pool2d avg_pool3d "
     "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d upsample_nearest1d "
     "upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d "
-    "upsample_bicubic2d _upsample_nearest_exact2d"
+    "upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa "
+    "_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d"
 )
 def pixel_shuffle(call: Call, x: Dual, *args: Any, **kwargs: Any) -> Tensor:
     """The tangent is f(dx), for linear functions f of (B, C, *) pictures."""
@@ -186,7 +210,10 @@ def pixel_shuffle(call: Call, x: Dual, *args: Any, **kwargs: Any) -> Tensor:
     return call.func(x.tangent, *args, **kwargs)
 
 
-@rule("max_pool1d max_pool2d max_pool3d adaptive_max_pool2d")
+@rule(
+    "max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices "
+    "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_unpool2d max_unpool3d"
+)
 def max_pool1d(call: Call, x: Any, *args: Any, **kwargs: Any) -> list[Tensor]:
     """The tangent is that of torch.func.jvp, for the moving rows of (B, C, *) pictures."""
     for dual in call.duals:

@@ -83,6 +83,11 @@ class SharedPrimal(Derivative):
             with writes.undone(), torch.no_grad(), restoring_buffers() as run:
                 second = evaluate_beside(again, _copies(primals, tangents), tangents, None)
                 repeated = second.value.clone()  # its own memory may be put back as well
+            if second.writes is not None:
+                raise DerivativeError(
+                    "the derivative was lost on all rows as well as on some, which is no fault of "
+                    "the model; write derivative=ForwardMode()"
+                )
             _check_repeats(value.detach(), repeated, run)
             tangent = second.tangent
             chosen = None
