@@ -227,7 +227,7 @@ LOG = [
 
 
 @pytest.fixture
-def drawn(monkeypatch):
+def drawn(monkeypatch, numbers):
     """The curves of the figures that are made: by name, their steps and values."""
     found = {}
 
@@ -236,11 +236,36 @@ def drawn(monkeypatch):
             for line in axis.lines:
                 found[line.get_label()] = (list(line.get_xdata()), list(line.get_ydata()))
             found["scale"] = axis.get_yscale()
+            figure.canvas.draw()
+            low, high = axis.get_ylim()
+            texts = [label.get_text() for label in axis.get_yticklabels(which="both")]
+            places = axis.get_yticks().tolist() + axis.get_yticks(minor=True).tolist()
+            said = [t for t, y in zip(texts, places, strict=True) if t and low <= y <= high]
+            numbers.append(said)
         return vector(figure)
 
     vector = pages.vector
     monkeypatch.setattr(pages, "vector", kept)
     return found
+
+
+@pytest.fixture
+def numbers():
+    """What the axis of values of each figure says."""
+    return []
+
+
+@pytest.mark.parametrize("least", [9.02e-3, 0.13, 1.0, 47.0])
+@pytest.mark.parametrize("ratio", [1.0, 1.0001, 1.2, 1.9, 4.5, 9.0, 11.0, 60.0, 300.0, 1e5])
+@pytest.mark.usefixtures("drawn")
+def test_an_axis_has_a_few_numbers_whatever_its_range(least, ratio, numbers):
+    """A loss from 0.13 to 0.45 had none: no power of ten lies between."""
+    pages.curves({"loss": [(0, least), (1, least * ratio)]}, "loss")
+    by_time = {"flow": [least, least * ratio]}
+    pages.slopes([{"slopes_by": {"t": by_time}}])
+    assert len(numbers) == 2
+    for said in numbers:
+        assert 2 <= len(set(said)) == len(said) <= 9
 
 
 def test_losses_are_drawn_with_each_term_over_steps(drawn):

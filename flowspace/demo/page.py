@@ -26,7 +26,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # the backend must be chosen first
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 __all__ = [
     "Markup",
@@ -118,10 +118,14 @@ SHOWN = 8
 NEAR_ZERO = 1e-2
 """Below it in size curves with values of both signs are drawn on a linear scale."""
 
-SPARSE = 4
-"""Ratio of the largest value to the smallest above which powers of ten alone have a number: more
-numbers would touch.
-"""
+DECADE = 10
+"""Ratio of the largest value to the smallest below which a log scale may have no power of ten."""
+
+SPARSE = 100
+"""The ratio above which powers of ten alone have a number: more numbers would touch."""
+
+FLAT = 1.1
+"""A ratio below which a curve is drawn flat: the scale would show noise as mountains."""
 
 Log = Sequence[Mapping[str, Any]]
 """Records of a run, one a logged step."""
@@ -245,10 +249,14 @@ def slopes(log: Log) -> Markup:
     half = found[len(found) // 2 :]
     with _inked():
         figure, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
+        values: list[float] = []
         for name in dict.fromkeys(name for record in half[-1:] for name in record):
             rows = torch.tensor([_numbers(record[name]) for record in half if name in record])
             middles = (torch.arange(rows.shape[1]) + 0.5) / rows.shape[1]
-            axis.semilogy(middles, rows.nanmean(0), marker="o", label=name)
+            means = rows.nanmean(0)
+            axis.plot(middles, means, marker="o", label=name)
+            values.extend(means[means.isfinite()].tolist())
+        _log_scale(axis, values)
         axis.set_xlabel("t")
         axis.set_ylabel("norm of the gradient at the prediction")
         return _finished(figure, axis)
@@ -266,18 +274,30 @@ def curves(lines: Mapping[str, Sequence[tuple[int, float]]], label: str) -> Mark
         for name, points in lines.items():
             steps, values = zip(*points, strict=True)
             axis.plot(steps, values, label=name)
-        values = [value for points in lines.values() for _, value in points]
-        if min(values, default=0) > 0:
-            axis.set_yscale("log")
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter("{x:g}")
-            if max(values) > SPARSE * min(values):
-                axis.yaxis.set_minor_formatter(NullFormatter())
-        else:
-            axis.set_yscale("symlog", linthresh=NEAR_ZERO)
+        _log_scale(axis, [value for points in lines.values() for _, value in points])
         axis.set_xlabel("step")
         axis.set_ylabel(label)
         return _finished(figure, axis)
+
+
+def _log_scale(axis: Axes, values: Sequence[float]) -> None:
+    """Give an axis a log scale with at least a few numbers; one that is linear near zero where a
+    value is not positive.
+    """
+    least, most = min(values, default=0), max(values, default=0)
+    if least <= 0:
+        axis.set_yscale("symlog", linthresh=NEAR_ZERO)
+        return
+    axis.set_yscale("log")
+    if most < DECADE * least:
+        axis.yaxis.set_major_locator(MaxNLocator(5))
+        axis.yaxis.set_minor_locator(NullLocator())
+    elif most < SPARSE * least:
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    if most < FLAT * least:
+        axis.set_ylim(least / FLAT, most * FLAT)
 
 
 @contextlib.contextmanager
