@@ -197,7 +197,10 @@ def test_a_run_has_the_losses_that_were_stored(config):
     losses = [record["loss"] for record in records(changed) if "loss" in record]
     if not GOLDEN.exists():
         GOLDEN.write_text(json.dumps(losses) + "\n")
-    assert losses == pytest.approx(json.loads(GOLDEN.read_text()), rel=1e-3)
+    rounding = 1e-3
+    if torch.__version__ < "2.14":  # whose kernels round otherwise, which grows from step to step
+        rounding = 1e-2
+    assert losses == pytest.approx(json.loads(GOLDEN.read_text()), rel=rounding)
 
 
 def test_a_finished_run_is_made_longer_by_more_steps(config, encoder_folder, tmp_path):
