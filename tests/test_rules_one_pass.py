@@ -280,7 +280,58 @@ def windows(z, t):
     return h.as_strided((4, 4, 3), (6, 1, 1)).sin() * h[:, 1:].contiguous()[:, None, :3]
 
 
+def biased_in_part(z, t):
+    """As MViT adds positions to its scores: all but those of one token."""
+    scores = tokens_of(z) @ tokens_of(z.sin()).mT
+    scores[:, 1:, 1:] += t[:, None, None] * SQUARE[:2, :2]
+    return scores.softmax(-1).sum(1) * scores[:, 0].sin()
+
+
+def tokens_of(z):
+    return z.view(len(z), 3, 2)
+
+
+def written_through_views(z, t):
+    h = (z * 2).sin()
+    first, second = h[:, :3], h.view(len(z), 2, 3)[:, 1]
+    first.mul_(t[:, None])
+    second[:, 1] = first[:, 0]
+    h[:, 1::2] /= 3
+    h.T[2].add_(t)
+    return h * torch.cat([second, first], 1)
+
+
+def parts_of_numbers(z, t):
+    h = torch.complex(z, z.cos()).T.contiguous()
+    h.real.mul_(t)
+    h.imag[1:] += t
+    h[2:4].conj().mul_(t)
+    return torch.view_as_real(h.T).flatten(1)
+
+
+def slots(z, t):
+    out = torch.zeros(2, 4, 3, dtype=z.dtype)
+    for i in range(2):
+        out[i] = z[:, :3] * t[:, None]
+        out[i, :, ::2] *= 2 + i
+    return out.prod(0)
+
+
+def a_copy_of_all(z, t):
+    """One row for all of them, which are then written to."""
+    h = (z * t[:, None]).unsqueeze(0).expand(3, 4, 6)
+    first = h[0]
+    first[:, 0] = 1
+    return h.sum(0) + first
+
+
 ONE_PASS = {
+    "a view that is taken between": seen_between,
+    "scores that are added to in part": biased_in_part,
+    "views that are written through": written_through_views,
+    "parts of complex numbers": parts_of_numbers,
+    "slots that are filled and scaled": slots,
+    "an expanded axis": a_copy_of_all,
     "equations with ellipses": by_letters,
     "losses of each number": losses,
     "pools with indices": pooled,
@@ -370,7 +421,6 @@ MIXED = {
     "padded along the batch": lambda z, t: F.pad(z, (0, 0, 1, 0))[: len(z)] * t[:, None],
     "groups of two rows": groups_of_two_rows,
     "a view that was taken before": seen_before,
-    "a view that is taken between": seen_between,
     "one row filled from another": one_row_filled,
     "the batch assigned to another axis": along_the_other_axis,
     "outer of both": lambda z, t: torch.outer(t, t.sin()) @ z,

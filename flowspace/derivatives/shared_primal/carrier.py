@@ -163,12 +163,15 @@ class Carrier(TorchFunctionMode):
             held = self._as_it_is_now(tensor, held)
         if self.writes.mirrors:
             # Some memory was written to in part: what lies there now is told by its mirror alone.
-            primal = tensor
+            primal, layout = tensor, None
             if held is not None:
-                primal = held.primal
-            tangent = self.writes.mirrored(primal)
+                primal, layout = held.primal, held.layout
+            tangent = self.writes.mirrored(primal, layout)
+            if tangent is not None and layout is None and self.writes.partial:
+                self.lost = True  # where its rows lie is not known
+                return None
             if tangent is not None:
-                return Dual(primal, tangent, None, self)
+                return Dual(primal, tangent, layout, self)
         if held is None and tensor._is_view() and not (self.lost or self.traced):
             self._refuse_unseen(tensor)
         return held

@@ -22,7 +22,7 @@ from flowspace.derivatives.replay import (
     root_of,
     version_of,
 )
-from flowspace.derivatives.rules.dual import Dual, Layout, LostRowsError
+from flowspace.derivatives.rules.dual import Dual, Layout, LostRowsError, restrict
 from flowspace.derivatives.torch_internals import (
     base_transform,
     memory_of,
@@ -44,6 +44,8 @@ class Writes:
     Attributes:
         mirrors: by memory, the tangents of all that shares it, and the memory, held lest its place
             be given away.
+        partial: in these mirrors only some rows are right, and only who knows where they lie may
+            read them.
         versions: by memory of complex numbers, how often autograd had seen it written to when the
             carrier last saw it.
         before: what tensors without a tangent held before they were first written to, should the
@@ -56,6 +58,7 @@ class Writes:
     def __init__(self, carrier: "Carrier") -> None:
         self.carrier = carrier
         self.mirrors: dict[int, tuple[Tensor, Any]] = {}
+        self.partial = False
         self.versions: dict[int, int] = {}
         self.before: dict[int, tuple[Tensor, Tensor]] = {}
         self.bindings = Bindings()
@@ -125,15 +128,18 @@ class Writes:
                 "x = torch.complex(y, x.imag), or derivative=ForwardMode()"
             )
 
-    def mirrored(self, tensor: Tensor) -> Tensor | None:
+    def mirrored(self, tensor: Tensor, layout: Layout | None) -> Tensor | None:
         """Return the tangent that a tensor's memory holds, if one was written there."""
         if tensor.layout != torch.strided or not rules.differentiable(tensor):
             return None
         mirror = self.mirrors.get(memory_below(tensor))
         if mirror is None:
             return None
-        # a clone: what is written to the memory later does not change a tangent that was read
-        return _place(mirror[0], tensor).clone()
+        # a copy: what is written to the memory later does not change a tangent that was read
+        place = _place(mirror[0], tensor)
+        if layout is None:
+            return place.clone()
+        return restrict(place, layout)
 
     def write(self, call: rules.Call, name: str, target: Tensor) -> Tensor | None:
         """Run a function that writes into its first argument, and write the tangent beside it."""
@@ -163,8 +169,8 @@ class Writes:
         """Give a tensor another tangent, before or after ``run`` writes its primal.
 
         Raises:
-            LostRowsError: if the tensor shares memory, or its rows lie elsewhere, and the tangent
-                has not every row.
+            LostRowsError: if the tangent has not every row, and those of the tensor lie elsewhere
+                or are not known.
         """
         if run is None:
             self._seen_written(target)
@@ -174,11 +180,11 @@ class Writes:
                 run()
             self.carrier.begin(target, tangent, layout)
             return
+        if layout is not None and not _same_place(layout, dual):
+            raise LostRowsError
         # A tensor without a tangent may be a view of one that has: the mirror then tells both.
         shared = dual is None or self.shared(target)
-        if layout is not None and (shared or not _same_place(layout, dual)):
-            raise LostRowsError
-        if layout is not None or not (shared or self.mirrors):
+        if not (shared or self.mirrors):
             # alone in its memory: the dual tells all that is known of it
             if run is not None:
                 run()
@@ -187,6 +193,7 @@ class Writes:
             return
         # The mirror takes over the tangents of all that lies in the memory before the primal is
         # written: a dual tells nothing of its memory afterwards.
+        self.partial = self.partial or layout is not None
         with not_intercepted():
             mirror = self._mirror(target)
         if run is not None:
@@ -195,7 +202,7 @@ class Writes:
         if dual is not None:
             written = dual.primal
         with torch.no_grad(), not_intercepted():
-            _place(mirror, written).copy_(tangent)
+            _write_rows(_place(mirror, written), tangent, layout)
 
     def _alone(self, target: Tensor) -> bool:
         """Return whether a tensor was made in this pass, as zeros that are filled, and has its
@@ -287,12 +294,29 @@ class Writes:
         return self.mirrors[key][0]
 
     def _copy(self, dual: Dual, flat: Tensor) -> None:
-        """Copy a tangent to its place in a mirror; an expanded axis is there once."""
-        shown, tangent = dual.primal, dual.tangent
+        """Copy a tangent to its place in a mirror; an expanded axis is there once.
+
+        Raises:
+            LostRowsError: if the rows lie along an expanded axis, and have not all a tangent.
+        """
+        shown, tangent, layout = dual.primal, dual.tangent, dual.layout
         for axis, stride in enumerate(shown.stride()):
             if stride == 0 and shown.shape[axis] > 1:
+                if layout is not None and layout.axis == axis:
+                    raise LostRowsError
                 shown, tangent = shown.narrow(axis, 0, 1), tangent.narrow(axis, 0, 1)
-        _place(flat, shown).copy_(tangent)
+        _write_rows(_place(flat, shown), tangent, layout)
+
+
+def _write_rows(place: Tensor, tangent: Tensor, layout: Layout | None) -> None:
+    """Write a tangent to its place in a mirror, where the rows that have none are zero."""
+    if layout is None:
+        place.copy_(tangent)
+        return
+    axis, outer, inner, chosen = layout
+    blocks = place.unflatten(axis, (outer, chosen.batch, inner))
+    rows = tangent.to(place.dtype).unflatten(axis, (outer, chosen.few, inner))
+    blocks.index_copy_(axis + 1, chosen.indices, rows)
 
 
 def _same_place(layout: Layout, dual: Dual | None) -> bool:
