@@ -469,6 +469,12 @@ def conditional(z, t, s):
     return torch.cond(s.sum() > 0, torch.sin, torch.cos, (z * t[:, None],))
 
 
+def inferred(z, t, s):
+    with torch.inference_mode():
+        h = z.sin() * t[:, None]
+    return h * s[:, None]
+
+
 def reentrant(z, t, s):
     return checkpoint(torch.sin, z * t[:, None], use_reentrant=True)
 
@@ -480,7 +486,7 @@ def flash(z, t, s):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("model", [flex, conditional, reentrant, flash])
+@pytest.mark.parametrize("model", [flex, conditional, inferred, reentrant, flash])
 def test_forward_mode_says_what_it_cannot_differentiate(model):
     primals, tangents = arguments()
     with pytest.raises(DerivativeError, match=r"^got .* write derivative="):

@@ -53,6 +53,7 @@ OF_TORCH = (
     "data pointer",
     "setup_context",
     "TensorWrapper",
+    "for inference tensor",
 )
 """Words by which one knows that torch refuses to run something in forward mode."""
 

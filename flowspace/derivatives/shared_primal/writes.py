@@ -268,7 +268,10 @@ class Writes:
         other = rules.Call(_form_out_of_place(name), *given, call.traced)
         out = other.evaluate()
         rule = rules.rule_of(name[:-1]) or rules.without_rule
-        tangent = rule(other, *other.args, **other.kwargs)
+        try:
+            tangent = rule(other, *other.args, **other.kwargs)
+        except TypeError:  # arguments that the rule does not know
+            tangent = rules.forward(other)
         if isinstance(tangent, list):
             tangent = tangent[0]
         dual = self.carrier.held(self.carrier.wrap_output(other, out, tangent))
