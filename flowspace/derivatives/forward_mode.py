@@ -205,22 +205,30 @@ def _one_thread() -> Iterator[None]:
     """Keep other threads out, and leave no level of forward mode and no function mode behind, also
     after an interrupt.
 
-    torch counts its levels for the whole process. Python may be interrupted as a context is about
-    to be left, which is then not left: so it is with the lock.
+    Python may be interrupted as a context is about to be left, which is then not left: so it is
+    with the lock.
     """
     is_owned = forward_mode_lock._is_owned  # type: ignore[attr-defined]
     held = is_owned()
     try:
-        with forward_mode_lock:
-            outermost, modes = not forward_mode_is_open(), function_modes()
-            try:
-                yield
-            except BaseException:
-                leave_function_modes(modes)
-                if outermost:
-                    close_forward_mode()
-                raise
+        with forward_mode_lock, _nothing_left():
+            yield
     except BaseException:
         while is_owned() and not held:
             forward_mode_lock.release()
+        raise
+
+
+@contextlib.contextmanager
+def _nothing_left() -> Iterator[None]:
+    """Leave the levels of forward mode, which torch counts for the whole process, and the function
+    modes that an interrupt left entered.
+    """
+    outermost, modes = not forward_mode_is_open(), function_modes()
+    try:
+        yield
+    except BaseException:
+        leave_function_modes(modes)
+        if outermost:
+            close_forward_mode()
         raise
