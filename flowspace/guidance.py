@@ -223,7 +223,7 @@ class RandomGuidance(Guidance):
 
     Args:
         largest: the largest omega that is drawn, above 1; 8 in the reference.
-        power: 1 in the reference (log-uniform), 2 for its larger models.
+        power: 1 in the reference (log-uniform), 2 for pixel MeanFlow's L at 256 pixels.
 
     Raises:
         InputError: if largest is not above 1.

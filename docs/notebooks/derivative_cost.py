@@ -224,6 +224,6 @@ plt.tight_layout()
 # %% [markdown]
 # ## Go on
 #
-# * Larger networks, memory, half precision and torch.compile: the tables of the page *Which
-#   derivative?*, and the command that prints them.
-# * Which route is for which network: the first table of that page.
+# * Larger networks, memory, half precision and torch.compile: the tables of the page *What the
+#   derivative costs*, and the commands that print them.
+# * Which route is for which network: the page *Which derivative?*.

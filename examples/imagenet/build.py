@@ -159,7 +159,8 @@ def objective_of(
 ) -> Objective:
     """Return the objective of a run.
 
-    Half of the rows have s = t, drawn once; elsewhere two draws are sorted (appendix B.3).
+    For crossflow the share ``equal`` of the rows has s = t, drawn once; elsewhere two draws are
+    sorted (appendix B.3).
 
     Args:
         config: of the run.

@@ -131,11 +131,10 @@ def seeded(settings: Settings, seed: int) -> Settings:
 
 @dataclass(frozen=True)
 class Data:
-    """Images in [-1, 1], ``(N, 1, H, H)``, and labels, split so that nothing is judged by what it
-    was trained on.
+    """Images and labels, split so that nothing is judged by the images it was trained on.
 
     Training images are all for the autoencoder and the generator; half of them train the judges,
-    the other half the perceptual classifier.
+    the other half the perceptual classifier, unless there are too few (``shared``).
 
     Attributes:
         images: for training, ``(N, C, H, H)``: in [-1, 1], or uint8, as large sets are kept.

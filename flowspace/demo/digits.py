@@ -2,8 +2,9 @@
 
 Stage 1 makes an autoencoder and keeps the encoder, frozen. Stage 2 trains a small network from
 noisy latents to pixels with `CrossFlowLoss`, class-conditional where there are classes, with a
-perceptual term. Samples are judged by classifiers that share no weights, seed, architecture or
-training images with the perceptual one; test images are seen by nothing else.
+perceptual term. Samples are judged by classifiers that share no weights, seed or architecture with
+the perceptual one, and no training images where there are enough to halve; test images are seen by
+nothing else.
 """
 
 import time
@@ -228,7 +229,7 @@ def run(
     A run that was stopped continues with the same call. Returns what ``metrics.json`` holds.
 
     Args:
-        settings: of `SETTINGS`, or of `pictures_of`.
+        settings: of `SETTINGS`, or as `flowspace.demo.sets.chosen` returns them.
         folder: where the run is kept.
         baselines: also train and judge the other methods.
         seeds: how many runs are averaged.

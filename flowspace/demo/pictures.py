@@ -32,7 +32,7 @@ FEWEST = 20
 """Pictures in a folder, of which a quarter is held out."""
 
 FEWEST_OF_A_CLASS = 8
-"""Of which two are held out, three train the judges and three the perceptual network."""
+"""Of which two are held out; the other six train all networks."""
 
 COMMON_SIDES = (28, 32, 48, 64)
 """Of which one is taken where none is asked for."""

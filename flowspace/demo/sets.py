@@ -101,6 +101,8 @@ def longer(plan: TrainSettings, times: float) -> TrainSettings:
 def split(found: FoundPictures) -> Data:
     """Hold out a quarter of each class, at random but always alike; the rest is for training.
 
+    Of large classes less is held out: `MOST_HELD_OUT` over their number.
+
     Training pictures come class by class, so that every other one is half of each class.
     """
     generator = torch.Generator().manual_seed(0)

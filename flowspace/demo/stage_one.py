@@ -1,7 +1,8 @@
 """What every method is given, trained first: autoencoder, perceptual distance, judges.
 
 Stage 1 of CrossFlow is the autoencoder, whose encoder is kept, frozen. The judges share no
-weights, seed, architecture or training images with the perceptual classifier.
+weights, seed or architecture with the perceptual classifier, and no training images where there
+are enough to halve.
 """
 
 from collections.abc import Mapping

@@ -43,7 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "l": {"depth": 32, "width": 1024, "heads": 16, "bottleneck": 128},
     "h": {"depth": 48, "width": 1280, "heads": 16, "bottleneck": 256},
 }
-"""The paper's three sizes, by the names of its models; 16 x 16 patches at every resolution."""
+"""The paper's three sizes, by the names of its models; 16 x 16 cells at every resolution."""
 
 PRESET_CELLS = 16
 """Cells a side of the presets: patches of 16 pixels at 256, of 32 at 512."""
