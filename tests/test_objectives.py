@@ -39,11 +39,13 @@ from flowspace import (
     FlowspaceError,
     ForwardMode,
     HuberError,
+    ImprovedMeanFlowLoss,
     InputError,
     LogitNormalTimes,
     MatchedStatistic,
     MeanFlowLoss,
     MeanFlowStatistic,
+    PixelMeanFlowLoss,
     PowerTimes,
     Schedule,
     SquaredError,
@@ -681,6 +683,26 @@ def test_under_autocast_residual_and_target_are_float32_and_near_those_without(
     assert out.residual.dtype == out.target.dtype == out.loss.dtype == torch.float32
     torch.testing.assert_close(out.target, plain.target, rtol=3e-2, atol=3e-2)
     torch.testing.assert_close(out.loss, plain.loss, rtol=6e-2, atol=6e-2)
+
+
+@pytest.mark.parametrize(
+    "loss_fn",
+    [*LOSSES, ImprovedMeanFlowLoss(), PixelMeanFlowLoss(), MeanFlowLoss(gap=0.5)],
+    ids=lambda loss_fn: type(loss_fn).__name__,
+)
+def test_under_autocast_every_weight_has_its_gradient(loss_fn):
+    """What is evaluated without gradient leaves no casts of the weights: torch 2.9 used them
+    again, and most weights had no gradient.
+    """
+    net, (z, _, noise) = Half(torch.float32), batch(0, 8)
+    t = torch.linspace(0.2, 1, 8)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled):
+            out = loss_fn(net, z.float(), noise=noise.float(), t=t, s=t / 2)
+        found.append(torch.autograd.grad(out.loss.mean(), list(net.parameters())))
+    for plain, cast in zip(*found, strict=True):
+        torch.testing.assert_close(cast, plain, rtol=0.1, atol=0.1 * float(plain.abs().max()))
 
 
 @each_loss

@@ -535,7 +535,11 @@ def without_trace(function: Callable[[], Any], beside: Tensor) -> Any:
     if xp is not torch_backend:
         return xp.detach(function())
     with torch.no_grad(), restoring_buffers():
-        return function()
+        found = function()
+    if not torch.compiler.is_compiling():
+        # an older torch (2.9) keeps what autocast cast without gradient, and hands it out later
+        torch.clear_autocast_cache()
+    return found
 
 
 _stance_lock = threading.Lock()
