@@ -3,12 +3,15 @@ operators, copies, and functions that were looked up before. Each is right, or r
 """
 
 import concurrent.futures
+import contextlib
 import copy
 import threading
 
 import pytest
 import torch
 from torch import nn
+from torch.masked import masked_tensor
+from torch.overrides import TorchFunctionMode
 
 from flowspace import DerivativeError, FiniteDifference, ForwardMode, SharedPrimal
 
@@ -288,6 +291,88 @@ def test_what_stands_still_may_be_used_in_another_thread():
         derivative = route(model, PRIMALS, TANGENTS)[1]
         close(derivative, wanted(lambda z, t: z @ WEIGHT.sin() * t[:, None]))
     assert seen
+
+
+class Doubled(torch.Tensor):
+    """A weight that is kept as its half."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.matmul:
+            with torch._C.DisableTorchFunctionSubclass():
+                return args[0] @ (args[1].as_subclass(torch.Tensor) * 2)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+class Logged(torch.Tensor):
+    """Hands all functions on, and gives what they return its own type."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+class Cosine(TorchFunctionMode):
+    """Computes the cosine where a model asks for the sine."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.sin:
+            func = torch.Tensor.cos
+        return func(*args, **(kwargs or {}))
+
+
+OTHER_FUNCTIONS = {
+    "a subclass": (lambda z, t: z.matmul(WEIGHT.as_subclass(Doubled)) * t[:, None], None),
+    "a subclass that hands on": (
+        lambda z, t: z.matmul(WEIGHT.as_subclass(Logged)).sin() * t[:, None],
+        None,
+    ),
+    "a subclass that is written into": (
+        lambda z, t: z.matmul(WEIGHT.as_subclass(Logged)).mul_(t[:, None]) * z,
+        None,
+    ),
+    "a mode round the pass": (lambda z, t: z.sin() * t[:, None], Cosine),
+    "a mode round the pass, rows that mix": (lambda z, t: z.sin() * t.mean(), Cosine),
+}
+
+
+@pytest.mark.parametrize("rows", [None, HALF], ids=["all", "half"])
+@pytest.mark.parametrize("name", OTHER_FUNCTIONS)
+def test_the_function_that_is_computed_is_differentiated(name, rows):
+    """Whoever puts it in place of another one."""
+    model, mode = OTHER_FUNCTIONS[name]
+    with contextlib.ExitStack() as outside:
+        if mode is not None:
+            outside.enter_context(mode())
+        value, derivative = SharedPrimal()(model, PRIMALS, TANGENTS, rows)
+        assert torch._C._len_torch_function_stack() == (mode is not None)
+        close(value.as_subclass(torch.Tensor), model(*PRIMALS).as_subclass(torch.Tensor))
+        step, (z, t), (dz, dt) = 1e-5, PRIMALS, TANGENTS
+        change = model(z + step * dz, t + step * dt) - model(z - step * dz, t - step * dt)
+    exact = change.as_subclass(torch.Tensor) / (2 * step)
+    if rows is not None:
+        exact = exact * rows[:, None]
+    close(derivative.as_subclass(torch.Tensor), exact, 1e-8)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors")
+def test_what_a_tensor_holds_that_works_on_it_below_all_modes_is_refused():
+    def model(z, t):
+        return masked_tensor(z * t[:, None], z > 0).sum(1).to_tensor(0.0)[:, None] * z
+
+    with pytest.raises(DerivativeError, match="got a MaskedTensor that holds a tensor"):
+        SharedPrimal()(model, PRIMALS, TANGENTS)
+
+
+def test_a_refusal_that_a_model_catches_is_a_refusal():
+    def model(z, t):
+        try:
+            return z * float(t[0])
+        except Exception:
+            return z * 3
+
+    with pytest.raises(DerivativeError, match=r"got float\(\) of a tensor that moves"):
+        SharedPrimal()(model, PRIMALS, TANGENTS)
 
 
 LISTS = {

@@ -33,6 +33,7 @@ from flowspace.backends.process import forward_mode_lock, several_processes
 from flowspace.derivatives import hidden_calls
 from flowspace.derivatives.torch_internals import (
     active_transform,
+    below_modes_of_the_user,
     outside_transforms,
     set_version,
 )
@@ -518,7 +519,7 @@ def restoring_buffers(mixed: bool = True) -> Iterator[RestoringMode]:
     """
     mode = RestoringMode(mixed)
     try:
-        with hidden_calls.protecting(mode), mode:
+        with hidden_calls.protecting(mode), below_modes_of_the_user(mode):
             yield mode
     finally:
         mode.restore()

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 __all__ = [
     "active_transform",
     "base_transform",
+    "below_modes_of_the_user",
     "close_forward_mode",
     "dispatch_modes",
     "forward_mode_is_open",
@@ -28,6 +29,7 @@ __all__ = [
     "rms_norm_and_scale",
     "set_gradients",
     "set_version",
+    "subclasses_enabled",
     "transform_level",
     "unseen_by_modes",
 ]
@@ -39,6 +41,9 @@ unseen_by_modes = _disable_current_modes
 
 not_intercepted = _C.DisableTorchFunction
 """A context in which no function mode, and no subclass of Tensor, sees what is called."""
+
+subclasses_enabled = _C._is_torch_function_enabled
+"""Returns whether subclasses of Tensor see what is called."""
 
 set_gradients = _C._set_grad_enabled
 """Turns gradients on or off, without the cost of a context."""
@@ -85,6 +90,30 @@ def memory_of(tensor: Tensor) -> int:
 def set_version(tensor: Tensor, version: int) -> None:
     """Let autograd count so many writes into a tensor: it holds again what it held then."""
     _C._autograd._unsafe_set_version_counter((tensor,), (version,))
+
+
+@contextlib.contextmanager
+def below_modes_of_the_user(mode: Any) -> Iterator[None]:
+    """Enter a function mode below those that a user entered round it: they go first, and may call
+    other functions than the one they are called with.
+    """
+    above = []
+    while function_modes() and not _is_ours(_C._get_function_stack_at(function_modes() - 1)):
+        above.append(_C._pop_torch_function_stack())
+    depth = function_modes()
+    try:
+        for entered in (mode, *reversed(above)):
+            _C._push_on_torch_function_stack(entered)
+        yield
+    finally:
+        leave_function_modes(depth)
+        for entered in reversed(above):
+            _C._push_on_torch_function_stack(entered)
+
+
+def _is_ours(mode: Any) -> bool:
+    """Return whether a function mode is of this library, or of torch, as that of a device is."""
+    return type(mode).__module__.partition(".")[0] in ("torch", "flowspace")
 
 
 def leave_function_modes(count: int) -> None:

@@ -44,6 +44,7 @@ from flowspace.derivatives.rules.dual import ChosenRows, Layout
 from flowspace.derivatives.shared_primal.carrier import FIELD, Carrier
 from flowspace.derivatives.shared_primal.kinds import ELSEWHERE
 from flowspace.derivatives.shared_primal.writes import Writes
+from flowspace.derivatives.torch_internals import below_modes_of_the_user
 from flowspace.errors import DerivativeError, InputError
 
 __all__ = ["SharedPrimal"]
@@ -162,8 +163,10 @@ def evaluate_beside(
     inputs = _aliases(carrier, primals, tangents, chosen)
     loaded = hidden_calls.dynamo_loaded()
     try:
-        with hidden_calls.following(carrier), _as_written(), carrier:
+        with hidden_calls.following(carrier), _as_written(), below_modes_of_the_user(carrier):
             out = fn(*inputs)
+        if carrier.refused is not None:
+            raise carrier.refused
         if carrier.elsewhere:
             raise DerivativeError(ELSEWHERE)
         if hidden_calls.dynamo_loaded() and not loaded:

@@ -53,6 +53,7 @@ from flowspace.derivatives.torch_internals import (
     dispatch_modes,
     not_intercepted,
     set_gradients,
+    subclasses_enabled,
     transform_level,
 )
 from flowspace.errors import DerivativeError
@@ -74,6 +75,9 @@ MAKERS = frozenset(
 )
 """Functions that make tensors which are then filled."""
 
+PLAIN = Tensor.__torch_function__.__func__  # pyright: ignore
+"""What a subclass of Tensor does with functions unless it says something else."""
+
 NO_TENSORS = frozenset(
     {int, float, bool, str, slice, type(None), type(Ellipsis), torch.dtype, torch.device}
 )
@@ -94,6 +98,8 @@ class Carrier(TorchFunctionMode):
         inside: the functions written in others that it has entered.
         level: the transforms of torch.func that it was made within.
         elsewhere: a function was called in another thread with what moves.
+        refused: the error of a function that was refused, which the model may have caught.
+        kept: the aliases that were made in a function of a subclass of Tensor.
     """
 
     def __init__(self, traced: bool = False) -> None:
@@ -108,6 +114,8 @@ class Carrier(TorchFunctionMode):
         self.inside: list[Any] = []
         self.level = transform_level()
         self.elsewhere = False
+        self.refused: DerivativeError | None = None
+        self.kept: list[Tensor] | None = None
 
     # --- tensors and their tangents
 
@@ -132,6 +140,8 @@ class Carrier(TorchFunctionMode):
                 self.writes.seen(primal)
         setattr(alias, FIELD, dual)
         self.live.append(weakref.ref(alias))
+        if self.kept is not None:
+            self.kept.append(alias)
         return alias
 
     def begin(self, tensor: Tensor, tangent: Tensor, layout: Layout) -> None:
@@ -162,19 +172,28 @@ class Carrier(TorchFunctionMode):
         elif held.unsure:
             held = self._as_it_is_now(tensor, held)
         if self.writes.mirrors:
-            # Some memory was written to in part: what lies there now is told by its mirror alone.
-            primal, layout = tensor, None
-            if held is not None:
-                primal, layout = held.primal, held.layout
-            tangent = self.writes.mirrored(primal, layout)
-            if tangent is not None and layout is None and self.writes.partial:
-                self.lost = True  # where its rows lie is not known
-                return None
-            if tangent is not None:
-                return Dual(primal, tangent, layout, self)
-        if held is None and tensor._is_view() and not (self.lost or self.traced):
-            self._refuse_unseen(tensor)
+            mirrored = self._mirrored(tensor, held)
+            if mirrored is not None:
+                return mirrored
+        if held is None and not (self.lost or self.traced):
+            self._refuse_hidden(tensor)
         return held
+
+    def _mirrored(self, tensor: Tensor, held: Dual | None) -> Dual | None:
+        """Return the dual of a tensor in memory that was written to in part, or None elsewhere.
+
+        What lies there now is told by its mirror alone.
+        """
+        primal, layout = tensor, None
+        if held is not None:
+            primal, layout = held.primal, held.layout
+        tangent = self.writes.mirrored(primal, layout)
+        if tangent is None:
+            return None
+        if layout is None and self.writes.partial:
+            self.lost = True  # where its rows lie is not known
+            return None
+        return Dual(primal, tangent, layout, self)
 
     def _as_it_is_now(self, alias: Tensor, held: Dual) -> Dual:
         """Return the dual of an alias, to which torch may have done something unseen: put it into
@@ -214,6 +233,21 @@ class Carrier(TorchFunctionMode):
             return
         if rules.differentiable(view) and not isinstance(view, nn.Parameter):
             raise DerivativeError(UNSEEN)
+
+    def _refuse_hidden(self, tensor: Tensor) -> None:
+        """Raise DerivativeError for a tensor in which something moves unseen: a view that no
+        function made, or one of a subclass that works below all modes on a tensor which it holds.
+        """
+        if tensor._is_view():
+            self._refuse_unseen(tensor)
+        if type(tensor) in (Tensor, nn.Parameter):
+            return
+        if any(map(self._carries, vars(tensor).values())):
+            raise DerivativeError(
+                f"got a {type(tensor).__name__} that holds a tensor which moves with z_t or t, "
+                "where tangents cannot follow; write plain tensors, or "
+                "derivative=FiniteDifference()"
+            )
 
     def _carries(self, tensor: Any) -> bool:
         """Return whether a tensor carries a tangent of its own."""
@@ -334,15 +368,51 @@ class Carrier(TorchFunctionMode):
             return hidden_calls.call_captured(func, args, kwargs)
         if self.idle:
             return func(*args, **(kwargs or {}))
-        before = hidden_calls.capture_callback()
-        if before is None:
-            return self.carry(func, args, kwargs or {})
         # What the carrier itself does is not the model: torch.compile is not to capture it.
-        hidden_calls.set_capture_callback(None)
+        before = hidden_calls.capture_callback()
+        if before is not None:
+            hidden_calls.set_capture_callback(None)
         try:
+            if types and subclasses_enabled():
+                return self._by_subclass(func, types, args, kwargs or {})
             return self.carry(func, args, kwargs or {})
+        except DerivativeError as error:
+            self.refused = error
+            raise
         finally:
-            hidden_calls.set_capture_callback(before)
+            if before is not None:
+                hidden_calls.set_capture_callback(before)
+
+    def _by_subclass(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Let a subclass of Tensor that has functions of its own go first, and follow what it
+        calls.
+        """
+        for cls in types:
+            if getattr(cls.__torch_function__, "__func__", None) is PLAIN:
+                continue
+            before, self.kept = self.kept, []
+            try:
+                with self:
+                    out = cls.__torch_function__(func, types, args, kwargs)
+                return pytree.tree_map(self._found_again, out)
+            finally:
+                self.kept = before
+        return self.carry(func, args, kwargs)
+
+    def _found_again(self, out: Any) -> Any:
+        """Return what a subclass returned, with the tangent that it had before the subclass gave
+        it its own type, which no mode sees.
+        """
+        if not isinstance(out, Tensor) or type(out) is Tensor or hasattr(out, FIELD):
+            return out
+        for alias in self.kept or ():
+            same = alias.shape == out.shape and alias.stride() == out.stride()
+            if same and alias.data_ptr() == out.data_ptr():
+                held = self.held(alias)
+                return self.wrap(out, held.tangent, held.layout)
+        return out
 
     def carry(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
