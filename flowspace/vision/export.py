@@ -3,7 +3,6 @@
 import abc
 import os
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +83,11 @@ class Export(abc.ABC):
             partial.unlink(missing_ok=True)
         return apart
 
-    def dynamic(self, network: OneStep) -> tuple[Mapping[int, Any], ...]:
-        """Return which axes of the inputs may vary: the rows."""
-        return tuple({0: torch.export.Dim("rows", min=1)} for _ in network.inputs(EXAMPLE))
+    def program(self, network: OneStep) -> torch.export.ExportedProgram:
+        """Return the graph, for any number of rows."""
+        inputs = network.inputs(EXAMPLE)
+        rows: Any = tuple({0: torch.export.Dim("rows", min=1)} for _ in inputs)
+        return torch.export.export(network, inputs, dynamic_shapes=rows)
 
     @abc.abstractmethod
     def write(self, network: OneStep, path: Path) -> None:
@@ -102,10 +103,7 @@ class TorchExport(Export):
 
     def write(self, network: OneStep, path: Path) -> None:
         """Write the archive."""
-        shapes: Any = self.dynamic(network)
-        inputs = network.inputs(EXAMPLE)
-        program = torch.export.export(network, inputs, dynamic_shapes=shapes)
-        torch.export.save(program, path)
+        torch.export.save(self.program(network), path)
 
     def run(self, path: Path, inputs: tuple[Tensor, ...]) -> Tensor:
         """Run it."""
@@ -117,15 +115,13 @@ class Onnx(Export):
 
     def write(self, network: OneStep, path: Path) -> None:
         """Write the model."""
-        inputs = network.inputs(EXAMPLE)
         names = ["noise", "labels"]
         torch.onnx.export(
-            network,
-            inputs,
+            self.program(network),
+            (),
             str(path),
-            input_names=names[: len(inputs)],
+            input_names=names[: len(network.inputs(EXAMPLE))],
             output_names=["images"],
-            dynamic_shapes=self.dynamic(network),
             dynamo=True,
             external_data=False,
             verbose=False,
