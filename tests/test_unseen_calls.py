@@ -5,7 +5,9 @@ operators, copies, and functions that were looked up before. Each is right, or r
 import concurrent.futures
 import contextlib
 import copy
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch.masked import masked_tensor
 from torch.overrides import TorchFunctionMode
 
 from flowspace import DerivativeError, FiniteDifference, ForwardMode, SharedPrimal
+from flowspace.derivatives.hidden_calls import active_carrier
 
 DOUBLE = torch.float64
 HALF = torch.tensor([True, False, True, False])
@@ -277,6 +280,21 @@ def test_what_moves_in_another_thread_is_refused(fn, route, rows):
         route(fn, PRIMALS, TANGENTS, rows)
     derivative = FiniteDifference(1e-3)(fn, PRIMALS, TANGENTS, rows)[1]
     close(derivative, FiniteDifference(1e-4)(fn, PRIMALS, TANGENTS, rows)[1], 1e-4)
+
+
+def test_a_thread_that_outlives_a_pass_holds_nothing_of_it():
+    carriers, end = [], threading.Event()
+
+    def model(z, t):
+        carriers.append(weakref.ref(active_carrier()))
+        threading.Thread(target=end.wait, daemon=True).start()
+        return z * t[:, None]
+
+    SharedPrimal()(model, PRIMALS, TANGENTS)
+    gc.collect()
+    held = carriers[0]()
+    end.set()
+    assert held is None
 
 
 def test_what_stands_still_may_be_used_in_another_thread():

@@ -251,10 +251,11 @@ def _script(original: Any) -> Any:
 class _Elsewhere(TorchFunctionMode):
     """Tells passes of another thread, whose model started this one, of the functions called here.
 
-    They follow none of them, so what moves there may not be among the arguments.
+    They follow none of them, so what moves there may not be among the arguments. This thread may
+    outlive them.
     """
 
-    def __init__(self, passes: Sequence[Any]) -> None:
+    def __init__(self, passes: Sequence[weakref.ref[Any]]) -> None:
         super().__init__()
         self.passes = passes
 
@@ -265,16 +266,18 @@ class _Elsewhere(TorchFunctionMode):
         idle = torch.compiler.is_dynamo_compiling()
         if not idle and treatment_of(func).kind not in ("metadata", "constant", "detached"):
             values = pytree.tree_leaves((args, kwargs))
-            for followed in self.passes:
+            for followed in filter(None, [reference() for reference in self.passes]):
                 followed.met_elsewhere(values)
         return call_captured(func, args, kwargs)
 
 
 def _watched(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return what another thread is to run, so that the passes of this one hear of it."""
-    passes = [run for run in (active_carrier(), active_second_run()) if run is not None]
-    if not passes:
+    active = [run for run in (active_carrier(), active_second_run()) if run is not None]
+    if not active:
         return function
+    passes = [weakref.ref(run) for run in active]
+    del active
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         with _Elsewhere(passes):
