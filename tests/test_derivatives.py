@@ -13,7 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import normal, seeds
 
-from flowspace import FiniteDifference, ForwardMode, InputError, SharedPrimal
+from flowspace import (
+    FiniteDifference,
+    ForwardMode,
+    ImprovedMeanFlowLoss,
+    InputError,
+    MeanFlowLoss,
+    PixelMeanFlowLoss,
+    SharedPrimal,
+)
 from flowspace.derivatives import rules
 
 ROUTES = [SharedPrimal(), ForwardMode(), FiniteDifference(), FiniteDifference(1e-3, order=1)]
@@ -428,3 +436,73 @@ def test_a_rule_of_ones_own_is_as_the_docs_say():
     finally:
         rules.RULES.clear()
         rules.RULES.update(before)
+
+
+class Lazy(torch.nn.Module):
+    """A model that builds a table in its first call, and keeps it."""
+
+    def __init__(self, fill, mixing):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.fill, self.mixing = torch.nn.Linear(3, 3).double(), fill, mixing
+        self.table = None
+
+    def forward(self, z, t, s):
+        if self.table is None:
+            self.table = self.fill()
+        if self.mixing:
+            z = z - z.mean(0)
+        return torch.tanh(self.linear(z * self.table)) * (1 + t - s)[:, None]
+
+
+def filled(write):
+    """Return what makes zeros and fills them."""
+
+    def fill():
+        table = torch.zeros(3, dtype=torch.float64)
+        write(table, torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64))
+        return table
+
+    return fill
+
+
+def _one_by_one(table, values):
+    for i in range(3):
+        table[i] = values[i]
+
+
+FILLS = {
+    "copied": filled(lambda table, values: table.copy_(values)),
+    "narrowed": filled(lambda table, values: table.narrow(0, 1, 2).copy_(values[1:])),
+    "one by one": filled(_one_by_one),
+    "as data": filled(lambda table, values: table.data.copy_(values)),
+    "of another": lambda: torch.ones(3, dtype=torch.float64).cumsum(0).neg_().add_(1),
+}
+
+
+@pytest.mark.parametrize("fill", FILLS.values(), ids=FILLS)
+@pytest.mark.parametrize("mixing", [False, True], ids=["apart", "mixing"])
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        PixelMeanFlowLoss(),
+        ImprovedMeanFlowLoss(),
+        MeanFlowLoss(gap=0.5),
+        MeanFlowLoss(derivative=ForwardMode()),
+        MeanFlowLoss(derivative=FiniteDifference()),
+        MeanFlowLoss(),
+    ],
+    ids=lambda loss_fn: f"{type(loss_fn).__name__}-{type(loss_fn.derivative).__name__}",
+)
+def test_a_table_that_a_model_builds_in_its_first_call_is_kept(loss_fn, mixing, fill):
+    """Where the first call was one without a trace, the table was zeros from then on: so were
+    parameters that FSDP2 pads in the first call, of an older torch.
+    """
+    z = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    times = {"t": torch.full((4,), 0.8).double(), "s": torch.full((4,), 0.3).double()}
+    lazy, built = Lazy(fill, mixing), Lazy(fill, mixing)
+    built.table = fill()
+    for _ in range(2):
+        found = loss_fn(lazy, z, noise=z.flip(0), **times).loss
+        torch.testing.assert_close(found, loss_fn(built, z, noise=z.flip(0), **times).loss)
+    torch.testing.assert_close(lazy.table, fill())

@@ -265,6 +265,8 @@ class RestoringMode(TorchFunctionMode):
         own_generator: a generator of the model's own that was drawn from in a state which a second
             run cannot know, or None.
         elsewhere: a function was called in another thread with what belongs to torch.func.jvp.
+        made: the memory that functions made in this run. What is written there replaces nothing,
+            and may be kept, as a table that a model builds in its first call.
     """
 
     def __init__(self, mixed: bool) -> None:
@@ -276,6 +278,7 @@ class RestoringMode(TorchFunctionMode):
         self.halved: str | None = None
         self.own_generator: torch.Generator | None = None
         self.elsewhere = False
+        self.made: set[int] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a torch function; note what it writes into, draws from and returns.
@@ -307,9 +310,38 @@ class RestoringMode(TorchFunctionMode):
         if name == "__get__" and func == DATA:
             self.remember(args[0], unseen=True)  # what is written through it, nobody counts
         out = func(*args, **kwargs)
-        if self.halved is None and isinstance(out, Tensor) and out.dtype in HALVES:
-            self.halved = f"{name} returned {out.dtype}"
+        if isinstance(out, Tensor):
+            self._note(out, func, (*args, *kwargs.values()))
         return out
+
+    def _note(self, out: Tensor, func: Any, arguments: Iterable[Any]) -> None:
+        """Note the precision of what a function returned, and its memory."""
+        name = getattr(func, "__name__", "")
+        if self.halved is None and out.dtype in HALVES:
+            self.halved = f"{name} returned {out.dtype}"
+        if type(out) is Tensor and name not in OF_OTHERS and not out._is_view():
+            self._note_memory(out, func, arguments)
+
+    def _note_memory(self, out: Tensor, func: Any, arguments: Iterable[Any]) -> None:
+        """Note the memory of what a function returned, unless it is that of an argument, or the
+        function is the user's own operator, which may keep it.
+        """
+        memory = memory_of(out)
+        if (
+            memory is None
+            or memory in self.made
+            or isinstance(func, (OpOverload, OpOverloadPacket))
+        ):
+            return
+        for value in arguments:
+            parts = value if type(value) in (list, tuple) else (value,)
+            for part in parts:
+                # a subclass may hand out memory that it holds, as a DTensor its local tensor
+                if isinstance(part, Tensor) and (
+                    type(part) not in (Tensor, nn.Parameter) or memory_of(part) == memory
+                ):
+                    return
+        self.made.add(memory)
 
     def met_elsewhere(self, values: Iterable[Any]) -> None:
         """Note a function of these values that the model calls in another thread."""
@@ -360,7 +392,7 @@ class RestoringMode(TorchFunctionMode):
         for target in targets:
             root = root_of(target)
             key = id(root)
-            if in_transform(root):
+            if in_transform(root) or memory_of(root) in self.made:
                 continue
             version = version_of(root)
             if unseen:
@@ -408,6 +440,16 @@ class RestoringMode(TorchFunctionMode):
         return restarted
 
 
+def memory_of(tensor: Tensor) -> int | None:
+    """Return what tells the memory of tensors apart; None for one without."""
+    if in_transform(tensor):
+        return None
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse tensors, and others that lie in parts
+        return None
+
+
 def root_of(tensor: Tensor) -> Tensor:
     """Return the tensor that another one is a view of, or itself."""
     if tensor._is_view() and tensor._base is not None:
@@ -441,6 +483,9 @@ class Places(NamedTuple):
     numbers: tuple[int, ...]
     names: tuple[str, ...]
 
+
+OF_OTHERS = ("__get__", "as_tensor", "asarray", "from_dlpack", "from_numpy", "frombuffer")
+"""Functions whose results may lie in memory that was there before."""
 
 DATA = torch.Tensor.data.__get__  # pyright: ignore
 """Reads the field ``data`` of a tensor: the same memory, and writes that autograd does not count.
