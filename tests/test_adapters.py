@@ -34,6 +34,7 @@ from flowspace import (
     adapt,
     vision,
 )
+from flowspace.derivatives.hidden_calls import follows_compiled
 
 
 def awake(module):
@@ -504,7 +505,7 @@ def test_blocks_that_are_compiled_give_the_same_loss_and_gradient(name):
         found.append((out.loss.detach(), model.added.first.weight.grad.clone()))
         model.compile_blocks(backend=backend)
     torch.testing.assert_close(*found)
-    assert graphs
+    assert graphs or not follows_compiled()
 
 
 def test_a_network_that_is_compiled_already_is_adapted_by_its_own_arguments():
