@@ -70,6 +70,8 @@ def main():
         "PixelMeanFlow": PixelMeanFlowLoss(),
         "MeanFlow gap": MeanFlowLoss(gap=0.5),
     }
+    if torch.__version__ < "2.11":  # where a jvp counts as a write into what FSDP2 gathers
+        del losses["MeanFlow ForwardMode"]
     if size == 2:
         losses |= {
             "CrossFlow": CrossFlowLoss(),
