@@ -445,7 +445,7 @@ def test_what_autograd_does_not_see_is_an_engines_and_stays():
 def test_fsdp2_on_one_process_is_exact():
     done = in_processes(1, RANKS)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("agrees") == 7
+    assert done.stdout.count("agrees") == 7 - (torch.__version__ < "2.11")
 
 
 def test_no_process_waits_for_one_whose_rows_all_lie_on_the_diagonal():
