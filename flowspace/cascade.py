@@ -315,9 +315,10 @@ class Cascade:
         """
         check_states("images", images)
         if not isinstance(images, Tensor) or images.ndim != 4:
+            kind = type(images).__name__
             raise InputError(
-                f"got images of shape {tuple(images.shape)}; "
-                "a cascade halves tensors of shape (B, C, H, W)"
+                f"got images of type {kind} and shape {tuple(images.shape)}; "
+                "a cascade halves torch tensors of shape (B, C, H, W)"
             )
         height, width = images.shape[2:]
         unit = 2 ** (self.stages - 1)
