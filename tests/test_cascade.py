@@ -850,7 +850,7 @@ def test_guidance_has_one_strength_for_each_stage():
 @pytest.mark.parametrize(
     ("options", "wrong"),
     [
-        ({"images": torch.zeros(2, 8, 8)}, "got images of shape"),
+        ({"images": torch.zeros(2, 8, 8)}, "got images of type Tensor and shape"),
         ({"images": torch.zeros(2, 1, 8, 8).long()}, "got images of dtype"),
         ({"noise": torch.zeros(2, 1, 4, 4)}, "got noise of shape .* its halvings"),
         ({"stages": torch.zeros(3).long()}, "got stages of dtype .*one whole number for each"),
