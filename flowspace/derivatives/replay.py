@@ -34,6 +34,7 @@ from flowspace.derivatives import hidden_calls
 from flowspace.derivatives.torch_internals import (
     active_transform,
     below_modes_of_the_user,
+    memory_of,
     outside_transforms,
     set_version,
 )
@@ -326,7 +327,7 @@ class RestoringMode(TorchFunctionMode):
         """Note the memory of what a function returned, unless it is that of an argument, or the
         function is the user's own operator, which may keep it.
         """
-        memory = memory_of(out)
+        memory = _memory_of(out)
         if (
             memory is None
             or memory in self.made
@@ -338,7 +339,7 @@ class RestoringMode(TorchFunctionMode):
             for part in parts:
                 # a subclass may hand out memory that it holds, as a DTensor its local tensor
                 if isinstance(part, Tensor) and (
-                    type(part) not in (Tensor, nn.Parameter) or memory_of(part) == memory
+                    type(part) not in (Tensor, nn.Parameter) or _memory_of(part) == memory
                 ):
                     return
         self.made.add(memory)
@@ -392,7 +393,7 @@ class RestoringMode(TorchFunctionMode):
         for target in targets:
             root = root_of(target)
             key = id(root)
-            if in_transform(root) or memory_of(root) in self.made:
+            if in_transform(root) or _memory_of(root) in self.made:
                 continue
             version = version_of(root)
             if unseen:
@@ -440,12 +441,12 @@ class RestoringMode(TorchFunctionMode):
         return restarted
 
 
-def memory_of(tensor: Tensor) -> int | None:
-    """Return what tells the memory of tensors apart; None for one without."""
+def _memory_of(tensor: Tensor) -> int | None:
+    """Return a number for the memory of a tensor and its views; None for one without."""
     if in_transform(tensor):
         return None
     try:
-        return tensor.untyped_storage()._cdata
+        return memory_of(tensor)
     except (NotImplementedError, RuntimeError):  # sparse tensors, and others that lie in parts
         return None
 
