@@ -13,10 +13,6 @@ from flowspace import InputError
 from flowspace.training.checkpoints import flatten_optimizer, restore_optimizer
 from flowspace.training.optimizers import CombinedOptimizer, MuonAdamW, PlainAdamW, assign
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9"
-)
-
 
 class Net(nn.Module):
     def __init__(self):

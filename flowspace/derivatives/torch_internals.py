@@ -89,10 +89,7 @@ def memory_of(tensor: Tensor) -> int:
 
 def set_version(tensor: Tensor, version: int) -> None:
     """Let autograd count so many writes into a tensor: it holds again what it held then."""
-    try:
-        _C._autograd._unsafe_set_version_counter((tensor,), (version,))
-    except TypeError:  # torch 2.6 takes one at a time
-        _C._autograd._unsafe_set_version_counter(tensor, version)
+    _C._autograd._unsafe_set_version_counter((tensor,), (version,))
 
 
 @contextlib.contextmanager

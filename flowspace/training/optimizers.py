@@ -105,8 +105,7 @@ class MuonAdamW:
         fused: as in `PlainAdamW`; Muon has no such kernel.
 
     Raises:
-        InputError: if the rate is not positive or the decay negative, or torch has no Muon, which
-            came with 2.9.
+        InputError: if the rate is not positive or the decay negative.
     """
 
     learning_rate: float = 8e-4
@@ -117,10 +116,6 @@ class MuonAdamW:
     fused: bool | None = None
 
     def __post_init__(self) -> None:
-        if not hasattr(torch.optim, "Muon"):
-            raise InputError(
-                f"torch {torch.__version__} has no torch.optim.Muon; install torch 2.9 or newer"
-            )
         if not (self.learning_rate > 0 and self.weight_decay >= 0):
             raise InputError(
                 f"got learning_rate = {self.learning_rate}, weight_decay = {self.weight_decay}; "
