@@ -914,13 +914,6 @@ def test_pictures_that_only_judging_needs_are_looked_at_before_anything_is_paid_
     assert not (made.out / "samples").exists()
 
 
-def test_a_torch_without_muon_is_one_error_before_any_step(config, monkeypatch):
-    monkeypatch.delattr(torch.optim, "Muon", raising=False)
-    with pytest.raises(InputError, match=r"install torch 2\.9"):
-        run(settings.replaced(config, training={"optimizer": "muon"}))
-    assert not list(config.out.rglob("log.jsonl"))
-
-
 def test_a_folder_that_cannot_be_written_to_is_one_error_before_any_step(config, tmp_path):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file" / "run", Path("/proc/run"), tmp_path / "a\0b"):
