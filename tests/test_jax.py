@@ -535,6 +535,9 @@ def python(code, **environment):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 7), reason="an older shard_map joins no whole with a part"
+)
 def test_shard_map_over_two_devices_is_one_batch():
     flags = "--xla_force_host_platform_device_count=2"
     assert python(SHARDED, XLA_FLAGS=flags, JAX_PLATFORMS="cpu") == "agree"
