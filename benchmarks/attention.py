@@ -38,14 +38,12 @@ def milliseconds(call: Callable[[], object]) -> float:
 
 
 def by_products(
-    operands: list[Tensor], tangents: list[Tensor], rows: Tensor, form: Form
+    form: Callable[..., Tensor], operands: list[Tensor], tangents: list[Tensor], rows: Tensor
 ) -> Tensor:
     """Return the tangent as the rule forms it where the kernel is not used."""
     primals = Operands(*[x.index_select(0, rows) for x in operands], None)
-    moved = Operands(*tangents, None)
-    if form.traced:
-        return attention._traced_tangent(primals, moved, form)
-    return attention._eager_tangent(primals, moved, form)
+    scale = operands[0].shape[-1] ** -0.5
+    return form(primals, Operands(*tangents, None), Form(scale, False))
 
 
 def measured(shape: tuple[int, int, int, int]) -> list[str]:
@@ -62,12 +60,14 @@ def measured(shape: tuple[int, int, int, int]) -> list[str]:
     operands, tangents = drawn(batch), drawn(batch // 2)
     rows = torch.randperm(batch, device=DEVICE)[: batch // 2]
     scale = channels**-0.5
-    compiled = torch.compile(by_products, dynamic=False)
+    eager = functools.partial(by_products, attention._eager_tangent)
+    traced = functools.partial(by_products, attention._traced_tangent)
+    compiled = torch.compile(traced, dynamic=False)
     calls = [
         functools.partial(F.scaled_dot_product_attention, *operands),
         functools.partial(attention_tangent, *operands, *tangents, rows, scale, False),
-        functools.partial(compiled, operands, tangents, rows, Form(scale, False, True)),
-        functools.partial(by_products, operands, tangents, rows, Form(scale, False, False)),
+        functools.partial(compiled, operands, tangents, rows),
+        functools.partial(eager, operands, tangents, rows),
     ]
     return [f"{milliseconds(call):.3f}" for call in calls]
 

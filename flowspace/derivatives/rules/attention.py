@@ -10,10 +10,9 @@ where products of scores are elementwise. The value is left to torch's fused ker
 no scores. For the tangent they are formed again, a block of queries at a time, so that no more
 memory is needed than for one block:
 
-* eager, `_eager_tangent`: so few scores that a kernel costs little more than its call are formed
-  at once, in as few calls as can be. Where all heads of a row fit into a block, a block is all
-  queries of some heads of some rows; else it is some queries of one head, for one or several rows.
-  The memory of S is used for dS;
+* eager, `_eager_tangent`: where all heads of a row fit into a block, a block is all queries of
+  some heads of some rows; else it is some queries of one head, for one or several rows. The memory
+  of S is used for dS;
 * traced, `_traced_tangent`: a block is some queries of all heads and rows, as formulas without
   writes, which a compiler fuses;
 * on a GPU in half precision, without a mask, `attention_kernel`: one kernel, eager and traced.
@@ -75,15 +74,16 @@ class Operands(NamedTuple):
             value = value.repeat_interleave(times, -3)
         return Operands(query, key, value, mask)
 
+    def as_pairs(self) -> "Operands":
+        """Return operands whose first axis holds the heads of the first row, then the second's."""
+        return self.map(_merge_heads)
+
     def transpose_keys(self) -> "Operands":
         """Return operands with keys of shape (..., channels, tokens)."""
-        if self.key is None:
+        query, key, value, mask = self
+        if key is None:
             return self
-        return self._replace(key=self.key.mT)
-
-    def merge_heads(self) -> "Operands":
-        """Return operands whose first axis holds the heads of the first row, then the second's."""
-        return self.map(lambda x: x.flatten(0, 1))
+        return Operands(query, key.mT, value, mask)
 
     def at_queries(self, block: slice) -> "Operands":
         """Return the operands of some queries: each of them sees all keys and values."""
@@ -96,12 +96,10 @@ class Form(NamedTuple):
     Attributes:
         scale: what the scores are multiplied by.
         causal: no query sees a later key.
-        traced: it is written down for a compiler.
     """
 
     scale: float
     causal: bool
-    traced: bool
 
 
 @rule("scaled_dot_product_attention")
@@ -128,7 +126,7 @@ def scaled_dot_product_attention(  # noqa: PLR0913  # torch's arguments
     whole, tangents = given.map(whole_primal), given.map(tangent_of)
     if scale is None:
         scale = 1 / math.sqrt(whole.query.shape[-1])
-    form = Form(scale, is_causal, call.traced)
+    form = Form(scale, is_causal)
     check_same_rows(call.duals)
     tangent = _kernel_tangent(whole, tangents, form, dual.layout)
     if tangent is not None:
@@ -168,6 +166,11 @@ def _four_axes(x: Tensor, lead: Sequence[int], dtype: torch.dtype) -> Tensor:
         x = x.expand(*batches, *last)
     x = x.reshape(-1, *last)
     return x.expand(math.prod(batches), heads, -1, -1)
+
+
+def _merge_heads(x: Tensor) -> Tensor:
+    """Return a tensor whose first axis holds the heads of the first row, then the second's."""
+    return x.flatten(0, 1)
 
 
 def _cut(x: Tensor | None, block: slice) -> Tensor | None:
@@ -210,17 +213,17 @@ def _eager_tangent(primals: Operands, tangents: Operands, form: Form) -> Tensor:
     query, value = primals.query, primals.value
     batch, heads, count, _ = query.shape
     keys, channels = primals.key.shape[2], value.shape[3]
-    if batch * heads * count * keys <= BLOCK_ELEMENTS:
-        return _block_tangent(primals, tangents, form, 0)
     elements = GPU_BLOCK_ELEMENTS
     if query.is_cpu:
         elements = BLOCK_ELEMENTS
     primals = primals.transpose_keys()
     tangents = tangents.transpose_keys()
-    if primals.mask is None and heads * count * keys <= elements:
+    of_row = heads * count * keys
+    # a mask that rows or heads share is copied for each pair, which is for few scores alone
+    if batch * of_row <= elements or (primals.mask is None and of_row <= elements):
         out = value.new_empty(batch * heads, count, channels)
-        at_once = elements // (count * keys)
-        _write_pairs(out, primals.merge_heads(), tangents.merge_heads(), form, at_once)
+        at_once = elements // max(1, count * keys)
+        _write_pairs(out, primals.as_pairs(), tangents.as_pairs(), form, at_once)
         return out.unflatten(0, (batch, heads))
     # in memory the heads of a token lie side by side, so that to merge them next takes no copy
     out = value.new_empty(batch, count, heads, channels).transpose(1, 2)
@@ -336,7 +339,7 @@ def _traced_tangent(primals: Operands, tangents: Operands, form: Form) -> Tensor
 
 
 def _block_tangent(primals: Operands, tangents: Operands, form: Form, first: int) -> Tensor:
-    """Return dP v + P dv for the queries from the first on."""
+    """Return dP v + P dv for the queries from the first on, as formulas."""
     q, k, v, mask = primals
     dq, dk, dv, dmask = tangents
     keys = k.mT
@@ -360,17 +363,9 @@ def _block_tangent(primals: Operands, tangents: Operands, form: Form, first: int
     if dv is not None:
         dy = p @ dv
     if ds is not None:
-        dy = sum_of(dy, _of_probabilities(p, ds, form) @ v)
+        dp = p * (ds - (p * ds).sum(-1, keepdim=True))
+        dy = sum_of(dy, dp @ v)
     return dy  # type: ignore[return-value]
-
-
-def _of_probabilities(p: Tensor, ds: Tensor, form: Form) -> Tensor:
-    """Return dP: in a trace as a formula, which is fused; else by the backward kernel of softmax,
-    whose matrix is symmetric.
-    """
-    if form.traced:
-        return p * (ds - (p * ds).sum(-1, keepdim=True))
-    return torch.ops.aten._softmax_backward_data.default(ds.to(p.dtype), p, -1, p.dtype)
 
 
 # --- both
