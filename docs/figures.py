@@ -3,8 +3,9 @@
     python docs/figures.py                          # what is older than its code, what is by hand
     python docs/figures.py docs/outputs/NAME.txt    # run its command again and store the output
 
-A comment above a table names the command that prints it and the file that keeps what it printed.
-`docs/pages/numbers.md` says how to write one; `tests/test_figures.py` holds the tables to them.
+A comment above a table, or above a paragraph with a measured number, names the command that
+prints it and the file that keeps what it printed. `docs/pages/numbers.md` says how to write one;
+`tests/test_figures.py` holds tables and paragraphs to them.
 """
 
 import argparse
@@ -18,15 +19,34 @@ from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 
-__all__ = ["Output", "Table", "misses", "pages", "tables"]
+__all__ = ["Output", "Paragraph", "Table", "misses", "output_of", "pages", "paragraphs", "tables"]
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUTS = ROOT / "docs" / "outputs"
 
-MARKER = re.compile(r"<!-- (from|cited|table): (.+?) -->")
-"""``table`` holds for all tables down to the next ``end of table``, which tests/test_cost.py makes
-again word by word.
+MARKER = re.compile(r"<!-- (from|cited|given|table): (.+?) -->")
+"""``table`` holds for all that stands above the next ``end of table``, which tests/test_cost.py
+makes again word by word; the others hold for the next table or paragraph.
 """
+
+END = "<!-- end of table -->"
+
+HIDDEN = re.compile(r"^ *```.*?^ *```|<!--.*?-->", re.MULTILINE | re.DOTALL)
+"""Code, and comments that are no markers."""
+
+UNIT = r"(?:%|(?:s|ms|(?:milli)?seconds?|minutes?|hours?|[MG]i?B|GFLOPs|M|million|times)\b)"
+RESULT = re.compile(
+    r"(?<![\w.-])(?:-?\d+(?:,\d{3})*(?:\.\d+(?:e[-+]\d+)?|e[-+]\d+)(?!\.?\d)"
+    rf"|\d+(?:,\d{{3}})*(?= ?{UNIT})|(?:(?<=distance )|(?<=distance of ))\d+(?:,\d{{3}})*)"
+)
+"""A number that may have been measured: a fraction, one with a unit, a distance."""
+
+UNMEASURED = re.compile(
+    r"`[^`]*`|\]\([^)]*\)|arXiv [\d.]+"
+    r"|\b(?:Python|torch|jax|SA) \d+(?:\.\d+)+(?:(?: and|,| or) \d+(?:\.\d+)+)*",
+    re.IGNORECASE,
+)
+"""What no number is read from: code, addresses, names of papers, versions."""
 
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?")
 
@@ -58,14 +78,42 @@ class Table:
         return any(CELL.fullmatch(cell) for row in self.rows for cell in row[1:])
 
     @property
-    def command(self) -> str:
-        """The command that prints it."""
-        return self.source.rpartition(" | ")[0]
+    def markers(self) -> tuple[tuple[str, str], ...]:
+        """The comment above it, as a paragraph has them."""
+        return ((self.kind, self.source),)
 
-    @property
-    def output(self) -> "Output":
-        """What the command printed."""
-        return Output.read(ROOT / self.source.rpartition(" | ")[2])
+
+@dataclass(frozen=True)
+class Paragraph:
+    """A paragraph or a list of a page.
+
+    Attributes:
+        page: from the root of the repository.
+        line: of its first line, counted from 1.
+        text: its words.
+        markers: kind and source of each comment above it: ``from``, or ``cited`` or ``given``
+            with the numbers that need no command.
+    """
+
+    page: str
+    line: int
+    text: str
+    markers: tuple[tuple[str, str], ...]
+
+    def unsaid(self) -> list[str]:
+        """Return the numbers that stand neither in an output nor in a comment above it."""
+        printed: list[Decimal] = []
+        told: list[Decimal] = []
+        for kind, source in self.markers:
+            if kind == "table":
+                return []
+            if kind == "from":
+                printed += numbers(output_of(source).text)
+            else:
+                told += numbers(source)
+        words = UNMEASURED.sub(" ", self.text)
+        found = numbers(" ".join(RESULT.findall(words)))
+        return [str(each) for each in found if each not in told and not stands(each, printed)]
 
 
 @dataclass(frozen=True)
@@ -121,6 +169,19 @@ class Output:
         return git("log", "--format=%h %s", commits, "--", *self.code).splitlines()
 
 
+def output_of(source: str) -> Output:
+    """Return the output that a comment names.
+
+    Raises:
+        ValueError: if the output is of another command than the comment says.
+    """
+    command, _, path = source.rpartition(" | ")
+    output = Output.read(ROOT / path)
+    if output.command != command:
+        raise ValueError(f"{path} is of {output.command}, a comment says {command}")
+    return output
+
+
 def git(*words: str) -> str:
     """Return what git prints."""
     return subprocess.run(
@@ -129,33 +190,61 @@ def git(*words: str) -> str:
 
 
 def pages() -> list[Path]:
-    """Return the pages whose tables are held to their commands."""
-    found = [ROOT / "README.md", *sorted((ROOT / "docs" / "pages").glob("*.md"))]
+    """Return the pages whose numbers are held to their commands."""
+    found = [
+        ROOT / "README.md",
+        ROOT / "CHANGELOG.md",
+        *sorted((ROOT / "docs" / "pages").glob("*.md")),
+    ]
     return [*found, *sorted((ROOT / "examples").glob("*/README.md"))]
+
+
+def blocks(page: Path) -> Iterator[tuple[int, list[str], tuple[tuple[str, str], ...]]]:
+    """Return the tables and paragraphs: first line, lines, and the markers above each."""
+    markers: list[tuple[str, str]] = []
+    lines: list[str] = []
+    start = 0
+    text = HIDDEN.sub(without_words, page.read_text())
+    for number, indented in enumerate([*text.splitlines(), ""], 1):
+        line = indented.strip()
+        found = MARKER.fullmatch(line)
+        other = bool(lines) and line.startswith("|") != lines[0].startswith("|")
+        if lines and (not line or found or other or line == END):
+            yield start, lines, tuple(markers)
+            lines = []
+            markers = [each for each in markers if each[0] == "table"]
+        if found:
+            markers.append((found[1], found[2]))
+        elif line == END:
+            markers = []
+        elif line:
+            start = start if lines else number
+            lines.append(line)
+
+
+def without_words(hidden: re.Match[str]) -> str:
+    """Return what keeps the place of code or of a comment, on as many lines."""
+    if MARKER.fullmatch(hidden[0]) or hidden[0] == END:
+        return hidden[0]
+    return "<" + "\n" * hidden[0].count("\n")
 
 
 def tables(page: Path) -> Iterator[Table]:
     """Return the tables of a page, each with the marker that stands above it."""
-    marker = ("", "")
-    rows: list[tuple[str, ...]] = []
-    fenced = False
-    for number, indented in enumerate([*page.read_text().splitlines(), ""], 1):
-        line = indented.strip()
-        fenced ^= line.startswith("```")
-        if line.startswith("|") and not fenced:
-            rows.append(tuple(cell.strip() for cell in line.strip("|").split("|")))
-            continue
-        if rows:
-            name = str(page.relative_to(ROOT))
-            yield Table(name, number - len(rows), tuple(rows[2:]), *marker)
-            rows = []
-            if marker[0] != "table":
-                marker = ("", "")
-        found = MARKER.fullmatch(line)
-        if found:
-            marker = (found[1], found[2])
-        elif line and (marker[0] != "table" or "end of table" in line):
-            marker = ("", "")
+    name = str(page.relative_to(ROOT))
+    for line, lines, markers in blocks(page):
+        if lines[0].startswith("|"):
+            rows = [tuple(cell.strip() for cell in row.strip("|").split("|")) for row in lines]
+            kind, source = markers[-1] if markers else ("", "")
+            yield Table(name, line, tuple(rows[2:]), kind, source)
+
+
+def paragraphs(page: Path) -> Iterator[Paragraph]:
+    """Return the paragraphs and lists of a page, each with the markers that stand above it."""
+    name = str(page.relative_to(ROOT))
+    for line, lines, markers in blocks(page):
+        if lines[0][0] not in "|#<":
+            yield Paragraph(name, line, " ".join(lines), markers)
 
 
 def misses(table: Table, text: str) -> list[str]:
@@ -184,11 +273,14 @@ def stands(number: Decimal, line: list[Decimal]) -> bool:
 
 
 def out_of_date() -> None:
-    """List the outputs that are older than their code, and those that no command has made."""
+    """List the outputs that are older than their code, and those that no command has made.
+
+    What the tests make again cannot be older.
+    """
     for path in sorted(OUTPUTS.glob("*.txt")):
         output = Output.read(path)
         newer = output.changed()
-        if not newer and output.made != "by hand":
+        if output.made == "again" or (not newer and output.made != "by hand"):
             continue
         print(f"{path.relative_to(ROOT)}, made {output.made} at {output.commit}")
         print(f"    {len(newer)} later changes of {', '.join(output.code)}")
