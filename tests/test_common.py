@@ -4,7 +4,9 @@ import gzip
 import importlib
 import json
 import math
+import multiprocessing
 import re
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,11 +33,60 @@ reading = importlib.import_module("reading")
 sections = importlib.import_module("sections")
 stage = importlib.import_module("stage")
 
+LOOPS = [
+    COMMON.parent / name
+    for name in (
+        "imagenet/train.py",
+        "mean_flow_rae/rae_work.py",
+        "pixel_flow/pixel_flow.py",
+        "pixel_mean_flow/pixel_mean_flow.py",
+    )
+]
+
 DIGITS = """
 data: {path: digits, size: 8, classes: 10, flip: false, workers: 0}
 training: {steps: 3, batch: 8, warmup_epochs: 0, emas: [0.9], bfloat16: false, cpu: true,
            checkpoint_every: 2, look_every: 100, log_every: 1, optimizer: adamw}
 """
+
+
+# --- the loop ----------------------------------------------------------------------------------
+
+
+class Numbers:
+    """Twelve rows of one number each."""
+
+    def __len__(self):
+        return 12
+
+    def row(self, index, mirrored=False):
+        return torch.tensor([float(index)]), 0
+
+    def order(self, seed, number):
+        return range(12)
+
+
+def test_an_error_in_a_loop_gives_the_signal_the_bar_and_the_readers_back(tmp_path):
+    training = sections.TrainingConfig(steps=4, batch=4, optimizer="adamw")
+    network, optimizer = torch.nn.Linear(1, 1), loop.optimizer_of(training)
+    trained = stage.Stage("it", network, None, Numbers(), training, tmp_path, optimizer, workers=1)
+    before = signal.getsignal(signal.SIGTERM)
+    accelerator = loop.Accelerator(cpu=True)
+    with pytest.raises(ArithmeticError), loop.training(trained, accelerator) as run:
+        for _ in run.steps():
+            for _ in run.parts():
+                assert signal.getsignal(signal.SIGTERM) != before
+                assert multiprocessing.active_children() and not run.log.bar.disable
+                raise ArithmeticError
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert not multiprocessing.active_children() and run.log.bar.disable
+
+
+@pytest.mark.parametrize("path", LOOPS, ids=lambda path: path.stem)
+def test_a_program_has_its_loop_with_backward_in_itself(path):
+    text = path.read_text()
+    assert "in run.steps():" in text and "accelerator.backward(loss.mean()" in text
+    assert len(text.splitlines()) <= 400 and max(map(len, text.splitlines())) <= 99
 
 
 # --- the README's program ----------------------------------------------------------------------

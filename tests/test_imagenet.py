@@ -1139,16 +1139,21 @@ def test_a_step_that_is_not_logged_does_not_wait_for_the_device(
     alone()
     made = given(config, encoder_folder)
     folder = importlib.import_module("encode").main(made)
-    asked, taken = image_loss(tmp_path), loop.take
+    asked, steps = image_loss(tmp_path), loop.Training.steps
+    watched = []
 
-    def take(run, step, stream, log, logged):
-        if step < 2 or logged:
-            return taken(run, step, stream, log, logged)
-        batch = [next(stream)]
-        with AsksNothing():
-            return taken(run, step, iter(batch), log, logged)
+    def steps_that_ask_nothing(run):
+        for step in steps(run):
+            if step < 2 or run.logged:
+                yield step
+                continue
+            stream, run.stream = run.stream, iter([next(run.stream)])
+            with AsksNothing():
+                yield step
+            run.stream = stream
+            watched.append((run.stage.name, step))
 
-    monkeypatch.setattr(loop, "take", take)
+    monkeypatch.setattr(loop.Training, "steps", steps_that_ask_nothing)
     for module in ("state", "flowspace.training.optimizers"):  # as it is on a GPU
         monkeypatch.setattr(f"{module}.readable", lambda tensor: False)
     adversarial = settings.AdversarialConfig(**asked, channels=(32, 32))
@@ -1161,6 +1166,7 @@ def test_a_step_that_is_not_logged_does_not_wait_for_the_device(
             training={"log_every": 10},
         )
     )
+    assert watched == [("generator", step) for step in (2, 3, 4)]
 
 
 # --- the configs -------------------------------------------------------------------------------

@@ -311,7 +311,7 @@ def untrained(monkeypatch):
     def fit(*arguments):
         raise AssertionError("trained")
 
-    monkeypatch.setattr(pixel_flow.loop, "fit", fit)
+    monkeypatch.setattr(pixel_flow, "fit", fit)
 
 
 @pytest.mark.parametrize("program", [pixel_flow, compare], ids=["pixel_flow", "compare"])

@@ -71,13 +71,15 @@ def run_until(config, step):
     """Stop a run as SIGTERM does, after a step was saved."""
     import loop
 
-    keep = loop.keep
+    keep = loop.Training.keep
 
-    def stopping(run, log, logged, signals):
-        keep(run, log, logged, [15] if run.step + 1 == step else signals)
+    def stopping(run):
+        if run.step + 1 == step:
+            run.signals.append(15)
+        keep(run)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "keep", stopping)
+        patch.setattr(loop.Training, "keep", stopping)
         with pytest.raises(SystemExit):
             run(config)
 
@@ -247,7 +249,7 @@ def test_weights_of_the_judge_that_are_missing_are_found_before_training(tmp_pat
     def fit(*arguments):
         raise AssertionError("trained")
 
-    monkeypatch.setattr(program.loop, "fit", fit)
+    monkeypatch.setattr(program, "fit", fit)
     with pytest.raises(program.InputError, match="got weights 'package:none'"):
         run(config, ["--evaluate"])
 

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,7 @@ class Log:
         self.measured: list[dict[str, dict[str, Tensor]]] = []
         self.answers: list[Tensor] = []
 
-    def timed(self, loader: Iterable[Any]) -> Iterator[Any]:
+    def timed(self, loader: Iterable[Any]) -> Generator[Any, None, None]:
         """Yield what a loader does, and count the seconds that it was waited for."""
         batches = iter(loader)
         while True:

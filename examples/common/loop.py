@@ -1,8 +1,8 @@
-"""The loop of a training, over accelerate: steps, logs, checkpoints, looks.
+"""What surrounds the loop of a training, over accelerate: rows, rates, logs, checkpoints, looks.
 
-A program says what it trains, as a `Stage`, and calls `fit`. Everything random in a step follows
-from (seed, step, row), so a run that was stopped goes on as if it had not been, also with another
-number of processes.
+The loop itself, with the losses and backward, is each program's own, `fit`: it stands within
+`training`, which begins or goes on. Everything random in a step follows from (seed, step, row),
+so a run that was stopped goes on as if it had not been, also with another number of processes.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import datetime
 import functools
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,9 @@ from journal import Log
 from profiling import Profile, span
 from safetensors.torch import save_file
 from sections import TrainingConfig
-from stage import Stage
+from stage import Losses, Stage
 from state import Run
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
@@ -39,17 +38,17 @@ from flowspace.training import (
     in_its_own_group,
     locked,
     stopped_by_sigterm,
-    whole,
 )
 
 __all__ = [
+    "Training",
     "accelerator_of",
     "check_processes",
-    "fit",
     "locked_by_first",
     "optimizer_of",
     "rate",
     "steps_of",
+    "training",
 ]
 
 LONGEST_WAIT = datetime.timedelta(hours=1)
@@ -72,10 +71,7 @@ def accelerator_of(
     precision = "no"
     if t.bfloat16:
         precision = "bf16"
-    trackers: list[Any] = []
-    for name in ("tensorboard", "wandb"):
-        if getattr(t, name):
-            trackers.append(name)
+    trackers: list[Any] = [name for name in ("tensorboard", "wandb") if getattr(t, name)]
     accelerator = Accelerator(
         cpu=t.cpu or not torch.cuda.is_available(),
         mixed_precision=precision,
@@ -151,182 +147,164 @@ def rate(step: int, t: TrainingConfig, count: int) -> float:
     return t.final_rate + (1 - t.final_rate) * cosine
 
 
-# --- a step ------------------------------------------------------------------------------------
-
-
-def take(run: Run, step: int, stream: Iterator[Sequence[Tensor]], log: Log, logged: bool) -> None:
-    """Take one step: the losses of this process's rows, their gradients, the update."""
-    stage = run.stage
-    accelerator = run.accelerator
-    t = stage.training
-    run.step = step
-    run.optimizer.zero_grad(set_to_none=True)
-    if stage.adversary:
-        stage.adversary.optimizer.zero_grad(set_to_none=True)
-    costs = []
-    for number, (first, last) in enumerate(run.shares):
-        draws = Draws(t.seed, step, first, last, t.batch, accelerator.device)
-        torch.manual_seed(draws.seed_of_rows)
-        with span("data"):
-            batch = []
-            for rows in next(stream):
-                batch.append(rows.to(accelerator.device, non_blocking=True))
-        closing = number + 1 == len(run.shares)
-        with exchanged(run, run.network, closing):
-            with accelerator.autocast():
-                cost = stage.losses(run.network, batch, draws)
-            if logged:
-                log.measure(cost)
-            backward(run, cost.rows)
-        if stage.adversary and stage.adversary.plays(step):
-            made, real = cost.shown()
-            with exchanged(run, stage.adversary.wrapped, closing):
-                with span("adversarial"), accelerator.autocast():
-                    answer = stage.adversary.answer(real, made, draws)
-                backward(run, answer.float())
-            if logged:
-                log.answers.append(answer.detach().float())
-        costs.append((cost.rows.detach(), cost.times))
-    with span("optimiser"):
-        update(run, costs)
-
-
-def exchanged(run: Run, network: Any, closing: bool) -> AbstractContextManager[Any]:
-    """Return the context of a part of a batch: gradients are exchanged after the last one.
-
-    DDP decides it in the forward pass, FSDP2 by a switch.
-    """
-    if hasattr(network, "set_requires_gradient_sync"):
-        network.set_requires_gradient_sync(closing)
-    elif not closing:
-        return run.accelerator.no_sync(network)
-    return contextlib.nullcontext()
-
-
-def backward(run: Run, rows: Tensor) -> None:
-    """Add the gradient of the mean of some rows, as a part of the batch's."""
-    with span("backward"):
-        run.accelerator.backward(rows.mean() / len(run.shares))
-
-
-def update(run: Run, costs: Sequence[tuple[Tensor, Mapping[str, Tensor]]]) -> None:
-    """Step both players and the averages, unless a loss or a gradient is not finite.
-
-    The device decides, and nothing waits for it: what is not finite changes nothing, and is
-    read with the log.
-    """
-    parameters = list(run.stage.network.parameters())
-    players: list[Any] = [(run.optimizer, parameters, run.stage.training.clip)]
-    adversary = run.stage.adversary
-    if adversary and adversary.plays(run.step):
-        players.append((adversary.optimizer, adversary.heads, 1.0))
-    run.norms = []
-    for _, held, clip in players:
-        norm = clip_grad_norm_(held, clip)
-        run.norms.append(whole(norm))
-    rows = torch.cat([cost for cost, _ in costs])
-    mean: Any = run.accelerator.reduce(rows.mean(), "mean")
-    run.loss = mean
-    judged = torch.stack([run.loss, *run.norms])
-    run.finite = judged.isfinite().all().float()
-    for optimizer, _, _ in players:
-        optimizer.found_inf = 1 - run.finite
-        optimizer.step()
-    run.average()
-    run.skipped += 1 - run.finite.long()
-    times = {}
-    for name in costs[0][1]:
-        times[name] = torch.cat([of_part[name] for _, of_part in costs])
-    run.note(rows, times)
-
-
 # --- a training --------------------------------------------------------------------------------
 
 
-def fit(stage: Stage, accelerator: Accelerator, profile: Profile | None = None) -> nn.Module:
-    """Train a network in place and return its averaged copy, in eval mode.
+@contextlib.contextmanager
+def training(
+    stage: Stage, accelerator: Accelerator, profile: Profile | None = None
+) -> Iterator["Training"]:
+    """Begin a training, or go on with it; its loop is what stands in this context.
+
+    However the loop ends, the bar is closed, readers are stopped, and SIGTERM is as before.
+
+    Args:
+        stage: says what is trained.
+        accelerator: of the processes.
+        profile: of a few steps, of which nothing is then logged or saved.
 
     Raises:
         RunError: if too many steps were not finite, or the folder holds a run of other settings.
         SystemExit: with code 0, when SIGTERM came; the step was finished and saved.
     """
-    t = stage.training
-    count = len(stage.rows)
-    steps = steps_of(t, count)
-    run = Run(stage, accelerator)
-    start = run.resume()
-    if stage.begun and accelerator.is_main_process:
-        stage.begun()
-    if profile is not None:
-        steps = start + profile.steps
-        profile.first = start
-    for group in run.optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
-    factor = functools.partial(rate, t=t, count=count)
-    schedule = LambdaLR(run.optimizer, factor, last_epoch=start - 1)
-    loader = DataLoader(
-        KeyedRows(stage.rows, t.seed, stage.flip),
-        batch_sampler=BatchRows(start, steps, t.batch, run.shares),
-        num_workers=stage.workers,
-        pin_memory=accelerator.device.type == "cuda",
-        worker_init_fn=in_its_own_group,
-    )
-    stage.network.train()
-    log = Log(stage, accelerator, start, steps)
-    stream = log.timed(loader)
-    if start:
-        look(run, start, steps)  # unless it was, before the run was stopped
-    with stopped_by_sigterm() as signals, log.bar as bar:
-        for step in bar:
-            asked = step % t.log_every == 0 or step + 1 == steps
-            logged = profile is None and asked
-            with profile or contextlib.nullcontext():
-                take(run, step, stream, log, logged)
-            schedule.step()
-            if profile is None:
-                keep(run, log, logged, signals)
-    return run.averaged()
+    run = Training(stage, accelerator, profile)
+    with stopped_by_sigterm() as run.signals, run.log.bar, contextlib.closing(run.stream):
+        yield run
 
 
-def keep(run: Run, log: Log, logged: bool, signals: Sequence[int]) -> None:
-    """Write down, save and look at what a step left, as far as its number asks for it."""
-    t = run.stage.training
-    done = run.step + 1
-    if logged or run.accelerator.device.type == "cpu":
-        run.check_finite()
-    if logged:
-        log.write(run.step, run)
-    stopping = run.asked_to_stop(signals)
-    if done % t.checkpoint_every == 0 or done == log.steps or stopping:
-        run.save(done)
-    if stopping:
-        raise SystemExit(0)
-    look(run, done, log.steps)
+class Training(Run):
+    """A run as the loop of a program sees it.
 
-
-def look(run: Run, done: int, steps: int) -> None:
-    """Let the stage look at the averaged network, log what it says, and keep it if asked.
-
-    Args:
-        run: that is looked at, at every so many steps and at the end.
-        done: how many steps were taken; a look that was is not repeated.
-        steps: of the whole training.
+    Attributes:
+        log: of the run.
+        stream: yields the rows of each part of a batch.
+        signals: that came; the run ends with the step that is taken.
+        logged: whether this step is.
+        closing: whether a part of its batch is the last one.
     """
-    stage = run.stage
-    accelerator = run.accelerator
-    asked = done % stage.training.look_every == 0 or done == steps
-    if stage.look is None or not asked:
-        return
-    averaged = run.averaged()
-    if accelerator.is_main_process and not stage.look.was(done):
-        found = dict(stage.look(done, averaged))
-        if found:
-            record = {"name": stage.name, "step": done - 1, "watch": found}
-            journal.append(stage.folder, record)
-            journal.track(stage, accelerator, found, done)
-        if stage.training.snapshots:
-            snapshot(stage.folder, done, averaged)
-    accelerator.wait_for_everyone()
+
+    def __init__(self, stage: Stage, accelerator: Accelerator, profile: Profile | None) -> None:
+        t = stage.training
+        count = len(stage.rows)
+        steps = steps_of(t, count)
+        super().__init__(stage, accelerator)
+        start = self.resume()
+        if stage.begun and accelerator.is_main_process:
+            stage.begun()
+        if profile is not None:
+            steps = start + profile.steps
+            profile.first = start
+        self.profile = profile
+        for group in self.optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        factor = functools.partial(rate, t=t, count=count)
+        self.schedule = LambdaLR(self.optimizer, factor, last_epoch=start - 1)
+        loader = DataLoader(
+            KeyedRows(stage.rows, t.seed, stage.flip),
+            batch_sampler=BatchRows(start, steps, t.batch, self.shares),
+            num_workers=stage.workers,
+            pin_memory=accelerator.device.type == "cuda",
+            worker_init_fn=in_its_own_group,
+        )
+        stage.network.train()
+        self.log = Log(stage, accelerator, start, steps)
+        self.stream = self.log.timed(loader)
+        self.signals: list[int] = []
+        self.logged = False
+        self.closing = True
+        if start:
+            self.look(start)  # unless it was, before the run was stopped
+
+    def steps(self) -> Iterator[int]:
+        """Yield each step; before the next one what it left is written down, saved, looked at."""
+        t = self.stage.training
+        for step in self.log.bar:
+            self.step = step
+            asked = step % t.log_every == 0 or step + 1 == self.log.steps
+            self.logged = self.profile is None and asked
+            with self.profile or contextlib.nullcontext():
+                yield step
+            self.schedule.step()
+            if self.profile is None:
+                self.keep()
+
+    def parts(self) -> Iterator[tuple[list[Tensor], Draws]]:
+        """Yield the rows of each part of a batch that this process takes, and their draws."""
+        t = self.stage.training
+        device = self.accelerator.device
+        for number, (first, last) in enumerate(self.shares):
+            draws = Draws(t.seed, self.step, first, last, t.batch, device)
+            torch.manual_seed(draws.seed_of_rows)
+            with span("data"):
+                batch = [rows.to(device, non_blocking=True) for rows in next(self.stream)]
+            self.closing = number + 1 == len(self.shares)
+            yield batch, draws
+
+    def exchanged(self, network: Any) -> AbstractContextManager[Any]:
+        """Return the context of a part of a batch: gradients are exchanged after the last one.
+
+        DDP decides it in the forward pass, FSDP2 by a switch.
+        """
+        if hasattr(network, "set_requires_gradient_sync"):
+            network.set_requires_gradient_sync(self.closing)
+        elif not self.closing:
+            return self.accelerator.no_sync(network)
+        return contextlib.nullcontext()
+
+    def measure(self, cost: Losses, loss: Tensor) -> None:
+        """Keep what some rows cost, for the log and `update`, before their backward pass.
+
+        Args:
+            cost: its terms, each of which is logged with its gradient.
+            loss: what is trained, of each row ``(B,)``.
+        """
+        self.costs.append((loss.detach(), cost.times))
+        if self.logged:
+            self.log.measure(cost)
+
+    def measure_answer(self, answer: Tensor) -> None:
+        """Keep the discriminator's loss of some rows ``(B,)`` for the log."""
+        if self.logged:
+            self.log.answers.append(answer.detach().float())
+
+    def keep(self) -> None:
+        """Write down, save and look at what a step left, as far as its number asks for it."""
+        t = self.stage.training
+        done = self.step + 1
+        if self.logged or self.accelerator.device.type == "cpu":
+            self.check_finite()
+        if self.logged:
+            self.log.write(self.step, self)
+        stopping = self.asked_to_stop(self.signals)
+        if done % t.checkpoint_every == 0 or done == self.log.steps or stopping:
+            self.save(done)
+        if stopping:
+            raise SystemExit(0)
+        self.look(done)
+
+    def look(self, done: int) -> None:
+        """Let the stage look at the averaged network, log what it says, and keep it if asked.
+
+        It looks every so many steps and at the end; a look that was is not repeated.
+
+        Args:
+            done: how many steps were taken.
+        """
+        stage = self.stage
+        accelerator = self.accelerator
+        asked = done % stage.training.look_every == 0 or done == self.log.steps
+        if stage.look is None or not asked:
+            return
+        averaged = self.averaged()
+        if accelerator.is_main_process and not stage.look.was(done):
+            found = dict(stage.look(done, averaged))
+            if found:
+                record = {"name": stage.name, "step": done - 1, "watch": found}
+                journal.append(stage.folder, record)
+                journal.track(stage, accelerator, found, done)
+            if stage.training.snapshots:
+                snapshot(stage.folder, done, averaged)
+        accelerator.wait_for_everyone()
 
 
 def snapshot(folder: Path, step: int, network: nn.Module) -> None:

@@ -15,6 +15,7 @@ from torch._dynamo import config as dynamo_config
 from torch._functorch import config as functorch_config
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import clip_grad_norm_
 
 from flowspace import RunError
 from flowspace.training import (
@@ -51,6 +52,7 @@ class Run:
         optimizer: of the network.
         shares: the first and last rows of each part of a batch that this process takes.
         step: that is taken.
+        costs: of the parts of its batch so far: the loss of each row, and the times.
         loss: of the last step, the mean over all processes.
         norms: of its gradients, before they were clipped: the network's, the discriminator's.
         finite: 1 where the last step was, else 0.
@@ -66,6 +68,7 @@ class Run:
         device = accelerator.device
         self.shares = share_of(t.batch, rank, ranks, t.accumulate)
         self.step = 0
+        self.costs: list[tuple[Tensor, Mapping[str, Tensor]]] = []
         self.loss = torch.zeros((), device=device)
         self.norms: list[Tensor] = []
         self.finite = torch.ones((), device=device)
@@ -87,6 +90,38 @@ class Run:
         self.fault: Tensor | None = None
         settings = {"name": stage.name, "training": kept_of(t), **stage.depends}
         self.checkpoints = Checkpoints(stage.folder, settings)
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of both players."""
+        for optimizer, _ in self.optimizers().values():
+            optimizer.zero_grad(set_to_none=True)
+
+    def update(self) -> None:
+        """Step both players and the averages, unless a loss or a gradient is not finite.
+
+        The device decides, and nothing waits for it: what is not finite changes nothing, and is
+        read with the log.
+        """
+        parameters = list(self.stage.network.parameters())
+        players: list[Any] = [(self.optimizer, parameters, self.stage.training.clip)]
+        adversary = self.stage.adversary
+        if adversary and adversary.plays(self.step):
+            players.append((adversary.optimizer, adversary.heads, 1.0))
+        self.norms = [whole(clip_grad_norm_(held, clip)) for _, held, clip in players]
+        losses = torch.cat([loss for loss, _ in self.costs])
+        mean: Any = self.accelerator.reduce(losses.mean(), "mean")
+        self.loss = mean
+        self.finite = torch.stack([self.loss, *self.norms]).isfinite().all().float()
+        for optimizer, _, _ in players:
+            optimizer.found_inf = 1 - self.finite
+            optimizer.step()
+        self.average()
+        self.skipped += 1 - self.finite.long()
+        times = {}
+        for name in self.costs[0][1]:
+            times[name] = torch.cat([of_part[name] for _, of_part in self.costs])
+        self.note(losses, times)
+        self.costs = []
 
     @torch.no_grad()
     def average(self) -> None:

@@ -16,7 +16,6 @@ import functools
 from pathlib import Path
 
 import build
-import loop
 import stage_one
 import train
 from accelerate import Accelerator
@@ -37,7 +36,7 @@ def encoded(config: ImageNetConfig, accelerator: Accelerator) -> Path:
     """Encode the pictures by the encoder, which is trained first where the config asks so."""
     images = build.images_of(config)
     build.check_stage_one_batch(config, images)
-    fit = functools.partial(loop.fit, accelerator=accelerator)
+    fit = functools.partial(train.fit, accelerator=accelerator)
     encoder = stage_one.encoder_of(config, images, accelerator, fit)
     if config.generator.compile:
         encoder.compile_network()

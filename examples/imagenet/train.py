@@ -7,8 +7,8 @@ run that was stopped, also with another number of processes: everything random i
 from (seed, step, row). With more steps it continues a run that was finished. ``--evaluate`` judges
 the run at its end; ``--profile`` measures a few steps and says where their time goes.
 
-Here stand `main`, what is trained and the sum of its losses. The loop, with backward and the
-update, is `fit` of ``examples/common/loop.py``, which other programs use too.
+Read from top to bottom: `main`, the loop (`fit`), what is trained and its losses. What a loop
+calls, such as checkpoints, the log and the rows of a step, is in ``examples/common/loop.py``.
 
 A run's folder holds ``config.json``, ``encoder/`` (where stage 1 was trained on the spot),
 ``generator/`` (checkpoints, the log, pictures), ``pipeline/`` (what one ships), ``samples/``,
@@ -67,7 +67,7 @@ def main(config: ImageNetConfig, options: Sequence[str] = ()) -> None:
         if "--profile" in options:
             profile = profile_of(config, accelerator)
         stage = prepared(config, accelerator, "--evaluate" in options)
-        loop.fit(stage, accelerator, profile)
+        fit(stage, accelerator, profile)
         if profile is not None:
             return
         if first:
@@ -99,6 +99,42 @@ def profile_of(config: ImageNetConfig, accelerator: Accelerator) -> Profile:
         return flops.utilisation(trained, images, seconds)
 
     return Profile(config.out, accelerator, utilisation)
+
+
+# --- the loop, of stage 1 too ------------------------------------------------------------------
+
+
+def fit(stage: Stage, accelerator: Accelerator, profile: Profile | None = None) -> nn.Module:
+    """Train a network in place, or go on with it; return its averaged copy, in eval mode.
+
+    Raises:
+        RunError: if too many steps were not finite, or the folder holds a run of other settings.
+        SystemExit: with code 0, when SIGTERM came; the step was finished and saved.
+    """
+    t, adversary = stage.training, stage.adversary
+    with loop.training(stage, accelerator, profile) as run:
+        for step in run.steps():  # each ends with the rate, the log, a checkpoint, a look
+            run.zero_grad()
+            for batch, draws in run.parts():  # this process's rows, in t.accumulate parts
+                with run.exchanged(run.network):  # gradients, after the last part
+                    with accelerator.autocast():
+                        cost = stage.losses(run.network, batch, draws)
+                    terms = [cost.weights[name] * cost.terms[name].float() for name in cost.terms]
+                    loss = torch.stack(terms).sum(0)  # of each row
+                    run.measure(cost, loss)
+                    with span("backward"):
+                        accelerator.backward(loss.mean() / t.accumulate)
+                if adversary and adversary.plays(step):
+                    made, real = cost.shown()
+                    with run.exchanged(adversary.wrapped):
+                        with span("adversarial"), accelerator.autocast():
+                            answer = adversary.answer(real, made, draws)
+                        with span("backward"):
+                            accelerator.backward(answer.float().mean() / t.accumulate)
+                    run.measure_answer(answer)
+            with span("optimiser"):
+                run.update()  # clips; what is not finite changes nothing
+    return run.averaged()
 
 
 # --- what is trained ---------------------------------------------------------------------------
@@ -134,7 +170,7 @@ def prepared(config: ImageNetConfig, accelerator: Accelerator, judged: bool = Fa
         )
     if accelerator.is_main_process:
         print(images.report())
-    train_stage_one = functools.partial(loop.fit, accelerator=accelerator)
+    train_stage_one = functools.partial(fit, accelerator=accelerator)
     encoder = stage_one.encoder_of(config, images, accelerator, train_stage_one)
     pixels, _ = images.row(0)
     one = in_range(pixels[None].to(device))

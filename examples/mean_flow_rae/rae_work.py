@@ -4,9 +4,9 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+import loop
 import page
 from accelerate import Accelerator
-from loop import fit, optimizer_of
 from rae_settings import RAEConfig
 from reading import as_dict
 from stage import LossesOf, Stage
@@ -22,6 +22,30 @@ STAGES = ("decoder", "flow_matching", "mid_training", "distillation", "fine_tuni
 
 NOISE, TIMES, SPREAD, DROPPED = 0, 1, 2, 5
 """Streams of the draws of a step; 3 and 4 are the discriminator's."""
+
+
+def fit(stage: Stage, accelerator: Accelerator) -> nn.Module:
+    """Train a network in place, or go on with it; return its averaged copy, in eval mode."""
+    t, adversary = stage.training, stage.adversary
+    with loop.training(stage, accelerator) as run:
+        for step in run.steps():  # each ends with the rate, the log, a checkpoint, a look
+            run.zero_grad()
+            for batch, draws in run.parts():  # this process's rows, in t.accumulate parts
+                with run.exchanged(run.network):  # gradients, after the last part
+                    with accelerator.autocast():
+                        cost = stage.losses(run.network, batch, draws)
+                    loss = cost.rows  # of each row, the weighted sum of the terms
+                    run.measure(cost, loss)
+                    accelerator.backward(loss.mean() / t.accumulate)
+                if adversary and adversary.plays(step):
+                    made, real = cost.shown()
+                    with run.exchanged(adversary.wrapped):
+                        with accelerator.autocast():
+                            answer = adversary.answer(real, made, draws)
+                        accelerator.backward(answer.float().mean() / t.accumulate)
+                    run.measure_answer(answer)
+            run.update()  # clips; what is not finite changes nothing
+    return run.averaged()
 
 
 @dataclass
@@ -54,7 +78,7 @@ class Work:
             training=training,
             depends=self.depends(number),
             folder=config.out / name,
-            optimizer=optimizer_of(training),
+            optimizer=loop.optimizer_of(training),
             flip=config.data.flip,
             workers=config.data.workers,
             begun=functools.partial(page.keep_config, config.out, as_dict(config)),

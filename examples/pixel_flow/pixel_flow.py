@@ -37,6 +37,7 @@ import judging
 import loop
 import page
 import torch
+from accelerate import Accelerator
 from page import Sheets
 from pictures import images_of, in_range
 from pixel_flow_conditions import Conditions, captions_of, conditions_of
@@ -91,7 +92,7 @@ def main(config: PixelFlowConfig, options: Sequence[str] = ()) -> None:
         images = pictures_of(config)
         conditions = conditions_of(config, images, accelerator.device)
         stage = prepared(config, images, conditions)
-        network = loop.fit(stage, accelerator)
+        network = fit(stage, accelerator)
         if accelerator.is_main_process:
             network.save_pretrained(config.out / "network")  # type: ignore[operator]
         draw = sampler_of(config, network, conditions)
@@ -101,6 +102,23 @@ def main(config: PixelFlowConfig, options: Sequence[str] = ()) -> None:
             path = report(config, images, network, conditions)
             print(f"finished; the page of the run: {path}")
         accelerator.wait_for_everyone()
+
+
+def fit(stage: Stage, accelerator: Accelerator) -> nn.Module:
+    """Train a network in place, or go on with it; return its averaged copy, in eval mode."""
+    t = stage.training
+    with loop.training(stage, accelerator) as run:
+        for _ in run.steps():  # each ends with the rate, the log, a checkpoint, a look
+            run.zero_grad()
+            for batch, draws in run.parts():  # this process's rows, in t.accumulate parts
+                with run.exchanged(run.network):  # gradients, after the last part
+                    with accelerator.autocast():
+                        cost = stage.losses(run.network, batch, draws)
+                    loss = cost.rows  # of each row, the weighted sum of the terms
+                    run.measure(cost, loss)
+                    accelerator.backward(loss.mean() / t.accumulate)
+            run.update()  # clips; what is not finite changes nothing
+    return run.averaged()
 
 
 # --- pictures, and what the network is told of them --------------------------------------------

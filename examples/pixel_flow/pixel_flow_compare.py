@@ -207,7 +207,7 @@ def compared(config: PixelFlowConfig, judges: Judges) -> SeedResult:
     networks, seconds = {}, {}
     for name, one in variants.items():
         stage = pixel_flow.prepared(one, judges.images, judges.conditions)
-        networks[name] = loop.fit(stage, judges.accelerator)
+        networks[name] = pixel_flow.fit(stage, judges.accelerator)
         seconds[name] = page.seconds_logged(journal.latest(one.out / "training"))
     rows, shown = {}, {}
     for name, steps in samplings_of(config):

@@ -81,7 +81,7 @@ def main(config: PixelMeanFlowConfig, options: Sequence[str] = ()) -> None:
     if "--evaluate" in options and config.evaluation.extractor != CLASSIFIERS:
         judging.extractors_of(config, accelerator.device)  # missing weights end the run here
     with loop.locked_by_first(config.out, accelerator):
-        averaged: Any = loop.fit(prepared(config, accelerator), accelerator)
+        averaged = fit(prepared(config, accelerator), accelerator)
         network = averaged.without_velocity_head()
         if accelerator.is_main_process:
             network.save_pretrained(config.out / "transformer")
@@ -91,6 +91,23 @@ def main(config: PixelMeanFlowConfig, options: Sequence[str] = ()) -> None:
             written = report(config, network)
             print(f"finished; the page of the run: {written}")
         accelerator.wait_for_everyone()
+
+
+def fit(stage: Stage, accelerator: Accelerator) -> Any:
+    """Train a network in place, or go on with it; return its averaged copy, in eval mode."""
+    t = stage.training
+    with loop.training(stage, accelerator) as run:
+        for _ in run.steps():  # each ends with the rate, the log, a checkpoint, a look
+            run.zero_grad()
+            for batch, draws in run.parts():  # this process's rows, in t.accumulate parts
+                with run.exchanged(run.network):  # gradients, after the last part
+                    with accelerator.autocast():
+                        cost = stage.losses(run.network, batch, draws)
+                    loss = cost.rows  # of each row, the weighted sum of the terms
+                    run.measure(cost, loss)
+                    accelerator.backward(loss.mean() / t.accumulate)
+            run.update()  # clips; what is not finite changes nothing
+    return run.averaged()
 
 
 # --- what is trained ---------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """What no library offers and every training of images needs: draws by (seed, step, row), the rows
 of a batch by (seed, pass, index), the adversarial step, exact resume, Muon beside AdamW.
 
-The loop is the user's own; `examples/common/loop.py` is one to copy, over accelerate.
+The loop is the user's own; `fit` of `examples/imagenet/train.py` is one to copy, over accelerate.
 """
 
 from flowspace.training.adversarial import AdversarialStep
