@@ -5,7 +5,9 @@ operators, copies, and functions that were looked up before. Each is right, or r
 import concurrent.futures
 import contextlib
 import copy
+import functools
 import gc
+import itertools
 import threading
 import weakref
 
@@ -17,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from flowspace import DerivativeError, FiniteDifference, ForwardMode, SharedPrimal
 from flowspace.derivatives.hidden_calls import active_carrier
+from flowspace.derivatives.shared_primal import graph_check
 
 DOUBLE = torch.float64
 HALF = torch.tensor([True, False, True, False])
@@ -380,6 +383,43 @@ def test_what_a_tensor_holds_that_works_on_it_below_all_modes_is_refused():
 
     with pytest.raises(DerivativeError, match="got a MaskedTensor that holds a tensor"):
         SharedPrimal()(model, PRIMALS, TANGENTS)
+
+
+UNSEEN = {
+    "elementwise": lambda h: h.tanh(),
+    "a product": lambda h: h @ WEIGHT,
+    "a view": lambda h: h.unflatten(1, (2, 3)).flip(2).flatten(1),
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+@pytest.mark.parametrize("rows", [None, HALF], ids=["all", "half"])
+def test_a_function_that_torch_shows_to_no_mode_is_refused(name, rows, monkeypatch):
+    monkeypatch.setattr(graph_check, "_passes", itertools.count(1))
+    weight = WEIGHT.clone().requires_grad_()
+
+    def model(z, t, hidden=True):
+        h = (z @ weight) * t[:, None]
+        with torch._C.DisableTorchFunction() if hidden else contextlib.nullcontext():
+            h = UNSEEN[name](h)
+        return h.sin() @ weight
+
+    exact = wanted(functools.partial(model, hidden=False), rows)
+    seen = functools.partial(model, hidden=False)
+    close(SharedPrimal()(seen, PRIMALS, TANGENTS, rows=rows)[1], exact)
+    with pytest.raises(DerivativeError, match="shows to no function mode"):
+        SharedPrimal()(model, PRIMALS, TANGENTS, rows=rows)
+    for route in ROUTES[1:3]:
+        close(route(model, PRIMALS, TANGENTS, rows=rows)[1], exact, 1e-2)
+
+
+def test_graphs_are_checked_in_the_first_passes_and_then_in_ever_fewer(monkeypatch):
+    monkeypatch.setattr(graph_check, "_passes", itertools.count(1))
+    checked = [number for number in range(1, 1000) if graph_check.is_checked()]
+    assert checked == [*range(1, 65), 128, 256, 512]
+    with torch.no_grad():
+        assert not graph_check.is_checked()
+    assert next(graph_check._passes) == 1000
 
 
 def test_a_refusal_that_a_model_catches_is_a_refusal():

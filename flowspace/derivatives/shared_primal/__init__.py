@@ -20,6 +20,7 @@ Who holds whom, from the outside in:
 * `compiled.Backend` and `compiled.Region`: a part under torch.compile, as one graph of value and
   tangent.
 * `hidden_calls`: what no function mode sees; the only place that patches torch.
+* `graph_check`: what is left unseen, found in autograd's graph.
 """
 
 import contextlib
@@ -42,6 +43,7 @@ from flowspace.derivatives.replay import (
 from flowspace.derivatives.route import Derivative, scatter
 from flowspace.derivatives.rules.dual import ChosenRows, Layout
 from flowspace.derivatives.shared_primal.carrier import FIELD, Carrier
+from flowspace.derivatives.shared_primal.graph_check import check_graph, is_checked
 from flowspace.derivatives.shared_primal.kinds import ELSEWHERE
 from flowspace.derivatives.shared_primal.writes import Writes
 from flowspace.derivatives.torch_internals import below_modes_of_the_user
@@ -160,6 +162,8 @@ def evaluate_beside(
 ) -> Evaluation:
     """Evaluate fn once, with the tangents beside it."""
     carrier = Carrier()
+    if is_checked():
+        carrier.nodes = set()
     inputs = _aliases(carrier, primals, tangents, chosen)
     loaded = hidden_calls.dynamo_loaded()
     try:
@@ -178,11 +182,13 @@ def evaluate_beside(
                 "of shape (B, *)"
             )
         dual, held = carrier.dual(out), getattr(out, FIELD, None)
+        value = out
+        if held is not None:
+            value = held.primal
+        if carrier.nodes is not None:
+            check_graph(value, carrier.nodes)
     finally:
         carrier.release()
-    value = out
-    if held is not None:
-        value = held.primal
     if carrier.lost or (dual is not None and _elsewhere(dual.layout)):
         return Evaluation(value, None, carrier.writes)
     if dual is None:

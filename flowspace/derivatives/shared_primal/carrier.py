@@ -100,6 +100,7 @@ class Carrier(TorchFunctionMode):
         elsewhere: a function was called in another thread with what moves.
         refused: the error of a function that was refused, which the model may have caught.
         kept: the aliases that were made in a function of a subclass of Tensor.
+        nodes: the places of the aliases in autograd's graph, in a pass whose graph is checked.
     """
 
     def __init__(self, traced: bool = False) -> None:
@@ -116,6 +117,7 @@ class Carrier(TorchFunctionMode):
         self.elsewhere = False
         self.refused: DerivativeError | None = None
         self.kept: list[Tensor] | None = None
+        self.nodes: set[Any] | None = None
 
     # --- tensors and their tangents
 
@@ -142,6 +144,8 @@ class Carrier(TorchFunctionMode):
         self.live.append(weakref.ref(alias))
         if self.kept is not None:
             self.kept.append(alias)
+        if self.nodes is not None:
+            self.nodes.add(alias.grad_fn)
         return alias
 
     def begin(self, tensor: Tensor, tangent: Tensor, layout: Layout) -> None:

@@ -1,0 +1,71 @@
+"""What autograd's graph tells of functions that nobody saw.
+
+A function of a C++ extension that is bound by hand, and one that is called within
+``torch._C.DisableTorchFunction()``, pass every function mode by. Such a function is called with an
+alias in place of its primal, and its output carries no tangent, as if it were constant. But
+autograd sees it: in the graph of the value it stands after the alias, where the carrier would have
+called it with the primal. Only custom functions, which the carrier enters, stand there as well.
+
+To walk through a graph takes as long as some functions of the model, so it is done in the first
+passes of a process, and then in ever fewer. A function that comes before the first weights, of
+inputs that need no gradient, is in no graph and is not found.
+"""
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+
+from flowspace.errors import DerivativeError
+
+__all__ = ["check_graph", "is_checked"]
+
+FIRST = 64
+"""So many passes are checked, then those whose number is twice that of the one before."""
+
+_passes = itertools.count(1)
+
+
+def is_checked() -> bool:
+    """Return whether the graph of this pass is checked, if it has one."""
+    if not torch.is_grad_enabled():
+        return False
+    number = next(_passes)
+    return number <= FIRST or number.bit_count() == 1
+
+
+def check_graph(value: Tensor, aliases: set[Any]) -> None:
+    """Walk through the graph of a value.
+
+    Args:
+        value: of the model, with gradient or without.
+        aliases: the nodes of the tensors that stood for primals.
+
+    Raises:
+        DerivativeError: if a function was called with an alias unseen.
+    """
+    met = set()
+    waiting = [value.grad_fn]
+    aliases.discard(None)  # of what has no gradient
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in met:
+            continue
+        met.add(node)
+        for before, _ in node.next_functions:
+            if before in aliases and not isinstance(node, BackwardCFunction):
+                raise DerivativeError(_unseen(node.name()))
+            waiting.append(before)
+
+
+def _unseen(name: str) -> str:
+    """Return why a function is refused, by the name of its node in the graph."""
+    return (
+        f"got a function (in the backward pass {name}) called with what moves with z_t or t that "
+        "torch shows to no function mode: one of a C++ extension, or one within "
+        "torch._C.DisableTorchFunction(), whose tangent would be lost; write "
+        "derivative=ForwardMode(), or FiniteDifference() where torch has no forward derivative "
+        "of it"
+    )
