@@ -34,12 +34,15 @@ END = "<!-- end of table -->"
 HIDDEN = re.compile(r"^ *```.*?^ *```|<!--.*?-->", re.MULTILINE | re.DOTALL)
 """Code, and comments that are no markers."""
 
+WHOLE = r"\d+(?:,\d{3})*"
 UNIT = r"(?:%|(?:s|ms|(?:milli)?seconds?|minutes?|hours?|[MG]i?B|GFLOPs|M|million|times)\b)"
 RESULT = re.compile(
-    r"(?<![\w.-])(?:-?\d+(?:,\d{3})*(?:\.\d+(?:e[-+]\d+)?|e[-+]\d+)(?!\.?\d)"
-    rf"|\d+(?:,\d{{3}})*(?= ?{UNIT})|(?:(?<=distance )|(?<=distance of ))\d+(?:,\d{{3}})*)"
+    r"(?<![\w.-])(?:"
+    rf"-?{WHOLE}(?:\.\d+(?:e[-+]\d+)?|e[-+]\d+)(?!\.?\d)"
+    rf"|{WHOLE}(?= ?{UNIT}| of (?:the )?\d)"
+    rf"|(?:(?<=distance )|(?<=distance of )){WHOLE})"
 )
-"""A number that may have been measured: a fraction, one with a unit, a distance."""
+"""A number that may have been measured: a fraction, with a unit, so many of many, a distance."""
 
 UNMEASURED = re.compile(
     r"`[^`]*`|\]\([^)]*\)|arXiv [\d.]+"

@@ -126,7 +126,7 @@ def test_numbers_are_read_with_the_digits_that_were_written():
         ("A step costs 1.07 of a plain one.", ["1.07"]),
         ("It takes 88 s, then 1,200 ms and 7 minutes.", ["88", "1200", "7"]),
         ("Of 40 % it has 118 M parameters, 3 million and 1.4 GB.", ["40", "118", "3", "1.4"]),
-        ("off by 2e-02, at a distance of 131", ["0.02", "131"]),
+        ("off by 2e-02, at a distance of 131, 98 of 100", ["0.02", "131", "98"]),
         ("3,000 steps of 128 rows; Python 3.10, torch 2.9 or 2.11.1, `x = 0.5`, [a](b1.5.md)", []),
         ("arXiv 2504.07963, version 2.14.1, commit 11e0393, 8x8 pixels, t in [0, 1]", []),
     ],
