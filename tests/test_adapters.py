@@ -504,7 +504,7 @@ def test_blocks_that_are_compiled_give_the_same_loss_and_gradient(name):
         out.loss.sum().backward()
         found.append((out.loss.detach(), model.added.first.weight.grad.clone()))
         model.compile_blocks(backend=backend)
-    torch.testing.assert_close(*found)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)  # which round differently
     assert graphs or not follows_compiled()
 
 
