@@ -122,17 +122,9 @@ def along(route, model, z, v):
 
 # --- the same as by hand
 
-FORWARD_UNET = pytest.param(
-    unet,
-    id="unet",
-    marks=pytest.mark.skipif(
-        torch.__version__ < "2.11", reason="torch's forward mode raises in group norm (2.9)"
-    ),
-)
-
 
 @pytest.mark.parametrize("route", [SharedPrimal(), ForwardMode()], ids=["shared", "forward"])
-@pytest.mark.parametrize("build", [FORWARD_UNET, pytest.param(dit, id="dit")])
+@pytest.mark.parametrize("build", [unet, dit], ids=["unet", "dit"])
 def test_value_and_derivative_of_a_network_of_diffusers_are_those_of_a_model_by_hand(build, route):
     network = build().double()
     z, v = normal(0, 3, 2, 4, 4), normal(1, 3, 2, 4, 4)
@@ -147,7 +139,7 @@ def test_value_and_derivative_of_a_network_of_diffusers_are_those_of_a_model_by_
     assert slope.abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("build", [FORWARD_UNET, pytest.param(dit, id="dit")])
+@pytest.mark.parametrize("build", [unet, dit], ids=["unet", "dit"])
 def test_a_finite_difference_of_a_thousand_t_needs_a_step_far_below_the_default(build):
     model = adapt(build(), names={"labels": "class_labels"})
     z, v, one = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4), torch.ones(3)

@@ -66,11 +66,8 @@ outside_transforms = temporarily_clear_interpreter_stack
 base_transform = _C._functorch.get_unwrapped
 """Returns the tensor that a transform of torch.func wrapped."""
 
-rms_norm_and_scale: Any = None
-"""Returns what `rms_norm` does, and 1/rms(x) beside it; None where torch has no such function."""
-
-if hasattr(torch.ops.aten, "_fused_rms_norm_backward"):  # of old, it was another function
-    rms_norm_and_scale = _C._VariableFunctions._fused_rms_norm
+rms_norm_and_scale = _C._VariableFunctions._fused_rms_norm
+"""Returns what `rms_norm` does, and 1/rms(x) beside it."""
 
 negated_view = _C._VariableFunctions._neg_view
 """Returns the numbers of a tensor with the other sign, in the same memory."""

@@ -106,7 +106,7 @@ def rms_norm(
     """The tangent is weight (dx - u mean(u dx)) / rms(x), where u = x / rms(x).
 
     If the function was not evaluated before, this rule does so, by the kernel that returns 1/rms
-    beside the output where there is one.
+    beside the output where it takes these.
     """
     if len(call.duals) > 1 or not isinstance(x, Dual):
         call.run(call.evaluate)
@@ -136,38 +136,18 @@ def _of_unit(
     x: Tensor, dx: Tensor, dims: list[int], scale: Tensor | None, eps: float | None
 ) -> Tensor:
     """Return the tangent of x / rms(x), in at least float32, as torch forms it."""
-    given = x.dtype
-    if given is not torch.float32:
-        dtype = torch.promote_types(given, torch.float32)
+    if x.dtype is not torch.float32:
+        dtype = torch.promote_types(x.dtype, torch.float32)
         x, dx = x.to(dtype), dx.to(dtype)
     count = math.prod(x.shape[dim] for dim in dims)
     if scale is None:
         if eps is None:
-            eps = _default_eps(given, x.dtype)
+            eps = torch.finfo(x.dtype).eps
         scale = _scale(x, dims, count, eps)
     u = x * scale
     # with sums, for a mean costs a CPU twice as much
     share = (u * dx).sum(dims, keepdim=True)
     return torch.addcmul(dx, u, share, value=-1 / count).mul_(scale)
-
-
-def _default_eps(given: torch.dtype, computed: torch.dtype) -> float:
-    """Return the eps of `rms_norm` for an input of one dtype, computed in another."""
-    if _eps_is_of_input():
-        return torch.finfo(given).eps
-    return torch.finfo(computed).eps
-
-
-@functools.cache
-def _eps_is_of_input() -> bool:
-    """Return whether the eps of `rms_norm`, where none is given, is that of its input's dtype.
-
-    So it is in torch 2.6; in 2.11 it is that of float32 for an input of half precision. The norm
-    of a number far below the larger eps tells.
-    """
-    with unseen_by_modes():
-        small = torch.full((1,), 0.01, dtype=torch.bfloat16, device="cpu")
-        return bool(torch.rms_norm(small, (1,)) < 0.5)
 
 
 def _scale(x: Tensor, dims: list[int], count: int, eps: float) -> Tensor:
@@ -186,8 +166,6 @@ def _by_kernel(x: Tensor, shape: Sequence[int], weight: Tensor | None) -> bool:
     if x.is_cuda:
         device = "cuda"
     elif not x.is_cpu:
-        return False
-    if rms_norm_and_scale is None:
         return False
     if torch.is_autocast_enabled(device) and not (x.is_cuda and _autocast_leaves_it()):
         return False
