@@ -757,3 +757,43 @@ def test_an_adaptive_integrator_inside_a_model_is_differentiated():
     behind = [p - 1e-5 * v for p, v in zip(PRIMALS, TANGENTS, strict=True)]
     exact = (flow(*ahead) - flow(*behind)) / 2e-5
     close(SharedPrimal()(flow, PRIMALS, TANGENTS)[1], exact, 1e-6)
+
+
+class Keeping(nn.Module):
+    """Writes into a buffer, into what moves and into what it made; in train mode its rows mix."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(6, dtype=DOUBLE))
+        self.norm = nn.BatchNorm1d(6, dtype=DOUBLE)
+        self.weight = nn.Parameter(WEIGHT.clone())
+
+    def forward(self, z, t):
+        self.count.add_(1)
+        made = torch.zeros_like(z)
+        made[:, :3] = z[:, :3]
+        made.add_(z @ self.weight).mul_(t[:, None])
+        return self.norm(made)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("rows", [None, HALF], ids=["all", "half"])
+@pytest.mark.parametrize("route", ROUTES, ids=repr)
+def test_nothing_of_a_pass_waits_for_the_collector_of_cycles(route, mode, rows):
+    model = getattr(Keeping(), mode)()
+    route(model, PRIMALS, TANGENTS, rows=rows)
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        route(model, PRIMALS, TANGENTS, rows=rows)
+        gc.collect()
+        left = [x for x in gc.garbage if type(x).__module__.partition(".")[0] == "flowspace"]
+        left += [x for x in gc.garbage if isinstance(x, torch.Tensor)]
+        nodes = [x for x in gc.garbage if type(x).__name__.endswith("Backward0")]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert not left
+    assert not nodes

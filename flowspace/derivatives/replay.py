@@ -569,6 +569,8 @@ def restoring_buffers(mixed: bool = True) -> Iterator[RestoringMode]:
             yield mode
     finally:
         mode.restore()
+        mode.written.clear()  # what calls back to the mode would keep it, with these tensors
+        mode.replaced.clear()
 
 
 def without_trace(function: Callable[[], Any], beside: Tensor) -> Any:

@@ -293,16 +293,17 @@ class Carrier(TorchFunctionMode):
                 delattr(tensor, FIELD)
 
     def release(self) -> None:
-        """Let go of every tangent that the model still holds.
+        """Let go of every tangent that the model still holds, and of the graph and the writes.
 
         What it keeps of a pass, such as a cache, is then a plain tensor, and holds no memory of
-        tangents.
+        tangents. Nothing of the pass waits for Python's collector of cycles.
         """
         for reference in self.live:
             alias = reference()
             if alias is not None and hasattr(alias, FIELD):
                 delattr(alias, FIELD)
-        self.live, self.writes.mirrors = [], {}
+        self.live, self.nodes = [], None
+        self.writes.release()
 
     def aliases(self) -> Iterator[Tensor]:
         """Iterate over the tensors that carry a tangent."""

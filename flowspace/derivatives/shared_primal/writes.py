@@ -86,6 +86,11 @@ class Writes:
                 put_back(tensor, now, version)
             bound.restore()
 
+    def release(self) -> None:
+        """Let go of the carrier and the tangents, once its pass is over."""
+        self.mirrors = {}
+        del self.carrier
+
     def remember(self, *targets: Tensor) -> None:
         """Keep what tensors without a tangent held before the model first wrote to them, or may
         have written to them unseen; views stand for what they are views of.
