@@ -164,7 +164,7 @@ def _four_axes(x: Tensor, lead: Sequence[int], dtype: torch.dtype) -> Tensor:
     last = x.shape[-3:]
     if max(x.shape[:-3]) > 1:
         x = x.expand(*batches, *last)
-    x = x.reshape(-1, *last)
+    x = x.flatten(0, -4)
     return x.expand(math.prod(batches), heads, -1, -1)
 
 

@@ -148,6 +148,11 @@ class Carrier(TorchFunctionMode):
             self.nodes.add(alias.grad_fn)
         return alias
 
+    def _in_graph(self, aliases: Iterable[Tensor]) -> None:
+        """Note that aliases stand in autograd's graph themselves, and nothing is lost by it."""
+        if self.nodes is not None:
+            self.nodes.difference_update([alias.grad_fn for alias in aliases])
+
     def begin(self, tensor: Tensor, tangent: Tensor, layout: Layout) -> None:
         """Let a tensor of the model's own carry a tangent itself, once it was written to."""
         dual = Dual(tensor, tangent.to(tensor.dtype), layout, self)
@@ -416,6 +421,7 @@ class Carrier(TorchFunctionMode):
             same = alias.shape == out.shape and alias.stride() == out.stride()
             if same and alias.data_ptr() == out.data_ptr():
                 held = self.held(alias)
+                self._in_graph([alias])
                 return self.wrap(out, held.tangent, held.layout)
         return out
 
@@ -680,14 +686,19 @@ class Carrier(TorchFunctionMode):
                 given.append(leaf)
         if not given or self.lost:
             return outs
-        return pytree.tree_map(lambda out: self._custom_output(cls, given, out), outs)
+        first = next((x for x in args if isinstance(x, Tensor)), None)
+
+        def followed(out: Any) -> Any:
+            if any(out is x for x in given):  # torch hands on what was marked as dirty
+                return self._dirtied(cls, given, out, out is first)
+            return self._custom_output(cls, given, out)
+
+        return pytree.tree_map(followed, outs)
 
     def _custom_output(self, cls: type, given: Sequence[Tensor], out: Any) -> Any:
         """Return one output of a custom function of these tensors that move, with its tangent."""
         if not rules.differentiable(out) or not out.numel():
             return out
-        if any(out is x for x in given):  # torch hands on what was marked as dirty
-            return self._dirtied(cls, out)
         # The forward pass of a custom function runs without gradient, so its aliases are not in
         # the graph of its outputs: each output is wrapped again, as torch hands it out.
         in_graph = torch.is_grad_enabled() and any(x.requires_grad for x in given)
@@ -704,15 +715,18 @@ class Carrier(TorchFunctionMode):
                 out = out.clone()
         return self.wrap(out, dual.tangent, dual.layout)  # type: ignore[union-attr]
 
-    def _dirtied(self, cls: type, alias: Tensor) -> Tensor:
+    def _dirtied(self, cls: type, given: Sequence[Tensor], alias: Tensor, first: bool) -> Tensor:
         """Return an input that a custom function wrote into, with its tangent, in its graph.
 
         Raises:
-            DerivativeError: if others share its memory.
+            DerivativeError: if others share its memory, or if it does not come first: an alias is
+                a view, and torch loses the gradient of any other view that is written to.
         """
         held = self.held(alias)
-        if self.writes.shared(alias) or self.writes.mirrors:
+        lost = alias.requires_grad and not first
+        if lost or self.writes.shared(alias) or self.writes.mirrors:
             raise DerivativeError(refusal(cls.__name__))
+        self._in_graph(x for x in given if x is not alias)
         self._put_into_graph(alias, held)
         return alias
 

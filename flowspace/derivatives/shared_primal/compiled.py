@@ -42,7 +42,6 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.exc import RestartAnalysis, SkipFrame
-from torch._ops import HigherOrderOperator
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
@@ -50,6 +49,7 @@ from torch.utils import _pytree as pytree
 from flowspace.derivatives import hidden_calls, replay
 from flowspace.derivatives.rules.dual import ChosenRows, Dual, Layout, LostRowsError
 from flowspace.derivatives.shared_primal.carrier import FIELD, Carrier
+from flowspace.derivatives.shared_primal.higher_order import GraphRunner
 from flowspace.derivatives.torch_internals import left_after_errors, not_intercepted
 from flowspace.errors import DerivativeError
 
@@ -449,24 +449,6 @@ class Region:
         return made[-1]._replace(run=self.backend(traced, examples))
 
 
-class _GraphRunner(fx.Interpreter):
-    """Runs a graph under a carrier.
-
-    Operators that take graphs are handed to the carrier here: no function mode sees some of them.
-    """
-
-    def __init__(self, graph: fx.GraphModule, carrier: Carrier) -> None:
-        super().__init__(graph)
-        self.extra_traceback = False  # a refusal is told as in the eager route
-        self.carrier = carrier
-
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call one function of the graph."""
-        if isinstance(target, HigherOrderOperator):
-            return self.carrier.carry(target, args, kwargs)
-        return super().call_function(target, args, kwargs)
-
-
 def _carried(
     captured: fx.GraphModule,
     inputs: list[Any],
@@ -487,7 +469,7 @@ def _carried(
         inputs[i] = carrier.wrap(inputs[i], tangent, _layout(place, chosen))
         before[i] = carrier.held(inputs[i]).tangent
     with carrier:
-        values = _GraphRunner(captured, carrier).run(*inputs)
+        values = GraphRunner(captured, carrier).run(*inputs)
     if carrier.lost:
         return [], Program(None, lost=True)
     outputs = [_primal(value) for value in values]
@@ -556,11 +538,15 @@ def _copied(graph: fx.GraphModule) -> fx.GraphModule:
 
 
 def _refusing_constants(graph: fx.GraphModule) -> fx.GraphModule:
-    """Return a copy of a graph in which torch.tensor of tensors that move is refused.
+    """Return a copy of a graph, and of those in it, as of a checkpoint, in which torch.tensor of
+    tensors that move is refused.
 
     dynamo writes it as a function of Python that no mode sees, and that drops tangents.
     """
     copied = _copied(graph)
+    for name, body in copied.named_children():
+        if isinstance(body, fx.GraphModule):
+            setattr(copied, name, _refusing_constants(body))
     for node in copied.graph.find_nodes(op="call_function", target=_refs.tensor):
         node.target = _tensor
     copied.recompile()

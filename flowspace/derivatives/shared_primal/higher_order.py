@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
+from torch._ops import HigherOrderOperator
 from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointPolicy
@@ -24,10 +25,28 @@ from flowspace.errors import DerivativeError
 if TYPE_CHECKING:
     from flowspace.derivatives.shared_primal.carrier import Carrier
 
-__all__ = ["run"]
+__all__ = ["GraphRunner", "run"]
 
 _checkpoints = itertools.count(1 << 20)
 """Numbers for checkpoints in traces, far from those that torch gives to its own, from 1 on."""
+
+
+class GraphRunner(fx.Interpreter):
+    """Runs a graph under a carrier.
+
+    Operators that take graphs are handed to the carrier here: no function mode sees some of them.
+    """
+
+    def __init__(self, graph: fx.GraphModule, carrier: "Carrier") -> None:
+        super().__init__(graph)
+        self.extra_traceback = False  # a refusal is told as in the eager route
+        self.carrier = carrier
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call one function of the graph."""
+        if isinstance(target, HigherOrderOperator):
+            return self.carrier.carry(target, args, kwargs)
+        return super().call_function(target, args, kwargs)
 
 
 def run(carrier: "Carrier", call: rules.Call, name: str, args: tuple[Any, ...]) -> Any:
@@ -50,6 +69,8 @@ def run(carrier: "Carrier", call: rules.Call, name: str, args: tuple[Any, ...]) 
         )
     graph, operands = body(args)
     before = _traced_nodes()
+    if carrier.traced:
+        graph = GraphRunner(graph, carrier).run
     with carrier:
         out = graph(*operands)
     if name == "tag_activation_checkpoint":
@@ -75,7 +96,7 @@ def _hooked(carrier: "Carrier", call: rules.Call) -> Any:
 Arguments = tuple[Any, ...]
 """What an operator is called with."""
 
-Body = tuple[Callable[..., Any], Arguments]
+Body = tuple[Any, Arguments]
 """A graph, and what it is called with."""
 
 
