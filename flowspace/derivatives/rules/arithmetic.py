@@ -108,7 +108,8 @@ def _kernel(name: str, derivative: Callable[..., Tensor], of_output: bool = Fals
 
     Args:
         name: of the function.
-        derivative: called with the tangent, the input and the further arguments of the function.
+        derivative: called with the tangent, the input and the further arguments of the function,
+            and with ``out``, which may be the memory of the input.
         of_output: it is called with the output in place of the input.
     """
 
@@ -121,34 +122,43 @@ def _kernel(name: str, derivative: Callable[..., Tensor], of_output: bool = Fals
         if of_output:
             primal = call.out
 
-        def product(tangent: Tensor, primal: Tensor) -> Tensor:
-            return derivative(tangent, primal, *args, **kwargs)
+        def product(tangent: Tensor, primal: Tensor, out: Tensor | None = None) -> Tensor:
+            return derivative(tangent, primal, out, *args, **kwargs)
 
-        return At(rowwise(product, x.tangent, primal.detach(), x.layout), x.layout)
+        tangent = rowwise(product, x.tangent, primal.detach(), x.layout, call.traced)
+        return At(tangent, x.layout)
 
     kernel.__name__ = kernel.__qualname__ = name
 
 
-def _silu(dx: Tensor, x: Tensor, *_: Any, **__: Any) -> Tensor:
-    """Return d silu(x), whatever `inplace` says."""
-    return aten.silu_backward.default(dx, x)
+def _backward(name: str, *more: Any) -> Callable[..., Tensor]:
+    """Return f'(x) dx by a kernel of torch's backward pass.
 
+    Args:
+        name: of the kernel.
+        more: its arguments after the tangent and the input.
+    """
+    packet = getattr(aten, name)
 
-def _gelu(dx: Tensor, x: Tensor, approximate: str = "none") -> Tensor:
-    """Return d gelu(x)."""
-    return aten.gelu_backward.default(dx, x, approximate=approximate)
+    def derivative(dx: Tensor, x: Tensor, out: Tensor | None, *_: Any, **named: Any) -> Tensor:
+        named.pop("inplace", None)
+        if out is None:
+            return packet.default(dx, x, *more, **named)
+        return packet.grad_input(dx, x, *more, grad_input=out, **named)
+
+    return derivative
 
 
 # f'(x) dx, where y is f(x): (1 - y^2) dx for tanh, y (1 - y) dx for sigmoid.
-_kernel("exp", lambda dx, y: dx * y, of_output=True)
-_kernel("square", lambda dx, x: 2 * dx * x)
-_kernel("sin", lambda dx, x: dx * x.cos())
-_kernel("cos", lambda dx, x: -dx * x.sin())
-_kernel("silu", _silu)
-_kernel("gelu", _gelu)
-_kernel("relu", lambda dx, x, **_: aten.threshold_backward.default(dx, x, 0))
-_kernel("tanh", lambda dx, y: aten.tanh_backward.default(dx, y), of_output=True)
-_kernel("sigmoid", lambda dx, y: aten.sigmoid_backward.default(dx, y), of_output=True)
+_kernel("exp", lambda dx, y, out: torch.mul(dx, y, out=out), of_output=True)
+_kernel("square", lambda dx, x, out: torch.mul(dx, x, out=out).mul_(2))
+_kernel("sin", lambda dx, x, out: torch.mul(dx, x.cos(), out=out))
+_kernel("cos", lambda dx, x, out: torch.mul(dx, x.sin(), out=out).neg_())
+_kernel("silu", _backward("silu_backward"))
+_kernel("gelu", _backward("gelu_backward"))
+_kernel("relu", _backward("threshold_backward", 0))
+_kernel("tanh", _backward("tanh_backward"), of_output=True)
+_kernel("sigmoid", _backward("sigmoid_backward"), of_output=True)
 
 
 @rule(

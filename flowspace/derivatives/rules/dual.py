@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flowspace.backends import torch_backend
+from flowspace.derivatives.torch_internals import transform_level
 
 __all__ = [
     "ChosenRows",
@@ -26,6 +26,7 @@ __all__ = [
     "same",
     "shared_rows",
     "whole_primal",
+    "writable",
 ]
 
 
@@ -140,25 +141,42 @@ Smaller rows are first copied beside each other.
 
 
 def rowwise(
-    function: Callable[[Tensor, Tensor], Tensor],
+    function: Callable[..., Tensor],
     tangent: Tensor,
     primal: Tensor,
     layout: Layout | None,
+    traced: bool,
 ) -> Tensor:
     """Return an elementwise function of a tangent, and of the rows of a primal that have one.
 
-    The primal is full, and the result has the tangent's shape. Large rows are not gathered first:
-    memory that is new costs a CPU more than the arithmetic does.
+    The primal is full, and the result has the tangent's shape. To a CPU memory that is new costs
+    more than the arithmetic does: the result takes the place of the rows that were gathered, and
+    large rows are not gathered first.
+
+    Args:
+        function: of a tangent and a primal, and of ``out``, a tensor to write the result into.
+        tangent: on its rows.
+        primal: on every row.
+        layout: of the tangent.
+        traced: the tensors have no values.
     """
-    first = layout is not None and layout[:3] == (0, 1, 1) and not layout.chosen.traced
-    first = first and tangent.device.type == "cpu"
-    large = first and tangent.numel() >= LARGE_ROW * len(tangent)
-    if not large or not all(map(torch_backend.has_values, (tangent, primal))):
+    if layout is None or traced or not writable(tangent, primal):
         return function(tangent, restrict(primal, layout))
-    found = torch.empty_like(tangent)
-    for row, there in enumerate(layout.chosen.indices.tolist()):  # type: ignore[union-attr]
-        found[row] = function(tangent[row], primal[there])
-    return found
+    first = layout[:3] == (0, 1, 1) and tangent.device.type == "cpu"
+    if first and tangent.numel() >= LARGE_ROW * len(tangent):
+        found = torch.empty_like(tangent)
+        for row, there in enumerate(layout.chosen.indices.tolist()):
+            function(tangent[row], primal[there], out=found[row])
+        return found
+    rows = restrict(primal, layout)
+    return function(tangent, rows, out=rows)
+
+
+def writable(first: Tensor, second: Tensor) -> bool:
+    """Return whether a function of these may write into memory of ours: they are plain tensors,
+    and no transform of torch.func is at work.
+    """
+    return type(first) is Tensor and type(second) is Tensor and transform_level() is None
 
 
 class Dual:

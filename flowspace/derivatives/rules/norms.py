@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowspace.derivatives.rules.dual import Dual, LostRowsError, restrict
+from flowspace.derivatives.rules.dual import Dual, LostRowsError, restrict, writable
 from flowspace.derivatives.rules.registry import At, Call, forward, rule
 from flowspace.derivatives.torch_internals import rms_norm_and_scale, unseen_by_modes
 
@@ -126,16 +126,27 @@ def rms_norm(
             tangent.to(rows.dtype), rows, normalized_shape, scale, None, INPUT_ONLY[:2]
         )
     else:
-        derivative = _of_unit(rows, tangent, dims, scale, eps)
+        own = x.layout is not None and not call.traced and writable(rows, tangent)
+        derivative = _of_unit(rows, tangent, dims, scale, eps, own)
     if weight is not None:
         derivative.mul_(weight)
     return At(derivative, x.layout)
 
 
-def _of_unit(
-    x: Tensor, dx: Tensor, dims: list[int], scale: Tensor | None, eps: float | None
+def _of_unit(  # noqa: PLR0913  # what a norm needs
+    x: Tensor, dx: Tensor, dims: list[int], scale: Tensor | None, eps: float | None, own: bool
 ) -> Tensor:
-    """Return the tangent of x / rms(x), in at least float32, as torch forms it."""
+    """Return the tangent of x / rms(x), in at least float32, as torch forms it.
+
+    Args:
+        x: the rows that have a tangent.
+        dx: their tangent.
+        dims: the axes that are normalised.
+        scale: 1/rms(x), or None.
+        eps: of the norm.
+        own: x is a copy that nobody else has, so its memory may be used again: to a CPU memory
+            that is new costs more than the arithmetic does.
+    """
     if x.dtype is not torch.float32:
         dtype = torch.promote_types(x.dtype, torch.float32)
         x, dx = x.to(dtype), dx.to(dtype)
@@ -144,10 +155,15 @@ def _of_unit(
         if eps is None:
             eps = torch.finfo(x.dtype).eps
         scale = _scale(x, dims, count, eps)
-    u = x * scale
-    # with sums, for a mean costs a CPU twice as much
-    share = (u * dx).sum(dims, keepdim=True)
-    return torch.addcmul(dx, u, share, value=-1 / count).mul_(scale)
+    if not own:
+        u = x * scale
+        # with sums, for a mean costs a CPU twice as much
+        share = (u * dx).sum(dims, keepdim=True)
+        return torch.addcmul(dx, u, share, value=-1 / count).mul_(scale)
+    u = x.mul_(scale)
+    product = u * dx
+    share = product.sum(dims, keepdim=True)
+    return torch.addcmul(dx, u, share, value=-1 / count, out=product).mul_(scale)
 
 
 def _scale(x: Tensor, dims: list[int], count: int, eps: float) -> Tensor:
