@@ -45,11 +45,12 @@ RESULT = re.compile(
 """A number that may have been measured: a fraction, with a unit, so many of many, a distance."""
 
 UNMEASURED = re.compile(
-    r"`[^`]*`|\]\([^)]*\)|arXiv [\d.]+"
+    r"`[^`]*`|\]\([^)]*\)|arXiv [\d.]+|^[?!]{3}.*"
     r"|\b(?:Python|torch|jax|SA) \d+(?:\.\d+)+(?:(?: and|,| or) \d+(?:\.\d+)+)*",
-    re.IGNORECASE,
+    re.IGNORECASE | re.MULTILINE,
 )
-"""What no number is read from: code, addresses, names of papers, versions."""
+"""What no number is read from: code, addresses, names of papers, titles of what unfolds, versions.
+"""
 
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?")
 
