@@ -921,3 +921,23 @@ def test_nothing_of_a_pass_waits_for_the_collector_of_cycles(route, mode, rows):
         gc.enable()
     assert not left
     assert not nodes
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("rows", [None, HALF], ids=["all", "half"])
+def test_writes_in_a_checkpoint_that_is_compiled_are_followed_and_made_once(mode, rows):
+    model = getattr(Keeping(), mode)()
+    plain = copy.deepcopy(model)
+    kept = functools.partial(checkpoint, model, use_reentrant=False)
+    captured = torch.compile(kept, backend="aot_eager")
+    value, derivative = SharedPrimal()(captured, PRIMALS, TANGENTS, rows)
+    wished = plain(*PRIMALS)
+    close(value, wished)
+    for buffer, other in zip(model.buffers(), plain.buffers(), strict=True):
+        close(buffer, other)
+    gradients = torch.autograd.grad(value.pow(3).sum(), model.weight)
+    close(gradients, torch.autograd.grad(wished.pow(3).sum(), plain.weight))
+    step, (z, t), (dz, dt) = 1e-5, PRIMALS, TANGENTS
+    change = plain(z + step * dz, t + step * dt) - plain(z - step * dz, t - step * dt)
+    exact = change.detach() / (2 * step)
+    close(derivative, exact if rows is None else exact * rows[:, None], 1e-7)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._functorch import eager_transforms
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
+from torch.overrides import _pop_mode_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "negated_view",
     "not_intercepted",
     "operators_of_networks",
+    "outside_innermost_mode",
     "outside_transforms",
     "rms_norm_and_scale",
     "set_gradients",
@@ -53,6 +55,9 @@ dispatch_modes = _C._len_torch_dispatch_stack
 
 function_modes = _C._len_torch_function_stack
 """Returns how many function modes see what is called in this thread."""
+
+outside_innermost_mode = _pop_mode_temporarily
+"""A context in which the function mode that was entered last sees nothing."""
 
 transform_level = _C._functorch.maybe_current_level
 """Returns how many transforms of torch.func are at work, or None."""

@@ -49,7 +49,7 @@ from torch.utils import _pytree as pytree
 from flowspace.derivatives import hidden_calls, replay
 from flowspace.derivatives.rules.dual import ChosenRows, Dual, Layout, LostRowsError
 from flowspace.derivatives.shared_primal.carrier import FIELD, Carrier
-from flowspace.derivatives.shared_primal.higher_order import GraphRunner
+from flowspace.derivatives.shared_primal.higher_order import GraphRunner, body_of
 from flowspace.derivatives.torch_internals import left_after_errors, not_intercepted
 from flowspace.errors import DerivativeError
 
@@ -614,14 +614,9 @@ def _written_inputs(captured: fx.GraphModule, context: TraceContext) -> list[int
     Norms over the batch write into their running statistics; of other functions the versions tell
     that autograd counts, once the graph has been run on inputs without values.
     """
-    numbers = {node: i for i, node in enumerate(_placeholders(captured))}
-    written = set()
-    for node in captured.graph.nodes:
-        if _over_batch(node):
-            statistics = node.all_input_nodes[1:3]
-            written.update(numbers[x] for x in statistics if x in numbers)
+    written = _statistics(captured)
     before = _versions(context.examples)
-    if any(map(_writes_in_place, captured.graph.nodes)):
+    if any(map(_writes_in_place, _nodes(captured))):
         open_sizes = enable_python_dispatcher()
         with context.fake, open_sizes, torch.no_grad(), contextlib.suppress(Exception):
             captured(*context.examples)
@@ -629,6 +624,29 @@ def _written_inputs(captured: fx.GraphModule, context: TraceContext) -> list[int
         if version != before[i]:
             written.add(i)
     return sorted(written)
+
+
+def _statistics(graph: fx.GraphModule) -> set[int]:
+    """Return the numbers of the inputs that norms over the batch write into."""
+    numbers = {node: i for i, node in enumerate(_placeholders(graph))}
+    found: set[int] = set()
+    for node in graph.graph.nodes:
+        written: Sequence[Any] = ()
+        body = body_of(node)
+        if _over_batch(node):
+            written = node.all_input_nodes[1:3]
+        elif body is not None:
+            inner, operands = body
+            written = [operands[i] for i in _statistics(getattr(graph, inner.target))]
+        found.update(numbers[x] for x in written if x in numbers)
+    return found
+
+
+def _nodes(graph: fx.GraphModule) -> Iterator[fx.Node]:
+    """Iterate over the nodes of a graph and of those in it, as of a checkpoint."""
+    for module in graph.modules():
+        if isinstance(module, fx.GraphModule):
+            yield from module.graph.nodes
 
 
 def _writes_in_place(node: fx.Node) -> bool:
@@ -654,8 +672,7 @@ def _over_batch(node: fx.Node) -> bool:
 def _mixes(captured: fx.GraphModule) -> bool:
     """Return whether a graph has a norm over the batch."""
     norms = (torch.nn.functional.batch_norm, torch.batch_norm)
-    nodes = captured.graph.nodes
-    return any(node.target in norms and _over_batch(node) for node in nodes)
+    return any(node.target in norms and _over_batch(node) for node in _nodes(captured))
 
 
 # --- inputs, their tangents and where the rows lie

@@ -4,11 +4,13 @@ A function of a C++ extension that is bound by hand, and one that is called with
 ``torch._C.DisableTorchFunction()``, pass every function mode by. Such a function is called with an
 alias in place of its primal, and its output carries no tangent, as if it were constant. But
 autograd sees it: in the graph of the value it stands after the alias, where the carrier would have
-called it with the primal. Only custom functions, which the carrier enters, stand there as well.
+called it with the primal. What the carrier follows stands there as well in few places: custom
+functions, which it enters, and what a subclass of Tensor was made of.
 
 To walk through a graph takes as long as some functions of the model, so it is done in the first
 passes of a process, and then in ever fewer. A function that comes before the first weights, of
-inputs that need no gradient, is in no graph and is not found.
+inputs that need no gradient, is in no graph and is not found; nor is one that writes into what
+moves, for the graph of a view is that of its memory.
 """
 
 import itertools

@@ -19,13 +19,13 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointPolicy
 
 from flowspace.derivatives import rules
-from flowspace.derivatives.torch_internals import not_intercepted
+from flowspace.derivatives.torch_internals import not_intercepted, outside_innermost_mode
 from flowspace.errors import DerivativeError
 
 if TYPE_CHECKING:
     from flowspace.derivatives.shared_primal.carrier import Carrier
 
-__all__ = ["GraphRunner", "run"]
+__all__ = ["GraphRunner", "body_of", "run"]
 
 _checkpoints = itertools.count(1 << 20)
 """Numbers for checkpoints in traces, far from those that torch gives to its own, from 1 on."""
@@ -45,7 +45,8 @@ class GraphRunner(fx.Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call one function of the graph."""
         if isinstance(target, HigherOrderOperator):
-            return self.carrier.carry(target, args, kwargs)
+            with outside_innermost_mode():  # it is the carrier, which enters itself again
+                return self.carrier.carry(target, args, kwargs)
         return super().call_function(target, args, kwargs)
 
 
@@ -116,6 +117,16 @@ _BODIES: dict[str, Callable[[Arguments], Body]] = {
     "invoke_subgraph": _without_name,
 }
 """The body of an operator, and what it is called with, among its arguments."""
+
+
+def body_of(node: fx.Node) -> Body | None:
+    """Return the graph that a node of a graph only stands for, and what it is called with."""
+    if not isinstance(node.target, HigherOrderOperator):
+        return None
+    body = _BODIES.get(node.target.name())
+    if body is None:
+        return None
+    return body(node.args)
 
 
 def _tracer() -> Any:
