@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from flowspace import DerivativeError, FiniteDifference, ForwardMode, SharedPrimal
-from flowspace.derivatives.hidden_calls import active_carrier
+from flowspace.derivatives.hidden_calls import active_carrier, follows_compiled
 from flowspace.derivatives.shared_primal import graph_check
 
 DOUBLE = torch.float64
@@ -941,3 +941,25 @@ def test_writes_in_a_checkpoint_that_is_compiled_are_followed_and_made_once(mode
     change = plain(z + step * dz, t + step * dt) - plain(z - step * dz, t - step * dt)
     exact = change.detach() / (2 * step)
     close(derivative, exact if rows is None else exact * rows[:, None], 1e-7)
+
+
+@pytest.mark.parametrize("rows", [None, HALF], ids=["all", "half"])
+def test_a_route_within_a_compiled_model_is_refused_and_uncompiled_its_value_is_followed(rows):
+    def inner(z, t):
+        return (z @ WEIGHT).sin() * t[:, None]
+
+    def value(z, t):
+        return SharedPrimal()(inner, (z, t), TANGENTS)[0]
+
+    def model(z, t, part=value):
+        return part(z @ WEIGHT, t).tanh() @ WEIGHT
+
+    compiled = torch.compile(model, backend="aot_eager")
+    if not follows_compiled():
+        pytest.skip("this torch runs it as it was written")
+    with pytest.raises(DerivativeError, match=r"SharedPrimal\(\) evaluated by a compiled part"):
+        SharedPrimal()(compiled, PRIMALS, TANGENTS, rows=rows)
+    exact = wanted(functools.partial(model, part=inner), rows)
+    apart = functools.partial(compiled, part=torch.compiler.disable(value))
+    for each in (model, apart):
+        close(SharedPrimal()(each, PRIMALS, TANGENTS, rows=rows)[1], exact)

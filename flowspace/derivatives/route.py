@@ -21,7 +21,7 @@ from flowspace.arrays import over_rows
 from flowspace.backends import backend_of, one_backend, torch_backend
 from flowspace.derivatives import hidden_calls
 from flowspace.derivatives.replay import in_transform, several_processes
-from flowspace.errors import InputError
+from flowspace.errors import DerivativeError, InputError
 from flowspace.inputs import check_device, is_function, kind_of
 
 __all__ = ["Derivative", "checked", "scatter"]
@@ -90,7 +90,16 @@ class Derivative(abc.ABC):
     def _captured_rows(self, fn: Callable[..., Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
         """Evaluate within a step that torch.compile captures: it captures the model, as a graph of
         its own.
+
+        Raises:
+            DerivativeError: if the step is a part of a model whose tangents are carried.
         """
+        if hidden_calls.active_carrier() is not None:
+            raise DerivativeError(
+                f"got {type(self).__name__}() evaluated by a compiled part of a model that is "
+                "differentiated itself, where its value would count as constant; call that part "
+                "uncompiled, with torch.compiler.disable"
+            )
         return self._evaluate_rows(hidden_calls.capture_as_outside(fn), *rest)
 
     def _evaluate_rows(
