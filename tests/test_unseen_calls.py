@@ -707,7 +707,7 @@ def test_a_function_in_a_checkpoint_that_is_compiled_keeps_its_own_gradient(rows
 
 def test_a_constant_of_what_moves_in_a_checkpoint_that_is_compiled_is_refused():
     captured = torch.compile(constant_in_a_checkpoint, backend="aot_eager")
-    with pytest.raises(DerivativeError, match=r"no forward derivative of torch\.tensor"):
+    with pytest.raises(DerivativeError, match=r"derivative of torch\.tensor|argument of tensor"):
         SharedPrimal()(functools.partial(captured, w=WEIGHT), PRIMALS, TANGENTS)
 
 
