@@ -74,9 +74,9 @@ class Operands(NamedTuple):
             value = value.repeat_interleave(times, -3)
         return Operands(query, key, value, mask)
 
-    def as_pairs(self) -> "Operands":
+    def merge_heads(self) -> "Operands":
         """Return operands whose first axis holds the heads of the first row, then the second's."""
-        return self.map(_merge_heads)
+        return self.map(lambda x: x.flatten(0, 1))
 
     def transpose_keys(self) -> "Operands":
         """Return operands with keys of shape (..., channels, tokens)."""
@@ -168,11 +168,6 @@ def _four_axes(x: Tensor, lead: Sequence[int], dtype: torch.dtype) -> Tensor:
     return x.expand(math.prod(batches), heads, -1, -1)
 
 
-def _merge_heads(x: Tensor) -> Tensor:
-    """Return a tensor whose first axis holds the heads of the first row, then the second's."""
-    return x.flatten(0, 1)
-
-
 def _cut(x: Tensor | None, block: slice) -> Tensor | None:
     """Return some queries of a tensor; an axis of one query, the same for all, stays."""
     if x is None or x.shape[-2] == 1:
@@ -223,7 +218,7 @@ def _eager_tangent(primals: Operands, tangents: Operands, form: Form) -> Tensor:
     if batch * of_row <= elements or (primals.mask is None and of_row <= elements):
         out = value.new_empty(batch * heads, count, channels)
         at_once = elements // max(1, count * keys)
-        _write_pairs(out, primals.as_pairs(), tangents.as_pairs(), form, at_once)
+        _write_pairs(out, primals.merge_heads(), tangents.merge_heads(), form, at_once)
         return out.unflatten(0, (batch, heads))
     # in memory the heads of a token lie side by side, so that to merge them next takes no copy
     out = value.new_empty(batch, count, heads, channels).transpose(1, 2)

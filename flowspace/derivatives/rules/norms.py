@@ -155,15 +155,15 @@ def _of_unit(  # noqa: PLR0913  # what a norm needs
         if eps is None:
             eps = torch.finfo(x.dtype).eps
         scale = _scale(x, dims, count, eps)
-    if not own:
-        u = x * scale
-        # with sums, for a mean costs a CPU twice as much
-        share = (u * dx).sum(dims, keepdim=True)
-        return torch.addcmul(dx, u, share, value=-1 / count).mul_(scale)
-    u = x.mul_(scale)
+    memory = None
+    if own:
+        memory = x
+    u = torch.mul(x, scale, out=memory)
     product = u * dx
-    share = product.sum(dims, keepdim=True)
-    return torch.addcmul(dx, u, share, value=-1 / count, out=product).mul_(scale)
+    share = product.sum(dims, keepdim=True)  # a mean costs a CPU twice as much
+    if own:
+        memory = product
+    return torch.addcmul(dx, u, share, value=-1 / count, out=memory).mul_(scale)
 
 
 def _scale(x: Tensor, dims: list[int], count: int, eps: float) -> Tensor:
