@@ -162,7 +162,7 @@ def evaluate_beside(
 ) -> Evaluation:
     """Evaluate fn once, with the tangents beside it."""
     carrier = Carrier()
-    if is_checked():
+    if is_checked(fn):
         carrier.nodes = set()
     inputs = _aliases(carrier, primals, tangents, chosen)
     loaded = hidden_calls.dynamo_loaded()

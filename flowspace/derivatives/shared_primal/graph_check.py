@@ -8,34 +8,72 @@ called it with the primal. What the carrier follows stands there as well in few 
 functions, which it enters, and what a subclass of Tensor was made of.
 
 To walk through a graph takes as long as some functions of the model, so it is done in the first
-passes of a process, and then in ever fewer. A function that comes before the first weights, of
+passes over a model, and then in ever fewer. A function that comes before the first weights, of
 inputs that need no gradient, is in no graph and is not found; nor is one that writes into what
 moves, for the graph of a view is that of its memory.
 """
 
-import itertools
+import contextlib
+import functools
+from collections import Counter
+from collections.abc import Hashable
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from flowspace.errors import DerivativeError
 
 __all__ = ["check_graph", "is_checked"]
 
-FIRST = 64
-"""So many passes are checked, then those whose number is twice that of the one before."""
-
-_passes = itertools.count(1)
+_passes: Counter[Hashable] = Counter()
 
 
-def is_checked() -> bool:
-    """Return whether the graph of this pass is checked, if it has one."""
+def is_checked(fn: Any) -> bool:
+    """Return whether the graph of this pass over a function is checked, if it has one: in passes
+    1, 2, 4, 8 and so on.
+    """
     if not torch.is_grad_enabled():
         return False
-    number = next(_passes)
-    return number <= FIRST or number.bit_count() == 1
+    key = _key(fn)
+    _passes[key] += 1
+    return _passes[key].bit_count() == 1
+
+
+def _key(fn: Any) -> Hashable:
+    """Return what a function has in common with itself in the next step, where it may be another
+    closure round the same module.
+    """
+    found: list[Any] = []
+    waiting, met = [fn], set()
+    while waiting:
+        held = waiting.pop()
+        if id(held) in met:
+            continue
+        met.add(id(held))
+        if isinstance(held, functools.partial):
+            waiting.append(held.func)
+        elif isinstance(held, MethodType):
+            waiting += [held.__func__, held.__self__]
+        elif isinstance(held, FunctionType):
+            found.append(held.__code__)
+            waiting += filter(callable, _held(held))
+        elif isinstance(held, nn.Module):
+            found.append(id(held))
+        else:
+            found.append(type(held))
+    return tuple(found)
+
+
+def _held(fn: FunctionType) -> list[Any]:
+    """Return the variables of a closure that have a value."""
+    held = []
+    for cell in fn.__closure__ or ():
+        with contextlib.suppress(ValueError):  # it has none yet
+            held.append(cell.cell_contents)
+    return held
 
 
 def check_graph(value: Tensor, aliases: set[Any]) -> None:
