@@ -31,6 +31,7 @@ __all__ = [
     "rms_norm_and_scale",
     "set_gradients",
     "set_version",
+    "softmax_backward",
     "subclasses_enabled",
     "transform_level",
     "unseen_by_modes",
@@ -73,6 +74,9 @@ base_transform = _C._functorch.get_unwrapped
 
 rms_norm_and_scale = _C._VariableFunctions._fused_rms_norm
 """Returns what `rms_norm` does, and 1/rms(x) beside it."""
+
+softmax_backward = _C._VariableFunctions._softmax_backward_data
+"""Returns y (dx - sum(y dx)) for dx, y and an axis; the operator of torch.ops takes longer."""
 
 negated_view = _C._VariableFunctions._neg_view
 """Returns the numbers of a tensor with the other sign, in the same memory."""

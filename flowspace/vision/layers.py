@@ -10,6 +10,8 @@ from timm.layers.mlp import Mlp, SwiGLU
 from timm.layers.norm import RmsNorm
 from torch import Tensor, nn
 
+from flowspace.derivatives import linear_map
+
 __all__ = [
     "MLPS",
     "AdaptiveBlock",
@@ -168,6 +170,37 @@ def turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return torch.addcmul(x * cosine, x.roll(x.shape[-1] // 2, -1), sine)
 
 
+@linear_map
+def split(x: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Return queries with keys ``(2, B, heads, N, size)``, and values, of ``(B, N, 3 width)``."""
+    batch, tokens, _ = x.shape
+    parts = x.reshape(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    return parts[:2], parts[2]
+
+
+@linear_map
+def placed(
+    pair: Tensor,
+    weights: tuple[Tensor, Tensor] | None,
+    cosine: Tensor | None,
+    sine: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Return queries and keys, multiplied by the weights of their norms and turned."""
+    if weights is not None:
+        pair = pair * torch.stack(weights)[:, None, None, None]
+    if cosine is not None and sine is not None:
+        pair = turned(pair, cosine, sine)
+    query, key = pair.to(dtype)
+    return query, key
+
+
+@linear_map
+def joined(heads: Tensor) -> Tensor:
+    """Return tokens ``(B, N, width)`` of their parts ``(B, heads, N, size)``."""
+    return heads.transpose(1, 2).flatten(2)
+
+
 class RotaryAttention(nn.Module):
     """Attention among tokens whose queries and keys are turned by their places; a block of a
     transformer inherits it, and makes the layers.
@@ -191,22 +224,13 @@ class RotaryAttention(nn.Module):
 
         Queries and keys are normalised and turned as one tensor, which takes fewer calls.
         """
-        batch, tokens, _ = x.shape
-        heads = self.qkv(x).reshape(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        pair = self._normalised(heads[:2])
-        if cosine is not None and sine is not None:
-            pair = turned(pair, cosine, sine)
-        q, k = pair.to(heads.dtype).unbind(0)
-        x = F.scaled_dot_product_attention(q, k, heads[2])
-        return self.proj(x.transpose(1, 2).flatten(2))
-
-    def _normalised(self, pair: Tensor) -> Tensor:
-        """Return queries and keys ``(2, B, heads, N, size)`` after their norms."""
-        if not isinstance(self.q_norm, Norm):
-            return pair
-        weight = torch.stack([self.q_norm.weight, self.k_norm.weight])  # type: ignore[list-item]
-        unit = torch.rms_norm(pair, self.q_norm.normalized_shape, None, self.q_norm.eps)
-        return unit * weight[:, None, None, None]
+        pair, v = split(self.qkv(x), self.heads)
+        weights = None
+        if isinstance(self.q_norm, Norm):
+            pair = torch.rms_norm(pair, self.q_norm.normalized_shape, None, self.q_norm.eps)
+            weights = (self.q_norm.weight, self.k_norm.weight)
+        q, k = placed(pair, weights, cosine, sine, v.dtype)
+        return self.proj(joined(F.scaled_dot_product_attention(q, k, v)))
 
 
 class AdaptiveBlock(RotaryAttention):

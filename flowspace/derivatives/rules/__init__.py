@@ -25,6 +25,7 @@ from flowspace.derivatives.rules import (  # noqa: F401  # importing a family re
     arithmetic,
     attention,
     axes,
+    linear_maps,
     matrices,
     norms,
     products,
@@ -41,6 +42,7 @@ from flowspace.derivatives.rules.dual import (
     shared_rows,
 )
 from flowspace.derivatives.rules.indexing import assigned
+from flowspace.derivatives.rules.linear_maps import LINEAR_MAP, LINEAR_MAPS, linear_map
 from flowspace.derivatives.rules.norms import EVALUATING
 from flowspace.derivatives.rules.random import RANDOM, decompositions
 from flowspace.derivatives.rules.registry import (
@@ -63,6 +65,8 @@ from flowspace.derivatives.rules.registry import (
 __all__ = [
     "CONSTANT",
     "EVALUATING",
+    "LINEAR_MAP",
+    "LINEAR_MAPS",
     "RANDOM",
     "RULES",
     "At",
@@ -77,6 +81,7 @@ __all__ = [
     "differentiable",
     "forward",
     "is_pointwise",
+    "linear_map",
     "may_draw",
     "moves",
     "pointwise",

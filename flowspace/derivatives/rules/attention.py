@@ -31,6 +31,7 @@ from torch import Tensor
 from flowspace.derivatives.rules import attention_kernel
 from flowspace.derivatives.rules.dual import Layout, check_same_rows, shared_rows, whole_primal
 from flowspace.derivatives.rules.registry import At, Call, rule, sum_of, tangent_of
+from flowspace.derivatives.torch_internals import softmax_backward
 
 BLOCK_ELEMENTS = 1 << 17
 """Scores that the tangent of attention holds at once, so that they stay in a CPU's cache.
@@ -55,11 +56,7 @@ class Operands(NamedTuple):
 
     def map(self, function: Callable[[Any], Any]) -> "Operands":
         """Return the result of a function for each operand that is there."""
-        results = list(self)
-        for i, x in enumerate(self):
-            if x is not None:
-                results[i] = function(x)
-        return Operands(*results)
+        return Operands._make([None if x is None else function(x) for x in self])
 
     def at(self, index: Any) -> "Operands":
         """Return the same part of every operand."""
@@ -77,13 +74,6 @@ class Operands(NamedTuple):
     def merge_heads(self) -> "Operands":
         """Return operands whose first axis holds the heads of the first row, then the second's."""
         return self.map(lambda x: x.flatten(0, 1))
-
-    def transpose_keys(self) -> "Operands":
-        """Return operands with keys of shape (..., channels, tokens)."""
-        query, key, value, mask = self
-        if key is None:
-            return self
-        return Operands(query, key.mT, value, mask)
 
     def at_queries(self, block: slice) -> "Operands":
         """Return the operands of some queries: each of them sees all keys and values."""
@@ -123,14 +113,15 @@ def scaled_dot_product_attention(  # noqa: PLR0913  # torch's arguments
         layout = layout.on(out.ndim - dual.ndim + layout.axis)
         shape = layout.shape(shape)
     given = Operands(query, key, value, attn_mask)
-    whole, tangents = given.map(whole_primal), given.map(tangent_of)
+    tangents = given.map(tangent_of)
     if scale is None:
-        scale = 1 / math.sqrt(whole.query.shape[-1])
+        scale = 1 / math.sqrt(whole_primal(query).shape[-1])
     form = Form(scale, is_causal)
     check_same_rows(call.duals)
-    tangent = _kernel_tangent(whole, tangents, form, dual.layout)
-    if tangent is not None:
-        return At(tangent, layout)
+    if out.device.type in attention_kernel.DEVICES:
+        tangent = _kernel_tangent(given.map(whole_primal), tangents, form, dual.layout)
+        if tangent is not None:
+            return At(tangent, layout)
     primals = given.map(shared_rows(call.duals))
     if enable_gqa:
         times = primals.query.shape[-3] // primals.key.shape[-3]
@@ -211,8 +202,6 @@ def _eager_tangent(primals: Operands, tangents: Operands, form: Form) -> Tensor:
     elements = GPU_BLOCK_ELEMENTS
     if query.is_cpu:
         elements = BLOCK_ELEMENTS
-    primals = primals.transpose_keys()
-    tangents = tangents.transpose_keys()
     of_row = heads * count * keys
     # a mask that rows or heads share is copied for each pair, which is for few scores alone
     if batch * of_row <= elements or (primals.mask is None and of_row <= elements):
@@ -261,29 +250,34 @@ def _write_blocks(
 def _write_block(
     out: Tensor, primals: Operands, tangents: Operands, form: Form, first: int
 ) -> None:
-    """Write dP v + P dv for the queries from the first on; the keys are transposed already.
+    """Write dP v + P dv for the queries from the first on.
 
     The memory of the scores is used again for dS.
     """
     q, k, v, mask = primals
     dq, dk, dv, dmask = tangents
+    keys, dkeys = k.mT, None
+    if dk is not None:
+        dkeys = dk.mT
     # S, with -inf where a query does not see a key
-    scores = out.new_empty(len(q), q.shape[1], k.shape[2])
-    _add_products(scores, [(q, k)], form.scale)
+    scores = out.new_empty(*q.shape[:2], k.shape[1])
+    scores.baddbmm_(q, keys, beta=0.0, alpha=form.scale)
     if form.causal:
         scores.masked_fill_(_later(scores, first), -math.inf)
     if mask is not None and mask.dtype == torch.bool:
         scores.masked_fill_(~mask, -math.inf)
     elif mask is not None:
         scores.add_(mask)
-    p = _probabilities(scores, mask).to(v.dtype)
+    p = _probabilities(scores, mask)
+    if p.dtype is not v.dtype:
+        p = p.to(v.dtype)
     # dS, in the memory of S: dmask first, which may be there or not, then the products
     if dmask is not None:
         scores.copy_(dmask)
     # the matrix of softmax is symmetric, so its backward kernel makes dP of dS
     dp = None
-    if _add_products(scores, [(dq, k), (q, dk)], form.scale, filled=dmask is not None):
-        dp = torch.ops.aten._softmax_backward_data.default(scores, p, -1, p.dtype)
+    if _add_products(scores, [(dq, keys), (q, dkeys)], form.scale, filled=dmask is not None):
+        dp = softmax_backward(scores, p, -1, p.dtype)
     _add_products(out, [(dp, v), (p, dv)])
 
 

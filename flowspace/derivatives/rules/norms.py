@@ -23,7 +23,11 @@ from torch import Tensor
 
 from flowspace.derivatives.rules.dual import Dual, LostRowsError, restrict, writable
 from flowspace.derivatives.rules.registry import At, Call, forward, rule
-from flowspace.derivatives.torch_internals import rms_norm_and_scale, unseen_by_modes
+from flowspace.derivatives.torch_internals import (
+    rms_norm_and_scale,
+    softmax_backward,
+    unseen_by_modes,
+)
 
 EVALUATING = frozenset({"layer_norm", "rms_norm"})
 """Functions whose rule runs the function itself, if it was not run before."""
@@ -40,7 +44,7 @@ def softmax(call: Call, x: Dual, dim: int, dtype: Any = None, *_: Any, **__: Any
     x.untouched(dim)
     y = restrict(call.out.detach(), x.layout)
     dx = x.tangent.to(y.dtype)
-    return torch.ops.aten._softmax_backward_data(dx, y, dim, y.dtype)
+    return softmax_backward(dx, y, dim, y.dtype)
 
 
 @rule("log_softmax")

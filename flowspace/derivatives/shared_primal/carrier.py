@@ -31,8 +31,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from flowspace.derivatives import hidden_calls, rules
-from flowspace.derivatives.replay import RandomState, in_transform, written_by
-from flowspace.derivatives.rules import EVALUATING, RULES, At
+from flowspace.derivatives.replay import RandomState, agree, in_transform, written_by
+from flowspace.derivatives.rules import EVALUATING, LINEAR_MAP, RULES, At
 from flowspace.derivatives.rules.dual import Dual, Layout, LostRowsError
 from flowspace.derivatives.shared_primal import higher_order
 from flowspace.derivatives.shared_primal.kinds import (
@@ -51,7 +51,9 @@ from flowspace.derivatives.shared_primal.writes import Writes, memory_below
 from flowspace.derivatives.torch_internals import (
     base_transform,
     dispatch_modes,
+    function_modes,
     not_intercepted,
+    outside_innermost_mode,
     set_gradients,
     subclasses_enabled,
     transform_level,
@@ -546,11 +548,53 @@ class Carrier(TorchFunctionMode):
             return higher_order.run(self, call, name, args)
         return self.ruled(call, name)
 
+    def meet(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Run a function that the model says is linear, as one where no other mode is to see what
+        it calls.
+        """
+        if self.idle or function_modes() != 1:
+            return function(*args)
+        with outside_innermost_mode():
+            return self.__torch_function__(function, (), args)
+
+    def _linear_map(self, call: rules.Call, name: str, args: tuple[Any, ...]) -> Any:
+        """Run a function that the model says is linear in its first argument."""
+        func, duals = call.func, call.duals
+        alone = len(duals) == 1 and call.args[0] is duals[0] and _of_plain_tensors(call)
+        if self.traced or not alone:
+            return self._enter(func, func, args, {})
+        if func not in _compared:
+            self._compare(call, name, args)
+            _compared.add(func)
+        return self.ruled(call, name)
+
+    def _compare(self, call: rules.Call, name: str, args: tuple[Any, ...]) -> None:
+        """Compare the tangents of a linear function with those of what it calls.
+
+        Raises:
+            DerivativeError: if they differ: it is not linear.
+        """
+        entered = pytree.tree_leaves(self._enter(call.func, call.func, args, {}))
+        met = pytree.tree_leaves(self.ruled(call, name))
+        for first, second in zip(entered, met, strict=True):
+            exact, found = self.dual(first), self.dual(second)
+            if exact is None or found is None:
+                same = exact is found
+            else:
+                same = agree(exact.tangent, found.tangent, found.tangent.itemsize)
+            if not same:
+                raise DerivativeError(
+                    f"got {call.func.__name__}, said to be a linear map, whose tangent is not its "
+                    "value at the tangent; write it without @linear_map"
+                )
+
     def _python(
         self, call: rules.Call, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Enter a function that is written in others, or stand for it if it was entered before."""
         func = call.func
+        if name == LINEAR_MAP:
+            return self._linear_map(call, name, args)
         # Some call the builtin of their own name: seen for the second time, it has a rule.
         if func in self.inside or (func in OUT_OF_PLACE and not kwargs["inplace"]):
             return self.ruled(call, name)
@@ -747,6 +791,10 @@ class Carrier(TorchFunctionMode):
                 return self.carry(script, args, kwargs)
             finally:
                 self.inside.pop()
+
+
+_compared: set[Callable[..., Any]] = set()
+"""Functions that were said to be linear, and are."""
 
 
 def _value_alone(call: rules.Call, args: tuple[Any, ...]) -> Any:
