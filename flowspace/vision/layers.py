@@ -43,7 +43,10 @@ class Norm(RmsNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x / sqrt(mean(x^2) + eps) * weight``, over the last axis."""
-        return torch.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        weight = self.weight
+        if weight.dtype != x.dtype:
+            weight = weight.to(x.dtype)
+        return torch.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
 class TimeEmbedding(nn.Module):

@@ -216,7 +216,7 @@ def differentiable(value: Any) -> bool:
 def moves(out: Any) -> bool:
     """Return whether an output has any part that can carry a tangent."""
     if isinstance(out, Tensor):
-        return differentiable(out)
+        return out.is_floating_point() or out.is_complex()
     if isinstance(out, (tuple, list)):
         return any(moves(part) for part in out)
     return isinstance(out, dict)

@@ -563,9 +563,10 @@ class Carrier(TorchFunctionMode):
         alone = len(duals) == 1 and call.args[0] is duals[0] and _of_plain_tensors(call)
         if self.traced or not alone:
             return self._enter(func, func, args, {})
-        if func not in _compared:
+        case = func, duals[0].layout is None
+        if case not in _compared:
             self._compare(call, name, args)
-            _compared.add(func)
+            _compared.add(case)
         return self.ruled(call, name)
 
     def _compare(self, call: rules.Call, name: str, args: tuple[Any, ...]) -> None:
@@ -573,8 +574,11 @@ class Carrier(TorchFunctionMode):
 
         Raises:
             DerivativeError: if they differ: it is not linear.
+            LostRowsError: if rows mix in it.
         """
         entered = pytree.tree_leaves(self._enter(call.func, call.func, args, {}))
+        if self.lost:
+            raise LostRowsError
         met = pytree.tree_leaves(self.ruled(call, name))
         for first, second in zip(entered, met, strict=True):
             exact, found = self.dual(first), self.dual(second)
@@ -793,8 +797,8 @@ class Carrier(TorchFunctionMode):
                 self.inside.pop()
 
 
-_compared: set[Callable[..., Any]] = set()
-"""Functions that were said to be linear, and are."""
+_compared: set[tuple[Callable[..., Any], bool]] = set()
+"""Functions that were said to be linear, and are; and whether every row had a tangent."""
 
 
 def _value_alone(call: rules.Call, args: tuple[Any, ...]) -> Any:

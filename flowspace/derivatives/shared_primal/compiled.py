@@ -37,7 +37,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, _guards, _refs, fx
+from torch import Tensor, _guards, _refs, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.convert_frame import compile_lock
@@ -251,8 +251,7 @@ class Region:
         for i, dual in enumerate(duals):
             if dual is not None:
                 primals[i] = dual.primal
-        with not_intercepted():
-            self._announce_writes(carrier, duals, primals)
+        self._announce_writes(carrier, duals, primals)
         if carrier is None or carrier.lost or not any(duals):
             return self._run_plain(carrier, primals)
         program = self.program(carrier, duals, primals)
@@ -275,13 +274,16 @@ class Region:
     def _announce_writes(self, carrier: Carrier | None, duals: Duals, primals: Values) -> None:
         """Tell a second run and a carrier what the graph is about to write into."""
         run = hidden_calls.active_second_run()
-        if run is not None:
-            run.mixes(self.mixes)
-        for i in self.writes:
+        if run is None and not self.writes:
+            return
+        with not_intercepted():
             if run is not None:
-                run.remember(primals[i])
-            if carrier is not None and duals[i] is None:
-                carrier.writes.remember(primals[i])
+                run.mixes(self.mixes)
+            for i in self.writes:
+                if run is not None:
+                    run.remember(primals[i])
+                if carrier is not None and duals[i] is None:
+                    carrier.writes.remember(primals[i])
 
     def _run_dual(
         self,
@@ -366,6 +368,9 @@ class Region:
         chosen = _chosen_of([dual for dual in duals if dual is not None])
         gradient = torch.is_grad_enabled() and not _value_recomputed()
         case = moving, _room(chosen), gradient
+        known = self.programs.get((case, ()))
+        if known is not None:
+            return known
         with hidden_calls.paused(carrier), torch.set_grad_enabled(gradient):
             return self._program_for(case, inputs, lambda c: self._make(c, moving, chosen))
 
@@ -683,10 +688,12 @@ def _duals_of(carrier: Carrier | None, values: Values) -> list[Dual | None]:
     duals: list[Dual | None] = [None] * len(values)
     if carrier is None:
         return duals
+    mirrors = carrier.writes.mirrors
     with not_intercepted():
         for i, value in enumerate(values):
-            if isinstance(value, Tensor):
-                duals[i] = carrier.dual(value)
+            if not isinstance(value, Tensor) or (type(value) is nn.Parameter and not mirrors):
+                continue  # a parameter is never an alias, nor a view of one
+            duals[i] = carrier.dual(value)
     return duals
 
 
