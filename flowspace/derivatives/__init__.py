@@ -3,7 +3,15 @@
 from flowspace.derivatives.finite_difference import FiniteDifference
 from flowspace.derivatives.forward_mode import ForwardMode
 from flowspace.derivatives.route import Derivative
-from flowspace.derivatives.rules import linear_map, rule
+from flowspace.derivatives.rules import linear_map, rule, with_rule
 from flowspace.derivatives.shared_primal import SharedPrimal
 
-__all__ = ["Derivative", "FiniteDifference", "ForwardMode", "SharedPrimal", "linear_map", "rule"]
+__all__ = [
+    "Derivative",
+    "FiniteDifference",
+    "ForwardMode",
+    "SharedPrimal",
+    "linear_map",
+    "rule",
+    "with_rule",
+]

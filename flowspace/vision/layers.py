@@ -10,7 +10,8 @@ from timm.layers.mlp import Mlp, SwiGLU
 from timm.layers.norm import RmsNorm
 from torch import Tensor, nn
 
-from flowspace.derivatives import linear_map
+from flowspace.derivatives import linear_map, with_rule
+from flowspace.derivatives.rules import Call
 
 __all__ = [
     "MLPS",
@@ -149,13 +150,32 @@ def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale) + shift
 
 
+def _tangent_of_gated(call: Call, gate: Any, value: Any) -> Any:
+    """The tangent is silu'(gate) dgate value + silu(gate) dvalue."""
+    if len(call.duals) < 2:
+        return NotImplemented
+    tangent = torch.ops.aten.silu_backward.default(gate.tangent * value.rows, gate.rows)
+    return torch.addcmul(tangent, F.silu(gate.rows), value.tangent)
+
+
+@with_rule(_tangent_of_gated)
+def gated(gate: Tensor, value: Tensor) -> Tensor:
+    """Return ``silu(gate) value``, of one shape."""
+    return F.silu(gate) * value
+
+
+class GatedMlp(SwiGLU):
+    """timm's gated MLP, which drops nothing and has no norm within."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map tokens to tokens of the same width."""
+        return self.fc2(gated(self.fc1_g(x), self.fc1_x(x)))
+
+
 def swiglu(width: int) -> nn.Module:
     """Return a gated MLP of hidden size 8/3 of the width, without biases."""
     hidden = 8 * round(width / 3)
-    made = SwiGLU(width, hidden, bias=False)
-    for dropout in ("drop1", "drop2"):  # they drop nothing, and would be called all the same
-        made.add_module(dropout, nn.Identity())
-    return made
+    return GatedMlp(width, hidden, bias=False)
 
 
 def gelu(width: int) -> nn.Module:

@@ -25,7 +25,6 @@ from flowspace.derivatives.rules import (  # noqa: F401  # importing a family re
     arithmetic,
     attention,
     axes,
-    linear_maps,
     matrices,
     norms,
     products,
@@ -42,8 +41,8 @@ from flowspace.derivatives.rules.dual import (
     shared_rows,
 )
 from flowspace.derivatives.rules.indexing import assigned
-from flowspace.derivatives.rules.linear_maps import LINEAR_MAP, LINEAR_MAPS, linear_map
 from flowspace.derivatives.rules.norms import EVALUATING
+from flowspace.derivatives.rules.own import OWN_RULES, linear_map, with_rule
 from flowspace.derivatives.rules.random import RANDOM, decompositions
 from flowspace.derivatives.rules.registry import (
     CONSTANT,
@@ -65,8 +64,7 @@ from flowspace.derivatives.rules.registry import (
 __all__ = [
     "CONSTANT",
     "EVALUATING",
-    "LINEAR_MAP",
-    "LINEAR_MAPS",
+    "OWN_RULES",
     "RANDOM",
     "RULES",
     "At",
@@ -90,5 +88,6 @@ __all__ = [
     "rule",
     "rule_of",
     "shared_rows",
+    "with_rule",
     "without_rule",
 ]

@@ -131,8 +131,9 @@ def scaled_dot_product_attention(  # noqa: PLR0913  # torch's arguments
     lead = list(shape[:-2])
     while len(lead) < 2:
         lead = [1, *lead]
-    primals = primals.map(lambda x: _four_axes(x, lead, out.dtype))
-    tangents = tangents.map(lambda x: _four_axes(x, lead, out.dtype))
+    if _unlike(out.dtype, lead, (*primals, *tangents)):
+        primals = primals.map(lambda x: _four_axes(x, lead, out.dtype))
+        tangents = tangents.map(lambda x: _four_axes(x, lead, out.dtype))
     if call.traced:
         tangent = _traced_tangent(primals, tangents, form)
         return At(tangent.reshape(shape), layout)
@@ -140,13 +141,19 @@ def scaled_dot_product_attention(  # noqa: PLR0913  # torch's arguments
     return At(tangent.reshape(shape), layout)
 
 
+def _unlike(dtype: torch.dtype, lead: Sequence[int], values: Sequence[Tensor | None]) -> bool:
+    """Return whether one of these is of another dtype than most are, or has not four axes."""
+    for x in values:
+        if x is not None and (x.ndim != 4 or x.dtype is not dtype or list(x.shape[:2]) != lead):
+            return True
+    return False
+
+
 def _four_axes(x: Tensor, lead: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Return a tensor of shape (rows, heads, tokens, any), in this dtype if it is not boolean.
 
     It is expanded without a copy where at most one of the axes that become rows is longer than 1.
     """
-    if x.ndim == 4 and x.dtype == dtype and list(x.shape[:2]) == lead:
-        return x  # as most are: the steps below take longer than a small product
     if x.dtype != torch.bool:
         x = x.to(dtype)
     *batches, heads = lead
@@ -256,9 +263,7 @@ def _write_block(
     """
     q, k, v, mask = primals
     dq, dk, dv, dmask = tangents
-    keys, dkeys = k.mT, None
-    if dk is not None:
-        dkeys = dk.mT
+    keys = k.mT
     # S, with -inf where a query does not see a key
     scores = out.new_empty(*q.shape[:2], k.shape[1])
     scores.baddbmm_(q, keys, beta=0.0, alpha=form.scale)
@@ -271,31 +276,23 @@ def _write_block(
     p = _probabilities(scores, mask)
     if p.dtype is not v.dtype:
         p = p.to(v.dtype)
-    # dS, in the memory of S: dmask first, which may be there or not, then the products
+    # dS, in the memory of S; kept is 1.0 where there is something to add to
+    kept = 0.0
     if dmask is not None:
         scores.copy_(dmask)
+        kept = 1.0
+    if dq is not None:
+        scores.baddbmm_(dq, keys, beta=kept, alpha=form.scale)
+        kept = 1.0
+    if dk is not None:
+        scores.baddbmm_(q, dk.mT, beta=kept, alpha=form.scale)
+        kept = 1.0
     # the matrix of softmax is symmetric, so its backward kernel makes dP of dS
-    dp = None
-    if _add_products(scores, [(dq, keys), (q, dkeys)], form.scale, filled=dmask is not None):
+    if kept:
         dp = softmax_backward(scores, p, -1, p.dtype)
-    _add_products(out, [(dp, v), (p, dv)])
-
-
-def _add_products(
-    total: Tensor,
-    pairs: Sequence[tuple[Tensor | None, Tensor | None]],
-    scale: float = 1.0,
-    filled: bool = False,
-) -> bool:
-    """Write the scaled sum of the products of these pairs, added to the total if it is filled.
-
-    A pair with None is passed over. Returns whether the total is filled afterwards.
-    """
-    for x, y in pairs:
-        if x is not None and y is not None:
-            total.baddbmm_(x, y, beta=float(filled), alpha=scale)
-            filled = True
-    return filled
+        out.baddbmm_(dp, v, beta=0.0)
+    if dv is not None:
+        out.baddbmm_(p, dv, beta=kept)
 
 
 # --- traced

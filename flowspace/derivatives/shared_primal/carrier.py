@@ -32,7 +32,7 @@ from torch.utils import _pytree as pytree
 
 from flowspace.derivatives import hidden_calls, rules
 from flowspace.derivatives.replay import RandomState, agree, in_transform, written_by
-from flowspace.derivatives.rules import EVALUATING, LINEAR_MAP, RULES, At
+from flowspace.derivatives.rules import EVALUATING, OWN_RULES, RULES, At
 from flowspace.derivatives.rules.dual import Dual, Layout, LostRowsError
 from flowspace.derivatives.shared_primal import higher_order
 from flowspace.derivatives.shared_primal.kinds import (
@@ -549,56 +549,62 @@ class Carrier(TorchFunctionMode):
         return self.ruled(call, name)
 
     def meet(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        """Run a function that the model says is linear, as one where no other mode is to see what
-        it calls.
+        """Run a function of the model's own that has a rule, as one where no other mode is to see
+        what it calls.
         """
         if self.idle or function_modes() != 1:
             return function(*args)
         with outside_innermost_mode():
             return self.__torch_function__(function, (), args)
 
-    def _linear_map(self, call: rules.Call, name: str, args: tuple[Any, ...]) -> Any:
-        """Run a function that the model says is linear in its first argument."""
-        func, duals = call.func, call.duals
-        alone = len(duals) == 1 and call.args[0] is duals[0] and _of_plain_tensors(call)
-        if self.traced or not alone:
-            return self._enter(func, func, args, {})
-        case = func, duals[0].layout is None
-        if case not in _compared:
-            self._compare(call, name, args)
-            _compared.add(case)
-        return self.ruled(call, name)
+    def _own(self, call: rules.Call, args: tuple[Any, ...]) -> Any:
+        """Run a function of the model's own, and its rule beside it."""
+        func = call.func
+        if not self.traced and _of_plain_tensors(call):
+            call.evaluate()
+            found = self._tangents(call, OWN_RULES[func])
+            if found is not NotImplemented:
+                self._compare(call, found, args)
+                return self._wrapped(call, found)
+        return self._enter(func, func, args, {})
 
-    def _compare(self, call: rules.Call, name: str, args: tuple[Any, ...]) -> None:
-        """Compare the tangents of a linear function with those of what it calls.
+    def _compare(self, call: rules.Call, found: Any, args: tuple[Any, ...]) -> None:
+        """Compare what the rule of a function of the model's own found with the tangents of what
+        the function calls, once for the arguments that move and for some rows or all.
 
         Raises:
-            DerivativeError: if they differ: it is not linear.
+            DerivativeError: if they differ.
             LostRowsError: if rows mix in it.
         """
-        entered = pytree.tree_leaves(self._enter(call.func, call.func, args, {}))
+        func, every_row = call.func, call.duals[0].layout is None
+        moving = [isinstance(value, Dual) for value in call.args]
+        case = func, every_row, len(call.duals), *moving
+        if case in _compared:
+            return
+        entered = pytree.tree_leaves(self._enter(func, func, args, {}))
         if self.lost:
             raise LostRowsError
-        met = pytree.tree_leaves(self.ruled(call, name))
+        met = pytree.tree_leaves(self._wrapped(call, found))
         for first, second in zip(entered, met, strict=True):
-            exact, found = self.dual(first), self.dual(second)
-            if exact is None or found is None:
-                same = exact is found
+            exact, ours = self.dual(first), self.dual(second)
+            if exact is None or ours is None:
+                same = exact is ours
             else:
-                same = agree(exact.tangent, found.tangent, found.tangent.itemsize)
+                same = agree(exact.tangent, ours.tangent, ours.tangent.itemsize)
             if not same:
                 raise DerivativeError(
-                    f"got {call.func.__name__}, said to be a linear map, whose tangent is not its "
-                    "value at the tangent; write it without @linear_map"
+                    f"got a wrong tangent from the rule of {func.__name__}, a function of the "
+                    "model's own: another than that of what it calls; write it without the rule"
                 )
+        _compared.add(case)
 
     def _python(
         self, call: rules.Call, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Enter a function that is written in others, or stand for it if it was entered before."""
         func = call.func
-        if name == LINEAR_MAP:
-            return self._linear_map(call, name, args)
+        if func in OWN_RULES:
+            return self._own(call, args)
         # Some call the builtin of their own name: seen for the second time, it has a rule.
         if func in self.inside or (func in OUT_OF_PLACE and not kwargs["inplace"]):
             return self.ruled(call, name)
@@ -632,6 +638,10 @@ class Carrier(TorchFunctionMode):
         except TypeError:  # arguments in an order or under names that the rule does not know
             call.run(call.evaluate)
             found = rules.forward(call)
+        return self._wrapped(call, found)
+
+    def _wrapped(self, call: rules.Call, found: Any) -> Any:
+        """Return what a function returned, with what its rule found."""
         out = call.out
         if type(found) is At:
             return self.wrap(out, found.tangent, found.layout)
@@ -797,8 +807,8 @@ class Carrier(TorchFunctionMode):
                 self.inside.pop()
 
 
-_compared: set[tuple[Callable[..., Any], bool]] = set()
-"""Functions that were said to be linear, and are; and whether every row had a tangent."""
+_compared: set[tuple[Any, ...]] = set()
+"""Functions of models' own whose rule was right, and in which case."""
 
 
 def _value_alone(call: rules.Call, args: tuple[Any, ...]) -> Any:

@@ -184,8 +184,8 @@ def treatment_of(func: Any) -> Treatment:
         return Treatment("higher order", func.name())
     if func is Tensor.__deepcopy__:
         return Treatment("rule", "clone")
-    if func in rules.LINEAR_MAPS:
-        return Treatment("python", rules.LINEAR_MAP)
+    if func in rules.OWN_RULES:
+        return Treatment("python", name)
     if func in AS_BUILTIN:
         return Treatment("rule", name)
     if name in ("__get__", "__set__") and not isinstance(func, types.FunctionType):

@@ -1,0 +1,219 @@
+"""Functions of a model's own that have a rule are met as one, and are right however they are
+called.
+"""
+
+from typing import ClassVar
+
+import pytest
+import torch
+from comparison import by_differences
+from programs import WHICH, choose
+from strategies import normal
+from torch.utils.flop_counter import FlopCounterMode
+
+from flowspace import DerivativeError, ForwardMode, SharedPrimal
+from flowspace.derivatives import linear_map, with_rule
+from flowspace.derivatives.rules import RULES
+
+SIZE = 6
+WEIGHT = normal(0, SIZE, SIZE)
+PRIMALS = normal(1, 4, SIZE), torch.tensor([0.3, 0.5, 0.7, 0.9], dtype=torch.float64)
+TANGENTS = normal(2, 4, SIZE), torch.ones(4, dtype=torch.float64)
+
+
+@linear_map
+def turned(x, cosine, sine):
+    return x * cosine + x.roll(1, -1) * sine
+
+
+@linear_map
+def apart(x, parts):
+    x = x.unflatten(1, (parts, -1)).permute(1, 0, 2)
+    return x[0], x[1:]
+
+
+@linear_map
+def scaled(x, weights):
+    return x * weights[0] - x.flip(-1) * weights[1]
+
+
+def _of_product(call, x, y):
+    if len(call.duals) < 2:
+        return NotImplemented
+    return x.tangent * y.rows + x.rows * y.tangent
+
+
+@with_rule(_of_product)
+def product(x, y):
+    return x * y
+
+
+@with_rule(lambda call, x, y: x.tangent * y.rows)
+def half_of_product(x, y):
+    return x * y
+
+
+@linear_map
+def mixed(x):
+    return x - x.mean(0)
+
+
+@linear_map
+def squared(x):
+    return x.square()
+
+
+@linear_map
+def shifted(x):
+    return x + 1
+
+
+@linear_map
+def cut(x):
+    return x.detach()
+
+
+def heads(z, t, w):
+    first, rest = apart((z @ w).sin(), 3)
+    return first.tanh() * rest.sum(0).sin() * t[:, None]
+
+
+def writing(z, t, w):
+    first, rest = apart((z @ w).sin(), 3)
+    first.mul_(t[:, None])
+    return first + rest.square().sum(0)
+
+
+MODELS = {
+    "one argument moves": lambda z, t, w: turned((z @ w).sin(), WEIGHT[0], WEIGHT[1]).tanh(),
+    "the others move": lambda z, t, w: turned((z @ w).sin(), t[:, None].cos(), t[:, None].sin()),
+    "only the others move": lambda z, t, w: turned(w[:4], t[:, None].cos(), t[:, None]) @ w,
+    "the batch moves": heads,
+    "outputs are written to": writing,
+    "weights in a tuple": lambda z, t, w: scaled((z @ w) * t[:, None], (w[0], w[1])).sin(),
+    "a rule of two": lambda z, t, w: product((z @ w).sin(), z * t[:, None]),
+    "a rule of two where one moves": lambda z, t, w: product((z @ w) * t[:, None], w[:4]),
+    "nothing moves": lambda z, t, w: z @ turned(w, WEIGHT[0], WEIGHT[1]) * t[:, None],
+    "rows mix": lambda z, t, w: mixed((z @ w).sin() * t[:, None]).tanh(),
+}
+
+
+@pytest.mark.parametrize("which", WHICH)
+@pytest.mark.parametrize("name", MODELS)
+def test_value_gradient_and_derivative_are_right(name, which):
+    rows = choose(4, which)
+    weight = WEIGHT.clone().requires_grad_()
+
+    def fn(z, t):
+        return MODELS[name](z, t, weight)
+
+    exact = by_differences(fn, PRIMALS, TANGENTS)
+    plain = fn(*PRIMALS)
+    for _ in range(3):  # the tangents of both ways are compared in the first pass alone
+        value, derivative = SharedPrimal()(fn, PRIMALS, TANGENTS, rows)
+        assert torch.equal(value, plain)
+        found, wanted = (
+            torch.autograd.grad(x.sin().sum(), weight)[0] for x in (value, fn(*PRIMALS))
+        )
+        torch.testing.assert_close(found, wanted)
+        kept = exact if rows is None else exact * rows[:, None]
+        torch.testing.assert_close(derivative, kept, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("function", [squared, shifted, cut, half_of_product])
+def test_a_rule_that_is_wrong_is_refused_by_name(function):
+
+    def fn(z, t):
+        given = [(z @ WEIGHT).sin()]
+        if function is half_of_product:
+            given.append(z)
+        return function(*given) + t[:, None]
+
+    for _ in range(2):
+        with pytest.raises(DerivativeError, match=f"from the rule of {function.__name__}"):
+            SharedPrimal()(fn, PRIMALS, TANGENTS)
+    exact = by_differences(fn, PRIMALS, TANGENTS)
+    if function is not cut:
+        found = ForwardMode()(fn, PRIMALS, TANGENTS)[1]
+        torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-7)
+
+
+def model(z, t):
+    return turned((z @ WEIGHT).sin() * t[:, None], WEIGHT[0], WEIGHT[1]).tanh()
+
+
+def test_it_is_met_as_one(monkeypatch):
+    exact = SharedPrimal()(model, PRIMALS, TANGENTS)[1]
+
+    def refused(*_, **__):
+        raise AssertionError("the function was entered")
+
+    monkeypatch.setitem(RULES, "roll", refused)
+    assert torch.equal(SharedPrimal()(model, PRIMALS, TANGENTS)[1], exact)
+
+
+MODES = {
+    "a device": lambda: torch.device("cpu"),
+    "a counter of operations": lambda: FlopCounterMode(display=False),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "no gradient": torch.no_grad,
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_modes_of_the_user_see_what_they_saw(name):
+    exact = SharedPrimal()(model, PRIMALS, TANGENTS)
+    with MODES[name]():
+        found = SharedPrimal()(model, PRIMALS, TANGENTS)
+    for one, other in zip(found, exact, strict=True):
+        torch.testing.assert_close(one, other, check_dtype=False)
+
+
+class Marked(torch.Tensor):
+    """A tensor whose functions are noted."""
+
+    seen: ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.seen.append(getattr(func, "__name__", ""))
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def test_a_subclass_of_tensor_sees_what_is_called():
+    def counted(x):
+        return turned(x, WEIGHT[0].as_subclass(Marked), WEIGHT[1])
+
+    names, exact = [], SharedPrimal()(model, PRIMALS, TANGENTS)[1]
+    for run in (
+        lambda: model_of(counted)(*PRIMALS),
+        lambda: SharedPrimal()(model_of(counted), PRIMALS, TANGENTS),
+    ):
+        Marked.seen.clear()
+        out = run()
+        names.append([name for name in Marked.seen if name in ("mul", "add", "tanh")])
+    torch.testing.assert_close(out[1].as_subclass(torch.Tensor), exact)
+    assert names[0] == names[1] == ["mul", "add", "tanh"]
+
+
+def model_of(last):
+    return lambda z, t: last((z @ WEIGHT).sin() * t[:, None]).tanh()
+
+
+@pytest.mark.parametrize("which", [None, "half"])
+def test_a_compiled_model_is_captured_with_what_it_calls(which):
+    rows = choose(4, which)
+    compiled = torch.compile(model, backend="aot_eager")
+    exact = SharedPrimal()(model, PRIMALS, TANGENTS, rows)
+    found = SharedPrimal()(compiled, PRIMALS, TANGENTS, rows)
+    for one, other in zip(found, exact, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_it_keeps_its_name_and_is_a_plain_function_elsewhere():
+    assert turned.__name__ == "turned"
+    x = normal(3, 4, SIZE)
+    exact = x * WEIGHT[0] + x.roll(1, -1) * WEIGHT[1]
+    assert torch.equal(turned(x, WEIGHT[0], WEIGHT[1]), exact)
+    tangent = torch.func.jvp(lambda x: turned(x, WEIGHT[0], WEIGHT[1]), (x,), (x,))[1]
+    assert torch.equal(tangent, exact)
