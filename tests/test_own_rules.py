@@ -9,16 +9,24 @@ import torch
 from comparison import by_differences
 from programs import WHICH, choose
 from strategies import normal
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowspace import DerivativeError, ForwardMode, SharedPrimal
 from flowspace.derivatives import linear_map, with_rule
 from flowspace.derivatives.rules import RULES
+from flowspace.derivatives.shared_primal import carrier
 
 SIZE = 6
 WEIGHT = normal(0, SIZE, SIZE)
 PRIMALS = normal(1, 4, SIZE), torch.tensor([0.3, 0.5, 0.7, 0.9], dtype=torch.float64)
 TANGENTS = normal(2, 4, SIZE), torch.ones(4, dtype=torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def first_pass(monkeypatch):
+    """Each test is the first that meets a function."""
+    monkeypatch.setattr(carrier, "_compared", set())
 
 
 @linear_map
@@ -46,6 +54,15 @@ def _of_product(call, x, y):
 @with_rule(_of_product)
 def product(x, y):
     return x * y
+
+
+def _of_gated(call, x, y):
+    return x.tangent * y.rows.sin() + x.rows * y.rows.cos() * y.tangent
+
+
+@with_rule(_of_gated)
+def gated(x, y):
+    return x * y.sin()
 
 
 @with_rule(lambda call, x, y: x.tangent * y.rows)
@@ -94,6 +111,9 @@ MODELS = {
     "a rule of two": lambda z, t, w: product((z @ w).sin(), z * t[:, None]),
     "a rule of two where one moves": lambda z, t, w: product((z @ w) * t[:, None], w[:4]),
     "nothing moves": lambda z, t, w: z @ turned(w, WEIGHT[0], WEIGHT[1]) * t[:, None],
+    "a checkpoint": lambda z, t, w: checkpoint(
+        lambda h: gated(turned(h, WEIGHT[0], WEIGHT[1]).tanh(), h), z @ w, use_reentrant=False
+    ),
     "rows mix": lambda z, t, w: mixed((z @ w).sin() * t[:, None]).tanh(),
 }
 

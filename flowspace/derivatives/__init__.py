@@ -2,8 +2,9 @@
 
 from flowspace.derivatives.finite_difference import FiniteDifference
 from flowspace.derivatives.forward_mode import ForwardMode
+from flowspace.derivatives.own_rules import linear_map, with_rule
 from flowspace.derivatives.route import Derivative
-from flowspace.derivatives.rules import linear_map, rule, with_rule
+from flowspace.derivatives.rules import rule
 from flowspace.derivatives.shared_primal import SharedPrimal
 
 __all__ = [

@@ -37,6 +37,7 @@ from torch.utils import _python_dispatch as python_dispatch
 from torch.utils import _pytree as pytree
 
 from flowspace.backends.process import forward_mode_lock
+from flowspace.derivatives.own_rules import followed as _active
 from flowspace.derivatives.torch_internals import not_intercepted, unseen_by_modes
 
 if TYPE_CHECKING:
@@ -63,9 +64,6 @@ __all__ = [
 
 STAYING = frozenset({"FakeTensorMode", "FlopCounterMode", "_FlopCounterMode"})
 """Dispatch modes of torch that tangents are computed in, by name: to import them takes long."""
-
-_active = threading.local()
-"""The carrier and the second run of each thread."""
 
 _lock = threading.Lock()
 """Held while torch is changed or put back."""

@@ -10,8 +10,7 @@ from timm.layers.mlp import Mlp, SwiGLU
 from timm.layers.norm import RmsNorm
 from torch import Tensor, nn
 
-from flowspace.derivatives import linear_map, with_rule
-from flowspace.derivatives.rules import Call
+from flowspace.derivatives.own_rules import linear_map, with_rule
 
 __all__ = [
     "MLPS",
@@ -150,7 +149,7 @@ def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale) + shift
 
 
-def _tangent_of_gated(call: Call, gate: Any, value: Any) -> Any:
+def _tangent_of_gated(call: Any, gate: Any, value: Any) -> Any:
     """The tangent is silu'(gate) dgate value + silu(gate) dvalue."""
     if len(call.duals) < 2:
         return NotImplemented
@@ -248,8 +247,8 @@ class RotaryAttention(nn.Module):
         Queries and keys are normalised and turned as one tensor, which takes fewer calls.
         """
         pair, v = split(self.qkv(x), self.heads)
-        weights = None
-        if isinstance(self.q_norm, Norm):
+        weights: tuple[Tensor, Tensor] | None = None
+        if isinstance(self.q_norm, Norm) and isinstance(self.k_norm, Norm):
             pair = torch.rms_norm(pair, self.q_norm.normalized_shape, None, self.q_norm.eps)
             weights = (self.q_norm.weight, self.k_norm.weight)
         q, k = placed(pair, weights, cosine, sine, v.dtype)

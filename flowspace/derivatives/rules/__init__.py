@@ -42,7 +42,6 @@ from flowspace.derivatives.rules.dual import (
 )
 from flowspace.derivatives.rules.indexing import assigned
 from flowspace.derivatives.rules.norms import EVALUATING
-from flowspace.derivatives.rules.own import OWN_RULES, linear_map, with_rule
 from flowspace.derivatives.rules.random import RANDOM, decompositions
 from flowspace.derivatives.rules.registry import (
     CONSTANT,
@@ -64,7 +63,6 @@ from flowspace.derivatives.rules.registry import (
 __all__ = [
     "CONSTANT",
     "EVALUATING",
-    "OWN_RULES",
     "RANDOM",
     "RULES",
     "At",
@@ -79,7 +77,6 @@ __all__ = [
     "differentiable",
     "forward",
     "is_pointwise",
-    "linear_map",
     "may_draw",
     "moves",
     "pointwise",
@@ -88,6 +85,5 @@ __all__ = [
     "rule",
     "rule_of",
     "shared_rows",
-    "with_rule",
     "without_rule",
 ]

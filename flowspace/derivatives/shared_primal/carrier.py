@@ -31,8 +31,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from flowspace.derivatives import hidden_calls, rules
+from flowspace.derivatives.own_rules import OWN_RULES
 from flowspace.derivatives.replay import RandomState, agree, in_transform, written_by
-from flowspace.derivatives.rules import EVALUATING, OWN_RULES, RULES, At
+from flowspace.derivatives.rules import EVALUATING, RULES, At
 from flowspace.derivatives.rules.dual import Dual, Layout, LostRowsError
 from flowspace.derivatives.shared_primal import higher_order
 from flowspace.derivatives.shared_primal.kinds import (
@@ -581,7 +582,8 @@ class Carrier(TorchFunctionMode):
         case = func, every_row, len(call.duals), *moving
         if case in _compared:
             return
-        entered = pytree.tree_leaves(self._enter(func, func, args, {}))
+        with torch.no_grad():  # a checkpoint counts what is saved
+            entered = pytree.tree_leaves(self._enter(func, func, args, {}))
         if self.lost:
             raise LostRowsError
         met = pytree.tree_leaves(self._wrapped(call, found))

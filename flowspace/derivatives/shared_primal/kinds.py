@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 from flowspace.derivatives import rules
+from flowspace.derivatives.own_rules import OWN_RULES
 from flowspace.derivatives.replay import written_places
 
 __all__ = [
@@ -184,7 +185,7 @@ def treatment_of(func: Any) -> Treatment:
         return Treatment("higher order", func.name())
     if func is Tensor.__deepcopy__:
         return Treatment("rule", "clone")
-    if func in rules.OWN_RULES:
+    if func in OWN_RULES:
         return Treatment("python", name)
     if func in AS_BUILTIN:
         return Treatment("rule", name)

@@ -3,27 +3,29 @@
 SharedPrimal follows each function of torch that a model calls. To run one beside its rule takes
 as long as a small layer does. So where a few of them that a model calls one after the other have
 one rule, the model may say it, and they are met as one.
+
+A model that is shipped as one file takes this module with it, so it needs no other of flowspace.
 """
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 
-from flowspace.derivatives import hidden_calls
-from flowspace.derivatives.rules.dual import Dual
-from flowspace.derivatives.rules.registry import Call, Rule
+__all__ = ["OWN_RULES", "followed", "linear_map", "with_rule"]
 
-__all__ = ["OWN_RULES", "linear_map", "with_rule"]
-
-OWN_RULES: dict[Callable[..., Any], Rule] = {}
+OWN_RULES: dict[Callable[..., Any], Callable[..., Any]] = {}
 """The rule for each function of a model's own that has one."""
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+followed = threading.local()
+"""The carrier and the second run of each thread."""
+
+Ruled = TypeVar("Ruled", bound=Callable[..., Any])
 
 
-def with_rule(rule: Rule) -> Callable[[Function], Function]:
+def with_rule(rule: Callable[..., Any]) -> Callable[[Ruled], Ruled]:
     """Let SharedPrimal meet a function of the model's own as one, with a rule.
 
     It runs as it is written in every other place. In the first pass that meets it, SharedPrimal
@@ -40,14 +42,14 @@ def with_rule(rule: Rule) -> Callable[[Function], Function]:
         DerivativeError: on the first call by SharedPrimal, if the rule is wrong.
     """
 
-    def mark(function: Function) -> Function:
+    def mark(function: Ruled) -> Ruled:
         OWN_RULES[function] = rule
 
         @functools.wraps(function)
         def met(*args: Any) -> Any:
             if torch.compiler.is_compiling():
                 return function(*args)
-            carrier = hidden_calls.active_carrier()
+            carrier = getattr(followed, "carrier", None)
             if carrier is None:
                 return function(*args)
             return carrier.meet(function, args)
@@ -57,9 +59,9 @@ def with_rule(rule: Rule) -> Callable[[Function], Function]:
     return mark
 
 
-def _linear(call: Call, x: Any, *constants: Any) -> Any:
+def _linear(call: Any, x: Any, *constants: Any) -> Any:
     """The tangent is f(dx); the batch lies where f puts it."""
-    if not isinstance(x, Dual) or len(call.duals) > 1:
+    if x is not call.duals[0] or len(call.duals) > 1:
         return NotImplemented
     found = call.func(x.tangent, *constants)
     if isinstance(found, tuple):
@@ -67,10 +69,17 @@ def _linear(call: Call, x: Any, *constants: Any) -> Any:
     return found
 
 
-def linear_map(function: Function) -> Function:
-    """Let SharedPrimal meet a function of the model's own as one: it is linear in its first
-    argument, and keeps the rows of the batch apart.
+def linear_map(function: Ruled) -> Ruled:
+    """Let SharedPrimal meet a function of the model's own as one, whose tangent is f(dx).
 
-    Where another argument moves too, the functions in it are followed. See `with_rule`.
+    It runs as it is written in every other place; where another argument moves too, the functions
+    in it are followed.
+
+    Args:
+        function: as `with_rule` takes it; linear in its first argument, a tensor, and each row of
+            the batch apart.
+
+    Raises:
+        DerivativeError: on the first call by SharedPrimal, if it is not linear.
     """
     return with_rule(_linear)(function)
