@@ -1,8 +1,10 @@
 """What D_t f costs under torch.compile: ``python benchmarks/derivatives.py --compiled``.
 
-Every row of a table is one training step, which has a process of its own: what torch.compile
-keeps of one step cannot slow another. The processes take turns, a quarter of a second each a
-round (one step at least), and a ratio is the median of the rounds' ratios, with their quartiles
+Every row of a table is one training step, which has processes of its own: what torch.compile
+keeps of one step cannot slow another. On a CPU a row that a limit is for has three: of two that
+run the same program one was up to a tenth quicker, by where its memory happens to lie. The
+processes take turns, a quarter of a second each a round (one step at least). A round's time is
+the median of a row's processes, and a ratio the median of the rounds' ratios, with their quartiles
 behind it. Seconds to compile are those of the first three steps less three later ones, without
 torch's caches and with one compiler at a time: of the CPU, its compilers' included, since
 neighbours on a shared machine disturb that least, and of the wall on a GPU. Peak memory is the
@@ -15,6 +17,7 @@ On a GPU the same command adds CUDA graphs and the paper's smallest network unde
 import contextlib
 import functools
 import importlib.util
+import itertools
 import math
 import multiprocessing
 import os
@@ -48,6 +51,9 @@ __all__ = ["Limits", "Options", "report", "settings"]
 
 CACHES = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
 NO_CACHES = CACHES | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+
+ALIKE = 3
+"""Processes of a row that a limit is for, on a CPU."""
 
 HEAD = (
     "training step",
@@ -255,16 +261,29 @@ def _run_in_turn(
 ) -> None:
     """Let a process for each row step in turn, and tell their errors."""
     processes = _processes(setting, rows, found, options.compile_time and setting.compiles > 0)
+    others = {name: _others(setting, rows[name]) for name in processes}
     for _ in range(options.rounds):
         for name, process in processes.items():
-            taken = process.ask("seconds")
-            found[name].steps.append(taken)
+            taken = [each.ask("seconds") for each in (process, *others[name])]
+            found[name].steps.append(statistics.median(taken))
+    for process in itertools.chain(*others.values()):
+        process.end()
     for name, process in processes.items():
         if options.memory and not setting.graphs:
             found[name].peak = process.figure("peak")
         if rows[name].route is not None and not setting.graphs:
             found[name].error = process.figure("error")
         process.end()
+
+
+def _others(setting: CompiledSetting, row: Row) -> list[Process]:
+    """Return more processes that run the same as the first one of a row that a limit is for."""
+    if DEVICE.type != "cpu" or row in ROUTES or row.rival:
+        return []
+    others = [Process(setting, row, CACHES) for _ in range(ALIKE - 1)]
+    for process in others:
+        process.ask("start")
+    return others
 
 
 def _processes(
