@@ -35,8 +35,8 @@ def with_rule(rule: Callable[..., Any]) -> Callable[[Ruled], Ruled]:
         rule: as `rule` takes it; it may return NotImplemented, and the function is followed.
 
     Returns:
-        what decorates a function that is called without names, returns a tensor or a tuple of
-        them, draws nothing and writes nothing.
+        what decorates a function that returns a tensor or a tuple of them, draws nothing and
+        writes nothing; called with arguments by name, it is followed.
 
     Raises:
         DerivativeError: on the first call by SharedPrimal, if the rule is wrong.
@@ -46,9 +46,9 @@ def with_rule(rule: Callable[..., Any]) -> Callable[[Ruled], Ruled]:
         OWN_RULES[function] = rule
 
         @functools.wraps(function)
-        def met(*args: Any) -> Any:
-            if torch.compiler.is_compiling():
-                return function(*args)
+        def met(*args: Any, **named: Any) -> Any:
+            if named or torch.compiler.is_compiling():
+                return function(*args, **named)
             carrier = getattr(followed, "carrier", None)
             if carrier is None:
                 return function(*args)

@@ -131,9 +131,8 @@ def scaled_dot_product_attention(  # noqa: PLR0913  # torch's arguments
     lead = list(shape[:-2])
     while len(lead) < 2:
         lead = [1, *lead]
-    if _unlike(out.dtype, lead, (*primals, *tangents)):
-        primals = primals.map(lambda x: _four_axes(x, lead, out.dtype))
-        tangents = tangents.map(lambda x: _four_axes(x, lead, out.dtype))
+    primals = primals.map(lambda x: _four_axes(x, lead, out.dtype))
+    tangents = tangents.map(lambda x: _four_axes(x, lead, out.dtype))
     if call.traced:
         tangent = _traced_tangent(primals, tangents, form)
         return At(tangent.reshape(shape), layout)
@@ -141,19 +140,13 @@ def scaled_dot_product_attention(  # noqa: PLR0913  # torch's arguments
     return At(tangent.reshape(shape), layout)
 
 
-def _unlike(dtype: torch.dtype, lead: Sequence[int], values: Sequence[Tensor | None]) -> bool:
-    """Return whether one of these is of another dtype than most are, or has not four axes."""
-    for x in values:
-        if x is not None and (x.ndim != 4 or x.dtype is not dtype or list(x.shape[:2]) != lead):
-            return True
-    return False
-
-
 def _four_axes(x: Tensor, lead: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Return a tensor of shape (rows, heads, tokens, any), in this dtype if it is not boolean.
 
     It is expanded without a copy where at most one of the axes that become rows is longer than 1.
     """
+    if x.ndim == 4 and x.dtype == dtype and list(x.shape[:2]) == lead:
+        return x  # as most are: the steps below take longer than a small product
     if x.dtype != torch.bool:
         x = x.to(dtype)
     *batches, heads = lead
