@@ -114,6 +114,9 @@ MODELS = {
     "a checkpoint": lambda z, t, w: checkpoint(
         lambda h: gated(turned(h, WEIGHT[0], WEIGHT[1]).tanh(), h), z @ w, use_reentrant=False
     ),
+    "a checkpoint where another moves": lambda z, t, w: checkpoint(
+        lambda h: turned(h.sin(), t[:, None], WEIGHT[1]).tanh(), z @ w, use_reentrant=False
+    ),
     "by name": lambda z, t, w: turned(x=(z @ w) * t[:, None], cosine=w[0], sine=WEIGHT[1]),
     "rows mix": lambda z, t, w: mixed((z @ w).sin() * t[:, None]).tanh(),
 }

@@ -503,6 +503,8 @@ def test_graphs_are_checked_in_the_first_passes_over_a_model_and_then_in_ever_fe
 
     assert graph_check.is_checked(of_itself)
     later = model
+    for _ in range(9):  # each may come where the one before lay
+        assert graph_check.is_checked(torch.nn.Linear(2, 2))
 
 
 def test_a_refusal_that_a_model_catches_is_a_refusal():

@@ -561,44 +561,60 @@ class Carrier(TorchFunctionMode):
     def _own(self, call: rules.Call, args: tuple[Any, ...]) -> Any:
         """Run a function of the model's own, and its rule beside it."""
         func = call.func
-        if not self.traced and _of_plain_tensors(call):
-            call.evaluate()
-            found = self._tangents(call, OWN_RULES[func])
-            if found is not NotImplemented:
-                self._compare(call, found, args)
-                return self._wrapped(call, found)
-        return self._enter(func, func, args, {})
+        if self.traced or not _of_plain_tensors(call):
+            return self._enter(func, func, args, {})
+        call.evaluate()
+        found = self._tangents(call, OWN_RULES[func])
+        if found is NotImplemented:
+            return self._wrapped(call, self._followed(call, args))
+        every_row = call.duals[0].layout is None
+        moving = [isinstance(value, Dual) for value in call.args]
+        case = func, every_row, len(call.duals), *moving
+        if case not in _compared:
+            self._compare(call, found, args)
+            _compared.add(case)
+        return self._wrapped(call, found)
+
+    def _followed(self, call: rules.Call, args: tuple[Any, ...]) -> list[At | None]:
+        """Return the tangents of what a function of the model's own calls.
+
+        It was run for its value before. Without gradient nothing is saved again, which a
+        checkpoint would count.
+
+        Raises:
+            LostRowsError: if rows mix in it.
+        """
+        with torch.no_grad():
+            out = self._enter(call.func, call.func, args, {})
+        if self.lost:
+            raise LostRowsError
+        found: list[At | None] = []
+        for leaf in filter(rules.differentiable, pytree.tree_leaves(out)):
+            dual = self.dual(leaf)
+            found.append(dual and At(dual.tangent, dual.layout))
+        return found
 
     def _compare(self, call: rules.Call, found: Any, args: tuple[Any, ...]) -> None:
         """Compare what the rule of a function of the model's own found with the tangents of what
-        the function calls, once for the arguments that move and for some rows or all.
+        the function calls.
 
         Raises:
             DerivativeError: if they differ.
             LostRowsError: if rows mix in it.
         """
-        func, every_row = call.func, call.duals[0].layout is None
-        moving = [isinstance(value, Dual) for value in call.args]
-        case = func, every_row, len(call.duals), *moving
-        if case in _compared:
-            return
-        with torch.no_grad():  # a checkpoint counts what is saved
-            entered = pytree.tree_leaves(self._enter(func, func, args, {}))
-        if self.lost:
-            raise LostRowsError
-        met = pytree.tree_leaves(self._wrapped(call, found))
-        for first, second in zip(entered, met, strict=True):
-            exact, ours = self.dual(first), self.dual(second)
+        out = filter(rules.differentiable, pytree.tree_leaves(self._wrapped(call, found)))
+        for exact, leaf in zip(self._followed(call, args), out, strict=True):
+            ours = self.dual(leaf)
             if exact is None or ours is None:
                 same = exact is ours
             else:
                 same = agree(exact.tangent, ours.tangent, ours.tangent.itemsize)
             if not same:
                 raise DerivativeError(
-                    f"got a wrong tangent from the rule of {func.__name__}, a function of the "
-                    "model's own: another than that of what it calls; write it without the rule"
+                    f"got a wrong tangent from the rule of {call.func.__name__}, a function of "
+                    "the model's own: another than that of what it calls; write it without the "
+                    "rule"
                 )
-        _compared.add(case)
 
     def _python(
         self, call: rules.Call, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]

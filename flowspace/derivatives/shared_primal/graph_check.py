@@ -15,6 +15,8 @@ moves, for the graph of a view is that of its memory.
 
 import contextlib
 import functools
+import itertools
+import weakref
 from collections import Counter
 from collections.abc import Hashable
 from types import FunctionType, MethodType
@@ -29,6 +31,12 @@ from flowspace.errors import DerivativeError
 __all__ = ["check_graph", "is_checked"]
 
 _passes: Counter[Hashable] = Counter()
+"""How many passes there were over each function."""
+
+_numbers: dict[int, tuple[weakref.ref[nn.Module], int]] = {}
+"""A number for each module by its id, which another module may have later."""
+
+_unused = itertools.count()
 
 
 def is_checked(fn: Any) -> bool:
@@ -61,10 +69,19 @@ def _key(fn: Any) -> Hashable:
             found.append(held.__code__)
             waiting += filter(callable, _held(held))
         elif isinstance(held, nn.Module):
-            found.append(id(held))
+            found.append(_number_of(held))
         else:
             found.append(type(held))
     return tuple(found)
+
+
+def _number_of(module: nn.Module) -> int:
+    """Return a number that no other module has, nor had."""
+    known = _numbers.get(id(module))
+    if known is None or known[0]() is not module:
+        known = weakref.ref(module), next(_unused)
+        _numbers[id(module)] = known
+    return known[1]
 
 
 def _held(fn: FunctionType) -> list[Any]:
