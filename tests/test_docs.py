@@ -30,6 +30,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch._dynamo
 
 import flowspace
 from flowspace.cli import main
@@ -89,10 +90,13 @@ def commands(code):
 
 @pytest.fixture
 def alone():
-    """One thread, and no rule of a derivative stays that a page adds."""
+    """One thread, torch.compile's own limit, which a run with compiled blocks has raised, and no
+    rule of a derivative stays that a page adds.
+    """
     threads, known = torch.get_num_threads(), dict(rules.RULES)
     torch.set_num_threads(1)
-    yield
+    with torch._dynamo.config.patch(recompile_limit=8):
+        yield
     torch.set_num_threads(threads)
     rules.RULES.clear()
     rules.RULES.update(known)
