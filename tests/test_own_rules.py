@@ -9,6 +9,7 @@ import torch
 from comparison import by_differences
 from programs import WHICH, choose
 from strategies import normal
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -144,9 +145,21 @@ def test_value_gradient_and_derivative_are_right(name, which):
         torch.testing.assert_close(derivative, kept, rtol=1e-6, atol=1e-7)
 
 
+def test_a_function_in_which_rows_mix_is_found_where_all_were_asked_for_before():
+    """On all rows its rule is right."""
+
+    def fn(z, t):
+        return mixed((z @ WEIGHT).sin() * t[:, None]).tanh()
+
+    exact = by_differences(fn, PRIMALS, TANGENTS)
+    for rows in (None, choose(4, "half"), None):
+        derivative = SharedPrimal()(fn, PRIMALS, TANGENTS, rows)[1]
+        kept = exact if rows is None else exact * rows[:, None]
+        torch.testing.assert_close(derivative, kept, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("function", [squared, shifted, cut, half_of_product])
 def test_a_rule_that_is_wrong_is_refused_by_name(function):
-
     def fn(z, t):
         given = [(z @ WEIGHT).sin()]
         if function is half_of_product:
@@ -185,12 +198,32 @@ MODES = {
 
 
 @pytest.mark.parametrize("name", MODES)
-def test_modes_of_the_user_see_what_they_saw(name):
+def test_it_is_right_within_modes_of_the_user(name):
     exact = SharedPrimal()(model, PRIMALS, TANGENTS)
     with MODES[name]():
         found = SharedPrimal()(model, PRIMALS, TANGENTS)
     for one, other in zip(found, exact, strict=True):
         torch.testing.assert_close(one, other, check_dtype=False)
+
+
+class Noting(TorchFunctionMode):
+    """Notes the functions that it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.seen.append(getattr(func, "__name__", ""))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_mode_of_the_user_sees_what_is_called():
+    with Noting() as plain:
+        model(*PRIMALS)
+    with Noting() as beside:
+        SharedPrimal()(model, PRIMALS, TANGENTS)
+    assert "roll" in plain.seen and set(plain.seen) <= set(beside.seen)
 
 
 class Marked(torch.Tensor):

@@ -484,8 +484,6 @@ def test_a_function_that_writes_into_another_input_than_its_first_is_refused(mon
 
 def test_graphs_are_checked_in_the_first_passes_over_a_model_and_then_in_ever_fewer():
     def closure(model):
-        model.cost = 0.0
-
         def step(z, t):
             return model(z) * t[:, None]
 

@@ -33,6 +33,9 @@ __all__ = ["check_graph", "is_checked"]
 _passes: Counter[Hashable] = Counter()
 """How many passes there were over each function."""
 
+KNOWN = 4096
+"""So many functions are counted; then all are new again, as for one who makes a module a step."""
+
 _numbers: dict[int, tuple[weakref.ref[nn.Module], int]] = {}
 """A number for each module by its id, which another module may have later."""
 
@@ -45,6 +48,8 @@ def is_checked(fn: Any) -> bool:
     """
     if not torch.is_grad_enabled():
         return False
+    if len(_passes) > KNOWN:
+        _passes.clear()
     key = _key(fn)
     _passes[key] += 1
     return _passes[key].bit_count() == 1
