@@ -39,10 +39,12 @@ def _check_difference(difference: Any) -> None:
 
 
 def _over_axes(values: Tensor, summed: bool) -> Tensor:
-    flat = backend_of(values).flatten(values)
+    axes = tuple(range(1, values.ndim))
+    if not axes:
+        return values
     if summed:
-        return flat.sum(1)
-    return flat.mean(1)
+        return values.sum(axes)
+    return values.mean(axes)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from flowspace.backends import backend_of, one_backend
 from flowspace.errors import ExpressionError, InputError, ScheduleError, TimeError
 from flowspace.formulas import T, parse
 from flowspace.inputs import check_states, kind_of
-from flowspace.time_functions import Source, TimeFunction, unseen_slope
+from flowspace.time_functions import Source, TimeFunction, unseen_slope, values_of
 from flowspace.typeset import latex_of
 
 __all__ = [
@@ -142,11 +142,10 @@ class Schedule:
             raise TimeError(
                 f"got t of shape {tuple(t.shape)} for latents of shape {shape}; use (B,) or ()"
             )
-        alpha = over_rows(self.alpha(t), latents)
-        beta = over_rows(self.beta(t), latents)
+        path = self._alpha, self._beta, self._alpha.dot, self._beta.dot
+        weights = [over_rows(each, latents) for each in values_of(path, t)]
+        alpha, beta, alpha_dot, beta_dot = weights
         z_t = alpha * latents + beta * noise
-        alpha_dot = over_rows(self.alpha_dot(t), latents)
-        beta_dot = over_rows(self.beta_dot(t), latents)
         v = alpha_dot * latents + beta_dot * noise
         return xp.cast(z_t, latents.dtype), v
 

@@ -45,6 +45,7 @@ from flowspace.time_functions import (
     TimeFunction,
     limit_on_edge,
     unseen_slope,
+    values_of,
 )
 from flowspace.typeset import text_of
 
@@ -179,8 +180,7 @@ class Coefficients:
         R/m = 0 by its limit, and m is infinite.
         """
         xp = backend_of(t)
-        a = self.prediction(t, s)
-        b = self.derivative(t, s)
+        a, b = values_of((self.prediction, self.derivative), t, s)
         off_diagonal = xp.off_diagonal(t, s) & (b != 0)
         duration = xp.where(off_diagonal, t - s, 1.0)
         size = xp.maximum(abs(a), abs(b) / duration)

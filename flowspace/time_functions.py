@@ -15,7 +15,7 @@ Time functions add, subtract, multiply and divide, with each other and with numb
 import math
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -41,7 +41,7 @@ from flowspace.formulas import (
 from flowspace.inputs import kind_of
 from flowspace.typeset import text_of
 
-__all__ = ["NUDGE", "Source", "TimeFunction", "limit_on_edge", "unseen_slope"]
+__all__ = ["NUDGE", "Source", "TimeFunction", "limit_on_edge", "unseen_slope", "values_of"]
 
 Function: TypeAlias = Callable[..., Any]
 """Any function of one or two tensors of times."""
@@ -312,12 +312,7 @@ class TimeFunction:
         Raises:
             InputError: unless there is an array of real numbers for each time.
         """
-        xp = backend_of(*times)
-        self._check_times(xp, times)
-        like = times[0]
-        precise = [xp.as_float64(time) for time in times]
-        values = self._evaluate(*precise)
-        return xp.like(values, like, like.dtype)
+        return values_of((self,), *times)[0]
 
     def _check_times(self, xp: Any, times: tuple[Any, ...]) -> None:
         """Raise InputError unless there is an array of real numbers for each time."""
@@ -511,6 +506,16 @@ def _operand_values(operand: "TimeFunction | float", times: tuple[Tensor, ...]) 
     if isinstance(operand, TimeFunction):
         return operand.raw(*times[: operand.arity])
     return operand
+
+
+def values_of(functions: Sequence[TimeFunction], *times: Tensor) -> list[Tensor]:
+    """Return the values of several functions of the same times, each as its own call returns them;
+    the times are checked and made float64 once.
+    """
+    xp, like = backend_of(*times), times[0]
+    functions[0]._check_times(xp, times)
+    precise = [xp.as_float64(time) for time in times]
+    return [xp.like(each._evaluate(*precise), like, like.dtype) for each in functions]
 
 
 def _formula_of(source: Source) -> sympy.Expr | None:

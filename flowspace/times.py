@@ -364,11 +364,10 @@ class TimePairs(PairSampler):
         first = self.times.draw(rows, for_first)
         second = self.times.draw(rows, for_second)
         rank = for_rank.uniform(rows).argsort().argsort()
-        rounded = rank + for_rounding.uniform()
-        # rank + u rounds to the next rank once in a million draws, so the first are told by rank
-        among_first = rank < self._least_equal(rows)
-        diagonal = among_first | (rounded < self.equal * rows)
         xp = source.library
+        # the share of the rows is no whole number of them: which of the two beside it is drawn
+        most = self.equal * rows - for_rounding.uniform()
+        diagonal = rank < xp.clamp(most, self._least_equal(rows))
         if self.mask_first:
             second = xp.where(diagonal, first, second)
         t = xp.maximum(first, second)

@@ -1,5 +1,6 @@
 """kappa and back, the two identities, and coefficients that are exact on every edge."""
 
+import copy
 import dataclasses
 import math
 import pickle
@@ -526,23 +527,20 @@ def test_the_coefficients_at_a_point_are_those_of_the_functions(data, schedule):
     close(at.scale, c.scale(t_, s_), 0)
 
 
-class Counted:
-    """A function of time that counts its evaluations."""
-
-    def __init__(self, function):
-        self.function, self.calls = function, 0
-
-    def __call__(self, *times):
-        self.calls += 1
-        return self.function(*times)
+def counting(function):
+    """Return a function of time like this one, and the list that grows with its evaluations."""
+    calls, evaluate, alike = [], function.prepare(), copy.copy(function)
+    vars(alike)["_evaluate"] = lambda *times: calls.append(times) or evaluate(*times)
+    return alike, calls
 
 
 def test_at_a_point_a_and_b_are_evaluated_once_and_the_data_not_at_all():
     c = coefficients(LINEAR, MatchedStatistic())
     names = ("prediction", "derivative", "_data")
-    counted = {name: Counted(getattr(c, name)) for name in names}
-    at = dataclasses.replace(c, **counted).at(TIMES, ZERO)
-    assert {name: f.calls for name, f in counted.items()} == {
+    counted = {name: counting(getattr(c, name)) for name in names}
+    functions = {name: function for name, (function, _) in counted.items()}
+    at = dataclasses.replace(c, **functions).at(TIMES, ZERO)
+    assert {name: len(calls) for name, (_, calls) in counted.items()} == {
         "prediction": 1,
         "derivative": 1,
         "_data": 0,

@@ -11,8 +11,10 @@ import threading
 import weakref
 from collections import Counter
 
+import numpy
 import pytest
 import torch
+from comparison import untouched
 from torch import nn
 from torch.masked import masked_tensor
 from torch.overrides import TorchFunctionMode
@@ -669,6 +671,83 @@ def test_a_function_whose_apply_was_looked_up_before_keeps_its_gradient(name, ro
     close(derivative, wanted(lambda z, t: written(z, t, WEIGHT), rows))
     gradients = [torch.autograd.grad(x.square().sum(), weight)[0] for x in (value, plain)]
     close(*gradients)
+
+
+class SineByDefault(Sine):
+    """Has an ``apply`` of its own, with a default: torch's takes no names."""
+
+    @classmethod
+    def apply(cls, x, twice=False):
+        return super().apply(x) * (2 if twice else 1)
+
+
+class SineOfNumpy(torch.autograd.Function):
+    @classmethod
+    def apply(cls, *args):
+        return super().apply(*args)
+
+    @staticmethod
+    def forward(ctx, x):
+        return torch.from_numpy(numpy.sin(x.detach().numpy()))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def sine_given_within(z, t, w):
+    class Given(Sine):
+        pass
+
+    Given.apply = classmethod(lambda cls, x: Sine.apply(x) * 2)
+    return Given.apply(z @ w) * t[:, None]
+
+
+OF_ITS_OWN = {
+    "one": (
+        lambda z, t, w: SineByDefault.apply(z @ w, twice=True) * t[:, None],
+        lambda z, t, w: 2 * (z @ w).sin() * t[:, None],
+    ),
+    "torch's before it, and after": (
+        lambda z, t, w: Sine.apply(SineByDefault.apply(Sine.apply(z @ w))) * t[:, None],
+        lambda z, t, w: (z @ w).sin().sin().sin() * t[:, None],
+    ),
+    "one that it is given": (
+        sine_given_within,
+        lambda z, t, w: 2 * (z @ w).sin() * t[:, None],
+    ),
+}
+
+
+@pytest.mark.parametrize("rows", [None, HALF], ids=["all", "half"])
+@pytest.mark.parametrize("name", OF_ITS_OWN)
+def test_a_function_with_an_apply_of_its_own_is_followed(name, rows):
+    fn, written = OF_ITS_OWN[name]
+    weight = nn.Parameter(WEIGHT.clone())
+    with untouched():
+        value, derivative = SharedPrimal()(lambda z, t: fn(z, t, weight), PRIMALS, TANGENTS, rows)
+    plain = written(*PRIMALS, weight)
+    close(value, plain)
+    close(derivative, wanted(lambda z, t: written(z, t, WEIGHT), rows))
+    gradients = [torch.autograd.grad(x.square().sum(), weight)[0] for x in (value, plain)]
+    close(*gradients)
+
+
+def test_a_function_with_an_apply_of_its_own_that_leaves_torch_is_refused():
+    with untouched(), pytest.raises(DerivativeError, match="SineOfNumpy"):
+        SharedPrimal()(lambda z, t: SineOfNumpy.apply(z @ WEIGHT) * t[:, None], PRIMALS, TANGENTS)
+
+
+def test_to_follow_custom_functions_leaves_their_class_as_it_is():
+    """To replace an attribute of a class that has hundreds below it takes Python a millisecond."""
+    applies, before = [], vars(torch.autograd.Function)["apply"]
+
+    def fn(z, t):
+        applies.append(vars(torch.autograd.Function)["apply"])
+        return Sine.apply(z @ WEIGHT) * t[:, None]
+
+    SharedPrimal()(fn, PRIMALS, TANGENTS)
+    assert applies == [before]
 
 
 # --- attention without tokens

@@ -119,6 +119,8 @@ def like(value: Any, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return torch.full_like(like, number)
     if dtype is not None:
         value = value.to(dtype)
+    if value.shape == like.shape:
+        return value
     return value.expand_as(like)
 
 

@@ -12,7 +12,8 @@ So the first four are replaced (`_patch`) by functions that ask for this thread'
 or second run, and hand the call to it; where there is none they do what the original does. For the
 fifth, torch calls a hook of ours. This is the one place of the house that changes torch for the
 whole process. It does so only while a mode of ours is entered in some thread; the last one to
-leave puts the originals back.
+leave puts the originals back. What stands for ``apply`` is looked up in the metaclass: to replace
+an attribute of a class that has hundreds below it takes Python a millisecond.
 
 For torch.compile the replaced function is `_callback_from_stance`. Each call of something
 compiled asks it for the callback that captures frames, and keeps compiled code by that callback.
@@ -28,9 +29,12 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.autograd import Function
+from torch.autograd.function import FunctionMeta
 from torch.nn.modules.module import register_module_buffer_registration_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils import _python_dispatch as python_dispatch
@@ -45,6 +49,7 @@ if TYPE_CHECKING:
     from flowspace.derivatives.shared_primal.carrier import Carrier
 
 __all__ = [
+    "Paused",
     "active_carrier",
     "active_second_run",
     "call_captured",
@@ -55,7 +60,6 @@ __all__ = [
     "follows_compiled",
     "outside_modes",
     "patched",
-    "paused",
     "protecting",
     "set_capture_callback",
     "under_checkpoint",
@@ -72,7 +76,10 @@ _users: list[type] = []
 """The modes that are entered now, in all threads."""
 
 _originals: list[tuple[Any, str, Any]] = []
-"""What was replaced: its holder, its name there, and the original."""
+"""What was replaced: its holder, its name there, and the original; None if there was none."""
+
+_told: set[Callable[..., Any]] = set()
+"""Functions that torch.compile was told not to capture."""
 
 _listening = contextlib.ExitStack()
 """What ends that torch tells us of buffers."""
@@ -83,18 +90,20 @@ def active_carrier() -> "Carrier | None":
     return getattr(_active, "carrier", None)
 
 
-@contextlib.contextmanager
-def paused(carrier: "Carrier | None") -> Iterator[None]:
-    """Let a carrier pass over what is called; nothing happens for None."""
-    if carrier is None:
-        yield
-        return
-    before, idle = active_carrier(), carrier.idle
-    _active.carrier, carrier.idle = None, True
-    try:
-        yield
-    finally:
-        _active.carrier, carrier.idle = before, idle
+class Paused:
+    """A context in which a carrier passes over what is called; nothing happens for None."""
+
+    def __init__(self, carrier: "Carrier | None") -> None:
+        self.carrier = carrier
+
+    def __enter__(self) -> None:
+        if self.carrier is not None:
+            self.before = active_carrier(), self.carrier.idle
+            _active.carrier, self.carrier.idle = None, True
+
+    def __exit__(self, *_: object) -> None:
+        if self.carrier is not None:
+            _active.carrier, self.carrier.idle = self.before
 
 
 @contextlib.contextmanager
@@ -147,8 +156,9 @@ def patched(mode: type) -> Iterator[None]:
         if not _users:
             _patch()
         if follows_compiled():
-            for function in (mode.__torch_function__, _note_buffer):
+            for function in {mode.__torch_function__, *OURS} - _told:
                 torch._dynamo.eval_frame.skip_code(function.__code__)
+                _told.add(function)
         _users.append(mode)
     try:
         yield
@@ -161,8 +171,8 @@ def patched(mode: type) -> Iterator[None]:
 
 def _patch() -> None:
     """Replace the functions of torch that run what no function mode sees."""
+    _replace(FunctionMeta, "apply", _Apply())
     places: list[tuple[Any, str, Callable[[Any], Any]]] = [
-        (torch.autograd.Function, "apply", _apply),
         (torch._C.ScriptFunction, "__call__", _script),
         (torch._C.ScriptMethod, "__call__", _script),
         (threading.Thread, "start", _start),
@@ -173,17 +183,24 @@ def _patch() -> None:
     elif dynamo_loaded():
         places.append((torch._dynamo.eval_frame, "_callback_from_stance", _warning_callback))
     for holder, name, replacement in places:
-        original = holder.__dict__[name]
-        _originals.append((holder, name, original))
-        setattr(holder, name, replacement(original))
+        _replace(holder, name, replacement(holder.__dict__[name]))
     handle = register_module_buffer_registration_hook(_note_buffer)
     _listening.callback(handle.remove)
 
 
+def _replace(holder: Any, name: str, replacement: Any) -> None:
+    """Replace an attribute, which there may be none of, and remember it."""
+    _originals.append((holder, name, holder.__dict__.get(name)))
+    setattr(holder, name, replacement)
+
+
 def _restore() -> None:
     """Put the originals back."""
-    for holder, name, original in _originals:
-        setattr(holder, name, original)
+    for holder, name, original in reversed(_originals):
+        if original is None:
+            delattr(holder, name)
+        else:
+            setattr(holder, name, original)
     _originals.clear()
     _listening.close()
 
@@ -199,27 +216,71 @@ def _note_buffer(module: Any, name: str, tensor: Any) -> None:
         run.bindings.note(module, name)
 
 
-def _apply(original: Any) -> Any:
-    """Return what stands for autograd.Function.apply.
+class _Apply:
+    """Gives apply of classes of autograd.Function, where a carrier is active one that is followed.
 
-    torch.compile knows it by its name. Where that leaves a call to Python, it is not to capture
-    this frame, and not what follows the call, but the forward pass within it.
+    It is an attribute of their metaclass, and Python asks it before the classes, since it can be
+    written to.
     """
 
-    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        outs = original.__get__(None, cls)(*args, **kwargs)
-        before = capture_callback()
-        if before is None:
-            return _followed(cls, args, outs)
-        set_capture_callback(None)
-        try:
-            return _followed(cls, args, outs)
-        finally:
-            set_capture_callback(before)
+    def __get__(self, cls: Any, metaclass: type) -> Any:
+        """Return the function of a class, as the class has it itself or inherits it."""
+        # No function of Python is called on the way: torch.compile may be capturing frames.
+        owner = cls
+        for owner in cls.__mro__:
+            if "apply" in owner.__dict__:
+                break
+        found = owner.__dict__["apply"]
+        if getattr(_active, "carrier", None) is None:
+            return found.__get__(None, cls)
+        if owner is Function:
+            return MethodType(_apply, cls)
+        if issubclass(cls, Function):
+            _replace_in_class()
+        return found.__get__(None, cls)
 
-    if follows_compiled():
-        torch._dynamo.eval_frame.skip_code(apply.__code__)
-    return classmethod(apply)
+    def __set__(self, cls: Any, function: Any) -> None:
+        """Give a class a function of its own."""
+        _replace_in_class()
+        type.__setattr__(cls, "apply", function)
+
+
+def _replace_in_class() -> None:
+    """Replace apply in autograd.Function itself: a class below has one of its own, and calls that
+    of Function as ``super().apply``, which is not asked of the metaclass.
+    """
+    with _lock:
+        if isinstance(vars(FunctionMeta).get("apply"), _Apply):
+            del FunctionMeta.apply  # pyright: ignore[reportAttributeAccessIssue]
+            _originals.remove((FunctionMeta, "apply", None))
+            _replace(Function, "apply", classmethod(_apply))
+
+
+def _apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+    """Call apply of a custom function, and follow it.
+
+    Where torch.compile leaves a call to Python, it is not to capture this frame, and not what
+    follows the call, but the forward pass within it.
+    """
+    original = Function.__dict__["apply"]
+    for holder, _, replaced in _originals:
+        if holder is Function:
+            original = replaced
+    outs = original.__get__(None, cls)(*args, **kwargs)
+    before = capture_callback()
+    if before is None:
+        return _followed(cls, args, outs)
+    set_capture_callback(None)
+    try:
+        return _followed(cls, args, outs)
+    finally:
+        set_capture_callback(before)
+
+
+_apply.__name__ = "apply"  # by which torch.compile knows it
+
+OURS = (_note_buffer, _Apply.__get__, _Apply.__set__, _replace_in_class, _replace, _apply)
+"""Functions that torch calls in the middle of the model's, and torch.compile is not to capture."""
 
 
 def _followed(cls: type, args: tuple[Any, ...], outs: Any) -> Any:

@@ -18,7 +18,7 @@ import random
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,14 +43,15 @@ from flowspace.errors import DerivativeError
 __all__ = [
     "REFUSAL_SLACK",
     "Bindings",
+    "OnCopies",
     "RandomState",
     "RowsMixError",
     "agree",
     "batch_statistics",
+    "copies_of",
     "forward_mode_lock",
     "in_transform",
     "is_alive",
-    "on_copies",
     "put_back",
     "restoring_buffers",
     "root_of",
@@ -68,21 +69,27 @@ def in_transform(tensor: Tensor) -> bool:
     return not torch_backend.has_values(tensor)
 
 
-def on_copies(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return fn of copies of its tensors.
+class OnCopies:
+    """A function of copies of its tensors.
 
     A model that writes into its times or latents then changes nobody else's.
+
+    Attributes:
+        fn: the function.
     """
 
-    def of_copies(*primals: Any) -> Tensor:
-        copies = list(primals)
-        for i, primal in enumerate(primals):
-            if isinstance(primal, Tensor):
-                copies[i] = primal.clone()
-        return fn(*copies)
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self.fn = fn
+        self.__name__ = getattr(fn, "__name__", "OnCopies")
 
-    of_copies.__name__ = getattr(fn, "__name__", "of_copies")
-    return of_copies
+    def __call__(self, *primals: Any) -> Any:
+        """Return what the function returns for copies."""
+        return self.fn(*copies_of(primals))
+
+
+def copies_of(values: Sequence[Any]) -> list[Any]:
+    """Return values, tensors as copies."""
+    return [value.clone() if isinstance(value, Tensor) else value for value in values]
 
 
 TOLERANCES = {8: 1e-6, 4: 1e-3, 2: 5e-2}

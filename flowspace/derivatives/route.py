@@ -21,6 +21,7 @@ from flowspace.arrays import over_rows
 from flowspace.backends import backend_of, one_backend, torch_backend
 from flowspace.derivatives import hidden_calls
 from flowspace.derivatives.replay import in_transform, several_processes
+from flowspace.derivatives.rules.dual import writable
 from flowspace.errors import DerivativeError, InputError
 from flowspace.inputs import check_device, is_function, kind_of
 
@@ -121,11 +122,12 @@ class Derivative(abc.ABC):
         value, derivative = self._checked_pair(found, primals)
         if mask is None:
             return value, derivative
-        derivative = torch.where(over_rows(mask, derivative), derivative, 0.0)
+        elsewhere: Any = 0.0
         if indices is not None and at_most is not None:
             missed = mask.index_fill(0, indices, False)
-            derivative = derivative.masked_fill(over_rows(missed, derivative), math.nan)
-        return value, derivative
+            numbers = derivative.new_zeros(len(mask)).masked_fill_(missed, math.nan)
+            mask, elsewhere = mask & ~missed, over_rows(numbers, derivative)
+        return value, torch.where(over_rows(mask, derivative), derivative, elsewhere)
 
     def _checked_pair(self, found: Any, primals: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """Return what `evaluate` returned.
@@ -231,4 +233,6 @@ def scatter(derivative: Tensor, indices: Tensor, value: Tensor) -> Tensor:
     elsewhere.
     """
     everywhere = torch.zeros(value.shape, dtype=derivative.dtype, device=derivative.device)
+    if writable(everywhere, derivative):
+        return everywhere.index_copy_(0, indices, derivative)
     return everywhere.index_copy(0, indices, derivative)

@@ -28,12 +28,12 @@ from torch.utils import _pytree as pytree
 
 from flowspace.derivatives.replay import (
     REFUSAL_SLACK,
+    OnCopies,
     RandomState,
     RestoringMode,
     RowsMixError,
     agree,
     in_transform,
-    on_copies,
     restoring_buffers,
     several_processes,
     uncompiled,
@@ -90,7 +90,7 @@ class SecondRun(Derivative):
             DerivativeError: if the second run is not the first one, or the route cannot
                 differentiate fn.
         """
-        fn, device = on_copies(fn), primals[0].device
+        fn, device = OnCopies(fn), primals[0].device
         state = RandomState(device, of_python=True)
         value = checked(fn(*primals), primals)
         if indices is not None and (state.changed() or several_processes() or in_transform(value)):

@@ -18,8 +18,10 @@ __all__ = [
     "below_modes_of_the_user",
     "close_forward_mode",
     "dispatch_modes",
+    "enter_function_mode",
     "forward_mode_is_open",
     "function_modes",
+    "leave_function_mode",
     "leave_function_modes",
     "left_after_errors",
     "memory_of",
@@ -59,6 +61,12 @@ function_modes = _C._len_torch_function_stack
 
 outside_innermost_mode = _pop_mode_temporarily
 """A context in which the function mode that was entered last sees nothing."""
+
+leave_function_mode = _C._pop_torch_function_stack
+"""Leaves the function mode that was entered last, and returns it."""
+
+enter_function_mode = _C._push_on_torch_function_stack
+"""Enters a function mode."""
 
 transform_level = _C._functorch.maybe_current_level
 """Returns how many transforms of torch.func are at work, or None."""
@@ -105,16 +113,16 @@ def below_modes_of_the_user(mode: Any) -> Iterator[None]:
     """
     above = []
     while function_modes() and not _is_ours(_C._get_function_stack_at(function_modes() - 1)):
-        above.append(_C._pop_torch_function_stack())
+        above.append(leave_function_mode())
     depth = function_modes()
     try:
         for entered in (mode, *reversed(above)):
-            _C._push_on_torch_function_stack(entered)
+            enter_function_mode(entered)
         yield
     finally:
         leave_function_modes(depth)
         for entered in reversed(above):
-            _C._push_on_torch_function_stack(entered)
+            enter_function_mode(entered)
 
 
 def _is_ours(mode: Any) -> bool:
@@ -125,7 +133,7 @@ def _is_ours(mode: Any) -> bool:
 def leave_function_modes(count: int) -> None:
     """Leave the innermost function modes, down to so many."""
     while function_modes() > count:
-        _C._pop_torch_function_stack()
+        leave_function_mode()
 
 
 def forward_mode_is_open() -> bool:

@@ -38,7 +38,7 @@ from flowspace.arrays import (
 )
 from flowspace.backends import backend_of, one_backend, torch_backend
 from flowspace.derivatives import Derivative, SharedPrimal
-from flowspace.derivatives.replay import RandomState, on_copies, without_trace
+from flowspace.derivatives.replay import OnCopies, RandomState, without_trace
 from flowspace.errors import InputError, TimeError
 from flowspace.flow_map import FlowMap
 from flowspace.guidance import Guidance, check_guidance
@@ -510,7 +510,7 @@ class Objective(abc.ABC):
         rows: tuple[Tensor | None, int | None] = (None, None)
         if self.coefficients.anchored:
             rows = (at.s < at.t, at.most_off_diagonal)
-        f, derivative = self.derivative(on_copies(fn), primals, tangents, *rows)
+        f, derivative = self.derivative(OnCopies(fn), primals, tangents, *rows)
         f = at_least_float32(f)
         derivative = at_least_float32(derivative)
         known = self.known_part(at)
@@ -551,7 +551,7 @@ class Objective(abc.ABC):
     ) -> LossOutput:
         """Return the output for a prediction and what the residual is without a f."""
         xp = at.library
-        a, _, m = weights.over_rows(f)
+        a, m = over_rows(weights.prediction, f), over_rows(weights.scale, f)
         fixed = xp.detach(f)
         residual = xp.detach(a * fixed + rest)
         target = fixed - residual / m

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowspace.arrays import Model, at_least_float32
 from flowspace.backends import torch_backend
-from flowspace.derivatives.replay import on_copies, without_trace
+from flowspace.derivatives.replay import OnCopies, without_trace
 from flowspace.derivatives.route import checked
 from flowspace.errors import InputError
 from flowspace.inputs import check_flag, signature_of
@@ -129,7 +129,7 @@ class Trunk:
         def call(*inputs: Tensor) -> Any:
             return self.model(*inputs, **cond)
 
-        output: Any = on_copies(call)(z_t, t, s)
+        output: Any = OnCopies(call)(z_t, t, s)
         if self.objective.head:
             output, head = _two_outputs(output)
             head = checked(head, (z_t,))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor
 
 from flowspace.arrays import Cond, Model
-from flowspace.derivatives.replay import on_copies
+from flowspace.derivatives.replay import OnCopies
 from flowspace.derivatives.route import checked
 from flowspace.errors import InputError
 from flowspace.inputs import (
@@ -78,7 +78,7 @@ def evaluated(model: Model, z_t: Tensor, t: Tensor, s: Tensor, cond: Mapping[str
     def call(*inputs: Tensor) -> Tensor:
         return model(*inputs, **cond)
 
-    output = on_copies(call)(z_t, t, s)
+    output = OnCopies(call)(z_t, t, s)
     return checked(output, (z_t,))
 
 

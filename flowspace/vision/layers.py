@@ -153,8 +153,9 @@ def _tangent_of_gated(call: Any, gate: Any, value: Any) -> Any:
     """The tangent is silu'(gate) dgate value + silu(gate) dvalue."""
     if len(call.duals) < 2:
         return NotImplemented
-    tangent = torch.ops.aten.silu_backward.default(gate.tangent * value.rows, gate.rows)
-    return torch.addcmul(tangent, F.silu(gate.rows), value.tangent)
+    rows = gate.rows
+    tangent = torch.ops.aten.silu_backward.default(gate.tangent * value.rows, rows)
+    return torch.addcmul(tangent, F.silu(rows), value.tangent)
 
 
 @with_rule(_tangent_of_gated)
@@ -213,7 +214,7 @@ def placed(
         pair = pair * torch.stack(weights)[:, None, None, None]
     if cosine is not None and sine is not None:
         pair = turned(pair, cosine, sine)
-    query, key = pair.to(dtype)
+    query, key = pair.to(dtype).unbind()
     return query, key
 
 

@@ -145,7 +145,7 @@ def _of_unit(  # noqa: PLR0913  # what a norm needs
     Args:
         x: the rows that have a tangent.
         dx: their tangent.
-        dims: the axes that are normalised.
+        dims: the axes that are normalised, the last ones.
         scale: 1/rms(x), or None.
         eps: of the norm.
         own: x is a copy that nobody else has, so its memory may be used again: to a CPU memory
@@ -154,7 +154,7 @@ def _of_unit(  # noqa: PLR0913  # what a norm needs
     if x.dtype is not torch.float32:
         dtype = torch.promote_types(x.dtype, torch.float32)
         x, dx = x.to(dtype), dx.to(dtype)
-    count = math.prod(x.shape[dim] for dim in dims)
+    count = math.prod(x.shape[dims[0] :])
     if scale is None:
         if eps is None:
             eps = torch.finfo(x.dtype).eps

@@ -25,6 +25,7 @@ Who holds whom, from the outside in:
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -35,9 +36,11 @@ from torch import Tensor
 from flowspace.derivatives import hidden_calls
 from flowspace.derivatives.replay import (
     REFUSAL_SLACK,
+    OnCopies,
     RandomState,
     RestoringMode,
     agree,
+    copies_of,
     restoring_buffers,
     uncompiled,
 )
@@ -80,12 +83,17 @@ class SharedPrimal(Derivative):
         chosen = None
         if indices is not None:
             chosen = ChosenRows.of(indices, len(primals[0]))
-        copies = _copies(primals, tangents)
+        copied: Callable[[], list[Any]] = functools.partial(_copies, primals, tangents)
+        given = fn
+        if isinstance(given, OnCopies):
+            # they are made here: to carry tangents through the making of copies costs more
+            fn, copied = given.fn, functools.partial(copies_of, primals)
+        copies = copied()
         value, tangent, writes = evaluate_beside(fn, copies, tangents, chosen)
         if writes is not None:
             again = draws.replay(fn)
             with writes.undone(), torch.no_grad(), restoring_buffers() as run:
-                second = evaluate_beside(again, _copies(primals, tangents), tangents, None)
+                second = evaluate_beside(again, copied(), tangents, None)
                 repeated = second.value.clone()  # its own memory may be put back as well
             if second.writes is not None:
                 raise DerivativeError(
@@ -95,7 +103,8 @@ class SharedPrimal(Derivative):
             _check_repeats(value.detach(), repeated, run)
             tangent = second.tangent
             chosen = None
-        _hand_back(primals, copies)
+        if fn is given:
+            _hand_back(primals, copies)
         if tangent is None:
             return value, torch.zeros_like(value)
         if chosen is not None:

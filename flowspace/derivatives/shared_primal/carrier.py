@@ -52,9 +52,10 @@ from flowspace.derivatives.shared_primal.writes import Writes, memory_below
 from flowspace.derivatives.torch_internals import (
     base_transform,
     dispatch_modes,
+    enter_function_mode,
     function_modes,
+    leave_function_mode,
     not_intercepted,
-    outside_innermost_mode,
     set_gradients,
     subclasses_enabled,
     transform_level,
@@ -80,6 +81,9 @@ MAKERS = frozenset(
 
 PLAIN = Tensor.__torch_function__.__func__  # pyright: ignore
 """What a subclass of Tensor does with functions unless it says something else."""
+
+PLAIN_TYPES = frozenset({Tensor, nn.Parameter})
+"""Types of tensors that have no functions of their own."""
 
 NO_TENSORS = frozenset(
     {int, float, bool, str, slice, type(None), type(Ellipsis), torch.dtype, torch.device}
@@ -381,12 +385,15 @@ class Carrier(TorchFunctionMode):
             return hidden_calls.call_captured(func, args, kwargs)
         if self.idle:
             return func(*args, **(kwargs or {}))
+        by_subclass = types and not PLAIN_TYPES.issuperset(types) and subclasses_enabled()
+        if not by_subclass and treatment_of(func).kind == "metadata":
+            return func(*args, **(kwargs or {}))
         # What the carrier itself does is not the model: torch.compile is not to capture it.
         before = hidden_calls.capture_callback()
         if before is not None:
             hidden_calls.set_capture_callback(None)
         try:
-            if types and subclasses_enabled():
+            if by_subclass:
                 return self._by_subclass(func, types, args, kwargs or {})
             return self.carry(func, args, kwargs or {})
         except DerivativeError as error:
@@ -555,8 +562,11 @@ class Carrier(TorchFunctionMode):
         """
         if self.idle or function_modes() != 1:
             return function(*args)
-        with outside_innermost_mode():
+        innermost = leave_function_mode()
+        try:
             return self.__torch_function__(function, (), args)
+        finally:
+            enter_function_mode(innermost)
 
     def _own(self, call: rules.Call, args: tuple[Any, ...]) -> Any:
         """Run a function of the model's own, and its rule beside it."""

@@ -299,12 +299,12 @@ class Region:
         """
         chosen = _chosen_of(duals)
         size = _room(chosen)
-        with hidden_calls.paused(carrier):
-            # A graph is compiled for tangents as `_dual_examples` makes them: contiguous.
-            tangents = []
-            for dual in duals:
-                tangent = _padded(dual.tangent, dual.layout, size)
-                tangents.append(tangent.contiguous())
+        # A graph is compiled for tangents as `_dual_examples` makes them: contiguous.
+        tangents = []
+        for dual in duals:
+            tangent = _padded(dual.tangent, dual.layout, size)
+            tangents.append(tangent.contiguous())
+        with hidden_calls.Paused(carrier):
             out = program.run(*primals, *tangents, *_indices(chosen, size))  # type: ignore[misc]
         # What comes out: outputs, tangents of those that move, tangents of inputs written to.
         values = list(out[: program.outputs])
@@ -351,7 +351,7 @@ class Region:
 
     def _run_plain(self, carrier: Carrier | None, inputs: Values) -> Any:
         """Run the graph as it was captured, compiled, without tangents."""
-        with hidden_calls.paused(carrier), not_intercepted():
+        with hidden_calls.Paused(carrier), not_intercepted():
             program = self._program_for(_PLAIN, inputs, self._make_plain)
             if isinstance(program, Program) and program.run is not None:
                 return program.run(*inputs)
@@ -371,7 +371,7 @@ class Region:
         known = self.programs.get((case, ()))
         if known is not None:
             return known
-        with hidden_calls.paused(carrier), torch.set_grad_enabled(gradient):
+        with hidden_calls.Paused(carrier), torch.set_grad_enabled(gradient):
             return self._program_for(case, inputs, lambda c: self._make(c, moving, chosen))
 
     def _program_for(
