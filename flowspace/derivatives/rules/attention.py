@@ -22,7 +22,7 @@ All work on tensors with four axes: (rows, heads, tokens, channels).
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -56,7 +56,7 @@ class Operands(NamedTuple):
 
     def map(self, function: Callable[[Any], Any]) -> "Operands":
         """Return the result of a function for each operand that is there."""
-        return Operands._make([None if x is None else function(x) for x in self])
+        return Operands(*[None if x is None else function(x) for x in self])
 
     def at(self, index: Any) -> "Operands":
         """Return the same part of every operand."""
@@ -128,9 +128,9 @@ def scaled_dot_product_attention(  # noqa: PLR0913  # torch's arguments
         primals = primals.repeat_heads(times)
         tangents = tangents.repeat_heads(times)
     # all axes before tokens and channels, two at least: the last of them is called heads
-    lead = list(shape[:-2])
+    lead = tuple(shape[:-2])
     while len(lead) < 2:
-        lead = [1, *lead]
+        lead = (1, *lead)
     primals = primals.map(lambda x: _four_axes(x, lead, out.dtype))
     tangents = tangents.map(lambda x: _four_axes(x, lead, out.dtype))
     if call.traced:
@@ -140,12 +140,12 @@ def scaled_dot_product_attention(  # noqa: PLR0913  # torch's arguments
     return At(tangent.reshape(shape), layout)
 
 
-def _four_axes(x: Tensor, lead: Sequence[int], dtype: torch.dtype) -> Tensor:
+def _four_axes(x: Tensor, lead: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Return a tensor of shape (rows, heads, tokens, any), in this dtype if it is not boolean.
 
     It is expanded without a copy where at most one of the axes that become rows is longer than 1.
     """
-    if x.ndim == 4 and x.dtype == dtype and list(x.shape[:2]) == lead:
+    if x.ndim == 4 and x.dtype == dtype and x.shape[:2] == lead:
         return x  # as most are: the steps below take longer than a small product
     if x.dtype != torch.bool:
         x = x.to(dtype)

@@ -331,11 +331,10 @@ class Carrier(TorchFunctionMode):
         """
         given, primals, mirrors = list(values), list(values), self.writes.mirrors
         for i, value in enumerate(values):
-            if type(value) in NO_TENSORS:
-                continue
-            if isinstance(value, Tensor):
-                if type(value) is nn.Parameter and not mirrors:
-                    continue  # never an alias, nor a view of one
+            kind = type(value)
+            if kind in NO_TENSORS or (kind is nn.Parameter and not mirrors):
+                continue  # a parameter is never an alias, nor a view of one
+            if kind is Tensor or isinstance(value, Tensor):
                 # what is not plainly an alias of this carrier is looked at more closely
                 dual = getattr(value, FIELD, None)
                 if dual is None or dual.owner is not self or dual.unsure or mirrors:
@@ -386,12 +385,12 @@ class Carrier(TorchFunctionMode):
         if self.idle:
             return func(*args, **(kwargs or {}))
         by_subclass = types and not PLAIN_TYPES.issuperset(types) and subclasses_enabled()
-        if not by_subclass and treatment_of(func).kind == "metadata":
-            return func(*args, **(kwargs or {}))
         # What the carrier itself does is not the model: torch.compile is not to capture it.
         before = hidden_calls.capture_callback()
         if before is not None:
             hidden_calls.set_capture_callback(None)
+        elif not by_subclass and treatment_of(func).kind == "metadata":
+            return func(*args, **(kwargs or {}))
         try:
             if by_subclass:
                 return self._by_subclass(func, types, args, kwargs or {})
@@ -578,7 +577,7 @@ class Carrier(TorchFunctionMode):
         if found is NotImplemented:
             return self._wrapped(call, self._followed(call, args))
         every_row = call.duals[0].layout is None
-        moving = [isinstance(value, Dual) for value in call.args]
+        moving = [type(value) is Dual for value in call.args]
         case = func, every_row, len(call.duals), *moving
         if case not in _compared:
             self._compare(call, found, args)
@@ -849,7 +848,8 @@ def _value_alone(call: rules.Call, args: tuple[Any, ...]) -> Any:
 def _of_plain_tensors(call: rules.Call) -> bool:
     """Return whether no argument is of a subclass of Tensor with functions of its own."""
     for value in (*call.primals, *call.options.values()):
-        if isinstance(value, Tensor) and type(value) not in (Tensor, nn.Parameter):
+        kind = type(value)
+        if kind not in PLAIN_TYPES and kind not in NO_TENSORS and isinstance(value, Tensor):
             return False
     return True
 
