@@ -512,8 +512,9 @@ def values_of(functions: Sequence[TimeFunction], *times: Tensor) -> list[Tensor]
     """Return the values of several functions of the same times, each as its own call returns them;
     the times are checked and made float64 once.
     """
-    xp, like = backend_of(*times), times[0]
+    xp = backend_of(*times)
     functions[0]._check_times(xp, times)
+    like = times[0]
     precise = [xp.as_float64(time) for time in times]
     return [xp.like(each._evaluate(*precise), like, like.dtype) for each in functions]
 
