@@ -485,8 +485,12 @@ def test_one_designs_trains_and_shares_in_a_browser(window, address):
     page.wait_for_selector("[data-kappa='sin(pi*s/2)']")
     page.wait_for_selector(".formulas:not(.stale)")
     page.get_by_role("button", name="copy LaTeX").click()
-    page.wait_for_function("async () => await navigator.clipboard.readText()")
-    copied = page.evaluate("navigator.clipboard.readText()")
+    copied = ""
+    for _ in range(100):  # the server writes it when it hears of the click
+        copied = page.evaluate("navigator.clipboard.readText()")
+        if copied:
+            break
+        page.wait_for_timeout(100)
     assert (
         copied
         == report_of(Design.from_query({"alpha": "cos(pi*t/2)", "beta": "sin(pi*t/2)"})).latex()
