@@ -739,7 +739,7 @@ def test_a_function_with_an_apply_of_its_own_that_leaves_torch_is_refused():
 
 
 def test_to_follow_custom_functions_leaves_their_class_as_it_is():
-    """To replace an attribute of a class that has hundreds below it takes Python a millisecond."""
+    """To replace an attribute of a class, Python goes through the hundreds below it."""
     applies, before = [], vars(torch.autograd.Function)["apply"]
 
     def fn(z, t):

@@ -13,7 +13,7 @@ or second run, and hand the call to it; where there is none they do what the ori
 fifth, torch calls a hook of ours. This is the one place of the house that changes torch for the
 whole process. It does so only while a mode of ours is entered in some thread; the last one to
 leave puts the originals back. What stands for ``apply`` is looked up in the metaclass: to replace
-an attribute of a class that has hundreds below it takes Python a millisecond.
+an attribute of a class, Python goes through the hundreds below it, in each pass.
 
 For torch.compile the replaced function is `_callback_from_stance`. Each call of something
 compiled asks it for the callback that captures frames, and keeps compiled code by that callback.
