@@ -365,7 +365,8 @@ class TimePairs(PairSampler):
         second = self.times.draw(rows, for_second)
         rank = for_rank.uniform(rows).argsort().argsort()
         xp = source.library
-        # the share of the rows is no whole number of them: which of the two beside it is drawn
+        # Where the share is no whole number of rows, one of the two beside it is drawn; rounded,
+        # it may be one too few, once in a million draws.
         most = self.equal * rows - for_rounding.uniform()
         diagonal = rank < xp.clamp(most, self._least_equal(rows))
         if self.mask_first:
