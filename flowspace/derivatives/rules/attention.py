@@ -12,7 +12,7 @@ memory is needed than for one block:
 
 * eager, `_eager_tangent`: where all heads of a row fit into a block, a block is all queries of
   some heads of some rows; else it is some queries of one head, for one or several rows. The memory
-  of S is used for dS;
+  of S is used for dS. Where everything fits into one block, `_small_tangent` asks for less;
 * traced, `_traced_tangent`: a block is some queries of all heads and rows, as formulas without
   writes, which a compiler fuses;
 * on a GPU in half precision, without a mask, `attention_kernel`: one kernel, eager and traced.
@@ -22,14 +22,20 @@ All work on tensors with four axes: (rows, heads, tokens, channels).
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flowspace.derivatives.rules import attention_kernel
-from flowspace.derivatives.rules.dual import Layout, check_same_rows, shared_rows, whole_primal
+from flowspace.derivatives.rules.dual import (
+    Dual,
+    Layout,
+    check_same_rows,
+    shared_rows,
+    whole_primal,
+)
 from flowspace.derivatives.rules.registry import At, Call, rule, sum_of, tangent_of
 from flowspace.derivatives.torch_internals import softmax_backward
 
@@ -112,12 +118,14 @@ def scaled_dot_product_attention(  # noqa: PLR0913  # torch's arguments
     if layout is not None:
         layout = layout.on(out.ndim - dual.ndim + layout.axis)
         shape = layout.shape(shape)
-    given = Operands(query, key, value, attn_mask)
-    tangents = given.map(tangent_of)
     if scale is None:
         scale = 1 / math.sqrt(whole_primal(query).shape[-1])
     form = Form(scale, is_causal)
     check_same_rows(call.duals)
+    if len(call.duals) == 3 and attn_mask is None and _is_small(call, shape):
+        return At(_small_tangent(call.duals, form).reshape(shape), layout)
+    given = Operands(query, key, value, attn_mask)
+    tangents = given.map(tangent_of)
     if out.device.type in attention_kernel.DEVICES:
         tangent = _kernel_tangent(given.map(whole_primal), tangents, form, dual.layout)
         if tangent is not None:
@@ -192,6 +200,37 @@ def _kernel_tangent(
 
 
 # --- eager
+
+
+def _is_small(call: Call, shape: Sequence[int]) -> bool:
+    """Return whether operands that all move have four axes, and scores that fit into one block.
+
+    Args:
+        call: of the attention.
+        shape: of the tangent.
+    """
+    if call.traced or call.out.device.type != "cpu" or len(shape) != 4:
+        return False
+    rows, heads, count, _ = shape
+    lead = call.out.shape[:2]
+    for dual in call.duals:
+        primal = dual.primal
+        if primal.ndim != 4 or primal.shape[:2] != lead or primal.dtype is not call.out.dtype:
+            return False
+    keys = call.duals[1].primal.shape[2]
+    return rows * heads * count * keys <= BLOCK_ELEMENTS
+
+
+def _small_tangent(duals: Sequence[Dual], form: Form) -> Tensor:
+    """Return the tangent in one block, (rows heads, tokens, channels).
+
+    To prepare what other cases need takes longer than a small product.
+    """
+    query, key, value = (x.rows.flatten(0, 1) for x in duals)
+    tangents = Operands(*[x.tangent.flatten(0, 1) for x in duals], mask=None)
+    out = value.new_empty(*query.shape[:2], value.shape[2])
+    _write_block(out, Operands(query, key, value, None), tangents, form, 0)
+    return out
 
 
 def _eager_tangent(primals: Operands, tangents: Operands, form: Form) -> Tensor:
