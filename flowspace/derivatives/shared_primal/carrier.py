@@ -91,6 +91,10 @@ NO_TENSORS = frozenset(
 """Types of arguments that are no tensors and hold none."""
 
 
+_UNFIT = object()
+"""In place of a tangent: the rule does not take these arguments."""
+
+
 class Carrier(TorchFunctionMode):
     """Carries tangents through the torch functions that are called while it is entered.
 
@@ -642,7 +646,33 @@ class Carrier(TorchFunctionMode):
         return self._enter(func, _unchecked(func), args, kwargs)
 
     def ruled(self, call: rules.Call, name: str) -> Any:
-        """Run a function as it is, and its rule, or torch.func.jvp of it, beside it."""
+        """Run a function as it is, and its rule, or torch.func.jvp of it, beside it.
+
+        For a rule and one output, as mostly, what others here do is written out.
+        """
+        rule = RULES.get(name)
+        if rule is None or self.traced or name in EVALUATING or dispatch_modes():
+            return self._ruled_otherwise(call, name)
+        out = call.evaluate()
+        if type(out) is not Tensor or not out.is_floating_point():
+            return self._ruled_otherwise(call, name)
+        found: Any = _UNFIT
+        with not_intercepted():
+            set_gradients(False)
+            try:
+                found = rule(call, *call.args, **call.kwargs)
+            except TypeError:
+                pass
+            finally:
+                set_gradients(call.grad)
+        if type(found) is At:
+            return self.wrap(out, found.tangent, found.layout)
+        if found is _UNFIT:
+            return self._ruled_otherwise(call, name)
+        return self._wrapped(call, found)
+
+    def _ruled_otherwise(self, call: rules.Call, name: str) -> Any:
+        """Do what `ruled` does, whatever the function is and returns."""
         rule, draws = RULES.get(name), None
         if rule is None:
             rule, draws = self._by_forward_mode(call, name)
