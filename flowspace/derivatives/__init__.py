@@ -2,7 +2,7 @@
 
 from flowspace.derivatives.finite_difference import FiniteDifference
 from flowspace.derivatives.forward_mode import ForwardMode
-from flowspace.derivatives.own_rules import linear_map, with_rule
+from flowspace.derivatives.own_rules import in_steps, linear_map, with_rule
 from flowspace.derivatives.route import Derivative
 from flowspace.derivatives.rules import rule
 from flowspace.derivatives.shared_primal import SharedPrimal
@@ -12,6 +12,7 @@ __all__ = [
     "FiniteDifference",
     "ForwardMode",
     "SharedPrimal",
+    "in_steps",
     "linear_map",
     "rule",
     "with_rule",

@@ -14,10 +14,13 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["OWN_RULES", "followed", "linear_map", "with_rule"]
+__all__ = ["IN_STEPS", "OWN_RULES", "followed", "in_steps", "linear_map", "with_rule"]
 
 OWN_RULES: dict[Callable[..., Any], Callable[..., Any]] = {}
 """The rule for each function of a model's own that has one."""
+
+IN_STEPS: dict[Callable[..., Any], Callable[..., Any]] = {}
+"""For each of them that is followed step by step, what is called with a runner of its steps."""
 
 followed = threading.local()
 """The carrier and the second run of each thread."""
@@ -36,7 +39,8 @@ def with_rule(rule: Callable[..., Any]) -> Callable[[Ruled], Ruled]:
 
     Returns:
         what decorates a function that returns a tensor or a tuple of them, draws nothing and
-        writes nothing; called with arguments by name, it is followed.
+        writes nothing, with all that moves among its arguments; called with arguments by name,
+        it is followed.
 
     Raises:
         DerivativeError: on the first call by SharedPrimal, if the rule is wrong.
@@ -83,3 +87,39 @@ def linear_map(function: Ruled) -> Ruled:
         DerivativeError: on the first call by SharedPrimal, if it is not linear.
     """
     return with_rule(_linear)(function)
+
+
+def in_steps(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let SharedPrimal meet a function of the model's own as one, and follow it step by step.
+
+    To meet a function where it is called takes as long as a small layer does. The steps of this
+    one are not met: each hands its tangent on to the next.
+
+    It runs as it is written in every other place. In the first pass that meets it, SharedPrimal
+    compares what it finds with the tangents of what the function calls.
+
+    Args:
+        function: called as ``function(run, *args)``, with all that moves among the arguments. It
+            calls its steps as ``run(step, *args)``; what a step returned it hands to others, or
+            picks one of a tuple, and does nothing else with it. A step is a builtin function of
+            torch that has a rule, a function of the model's own that has one, or any function
+            whose arguments do not move. It draws nothing and writes nothing.
+
+    Returns:
+        the function of the other arguments, with ``run`` given.
+
+    Raises:
+        DerivativeError: on the first call by SharedPrimal, if a step has no rule, or a wrong one.
+    """
+
+    @functools.wraps(function)
+    def plain(*args: Any) -> Any:
+        return function(_called, *args)
+
+    IN_STEPS[plain] = function
+    return with_rule(function)(plain)
+
+
+def _called(step: Callable[..., Any], *args: Any) -> Any:
+    """Return what a step returns."""
+    return step(*args)

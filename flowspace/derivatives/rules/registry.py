@@ -130,6 +130,17 @@ class Call:
         out = self.evaluate()
         return bool(self.primals) and out is self.primals[0]
 
+    def at(self, out: Tensor, tangent: Tensor) -> At:
+        """Return the tangent of an output, of which its rule did not say where its rows lie.
+
+        Raises:
+            LostRowsError: if that cannot be told by its shape.
+        """
+        layout = self.duals[0].layout
+        if layout is not None and not layout.fits(tangent.shape, out.shape):
+            layout = layout.found(tangent.shape, out.shape)
+        return At(tangent, layout)
+
     def along_with(self, tangent: Tensor) -> At:
         """Return the tangent of a broadcasting function, expanded to the output's shape."""
         dual, shape = self.duals[0], self.out.shape

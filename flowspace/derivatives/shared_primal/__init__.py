@@ -15,7 +15,8 @@ Who holds whom, from the outside in:
 * `kinds`: what is done about each torch function.
 * `rules`: the tangent of each torch function, over a `Dual`: primal, tangent, and the rows that
   the tangent has.
-* `own_rules`: functions of a model's own that have a rule, and are met as one.
+* `own_rules`: functions of a model's own that have a rule, and are met as one; `steps` follows
+  those that say their steps.
 * `writes.Writes`: functions that write in place, and memory that tensors share.
 * `higher_order`: operators that take graphs, such as checkpoints and captured custom functions.
 * `compiled.Backend` and `compiled.Region`: a part under torch.compile, as one graph of value and

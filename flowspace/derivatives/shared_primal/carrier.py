@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from flowspace.derivatives import hidden_calls, rules
-from flowspace.derivatives.own_rules import OWN_RULES
+from flowspace.derivatives.own_rules import IN_STEPS, OWN_RULES
 from flowspace.derivatives.replay import RandomState, agree, in_transform, written_by
 from flowspace.derivatives.rules import EVALUATING, RULES, At
 from flowspace.derivatives.rules.dual import Dual, Layout, LostRowsError
@@ -48,6 +48,7 @@ from flowspace.derivatives.shared_primal.kinds import (
     treatment_of,
     warn_of_whole_numbers,
 )
+from flowspace.derivatives.shared_primal.steps import by_steps
 from flowspace.derivatives.shared_primal.writes import Writes, memory_below
 from flowspace.derivatives.torch_internals import (
     base_transform,
@@ -573,11 +574,16 @@ class Carrier(TorchFunctionMode):
 
     def _own(self, call: rules.Call, args: tuple[Any, ...]) -> Any:
         """Run a function of the model's own, and its rule beside it."""
-        func = call.func
+        func, rule = call.func, OWN_RULES[call.func]
         if self.traced or not _of_plain_tensors(call):
             return self._enter(func, func, args, {})
-        call.evaluate()
-        found = self._tangents(call, OWN_RULES[func])
+        if func in IN_STEPS:
+            if dispatch_modes():  # they have to see what the model calls
+                return self._enter(func, func, args, {})
+            rule = by_steps
+        else:
+            call.evaluate()
+        found = self._tangents(call, rule)
         if found is NotImplemented:
             return self._wrapped(call, self._followed(call, args))
         every_row = call.duals[0].layout is None
@@ -777,12 +783,9 @@ class Carrier(TorchFunctionMode):
         """
         if tangent is None:
             return out
-        if type(tangent) is At:
-            return self.wrap(out, tangent.tangent, tangent.layout)
-        layout = call.duals[0].layout
-        if layout is None or layout.fits(tangent.shape, out.shape):
-            return self.wrap(out, tangent, layout)
-        return self.wrap(out, tangent, layout.found(tangent.shape, out.shape))
+        if type(tangent) is not At:
+            tangent = call.at(out, tangent)
+        return self.wrap(out, tangent.tangent, tangent.layout)
 
     # --- what no function mode sees
 
@@ -877,9 +880,18 @@ def _value_alone(call: rules.Call, args: tuple[Any, ...]) -> Any:
 
 def _of_plain_tensors(call: rules.Call) -> bool:
     """Return whether no argument is of a subclass of Tensor with functions of its own."""
-    for value in (*call.primals, *call.options.values()):
+    return _are_plain(call.primals) and _are_plain(call.options.values())
+
+
+def _are_plain(values: Iterable[Any]) -> bool:
+    """Return whether no tensor among these has functions of its own."""
+    for value in values:
         kind = type(value)
-        if kind not in PLAIN_TYPES and kind not in NO_TENSORS and isinstance(value, Tensor):
+        if kind in PLAIN_TYPES or kind in NO_TENSORS:
+            continue
+        if isinstance(value, Tensor):
+            return False
+        if isinstance(value, (tuple, list)) and not _are_plain(value):
             return False
     return True
 
