@@ -10,7 +10,7 @@ from timm.layers.mlp import Mlp, SwiGLU
 from timm.layers.norm import RmsNorm
 from torch import Tensor, nn
 
-from flowspace.derivatives.own_rules import linear_map, with_rule
+from flowspace.derivatives.own_rules import in_steps, linear_map, with_rule
 
 __all__ = [
     "MLPS",
@@ -204,14 +204,14 @@ def split(x: Tensor, heads: int) -> tuple[Tensor, Tensor]:
 @linear_map
 def placed(
     pair: Tensor,
-    weights: tuple[Tensor, Tensor] | None,
+    weights: Tensor | None,
     cosine: Tensor | None,
     sine: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Return queries and keys, multiplied by the weights of their norms and turned."""
     if weights is not None:
-        pair = pair * torch.stack(weights)[:, None, None, None]
+        pair = pair * weights
     if cosine is not None and sine is not None:
         pair = turned(pair, cosine, sine)
     query, key = pair.to(dtype).unbind()
@@ -222,6 +222,36 @@ def placed(
 def joined(heads: Tensor) -> Tensor:
     """Return tokens ``(B, N, width)`` of their parts ``(B, heads, N, size)``."""
     return heads.transpose(1, 2).flatten(2)
+
+
+def stacked(weights: tuple[Tensor, Tensor]) -> Tensor:
+    """Return the weights of the queries' norm and of the keys', ``(2, 1, 1, 1, size)``."""
+    return torch.stack(weights).view(2, 1, 1, 1, -1)
+
+
+@in_steps
+def attended(
+    run: Callable[..., Any],
+    qkv: Tensor,
+    heads: int,
+    norm: tuple[Any, float] | None,
+    weights: tuple[Tensor, Tensor] | None,
+    cosine: Tensor | None,
+    sine: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return tokens ``(B, N, width)`` of queries, keys and values ``(B, N, 3 width)``.
+
+    Queries and keys are normalised and turned as one tensor, which takes fewer calls.
+    """
+    pair, v = run(split, qkv, heads)
+    factors = None
+    if norm is not None:
+        shape, eps = norm
+        pair = run(torch.rms_norm, pair, shape, None, eps)
+        factors = run(stacked, weights)
+    q, k = run(placed, pair, factors, cosine, sine, dtype)
+    return run(joined, run(F.scaled_dot_product_attention, q, k, v))
 
 
 class RotaryAttention(nn.Module):
@@ -243,17 +273,14 @@ class RotaryAttention(nn.Module):
     proj: nn.Linear
 
     def attention(self, x: Tensor, cosine: Tensor | None, sine: Tensor | None) -> Tensor:
-        """Map tokens ``(B, N, width)`` to tokens; without cosines and sines nothing is turned.
-
-        Queries and keys are normalised and turned as one tensor, which takes fewer calls.
-        """
-        pair, v = split(self.qkv(x), self.heads)
+        """Map tokens ``(B, N, width)`` to tokens; without cosines and sines nothing is turned."""
+        norm: tuple[Any, float] | None = None
         weights: tuple[Tensor, Tensor] | None = None
         if isinstance(self.q_norm, Norm) and isinstance(self.k_norm, Norm):
-            pair = torch.rms_norm(pair, self.q_norm.normalized_shape, None, self.q_norm.eps)
-            weights = (self.q_norm.weight, self.k_norm.weight)
-        q, k = placed(pair, weights, cosine, sine, v.dtype)
-        return self.proj(joined(F.scaled_dot_product_attention(q, k, v)))
+            norm = self.q_norm.normalized_shape, self.q_norm.eps
+            weights = self.q_norm.weight, self.k_norm.weight
+        qkv = self.qkv(x)
+        return self.proj(attended(qkv, self.heads, norm, weights, cosine, sine, qkv.dtype))
 
 
 class AdaptiveBlock(RotaryAttention):
