@@ -88,7 +88,10 @@ def _dual(call: rules.Call, out: Any, tangent: Any) -> Any:
         return out
     if type(tangent) is not At:
         tangent = call.at(out, tangent)
-    return Dual(out, tangent.tangent.to(out.dtype), tangent.layout)
+    numbers, dtype = tangent.tangent, out.dtype
+    if numbers.dtype is not dtype:
+        numbers = numbers.to(dtype)
+    return Dual(out, numbers, tangent.layout)
 
 
 def _primals(values: Sequence[Any], duals: list[Dual]) -> list[Any]:
