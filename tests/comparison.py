@@ -8,6 +8,7 @@ functions that draw, it is a difference of order four with the same draws, `by_d
 
 import contextlib
 import copy
+import gc
 
 import torch
 from programs import inputs
@@ -118,3 +119,24 @@ def check_seeded(fn, rows, wanted=exact, weights=(), tolerance=1e-11, shape=(4, 
     reference = wanted(fn, primals, tangents)
     torch.manual_seed(5)
     return check(fn, primals, tangents, rows, weights, reference, tolerance)
+
+
+def left_in_cycles(run):
+    """What a call leaves to Python's collector of cycles: tensors, and objects of ours and of
+    autograd's graph; the first call may keep some for good.
+    """
+    run()
+    while gc.collect():  # what other tests left, piece by piece
+        pass
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        run()
+        gc.collect()
+        left = [x for x in gc.garbage if isinstance(x, torch.Tensor)]
+        left += [x for x in gc.garbage if type(x).__module__.partition(".")[0] == "flowspace"]
+        return left + [x for x in gc.garbage if type(x).__name__.endswith("Backward0")]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from comparison import by_differences
+from comparison import by_differences, left_in_cycles
 from programs import WHICH, choose
 from strategies import normal
 from torch.overrides import TorchFunctionMode
@@ -290,6 +290,10 @@ def test_it_is_met_as_one(monkeypatch):
     assert torch.equal(SharedPrimal()(model, PRIMALS, TANGENTS)[1], exact)
 
 
+def nested(z, t):
+    return nested_steps(z * t[:, None], WEIGHT[0], (WEIGHT[1], WEIGHT[2]))
+
+
 def in_steps_alone(z, t):
     return turned_unit((z @ WEIGHT).sin() * t[:, None], WEIGHT[0], (WEIGHT[1], WEIGHT[2]))
 
@@ -312,6 +316,12 @@ def test_it_is_right_within_modes_of_the_user(name, with_rules):
         found = SharedPrimal()(with_rules, PRIMALS, TANGENTS)
     for one, other in zip(found, exact, strict=True):
         torch.testing.assert_close(one, other, check_dtype=False)
+
+
+@pytest.mark.parametrize("with_rules", [model, in_steps_alone, nested])
+def test_nothing_waits_for_the_collector_of_cycles(with_rules):
+    rows = choose(4, "half")
+    assert not left_in_cycles(lambda: SharedPrimal()(with_rules, PRIMALS, TANGENTS, rows))
 
 
 class Noting(TorchFunctionMode):

@@ -14,7 +14,7 @@ from collections import Counter
 import numpy
 import pytest
 import torch
-from comparison import untouched
+from comparison import left_in_cycles, untouched
 from torch import nn
 from torch.masked import masked_tensor
 from torch.overrides import TorchFunctionMode
@@ -997,23 +997,7 @@ class Keeping(nn.Module):
 @pytest.mark.parametrize("route", ROUTES, ids=repr)
 def test_nothing_of_a_pass_waits_for_the_collector_of_cycles(route, mode, rows):
     model = getattr(Keeping(), mode)()
-    route(model, PRIMALS, TANGENTS, rows=rows)
-    while gc.collect():  # what other tests left, piece by piece
-        pass
-    gc.disable()
-    gc.set_debug(gc.DEBUG_SAVEALL)
-    try:
-        route(model, PRIMALS, TANGENTS, rows=rows)
-        gc.collect()
-        left = [x for x in gc.garbage if type(x).__module__.partition(".")[0] == "flowspace"]
-        left += [x for x in gc.garbage if isinstance(x, torch.Tensor)]
-        nodes = [x for x in gc.garbage if type(x).__name__.endswith("Backward0")]
-    finally:
-        gc.set_debug(0)
-        gc.garbage.clear()
-        gc.enable()
-    assert not left
-    assert not nodes
+    assert not left_in_cycles(lambda: route(model, PRIMALS, TANGENTS, rows=rows))
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])

@@ -19,15 +19,8 @@ class UnruledError(Exception):
 
 def by_steps(call: rules.Call, *args: Any) -> Any:
     """Run a function that `in_steps` marked; return its tangents, as a rule does."""
-
-    def run(step: Callable[..., Any], *args: Any) -> Any:
-        step = getattr(step, "__wrapped__", step)
-        if step in IN_STEPS:
-            return IN_STEPS[step](run, *args)
-        return _beside(call, step, args)
-
     try:
-        out = call.run(IN_STEPS[call.func], run, *args)
+        out = call.run(IN_STEPS[call.func], Runner(call.func.__name__, call.grad), *args)
     except UnruledError:
         call.run(call.evaluate)
         return NotImplemented
@@ -44,42 +37,60 @@ def by_steps(call: rules.Call, *args: Any) -> Any:
     return [_at(x) for x in out if isinstance(x, Dual) or rules.differentiable(x)]
 
 
-def _beside(call: rules.Call, step: Callable[..., Any], args: Sequence[Any]) -> Any:
-    """Return what a step returns, with duals in place of tensors that carry a tangent.
+class Runner:
+    """Runs steps for their value, and their rules beside them.
 
-    It is called where the program records gradients, if it does, and calls the rule without.
+    It is called where the program records gradients, if it does, and calls rules without.
 
-    Raises:
-        DerivativeError: if the step has no rule.
+    Attributes:
+        name: of the function.
+        grad: whether the program records gradients.
     """
-    duals: list[Dual] = []
-    primals = _primals(args, duals)
-    if not duals:
-        return step(*primals)
-    one = rules.Call(step, args, {}, primals, {}, duals, grad=call.grad)
-    name = step.__name__
-    rule = OWN_RULES.get(step) or RULES.get(name)
-    if rule is None:
-        raise DerivativeError(
-            f"got {name} as a step of {call.func.__name__}, for which there is no rule; call it "
-            "outside of the function, or leave out in_steps"
-        )
-    if name not in EVALUATING:
-        one.evaluate()
-    set_gradients(False)
-    try:
-        found = rule(one, *args)
-    finally:
-        set_gradients(call.grad)
-    if found is NotImplemented:
-        raise UnruledError
-    out = one.out
-    if type(found) is not list:
-        return _dual(one, out, found)
-    tangents = iter(found)
-    if isinstance(out, tuple):
-        return tuple(_dual(one, x, next(tangents, None)) for x in out)
-    return _dual(one, out, next(tangents, None))
+
+    def __init__(self, name: str, grad: bool) -> None:
+        self.name = name
+        self.grad = grad
+
+    def __call__(self, step: Callable[..., Any], *args: Any) -> Any:
+        """Return what a step returns, with duals in place of tensors that carry a tangent.
+
+        Raises:
+            DerivativeError: if the step has no rule.
+        """
+        step = getattr(step, "__wrapped__", step)
+        if step in IN_STEPS:
+            return IN_STEPS[step](self, *args)
+        duals: list[Dual] = []
+        primals = _primals(args, duals)
+        if not duals:
+            return step(*primals)
+        call = rules.Call(step, args, {}, primals, {}, duals, grad=self.grad)
+        found = self._ruled(call, step.__name__)
+        if found is NotImplemented:
+            raise UnruledError
+        out = call.out
+        if type(found) is not list:
+            return _dual(call, out, found)
+        tangents = iter(found)
+        if isinstance(out, tuple):
+            return tuple(_dual(call, x, next(tangents, None)) for x in out)
+        return _dual(call, out, next(tangents, None))
+
+    def _ruled(self, call: rules.Call, name: str) -> Any:
+        """Return what the rule of a step returns, once the step has been run."""
+        rule = OWN_RULES.get(call.func) or RULES.get(name)
+        if rule is None:
+            raise DerivativeError(
+                f"got {name} as a step of {self.name}, for which there is no rule; call it "
+                "outside of the function, or leave out in_steps"
+            )
+        if name not in EVALUATING:
+            call.evaluate()
+        set_gradients(False)
+        try:
+            return rule(call, *call.args)
+        finally:
+            set_gradients(self.grad)
 
 
 def _dual(call: rules.Call, out: Any, tangent: Any) -> Any:
