@@ -108,6 +108,7 @@ class CompiledSetting:
         compiles: how many times the seconds to compile are measured; 0 lets the processes, a row
             each, compile at the same time.
         graphs: the compiled steps run in CUDA graphs, whose memory and errors are not measured.
+        alike: processes of a row that a limit is for, on a CPU.
     """
 
     name: str
@@ -120,6 +121,7 @@ class CompiledSetting:
     routes: bool = True
     compiles: int = 1
     graphs: bool = False
+    alike: int = 3
 
     @property
     def title(self) -> str:
