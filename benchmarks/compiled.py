@@ -2,14 +2,14 @@
 
 Every row of a table is one training step, which has processes of its own: what torch.compile keeps
 of one step cannot slow another. On a CPU a row that a limit is for has three, or five where only
-overhead counts, since two that run the same program may differ throughout. The processes take turns, a quarter of a second each a
-round (one step at least). A round's time is the median of a row's processes, and a ratio the
-median of the rounds' ratios, with their quartiles behind it. Seconds to compile are those of the
-first three steps less three later ones, without torch's caches and with one compiler at a time: of
-the CPU, its compilers' included, since neighbours on a shared machine disturb that least, and of
-the wall on a GPU. Peak memory is the growth over what the process held before a step that was
-compiled earlier. An error is the largest of the derivative over its largest entry, against float64
-forward mode of the model as written.
+overhead counts, since two that run the same program may differ throughout. The processes take
+turns, a quarter of a second each a round (one step at least). A round's time is the median of a
+row's processes, and a ratio the median of the rounds' ratios, with their quartiles behind it.
+Seconds to compile are those of the first three steps less three later ones, without torch's caches
+and with one compiler at a time: of the CPU, its compilers' included, since neighbours on a shared
+machine disturb that least, and of the wall on a GPU. Peak memory is the growth over what the
+process held before a step that was compiled earlier. An error is the largest of the derivative
+over its largest entry, against float64 forward mode of the model as written.
 
 On a GPU the same command adds CUDA graphs and the paper's smallest network under bfloat16.
 """
