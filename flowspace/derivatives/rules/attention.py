@@ -122,14 +122,15 @@ def scaled_dot_product_attention(  # noqa: PLR0913  # torch's arguments
         scale = 1 / math.sqrt(whole_primal(query).shape[-1])
     form = Form(scale, is_causal)
     check_same_rows(call.duals)
-    if len(call.duals) == 3 and attn_mask is None and _is_small(call, shape):
-        return At(_small_tangent(call.duals, form).reshape(shape), layout)
     given = Operands(query, key, value, attn_mask)
-    tangents = given.map(tangent_of)
     if out.device.type in attention_kernel.DEVICES:
-        tangent = _kernel_tangent(given.map(whole_primal), tangents, form, dual.layout)
+        moved = given.map(tangent_of)
+        tangent = _kernel_tangent(given.map(whole_primal), moved, form, dual.layout)
         if tangent is not None:
             return At(tangent, layout)
+    if len(call.duals) == 3 and attn_mask is None and _is_small(call, shape):
+        return At(_small_tangent(call.duals, form).reshape(shape), layout)
+    tangents = given.map(tangent_of)
     primals = given.map(shared_rows(call.duals))
     if enable_gqa:
         times = primals.query.shape[-3] // primals.key.shape[-3]
