@@ -1,15 +1,19 @@
 """What D_t f costs under torch.compile: ``python benchmarks/derivatives.py --compiled``.
 
 Every row of a table is one training step, which has processes of its own: what torch.compile keeps
-of one step cannot slow another. On a CPU a row that a limit is for has three, or five where only
-overhead counts, since two that run the same program may differ throughout. The processes take
-turns, a quarter of a second each a round (one step at least). A round's time is the median of a
-row's processes, and a ratio the median of the rounds' ratios, with their quartiles behind it.
-Seconds to compile are those of the first three steps less three later ones, without torch's caches
-and with one compiler at a time: of the CPU, its compilers' included, since neighbours on a shared
-machine disturb that least, and of the wall on a GPU. Peak memory is the growth over what the
-process held before a step that was compiled earlier. An error is the largest of the derivative
-over its largest entry, against float64 forward mode of the model as written.
+of one step cannot slow another. On a CPU a row that a limit is for has three, since two that run
+the same program may differ throughout. The processes take turns, a quarter of a second each a
+round (one step at least). A round's time is the median of a row's processes, and a ratio the
+median of the rounds' ratios, with their quartiles behind it. Seconds to compile are those of the
+first three steps less three later ones, without torch's caches and with one compiler at a time: of
+the CPU, its compilers' included, since neighbours on a shared machine disturb that least, and of
+the wall on a GPU. Peak memory is the growth over what the process held before a step that was
+compiled earlier. An error is the largest of the derivative over its largest entry, against float64
+forward mode of the model as written.
+
+"Paired" is another way to measure two steps where only overhead counts: one of each in turn in
+one process, of which there are three. What slows the machine slows both, and neither finds the
+CPU's caches as it left them.
 
 On a GPU the same command adds CUDA graphs and the paper's smallest network under bfloat16.
 """
@@ -24,7 +28,7 @@ import os
 import shutil
 import statistics
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,6 +41,7 @@ from compiled_steps import (
     ROUTES,
     SHARES,
     CompiledSetting,
+    Pair,
     Row,
     Step,
     crossflow,
@@ -51,6 +56,12 @@ __all__ = ["Limits", "Options", "report", "settings"]
 
 CACHES = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
 NO_CACHES = CACHES | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+
+ALIKE = 3
+"""Processes of a row that a limit is for, on a CPU, and of a pair."""
+
+PAIRS = 4
+"""Steps of a pair in a round."""
 
 HEAD = (
     "training step",
@@ -92,8 +103,9 @@ def settings() -> list[tuple[CompiledSetting, Limits]]:
         return settings_of_gpu()
     small = functools.partial(crossflow, width=96, heads=3, grid=4, classes=10)
     name = "CrossFlow-B small (width 96, 32 tokens)"
-    blocks = CompiledSetting(name, small, 4, whole=False, eager=True, compiles=3, alike=5)
-    whole = CompiledSetting(name, small, 4, eager=True, routes=False)
+    small_step = CompiledSetting(name, small, 4, eager=True, paired=True)
+    blocks = replace(small_step, whole=False, compiles=3)
+    whole = replace(small_step, routes=False)
     step = Limits({0.5: 1.40}, eager=1.65)
     found = [(blocks, replace(step, compiling=1.6)), (whole, step)]
     if importlib.util.find_spec("timm"):
@@ -129,14 +141,16 @@ def settings_of_gpu() -> list[tuple[CompiledSetting, Limits]]:
 # --- a process for each step
 
 
-def serve(pipe: Any, setting: CompiledSetting, row: Row) -> None:
-    """Build a step and run what is asked for by name, until None is; errors are told as text."""
+def serve(pipe: Any, setting: CompiledSetting, rows: Sequence[Row]) -> None:
+    """Build a step, or a pair, and run what is asked for by name, until None is; errors are told
+    as text.
+    """
     torch.set_num_threads(1)
-    step: Step | None = None
+    step: Step | Pair | None = None
     while (what := pipe.recv()) is not None:
         try:
             if step is None:
-                step = Step(setting, row)
+                step = Pair(setting, *rows) if len(rows) > 1 else Step(setting, *rows)
             method = getattr(step, what)
             pipe.send(method())
         except Exception as error:
@@ -145,12 +159,14 @@ def serve(pipe: Any, setting: CompiledSetting, row: Row) -> None:
 
 
 class Process:
-    """A fresh process that runs one step when it is its turn."""
+    """A fresh process that runs one step when it is its turn, or two of a pair."""
 
-    def __init__(self, setting: CompiledSetting, row: Row, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, setting: CompiledSetting, environment: Mapping[str, str], *rows: Row
+    ) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, setting, row))
+        self.process = context.Process(target=serve, args=(theirs, setting, rows))
         with _environment(environment):
             self.process.start()
         theirs.close()
@@ -204,9 +220,12 @@ def _environment(changes: Mapping[str, str]) -> Iterator[None]:
 
 @dataclass
 class Figures:
-    """What was measured of a row; steps and compiling in seconds, peak in bytes."""
+    """What was measured of a row; steps and compiling in seconds, peak in bytes, paired over a
+    plain step.
+    """
 
     steps: list[float] = field(default_factory=list)
+    paired: list[float] = field(default_factory=list)
     compiling: list[float] = field(default_factory=list)
     peak: float = math.nan
     error: float = math.nan
@@ -236,17 +255,31 @@ def measure(setting: CompiledSetting, options: Options) -> dict[str, Figures]:
     rows = {row.name: row for row in rows_of(setting, options.rivals)}
     found = {row.name: Figures(remark=row.remark) for row in rows.values()}
     _run_in_turn(setting, rows, found, options)
+    if setting.paired:
+        for above, below in ((ours(0.5), PLAIN), (OURS_EAGER, EAGER)):
+            found[above].paired = _paired(setting, rows[above], rows[below], options.rounds)
     repeats = 0
     if options.compile_time:
         repeats = setting.compiles - 1
     for _ in range(repeats):
         for name in (PLAIN, *map(ours, setting.moving)):
-            process = Process(setting, rows[name], NO_CACHES)
+            process = Process(setting, NO_CACHES, rows[name])
             reply = process.ask("start")
             process.end()
             if not isinstance(reply, str):
                 seconds, _ = reply
                 found[name].compiling.append(seconds)
+    return found
+
+
+def _paired(setting: CompiledSetting, above: Row, below: Row, rounds: int) -> list[float]:
+    """Return the ratios of two steps that take turns in one process, from a few processes."""
+    found: list[float] = []
+    for _ in range(ALIKE):
+        process = Process(setting, CACHES, above, below)
+        process.ask("start")
+        found += [process.figure("ratio") for _ in range(PAIRS * rounds)]
+        process.end()
     return found
 
 
@@ -277,7 +310,7 @@ def _others(setting: CompiledSetting, row: Row) -> list[Process]:
     """Return more processes that run the same as the first one of a row that a limit is for."""
     if DEVICE.type != "cpu" or row in ROUTES or row.rival:
         return []
-    others = [Process(setting, row, CACHES) for _ in range(setting.alike - 1)]
+    others = [Process(setting, CACHES, row) for _ in range(ALIKE - 1)]
     for process in others:
         process.ask("start")
     return others
@@ -298,7 +331,7 @@ def _processes(
             environment = CACHES
         if timed:
             environment = NO_CACHES
-        processes[name] = Process(setting, row, environment)
+        processes[name] = Process(setting, environment, row)
         processes[name].tell("start")
         if alone:
             _wait_for_start(processes, row, found[name], timed)
@@ -362,9 +395,13 @@ def held(setting: CompiledSetting, limits: Limits, found: Mapping[str, Figures])
         what = f"compiled step over the plain compiled one, {SHARES[share]} moving"
         longer = ratios(found[ours(share)], plain)
         line(what, spread(longer), limit)
+        if setting.paired and share == 0.5:
+            line(f"{what}, paired", spread(half.paired), limit)
     if limits.eager:
-        eager = ratios(found[OURS_EAGER], found[EAGER])
-        line("eager step over the plain eager one, half moving", spread(eager), limits.eager)
+        what = "eager step over the plain eager one, half moving"
+        line(what, spread(ratios(found[OURS_EAGER], found[EAGER])), limits.eager)
+        if setting.paired:
+            line(f"{what}, paired", spread(found[OURS_EAGER].paired), limits.eager)
     compiling = number(half.compiling_median / plain.compiling_median, ".2f")
     line("seconds to compile over the plain step's", compiling, limits.compiling)
     memory = number(half.peak / plain.peak, ".2f")

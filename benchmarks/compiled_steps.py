@@ -30,6 +30,7 @@ __all__ = [
     "ROUTES",
     "SHARES",
     "CompiledSetting",
+    "Pair",
     "Row",
     "Step",
     "crossflow",
@@ -108,7 +109,7 @@ class CompiledSetting:
         compiles: how many times the seconds to compile are measured; 0 lets the processes, a row
             each, compile at the same time.
         graphs: the compiled steps run in CUDA graphs, whose memory and errors are not measured.
-        alike: processes of a row that a limit is for, on a CPU.
+        paired: measure two steps in one process too, one of each in turn.
     """
 
     name: str
@@ -121,7 +122,7 @@ class CompiledSetting:
     routes: bool = True
     compiles: int = 1
     graphs: bool = False
-    alike: int = 3
+    paired: bool = False
 
     @property
     def title(self) -> str:
@@ -364,9 +365,13 @@ class Step:
             return self._seconds_on_gpu()
         took: list[float] = []
         while sum(took) < TURN:
-            self.network.zero_grad()
-            took.append(timed(self))
+            took.append(self.one())
         return statistics.mean(took)
+
+    def one(self) -> float:
+        """Return how long one step takes."""
+        self.network.zero_grad()
+        return timed(self)
 
     def _seconds_on_gpu(self) -> float:
         """Return how long a step takes among others: Python runs ahead of the GPU, as it does
@@ -432,6 +437,24 @@ class Step:
         tangents = (v.double(), torch.ones_like(times))
         _, slope = ForwardMode()(of_state, primals, tangents)
         return slope
+
+
+class Pair:
+    """Two training steps in this process, one of each in turn."""
+
+    def __init__(self, setting: CompiledSetting, above: Row, below: Row) -> None:
+        self.above = Step(setting, above)
+        self.below = Step(setting, below)
+
+    def start(self) -> None:
+        """Run the first steps of both."""
+        self.below.start()
+        self.above.start()
+
+    def ratio(self) -> float:
+        """Return how long the first takes over the second, run just before it."""
+        below, above = self.below.one(), self.above.one()
+        return above / below
 
 
 def spent() -> float:
