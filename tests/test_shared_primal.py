@@ -301,6 +301,21 @@ def test_the_tangent_of_attention_does_not_depend_on_its_blocks(
     assert check_seeded(fn, choose(4, which)) == 1
 
 
+@pytest.mark.parametrize("order", ["vkq", "kvq", "vqk"])
+@pytest.mark.parametrize("elements", [1, 1 << 20])
+def test_attention_may_be_called_by_name_in_any_order(order, elements, monkeypatch):
+    monkeypatch.setattr(rules.attention, "BLOCK_ELEMENTS", elements)
+    names = {"q": "query", "k": "key", "v": "value"}
+
+    def fn(z, t):
+        moved = (z * t[:, None]).reshape(-1, 1, 3, 2)
+        given = {"q": moved.sin(), "k": 2 * moved, "v": moved.cos()}
+        out = F.scaled_dot_product_attention(**{names[x]: given[x] for x in order})
+        return out.flatten(1)
+
+    assert check_seeded(fn, choose(4, "half")) == 1
+
+
 # --- random numbers
 
 

@@ -17,10 +17,13 @@ import torch
 __all__ = ["IN_STEPS", "OWN_RULES", "followed", "in_steps", "linear_map", "with_rule"]
 
 OWN_RULES: dict[Callable[..., Any], Callable[..., Any]] = {}
-"""The rule for each function of a model's own that has one."""
+"""The rule for each function of a model's own that has one.
 
-IN_STEPS: dict[Callable[..., Any], Callable[..., Any]] = {}
-"""For each of them that is followed step by step, what is called with a runner of its steps."""
+For one that is followed step by step it is what is called with a runner of steps.
+"""
+
+IN_STEPS: set[Callable[..., Any]] = set()
+"""Those among them that are followed step by step."""
 
 followed = threading.local()
 """The carrier and the second run of each thread."""
@@ -100,23 +103,28 @@ def in_steps(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Args:
         function: called as ``function(run, *args)``, with all that moves among the arguments. It
-            calls its steps as ``run(step, *args)``; what a step returned it hands to others, or
-            picks one of a tuple, and does nothing else with it. A step is a builtin function of
-            torch that has a rule, a function of the model's own that has one, or any function
-            whose arguments do not move. It draws nothing and writes nothing.
+            calls its steps as ``run(step, *args)``. What moves, arguments and what steps returned,
+            it hands to steps, or picks one of a tuple, and does nothing else with it: sizes and
+            dtypes are arguments too. A step is a builtin function of torch that has a rule, a
+            function of the model's own that has one, or any function whose arguments do not move.
+            It draws nothing and writes nothing. The function returns a tensor or a tuple of them.
 
     Returns:
-        the function of the other arguments, with ``run`` given.
+        the function of the other arguments, with ``run`` given; called with arguments by name, it
+        is followed.
 
     Raises:
-        DerivativeError: on the first call by SharedPrimal, if a step has no rule, or a wrong one.
+        DerivativeError: by SharedPrimal, if a step has no rule, or if value or tangents are other
+            than those of what the function calls.
     """
 
-    @functools.wraps(function)
-    def plain(*args: Any) -> Any:
-        return function(_called, *args)
+    def plain(*args: Any, **named: Any) -> Any:
+        return function(_called, *args, **named)
 
-    IN_STEPS[plain] = function
+    # not by functools.wraps, which would show the caller a first argument that is not its own
+    for attribute in functools.WRAPPER_ASSIGNMENTS:
+        setattr(plain, attribute, getattr(function, attribute))
+    IN_STEPS.add(plain)
     return with_rule(function)(plain)
 
 

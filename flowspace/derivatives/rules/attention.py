@@ -123,14 +123,13 @@ def scaled_dot_product_attention(  # noqa: PLR0913  # torch's arguments
     form = Form(scale, is_causal)
     check_same_rows(call.duals)
     given = Operands(query, key, value, attn_mask)
+    if attn_mask is None and not call.traced and _is_small(given[:3], out, shape):
+        return At(_small_tangent(given[:3], form).reshape(shape), layout)
+    tangents = given.map(tangent_of)
     if out.device.type in attention_kernel.DEVICES:
-        moved = given.map(tangent_of)
-        tangent = _kernel_tangent(given.map(whole_primal), moved, form, dual.layout)
+        tangent = _kernel_tangent(given.map(whole_primal), tangents, form, dual.layout)
         if tangent is not None:
             return At(tangent, layout)
-    if len(call.duals) == 3 and attn_mask is None and _is_small(call, shape):
-        return At(_small_tangent(call.duals, form).reshape(shape), layout)
-    tangents = given.map(tangent_of)
     primals = given.map(shared_rows(call.duals))
     if enable_gqa:
         times = primals.query.shape[-3] // primals.key.shape[-3]
@@ -203,27 +202,30 @@ def _kernel_tangent(
 # --- eager
 
 
-def _is_small(call: Call, shape: Sequence[int]) -> bool:
-    """Return whether operands that all move have four axes, and scores that fit into one block.
+def _is_small(operands: Sequence[Any], out: Tensor, shape: Sequence[int]) -> bool:
+    """Return whether query, key and value all move and have four axes, and their scores fit into
+    one block.
 
     Args:
-        call: of the attention.
+        operands: query, key and value.
+        out: of the attention.
         shape: of the tangent.
     """
-    if call.traced or call.out.device.type != "cpu" or len(shape) != 4:
+    device = out.device.type
+    if device != "cpu" or device in attention_kernel.DEVICES or len(shape) != 4:
         return False
-    rows, heads, count, _ = shape
-    lead = call.out.shape[:2]
-    for dual in call.duals:
-        primal = dual.primal
-        if primal.ndim != 4 or primal.shape[:2] != lead or primal.dtype is not call.out.dtype:
+    for x in operands:
+        if not isinstance(x, Dual):
             return False
-    keys = call.duals[1].primal.shape[2]
-    return rows * heads * count * keys <= BLOCK_ELEMENTS
+        primal = x.primal
+        if primal.ndim != 4 or primal.shape[:2] != out.shape[:2] or primal.dtype is not out.dtype:
+            return False
+    rows, heads, count, _ = shape
+    return rows * heads * count * operands[1].primal.shape[2] <= BLOCK_ELEMENTS
 
 
 def _small_tangent(duals: Sequence[Dual], form: Form) -> Tensor:
-    """Return the tangent in one block, (rows heads, tokens, channels).
+    """Return the tangent in one block, (rows heads, tokens, channels), of query, key and value.
 
     To prepare what other cases need takes longer than a small product.
     """

@@ -585,17 +585,18 @@ class Carrier(TorchFunctionMode):
             call.evaluate()
         found = self._tangents(call, rule)
         if found is NotImplemented:
-            return self._wrapped(call, self._followed(call, args))
+            tangents = [tangent for _, tangent in self._followed(call, args)]
+            return self._wrapped(call, tangents)
         every_row = call.duals[0].layout is None
-        moving = [type(value) is Dual for value in call.args]
-        case = func, every_row, len(call.duals), *moving
+        case = func, every_row, len(call.duals), *map(type, call.args)
         if case not in _compared:
             self._compare(call, found, args)
             _compared.add(case)
         return self._wrapped(call, found)
 
-    def _followed(self, call: rules.Call, args: tuple[Any, ...]) -> list[At | None]:
-        """Return the tangents of what a function of the model's own calls.
+    def _followed(self, call: rules.Call, args: tuple[Any, ...]) -> list[tuple[Tensor, At | None]]:
+        """Return the outputs of what a function of the model's own calls that can move, each with
+        its tangent.
 
         It was run for its value before. Without gradient nothing is saved again, which a
         checkpoint would count.
@@ -607,22 +608,33 @@ class Carrier(TorchFunctionMode):
             out = self._enter(call.func, call.func, args, {})
         if self.lost:
             raise LostRowsError
-        found: list[At | None] = []
+        found: list[tuple[Tensor, At | None]] = []
         for leaf in filter(rules.differentiable, pytree.tree_leaves(out)):
             dual = self.dual(leaf)
-            found.append(dual and At(dual.tangent, dual.layout))
+            if dual is None:
+                found.append((leaf, None))
+            else:
+                found.append((dual.primal, At(dual.tangent, dual.layout)))
         return found
 
     def _compare(self, call: rules.Call, found: Any, args: tuple[Any, ...]) -> None:
         """Compare what the rule of a function of the model's own found with the tangents of what
-        the function calls.
+        the function calls, and their values where the rule ran it.
 
         Raises:
             DerivativeError: if they differ.
             LostRowsError: if rows mix in it.
         """
+        name = call.func.__name__
         out = filter(rules.differentiable, pytree.tree_leaves(self._wrapped(call, found)))
-        for exact, leaf in zip(self._followed(call, args), out, strict=True):
+        values = filter(rules.differentiable, pytree.tree_leaves(call.out))
+        followed = self._followed(call, args)
+        for (value, exact), leaf, other in zip(followed, out, values, strict=True):
+            if not agree(value.detach(), other.detach(), other.itemsize):
+                raise DerivativeError(
+                    f"got another value of {name}, a function of the model's own, where it was "
+                    "followed step by step, than of what it calls; write it without in_steps"
+                )
             ours = self.dual(leaf)
             if exact is None or ours is None:
                 same = exact is ours
@@ -630,9 +642,8 @@ class Carrier(TorchFunctionMode):
                 same = agree(exact.tangent, ours.tangent, ours.tangent.itemsize)
             if not same:
                 raise DerivativeError(
-                    f"got a wrong tangent from the rule of {call.func.__name__}, a function of "
-                    "the model's own: another than that of what it calls; write it without the "
-                    "rule"
+                    f"got a wrong tangent from the rule of {name}, a function of the model's own: "
+                    "another than that of what it calls; write it without the rule"
                 )
 
     def _python(
