@@ -172,12 +172,12 @@ class Process:
         theirs.close()
 
     def ask(self, what: str) -> Any:
-        """Return what a method of `Step` returns, or a text that says what it raises."""
+        """Return what a method of the step or pair returns, or a text that says what it raises."""
         self.tell(what)
         return self.reply()
 
     def tell(self, what: str) -> None:
-        """Let it run a method of `Step`."""
+        """Let it run a method of the step or pair."""
         with contextlib.suppress(OSError):
             self.pipe.send(what)
 
@@ -189,7 +189,7 @@ class Process:
             return "its process ended"
 
     def figure(self, what: str) -> float:
-        """Return what a method of `Step` returns, or nan where it raises."""
+        """Return what a method of the step or pair returns, or nan where it raises."""
         reply = self.ask(what)
         if isinstance(reply, str):
             print(f"{what}: {reply}", file=sys.stderr)
@@ -277,8 +277,11 @@ def _paired(setting: CompiledSetting, above: Row, below: Row, rounds: int) -> li
     found: list[float] = []
     for _ in range(ALIKE):
         process = Process(setting, CACHES, above, below)
-        process.ask("start")
-        found += [process.figure("ratio") for _ in range(PAIRS * rounds)]
+        reply = process.ask("start")
+        if isinstance(reply, str):
+            print(f"paired: {reply}", file=sys.stderr)
+        else:
+            found += [process.figure("ratio") for _ in range(PAIRS * rounds)]
         process.end()
     return found
 
@@ -395,12 +398,12 @@ def held(setting: CompiledSetting, limits: Limits, found: Mapping[str, Figures])
         what = f"compiled step over the plain compiled one, {SHARES[share]} moving"
         longer = ratios(found[ours(share)], plain)
         line(what, spread(longer), limit)
-        if setting.paired and share == 0.5:
+        if half.paired and share == 0.5:
             line(f"{what}, paired", spread(half.paired), limit)
     if limits.eager:
         what = "eager step over the plain eager one, half moving"
         line(what, spread(ratios(found[OURS_EAGER], found[EAGER])), limits.eager)
-        if setting.paired:
+        if found[OURS_EAGER].paired:
             line(f"{what}, paired", spread(found[OURS_EAGER].paired), limits.eager)
     compiling = number(half.compiling_median / plain.compiling_median, ".2f")
     line("seconds to compile over the plain step's", compiling, limits.compiling)
