@@ -100,10 +100,14 @@ class Paused:
         if self.carrier is not None:
             self.before = active_carrier(), self.carrier.idle
             _active.carrier, self.carrier.idle = None, True
+            if self.carrier.watch is not None:
+                self.carrier.watch.pause()
 
     def __exit__(self, *_: object) -> None:
         if self.carrier is not None:
             _active.carrier, self.carrier.idle = self.before
+            if self.carrier.watch is not None:
+                self.carrier.watch.resume()
 
 
 @contextlib.contextmanager
@@ -116,10 +120,14 @@ def _idle() -> Iterator[None]:
         yield
         return
     idle, carrier.idle = carrier.idle, True
+    if carrier.watch is not None:
+        carrier.watch.pause()
     try:
         yield
     finally:
         carrier.idle = idle
+        if carrier.watch is not None:
+            carrier.watch.resume()
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ Who holds whom, from the outside in:
 * `compiled.Backend` and `compiled.Region`: a part under torch.compile, as one graph of value and
   tangent.
 * `hidden_calls`: what no function mode sees; the only place that patches torch.
-* `graph_check`: what is left unseen, found in autograd's graph.
+* `watch.Watch`: what is left unseen, found by what the model uses that nobody made.
 """
 
 import contextlib
@@ -48,8 +48,14 @@ from flowspace.derivatives.replay import (
 from flowspace.derivatives.route import Derivative, scatter
 from flowspace.derivatives.rules.dual import ChosenRows, Layout
 from flowspace.derivatives.shared_primal.carrier import FIELD, Carrier
-from flowspace.derivatives.shared_primal.graph_check import check_graph, is_checked
 from flowspace.derivatives.shared_primal.kinds import ELSEWHERE
+from flowspace.derivatives.shared_primal.watch import (
+    Stranger,
+    Watch,
+    check_strangers,
+    is_watched,
+    moved_a_little,
+)
 from flowspace.derivatives.shared_primal.writes import Writes
 from flowspace.derivatives.torch_internals import below_modes_of_the_user
 from flowspace.errors import DerivativeError, InputError
@@ -90,18 +96,35 @@ class SharedPrimal(Derivative):
             # they are made here: to carry tangents through the making of copies costs more
             fn, copied = given.fn, functools.partial(copies_of, primals)
         copies = copied()
-        value, tangent, writes = evaluate_beside(fn, copies, tangents, chosen)
-        if writes is not None:
-            again = draws.replay(fn)
+        watch = Watch() if is_watched(fn) else None
+        value, tangent, lost, writes = evaluate_beside(fn, copies, tangents, chosen, watch)
+
+        def again(primals: list[Any], watch: Watch | None) -> tuple[Evaluation, RestoringMode]:
             with writes.undone(), torch.no_grad(), restoring_buffers() as run:
-                second = evaluate_beside(again, copied(), tangents, None)
-                repeated = second.value.clone()  # its own memory may be put back as well
-            if second.writes is not None:
+                found = evaluate_beside(draws.replay(fn), primals, tangents, None, watch)
+                # its own memory may be put back as well
+                return found._replace(value=found.value.clone()), run
+
+        def check(watch: Watch | None) -> None:
+            def nearby() -> list[Stranger]:
+                there = Watch()
+                again(moved_a_little(copied(), tangents), there)
+                return there.strangers
+
+            if watch is not None and watch.strangers:
+                check_strangers(watch.strangers, nearby)
+
+        check(watch)
+        if lost:
+            watch = None if watch is None else Watch()
+            second, run = again(copied(), watch)
+            check(watch)
+            if second.lost:
                 raise DerivativeError(
                     "the derivative was lost on all rows as well as on some, which is no fault of "
                     "the model; write derivative=ForwardMode()"
                 )
-            _check_repeats(value.detach(), repeated, run)
+            _check_repeats(value.detach(), second.value, run)
             tangent = second.tangent
             chosen = None
         if fn is given:
@@ -110,6 +133,9 @@ class SharedPrimal(Derivative):
             return value, torch.zeros_like(value)
         if chosen is not None:
             tangent = scatter(tangent, chosen.indices, value)
+        outer = hidden_calls.active_carrier()
+        if outer is not None and outer.watch is not None:
+            outer.watch.made(tangent)  # a model that evaluates a route is given a constant
         return value, tangent
 
 
@@ -157,12 +183,14 @@ class Evaluation(NamedTuple):
     Attributes:
         value: what the model returned, with gradient.
         tangent: its tangent on the rows asked for; None where it does not move or was lost.
-        writes: where the tangent was lost, what the model wrote in the pass.
+        lost: the tangent was lost: it needs every row.
+        writes: what the model wrote in the pass.
     """
 
     value: Tensor
     tangent: Tensor | None
-    writes: Writes | None
+    lost: bool
+    writes: Writes
 
 
 def evaluate_beside(
@@ -170,11 +198,23 @@ def evaluate_beside(
     primals: Sequence[Any],
     tangents: Sequence[Tensor | None],
     chosen: ChosenRows | None,
+    watch: Watch | None = None,
 ) -> Evaluation:
-    """Evaluate fn once, with the tangents beside it."""
-    carrier = Carrier()
-    if is_checked(fn):
-        carrier.nodes = set()
+    """Evaluate fn once, with the tangents beside it, and watch what it uses."""
+    if watch is None:
+        return _evaluate_beside(Carrier(), fn, primals, tangents, chosen)
+    with watch:
+        return _evaluate_beside(Carrier(watch=watch), fn, primals, tangents, chosen)
+
+
+def _evaluate_beside(
+    carrier: Carrier,
+    fn: Callable[..., Tensor],
+    primals: Sequence[Any],
+    tangents: Sequence[Tensor | None],
+    chosen: ChosenRows | None,
+) -> Evaluation:
+    """Evaluate fn once, with a carrier that nobody has used."""
     inputs = _aliases(carrier, primals, tangents, chosen)
     loaded = hidden_calls.dynamo_loaded()
     try:
@@ -196,15 +236,13 @@ def evaluate_beside(
         value = out
         if held is not None:
             value = held.primal
-        if carrier.nodes is not None:
-            check_graph(value, carrier.nodes)
     finally:
         carrier.release()
     if carrier.lost or (dual is not None and _elsewhere(dual.layout)):
-        return Evaluation(value, None, carrier.writes)
+        return Evaluation(value, None, True, carrier.writes)
     if dual is None:
-        return Evaluation(value, None, None)
-    return Evaluation(value, dual.tangent, None)
+        return Evaluation(value, None, False, carrier.writes)
+    return Evaluation(value, dual.tangent, False, carrier.writes)
 
 
 def _aliases(
@@ -224,6 +262,8 @@ def _aliases(
         if chosen is not None:
             tangent = tangent[chosen.indices]
         found.append(carrier.wrap(primal, tangent.detach(), layout))
+    if carrier.watch is not None:
+        carrier.watch.made(found)
     return found
 
 

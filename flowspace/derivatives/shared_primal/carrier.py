@@ -33,7 +33,7 @@ from torch.utils import _pytree as pytree
 from flowspace.derivatives import hidden_calls, rules
 from flowspace.derivatives.own_rules import IN_STEPS, OWN_RULES
 from flowspace.derivatives.replay import RandomState, agree, in_transform, written_by
-from flowspace.derivatives.rules import EVALUATING, RULES, At
+from flowspace.derivatives.rules import EVALUATING, RANDOM, RULES, At
 from flowspace.derivatives.rules.dual import Dual, Layout, LostRowsError
 from flowspace.derivatives.shared_primal import higher_order
 from flowspace.derivatives.shared_primal.kinds import (
@@ -49,6 +49,7 @@ from flowspace.derivatives.shared_primal.kinds import (
     warn_of_whole_numbers,
 )
 from flowspace.derivatives.shared_primal.steps import by_steps
+from flowspace.derivatives.shared_primal.watch import Watch, refuse_changed, value_without_modes
 from flowspace.derivatives.shared_primal.writes import Writes, memory_below
 from flowspace.derivatives.torch_internals import (
     base_transform,
@@ -106,30 +107,32 @@ class Carrier(TorchFunctionMode):
         moving: the mark of tensors in whose memory something moves.
         live: the aliases that were made, as long as they live.
         has_detached: there are tensors that share memory with these, and carry none.
+        hands_out: the model took the memory of such a tensor, and may make others of it.
         writes: what became of tensors that the model wrote into.
         inside: the functions written in others that it has entered.
         level: the transforms of torch.func that it was made within.
         elsewhere: a function was called in another thread with what moves.
         refused: the error of a function that was refused, which the model may have caught.
         kept: the aliases that were made in a function of a subclass of Tensor.
-        nodes: the places of the aliases in autograd's graph, in a pass whose graph is checked.
+        watch: what it tells of the tensors that it sees, in a pass that is watched.
     """
 
-    def __init__(self, traced: bool = False) -> None:
+    def __init__(self, traced: bool = False, watch: Watch | None = None) -> None:
         super().__init__()
         self.traced = traced
+        self.watch = watch
         self.lost = False
         self.idle = False
         self.live: list[weakref.ref[Tensor]] = []
         self.moving = object()
         self.has_detached = False
+        self.hands_out = False
         self.writes = Writes(self)
         self.inside: list[Any] = []
         self.level = transform_level()
         self.elsewhere = False
         self.refused: DerivativeError | None = None
         self.kept: list[Tensor] | None = None
-        self.nodes: set[Any] | None = None
 
     # --- tensors and their tangents
 
@@ -156,18 +159,14 @@ class Carrier(TorchFunctionMode):
         self.live.append(weakref.ref(alias))
         if self.kept is not None:
             self.kept.append(alias)
-        if self.nodes is not None:
-            self.nodes.add(alias.grad_fn)
+        if self.watch is not None:
+            dual.unsure = True
+            self.watch.known(primal)  # torch may come to it by the alias
         return alias
-
-    def _in_graph(self, aliases: Iterable[Tensor]) -> None:
-        """Note that aliases stand in autograd's graph themselves, and nothing is lost by it."""
-        if self.nodes is not None:
-            self.nodes.difference_update([alias.grad_fn for alias in aliases])
 
     def begin(self, tensor: Tensor, tangent: Tensor, layout: Layout) -> None:
         """Let a tensor of the model's own carry a tangent itself, once it was written to."""
-        dual = Dual(tensor, tangent.to(tensor.dtype), layout, self)
+        dual = Dual(tensor, tangent.to(tensor.dtype), layout, self, self.watch is not None)
         if tensor.dtype.is_complex:
             dual.unsure = True
             self.writes.seen(tensor)
@@ -179,8 +178,13 @@ class Carrier(TorchFunctionMode):
         """Return the dual of an alias."""
         return getattr(alias, FIELD)
 
-    def dual(self, tensor: Tensor) -> Dual | None:
-        """Return what a tensor carries now, or None."""
+    def dual(self, tensor: Tensor, watched: bool = True) -> Dual | None:
+        """Return what a tensor carries now, or None.
+
+        Args:
+            tensor: any.
+            watched: a function is given it, and may be watched.
+        """
         held = getattr(tensor, FIELD, None)
         # An alias of another carrier, as where the model evaluates a route itself, is a plain
         # tensor to this one.
@@ -192,12 +196,18 @@ class Carrier(TorchFunctionMode):
             return None  # detached, so it has no part in the mirror of the memory that it shares
         elif held.unsure:
             held = self._as_it_is_now(tensor, held)
+            if watched and self.watch is not None and not self.lost:
+                self.watch.met_moving(tensor)
         if self.writes.mirrors:
             mirrored = self._mirrored(tensor, held)
             if mirrored is not None:
+                if watched and self.watch is not None and not self.lost:
+                    self.watch.met_moving(tensor)
                 return mirrored
         if held is None and not (self.lost or self.traced):
             self._refuse_hidden(tensor)
+            if watched and self.watch is not None:
+                self.watch.met_at_rest(tensor)
         return held
 
     def _mirrored(self, tensor: Tensor, held: Dual | None) -> Dual | None:
@@ -319,7 +329,7 @@ class Carrier(TorchFunctionMode):
             alias = reference()
             if alias is not None and hasattr(alias, FIELD):
                 delattr(alias, FIELD)
-        self.live, self.nodes = [], None
+        self.live, self.watch = [], None
         self.writes.release()
 
     def aliases(self) -> Iterator[Tensor]:
@@ -398,8 +408,12 @@ class Carrier(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         try:
             if by_subclass:
-                return self._by_subclass(func, types, args, kwargs or {})
-            return self.carry(func, args, kwargs or {})
+                out = self._by_subclass(func, types, args, kwargs or {})
+            else:
+                out = self.carry(func, args, kwargs or {})
+            if self.watch is not None:
+                self.watch.made(out)
+            return out
         except DerivativeError as error:
             self.refused = error
             raise
@@ -435,7 +449,6 @@ class Carrier(TorchFunctionMode):
             same = alias.shape == out.shape and alias.stride() == out.stride()
             if same and alias.data_ptr() == out.data_ptr():
                 held = self.held(alias)
-                self._in_graph([alias])
                 return self.wrap(out, held.tangent, held.layout)
         return out
 
@@ -449,6 +462,8 @@ class Carrier(TorchFunctionMode):
             return func(*args, **kwargs)
         if kind == "itself" and _is_itself(args, kwargs):
             return args[0]
+        if self.watch is not None and kind == "in place":
+            self.watch.filled(args[0], name)
         duals: list[Dual] = []
         given, primals = self.unpack(args, duals)
         named, options = kwargs, kwargs
@@ -475,7 +490,11 @@ class Carrier(TorchFunctionMode):
 
     def _writes_below(self, args: tuple[Any, ...]) -> bool:
         """Return whether a function writes, through a detached tensor, into memory that moves."""
-        return self.has_detached and not self.lost and self.writes.stopped(args[0])
+        if not self.has_detached or self.lost:
+            return False
+        if self.hands_out and self.writes.shared(args[0]):
+            self._detached(args[0])  # as it is if it was made of the memory
+        return self.writes.stopped(args[0])
 
     def _at_rest(
         self,
@@ -491,15 +510,32 @@ class Carrier(TorchFunctionMode):
             call = rules.Call(func, args, kwargs, args, kwargs, [], self.traced)
             return higher_order.run(self, call, treatment.name, args)
         if treatment.kind in ("in place", "refused") or "out" in kwargs:
-            self.writes.remember(*written_by(func, args, kwargs))
+            self.writes.about_to_write(*written_by(func, args, kwargs))
         elif treatment.kind == "detached":
             self.writes.detached(args[0])
             if treatment == DATA_READ:
                 self.writes.remember(args[0])  # what is written through it, nobody sees
+        elif treatment.kind == "leaves" or treatment.name == "data_ptr":
+            args = self._handing_out(treatment.name, args)
         out = func(*args, **kwargs)
         if self.has_detached and args and isinstance(args[0], Tensor):
             self._mark_views(args[0], out)
         return self._made(treatment.name, out)
+
+    def _handing_out(self, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the arguments of a function that hands out values of a tensor without a tangent:
+        who gets them is not to get our mark.
+        """
+        if not args or not isinstance(args[0], Tensor):
+            return args
+        detached = self.is_detached(args[0])
+        if self.watch is not None:
+            self.watch.exposed(args[0], detached, name == "data_ptr")
+        if not detached:
+            return args
+        self.hands_out = True
+        with not_intercepted():
+            return args[0].detach(), *args[1:]
 
     def _made(self, name: str, out: Any) -> Any:
         """Return what a function returned, marked if it is a tensor made for the model."""
@@ -712,6 +748,9 @@ class Carrier(TorchFunctionMode):
         except TypeError:  # arguments in an order or under names that the rule does not know
             call.run(call.evaluate)
             found = rules.forward(call)
+        if self.watch is not None and dispatch_modes() and draws is None and name not in RANDOM:
+            plain = value_without_modes(call.func, call.primals, call.options)
+            refuse_changed(name, call.out, plain)
         return self._wrapped(call, found)
 
     def _wrapped(self, call: rules.Call, found: Any) -> Any:
@@ -809,9 +848,16 @@ class Carrier(TorchFunctionMode):
         """Return the outputs of a custom function with the tangents that its forward pass gave
         them.
         """
+        outs = self._through_function(cls, args, outs)
+        if self.watch is not None:
+            self.watch.made(outs)
+        return outs
+
+    def _through_function(self, cls: type, args: tuple[Any, ...], outs: Any) -> Any:
+        """Return the outputs of a custom function with their tangents."""
         given = []
         for leaf in pytree.tree_leaves(args):
-            if isinstance(leaf, Tensor) and self.dual(leaf):
+            if isinstance(leaf, Tensor) and self.dual(leaf, watched=False):
                 given.append(leaf)
         if not given or self.lost:
             return outs
@@ -833,9 +879,9 @@ class Carrier(TorchFunctionMode):
         in_graph = torch.is_grad_enabled() and any(x.requires_grad for x in given)
         if in_graph and not out.requires_grad:
             return out  # marked as not differentiable
-        dual = self.dual(out)
+        dual = self.dual(out, watched=False)
         if dual is None:
-            dual = self.dual(_same_memory(cls, given, out))
+            dual = self.dual(_same_memory(cls, given, out), watched=False)
         elif hasattr(out, FIELD):
             delattr(out, FIELD)
             if cls.__module__.partition(".")[0] != "torch":
@@ -855,7 +901,6 @@ class Carrier(TorchFunctionMode):
         lost = alias.requires_grad and not first
         if lost or self.writes.shared(alias) or self.writes.mirrors:
             raise DerivativeError(refusal(cls.__name__))
-        self._in_graph(x for x in given if x is not alias)
         self._put_into_graph(alias, held)
         return alias
 
@@ -873,9 +918,12 @@ class Carrier(TorchFunctionMode):
         with not_intercepted():
             self.inside.append(script)
             try:
-                return self.carry(script, args, kwargs)
+                out = self.carry(script, args, kwargs)
             finally:
                 self.inside.pop()
+            if self.watch is not None:
+                self.watch.made(out)
+            return out
 
 
 _compared: set[tuple[Any, ...]] = set()

@@ -246,6 +246,13 @@ class Region:
     def __call__(self, *inputs: Any) -> Any:
         """Run the graph, and the tangents of its inputs beside it."""
         carrier = hidden_calls.active_carrier()
+        out = self._call(carrier, inputs)
+        if carrier is not None and carrier.watch is not None:
+            carrier.watch.made(out)
+        return out
+
+    def _call(self, carrier: Carrier | None, inputs: Values) -> Any:
+        """Run the graph under a carrier, if there is one."""
         duals = _duals_of(carrier, inputs)
         primals = list(inputs)
         for i, dual in enumerate(duals):
@@ -283,7 +290,7 @@ class Region:
                 if run is not None:
                     run.remember(primals[i])
                 if carrier is not None and duals[i] is None:
-                    carrier.writes.remember(primals[i])
+                    carrier.writes.about_to_write(primals[i])
 
     def _run_dual(
         self,

@@ -23,8 +23,14 @@ from flowspace.derivatives.replay import (
     version_of,
 )
 from flowspace.derivatives.rules.dual import Dual, Layout, LostRowsError, restrict
+from flowspace.derivatives.shared_primal.watch import (
+    FILLING,
+    refuse_changed,
+    value_without_modes,
+)
 from flowspace.derivatives.torch_internals import (
     base_transform,
+    dispatch_modes,
     memory_of,
     negated_view,
     not_intercepted,
@@ -115,8 +121,16 @@ class Writes:
         if not tensor.is_inference():
             self.versions[memory_below(tensor)] = tensor._version
 
+    def about_to_write(self, *targets: Tensor) -> None:
+        """Note that a function writes into tensors without a tangent."""
+        self.remember(*targets)
+        if self.carrier.watch is not None:
+            self.carrier.watch.rewritten(*targets)
+
     def _seen_written(self, target: Tensor) -> None:
-        """Note a write that was seen, if it was to complex numbers or to parts of them."""
+        """Note a write that was seen."""
+        if self.carrier.watch is not None:
+            self.carrier.watch.rewritten(target)
         if self.versions and memory_below(target) in self.versions:
             self.seen(target)
 
@@ -154,15 +168,26 @@ class Writes:
                 self._move_as_its_memory(call, target)
         with torch.no_grad(), not_intercepted():
             tangent, layout = self._written_tangent(call, name)
+        plain = self._without_modes(call, name)
 
         def run() -> None:
             call.evaluate()
             self._seen_written(target)
+            refuse_changed(name, call.primals[0], plain)
 
         self.put(target, tangent, layout, run)
         if name == "setitem":
             return None
         return target
+
+    def _without_modes(self, call: rules.Call, name: str) -> Any:
+        """Return what a function is about to write, were there no dispatch modes, or None for no
+        matter what.
+        """
+        written_as_given = name in FILLING or name == "setitem"
+        if self.carrier.watch is None or written_as_given or not dispatch_modes():
+            return None
+        return value_without_modes(_form_out_of_place(name), call.primals, call.options)
 
     def put(
         self,

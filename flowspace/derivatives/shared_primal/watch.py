@@ -1,0 +1,449 @@
+"""What reaches a model, or changes in it, unseen by every mode.
+
+Torch shows no mode what a C++ extension that is bound by hand calls, what runs within
+``torch._C.DisableTorchFunction()`` or in a thread that was there before, and what others do with
+memory that was handed out: by dlpack, as an array of numpy, by its address. What comes of it has no
+tangent, as if it were constant. A `Watch` finds it by two questions:
+
+* Where does a tensor come from that the model uses? One that was made in this pass, by no function
+  that was seen, is a stranger. What tells its age is Python's collector of cycles, which knows the
+  objects that were made since it last ran.
+* Is a tensor what it was? It is compared with what it held when it was last seen: by autograd's
+  count of writes, and on a CPU by its numbers too. What moves and was written to unseen is refused.
+  What stands still, and was made in this pass, is a stranger.
+
+A stranger may be a constant all the same, as ``torch.Tensor([1.0])`` is, of which no mode is told
+either. So if there are any, the model is evaluated once more at a point nearby, and those that are
+other ones there are refused (`check_strangers`). What the model takes out of torch itself, of what
+it detached, is meant to be constant.
+
+All this takes longer than some functions of the model, so it is done in the first passes over a
+model, and then in ever fewer.
+"""
+
+import contextlib
+import ctypes
+import functools
+import gc
+import itertools
+import weakref
+import zlib
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from types import FunctionType, MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from flowspace.derivatives.hidden_calls import STAYING
+from flowspace.derivatives.replay import agree, in_transform, is_alive, several_processes, version_of
+from flowspace.derivatives.torch_internals import (
+    base_transform,
+    memory_of,
+    not_intercepted,
+    unseen_by_modes,
+)
+from flowspace.errors import DerivativeError
+
+__all__ = [
+    "FILLING",
+    "Stranger",
+    "Watch",
+    "check_strangers",
+    "is_watched",
+    "moved_a_little",
+    "refuse_changed",
+    "value_without_modes",
+]
+
+
+class Print(NamedTuple):
+    """What a tensor held when it was last seen.
+
+    Attributes:
+        epoch: how often its memory had been written to by functions that were seen.
+        content: a checksum of its numbers on a CPU; elsewhere how often autograd had seen it
+            written to.
+    """
+
+    epoch: int
+    content: int
+
+
+class Stranger(NamedTuple):
+    """A tensor of unknown origin that a model used.
+
+    Attributes:
+        values: what it held.
+        name: of the function that made it, in the backward pass, if it has a gradient.
+    """
+
+    values: Tensor
+    name: str | None
+
+
+class Watch:
+    """Watches one pass over a model, while it is entered.
+
+    Attributes:
+        seen: by id, the tensors that functions made or were given, and what they held.
+        epochs: by memory, how often functions that were seen have written there.
+        strangers: the tensors of unknown origin, in the order in which they were used.
+        handed_out: the model took values that it had detached out of torch.
+    """
+
+    def __init__(self) -> None:
+        self.seen: dict[int, tuple[weakref.ref[Tensor], Print | None]] = {}
+        self.epochs: Counter[int] = Counter()
+        self.strangers: list[Stranger] = []
+        self.handed_out = False
+
+    def __enter__(self) -> "Watch":
+        self.collects = gc.isenabled()
+        self.resume()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pause()
+        self.seen.clear()
+
+    def pause(self) -> None:
+        """Let Python collect cycles again: what follows is not the model, and may take long."""
+        if self.collects:
+            gc.enable()
+
+    def resume(self) -> None:
+        """Take all objects that are there now for old."""
+        gc.collect(0)
+        gc.disable()
+
+    def made(self, out: Any) -> None:
+        """Note what a function returned that was seen."""
+        with not_intercepted():
+            for leaf in pytree.tree_leaves(out):
+                if isinstance(leaf, Tensor):
+                    self._note(leaf, self._print(leaf))
+
+    def known(self, tensor: Tensor) -> None:
+        """Note a tensor that is no stranger, whatever becomes of it."""
+        self._note(tensor, None)
+
+    def rewritten(self, *targets: Any) -> None:
+        """Note that a function which was seen writes to tensors."""
+        with not_intercepted():
+            for target in targets:
+                if _has_memory(target):
+                    self.epochs[memory_of(target)] += 1
+
+    def filled(self, target: Tensor, name: str) -> None:
+        """Note that a function of this name gives a tensor all its numbers, or some of those that
+        it still lacks: what it held before is nobody's concern.
+        """
+        if name in FILLING or (name == "setitem" and self._entry(target) is None):
+            self.made(target)
+
+    def exposed(self, tensor: Tensor, detached: bool, by_address: bool) -> None:
+        """Note that a function hands out the values of a tensor that carries no tangent, or says
+        where they lie.
+        """
+        if not by_address and (detached or self._entry(tensor) is not None):
+            self.handed_out = True
+        self.made(tensor)
+
+    def met_moving(self, alias: Tensor) -> None:
+        """Note that a function is given a tensor that carries a tangent.
+
+        Raises:
+            DerivativeError: if it was written to unseen.
+        """
+        with not_intercepted():
+            changed = self._changed(alias)
+        if changed:
+            raise DerivativeError(
+                f"got a tensor of shape {tuple(alias.shape)} that moves with z_t or t, written to "
+                f"unseen{UNSEEN}"
+            )
+        self.made(alias)
+
+    def met_at_rest(self, tensor: Tensor) -> None:
+        """Note that a function is given a tensor that carries no tangent."""
+        with not_intercepted():
+            if not isinstance(tensor, nn.Parameter) and _may_move(tensor):
+                self._met_at_rest(tensor)
+
+    def _met_at_rest(self, tensor: Tensor) -> None:
+        """Note a tensor that could carry a tangent, and carries none."""
+        entry = self._entry(tensor)
+        if entry is None:
+            strange = self._is_young(tensor)
+        else:
+            strange = self._changed(tensor)
+        if strange:
+            self._suspect(tensor)
+            self.made(tensor)
+        elif entry is None:
+            # what was there before may be written to by whom it belongs to, as running statistics
+            self.known(tensor)
+        elif entry[1] is not None:
+            self.made(tensor)
+
+    def _is_young(self, tensor: Tensor) -> bool:
+        """Return whether a tensor was made in this pass, and by no function that was seen; a view
+        is as old as what it is a view of.
+        """
+        base = tensor._base
+        if base is not None:
+            tensor = base
+        if self._entry(tensor) is not None:
+            return False
+        return any(young is tensor for young in gc.get_objects(0))
+
+    def _suspect(self, tensor: Tensor) -> None:
+        """Keep a tensor of unknown origin, to compare it with what it is elsewhere."""
+        name = None
+        if tensor.grad_fn is not None:
+            name = tensor.grad_fn.name()
+        elif self.handed_out:
+            return
+        with torch.no_grad(), unseen_by_modes():
+            self.strangers.append(Stranger(tensor.detach().clone(), name))
+
+    def _entry(self, tensor: Tensor) -> tuple[weakref.ref[Tensor], Print | None] | None:
+        """Return what is known of a tensor; another may have had its id."""
+        entry = self.seen.get(id(tensor))
+        if entry is None or entry[0]() is not tensor:
+            return None
+        return entry
+
+    def _note(self, tensor: Tensor, held: Print | None) -> None:
+        """Keep what a tensor holds; None: it is not compared."""
+        self.seen[id(tensor)] = weakref.ref(tensor), held
+
+    def _changed(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is another one than it was, and no function that was seen has
+        written to its memory.
+        """
+        entry = self._entry(tensor)
+        if entry is None or entry[1] is None:
+            return False
+        now = self._print(tensor)
+        return now is not None and now.epoch == entry[1].epoch and now != entry[1]
+
+    def _print(self, tensor: Tensor) -> Print | None:
+        """Return what a tensor holds now; None for one without numbers of its own."""
+        if not _has_memory(tensor):
+            return None
+        return Print(self.epochs[memory_of(tensor)], _content(tensor))
+
+
+FILLING = frozenset(
+    "copy_ fill_ zero_ normal_ uniform_ random_ bernoulli_ exponential_ cauchy_ log_normal_ "
+    "geometric_".split()
+)
+"""Functions that write all numbers of a tensor without reading them."""
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Return whether a tensor has numbers that lie in a memory of its own."""
+    plain = type(tensor) in (Tensor, nn.Parameter)
+    return plain and tensor.layout == torch.strided and not in_transform(tensor)
+
+
+def _may_move(tensor: Tensor) -> bool:
+    """Return whether a tensor could carry a tangent, and has values."""
+    return (tensor.is_floating_point() or tensor.is_complex()) and not in_transform(tensor)
+
+
+def _content(tensor: Tensor) -> int:
+    """Return a checksum of the numbers of a tensor on a CPU; elsewhere how often autograd has seen
+    it written to, which the device need not be asked.
+
+    They are read where they lie: an array of numpy would keep their memory from being freed.
+    """
+    if tensor.device.type != "cpu":
+        return version_of(tensor)
+    if not tensor.numel() or not is_alive(tensor):
+        return 0
+    with torch.no_grad(), unseen_by_modes():
+        numbers = tensor.detach().contiguous()
+        count = numbers.numel() * numbers.element_size()
+        return zlib.crc32((ctypes.c_char * count).from_address(numbers.data_ptr()))
+
+
+def moved_a_little(primals: Sequence[Any], tangents: Sequence[Tensor | None]) -> list[Any]:
+    """Return primals at a point nearby: those that have a tangent move, towards 1/2, so that times
+    stay times.
+    """
+    moved = list(primals)
+    for i, tangent in enumerate(tangents):
+        if tangent is None:
+            continue
+        step = STEP * tangent
+        if not tangent.is_complex():
+            step = torch.where(primals[i] > 0.5, -step.abs(), step.abs())
+        moved[i] = primals[i] + step
+    return moved
+
+
+STEP = 2**-4
+"""By how much a point nearby differs, in tangents: enough to be seen in bfloat16."""
+
+
+def check_strangers(here: Sequence[Stranger], nearby: Callable[[], Sequence[Stranger]]) -> None:
+    """Raise DerivativeError if tensors of unknown origin depend on what moves.
+
+    Args:
+        here: those that the model used.
+        nearby: evaluates the model again at a point nearby, and returns those that it used there.
+            It is not called where other processes would have to do the same: what has a gradient
+            is then taken to move, and nothing else.
+    """
+    if several_processes():
+        others: Sequence[Stranger] = [stranger for stranger in here if stranger.name is None]
+    else:
+        others = nearby()
+    for i, (values, name) in enumerate(here):
+        if i < len(others) and _same(values, others[i].values):
+            continue
+        origin = "made or written to unseen"
+        if name is not None:
+            origin = f"made unseen ({name} in the backward pass)"
+        raise DerivativeError(
+            f"got a tensor of shape {tuple(values.shape)} that changes with z_t or t, {origin}"
+            f"{UNSEEN}"
+        )
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    """Return whether two tensors hold the same numbers; what is no number equals itself."""
+    if first.shape != second.shape:
+        return False
+    return torch.equal(first.nan_to_num(), second.nan_to_num())
+
+
+def value_without_modes(
+    func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
+) -> Any:
+    """Return what a function returns outside the dispatch modes that a model entered.
+
+    None stands for no matter what: there are none, or they only count, or make tensors without
+    values.
+    """
+    modes = [type(mode).__name__ for mode in _get_current_dispatch_mode_stack()]
+    if not modes or STAYING.intersection(modes):
+        return None
+    with torch.no_grad(), not_intercepted(), unseen_by_modes():
+        return func(*args, **kwargs)
+
+
+def refuse_changed(name: str, out: Any, plain: Any) -> None:
+    """Raise DerivativeError if a dispatch mode changes what a function returns: a tangent would be
+    that of the function that the model calls.
+
+    Args:
+        name: of the function.
+        out: what it returned.
+        plain: what it returns outside of dispatch modes, or None for no matter what.
+    """
+    if plain is None:
+        return
+    pairs = zip(pytree.tree_leaves(out), pytree.tree_leaves(plain), strict=False)
+    modes = [type(mode).__name__ for mode in _get_current_dispatch_mode_stack()]
+    with torch.no_grad(), not_intercepted(), unseen_by_modes():
+        for ours, other in pairs:
+            if not isinstance(ours, Tensor) or not _may_move(ours):
+                continue
+            ours, other = _base(ours).detach(), _base(other).detach()
+            if not agree(ours, other, ours.itemsize):
+                raise DerivativeError(
+                    f"got another value of {name} within {', '.join(modes)} than outside: a "
+                    "dispatch mode that changes functions, whose tangents would be those of the "
+                    "functions that the model calls; write what it does into the model, or "
+                    "derivative=FiniteDifference()"
+                )
+
+
+def _base(tensor: Tensor) -> Tensor:
+    """Return the tensor that transforms of torch.func wrapped."""
+    while in_transform(tensor):
+        tensor = base_transform(tensor)
+    return tensor
+
+
+UNSEEN = (
+    ": torch shows to no function mode what a C++ extension, a thread of before, "
+    "torch._C.DisableTorchFunction(), or memory handed out by dlpack, numpy or its address does, "
+    "so its tangent would be lost; write derivative=ForwardMode(), or FiniteDifference() where "
+    "torch has no forward derivative of it"
+)
+"""Why a tensor is refused, and what to write instead."""
+
+
+# --- how often
+
+
+_passes: Counter[Hashable] = Counter()
+"""How many passes there were over each function."""
+
+KNOWN = 4096
+"""So many functions are counted; then all are new again, as for one who makes a module a step."""
+
+_numbers: dict[int, tuple[weakref.ref[nn.Module], int]] = {}
+"""A number for each module by its id, which another module may have later."""
+
+_unused = itertools.count()
+
+
+def is_watched(fn: Any) -> bool:
+    """Return whether this pass over a function is watched: passes 1, 2, 4, 8 and so on are."""
+    if len(_passes) > KNOWN:
+        _passes.clear()
+    key = _key(fn), tuple(map(type, _get_current_dispatch_mode_stack()))
+    _passes[key] += 1
+    return _passes[key].bit_count() == 1
+
+
+def _key(fn: Any) -> Hashable:
+    """Return what a function has in common with itself in the next step, where it may be another
+    closure round the same module.
+    """
+    found: list[Any] = []
+    waiting, met = [fn], set()
+    while waiting:
+        held = waiting.pop()
+        if id(held) in met:
+            continue
+        met.add(id(held))
+        if isinstance(held, functools.partial):
+            waiting.append(held.func)
+        elif isinstance(held, MethodType):
+            waiting += [held.__func__, held.__self__]
+        elif isinstance(held, FunctionType):
+            found.append(held.__code__)
+            waiting += filter(callable, _held(held))
+        elif isinstance(held, nn.Module):
+            found.append(_number_of(held))
+        else:
+            found.append(type(held))
+    return tuple(found)
+
+
+def _number_of(module: nn.Module) -> int:
+    """Return a number that no other module has, nor had."""
+    known = _numbers.get(id(module))
+    if known is None or known[0]() is not module:
+        known = weakref.ref(module), next(_unused)
+        _numbers[id(module)] = known
+    return known[1]
+
+
+def _held(fn: FunctionType) -> list[Any]:
+    """Return the variables of a closure that have a value."""
+    held = []
+    for cell in fn.__closure__ or ():
+        with contextlib.suppress(ValueError):  # it has none yet
+            held.append(cell.cell_contents)
+    return held
