@@ -21,16 +21,30 @@ from flowspace.derivatives.replay import (
     RestoringMode,
     forward_mode_lock,
     in_transform,
+    written_by,
     written_places,
 )
-from flowspace.derivatives.rules.registry import CONSTANT, differentiable
+from flowspace.derivatives.rules import RANDOM
+from flowspace.derivatives.rules.registry import CONSTANT, differentiable, may_draw
 from flowspace.derivatives.second_run import First, Second, SecondRun
 from flowspace.derivatives.shared_primal.kinds import ELSEWHERE, LEAVES, leaving
+from flowspace.derivatives.shared_primal.watch import (
+    Stranger,
+    Watch,
+    base_of,
+    check_strangers,
+    is_watched,
+    moved_a_little,
+    refuse_changed,
+    value_without_modes,
+)
 from flowspace.derivatives.torch_internals import (
     close_forward_mode,
+    dispatch_modes,
     forward_mode_is_open,
     function_modes,
     leave_function_modes,
+    memory_of,
     transform_level,
 )
 from flowspace.errors import DerivativeError
@@ -81,33 +95,17 @@ class ForwardMode(SecondRun):
         mixed: bool,
     ) -> Second:
         """Return the derivative on the given rows, and the value, which comes with it."""
-        moving = [i for i, tangent in enumerate(tangents) if tangent is not None]
-        inputs = tuple(primals[i] for i in moving)
+        watch = Watch(fn) if is_watched(fn) else None
+        value, derivative = _derive(fn, primals, tangents, watch)
+        if watch is None or not watch.strangers:
+            return Second(derivative, value)
 
-        def of_moving(*moved: Tensor) -> Tensor:
-            arguments = list(primals)
-            for i, value in zip(moving, moved, strict=True):
-                arguments[i] = value
-            with _NoLostTangents():
-                return fn(*arguments)
+        def nearby() -> list[Stranger]:
+            there = Watch(fn)
+            _derive(fn, moved_a_little(primals, tangents), tangents, there)
+            return there.strangers
 
-        try:
-            with _one_thread(), sdpa_kernel(SDPBackend.MATH):
-                directions = tuple(tangents[i] for i in moving)
-                both: Any = torch.func.jvp(of_moving, inputs, directions)
-        except (RuntimeError, NotImplementedError, KeyError) as error:
-            if isinstance(error.__context__, KeyboardInterrupt):
-                # it came while torch opened a level, which torch then failed to close
-                raise error.__context__ from None
-            if not any(mark in str(error) for mark in OF_TORCH):
-                raise
-            raise DerivativeError(
-                f"got a model that torch.func.jvp cannot differentiate ({_reason(error)}); write "
-                "derivative=SharedPrimal(), or FiniteDifference(), which needs no forward "
-                "derivatives"
-            ) from error
-        value, derivative = both
-        return Second(derivative, value)
+        return Second(derivative, value, lambda: check_strangers(watch.strangers, nearby))
 
     def check_run(self, run: RestoringMode) -> None:
         """Raise DerivativeError if the model followed tangents in another thread, where torch goes
@@ -117,30 +115,111 @@ class ForwardMode(SecondRun):
             raise DerivativeError(ELSEWHERE)
 
 
+def _derive(
+    fn: Callable[..., Tensor],
+    primals: Sequence[Any],
+    tangents: Sequence[Tensor | None],
+    watch: Watch | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the value and the derivative of a function, and watch what it uses.
+
+    Raises:
+        DerivativeError: if torch cannot differentiate it.
+    """
+    moving = [i for i, tangent in enumerate(tangents) if tangent is not None]
+    inputs = tuple(primals[i] for i in moving)
+    directions = tuple(tangents[i] for i in moving)
+
+    def of_moving(*moved: Tensor) -> Tensor:
+        arguments = list(primals)
+        for i, value in zip(moving, moved, strict=True):
+            arguments[i] = value
+        with _NoLostTangents(watch):
+            return fn(*arguments)
+
+    try:
+        with watch or contextlib.nullcontext(), _one_thread(), sdpa_kernel(SDPBackend.MATH):
+            both: Any = torch.func.jvp(of_moving, inputs, directions)
+    except (RuntimeError, NotImplementedError, KeyError) as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            # it came while torch opened a level, which torch then failed to close
+            raise error.__context__ from None
+        if not any(mark in str(error) for mark in OF_TORCH):
+            raise
+        raise DerivativeError(
+            f"got a model that torch.func.jvp cannot differentiate ({_reason(error)}); write "
+            "derivative=SharedPrimal(), or FiniteDifference(), which needs no forward "
+            "derivatives"
+        ) from error
+    return both
+
+
 class _NoLostTangents(TorchFunctionMode):
     """Raises DerivativeError where a tangent ends, and torch.func.jvp would go on with zeros.
 
     Attributes:
+        watch: what it tells of the tensors that it sees, in a pass that is watched.
         level: the transforms of torch.func that it was made within; inside further ones, which
             are the model's own, nothing is checked.
+        stopped: by memory, the tensors that share it with one that moves, and stand still.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, watch: Watch | None) -> None:
         super().__init__()
+        self.watch = watch
         self.level = transform_level()
+        self.stopped: dict[int, Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function; raise if what it is given has a tangent and what it returns has none."""
         kwargs = kwargs or {}
         # a transform that the model itself calls follows its tensors by levels of its own
-        inside = transform_level() != self.level
-        if inside or not any(map(_moves, _tensors((*args, *kwargs.values())))):
+        if transform_level() != self.level:
             return func(*args, **kwargs)
+        given = list(_tensors((*args, *kwargs.values())))
+        written = written_by(func, args, kwargs)
+        self._refuse_stopped(written)
+        if self.watch is not None:
+            self.watch.rewritten(*written)
+            for tensor in given:
+                self.watch.met_at_rest(tensor)
+        if any(map(_moves, given)):
+            out = self._follow(func, args, kwargs, written)
+        else:
+            out = func(*args, **kwargs)
+        if self.watch is not None:
+            self.watch.made(out)
+        return out
+
+    def _refuse_stopped(self, written: Sequence[Tensor]) -> None:
+        """Raise DerivativeError if a tensor is written to that stands still, and shares memory with
+        one that moves: torch would change the value of that one, and not its tangent.
+        """
+        if not self.stopped:
+            return
+        for target in written:
+            if not _moves(target) and memory_of(base_of(target)) in self.stopped:
+                raise DerivativeError(
+                    "got a write into x.detach() of a tensor that moves with z_t or t, which "
+                    "changes x without its tangent; write into x itself, or "
+                    "derivative=SharedPrimal()"
+                )
+
+    def _follow(
+        self, func: Any, args: tuple[Any, ...], kwargs: Any, written: Sequence[Tensor]
+    ) -> Any:
+        """Run a function of what moves."""
         name = getattr(func, "__name__", str(func))
         if name in LEAVES:
             raise DerivativeError(leaving(name))
         _refuse_written(func)
+        if written:
+            args = _apart(args, written[0])
+        plain = self._without_modes(func, args, kwargs, name, written)
         out = func(*args, **kwargs)
+        refuse_changed(name, out, plain)
+        if name == "detach":
+            self.stopped[memory_of(base_of(out))] = out
         # What cannot carry a tangent (whole numbers, nothing at all) has not lost one.
         parts = [part for part in _tensors((out,)) if differentiable(part) and part.numel()]
         if parts and name not in STOPS and not any(map(_moves, parts)):
@@ -150,6 +229,30 @@ class _NoLostTangents(TorchFunctionMode):
                 ".detach() first if it is a constant"
             )
         return out
+
+    def _without_modes(
+        self, func: Any, args: tuple[Any, ...], kwargs: Any, name: str, written: Sequence[Tensor]
+    ) -> Any:
+        """Return what a function is about to return, were there no dispatch modes, or None for no
+        matter what: it draws, or nobody watches.
+        """
+        if self.watch is None or not dispatch_modes() or name in RANDOM or may_draw(name):
+            return None
+        copies = args
+        if written and args:
+            copies = (args[0].clone(), *args[1:])
+        return value_without_modes(func, copies, kwargs)
+
+
+def _apart(args: tuple[Any, ...], target: Tensor) -> tuple[Any, ...]:
+    """Return the arguments of a function that writes into the first, the others in memory of
+    their own: torch's formulas for tangents read them after the write.
+    """
+    memory, apart = memory_of(base_of(target)), list(args)
+    for i, value in enumerate(args):
+        if i and isinstance(value, Tensor) and memory_of(base_of(value)) == memory:
+            apart[i] = value.clone()
+    return tuple(apart)
 
 
 def _refuse_written(func: Any) -> None:

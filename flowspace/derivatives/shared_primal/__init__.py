@@ -96,7 +96,7 @@ class SharedPrimal(Derivative):
             # they are made here: to carry tangents through the making of copies costs more
             fn, copied = given.fn, functools.partial(copies_of, primals)
         copies = copied()
-        watch = Watch() if is_watched(fn) else None
+        watch = Watch(fn) if is_watched(fn) else None
         value, tangent, lost, writes = evaluate_beside(fn, copies, tangents, chosen, watch)
 
         def again(primals: list[Any], watch: Watch | None) -> tuple[Evaluation, RestoringMode]:
@@ -107,7 +107,7 @@ class SharedPrimal(Derivative):
 
         def check(watch: Watch | None) -> None:
             def nearby() -> list[Stranger]:
-                there = Watch()
+                there = Watch(fn)
                 again(moved_a_little(copied(), tangents), there)
                 return there.strangers
 
@@ -116,7 +116,7 @@ class SharedPrimal(Derivative):
 
         check(watch)
         if lost:
-            watch = None if watch is None else Watch()
+            watch = None if watch is None else Watch(fn)
             second, run = again(copied(), watch)
             check(watch)
             if second.lost:

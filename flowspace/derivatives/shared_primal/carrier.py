@@ -93,6 +93,9 @@ NO_TENSORS = frozenset(
 """Types of arguments that are no tensors and hold none."""
 
 
+WITH_STATISTICS = ("batch_norm", "instance_norm")
+"""Functions that may write into statistics which they are given."""
+
 _UNFIT = object()
 """In place of a tangent: the rule does not take these arguments."""
 
@@ -462,8 +465,11 @@ class Carrier(TorchFunctionMode):
             return func(*args, **kwargs)
         if kind == "itself" and _is_itself(args, kwargs):
             return args[0]
-        if self.watch is not None and kind == "in place":
-            self.watch.filled(args[0], name)
+        if self.watch is not None:
+            if kind == "in place":
+                self.watch.filled(args[0], name)
+            elif name.endswith(WITH_STATISTICS):
+                self.watch.rewritten(*pytree.tree_leaves((args, kwargs)))
         duals: list[Dual] = []
         given, primals = self.unpack(args, duals)
         named, options = kwargs, kwargs

@@ -8,9 +8,9 @@ tangent, as if it were constant. A `Watch` finds it by two questions:
 * Where does a tensor come from that the model uses? One that was made in this pass, by no function
   that was seen, is a stranger. What tells its age is Python's collector of cycles, which knows the
   objects that were made since it last ran.
-* Is a tensor what it was? It is compared with what it held when it was last seen: by autograd's
-  count of writes, and on a CPU by its numbers too. What moves and was written to unseen is refused.
-  What stands still, and was made in this pass, is a stranger.
+* Is a tensor what it was? It is compared with what it held when it was last seen, or before the
+  pass where it is a buffer or a variable: on a CPU by its numbers, elsewhere by autograd's count of
+  writes. What moves and was written to unseen is refused; what stands still is a stranger.
 
 A stranger may be a constant all the same, as ``torch.Tensor([1.0])`` is, of which no mode is told
 either. So if there are any, the model is evaluated once more at a point nearby, and those that are
@@ -29,7 +29,7 @@ import itertools
 import weakref
 import zlib
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
@@ -39,11 +39,19 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from flowspace.derivatives.hidden_calls import STAYING
-from flowspace.derivatives.replay import agree, in_transform, is_alive, several_processes, version_of
+from flowspace.derivatives.replay import (
+    OnCopies,
+    agree,
+    in_transform,
+    is_alive,
+    several_processes,
+    version_of,
+)
 from flowspace.derivatives.torch_internals import (
     base_transform,
     memory_of,
     not_intercepted,
+    outside_transforms,
     unseen_by_modes,
 )
 from flowspace.errors import DerivativeError
@@ -52,6 +60,7 @@ __all__ = [
     "FILLING",
     "Stranger",
     "Watch",
+    "base_of",
     "check_strangers",
     "is_watched",
     "moved_a_little",
@@ -89,13 +98,15 @@ class Watch:
     """Watches one pass over a model, while it is entered.
 
     Attributes:
+        fn: the model.
         seen: by id, the tensors that functions made or were given, and what they held.
         epochs: by memory, how often functions that were seen have written there.
         strangers: the tensors of unknown origin, in the order in which they were used.
         handed_out: the model took values that it had detached out of torch.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, fn: Any) -> None:
+        self.fn = fn
         self.seen: dict[int, tuple[weakref.ref[Tensor], Print | None]] = {}
         self.epochs: Counter[int] = Counter()
         self.strangers: list[Stranger] = []
@@ -104,6 +115,7 @@ class Watch:
     def __enter__(self) -> "Watch":
         self.collects = gc.isenabled()
         self.resume()
+        self.made(list(_tensors_of(self.fn)))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -208,7 +220,7 @@ class Watch:
             name = tensor.grad_fn.name()
         elif self.handed_out:
             return
-        with torch.no_grad(), unseen_by_modes():
+        with _alone():
             self.strangers.append(Stranger(tensor.detach().clone(), name))
 
     def _entry(self, tensor: Tensor) -> tuple[weakref.ref[Tensor], Print | None] | None:
@@ -246,6 +258,13 @@ FILLING = frozenset(
 """Functions that write all numbers of a tensor without reading them."""
 
 
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Let no mode see what is called, and neither autograd nor a transform of torch.func follow."""
+    with torch.no_grad(), not_intercepted(), unseen_by_modes(), outside_transforms():
+        yield
+
+
 def _has_memory(tensor: Tensor) -> bool:
     """Return whether a tensor has numbers that lie in a memory of its own."""
     plain = type(tensor) in (Tensor, nn.Parameter)
@@ -267,7 +286,7 @@ def _content(tensor: Tensor) -> int:
         return version_of(tensor)
     if not tensor.numel() or not is_alive(tensor):
         return 0
-    with torch.no_grad(), unseen_by_modes():
+    with _alone():
         numbers = tensor.detach().contiguous()
         count = numbers.numel() * numbers.element_size()
         return zlib.crc32((ctypes.c_char * count).from_address(numbers.data_ptr()))
@@ -352,12 +371,12 @@ def refuse_changed(name: str, out: Any, plain: Any) -> None:
         return
     pairs = zip(pytree.tree_leaves(out), pytree.tree_leaves(plain), strict=False)
     modes = [type(mode).__name__ for mode in _get_current_dispatch_mode_stack()]
-    with torch.no_grad(), not_intercepted(), unseen_by_modes():
+    with _alone():
         for ours, other in pairs:
-            if not isinstance(ours, Tensor) or not _may_move(ours):
+            if not isinstance(ours, Tensor):
                 continue
-            ours, other = _base(ours).detach(), _base(other).detach()
-            if not agree(ours, other, ours.itemsize):
+            ours, other = base_of(ours).detach(), base_of(other).detach()
+            if _may_move(ours) and not agree(ours, other, ours.itemsize):
                 raise DerivativeError(
                     f"got another value of {name} within {', '.join(modes)} than outside: a "
                     "dispatch mode that changes functions, whose tangents would be those of the "
@@ -366,7 +385,7 @@ def refuse_changed(name: str, out: Any, plain: Any) -> None:
                 )
 
 
-def _base(tensor: Tensor) -> Tensor:
+def base_of(tensor: Tensor) -> Tensor:
     """Return the tensor that transforms of torch.func wrapped."""
     while in_transform(tensor):
         tensor = base_transform(tensor)
@@ -411,24 +430,54 @@ def _key(fn: Any) -> Hashable:
     closure round the same module.
     """
     found: list[Any] = []
+    for held in _reached(fn):
+        if isinstance(held, FunctionType):
+            found.append(held.__code__)
+        elif isinstance(held, nn.Module):
+            found.append(_number_of(held))
+        elif not isinstance(held, WRAPPERS):
+            found.append(type(held))
+    return tuple(found)
+
+
+WRAPPERS = (functools.partial, OnCopies, MethodType)
+"""Types of objects that call another."""
+
+
+def _reached(fn: Any) -> Iterator[Any]:
+    """Iterate over what a function calls as far as its wrappers and variables tell, from outside
+    in.
+    """
     waiting, met = [fn], set()
     while waiting:
         held = waiting.pop()
         if id(held) in met:
             continue
         met.add(id(held))
+        yield held
         if isinstance(held, functools.partial):
             waiting.append(held.func)
+        elif isinstance(held, OnCopies):
+            waiting.append(held.fn)
         elif isinstance(held, MethodType):
             waiting += [held.__func__, held.__self__]
         elif isinstance(held, FunctionType):
-            found.append(held.__code__)
-            waiting += filter(callable, _held(held))
-        elif isinstance(held, nn.Module):
-            found.append(_number_of(held))
-        else:
-            found.append(type(held))
-    return tuple(found)
+            waiting += filter(callable, _variables(held))
+
+
+def _tensors_of(fn: Any) -> Iterator[Tensor]:
+    """Iterate over the tensors that a function reaches and may have written to: buffers of its
+    modules, and variables.
+    """
+    for held in _reached(fn):
+        if isinstance(held, nn.Module):
+            yield from held.buffers()
+        elif isinstance(held, FunctionType):
+            names = held.__code__.co_names
+            values = [held.__globals__.get(name) for name in names]
+            for value in (*values, *_variables(held)):
+                if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                    yield value
 
 
 def _number_of(module: nn.Module) -> int:
@@ -440,7 +489,7 @@ def _number_of(module: nn.Module) -> int:
     return known[1]
 
 
-def _held(fn: FunctionType) -> list[Any]:
+def _variables(fn: FunctionType) -> list[Any]:
     """Return the variables of a closure that have a value."""
     held = []
     for cell in fn.__closure__ or ():
