@@ -192,8 +192,8 @@ class _NoLostTangents(TorchFunctionMode):
         return out
 
     def _refuse_stopped(self, written: Sequence[Tensor]) -> None:
-        """Raise DerivativeError if a tensor is written to that stands still, and shares memory with
-        one that moves: torch would change the value of that one, and not its tangent.
+        """Raise DerivativeError if a tensor is written to that stands still, and shares memory
+        with one that moves: torch would change the value of that one, and not its tangent.
         """
         if not self.stopped:
             return

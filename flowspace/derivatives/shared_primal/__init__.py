@@ -96,36 +96,10 @@ class SharedPrimal(Derivative):
             # they are made here: to carry tangents through the making of copies costs more
             fn, copied = given.fn, functools.partial(copies_of, primals)
         copies = copied()
-        watch = Watch(fn) if is_watched(fn) else None
-        value, tangent, lost, writes = evaluate_beside(fn, copies, tangents, chosen, watch)
-
-        def again(primals: list[Any], watch: Watch | None) -> tuple[Evaluation, RestoringMode]:
-            with writes.undone(), torch.no_grad(), restoring_buffers() as run:
-                found = evaluate_beside(draws.replay(fn), primals, tangents, None, watch)
-                # its own memory may be put back as well
-                return found._replace(value=found.value.clone()), run
-
-        def check(watch: Watch | None) -> None:
-            def nearby() -> list[Stranger]:
-                there = Watch(fn)
-                again(moved_a_little(copied(), tangents), there)
-                return there.strangers
-
-            if watch is not None and watch.strangers:
-                check_strangers(watch.strangers, nearby)
-
-        check(watch)
+        at_point = _AtPoint(fn, tangents, copied, draws, is_watched(fn))
+        value, tangent, lost, writes = at_point.first(copies, chosen)
         if lost:
-            watch = None if watch is None else Watch(fn)
-            second, run = again(copied(), watch)
-            check(watch)
-            if second.lost:
-                raise DerivativeError(
-                    "the derivative was lost on all rows as well as on some, which is no fault of "
-                    "the model; write derivative=ForwardMode()"
-                )
-            _check_repeats(value.detach(), second.value, run)
-            tangent = second.tangent
+            tangent = at_point.tangent_of_all_rows(value.detach(), writes)
             chosen = None
         if fn is given:
             _hand_back(primals, copies)
@@ -137,6 +111,78 @@ class SharedPrimal(Derivative):
         if outer is not None and outer.watch is not None:
             outer.watch.made(tangent)  # a model that evaluates a route is given a constant
         return value, tangent
+
+
+@dataclass(frozen=True)
+class _AtPoint:
+    """The passes over one function at one point.
+
+    Attributes:
+        fn: the function.
+        tangents: of its arguments.
+        copied: returns its arguments, in memory of their own.
+        draws: the state of the generators before the first pass.
+        watched: the passes are watched.
+    """
+
+    fn: Callable[..., Tensor]
+    tangents: Sequence[Tensor | None]
+    copied: Callable[[], list[Any]]
+    draws: RandomState
+    watched: bool
+
+    def first(self, primals: Sequence[Any], chosen: ChosenRows | None) -> "Evaluation":
+        """Return what the first pass gives, with gradient."""
+        watch = self._watch()
+        found = evaluate_beside(self.fn, primals, self.tangents, chosen, watch)
+        self._check(watch, found.writes)
+        return found
+
+    def tangent_of_all_rows(self, value: Tensor, writes: Writes) -> Tensor | None:
+        """Return the tangent of a pass over all rows, where the first one lost it.
+
+        Raises:
+            DerivativeError: if the value is another one this time.
+        """
+        watch = self._watch()
+        found, run = self._again(self.copied(), writes, watch)
+        self._check(watch, writes)
+        if found.lost:
+            raise DerivativeError(
+                "the derivative was lost on all rows as well as on some, which is no fault of "
+                "the model; write derivative=ForwardMode()"
+            )
+        _check_repeats(value, found.value, run)
+        return found.tangent
+
+    def _again(
+        self, primals: Sequence[Any], writes: Writes, watch: Watch | None
+    ) -> "tuple[Evaluation, RestoringMode]":
+        """Return what another pass gives, over all rows and without gradient."""
+        with writes.undone(), torch.no_grad(), restoring_buffers() as run:
+            found = evaluate_beside(
+                self.draws.replay(self.fn), primals, self.tangents, None, watch
+            )
+            # its own memory may be put back as well
+            return found._replace(value=found.value.clone()), run
+
+    def _watch(self) -> Watch | None:
+        """Return what watches a pass, or None."""
+        if not self.watched:
+            return None
+        return Watch(self.fn)
+
+    def _check(self, watch: Watch | None, writes: Writes) -> None:
+        """Raise DerivativeError if something moves that a pass used, and that nobody made."""
+        if watch is None or not watch.strangers:
+            return
+
+        def nearby() -> list[Stranger]:
+            there = Watch(self.fn)
+            self._again(moved_a_little(self.copied(), self.tangents), writes, there)
+            return there.strangers
+
+        check_strangers(watch.strangers, nearby)
 
 
 def _copies(primals: Sequence[Any], tangents: Sequence[Tensor | None]) -> list[Any]:

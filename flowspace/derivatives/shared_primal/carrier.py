@@ -181,13 +181,18 @@ class Carrier(TorchFunctionMode):
         """Return the dual of an alias."""
         return getattr(alias, FIELD)
 
-    def dual(self, tensor: Tensor, watched: bool = True) -> Dual | None:
-        """Return what a tensor carries now, or None.
+    def dual(self, tensor: Tensor) -> Dual | None:
+        """Return what a tensor carries that a function is given, or None."""
+        dual = self.carried(tensor)
+        if self.watch is not None and not self.lost:
+            if dual is None:
+                self.watch.met_at_rest(tensor)
+            else:
+                self.watch.met_moving(tensor)
+        return dual
 
-        Args:
-            tensor: any.
-            watched: a function is given it, and may be watched.
-        """
+    def carried(self, tensor: Tensor) -> Dual | None:
+        """Return what a tensor carries now, or None."""
         held = getattr(tensor, FIELD, None)
         # An alias of another carrier, as where the model evaluates a route itself, is a plain
         # tensor to this one.
@@ -199,18 +204,12 @@ class Carrier(TorchFunctionMode):
             return None  # detached, so it has no part in the mirror of the memory that it shares
         elif held.unsure:
             held = self._as_it_is_now(tensor, held)
-            if watched and self.watch is not None and not self.lost:
-                self.watch.met_moving(tensor)
         if self.writes.mirrors:
             mirrored = self._mirrored(tensor, held)
             if mirrored is not None:
-                if watched and self.watch is not None and not self.lost:
-                    self.watch.met_moving(tensor)
                 return mirrored
         if held is None and not (self.lost or self.traced):
             self._refuse_hidden(tensor)
-            if watched and self.watch is not None:
-                self.watch.met_at_rest(tensor)
         return held
 
     def _mirrored(self, tensor: Tensor, held: Dual | None) -> Dual | None:
@@ -411,18 +410,29 @@ class Carrier(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         try:
             if by_subclass:
-                out = self._by_subclass(func, types, args, kwargs or {})
-            else:
-                out = self.carry(func, args, kwargs or {})
+                return self._by_subclass(func, types, args, kwargs or {})
             if self.watch is not None:
-                self.watch.made(out)
-            return out
+                return self._watched(self.watch, func, args, kwargs or {})
+            return self.carry(func, args, kwargs or {})
         except DerivativeError as error:
             self.refused = error
             raise
         finally:
             if before is not None:
                 hidden_calls.set_capture_callback(before)
+
+    def _watched(
+        self, watch: Watch, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run a torch function, and tell of what it writes to and returns."""
+        kind, name = treatment_of(func)
+        if kind == "in place":
+            watch.filled(args[0], name)
+        elif name.endswith(WITH_STATISTICS):
+            watch.rewritten(*pytree.tree_leaves((args, kwargs)))
+        out = self.carry(func, args, kwargs)
+        watch.made(out)
+        return out
 
     def _by_subclass(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -437,7 +447,10 @@ class Carrier(TorchFunctionMode):
             try:
                 with self:
                     out = cls.__torch_function__(func, types, args, kwargs)
-                return pytree.tree_map(self._found_again, out)
+                out = pytree.tree_map(self._found_again, out)
+                if self.watch is not None:
+                    self.watch.made(out)
+                return out
             finally:
                 self.kept = before
         return self.carry(func, args, kwargs)
@@ -465,11 +478,6 @@ class Carrier(TorchFunctionMode):
             return func(*args, **kwargs)
         if kind == "itself" and _is_itself(args, kwargs):
             return args[0]
-        if self.watch is not None:
-            if kind == "in place":
-                self.watch.filled(args[0], name)
-            elif name.endswith(WITH_STATISTICS):
-                self.watch.rewritten(*pytree.tree_leaves((args, kwargs)))
         duals: list[Dual] = []
         given, primals = self.unpack(args, duals)
         named, options = kwargs, kwargs
@@ -863,7 +871,7 @@ class Carrier(TorchFunctionMode):
         """Return the outputs of a custom function with their tangents."""
         given = []
         for leaf in pytree.tree_leaves(args):
-            if isinstance(leaf, Tensor) and self.dual(leaf, watched=False):
+            if isinstance(leaf, Tensor) and self.carried(leaf):
                 given.append(leaf)
         if not given or self.lost:
             return outs
@@ -885,9 +893,9 @@ class Carrier(TorchFunctionMode):
         in_graph = torch.is_grad_enabled() and any(x.requires_grad for x in given)
         if in_graph and not out.requires_grad:
             return out  # marked as not differentiable
-        dual = self.dual(out, watched=False)
+        dual = self.carried(out)
         if dual is None:
-            dual = self.dual(_same_memory(cls, given, out), watched=False)
+            dual = self.carried(_same_memory(cls, given, out))
         elif hasattr(out, FIELD):
             delattr(out, FIELD)
             if cls.__module__.partition(".")[0] != "torch":

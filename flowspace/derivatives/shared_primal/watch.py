@@ -2,15 +2,15 @@
 
 Torch shows no mode what a C++ extension that is bound by hand calls, what runs within
 ``torch._C.DisableTorchFunction()`` or in a thread that was there before, and what others do with
-memory that was handed out: by dlpack, as an array of numpy, by its address. What comes of it has no
-tangent, as if it were constant. A `Watch` finds it by two questions:
+memory that was handed out: by dlpack, as an array of numpy, by its address. What comes of it has
+no tangent, as if it were constant. A `Watch` finds it by two questions:
 
 * Where does a tensor come from that the model uses? One that was made in this pass, by no function
   that was seen, is a stranger. What tells its age is Python's collector of cycles, which knows the
   objects that were made since it last ran.
 * Is a tensor what it was? It is compared with what it held when it was last seen, or before the
-  pass where it is a buffer or a variable: on a CPU by its numbers, elsewhere by autograd's count of
-  writes. What moves and was written to unseen is refused; what stands still is a stranger.
+  pass where it is a buffer or a variable: on a CPU by its numbers, elsewhere by autograd's count
+  of writes. What moves and was written to unseen is refused; what stands still is a stranger.
 
 A stranger may be a constant all the same, as ``torch.Tensor([1.0])`` is, of which no mode is told
 either. So if there are any, the model is evaluated once more at a point nearby, and those that are
@@ -260,7 +260,7 @@ FILLING = frozenset(
 
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
-    """Let no mode see what is called, and neither autograd nor a transform of torch.func follow."""
+    """Let no mode see what is called, and neither autograd nor transforms of torch.func follow."""
     with torch.no_grad(), not_intercepted(), unseen_by_modes(), outside_transforms():
         yield
 
