@@ -428,6 +428,8 @@ class Carrier(TorchFunctionMode):
         kind, name = treatment_of(func)
         if kind == "in place":
             watch.filled(args[0], name)
+        elif name == "data_ptr":
+            watch.says_where(args[0])
         elif name.endswith(WITH_STATISTICS):
             watch.rewritten(*pytree.tree_leaves((args, kwargs)))
         out = self.carry(func, args, kwargs)
@@ -529,14 +531,14 @@ class Carrier(TorchFunctionMode):
             self.writes.detached(args[0])
             if treatment == DATA_READ:
                 self.writes.remember(args[0])  # what is written through it, nobody sees
-        elif treatment.kind == "leaves" or treatment.name == "data_ptr":
-            args = self._handing_out(treatment.name, args)
+        elif treatment.kind == "leaves":
+            args = self._handing_out(args)
         out = func(*args, **kwargs)
         if self.has_detached and args and isinstance(args[0], Tensor):
             self._mark_views(args[0], out)
         return self._made(treatment.name, out)
 
-    def _handing_out(self, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _handing_out(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Return the arguments of a function that hands out values of a tensor without a tangent:
         who gets them is not to get our mark.
         """
@@ -544,7 +546,7 @@ class Carrier(TorchFunctionMode):
             return args
         detached = self.is_detached(args[0])
         if self.watch is not None:
-            self.watch.exposed(args[0], detached, name == "data_ptr")
+            self.watch.hands_out(args[0], detached)
         if not detached:
             return args
         self.hands_out = True

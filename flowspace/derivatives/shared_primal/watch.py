@@ -74,8 +74,7 @@ class Print(NamedTuple):
 
     Attributes:
         epoch: how often its memory had been written to by functions that were seen.
-        content: a checksum of its numbers on a CPU; elsewhere how often autograd had seen it
-            written to.
+        content: see `_content`.
     """
 
     epoch: int
@@ -103,6 +102,7 @@ class Watch:
         epochs: by memory, how often functions that were seen have written there.
         strangers: the tensors of unknown origin, in the order in which they were used.
         handed_out: the model took values that it had detached out of torch.
+        addressed: by id, the tensors whose address it asked for.
     """
 
     def __init__(self, fn: Any) -> None:
@@ -111,6 +111,7 @@ class Watch:
         self.epochs: Counter[int] = Counter()
         self.strangers: list[Stranger] = []
         self.handed_out = False
+        self.addressed: set[int] = set()
 
     def __enter__(self) -> "Watch":
         self.collects = gc.isenabled()
@@ -157,12 +158,15 @@ class Watch:
         if name in FILLING or (name == "setitem" and self._entry(target) is None):
             self.made(target)
 
-    def exposed(self, tensor: Tensor, detached: bool, by_address: bool) -> None:
-        """Note that a function hands out the values of a tensor that carries no tangent, or says
-        where they lie.
-        """
-        if not by_address and (detached or self._entry(tensor) is not None):
+    def hands_out(self, tensor: Tensor, detached: bool) -> None:
+        """Note that a function hands out the values of a tensor that carries no tangent."""
+        if detached or self._entry(tensor) is not None:
             self.handed_out = True
+        self.made(tensor)
+
+    def says_where(self, tensor: Tensor) -> None:
+        """Note that a function says where a tensor lies, which may then be written to unseen."""
+        self.addressed.add(id(tensor))
         self.made(tensor)
 
     def met_moving(self, alias: Tensor) -> None:
@@ -248,7 +252,8 @@ class Watch:
         """Return what a tensor holds now; None for one without numbers of its own."""
         if not _has_memory(tensor):
             return None
-        return Print(self.epochs[memory_of(tensor)], _content(tensor))
+        content = _content(tensor, id(tensor) in self.addressed)
+        return Print(self.epochs[memory_of(tensor)], content)
 
 
 FILLING = frozenset(
@@ -276,18 +281,18 @@ def _may_move(tensor: Tensor) -> bool:
     return (tensor.is_floating_point() or tensor.is_complex()) and not in_transform(tensor)
 
 
-def _content(tensor: Tensor) -> int:
+def _content(tensor: Tensor, addressed: bool) -> int:
     """Return a checksum of the numbers of a tensor on a CPU; elsewhere how often autograd has seen
-    it written to, which the device need not be asked.
+    it written to, which the device need not be asked, unless its address is known.
 
     They are read where they lie: an array of numpy would keep their memory from being freed.
     """
-    if tensor.device.type != "cpu":
+    if tensor.device.type != "cpu" and not addressed:
         return version_of(tensor)
     if not tensor.numel() or not is_alive(tensor):
         return 0
     with _alone():
-        numbers = tensor.detach().contiguous()
+        numbers = tensor.detach().contiguous().cpu()
         count = numbers.numel() * numbers.element_size()
         return zlib.crc32((ctypes.c_char * count).from_address(numbers.data_ptr()))
 
