@@ -176,13 +176,11 @@ class Watch:
             DerivativeError: if it was written to unseen.
         """
         with not_intercepted():
-            changed = self._changed(alias)
-        if changed:
-            raise DerivativeError(
-                f"got a tensor of shape {tuple(alias.shape)} that moves with z_t or t, written to "
-                f"unseen{UNSEEN}"
-            )
-        self.made(alias)
+            if self._changed(alias):
+                raise DerivativeError(
+                    f"got a tensor of shape {tuple(alias.shape)} that moves with z_t or t, "
+                    f"written to unseen{UNSEEN}"
+                )
 
     def met_at_rest(self, tensor: Tensor) -> None:
         """Note that a function is given a tensor that carries no tangent."""
@@ -192,19 +190,17 @@ class Watch:
 
     def _met_at_rest(self, tensor: Tensor) -> None:
         """Note a tensor that could carry a tangent, and carries none."""
-        entry = self._entry(tensor)
-        if entry is None:
-            strange = self._is_young(tensor)
-        else:
+        if self._entry(tensor) is not None:
             strange = self._changed(tensor)
+        elif self._is_young(tensor):
+            strange = True
+            self.made(tensor)
+        else:
+            # what was there before may be written to by whom it belongs to
+            strange = False
+            self.known(tensor)
         if strange:
             self._suspect(tensor)
-            self.made(tensor)
-        elif entry is None:
-            # what was there before may be written to by whom it belongs to, as running statistics
-            self.known(tensor)
-        elif entry[1] is not None:
-            self.made(tensor)
 
     def _is_young(self, tensor: Tensor) -> bool:
         """Return whether a tensor was made in this pass, and by no function that was seen; a view
@@ -240,13 +236,19 @@ class Watch:
 
     def _changed(self, tensor: Tensor) -> bool:
         """Return whether a tensor is another one than it was, and no function that was seen has
-        written to its memory.
+        written to its memory; note what it is now.
         """
         entry = self._entry(tensor)
-        if entry is None or entry[1] is None:
-            return False
+        before = None
+        if entry is not None:
+            before = entry[1]
+            if before is None:
+                return False
         now = self._print(tensor)
-        return now is not None and now.epoch == entry[1].epoch and now != entry[1]
+        self._note(tensor, now)
+        if before is None or now is None:
+            return False
+        return now.epoch == before.epoch and now != before
 
     def _print(self, tensor: Tensor) -> Print | None:
         """Return what a tensor holds now; None for one without numbers of its own."""
