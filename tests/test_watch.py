@@ -387,6 +387,27 @@ def test_pythons_collector_is_left_as_it_was(route, enabled):
         gc.enable()
 
 
+def test_pythons_collector_is_left_as_it_was_by_passes_in_several_threads():
+    def passes(first, second):
+        with first:
+            second.__enter__()
+        second.pause()
+        second.resume()
+        second.__exit__()
+
+    for _ in range(2):
+        passes(watch.Watch(None), watch.Watch(None))
+        assert gc.isenabled()
+
+    class Interrupted(watch.Watch):
+        def made(self, out):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), Interrupted(None):
+        pass
+    assert gc.isenabled() and not watch._watches
+
+
 def test_where_processes_wait_for_each_other_what_has_a_gradient_is_refused(monkeypatch):
     monkeypatch.setattr(watch, "several_processes", lambda: True)
     weight = WEIGHT.clone().requires_grad_()

@@ -26,6 +26,7 @@ import ctypes
 import functools
 import gc
 import itertools
+import threading
 import weakref
 import zlib
 from collections import Counter
@@ -67,6 +68,16 @@ __all__ = [
     "refuse_changed",
     "value_without_modes",
 ]
+
+
+_lock = threading.Lock()
+"""Held while a pass begins or ends to be watched."""
+
+_watches: list["Watch"] = []
+"""Those that are entered now, in all threads."""
+
+_collects: list[bool] = []
+"""Whether Python collected cycles before the first of them was entered."""
 
 
 class Print(NamedTuple):
@@ -114,18 +125,29 @@ class Watch:
         self.addressed: set[int] = set()
 
     def __enter__(self) -> "Watch":
-        self.collects = gc.isenabled()
-        self.resume()
-        self.made(list(_tensors_of(self.fn)))
+        with _lock:
+            if not _watches:
+                _collects.append(gc.isenabled())
+            _watches.append(self)
+        try:
+            self.resume()
+            self.made(list(_tensors_of(self.fn)))
+        except BaseException:  # an interrupt
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
         self.pause()
+        with _lock:
+            _watches.remove(self)
+            if not _watches:
+                _collects.clear()
         self.seen.clear()
 
     def pause(self) -> None:
         """Let Python collect cycles again: what follows is not the model, and may take long."""
-        if self.collects:
+        if _collects[0]:
             gc.enable()
 
     def resume(self) -> None:
