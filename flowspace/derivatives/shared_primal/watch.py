@@ -236,11 +236,15 @@ class Watch:
         return any(young is tensor for young in gc.get_objects(0))
 
     def _suspect(self, tensor: Tensor) -> None:
-        """Keep a tensor of unknown origin, to compare it with what it is elsewhere."""
+        """Keep a tensor of unknown origin, to compare it with what it is elsewhere.
+
+        Where other processes would have to do that too, it is not done: without a gradient it is
+        taken for a constant, as what FSDP2 gathers.
+        """
         name = None
         if tensor.grad_fn is not None:
             name = tensor.grad_fn.name()
-        elif self.handed_out:
+        elif self.handed_out or several_processes():
             return
         with _alone():
             self.strangers.append(Stranger(tensor.detach().clone(), name))
@@ -346,12 +350,11 @@ def check_strangers(here: Sequence[Stranger], nearby: Callable[[], Sequence[Stra
     Args:
         here: those that the model used.
         nearby: evaluates the model again at a point nearby, and returns those that it used there.
-            It is not called where other processes would have to do the same: what has a gradient
-            is then taken to move, and nothing else.
+            It is not called where other processes would have to do the same: all are then taken
+            to move.
     """
-    if several_processes():
-        others: Sequence[Stranger] = [stranger for stranger in here if stranger.name is None]
-    else:
+    others: Sequence[Stranger] = ()
+    if not several_processes():
         others = nearby()
     for i, (values, name) in enumerate(here):
         if i < len(others) and _same(values, others[i].values):
