@@ -211,6 +211,18 @@ def test_it_is_found_between_compiled_parts(after, mixes, rows):
         SharedPrimal()(model, PRIMALS, TANGENTS, mask)
 
 
+def test_what_a_compiled_part_returns_may_not_be_written_to_unseen():
+    doubled = torch.compile(lambda h: h * 2, backend="aot_eager")
+
+    def model(z, t):
+        h = doubled(z)
+        hidden(h.mul_, h)
+        return h * t[:, None]
+
+    with pytest.raises(DerivativeError, match="written to unseen"):
+        SharedPrimal()(model, PRIMALS, TANGENTS)
+
+
 def test_the_message_names_the_function_that_has_a_gradient():
     weight = WEIGHT.clone().requires_grad_()
 
