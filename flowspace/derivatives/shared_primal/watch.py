@@ -427,8 +427,8 @@ def base_of(tensor: Tensor) -> Tensor:
 UNSEEN = (
     ": torch shows to no function mode what a C++ extension, a thread of before, "
     "torch._C.DisableTorchFunction(), or memory handed out by dlpack, numpy or its address does, "
-    "so its tangent would be lost; write derivative=ForwardMode(), or FiniteDifference() where "
-    "torch has no forward derivative of it"
+    "so its tangent would be lost; write functions of torch, called in the thread of the model, "
+    "or derivative=FiniteDifference()"
 )
 """Why a tensor is refused, and what to write instead."""
 
