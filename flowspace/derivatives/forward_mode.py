@@ -6,7 +6,7 @@ at what each function returns, and raises DerivativeError where a tangent ends.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.autograd import forward_ad
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -100,12 +101,18 @@ class ForwardMode(SecondRun):
         if watch is None or not watch.strangers:
             return Second(derivative, value)
 
-        def nearby() -> list[Stranger]:
-            there = Watch(fn)
-            _derive(fn, moved_a_little(primals, tangents), tangents, there)
+        def strangers_at(primals: Sequence[Any]) -> list[Stranger]:
+            there = Watch(fn, watch.strangers)
+            _derive(fn, primals, tangents, there)
             return there.strangers
 
-        return Second(derivative, value, lambda: check_strangers(watch.strangers, nearby))
+        def check() -> None:
+            moved = moved_a_little(primals, tangents)
+            check_strangers(
+                watch.strangers, lambda: strangers_at(primals), lambda: strangers_at(moved)
+            )
+
+        return Second(derivative, value, check)
 
     def check_run(self, run: RestoringMode) -> None:
         """Raise DerivativeError if the model followed tangents in another thread, where torch goes
@@ -134,8 +141,10 @@ def _derive(
         arguments = list(primals)
         for i, value in zip(moving, moved, strict=True):
             arguments[i] = value
-        with _NoLostTangents(watch):
-            return fn(*arguments)
+        with _NoLostTangents(watch) as mode:
+            out = fn(*arguments)
+        mode.check_spoiled(_tensors((out,)))
+        return out
 
     try:
         with watch or contextlib.nullcontext(), _one_thread(), sdpa_kernel(SDPBackend.MATH):
@@ -161,14 +170,18 @@ class _NoLostTangents(TorchFunctionMode):
         watch: what it tells of the tensors that it sees, in a pass that is watched.
         level: the transforms of torch.func that it was made within; inside further ones, which
             are the model's own, nothing is checked.
-        stopped: by memory, the tensors that share it with one that moves, and stand still.
+        stopped: by memory, what tells whether it is still there, of tensors that stand still and
+            share it with one that moves.
+        spoiled: by memory, such tensors that were written to: torch changed the value of the one
+            that moves, and not its tangent.
     """
 
     def __init__(self, watch: Watch | None) -> None:
         super().__init__()
         self.watch = watch
         self.level = transform_level()
-        self.stopped: dict[int, Tensor] = {}
+        self.stopped: dict[int, StorageWeakRef] = {}
+        self.spoiled: dict[int, Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function; raise if what it is given has a tangent and what it returns has none."""
@@ -178,8 +191,13 @@ class _NoLostTangents(TorchFunctionMode):
             return func(*args, **kwargs)
         given = list(_tensors((*args, *kwargs.values())))
         written = written_by(func, args, kwargs)
-        self._refuse_stopped(written)
+        if self.spoiled:
+            self.check_spoiled(given)
+        if self.stopped:
+            self._note_spoiled(written)
+        before = 0
         if self.watch is not None:
+            before = len(self.watch.strangers)
             self.watch.rewritten(*written)
             for tensor in given:
                 self.watch.met_at_rest(tensor)
@@ -188,21 +206,31 @@ class _NoLostTangents(TorchFunctionMode):
         else:
             out = func(*args, **kwargs)
         if self.watch is not None:
-            self.watch.made(out)
+            self.watch.returned(out, False, before)
         return out
 
-    def _refuse_stopped(self, written: Sequence[Tensor]) -> None:
-        """Raise DerivativeError if a tensor is written to that stands still, and shares memory
-        with one that moves: torch would change the value of that one, and not its tangent.
+    def _note_spoiled(self, written: Sequence[Tensor]) -> None:
+        """Note that a tensor is written to that stands still, and shares memory with one that
+        moves, or moved: it may be used no more.
         """
-        if not self.stopped:
-            return
         for target in written:
-            if not _moves(target) and memory_of(base_of(target)) in self.stopped:
+            memory = memory_of(base_of(target))
+            held = self.stopped.get(memory)
+            if held is not None and not held.expired() and not _moves(target):
+                self.spoiled[memory] = target
+
+    def check_spoiled(self, given: Iterable[Tensor]) -> None:
+        """Raise DerivativeError for a tensor that moves, and was written to by another that shares
+        its memory and stands still.
+        """
+        if not self.spoiled:
+            return
+        for tensor in given:
+            if _moves(tensor) and memory_of(base_of(tensor)) in self.spoiled:
                 raise DerivativeError(
-                    "got a write into x.detach() of a tensor that moves with z_t or t, which "
-                    "changes x without its tangent; write into x itself, or "
-                    "derivative=SharedPrimal()"
+                    "got a write into x.detach() of a tensor x that moves with z_t or t and is "
+                    "used afterwards: torch changes its value, and not its tangent; write "
+                    "x.detach().clone(), or derivative=SharedPrimal()"
                 )
 
     def _follow(
@@ -214,12 +242,13 @@ class _NoLostTangents(TorchFunctionMode):
             raise DerivativeError(leaving(name))
         _refuse_written(func)
         if written:
-            args = _apart(args, written[0])
+            args, kwargs = _apart(args, kwargs, written[0])
         plain = self._without_modes(func, args, kwargs, name, written)
         out = func(*args, **kwargs)
         refuse_changed(name, out, plain)
         if name == "detach":
-            self.stopped[memory_of(base_of(out))] = out
+            base = base_of(out)
+            self.stopped[memory_of(base)] = StorageWeakRef(base.untyped_storage())
         # What cannot carry a tangent (whole numbers, nothing at all) has not lost one.
         parts = [part for part in _tensors((out,)) if differentiable(part) and part.numel()]
         if parts and name not in STOPS and not any(map(_moves, parts)):
@@ -236,7 +265,9 @@ class _NoLostTangents(TorchFunctionMode):
         """Return what a function is about to return, were there no dispatch modes, or None for no
         matter what: it draws, or nobody watches.
         """
-        if self.watch is None or not dispatch_modes() or name in RANDOM or may_draw(name):
+        if self.watch is None or not dispatch_modes() or name in RANDOM | CONSTANT:
+            return None
+        if may_draw(name):
             return None
         copies = args
         if written and args:
@@ -244,15 +275,21 @@ class _NoLostTangents(TorchFunctionMode):
         return value_without_modes(func, copies, kwargs)
 
 
-def _apart(args: tuple[Any, ...], target: Tensor) -> tuple[Any, ...]:
+def _apart(
+    args: tuple[Any, ...], kwargs: dict[str, Any], target: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments of a function that writes into the first, the others in memory of
     their own: torch's formulas for tangents read them after the write.
     """
-    memory, apart = memory_of(base_of(target)), list(args)
-    for i, value in enumerate(args):
-        if i and isinstance(value, Tensor) and memory_of(base_of(value)) == memory:
-            apart[i] = value.clone()
-    return tuple(apart)
+    memory = memory_of(base_of(target))
+
+    def apart(value: Any) -> Any:
+        if isinstance(value, Tensor) and memory_of(base_of(value)) == memory:
+            return value.clone()
+        return value
+
+    others = tuple(map(apart, args[1:]))
+    return (*args[:1], *others), {name: apart(value) for name, value in kwargs.items()}
 
 
 def _refuse_written(func: Any) -> None:

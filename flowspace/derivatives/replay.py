@@ -272,6 +272,7 @@ class RestoringMode(TorchFunctionMode):
         halved: the first function that returned numbers of half precision, or None.
         own_generator: a generator of the model's own that was drawn from in a state which a second
             run cannot know, or None.
+        generators: by id, the model's own, and their states before they were first drawn from.
         elsewhere: a function was called in another thread with what belongs to torch.func.jvp.
         made: the memory that functions made in this run. What is written there replaces nothing,
             and may be kept, as a table that a model builds in its first call.
@@ -285,6 +286,7 @@ class RestoringMode(TorchFunctionMode):
         self.replaced: dict[int, tuple[Tensor, Tensor]] = {}
         self.halved: str | None = None
         self.own_generator: torch.Generator | None = None
+        self.generators: dict[int, tuple[torch.Generator, Tensor]] = {}
         self.elsewhere = False
         self.made: set[int] = set()
 
@@ -365,10 +367,16 @@ class RestoringMode(TorchFunctionMode):
         """Note a generator of the model's own, unless it was seeded just before: then it draws the
         same each time.
         """
+        self.generators.setdefault(id(generator), (generator, generator.get_state()))
         fresh = torch.Generator(generator.device)
         fresh.manual_seed(generator.initial_seed())
         if not torch.equal(fresh.get_state(), generator.get_state()):
             self.own_generator = generator
+
+    def restore_generators(self) -> None:
+        """Set the model's own generators back, after a run that is none of its steps."""
+        for generator, state in self.generators.values():
+            generator.set_state(state)
 
     def _writable_copy(self, target: Tensor) -> Tensor:
         """Return a copy that is written to, and read from then on, instead of a held tensor."""

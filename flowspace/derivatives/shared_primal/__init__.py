@@ -160,9 +160,8 @@ class _AtPoint:
     ) -> "tuple[Evaluation, RestoringMode]":
         """Return what another pass gives, over all rows and without gradient."""
         with writes.undone(), torch.no_grad(), restoring_buffers() as run:
-            found = evaluate_beside(
-                self.draws.replay(self.fn), primals, self.tangents, None, watch
-            )
+            again = self.draws.replay(self.fn)
+            found = evaluate_beside(again, primals, self.tangents, None, watch)
             # its own memory may be put back as well
             return found._replace(value=found.value.clone()), run
 
@@ -177,12 +176,17 @@ class _AtPoint:
         if watch is None or not watch.strangers:
             return
 
-        def nearby() -> list[Stranger]:
-            there = Watch(self.fn)
-            self._again(moved_a_little(self.copied(), self.tangents), writes, there)
+        def strangers_at(primals: Sequence[Any]) -> list[Stranger]:
+            there = Watch(self.fn, watch.strangers)
+            _, run = self._again(primals, writes, there)
+            run.restore_generators()
             return there.strangers
 
-        check_strangers(watch.strangers, nearby)
+        check_strangers(
+            watch.strangers,
+            lambda: strangers_at(self.copied()),
+            lambda: strangers_at(moved_a_little(self.copied(), self.tangents)),
+        )
 
 
 def _copies(primals: Sequence[Any], tangents: Sequence[Tensor | None]) -> list[Any]:

@@ -432,9 +432,24 @@ class Carrier(TorchFunctionMode):
             watch.says_where(args[0])
         elif name.endswith(WITH_STATISTICS):
             watch.rewritten(*pytree.tree_leaves((args, kwargs)))
+        derived, before = self.derived((args, kwargs)), len(watch.strangers)
         out = self.carry(func, args, kwargs)
-        watch.made(out)
+        found = out
+        if name == "setitem" or kind == "refused":  # it returns nothing
+            found = args[0]
+        watch.returned(found, derived, before)
         return out
+
+    def derived(self, values: Any) -> bool:
+        """Return whether a tensor among values moves, is detached of what does, or was computed
+        from it in a pass that is watched.
+        """
+        for leaf in pytree.tree_leaves(values):
+            if isinstance(leaf, Tensor):
+                held = getattr(leaf, FIELD, None)
+                if held is not None and held.owner is self:
+                    return True
+        return self.watch is not None and self.watch.is_derived(values)
 
     def _by_subclass(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -248,7 +248,7 @@ class Region:
         carrier = hidden_calls.active_carrier()
         out = self._call(carrier, inputs)
         if carrier is not None and carrier.watch is not None:
-            carrier.watch.made(out)
+            carrier.watch.made(out, carrier.derived(inputs))
         return out
 
     def _call(self, carrier: Carrier | None, inputs: Values) -> Any:

@@ -6,16 +6,17 @@ memory that was handed out: by dlpack, as an array of numpy, by its address. Wha
 no tangent, as if it were constant. A `Watch` finds it by two questions:
 
 * Where does a tensor come from that the model uses? One that was made in this pass, by no function
-  that was seen, is a stranger. What tells its age is Python's collector of cycles, which knows the
-  objects that were made since it last ran.
+  that was seen, is a stranger. What tells its age is Python's collector of cycles: it keeps the
+  objects that were made since it last ran apart, and says when it runs.
 * Is a tensor what it was? It is compared with what it held when it was last seen, or before the
   pass where it is a buffer or a variable: on a CPU by its numbers, elsewhere by autograd's count
   of writes. What moves and was written to unseen is refused; what stands still is a stranger.
 
 A stranger may be a constant all the same, as ``torch.Tensor([1.0])`` is, of which no mode is told
-either. So if there are any, the model is evaluated once more at a point nearby, and those that are
-other ones there are refused (`check_strangers`). What the model takes out of torch itself, of what
-it detached, is meant to be constant.
+either, or memory that is still to be filled. So if there are any, the model is evaluated twice
+more: at the same point, and at a point nearby. What is the same tensor there and another one here
+is refused (`check_strangers`). What the model takes out of torch itself, of what it detached, is
+meant to be constant.
 
 All this takes longer than some functions of the model, so it is done in the first passes over a
 model, and then in ever fewer.
@@ -26,7 +27,7 @@ import ctypes
 import functools
 import gc
 import itertools
-import threading
+import sys
 import weakref
 import zlib
 from collections import Counter
@@ -70,16 +71,6 @@ __all__ = [
 ]
 
 
-_lock = threading.Lock()
-"""Held while a pass begins or ends to be watched."""
-
-_watches: list["Watch"] = []
-"""Those that are entered now, in all threads."""
-
-_collects: list[bool] = []
-"""Whether Python collected cycles before the first of them was entered."""
-
-
 class Print(NamedTuple):
     """What a tensor held when it was last seen.
 
@@ -92,16 +83,34 @@ class Print(NamedTuple):
     content: int
 
 
+class Seen(NamedTuple):
+    """What is known of a tensor.
+
+    Attributes:
+        tensor: it; another may have its id later.
+        held: what it held; None: it is not compared.
+        derived: it stands still, and was computed from what moves.
+    """
+
+    tensor: weakref.ref[Tensor]
+    held: Print | None
+    derived: bool
+
+
 class Stranger(NamedTuple):
     """A tensor of unknown origin that a model used.
 
     Attributes:
+        place: where it was used: the line of the program, the shape, and the how many-th there.
         values: what it held.
         name: of the function that made it, in the backward pass, if it has a gradient.
+        memory: its own, if nobody was seen to make it; 0 if it was seen before and has changed.
     """
 
+    place: Hashable
     values: Tensor
     name: str | None
+    memory: int
 
 
 class Watch:
@@ -109,62 +118,115 @@ class Watch:
 
     Attributes:
         fn: the model.
-        seen: by id, the tensors that functions made or were given, and what they held.
+        seen: by id, the tensors that functions made or were given.
+        young: by id, the tensors that nobody was seen to make before Python last collected cycles.
         epochs: by memory, how often functions that were seen have written there.
-        strangers: the tensors of unknown origin, in the order in which they were used.
-        handed_out: the model took values that it had detached out of torch.
+        strangers: the tensors of unknown origin.
+        places: how many tensors without a tangent were used on each line, of each shape.
+        wanted: the places of strangers in another pass: what is used there is one here too.
+        handed_out: the model took values that it had computed of what moves out of torch.
         addressed: by id, the tensors whose address it asked for.
+        resting: what happens now is not the model.
     """
 
-    def __init__(self, fn: Any) -> None:
+    def __init__(self, fn: Any, wanted: Sequence[Stranger] = ()) -> None:
         self.fn = fn
-        self.seen: dict[int, tuple[weakref.ref[Tensor], Print | None]] = {}
+        self.wanted = {stranger.place for stranger in wanted}
+        self.seen: dict[int, Seen] = {}
+        self.young: dict[int, weakref.ref[Tensor]] = {}
         self.epochs: Counter[int] = Counter()
         self.strangers: list[Stranger] = []
+        self.places: Counter[Hashable] = Counter()
         self.handed_out = False
         self.addressed: set[int] = set()
+        self.resting = False
 
     def __enter__(self) -> "Watch":
-        with _lock:
-            if not _watches:
-                _collects.append(gc.isenabled())
-            _watches.append(self)
-        try:
-            self.resume()
-            self.made(list(_tensors_of(self.fn)))
-        except BaseException:  # an interrupt
-            self.__exit__()
-            raise
+        gc.collect(0)
+        gc.callbacks.append(self._about_to_collect)
+        self.made(list(_tensors_of(self.fn)))
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.pause()
-        with _lock:
-            _watches.remove(self)
-            if not _watches:
-                _collects.clear()
+        gc.callbacks.remove(self._about_to_collect)
         self.seen.clear()
+        self.young.clear()
 
     def pause(self) -> None:
-        """Let Python collect cycles again: what follows is not the model, and may take long."""
-        if _collects[0]:
-            gc.enable()
+        """Rest: what follows is not the model, and may take long."""
+        self._keep_young()
+        self.resting = True
 
     def resume(self) -> None:
-        """Take all objects that are there now for old."""
+        """Go on, and take what was made meanwhile for old."""
         gc.collect(0)
-        gc.disable()
+        self.resting = False
 
-    def made(self, out: Any) -> None:
-        """Note what a function returned that was seen."""
+    def _about_to_collect(self, phase: str, _: Any) -> None:
+        """Note which tensors are young before Python takes them for old."""
+        if phase == "start" and not self.resting:
+            self._keep_young()
+
+    def _keep_young(self) -> None:
+        """Note the tensors that were made, by no function that was seen, since Python collected
+        cycles.
+        """
+        for young in gc.get_objects(0):
+            if issubclass(type(young), Tensor) and self._entry(young) is None:
+                self.young[id(young)] = weakref.ref(young)
+
+    def made(self, out: Any, derived: bool = False) -> None:
+        """Note what a function returned that was seen.
+
+        Args:
+            out: what it returned.
+            derived: it was given what moves, or was derived from it.
+        """
         with not_intercepted():
             for leaf in pytree.tree_leaves(out):
                 if isinstance(leaf, Tensor):
-                    self._note(leaf, self._print(leaf))
+                    self._note(leaf, self._print(leaf), derived)
+
+    def returned(self, out: Any, derived: bool, since: int) -> None:
+        """Note what a function returned, see `made`.
+
+        One that returns a stranger, or views of it, has not read it: its numbers may still have to
+        be filled in. So it is a stranger to the next function again.
+
+        Args:
+            out: what it returned.
+            derived: it was given what moves, or was derived from it.
+            since: how many strangers there were before it was called.
+        """
+        memories = {s.memory for s in self.strangers[since:] if s.memory}
+        unread: set[int] = set()
+        with not_intercepted():
+            for leaf in pytree.tree_leaves(out):
+                if memories and _has_memory(leaf) and memory_of(leaf) in memories:
+                    unread.add(memory_of(leaf))
+                else:
+                    self.made(leaf, derived)
+        if unread:
+            read = [s for s in self.strangers[since:] if s.memory not in unread]
+            self.strangers[since:] = read
+            for number, entry in list(self.seen.items()):
+                tensor = entry.tensor()
+                if tensor is not None and _has_memory(tensor) and memory_of(tensor) in unread:
+                    del self.seen[number]
+
+    def is_derived(self, values: Any) -> bool:
+        """Return whether a tensor among values moves, or was computed from what does."""
+        for leaf in pytree.tree_leaves(values):
+            if not isinstance(leaf, Tensor):
+                continue
+            entry = self._entry(leaf)
+            if entry is not None and entry.derived:
+                return True
+        return False
 
     def known(self, tensor: Tensor) -> None:
         """Note a tensor that is no stranger, whatever becomes of it."""
-        self._note(tensor, None)
+        self._note(tensor, None, False)
 
     def rewritten(self, *targets: Any) -> None:
         """Note that a function which was seen writes to tensors."""
@@ -174,17 +236,17 @@ class Watch:
                     self.epochs[memory_of(target)] += 1
 
     def filled(self, target: Tensor, name: str) -> None:
-        """Note that a function of this name gives a tensor all its numbers, or some of those that
-        it still lacks: what it held before is nobody's concern.
+        """Note a function of this name that gives a tensor all its numbers: what it held before is
+        nobody's concern.
         """
-        if name in FILLING or (name == "setitem" and self._entry(target) is None):
+        if name in FILLING:
             self.made(target)
 
     def hands_out(self, tensor: Tensor, detached: bool) -> None:
         """Note that a function hands out the values of a tensor that carries no tangent."""
-        if detached or self._entry(tensor) is not None:
+        if detached or self.is_derived(tensor):
             self.handed_out = True
-        self.made(tensor)
+        self.made(tensor, self.is_derived(tensor))
 
     def says_where(self, tensor: Tensor) -> None:
         """Note that a function says where a tensor lies, which may then be written to unseen."""
@@ -207,22 +269,26 @@ class Watch:
     def met_at_rest(self, tensor: Tensor) -> None:
         """Note that a function is given a tensor that carries no tangent."""
         with not_intercepted():
-            if not isinstance(tensor, nn.Parameter) and _may_move(tensor):
+            if not isinstance(tensor, nn.Parameter) and _may_move(tensor) and _is_bare(tensor):
                 self._met_at_rest(tensor)
 
     def _met_at_rest(self, tensor: Tensor) -> None:
         """Note a tensor that could carry a tangent, and carries none."""
+        where = _place(), tuple(tensor.shape)
+        self.places[where] += 1
+        place = where, self.places[where]
+        memory = 0
         if self._entry(tensor) is not None:
             strange = self._changed(tensor)
         elif self._is_young(tensor):
-            strange = True
+            strange, memory = True, memory_of(tensor)
             self.made(tensor)
         else:
             # what was there before may be written to by whom it belongs to
             strange = False
             self.known(tensor)
-        if strange:
-            self._suspect(tensor)
+        if strange or place in self.wanted:
+            self._suspect(tensor, place, memory)
 
     def _is_young(self, tensor: Tensor) -> bool:
         """Return whether a tensor was made in this pass, and by no function that was seen; a view
@@ -233,9 +299,12 @@ class Watch:
             tensor = base
         if self._entry(tensor) is not None:
             return False
-        return any(young is tensor for young in gc.get_objects(0))
+        kept = self.young.get(id(tensor))
+        if kept is not None and kept() is tensor:
+            return True
+        return any(young is tensor for young in reversed(gc.get_objects(0)))
 
-    def _suspect(self, tensor: Tensor) -> None:
+    def _suspect(self, tensor: Tensor, place: Hashable, memory: int) -> None:
         """Keep a tensor of unknown origin, to compare it with what it is elsewhere.
 
         Where other processes would have to do that too, it is not done: without a gradient it is
@@ -244,21 +313,22 @@ class Watch:
         name = None
         if tensor.grad_fn is not None:
             name = tensor.grad_fn.name()
-        elif self.handed_out or several_processes():
+        elif (self.handed_out and place not in self.wanted) or several_processes():
             return
         with _alone():
-            self.strangers.append(Stranger(tensor.detach().clone(), name))
+            copy = tensor.detach().clone()
+        self.strangers.append(Stranger(place, copy, name, memory))
 
-    def _entry(self, tensor: Tensor) -> tuple[weakref.ref[Tensor], Print | None] | None:
+    def _entry(self, tensor: Tensor) -> Seen | None:
         """Return what is known of a tensor; another may have had its id."""
         entry = self.seen.get(id(tensor))
-        if entry is None or entry[0]() is not tensor:
+        if entry is None or entry.tensor() is not tensor:
             return None
         return entry
 
-    def _note(self, tensor: Tensor, held: Print | None) -> None:
+    def _note(self, tensor: Tensor, held: Print | None, derived: bool) -> None:
         """Keep what a tensor holds; None: it is not compared."""
-        self.seen[id(tensor)] = weakref.ref(tensor), held
+        self.seen[id(tensor)] = Seen(weakref.ref(tensor), held, derived)
 
     def _changed(self, tensor: Tensor) -> bool:
         """Return whether a tensor is another one than it was, and no function that was seen has
@@ -267,11 +337,11 @@ class Watch:
         entry = self._entry(tensor)
         before = None
         if entry is not None:
-            before = entry[1]
+            before = entry.held
             if before is None:
                 return False
         now = self._print(tensor)
-        self._note(tensor, now)
+        self._note(tensor, now, entry is not None and entry.derived)
         if before is None or now is None:
             return False
         return now.epoch == before.epoch and now != before
@@ -304,6 +374,28 @@ def _has_memory(tensor: Tensor) -> bool:
     return plain and tensor.layout == torch.strided and not in_transform(tensor)
 
 
+OF_TORCH = getattr(Tensor, "__torch_dispatch__", None)
+"""What tensors have that do not say themselves what operators do with them."""
+
+
+def _is_bare(tensor: Tensor) -> bool:
+    """Return whether a tensor has numbers in one memory, which may be copied and compared."""
+    of_torch = getattr(type(tensor), "__torch_dispatch__", None) is OF_TORCH
+    strided = tensor.layout == torch.strided and not tensor.is_nested
+    return of_torch and strided and not tensor.is_meta
+
+
+def _place() -> Hashable:
+    """Return the line of the program that torch and this library were called from."""
+    frame = sys._getframe()
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module.partition(".")[0] not in ("flowspace", "torch"):
+            return frame.f_code.co_filename, frame.f_lineno
+        frame = frame.f_back
+    return None
+
+
 def _may_move(tensor: Tensor) -> bool:
     """Return whether a tensor could carry a tangent, and has values."""
     return (tensor.is_floating_point() or tensor.is_complex()) and not in_transform(tensor)
@@ -320,9 +412,18 @@ def _content(tensor: Tensor, addressed: bool) -> int:
     if not tensor.numel() or not is_alive(tensor):
         return 0
     with _alone():
-        numbers = tensor.detach().contiguous().cpu()
+        numbers = tensor.detach()
         count = numbers.numel() * numbers.element_size()
-        return zlib.crc32((ctypes.c_char * count).from_address(numbers.data_ptr()))
+        memory = numbers.untyped_storage()
+        start = numbers.data_ptr()
+        if tensor.device.type != "cpu" or not numbers.is_contiguous():
+            if count > memory.nbytes():  # an axis is expanded, or windows overlap
+                memory = memory.cpu()
+                start, count = memory.data_ptr(), memory.nbytes()
+            else:
+                numbers = numbers.contiguous().cpu()
+                start = numbers.data_ptr()
+        return zlib.crc32((ctypes.c_char * count).from_address(start))
 
 
 def moved_a_little(primals: Sequence[Any], tangents: Sequence[Tensor | None]) -> list[Any]:
@@ -336,7 +437,7 @@ def moved_a_little(primals: Sequence[Any], tangents: Sequence[Tensor | None]) ->
         step = STEP * tangent
         if not tangent.is_complex():
             step = torch.where(primals[i] > 0.5, -step.abs(), step.abs())
-        moved[i] = primals[i] + step
+        moved[i] = (primals[i] + step).to(primals[i].dtype)
     return moved
 
 
@@ -344,35 +445,57 @@ STEP = 2**-4
 """By how much a point nearby differs, in tangents: enough to be seen in bfloat16."""
 
 
-def check_strangers(here: Sequence[Stranger], nearby: Callable[[], Sequence[Stranger]]) -> None:
-    """Raise DerivativeError if tensors of unknown origin depend on what moves.
+def check_strangers(
+    first: Sequence[Stranger],
+    again: Callable[[], Sequence[Stranger]],
+    nearby: Callable[[], Sequence[Stranger]],
+) -> None:
+    """Raise DerivativeError if tensors of unknown origin depend on what moves: they are the same
+    when the model is evaluated again, and other ones at a point nearby.
+
+    What is another one each time (memory that is still to be filled, draws of a generator of the
+    model's own) or is not used each time (a table that was made once) is taken for a constant.
 
     Args:
-        here: those that the model used.
-        nearby: evaluates the model again at a point nearby, and returns those that it used there.
-            It is not called where other processes would have to do the same: all are then taken
-            to move.
+        first: those that the model used.
+        again: evaluates the model again, and returns those that it used.
+        nearby: does so at a point nearby. Where other processes would have to do the same neither
+            is called, and what has a gradient is taken to move.
     """
-    others: Sequence[Stranger] = ()
-    if not several_processes():
-        others = nearby()
-    for i, (values, name) in enumerate(here):
-        if i < len(others) and _same(values, others[i].values):
+    if several_processes():
+        raise DerivativeError(_refusal(first[0], "may change"))
+    try:
+        repeated, others = _by_place(again()), _by_place(nearby())
+    except Exception:  # the model's own: of a counter, or of a point that it is not made for
+        return
+    for stranger in first:
+        place = stranger.place
+        if place not in repeated or place not in others:
             continue
-        origin = "made or written to unseen"
-        if name is not None:
-            origin = f"made unseen ({name} in the backward pass)"
-        raise DerivativeError(
-            f"got a tensor of shape {tuple(values.shape)} that changes with z_t or t, {origin}"
-            f"{UNSEEN}"
-        )
+        control = repeated[place]
+        if _same(stranger.values, control) and not _same(control, others[place]):
+            raise DerivativeError(_refusal(stranger, "changes"))
+
+
+def _by_place(strangers: Sequence[Stranger]) -> dict[Hashable, Tensor]:
+    """Return the values of strangers by the place where they were used."""
+    return {stranger.place: stranger.values for stranger in strangers}
+
+
+def _refusal(stranger: Stranger, verb: str) -> str:
+    """Return why a stranger is refused."""
+    origin = "made or written to unseen"
+    if stranger.name is not None:
+        origin = f"made unseen ({stranger.name} in the backward pass)"
+    shape = tuple(stranger.values.shape)
+    return f"got a tensor of shape {shape} that {verb} with z_t or t, {origin}{UNSEEN}"
 
 
 def _same(first: Tensor, second: Tensor) -> bool:
-    """Return whether two tensors hold the same numbers; what is no number equals itself."""
-    if first.shape != second.shape:
-        return False
-    return torch.equal(first.nan_to_num(), second.nan_to_num())
+    """Return whether two tensors of one shape hold the same bits."""
+    with _alone():
+        bits = [x.contiguous().reshape(-1).view(torch.uint8) for x in (first, second)]
+        return torch.equal(*bits)
 
 
 def value_without_modes(
@@ -387,6 +510,8 @@ def value_without_modes(
     if not modes or STAYING.intersection(modes):
         return None
     with torch.no_grad(), not_intercepted(), unseen_by_modes():
+        # it may write into them, as a norm into its statistics
+        args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, (tuple(args), kwargs))
         return func(*args, **kwargs)
 
 
@@ -498,12 +623,14 @@ def _reached(fn: Any) -> Iterator[Any]:
 
 
 def _tensors_of(fn: Any) -> Iterator[Tensor]:
-    """Iterate over the tensors that a function reaches and may have written to: buffers of its
-    modules, and variables.
+    """Iterate over the tensors that a function reaches and may have written to: buffers and
+    attributes of its modules, and variables.
     """
     for held in _reached(fn):
         if isinstance(held, nn.Module):
-            yield from held.buffers()
+            for module in held.modules():
+                values = (*module._buffers.values(), *vars(module).values())
+                yield from (value for value in values if isinstance(value, Tensor))
         elif isinstance(held, FunctionType):
             names = held.__code__.co_names
             values = [held.__globals__.get(name) for name in names]

@@ -84,7 +84,8 @@ class Writes:
             self.bindings.restore()
             # the first last: one memory may be known by several tensors, as by x and x.data
             for tensor, _, then, _ in reversed(written):
-                tensor.detach().copy_(then)
+                if tensor.shape == then.shape:  # else it was made in the pass, and resized
+                    tensor.detach().copy_(then)
             yield
         finally:
             # autograd may have saved them in the first pass: they are as they were then
