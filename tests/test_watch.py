@@ -234,6 +234,39 @@ def test_what_a_compiled_part_returns_may_not_be_written_to_unseen():
         SharedPrimal()(model, PRIMALS, TANGENTS)
 
 
+PARTS = torch.compile(lambda h: h * 2, backend="aot_eager")
+STILL_FOUND = {
+    "after a list of constants": lambda z, t: (
+        torch.linspace(0, 1, 3).tolist(),
+        hidden(torch.sin, z) * t[:, None],
+    )[1],
+    "after a number of constants": lambda z, t: (
+        torch.ones(2).sum().item(),
+        hidden(torch.sin, z) * t[:, None],
+    )[1],
+    "before a compiled part": lambda z, t: PARTS(hidden(torch.sin, z)) * t[:, None],
+    "round a compiled part": lambda z, t: [h := hidden(torch.sin, z), PARTS(z) * h][1],
+    "after a collection": lambda z, t: [
+        h := hidden(torch.sin, z),
+        gc.collect(),
+        h * t[:, None],
+    ][2],
+}
+
+
+@pytest.mark.parametrize("name", STILL_FOUND)
+def test_it_is_found_whatever_else_a_model_does(name):
+    with pytest.raises(DerivativeError, match="torch shows to no function mode"):
+        SharedPrimal()(STILL_FOUND[name], PRIMALS, TANGENTS)
+
+
+def test_an_attribute_of_a_module_may_not_be_written_to_unseen():
+    model = Workspace()
+    model.space = model._buffers.pop("space")
+    with pytest.raises(DerivativeError, match="torch shows to no function mode"):
+        SharedPrimal()(model, PRIMALS, TANGENTS)
+
+
 def test_the_message_names_the_function_that_has_a_gradient():
     weight = WEIGHT.clone().requires_grad_()
 
@@ -492,6 +525,110 @@ def test_what_is_another_constant_in_each_call_is_none_of_its_business(rows):
     assert torch.equal(model.generator.get_state(), plain.generator.get_state())
 
 
+class Halves(torch.Tensor):
+    """Says itself what operators do, and knows few."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is not torch.ops.aten.mul.Tensor:
+            raise NotImplementedError(func)
+        return func(*(a.inner if isinstance(a, cls) else a for a in args)) / 2
+
+
+def stored(values, dtype):
+    return torch.frombuffer(bytearray(values), dtype=dtype)
+
+
+class Averaging(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(6, dtype=DOUBLE))
+
+    def forward(self, z, t):
+        self.mean.data = z.detach().mean(0)
+        return z * self.mean.detach() * t[:, None]
+
+
+UNUSUAL = {
+    "sparse": lambda z, t: (
+        z @ torch.sparse.DoubleTensor(torch.tensor([[0], [1]]), torch.ones(1), (6, 6)).to_dense()
+    ),
+    "a byte": lambda z, t: z * stored([60] * 6, torch.float8_e4m3fn).double() * t[:, None],
+    "infinite": lambda z, t: z * torch.DoubleTensor([math.nan, math.inf]).nan_to_num(1, 2)[1],
+    "empty": lambda z, t: z * torch.DoubleTensor([]).sum() + z * t[:, None],
+    "a subclass": lambda z, t: z * (Halves(WEIGHT[:4]) * 2.0) * t[:, None],
+    "expanded": lambda z, t: z * torch.DoubleTensor([2.0]).expand(4, 6) * t[:, None],
+    "windows": lambda z, t: z * torch.DoubleTensor(range(9)).unfold(0, 6, 1) * t[:, None],
+    "another memory for a buffer": Averaging(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.sparse.SparseTensor")
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_what_stands_still_may_be_of_any_kind(name):
+    model = UNUSUAL[name]
+    if name == "another memory for a buffer":
+        mean = PRIMALS[0].mean(0)
+        exact = torch.func.jvp(lambda z, t: z * mean * t[:, None], *BOTH)[1]
+    else:
+        exact = by_differences(model)
+    near(SharedPrimal()(model, PRIMALS, TANGENTS)[1], exact)
+
+
+def test_a_model_may_refuse_the_point_nearby():
+    def model(z, t):
+        assert torch.equal(t.detach(), PRIMALS[1])
+        return z * t[:, None] * torch.DoubleTensor([2.0])
+
+    exact = torch.func.jvp(lambda z, t: z * t[:, None] * 2, PRIMALS, TANGENTS)[1]
+    near(SharedPrimal()(model, PRIMALS, TANGENTS)[1], exact)
+
+
+def test_tangents_may_have_another_precision():
+    primals = [x.bfloat16() for x in PRIMALS]
+    value, _ = SharedPrimal()(
+        lambda z, t: z * t[:, None] * torch.Tensor([2.0]).bfloat16(), primals, TANGENTS
+    )
+    assert value.dtype == torch.bfloat16
+
+
+def test_threads_and_routes_within_do_not_disturb_it():
+    """Python collects cycles for all of them."""
+
+    def inner(x):
+        return SharedPrimal()(torch.sin, (x,), (torch.ones_like(x),))[1]
+
+    def model(z, t):
+        a = torch.DoubleTensor([2.0])
+        h = inner(z) * a
+        b = torch.DoubleTensor([3.0])
+        return h * z * inner(z) * b * torch.DoubleTensor([4.0]) * t[:, None]
+
+    slope = PRIMALS[0].cos() ** 2 * 24
+    exact = torch.func.jvp(lambda z, t: slope * z * t[:, None], PRIMALS, TANGENTS)[1]
+    errors = []
+
+    def run():
+        try:
+            for _ in range(8):
+                near(SharedPrimal()(model, PRIMALS, TANGENTS)[1], exact)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
 FILLED = {
     "fill_": lambda: torch.Tensor(6).double().fill_(2),
     "normal_": lambda: torch.Tensor(6).to(DOUBLE).normal_(generator=torch.Generator()),
@@ -575,7 +712,53 @@ def test_one_that_changes_nothing_is_followed(function, route, rows):
     near(route(seeded, PRIMALS, TANGENTS, mask)[1], by_differences(seeded, mask))
 
 
+@pytest.mark.parametrize("route", ROUTES, ids=repr)
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.InstanceNorm1d])
+def test_statistics_are_written_once_within_one(norm, route):
+    options = {"track_running_stats": True, "dtype": DOUBLE}
+    model, plain = norm(4 if norm is nn.InstanceNorm1d else 6, **options), None
+    plain = copy.deepcopy(model)
+
+    def normed(model):
+        return lambda z, t: model(z) * t[:, None]
+
+    with Counting():
+        route(normed(model), PRIMALS, TANGENTS)
+    normed(plain)(*PRIMALS)
+    near(model.running_mean, plain.running_mean)
+
+
 # --- forward mode, where torch itself is silent
+
+
+STOPPED = {
+    "weights": lambda z: [w := z.softmax(-1).detach(), w.div_(w.sum(0, keepdim=True) + 1)][1],
+    "clamped": lambda z: z.abs().detach().clamp_(min=0.1),
+    "masked": lambda z: [w := (z * 2).detach(), w.__setitem__(w < 0, 0)][0],
+    "relu": lambda z: nn.functional.relu((z * 2).detach(), inplace=True),
+    "filled with another": lambda z: torch.zeros_like(z).copy_((z * 3).detach().mul_(2)),
+}
+
+
+@pytest.mark.parametrize("rows", [None, "half"])
+@pytest.mark.parametrize("route", ROUTES, ids=repr)
+@pytest.mark.parametrize("name", STOPPED)
+def test_what_was_detached_of_a_passing_result_may_be_written_to(name, route, rows):
+    fixed, mask = STOPPED[name](PRIMALS[0]), choose(4, rows)
+    exact = torch.func.jvp(lambda z, t: z * fixed * t[:, None], PRIMALS, TANGENTS)[1]
+    exact = exact if mask is None else exact * mask[:, None]
+    model = lambda z, t: z * STOPPED[name](z) * t[:, None]  # noqa: E731
+    near(route(model, PRIMALS, TANGENTS, mask)[1], exact)
+
+
+def test_forward_mode_refuses_a_value_that_was_written_to_through_detach():
+    def model(z, t):
+        h = z * t[:, None]
+        h.detach().mul_(3)
+        return h
+
+    with pytest.raises(DerivativeError, match=r"got a write into x\.detach\(\)"):
+        ForwardMode()(model, PRIMALS, TANGENTS)
 
 
 @pytest.mark.parametrize("rows", [None, "half"])

@@ -190,7 +190,9 @@ class _NoLostTangents(TorchFunctionMode):
         if transform_level() != self.level:
             return func(*args, **kwargs)
         given = list(_tensors((*args, *kwargs.values())))
-        written = written_by(func, args, kwargs)
+        written: list[Tensor] = []
+        if kwargs or written_places(func).numbers:
+            written = written_by(func, args, kwargs)
         if self.spoiled:
             self.check_spoiled(given)
         if self.stopped:
