@@ -557,7 +557,10 @@ class Averaging(nn.Module):
 
 UNUSUAL = {
     "sparse": lambda z, t: (
-        z @ torch.sparse.DoubleTensor(torch.tensor([[0], [1]]), torch.ones(1), (6, 6)).to_dense()
+        z
+        @ torch.sparse.DoubleTensor(
+            torch.tensor([[0], [1]]), torch.ones(1, dtype=DOUBLE), (6, 6)
+        ).to_dense()
     ),
     "a byte": lambda z, t: z * stored([60] * 6, torch.float8_e4m3fn).double() * t[:, None],
     "infinite": lambda z, t: z * torch.DoubleTensor([math.nan, math.inf]).nan_to_num(1, 2)[1],
