@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.dlpack import to_dlpack
 
 from flowspace import DerivativeError, FiniteDifference, ForwardMode, SharedPrimal
-from flowspace.derivatives.shared_primal import watch
+from flowspace.derivatives.shared_primal import passes, watch
 
 DOUBLE = torch.float64
 ROUTES = [SharedPrimal(), ForwardMode()]
@@ -41,7 +41,7 @@ BOTH = PRIMALS, TANGENTS
 
 @pytest.fixture(autouse=True)
 def _new_models(monkeypatch):
-    monkeypatch.setattr(watch, "_passes", Counter())
+    monkeypatch.setattr(passes, "_passes", Counter())
 
 
 def by_differences(fn, rows=None):
@@ -439,9 +439,9 @@ def test_the_point_nearby_has_times_between_0_and_1():
 
 def test_what_becomes_strange_later_is_found_later():
     def model(z, t):
-        return (by_worker(z) if passes >= 3 else z.sin()) * t[:, None]
+        return (by_worker(z) if number >= 3 else z.sin()) * t[:, None]
 
-    for passes in range(1, 4):  # noqa: B007
+    for number in range(1, 4):  # noqa: B007
         SharedPrimal()(model, PRIMALS, TANGENTS)
     with pytest.raises(DerivativeError, match="torch shows to no function mode"):
         SharedPrimal()(model, PRIMALS, TANGENTS)

@@ -28,16 +28,18 @@ from flowspace.derivatives.replay import (
 from flowspace.derivatives.rules import RANDOM
 from flowspace.derivatives.rules.registry import CONSTANT, differentiable, may_draw
 from flowspace.derivatives.second_run import First, Second, SecondRun
+from flowspace.derivatives.shared_primal.dispatch_changes import (
+    base_of,
+    refuse_changed,
+    value_without_modes,
+)
 from flowspace.derivatives.shared_primal.kinds import ELSEWHERE, LEAVES, leaving
+from flowspace.derivatives.shared_primal.passes import is_watched
 from flowspace.derivatives.shared_primal.watch import (
     Stranger,
     Watch,
-    base_of,
     check_strangers,
-    is_watched,
     moved_a_little,
-    refuse_changed,
-    value_without_modes,
 )
 from flowspace.derivatives.torch_internals import (
     close_forward_mode,

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
     "active_transform",
+    "alone",
     "base_transform",
     "below_modes_of_the_user",
     "close_forward_mode",
@@ -91,6 +92,13 @@ negated_view = _C._VariableFunctions._neg_view
 
 operators_of_networks = _C._nn
 """Holds builtin functions of torch.nn.functional."""
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Let no mode see what is called, and neither autograd nor transforms of torch.func follow."""
+    with torch.no_grad(), not_intercepted(), unseen_by_modes(), outside_transforms():
+        yield
 
 
 def memory_of(tensor: Tensor) -> int:

@@ -22,7 +22,9 @@ Who holds whom, from the outside in:
 * `compiled.Backend` and `compiled.Region`: a part under torch.compile, as one graph of value and
   tangent.
 * `hidden_calls`: what no function mode sees; the only place that patches torch.
-* `watch.Watch`: what is left unseen, found by what the model uses that nobody made.
+* `watch.Watch`: what is left unseen, found by what the model uses that nobody made; `passes`: when
+  that is done.
+* `dispatch_changes`: dispatch modes that change what functions return.
 """
 
 import contextlib
@@ -49,11 +51,11 @@ from flowspace.derivatives.route import Derivative, scatter
 from flowspace.derivatives.rules.dual import ChosenRows, Layout
 from flowspace.derivatives.shared_primal.carrier import FIELD, Carrier
 from flowspace.derivatives.shared_primal.kinds import ELSEWHERE
+from flowspace.derivatives.shared_primal.passes import is_watched
 from flowspace.derivatives.shared_primal.watch import (
     Stranger,
     Watch,
     check_strangers,
-    is_watched,
     moved_a_little,
 )
 from flowspace.derivatives.shared_primal.writes import Writes

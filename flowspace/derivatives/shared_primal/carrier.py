@@ -36,6 +36,10 @@ from flowspace.derivatives.replay import RandomState, agree, in_transform, writt
 from flowspace.derivatives.rules import EVALUATING, RANDOM, RULES, At
 from flowspace.derivatives.rules.dual import Dual, Layout, LostRowsError
 from flowspace.derivatives.shared_primal import higher_order
+from flowspace.derivatives.shared_primal.dispatch_changes import (
+    refuse_changed,
+    value_without_modes,
+)
 from flowspace.derivatives.shared_primal.kinds import (
     DATA_READ,
     OUT_OF_PLACE,
@@ -49,7 +53,7 @@ from flowspace.derivatives.shared_primal.kinds import (
     warn_of_whole_numbers,
 )
 from flowspace.derivatives.shared_primal.steps import by_steps
-from flowspace.derivatives.shared_primal.watch import Watch, refuse_changed, value_without_modes
+from flowspace.derivatives.shared_primal.watch import Watch
 from flowspace.derivatives.shared_primal.writes import Writes, memory_below
 from flowspace.derivatives.torch_internals import (
     base_transform,

@@ -22,53 +22,25 @@ All this takes longer than some functions of the model, so it is done in the fir
 model, and then in ever fewer.
 """
 
-import contextlib
 import ctypes
-import functools
 import gc
-import itertools
 import sys
 import weakref
 import zlib
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from types import FunctionType, MethodType
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from flowspace.derivatives.hidden_calls import STAYING
-from flowspace.derivatives.replay import (
-    OnCopies,
-    agree,
-    in_transform,
-    is_alive,
-    several_processes,
-    version_of,
-)
-from flowspace.derivatives.torch_internals import (
-    base_transform,
-    memory_of,
-    not_intercepted,
-    outside_transforms,
-    unseen_by_modes,
-)
+from flowspace.derivatives.replay import in_transform, is_alive, several_processes, version_of
+from flowspace.derivatives.shared_primal.passes import tensors_of
+from flowspace.derivatives.torch_internals import alone, memory_of, not_intercepted
 from flowspace.errors import DerivativeError
 
-__all__ = [
-    "FILLING",
-    "Stranger",
-    "Watch",
-    "base_of",
-    "check_strangers",
-    "is_watched",
-    "moved_a_little",
-    "refuse_changed",
-    "value_without_modes",
-]
+__all__ = ["FILLING", "Stranger", "Watch", "check_strangers", "moved_a_little"]
 
 
 class Print(NamedTuple):
@@ -144,7 +116,7 @@ class Watch:
     def __enter__(self) -> "Watch":
         gc.collect(0)
         gc.callbacks.append(self._about_to_collect)
-        self.made(list(_tensors_of(self.fn)))
+        self.made(list(tensors_of(self.fn)))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -315,7 +287,7 @@ class Watch:
             name = tensor.grad_fn.name()
         elif (self.handed_out and place not in self.wanted) or several_processes():
             return
-        with _alone():
+        with alone():
             copy = tensor.detach().clone()
         self.strangers.append(Stranger(place, copy, name, memory))
 
@@ -361,13 +333,6 @@ FILLING = frozenset(
 """Functions that write all numbers of a tensor without reading them."""
 
 
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Let no mode see what is called, and neither autograd nor transforms of torch.func follow."""
-    with torch.no_grad(), not_intercepted(), unseen_by_modes(), outside_transforms():
-        yield
-
-
 def _has_memory(tensor: Tensor) -> bool:
     """Return whether a tensor has numbers that lie in a memory of its own."""
     plain = type(tensor) in (Tensor, nn.Parameter)
@@ -411,7 +376,7 @@ def _content(tensor: Tensor, addressed: bool) -> int:
         return version_of(tensor)
     if not tensor.numel() or not is_alive(tensor):
         return 0
-    with _alone():
+    with alone():
         numbers = tensor.detach()
         count = numbers.numel() * numbers.element_size()
         memory = numbers.untyped_storage()
@@ -493,60 +458,9 @@ def _refusal(stranger: Stranger, verb: str) -> str:
 
 def _same(first: Tensor, second: Tensor) -> bool:
     """Return whether two tensors of one shape hold the same bits."""
-    with _alone():
+    with alone():
         bits = [x.contiguous().reshape(-1).view(torch.uint8) for x in (first, second)]
         return torch.equal(*bits)
-
-
-def value_without_modes(
-    func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
-) -> Any:
-    """Return what a function returns outside the dispatch modes that a model entered.
-
-    None stands for no matter what: there are none, or they only count, or make tensors without
-    values.
-    """
-    modes = [type(mode).__name__ for mode in _get_current_dispatch_mode_stack()]
-    if not modes or STAYING.intersection(modes):
-        return None
-    with torch.no_grad(), not_intercepted(), unseen_by_modes():
-        # it may write into them, as a norm into its statistics
-        args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, (tuple(args), kwargs))
-        return func(*args, **kwargs)
-
-
-def refuse_changed(name: str, out: Any, plain: Any) -> None:
-    """Raise DerivativeError if a dispatch mode changes what a function returns: a tangent would be
-    that of the function that the model calls.
-
-    Args:
-        name: of the function.
-        out: what it returned.
-        plain: what it returns outside of dispatch modes, or None for no matter what.
-    """
-    if plain is None:
-        return
-    pairs = zip(pytree.tree_leaves(out), pytree.tree_leaves(plain), strict=False)
-    modes = [type(mode).__name__ for mode in _get_current_dispatch_mode_stack()]
-    with _alone():
-        for ours, other in pairs:
-            if not isinstance(ours, Tensor):
-                continue
-            ours, other = base_of(ours).detach(), base_of(other).detach()
-            if _may_move(ours) and not agree(ours, other, ours.itemsize):
-                raise DerivativeError(
-                    f"got another value of {name} within {', '.join(modes)} than outside: a "
-                    "dispatch mode that changes functions, whose tangents would be those of the "
-                    "functions that the model calls; write what it does into the model, or "
-                    "derivative=FiniteDifference()"
-                )
-
-
-def base_of(tensor: Tensor) -> Tensor:
-    """Return the tensor that transforms of torch.func wrapped."""
-    while in_transform(tensor):
-        tensor = base_transform(tensor)
-    return tensor
 
 
 UNSEEN = (
@@ -556,102 +470,3 @@ UNSEEN = (
     "or derivative=FiniteDifference()"
 )
 """Why a tensor is refused, and what to write instead."""
-
-
-# --- how often
-
-
-_passes: Counter[Hashable] = Counter()
-"""How many passes there were over each function."""
-
-KNOWN = 4096
-"""So many functions are counted; then all are new again, as for one who makes a module a step."""
-
-_numbers: dict[int, tuple[weakref.ref[nn.Module], int]] = {}
-"""A number for each module by its id, which another module may have later."""
-
-_unused = itertools.count()
-
-
-def is_watched(fn: Any) -> bool:
-    """Return whether this pass over a function is watched: passes 1, 2, 4, 8 and so on are."""
-    if len(_passes) > KNOWN:
-        _passes.clear()
-    key = _key(fn), tuple(map(type, _get_current_dispatch_mode_stack()))
-    _passes[key] += 1
-    return _passes[key].bit_count() == 1
-
-
-def _key(fn: Any) -> Hashable:
-    """Return what a function has in common with itself in the next step, where it may be another
-    closure round the same module.
-    """
-    found: list[Any] = []
-    for held in _reached(fn):
-        if isinstance(held, FunctionType):
-            found.append(held.__code__)
-        elif isinstance(held, nn.Module):
-            found.append(_number_of(held))
-        elif not isinstance(held, WRAPPERS):
-            found.append(type(held))
-    return tuple(found)
-
-
-WRAPPERS = (functools.partial, OnCopies, MethodType)
-"""Types of objects that call another."""
-
-
-def _reached(fn: Any) -> Iterator[Any]:
-    """Iterate over what a function calls as far as its wrappers and variables tell, from outside
-    in.
-    """
-    waiting, met = [fn], set()
-    while waiting:
-        held = waiting.pop()
-        if id(held) in met:
-            continue
-        met.add(id(held))
-        yield held
-        if isinstance(held, functools.partial):
-            waiting.append(held.func)
-        elif isinstance(held, OnCopies):
-            waiting.append(held.fn)
-        elif isinstance(held, MethodType):
-            waiting += [held.__func__, held.__self__]
-        elif isinstance(held, FunctionType):
-            waiting += filter(callable, _variables(held))
-
-
-def _tensors_of(fn: Any) -> Iterator[Tensor]:
-    """Iterate over the tensors that a function reaches and may have written to: buffers and
-    attributes of its modules, and variables.
-    """
-    for held in _reached(fn):
-        if isinstance(held, nn.Module):
-            for module in held.modules():
-                values = (*module._buffers.values(), *vars(module).values())
-                yield from (value for value in values if isinstance(value, Tensor))
-        elif isinstance(held, FunctionType):
-            names = held.__code__.co_names
-            values = [held.__globals__.get(name) for name in names]
-            for value in (*values, *_variables(held)):
-                if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-                    yield value
-
-
-def _number_of(module: nn.Module) -> int:
-    """Return a number that no other module has, nor had."""
-    known = _numbers.get(id(module))
-    if known is None or known[0]() is not module:
-        known = weakref.ref(module), next(_unused)
-        _numbers[id(module)] = known
-    return known[1]
-
-
-def _variables(fn: FunctionType) -> list[Any]:
-    """Return the variables of a closure that have a value."""
-    held = []
-    for cell in fn.__closure__ or ():
-        with contextlib.suppress(ValueError):  # it has none yet
-            held.append(cell.cell_contents)
-    return held

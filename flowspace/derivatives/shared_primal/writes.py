@@ -23,11 +23,11 @@ from flowspace.derivatives.replay import (
     version_of,
 )
 from flowspace.derivatives.rules.dual import Dual, Layout, LostRowsError, restrict
-from flowspace.derivatives.shared_primal.watch import (
-    FILLING,
+from flowspace.derivatives.shared_primal.dispatch_changes import (
     refuse_changed,
     value_without_modes,
 )
+from flowspace.derivatives.shared_primal.watch import FILLING
 from flowspace.derivatives.torch_internals import (
     base_transform,
     dispatch_modes,
