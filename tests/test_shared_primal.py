@@ -504,7 +504,7 @@ def test_a_transform_inside_the_model_is_refused_and_forward_mode_named(name, wh
 
 @pytest.mark.parametrize("which", WHICH)
 def test_a_transform_of_constants_inside_the_model_is_none_of_its_business(which):
-    """No mode sees what a transform returns: the first passes evaluate the model once more."""
+    """No mode sees what a transform returns: the first passes evaluate the model twice more."""
 
     def fn(z, t):
         mask = torch.func.vmap(torch.cos)(normal(1, 4, 6)) + torch.func.grad(
@@ -512,7 +512,7 @@ def test_a_transform_of_constants_inside_the_model_is_none_of_its_business(which
         )(normal(2, 6))
         return z * mask * t[:, None]
 
-    assert check_seeded(fn, choose(4, which)) <= 2
+    assert check_seeded(fn, choose(4, which)) <= 3
 
 
 @pytest.mark.parametrize("which", [None, "all", "half"])
