@@ -261,8 +261,18 @@ def test_it_is_found_whatever_else_a_model_does(name):
 
 
 def test_an_attribute_of_a_module_may_not_be_written_to_unseen():
-    model = Workspace()
-    model.space = model._buffers.pop("space")
+    class Scratch(nn.Module):
+        space = None
+
+        def __init__(self):
+            super().__init__()
+            self.space = torch.zeros(4, 6, dtype=DOUBLE)
+
+        def forward(self, z, t):
+            hidden(self.space.copy_, z.sin())
+            return self.space * t[:, None]
+
+    model = Scratch()
     with pytest.raises(DerivativeError, match="torch shows to no function mode"):
         SharedPrimal()(model, PRIMALS, TANGENTS)
 
@@ -430,6 +440,8 @@ def test_the_point_nearby_has_times_between_0_and_1():
         times = torch.full((4,), t)
         (moved,) = watch.moved_a_little([times], [torch.ones(4)])
         assert ((moved >= 0) & (moved <= 1) & (moved != times)).all()
+        (moved,) = watch.moved_a_little([times.bfloat16()], [torch.ones(4)])
+        assert moved.dtype == torch.bfloat16
     low = [torch.rand(8, dtype=torch.bfloat16) * 4 - 2]
     assert (watch.moved_a_little(low, [torch.ones(8, dtype=torch.bfloat16)])[0] != low[0]).all()
     mixed = [normal(3, 4).to(torch.complex128), 7]
@@ -643,6 +655,25 @@ FILLED = {
     "clamp_": lambda: torch.DoubleTensor(6).clamp_(1, 1),
     "resize_": lambda: torch.DoubleTensor().resize_(6).fill_(1.0),
 }
+
+
+def test_memory_that_held_what_moves_may_be_filled_in_parts():
+    def model(z, t):
+        memory = hidden(z.clone)
+        for column in range(6):
+            memory[:, column].fill_(column)
+        return z * memory * t[:, None]
+
+    near(SharedPrimal()(model, PRIMALS, TANGENTS)[1], by_differences(model))
+
+
+def test_memory_may_be_resized_where_rows_mix():
+    def model(z, t):
+        h = z * torch.empty(0, dtype=DOUBLE).resize_(6).fill_(2.0) * t[:, None]
+        return h - h.mean(0)
+
+    mask = choose(4, "half")
+    near(SharedPrimal()(model, PRIMALS, TANGENTS, mask)[1], by_differences(model, mask))
 
 
 @pytest.mark.parametrize("name", FILLED)

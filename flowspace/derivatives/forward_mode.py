@@ -6,7 +6,7 @@ at what each function returns, and raises DerivativeError where a tangent ends.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,10 +143,8 @@ def _derive(
         arguments = list(primals)
         for i, value in zip(moving, moved, strict=True):
             arguments[i] = value
-        with _NoLostTangents(watch) as mode:
-            out = fn(*arguments)
-        mode.check_spoiled(_tensors((out,)))
-        return out
+        with _NoLostTangents(watch):
+            return fn(*arguments)
 
     try:
         with watch or contextlib.nullcontext(), _one_thread(), sdpa_kernel(SDPBackend.MATH):
@@ -196,7 +194,7 @@ class _NoLostTangents(TorchFunctionMode):
         if kwargs or written_places(func).numbers:
             written = written_by(func, args, kwargs)
         if self.spoiled:
-            self.check_spoiled(given)
+            self._refuse_spoiled(given)
         if self.stopped:
             self._note_spoiled(written)
         before = 0
@@ -223,12 +221,10 @@ class _NoLostTangents(TorchFunctionMode):
             if held is not None and not held.expired() and not _moves(target):
                 self.spoiled[memory] = target
 
-    def check_spoiled(self, given: Iterable[Tensor]) -> None:
+    def _refuse_spoiled(self, given: Sequence[Tensor]) -> None:
         """Raise DerivativeError for a tensor that moves, and was written to by another that shares
         its memory and stands still.
         """
-        if not self.spoiled:
-            return
         for tensor in given:
             if _moves(tensor) and memory_of(base_of(tensor)) in self.spoiled:
                 raise DerivativeError(
