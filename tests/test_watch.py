@@ -29,6 +29,12 @@ DOUBLE = torch.float64
 ROUTES = [SharedPrimal(), ForwardMode()]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _end_of_the_pool():
+    yield
+    POOL.terminate()
+
+
 def normal(seed, *shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
 
