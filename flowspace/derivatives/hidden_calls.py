@@ -41,7 +41,7 @@ from torch.utils import _python_dispatch as python_dispatch
 from torch.utils import _pytree as pytree
 
 from flowspace.backends.process import forward_mode_lock
-from flowspace.derivatives.own_rules import followed as _active
+from flowspace.derivatives.own_rules import followed
 from flowspace.derivatives.torch_internals import not_intercepted, unseen_by_modes
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ _listening = contextlib.ExitStack()
 
 def active_carrier() -> "Carrier | None":
     """Return the carrier that is followed in this thread, or None."""
-    return getattr(_active, "carrier", None)
+    return getattr(followed, "carrier", None)
 
 
 class Paused:
@@ -99,13 +99,13 @@ class Paused:
     def __enter__(self) -> None:
         if self.carrier is not None:
             self.before = active_carrier(), self.carrier.idle
-            _active.carrier, self.carrier.idle = None, True
+            followed.carrier, self.carrier.idle = None, True
             if self.carrier.watch is not None:
                 self.carrier.watch.pause()
 
     def __exit__(self, *_: object) -> None:
         if self.carrier is not None:
-            _active.carrier, self.carrier.idle = self.before
+            followed.carrier, self.carrier.idle = self.before
             if self.carrier.watch is not None:
                 self.carrier.watch.resume()
 
@@ -133,28 +133,28 @@ def _idle() -> Iterator[None]:
 @contextlib.contextmanager
 def following(carrier: "Carrier") -> Iterator[None]:
     """Hand a carrier the calls that no function mode sees."""
-    before, _active.carrier = active_carrier(), carrier
+    before, followed.carrier = active_carrier(), carrier
     try:
         with patched(type(carrier)):
             yield
     finally:
-        _active.carrier = before
+        followed.carrier = before
 
 
 def active_second_run() -> "RestoringMode | None":
     """Return what keeps the writes of the second run that this thread is in, or None."""
-    return getattr(_active, "second_run", None)
+    return getattr(followed, "second_run", None)
 
 
 @contextlib.contextmanager
 def protecting(run: "RestoringMode") -> Iterator[None]:
     """Tell a second run of the calls that no function mode sees."""
-    before, _active.second_run = active_second_run(), run
+    before, followed.second_run = active_second_run(), run
     try:
         with patched(type(run)):
             yield
     finally:
-        _active.second_run = before
+        followed.second_run = before
 
 
 @contextlib.contextmanager
@@ -239,7 +239,7 @@ class _Apply:
             if "apply" in owner.__dict__:
                 break
         found = owner.__dict__["apply"]
-        if getattr(_active, "carrier", None) is None:
+        if getattr(followed, "carrier", None) is None:
             return found.__get__(None, cls)
         if owner is Function:
             return MethodType(_apply, cls)
@@ -333,8 +333,8 @@ class _Elsewhere(TorchFunctionMode):
         idle = torch.compiler.is_dynamo_compiling()
         if not idle and treatment_of(func).kind not in ("metadata", "constant", "detached"):
             values = pytree.tree_leaves((args, kwargs))
-            for followed in filter(None, [reference() for reference in self.passes]):
-                followed.met_elsewhere(values)
+            for run in filter(None, [reference() for reference in self.passes]):
+                run.met_elsewhere(values)
         return call_captured(func, args, kwargs)
 
 
@@ -370,11 +370,11 @@ def _submit(original: Any) -> Any:
     def submit(pool: Any, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         watched = _watched(function)
         before = active_carrier(), active_second_run()
-        _active.carrier = _active.second_run = None  # the pool may start a thread now
+        followed.carrier = followed.second_run = None  # the pool may start a thread now
         try:
             return original(pool, watched, *args, **kwargs)
         finally:
-            _active.carrier, _active.second_run = before
+            followed.carrier, followed.second_run = before
 
     return submit
 
