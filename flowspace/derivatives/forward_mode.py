@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from flowspace.derivatives.replay import (
     RestoringMode,
+    base_of,
     forward_mode_lock,
     in_transform,
     written_by,
@@ -29,7 +30,6 @@ from flowspace.derivatives.rules import RANDOM
 from flowspace.derivatives.rules.registry import CONSTANT, differentiable, may_draw
 from flowspace.derivatives.second_run import First, Second, SecondRun
 from flowspace.derivatives.shared_primal.dispatch_changes import (
-    base_of,
     refuse_changed,
     value_without_modes,
 )
@@ -41,6 +41,7 @@ from flowspace.derivatives.shared_primal.watch import (
     check_strangers,
     moved_a_little,
 )
+from flowspace.derivatives.shared_primal.writes import memory_below
 from flowspace.derivatives.torch_internals import (
     close_forward_mode,
     dispatch_modes,
@@ -216,7 +217,7 @@ class _NoLostTangents(TorchFunctionMode):
         moves, or moved: it may be used no more.
         """
         for target in written:
-            memory = memory_of(base_of(target))
+            memory = memory_below(target)
             held = self.stopped.get(memory)
             if held is not None and not held.expired() and not _moves(target):
                 self.spoiled[memory] = target
@@ -226,7 +227,7 @@ class _NoLostTangents(TorchFunctionMode):
         its memory and stands still.
         """
         for tensor in given:
-            if _moves(tensor) and memory_of(base_of(tensor)) in self.spoiled:
+            if _moves(tensor) and memory_below(tensor) in self.spoiled:
                 raise DerivativeError(
                     "got a write into x.detach() of a tensor x that moves with z_t or t and is "
                     "used afterwards: torch changes its value, and not its tangent; write "
@@ -281,10 +282,10 @@ def _apart(
     """Return the arguments of a function that writes into the first, the others in memory of
     their own: torch's formulas for tangents read them after the write.
     """
-    memory = memory_of(base_of(target))
+    memory = memory_below(target)
 
     def apart(value: Any) -> Any:
-        if isinstance(value, Tensor) and memory_of(base_of(value)) == memory:
+        if isinstance(value, Tensor) and memory_below(value) == memory:
             return value.clone()
         return value
 

@@ -33,6 +33,7 @@ from flowspace.backends.process import forward_mode_lock, several_processes
 from flowspace.derivatives import hidden_calls
 from flowspace.derivatives.torch_internals import (
     active_transform,
+    base_transform,
     below_modes_of_the_user,
     memory_of,
     outside_transforms,
@@ -47,6 +48,7 @@ __all__ = [
     "RandomState",
     "RowsMixError",
     "agree",
+    "base_of",
     "batch_statistics",
     "copies_of",
     "forward_mode_lock",
@@ -67,6 +69,13 @@ __all__ = [
 def in_transform(tensor: Tensor) -> bool:
     """Return whether a tensor belongs to a transform of torch.func, and so has no values yet."""
     return not torch_backend.has_values(tensor)
+
+
+def base_of(tensor: Tensor) -> Tensor:
+    """Return the tensor that transforms of torch.func wrapped, or the tensor itself."""
+    while in_transform(tensor):
+        tensor = base_transform(tensor)
+    return tensor
 
 
 class OnCopies:

@@ -12,17 +12,16 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from flowspace.derivatives.hidden_calls import STAYING
-from flowspace.derivatives.replay import agree, in_transform
+from flowspace.derivatives.replay import agree, base_of
 from flowspace.derivatives.rules.registry import differentiable
 from flowspace.derivatives.torch_internals import (
     alone,
-    base_transform,
     not_intercepted,
     unseen_by_modes,
 )
 from flowspace.errors import DerivativeError
 
-__all__ = ["base_of", "refuse_changed", "value_without_modes"]
+__all__ = ["refuse_changed", "value_without_modes"]
 
 
 def value_without_modes(
@@ -67,10 +66,3 @@ def refuse_changed(name: str, out: Any, plain: Any) -> None:
                     "functions that the model calls; write what it does into the model, or "
                     "derivative=FiniteDifference()"
                 )
-
-
-def base_of(tensor: Tensor) -> Tensor:
-    """Return the tensor that transforms of torch.func wrapped."""
-    while in_transform(tensor):
-        tensor = base_transform(tensor)
-    return tensor

@@ -223,7 +223,7 @@ class Watch:
     def says_where(self, tensor: Tensor) -> None:
         """Note that a function says where a tensor lies, which may then be written to unseen."""
         self.addressed.add(id(tensor))
-        self.made(tensor)
+        self.made(tensor, self.is_derived(tensor))
 
     def met_moving(self, alias: Tensor) -> None:
         """Note that a function is given a tensor that carries a tangent.

@@ -16,6 +16,7 @@ from torch import Tensor
 from flowspace.derivatives import rules
 from flowspace.derivatives.replay import (
     Bindings,
+    base_of,
     in_transform,
     is_alive,
     put_back,
@@ -29,7 +30,6 @@ from flowspace.derivatives.shared_primal.dispatch_changes import (
 )
 from flowspace.derivatives.shared_primal.watch import FILLING
 from flowspace.derivatives.torch_internals import (
-    base_transform,
     dispatch_modes,
     memory_of,
     negated_view,
@@ -376,9 +376,7 @@ def memory_below(tensor: Tensor) -> int:
     """Return a number for the memory that a tensor, as transforms wrapped it, and its views
     share.
     """
-    while in_transform(tensor):
-        tensor = base_transform(tensor)
-    return memory_of(tensor)
+    return memory_of(base_of(tensor))
 
 
 def _place(flat: Tensor, primal: Tensor) -> Tensor:
