@@ -394,17 +394,21 @@ def held(setting: CompiledSetting, limits: Limits, found: Mapping[str, Figures])
         if limit is not None and figure:
             lines.append((what, figure, format(limit, form)))
 
+    def step(what: str, above: Figures, below: Figures, limit: float | None) -> None:
+        """Hold the pairs, where two steps took turns in one process: what a step takes differs
+        more from process to process than the limit is away.
+        """
+        if above.paired:
+            line(f"{what}, paired", spread(above.paired), limit)
+        else:
+            line(what, spread(ratios(above, below)), limit)
+
     for share, limit in limits.step.items():
         what = f"compiled step over the plain compiled one, {SHARES[share]} moving"
-        longer = ratios(found[ours(share)], plain)
-        line(what, spread(longer), limit)
-        if half.paired and share == 0.5:
-            line(f"{what}, paired", spread(half.paired), limit)
+        step(what, found[ours(share)], plain, limit)
     if limits.eager:
         what = "eager step over the plain eager one, half moving"
-        line(what, spread(ratios(found[OURS_EAGER], found[EAGER])), limits.eager)
-        if found[OURS_EAGER].paired:
-            line(f"{what}, paired", spread(found[OURS_EAGER].paired), limits.eager)
+        step(what, found[OURS_EAGER], found[EAGER], limits.eager)
     compiling = number(half.compiling_median / plain.compiling_median, ".2f")
     line("seconds to compile over the plain step's", compiling, limits.compiling)
     memory = number(half.peak / plain.peak, ".2f")
