@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from flowspace import DerivativeError, ForwardMode, SharedPrimal
 from flowspace.derivatives import in_steps, linear_map, with_rule
 from flowspace.derivatives.rules import RULES
-from flowspace.derivatives.shared_primal import carrier
+from flowspace.derivatives.shared_primal import carrier, own_functions
 
 SIZE = 6
 WEIGHT = normal(0, SIZE, SIZE)
@@ -29,7 +29,7 @@ TANGENTS = normal(2, 4, SIZE), torch.ones(4, dtype=torch.float64)
 @pytest.fixture(autouse=True)
 def first_pass(monkeypatch):
     """Each test is the first that meets a function."""
-    monkeypatch.setattr(carrier, "_compared", set())
+    monkeypatch.setattr(own_functions, "_compared", set())
 
 
 @linear_map

@@ -383,7 +383,14 @@ def test_weights_that_have_a_gradient_may_be_prepared_unseen():
     near(*gradients)
 
 
+def with_address_asked(x):
+    rounded = (x * 1e9).long()
+    rounded.data_ptr()
+    return torch.DoubleTensor(rounded.tolist()).sin()
+
+
 CONSTANT_ON_PURPOSE = {
+    "a list of what an address was asked of": with_address_asked,
     "numpy": lambda x: torch.from_numpy(numpy.sin(x.detach().numpy())),
     "a list": lambda x: torch.DoubleTensor(x.detach().tolist()).sin(),
     "pickle": lambda x: pickle.loads(pickle.dumps(x.detach())).sin(),
@@ -402,6 +409,14 @@ def test_what_was_detached_counts_as_constant_wherever_it_goes(name):
     fixed = CONSTANT_ON_PURPOSE[name](PRIMALS[0])
     exact = torch.func.jvp(lambda z, t: fixed * z * t[:, None], PRIMALS, TANGENTS)[1]
     near(SharedPrimal()(model, PRIMALS, TANGENTS)[1], exact)
+
+
+def test_modules_that_are_gone_leave_nothing_and_others_are_new():
+    before = len(passes._numbers)
+    for _ in range(3):
+        assert passes.is_watched(nn.Linear(6, 6))
+    gc.collect()
+    assert len(passes._numbers) == before
 
 
 @pytest.mark.parametrize("rows", [None, "half"])

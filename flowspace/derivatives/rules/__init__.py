@@ -45,6 +45,8 @@ from flowspace.derivatives.rules.norms import EVALUATING
 from flowspace.derivatives.rules.random import RANDOM, decompositions
 from flowspace.derivatives.rules.registry import (
     CONSTANT,
+    NO_TENSORS,
+    PLAIN_TYPES,
     RULES,
     At,
     Call,
@@ -63,6 +65,8 @@ from flowspace.derivatives.rules.registry import (
 __all__ = [
     "CONSTANT",
     "EVALUATING",
+    "NO_TENSORS",
+    "PLAIN_TYPES",
     "RANDOM",
     "RULES",
     "At",

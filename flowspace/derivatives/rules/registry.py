@@ -6,12 +6,12 @@
 import contextlib
 import functools
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
@@ -23,6 +23,8 @@ from flowspace.errors import DerivativeError
 
 __all__ = [
     "CONSTANT",
+    "NO_TENSORS",
+    "PLAIN_TYPES",
     "RULES",
     "At",
     "Call",
@@ -52,6 +54,14 @@ CONSTANT = frozenset(
     "geometric_".split()
 )
 """Functions whose output does not move with their input."""
+
+PLAIN_TYPES = frozenset({Tensor, nn.Parameter})
+"""Types of tensors that have no functions of their own."""
+
+NO_TENSORS = frozenset(
+    {int, float, bool, str, slice, type(None), type(Ellipsis), torch.dtype, torch.device}
+)
+"""Types of arguments that are no tensors and hold none."""
 
 UNTAGGED = frozenset(
     "hardswish log_sigmoid complex polar absolute negative fix arccos arccosh arcsin arcsinh "
@@ -125,6 +135,10 @@ class Call:
             self.out = self.func(*self.primals, **self.options)
         return self.out
 
+    def of_plain_tensors(self) -> bool:
+        """Return whether no argument is of a subclass of Tensor with functions of its own."""
+        return _are_plain(self.primals) and _are_plain(self.options.values())
+
     def returns_first(self) -> bool:
         """Run the function; return whether it hands its first argument on."""
         out = self.evaluate()
@@ -155,6 +169,19 @@ class Call:
         if not layout.fits(tangent.shape, shape):
             tangent = tangent.expand(layout.shape(shape))
         return At(tangent, layout)
+
+
+def _are_plain(values: Iterable[Any]) -> bool:
+    """Return whether no tensor among these has functions of its own."""
+    for value in values:
+        kind = type(value)
+        if kind in PLAIN_TYPES or kind in NO_TENSORS:
+            continue
+        if isinstance(value, Tensor):
+            return False
+        if isinstance(value, (tuple, list)) and not _are_plain(value):
+            return False
+    return True
 
 
 def rule(names: str) -> Callable[[Rule], Rule]:

@@ -15,8 +15,9 @@ Who holds whom, from the outside in:
 * `kinds`: what is done about each torch function.
 * `rules`: the tangent of each torch function, over a `Dual`: primal, tangent, and the rows that
   the tangent has.
-* `own_rules`: functions of a model's own that have a rule, and are met as one; `steps` follows
-  those that say their steps.
+* `own_functions`: functions of a model's own that have a rule (`own_rules`), and are met as one;
+  `steps` follows those that say their steps.
+* `custom_functions`: what torch runs in C++: custom functions of autograd, and those of torch.jit.
 * `writes.Writes`: functions that write in place, and memory that tensors share.
 * `higher_order`: operators that take graphs, such as checkpoints and captured custom functions.
 * `compiled.Backend` and `compiled.Region`: a part under torch.compile, as one graph of value and

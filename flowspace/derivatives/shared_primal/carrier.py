@@ -31,11 +31,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from flowspace.derivatives import hidden_calls, rules
-from flowspace.derivatives.own_rules import IN_STEPS, OWN_RULES
-from flowspace.derivatives.replay import RandomState, agree, in_transform, written_by
-from flowspace.derivatives.rules import EVALUATING, RANDOM, RULES, At
+from flowspace.derivatives.own_rules import OWN_RULES
+from flowspace.derivatives.replay import RandomState, in_transform, written_by
+from flowspace.derivatives.rules import EVALUATING, NO_TENSORS, PLAIN_TYPES, RANDOM, RULES, At
 from flowspace.derivatives.rules.dual import Dual, Layout, LostRowsError
-from flowspace.derivatives.shared_primal import higher_order
+from flowspace.derivatives.shared_primal import custom_functions, higher_order, own_functions
 from flowspace.derivatives.shared_primal.dispatch_changes import (
     refuse_changed,
     value_without_modes,
@@ -52,7 +52,6 @@ from flowspace.derivatives.shared_primal.kinds import (
     treatment_of,
     warn_of_whole_numbers,
 )
-from flowspace.derivatives.shared_primal.steps import by_steps
 from flowspace.derivatives.shared_primal.watch import Watch
 from flowspace.derivatives.shared_primal.writes import Writes, memory_below
 from flowspace.derivatives.torch_internals import (
@@ -87,15 +86,6 @@ MAKERS = frozenset(
 
 PLAIN = Tensor.__torch_function__.__func__  # pyright: ignore
 """What a subclass of Tensor does with functions unless it says something else."""
-
-PLAIN_TYPES = frozenset({Tensor, nn.Parameter})
-"""Types of tensors that have no functions of their own."""
-
-NO_TENSORS = frozenset(
-    {int, float, bool, str, slice, type(None), type(Ellipsis), torch.dtype, torch.device}
-)
-"""Types of arguments that are no tensors and hold none."""
-
 
 WITH_STATISTICS = ("batch_norm", "instance_norm")
 """Functions that may write into statistics which they are given."""
@@ -246,9 +236,9 @@ class Carrier(TorchFunctionMode):
             self.writes.check_seen(alias)
         if not (held.primal.is_leaf and isinstance(alias.grad_fn, BackwardCFunction)):
             return held
-        return self._put_into_graph(alias, held)
+        return self.put_into_graph(alias, held)
 
-    def _put_into_graph(self, alias: Tensor, held: Dual) -> Dual:
+    def put_into_graph(self, alias: Tensor, held: Dual) -> Dual:
         """Return the dual of an alias that torch put into the graph in place of its primal."""
         with not_intercepted():
             primal = alias.clone()  # a view that was made without gradient cannot be written to
@@ -325,6 +315,13 @@ class Carrier(TorchFunctionMode):
             if memory_below(tensor) == memory:
                 delattr(tensor, FIELD)
 
+    def let_go(self, tensor: Tensor) -> bool:
+        """Take its tangent off a tensor; return whether it had one of its own."""
+        had = hasattr(tensor, FIELD)
+        if had:
+            delattr(tensor, FIELD)
+        return had
+
     def release(self) -> None:
         """Let go of every tangent that the model still holds, and of the graph and the writes.
 
@@ -333,8 +330,8 @@ class Carrier(TorchFunctionMode):
         """
         for reference in self.live:
             alias = reference()
-            if alias is not None and hasattr(alias, FIELD):
-                delattr(alias, FIELD)
+            if alias is not None:
+                self.let_go(alias)
         self.live, self.watch = [], None
         self.writes.release()
 
@@ -616,7 +613,7 @@ class Carrier(TorchFunctionMode):
         if kind == "random":
             parts = rules.decompositions(name, args, kwargs)
             if parts:
-                return self._enter(func, parts, args, kwargs)
+                return self.enter(func, parts, args, kwargs)
         if kind in ("refused", "leaves"):
             raise DerivativeError(refusal(name or func.__name__, kind))
         if kind == "in place":
@@ -643,87 +640,13 @@ class Carrier(TorchFunctionMode):
         finally:
             enter_function_mode(innermost)
 
-    def _own(self, call: rules.Call, args: tuple[Any, ...]) -> Any:
-        """Run a function of the model's own, and its rule beside it."""
-        func, rule = call.func, OWN_RULES[call.func]
-        if self.traced or not _of_plain_tensors(call):
-            return self._enter(func, func, args, {})
-        if func in IN_STEPS:
-            if dispatch_modes():  # they have to see what the model calls
-                return self._enter(func, func, args, {})
-            rule = by_steps
-        else:
-            call.evaluate()
-        found = self._tangents(call, rule)
-        if found is NotImplemented:
-            tangents = [tangent for _, tangent in self._followed(call, args)]
-            return self._wrapped(call, tangents)
-        every_row = call.duals[0].layout is None
-        case = func, every_row, len(call.duals), *map(type, call.args)
-        if case not in _compared:
-            self._compare(call, found, args)
-            _compared.add(case)
-        return self._wrapped(call, found)
-
-    def _followed(self, call: rules.Call, args: tuple[Any, ...]) -> list[tuple[Tensor, At | None]]:
-        """Return the outputs of what a function of the model's own calls that can move, each with
-        its tangent.
-
-        It was run for its value before. Without gradient nothing is saved again, which a
-        checkpoint would count.
-
-        Raises:
-            LostRowsError: if rows mix in it.
-        """
-        with torch.no_grad():
-            out = self._enter(call.func, call.func, args, {})
-        if self.lost:
-            raise LostRowsError
-        found: list[tuple[Tensor, At | None]] = []
-        for leaf in filter(rules.differentiable, pytree.tree_leaves(out)):
-            dual = self.dual(leaf)
-            if dual is None:
-                found.append((leaf, None))
-            else:
-                found.append((dual.primal, At(dual.tangent, dual.layout)))
-        return found
-
-    def _compare(self, call: rules.Call, found: Any, args: tuple[Any, ...]) -> None:
-        """Compare what the rule of a function of the model's own found with the tangents of what
-        the function calls, and their values where the rule ran it.
-
-        Raises:
-            DerivativeError: if they differ.
-            LostRowsError: if rows mix in it.
-        """
-        name = call.func.__name__
-        out = filter(rules.differentiable, pytree.tree_leaves(self._wrapped(call, found)))
-        values = filter(rules.differentiable, pytree.tree_leaves(call.out))
-        followed = self._followed(call, args)
-        for (value, exact), leaf, other in zip(followed, out, values, strict=True):
-            if not agree(value.detach(), other.detach(), other.itemsize):
-                raise DerivativeError(
-                    f"got another value of {name}, a function of the model's own, where it was "
-                    "followed step by step, than of what it calls; write it without in_steps"
-                )
-            ours = self.dual(leaf)
-            if exact is None or ours is None:
-                same = exact is ours
-            else:
-                same = agree(exact.tangent, ours.tangent, ours.tangent.itemsize)
-            if not same:
-                raise DerivativeError(
-                    f"got a wrong tangent from the rule of {name}, a function of the model's own: "
-                    "another than that of what it calls; write it without the rule"
-                )
-
     def _python(
         self, call: rules.Call, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Enter a function that is written in others, or stand for it if it was entered before."""
         func = call.func
         if func in OWN_RULES:
-            return self._own(call, args)
+            return own_functions.run(self, call, args)
         # Some call the builtin of their own name: seen for the second time, it has a rule.
         if func in self.inside or (func in OUT_OF_PLACE and not kwargs["inplace"]):
             return self.ruled(call, name)
@@ -731,7 +654,7 @@ class Carrier(TorchFunctionMode):
         # Most models call dropout also where it does nothing.
         if off and not kwargs["inplace"]:
             return args[0]
-        return self._enter(func, _unchecked(func), args, kwargs)
+        return self.enter(func, _unchecked(func), args, kwargs)
 
     def ruled(self, call: rules.Call, name: str) -> Any:
         """Run a function as it is, and its rule, or torch.func.jvp of it, beside it.
@@ -757,7 +680,7 @@ class Carrier(TorchFunctionMode):
             return self.wrap(out, found.tangent, found.layout)
         if found is _UNFIT:
             return self._ruled_otherwise(call, name)
-        return self._wrapped(call, found)
+        return self.with_tangents(call, found)
 
     def _ruled_otherwise(self, call: rules.Call, name: str) -> Any:
         """Do what `ruled` does, whatever the function is and returns."""
@@ -769,7 +692,7 @@ class Carrier(TorchFunctionMode):
         # model calls.
         by_rule = name in EVALUATING
         if by_rule and not self.traced:
-            by_rule = not dispatch_modes() and _of_plain_tensors(call)
+            by_rule = not dispatch_modes() and call.of_plain_tensors()
         if not by_rule and not rules.moves(call.evaluate()):
             if name in WHOLE:
                 warn_of_whole_numbers(name)
@@ -779,16 +702,16 @@ class Carrier(TorchFunctionMode):
                 raise LostRowsError  # the draws belong to the whole batch
             call.func = draws.replay(call.func)
         try:
-            found = self._tangents(call, rule)
+            found = self.tangents(call, rule)
         except TypeError:  # arguments in an order or under names that the rule does not know
             call.run(call.evaluate)
             found = rules.forward(call)
         if self.watch is not None and dispatch_modes() and draws is None and name not in RANDOM:
             plain = value_without_modes(call.func, call.primals, call.options)
             refuse_changed(name, call.out, plain)
-        return self._wrapped(call, found)
+        return self.with_tangents(call, found)
 
-    def _wrapped(self, call: rules.Call, found: Any) -> Any:
+    def with_tangents(self, call: rules.Call, found: Any) -> Any:
         """Return what a function returned, with what its rule found."""
         out = call.out
         if type(found) is At:
@@ -813,7 +736,7 @@ class Carrier(TorchFunctionMode):
             draws = RandomState(call.duals[0].primal.device)
         return rules.rule_of(name) or rules.without_rule, draws
 
-    def _tangents(self, call: rules.Call, rule: Any) -> Any:
+    def tangents(self, call: rules.Call, rule: Any) -> Any:
         """Call a rule, unseen by function modes, and by dispatch modes of the user, who would take
         it for the model.
 
@@ -831,7 +754,7 @@ class Carrier(TorchFunctionMode):
             finally:
                 set_gradients(call.grad)
 
-    def _enter(
+    def enter(
         self, func: Any, body: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run a function that is written in others, with the carrier inside it."""
@@ -883,86 +806,20 @@ class Carrier(TorchFunctionMode):
         """Return the outputs of a custom function with the tangents that its forward pass gave
         them.
         """
-        outs = self._through_function(cls, args, outs)
+        outs = custom_functions.outputs(self, cls, args, outs)
         if self.watch is not None:
             self.watch.made(outs)
         return outs
-
-    def _through_function(self, cls: type, args: tuple[Any, ...], outs: Any) -> Any:
-        """Return the outputs of a custom function with their tangents."""
-        given = []
-        for leaf in pytree.tree_leaves(args):
-            if isinstance(leaf, Tensor) and self.carried(leaf):
-                given.append(leaf)
-        if not given or self.lost:
-            return outs
-        first = next((x for x in args if isinstance(x, Tensor)), None)
-
-        def followed(out: Any) -> Any:
-            if any(out is x for x in given):  # torch hands on what was marked as dirty
-                return self._dirtied(cls, given, out, out is first)
-            return self._custom_output(cls, given, out)
-
-        return pytree.tree_map(followed, outs)
-
-    def _custom_output(self, cls: type, given: Sequence[Tensor], out: Any) -> Any:
-        """Return one output of a custom function of these tensors that move, with its tangent."""
-        if not rules.differentiable(out) or not out.numel():
-            return out
-        # The forward pass of a custom function runs without gradient, so its aliases are not in
-        # the graph of its outputs: each output is wrapped again, as torch hands it out.
-        in_graph = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-        if in_graph and not out.requires_grad:
-            return out  # marked as not differentiable
-        dual = self.carried(out)
-        if dual is None:
-            dual = self.carried(_same_memory(cls, given, out))
-        elif hasattr(out, FIELD):
-            delattr(out, FIELD)
-            if cls.__module__.partition(".")[0] != "torch":
-                # Torch's own functions hand their inputs on. Others return a view that was made
-                # without gradient, and so could not be written to.
-                out = out.clone()
-        return self.wrap(out, dual.tangent, dual.layout)  # type: ignore[union-attr]
-
-    def _dirtied(self, cls: type, given: Sequence[Tensor], alias: Tensor, first: bool) -> Tensor:
-        """Return an input that a custom function wrote into, with its tangent, in its graph.
-
-        Raises:
-            DerivativeError: if others share its memory, or if it does not come first: an alias is
-                a view, and torch loses the gradient of any other view that is written to.
-        """
-        held = self.held(alias)
-        lost = alias.requires_grad and not first
-        if lost or self.writes.shared(alias) or self.writes.mirrors:
-            raise DerivativeError(refusal(cls.__name__))
-        self._put_into_graph(alias, held)
-        return alias
 
     def through_script(
         self, original: Callable[..., Any], function: Any, args: tuple[Any, ...], kwargs: Any
     ) -> Any:
         """Run a function of torch.jit and differentiate it as one."""
-
-        def script(*inputs: Any, **options: Any) -> Any:
-            # optimised, the second call has wrong tangents
-            with torch.jit.optimized_execution(False):  # pyright: ignore
-                return original(function, *inputs, **options)
-
-        script.__name__ = f"torch.jit function {getattr(function, 'name', '')}"
-        with not_intercepted():
-            self.inside.append(script)
-            try:
-                out = self.carry(script, args, kwargs)
-            finally:
-                self.inside.pop()
-            if self.watch is not None:
+        out = custom_functions.run_script(self, original, function, args, kwargs)
+        if self.watch is not None:
+            with not_intercepted():
                 self.watch.made(out)
-            return out
-
-
-_compared: set[tuple[Any, ...]] = set()
-"""Functions of models' own whose rule was right, and in which case."""
+        return out
 
 
 def _value_alone(call: rules.Call, args: tuple[Any, ...]) -> Any:
@@ -972,45 +829,12 @@ def _value_alone(call: rules.Call, args: tuple[Any, ...]) -> Any:
     return call.out
 
 
-def _of_plain_tensors(call: rules.Call) -> bool:
-    """Return whether no argument is of a subclass of Tensor with functions of its own."""
-    return _are_plain(call.primals) and _are_plain(call.options.values())
-
-
-def _are_plain(values: Iterable[Any]) -> bool:
-    """Return whether no tensor among these has functions of its own."""
-    for value in values:
-        kind = type(value)
-        if kind in PLAIN_TYPES or kind in NO_TENSORS:
-            continue
-        if isinstance(value, Tensor):
-            return False
-        if isinstance(value, (tuple, list)) and not _are_plain(value):
-            return False
-    return True
-
-
 def _is_itself(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Return whether these ask a tensor for the dtype that it has, which returns it as it is.
 
     Models ask for it before most layers, and mean it under autocast only.
     """
     return len(args) == 2 and not kwargs and args[1] is args[0].dtype
-
-
-def _same_memory(cls: type, given: Sequence[Tensor], out: Tensor) -> Tensor:
-    """Return the tensor among those given that an output without a tangent is.
-
-    Raises:
-        DerivativeError: if it is none of them: its values came from outside torch.
-    """
-    for x in given:
-        if x.shape == out.shape and x.data_ptr() == out.data_ptr():
-            return x
-    raise DerivativeError(
-        f"{cls.__name__} is an autograd.Function whose forward pass is not made of torch "
-        "functions; write derivative=FiniteDifference(), or ForwardMode() if it defines jvp"
-    )
 
 
 def _copy_unchecked(func: Any) -> Callable[..., Any]:

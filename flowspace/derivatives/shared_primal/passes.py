@@ -23,7 +23,7 @@ KNOWN = 4096
 """So many functions are counted; then all are new again, as for one who makes a module a step."""
 
 _numbers: dict[int, tuple[weakref.ref[nn.Module], int]] = {}
-"""A number for each module by its id, which another module may have later."""
+"""A number for each module that lives, by its id: modules may compare as they like."""
 
 _unused = itertools.count()
 
@@ -96,11 +96,11 @@ def tensors_of(fn: Any) -> Iterator[Tensor]:
 
 def _number_of(module: nn.Module) -> int:
     """Return a number that no other module has, nor had."""
-    known = _numbers.get(id(module))
-    if known is None or known[0]() is not module:
-        known = weakref.ref(module), next(_unused)
-        _numbers[id(module)] = known
-    return known[1]
+    place = id(module)
+    if place not in _numbers:
+        gone = weakref.ref(module, lambda _: _numbers.pop(place, None))
+        _numbers[place] = gone, next(_unused)
+    return _numbers[place][1]
 
 
 def _variables(fn: FunctionType) -> list[Any]:
