@@ -6,7 +6,7 @@ A function mode sees the functions of torch that Python calls. Five kinds of cal
     functions of torch.jit       an interpreter in C++ runs them       -> Carrier.through_script
     what torch.compile compiled  a kernel runs, no function at all     -> compiled.Backend
     what another thread calls    no mode of this thread is entered     -> met_elsewhere of both
-    module.buffer = tensor       Python binds a name                   -> replay.Bindings
+    module.buffer = tensor       Python binds a name                   -> bindings.Bindings
 
 So the first four are replaced (`_patch`) by functions that ask for this thread's active carrier,
 or second run, and hand the call to it; where there is none they do what the original does. For the

@@ -18,7 +18,7 @@ import random
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +31,8 @@ from torch.utils import _pytree as pytree
 from flowspace.backends import backend_of, torch_backend
 from flowspace.backends.process import forward_mode_lock, several_processes
 from flowspace.derivatives import hidden_calls
+from flowspace.derivatives.bindings import Bindings, Snapshot
+from flowspace.derivatives.reached import modules_of
 from flowspace.derivatives.torch_internals import (
     active_transform,
     base_transform,
@@ -43,14 +45,11 @@ from flowspace.errors import DerivativeError
 
 __all__ = [
     "REFUSAL_SLACK",
-    "Bindings",
-    "OnCopies",
     "RandomState",
     "RowsMixError",
     "agree",
     "base_of",
     "batch_statistics",
-    "copies_of",
     "forward_mode_lock",
     "in_transform",
     "is_alive",
@@ -76,29 +75,6 @@ def base_of(tensor: Tensor) -> Tensor:
     while in_transform(tensor):
         tensor = base_transform(tensor)
     return tensor
-
-
-class OnCopies:
-    """A function of copies of its tensors.
-
-    A model that writes into its times or latents then changes nobody else's.
-
-    Attributes:
-        fn: the function.
-    """
-
-    def __init__(self, fn: Callable[..., Any]) -> None:
-        self.fn = fn
-        self.__name__ = getattr(fn, "__name__", "OnCopies")
-
-    def __call__(self, *primals: Any) -> Any:
-        """Return what the function returns for copies."""
-        return self.fn(*copies_of(primals))
-
-
-def copies_of(values: Sequence[Any]) -> list[Any]:
-    """Return values, tensors as copies."""
-    return [value.clone() if isinstance(value, Tensor) else value for value in values]
 
 
 TOLERANCES = {8: 1e-6, 4: 1e-3, 2: 5e-2}
@@ -231,28 +207,6 @@ def batch_statistics(
     return None
 
 
-class Bindings:
-    """The tensors that buffers of modules were, before a run bound others to their names.
-
-    Attributes:
-        before: by module and name: both, and the tensor.
-    """
-
-    def __init__(self) -> None:
-        self.before: dict[tuple[int, str], tuple[nn.Module, str, Tensor]] = {}
-
-    def note(self, module: nn.Module, name: str) -> None:
-        """Keep what a buffer is, before it is another tensor for the first time."""
-        tensor = getattr(module, name, None)
-        if isinstance(tensor, Tensor):
-            self.before.setdefault((id(module), name), (module, name, tensor))
-
-    def restore(self) -> None:
-        """Bind the names to the tensors that they were bound to."""
-        for module, name, tensor in self.before.values():
-            setattr(module, name, tensor)
-
-
 class RowsMixError(Exception):
     """The model mixes rows, as batch norm does in train mode, which was not declared.
 
@@ -275,7 +229,9 @@ class RestoringMode(TorchFunctionMode):
         mixed: whether rows are known to mix.
         written: what tensors held before they were first written to, and how often autograd had
             seen them written.
-        bindings: what buffers were before other tensors were bound to their names.
+        bindings: what buffers were before other tensors were bound to their names, and the memory
+            of tensors before ``x.data = y``.
+        snapshot: what the attributes of the modules were that the run reaches.
         replaced: the copies that stand for tensors that were written to inside torch.func.jvp: it
             refuses to write a tangent into what the function holds.
         halved: the first function that returned numbers of half precision, or None.
@@ -287,9 +243,12 @@ class RestoringMode(TorchFunctionMode):
             and may be kept, as a table that a model builds in its first call.
     """
 
-    def __init__(self, mixed: bool) -> None:
+    def __init__(self, mixed: bool, fn: Any = None) -> None:
         super().__init__()
         self.mixed = mixed
+        self.snapshot: Snapshot | None = None
+        if fn is not None and not torch.compiler.is_compiling():
+            self.snapshot = Snapshot(modules_of(fn), several_processes())
         self.written: dict[int, tuple[weakref.ref[Tensor], Tensor, int]] = {}
         self.bindings = Bindings()
         self.replaced: dict[int, tuple[Tensor, Tensor]] = {}
@@ -318,7 +277,7 @@ class RestoringMode(TorchFunctionMode):
         held = [target for target in written if not in_transform(target)]
         if isinstance(kwargs.get("generator"), torch.Generator):
             self.draws(kwargs["generator"])
-        first = bool(held) and bool(args) and held[0] is args[0]
+        first = bool(held) and bool(args) and held[0] is args[0] and kwargs.get("out") is None
         if first and active_transform() is not None and _any_in_transform(args[1:]):
             args = (self._writable_copy(args[0]), *args[1:])
         elif held:
@@ -326,12 +285,24 @@ class RestoringMode(TorchFunctionMode):
             if active_transform() is not None and not _any_in_transform((*args, *written)):
                 with outside_transforms():  # they refuse to write into what a function holds
                     return func(*args, **kwargs)
-        if name == "__get__" and func == DATA:
-            self.remember(args[0], unseen=True)  # what is written through it, nobody counts
+        if name in OF_MEMORY:
+            args = self._of_memory(func, name, args)
         out = func(*args, **kwargs)
         if isinstance(out, Tensor):
             self._note(out, func, (*args, *kwargs.values()))
         return out
+
+    def _of_memory(self, func: Any, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Note a function that hands out the memory of a tensor, or gives it another; return what
+        it is to be called with.
+        """
+        data = name == "__get__" and func == DATA
+        if data or (name in AS_ARRAY and not isinstance(args[0], nn.Parameter)):
+            self.remember(args[0], unseen=True)  # what is written through it, nobody counts
+        elif name == "__set__" and func == BIND_DATA and not in_transform(args[0]):
+            self.bindings.note_memory(args[0])
+            return args[0], base_of(args[1])  # memory of a transform ends with it
+        return args
 
     def _note(self, out: Tensor, func: Any, arguments: Iterable[Any]) -> None:
         """Note the precision of what a function returned, and its memory."""
@@ -417,7 +388,7 @@ class RestoringMode(TorchFunctionMode):
         for target in targets:
             root = root_of(target)
             key = id(root)
-            if in_transform(root) or _memory_of(root) in self.made:
+            if in_transform(root) or _memory_of(root) in self.made or key in self.bindings.memory:
                 continue
             version = version_of(root)
             if unseen:
@@ -439,6 +410,8 @@ class RestoringMode(TorchFunctionMode):
         What is as it was counts as not written to: autograd may have saved it before.
         """
         self.bindings.restore()
+        if self.snapshot is not None:
+            self.snapshot.restore()
         with torch.no_grad():
             # the first last: one memory may be known by several tensors, as by x and x.data
             for reference, before, version in reversed(list(self.written.values())):
@@ -516,6 +489,15 @@ DATA = torch.Tensor.data.__get__  # pyright: ignore
 """Reads the field ``data`` of a tensor: the same memory, and writes that autograd does not count.
 """
 
+BIND_DATA = torch.Tensor.data.__set__  # pyright: ignore
+"""Gives a tensor other memory."""
+
+AS_ARRAY = frozenset(("numpy", "__array__", "__dlpack__"))
+"""Functions that hand the memory of a tensor to others."""
+
+OF_MEMORY = AS_ARRAY | {"__get__", "__set__"}
+"""Functions that may hand out the memory of a tensor, or give it another."""
+
 OPERATORS_IN_PLACE = frozenset(
     f"__i{name}__" for name in "add sub mul matmul truediv floordiv div mod pow and or xor".split()
 ) | {"__setitem__", "__ilshift__", "__irshift__"}
@@ -581,13 +563,18 @@ def is_alive(tensor: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def restoring_buffers(mixed: bool = True) -> Iterator[RestoringMode]:
-    """Evaluate a function again; afterwards its modules' buffers are as they were before.
+def restoring_buffers(fn: Any, mixed: bool = True) -> Iterator[RestoringMode]:
+    """Evaluate a function again; afterwards its modules' buffers and attributes are as they were
+    before.
+
+    Args:
+        fn: the function, or a module that it calls.
+        mixed: it mixes rows, or may.
 
     Raises:
         RowsMixError: if it mixes rows and ``mixed`` does not say so.
     """
-    mode = RestoringMode(mixed)
+    mode = RestoringMode(mixed, fn)
     try:
         with hidden_calls.protecting(mode), below_modes_of_the_user(mode):
             yield mode
@@ -607,7 +594,7 @@ def without_trace(function: Callable[[], Any], beside: Tensor) -> Any:
     xp = backend_of(beside)
     if xp is not torch_backend:
         return xp.detach(function())
-    with torch.no_grad(), restoring_buffers():
+    with torch.no_grad(), restoring_buffers(function):
         found = function()
     if not torch.compiler.is_compiling():
         # an older torch (2.9) keeps what autocast cast without gradient, and hands it out later

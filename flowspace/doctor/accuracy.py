@@ -197,7 +197,7 @@ def _derivative(route: Derivative, example: Example, point: Point) -> Tensor:
         return example.model(z_t, t, point.s, **point.cond)
 
     torch.manual_seed(0)
-    with restoring_buffers():
+    with restoring_buffers(example.model):
         tangents = (point.velocity, torch.ones_like(point.t))
         return route(fn, (point.z_t, point.t), tangents)[1].detach()
 
@@ -206,7 +206,7 @@ def _value(example: Example, point: Point) -> Tensor | None:
     """Return what the model returns at a point, without a trace, or None where it raises."""
     torch.manual_seed(0)
     try:
-        with torch.no_grad(), restoring_buffers():
+        with torch.no_grad(), restoring_buffers(example.model):
             return example.model(point.z_t, point.t, point.s, **point.cond)
     # whatever a user's own model raises: then this is not possible with it
     except Exception:
@@ -281,7 +281,7 @@ def _draws(example: Example) -> bool:
     """Return whether a forward pass draws random numbers."""
     point = _point(example)
     state = RandomState(example.latents.device, of_python=True)
-    with contextlib.suppress(Exception), torch.no_grad(), restoring_buffers():
+    with contextlib.suppress(Exception), torch.no_grad(), restoring_buffers(example.model):
         example.model(point.z_t, point.t, point.s, **point.cond)
     return state.changed()
 

@@ -38,7 +38,8 @@ from flowspace.arrays import (
 )
 from flowspace.backends import backend_of, one_backend, torch_backend
 from flowspace.derivatives import Derivative, SharedPrimal
-from flowspace.derivatives.replay import OnCopies, RandomState, without_trace
+from flowspace.derivatives.reached import OnCopies
+from flowspace.derivatives.replay import RandomState, without_trace
 from flowspace.errors import InputError, TimeError
 from flowspace.flow_map import FlowMap
 from flowspace.guidance import Guidance, check_guidance

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from flowspace.arrays import Model, at_least_float32
 from flowspace.backends import torch_backend
-from flowspace.derivatives.replay import OnCopies, without_trace
+from flowspace.derivatives.reached import OnCopies
+from flowspace.derivatives.replay import without_trace
 from flowspace.derivatives.route import checked
 from flowspace.errors import InputError
 from flowspace.inputs import check_flag, signature_of

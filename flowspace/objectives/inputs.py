@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor
 
 from flowspace.arrays import Cond, Model
-from flowspace.derivatives.replay import OnCopies
+from flowspace.derivatives.reached import OnCopies
 from flowspace.derivatives.route import checked
 from flowspace.errors import InputError
 from flowspace.inputs import (

@@ -278,7 +278,7 @@ class TrajectoryMatchingLoss(MeanFlowLoss):
     ) -> bool:
         """Return whether the first pair has the same value among all pairs and by itself."""
         try:
-            with torch.no_grad(), restoring_buffers(mixed=False) as run:
+            with torch.no_grad(), restoring_buffers(model, mixed=False) as run:
                 alone = evaluated(model, *pair, cond)
         except RowsMixError as error:
             if error.finder is None:

@@ -38,13 +38,12 @@ import torch
 from torch import Tensor
 
 from flowspace.derivatives import hidden_calls
+from flowspace.derivatives.reached import OnCopies, copies_of
 from flowspace.derivatives.replay import (
     REFUSAL_SLACK,
-    OnCopies,
     RandomState,
     RestoringMode,
     agree,
-    copies_of,
     restoring_buffers,
     uncompiled,
 )
@@ -162,7 +161,7 @@ class _AtPoint:
         self, primals: Sequence[Any], writes: Writes, watch: Watch | None
     ) -> "tuple[Evaluation, RestoringMode]":
         """Return what another pass gives, over all rows and without gradient."""
-        with writes.undone(), torch.no_grad(), restoring_buffers() as run:
+        with writes.undone(), torch.no_grad(), restoring_buffers(self.fn) as run:
             again = self.draws.replay(self.fn)
             found = evaluate_beside(again, primals, self.tangents, None, watch)
             # its own memory may be put back as well

@@ -1,6 +1,5 @@
 """Which passes over a model are watched, and what a model reaches as far as its wrappers tell."""
 
-import contextlib
 import functools
 import itertools
 import weakref
@@ -12,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from flowspace.derivatives.replay import OnCopies
+from flowspace.derivatives.reached import OnCopies, reached, variables
 
 __all__ = ["is_watched", "tensors_of"]
 
@@ -42,7 +41,7 @@ def _key(fn: Any) -> Hashable:
     closure round the same module.
     """
     found: list[Any] = []
-    for held in _reached(fn):
+    for held in reached(fn):
         if isinstance(held, FunctionType):
             found.append(held.__code__)
         elif isinstance(held, nn.Module):
@@ -56,32 +55,11 @@ WRAPPERS = (functools.partial, OnCopies, MethodType)
 """Types of objects that call another."""
 
 
-def _reached(fn: Any) -> Iterator[Any]:
-    """Iterate over what a function calls as far as its wrappers and variables tell, from outside
-    in.
-    """
-    waiting, met = [fn], set()
-    while waiting:
-        held = waiting.pop()
-        if id(held) in met:
-            continue
-        met.add(id(held))
-        yield held
-        if isinstance(held, functools.partial):
-            waiting.append(held.func)
-        elif isinstance(held, OnCopies):
-            waiting.append(held.fn)
-        elif isinstance(held, MethodType):
-            waiting += [held.__func__, held.__self__]
-        elif isinstance(held, FunctionType):
-            waiting += filter(callable, _variables(held))
-
-
 def tensors_of(fn: Any) -> Iterator[Tensor]:
     """Iterate over the tensors that a function reaches and may have written to: buffers and
     attributes of its modules, and variables.
     """
-    for held in _reached(fn):
+    for held in reached(fn):
         if isinstance(held, nn.Module):
             for module in held.modules():
                 values = (*module._buffers.values(), *vars(module).values())
@@ -89,7 +67,7 @@ def tensors_of(fn: Any) -> Iterator[Tensor]:
         elif isinstance(held, FunctionType):
             names = held.__code__.co_names
             values = [held.__globals__.get(name) for name in names]
-            for value in (*values, *_variables(held)):
+            for value in (*values, *variables(held)):
                 if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                     yield value
 
@@ -101,12 +79,3 @@ def _number_of(module: nn.Module) -> int:
         gone = weakref.ref(module, lambda _: _numbers.pop(place, None))
         _numbers[place] = gone, next(_unused)
     return _numbers[place][1]
-
-
-def _variables(fn: FunctionType) -> list[Any]:
-    """Return the variables of a closure that have a value."""
-    held = []
-    for cell in fn.__closure__ or ():
-        with contextlib.suppress(ValueError):  # it has none yet
-            held.append(cell.cell_contents)
-    return held

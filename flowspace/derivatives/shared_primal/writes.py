@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowspace.derivatives import rules
+from flowspace.derivatives.bindings import Bindings
 from flowspace.derivatives.replay import (
-    Bindings,
     base_of,
     in_transform,
     is_alive,
