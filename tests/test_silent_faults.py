@@ -433,7 +433,7 @@ def test_what_autograd_does_not_see_is_an_engines_and_stays():
     ends.
     """
     filled, freed, held = torch.zeros(3), torch.zeros(3), torch.zeros(3)
-    with replay.restoring_buffers():
+    with replay.restoring_buffers(None):
         for tensor in (filled, freed):
             with torch.autograd._unsafe_preserve_version_counter(tensor):
                 tensor.copy_(torch.ones(3))
@@ -823,3 +823,241 @@ def test_a_step_with_drawn_times_asks_the_device_nothing():
         "aten::_local_scalar_dense" not in transfers.names
         and "aten::is_nonzero" not in transfers.names
     )
+
+
+# --- numbers that are tensors, and tensors that stand for a shape
+# ---------------------------------------------------------------------------------------
+
+TAKEN_FOR_NUMBERS = {
+    "softplus": lambda z, x: F.softplus(z, beta=3 * x),
+    "leaky_relu": F.leaky_relu,
+    "elu": lambda z, x: F.elu(z, alpha=x),
+    "layer_norm": lambda z, x: F.layer_norm(z, (3,), eps=x),
+    "normalize": lambda z, x: F.normalize(z, p=1 + x, dim=-1),
+    "add": lambda z, x: torch.add(z, z.sin(), alpha=x),
+    "add_": lambda z, x: (2 * z).add_(z.sin(), alpha=x),
+    "addcmul": lambda z, x: z.addcmul(z, z, value=x),
+    "attention": lambda z, x: F.scaled_dot_product_attention(z, z, z, scale=x),
+    "pad": lambda z, x: F.pad(z, (1, 1), value=x)[..., 1:],
+    "hardtanh": lambda z, x: F.hardtanh(z, -x, x),
+    "vector_norm": lambda z, x: torch.linalg.vector_norm(z, 1 + x, dim=-1, keepdim=True) * z,
+    "huber_loss": lambda z, x: F.huber_loss(z, 0 * z, reduction="none", delta=x),
+    "addmm": lambda z, x: torch.addmm(z[0], z[0], GRID, beta=x)[None],
+    "dropout": lambda z, x: F.dropout(z, p=x / 2),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN_FOR_NUMBERS)
+@pytest.mark.parametrize("route", ROUTES[:2], ids=repr)
+def test_a_tensor_that_torch_takes_for_a_number_may_not_move(name, route):
+    z, t = normal(0, 1, 3, 3), torch.tensor([0.6], dtype=torch.float64)
+    tangents = normal(1, 1, 3, 3), torch.ones_like(t)
+
+    def model(z, t):
+        return TAKEN_FOR_NUMBERS[name](z, t[0])
+
+    for _ in range(2):
+        with pytest.raises(DerivativeError):
+            route(model, (z, t), tangents)
+
+    def fixed(z, t):
+        return TAKEN_FOR_NUMBERS[name](z, t[0].detach().item())
+
+    torch.manual_seed(0)
+    found = route(fixed, (z, t), tangents)[1]
+    torch.manual_seed(0)
+    with sdpa_kernel(SDPBackend.MATH):
+        near(found, torch.func.jvp(lambda z: fixed(z, t), (z,), tangents[:1])[1])
+
+
+GRID = torch.linspace(-1, 1, 9, dtype=torch.float64).reshape(3, 3)
+
+TAKEN_FOR_A_KIND = {
+    "type_as": lambda z: z * (z > 0).type_as(z),
+    "to": lambda z: z * torch.arange(3).to(z),
+    "expand_as": lambda z: z * GRID[:1].expand_as(z),
+    "view_as": lambda z: z * GRID.repeat(2, 1).view_as(z),
+    "reshape_as": lambda z: z * GRID.repeat(2, 1).reshape_as(z),
+    "full_like": lambda z: z * torch.full_like(z, 2.0),
+    "new_full": lambda z: z * z.new_full((3,), 2.0),
+    "new": lambda z: z * z.new(z.shape).fill_(2.0),
+    "new of numbers": lambda z: z * z.new([1.0, 2.0, 3.0]),
+    "sparse": lambda z: z * torch.eye(3, dtype=z.dtype).to_sparse().coalesce().values(),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN_FOR_A_KIND)
+@each_route
+def test_a_tensor_may_stand_for_its_shape_alone(name, route):
+    primals, tangents = arguments()
+
+    def model(z, t, s):
+        return TAKEN_FOR_A_KIND[name](z) * t[:, None]
+
+    _, derivative, rows = derived(route, model, primals, tangents)
+    near(derivative, exact(model, primals, tangents)[1][rows], route)
+
+
+def test_what_is_filled_with_what_moves_moves_or_is_refused():
+    primals, tangents = arguments()
+
+    def model(z, t, s):
+        return z * torch.full_like(z, t[1])
+
+    _, derivative, rows = derived(SharedPrimal(), model, primals, tangents)
+    near(derivative, exact(lambda z, t, s: z * t[1], primals, tangents)[1][rows])
+    with pytest.raises(DerivativeError, match="full_like"):
+        ForwardMode()(model, primals, tangents)
+
+
+@pytest.mark.parametrize("route", ROUTES[:2], ids=repr)
+def test_new_of_a_tensor_that_moves_is_refused_or_right(route):
+    primals, tangents = arguments()
+
+    def model(z, t, s):  # it is z, in the memory of z
+        return torch.zeros(0, dtype=z.dtype).new(z) * z
+
+    for _ in range(3):  # the third is not watched
+        with contextlib.suppress(DerivativeError):
+            near(route(model, primals, tangents)[1], 2 * primals[0] * tangents[0])
+
+
+LARGE = torch.eye(3, 2, dtype=torch.float64)
+
+
+def positive(z):
+    return torch.eye(3, dtype=z.dtype) + z[:, :, None] * z[:, None]
+
+
+PARTLY_STANDING = {
+    "lu": lambda z: torch.linalg.lu(positive(z)).U,
+    "lu_unpack": lambda z: torch.lu_unpack(*torch.linalg.lu_factor(positive(z)))[2],
+    "lstsq": lambda z: (
+        torch.linalg.lstsq(LARGE + z[:, :, None], torch.ones(len(z), 3, 1, dtype=z.dtype)).solution
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PARTLY_STANDING)
+@each_route
+def test_a_function_may_return_more_than_what_moves(name, route):
+    primals, tangents = arguments()
+
+    def model(z, t, s):
+        return PARTLY_STANDING[name](z + t[:, None]).flatten(1)
+
+    _, derivative, rows = derived(route, model, primals, tangents)
+    near(derivative, exact(model, primals, tangents)[1][rows], route)
+
+
+@pytest.mark.parametrize("of", ["Laplace", "Cauchy", "Exponential", "Gumbel"])
+@each_route
+def test_samples_of_distributions_are_differentiated(of, route):
+    primals, tangents = arguments()
+
+    def model(z, t, s):
+        parameters = (z.exp(),) if of == "Exponential" else (z, t[:, None].expand_as(z))
+        return getattr(torch.distributions, of)(*parameters, validate_args=False).rsample()
+
+    def of_seed(z, t, s):
+        torch.manual_seed(0)
+        return model(z, t, s)
+
+    torch.manual_seed(0)
+    _, derivative, rows = derived(route, model, primals, tangents)
+    step = 1e-6
+    z, t, s = primals
+    there = of_seed(z + step * tangents[0], t + step, s)
+    here = of_seed(z - step * tangents[0], t - step, s)
+    torch.testing.assert_close(
+        derivative, ((there - here) / (2 * step))[rows], rtol=1e-3, atol=1e-3
+    )
+
+
+@each_second_run
+def test_dropout_of_what_is_not_contiguous_draws_the_same(route):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dtype=torch.float64)
+
+    def model(z, t, s):
+        return layer(z * t[:, None, None] + s[:, None, None])
+
+    z, t, s = normal(0, 4, 5, 16), *arguments(4)[0][1:]
+    primals, tangents = (z, t, s), (normal(1, 4, 5, 16), torch.ones_like(t), None)
+    torch.manual_seed(1)
+    wanted = SharedPrimal()(model, primals, tangents)[1]
+    torch.manual_seed(1)
+    near(route(model, primals, tangents)[1], wanted, route)
+
+
+@pytest.mark.parametrize(
+    "draw", [torch.rand_like, torch.randn_like, lambda x: x.sigmoid().bernoulli()]
+)
+def test_draws_in_the_shape_of_what_is_not_contiguous_are_the_same(draw):
+    def model(z, t, s):
+        return z * t[:, None] * draw(z.mT.contiguous().mT)
+
+    primals, tangents = arguments()
+    torch.manual_seed(1)
+    wanted = SharedPrimal()(model, primals, tangents)[1]
+    torch.manual_seed(1)
+    near(ForwardMode()(model, primals, tangents)[1], wanted)
+
+
+def test_a_tensor_that_moves_may_not_be_detached_in_place():
+    primals, tangents = arguments()
+    with pytest.raises(DerivativeError, match=r"write x = x.detach\(\)"):
+        SharedPrimal()(lambda z, t, s: z * z.clone().detach_(), primals, tangents)
+
+
+# --- rows that mix by little
+# ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("route", ROUTES[:3], ids=repr)
+def test_a_small_part_that_mixes_rows_is_found_beside_a_large_one(route):
+    primals, tangents = arguments()
+
+    def model(z, t, s):
+        small = 1e-4 * (z - z.mean(0)) * t[:, None]
+        return torch.cat([300 + z, small], 1)
+
+    _, derivative, rows = derived(route, model, primals, tangents)
+    wanted = exact(model, primals, tangents)[1][rows]
+    torch.testing.assert_close(derivative[:, 3:], wanted[:, 3:], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("mixing", [1e-2, 1e-3, 1e-4, 1e-5])
+@each_second_run
+def test_rows_that_mix_by_little_make_no_large_error(mixing, route):
+    primals, tangents = arguments()
+
+    def model(z, t, s):
+        x = z.float() * t[:, None].float()
+        return (x + mixing * torch.sin(3 * x.mean(0))).to(z.dtype)
+
+    def exactly(z, t, s):
+        x = z * t[:, None]
+        return x + mixing * torch.sin(3 * x.mean(0))
+
+    route = type(route)() if isinstance(route, ForwardMode) else FiniteDifference()
+    _, derivative, rows = derived(route, model, primals, tangents)
+    error = (derivative - exact(exactly, primals, tangents)[1][rows]).abs().max()
+    assert error < 5e-3
+
+
+def test_an_operator_without_a_derivative_is_refused_whatever_it_returns():
+    primals, tangents = arguments()
+    with torch.library._scoped_library("flowspace_tests_state", "DEF") as library:
+        library.define("twice(Tensor x) -> Tensor")
+        library.impl("twice", lambda x: 2 * x, "CPU")
+        library.define("both(Tensor x) -> (Tensor, Tensor)")
+        library.impl("both", lambda x: (2 * x, 3 * x), "CPU")
+        operators = torch.ops.flowspace_tests_state
+        for model in (
+            lambda z, t, s: operators.twice(z),
+            lambda z, t, s: operators.both.default(z)[1],
+        ):
+            for route in ROUTES[:2]:
+                with pytest.raises(DerivativeError, match="no forward derivative"):
+                    derived(route, model, primals, tangents)

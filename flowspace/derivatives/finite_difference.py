@@ -65,8 +65,8 @@ class FiniteDifference(SecondRun):
             whether they are of one function. Rows without room towards the data step ahead, so
             that t never leaves [0, 1].
 
-    Where the values do not lie near one line, or under autocast, the model is evaluated once more,
-    at the same point.
+    Of order 2, the model is evaluated once more, at the same point, on some of the rows, where
+    the values do not lie near one line, or under autocast.
 
     Raises:
         InputError: unless 0 < step <= 0.25 and order is 1 or 2.
@@ -113,7 +113,8 @@ class FiniteDifference(SecondRun):
         """Return the difference quotient on the given rows, and the value if it was evaluated.
 
         It is evaluated again where nothing else would tell that the second run is not the first
-        one: of order 2, the values lie near one line if it is.
+        one: of order 2, the values lie near one line if it is. On some rows it always is, for the
+        model may mix them by so little that the values still do.
         """
         self._check_precision(primals, tangents)
         stencil_of = self._stencil
@@ -121,7 +122,7 @@ class FiniteDifference(SecondRun):
             stencil_of = self._common_stencil
         stencil = stencil_of(primals)
         shifted = self._values(fn, primals, tangents, stencil)
-        in_doubt = not first.exact or several_processes()
+        in_doubt = not first.exact or not first.whole or several_processes()
         if not in_doubt and self._on_one_line(first.value, shifted, stencil):
             return Second(stencil.derivative([first.value, *shifted]), None)
         value = fn(*primals)

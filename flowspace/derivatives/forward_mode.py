@@ -6,7 +6,7 @@ at what each function returns, and raises DerivativeError where a tangent ends.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from flowspace.derivatives.replay import (
+    RandomState,
     RestoringMode,
     base_of,
     forward_mode_lock,
@@ -49,6 +50,7 @@ from flowspace.derivatives.torch_internals import (
     function_modes,
     leave_function_modes,
     memory_of,
+    outside_transforms,
     transform_level,
 )
 from flowspace.errors import DerivativeError
@@ -61,8 +63,19 @@ STOPS = CONSTANT | {"detach", "detach_", "where"}
 In `where` it may be the condition alone that moves.
 """
 
+DRAWING = frozenset("dropout rand_like randn_like randint_like bernoulli".split())
+"""Functions that draw a number for each of a tensor's, in the order of its memory."""
+
+FIRST_COUNTS = frozenset("to type_as expand_as view_as reshape_as".split())
+"""Functions that take what follows their first argument for its dtype or shape alone."""
+
+FIRST_IS_KIND = frozenset("full_like new_full".split())
+"""Functions that take their first argument for its dtype or shape alone."""
+
 OF_TORCH = (
     "forward AD",
+    "forward gradient",
+    "not have strides",
     "functorch",
     "torch.func",
     "TransformType",
@@ -242,10 +255,16 @@ class _NoLostTangents(TorchFunctionMode):
         if name in LEAVES:
             raise DerivativeError(leaving(name))
         _refuse_written(func)
+        if not any(map(_moves, _tensors(_counted(name, args, kwargs)))):
+            return func(*args, **kwargs)
         if written:
             args, kwargs = _apart(args, kwargs, written[0])
+        if name not in STOPS and name not in FIRST_COUNTS:
+            _check_each(func, args, kwargs, written)
         plain = self._without_modes(func, args, kwargs, name, written)
-        out = func(*args, **kwargs)
+        out = _drawn(func, name, args, kwargs)
+        if out is None:
+            out = func(*args, **kwargs)
         refuse_changed(name, out, plain)
         if name == "detach":
             base = base_of(out)
@@ -274,6 +293,76 @@ class _NoLostTangents(TorchFunctionMode):
         if written and args:
             copies = (args[0].clone(), *args[1:])
         return value_without_modes(func, copies, kwargs)
+
+
+def _counted(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
+    """Return the arguments of a function whose numbers it takes."""
+    if name in FIRST_COUNTS:
+        return args[:1]
+    if name in FIRST_IS_KIND:
+        return (*args[1:], *kwargs.values())
+    return (*args, *kwargs.values())
+
+
+def _drawn(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return what a function draws that is given a tensor which is not contiguous, and None for
+    any other: torch.func.jvp would draw in another order than the first run did.
+    """
+    if name not in DRAWING:
+        return None
+    options = dict(kwargs)
+    x = options.pop("input", args[0] if args else None)
+    in_place = options.get("inplace") or (len(args) > 3 and args[3])
+    if in_place or not isinstance(x, Tensor) or x.is_contiguous():
+        return None
+    with outside_transforms():
+        if name != "dropout":
+            return func(base_of(x), *args[1:], **options)
+        mask = func(torch.ones_like(base_of(x)), *args[1:], **options)
+    return x * mask
+
+
+_followed: set[Hashable] = set()
+"""Functions, and the kinds of their arguments, of which torch follows each tangent."""
+
+
+def _check_each(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: Sequence[Tensor]
+) -> None:
+    """Raise DerivativeError for an argument whose tangent torch drops beside that of another.
+
+    Such are tensors that it takes for numbers, as the alpha of torch.add. Each argument is tried
+    alone, once for each function and kind of arguments.
+    """
+    given = [*args, *kwargs.values()]
+    moving = [i for i, x in enumerate(given) if isinstance(x, Tensor) and _moves(x)]
+    tried = [i for i in moving if not any(given[i] is target for target in written)]
+    if len(moving) < 2 or not tried:
+        return
+    kinds = tuple(x.ndim if isinstance(x, Tensor) else None for x in given)
+    case = func, tuple(kwargs), tuple(moving), kinds
+    if case in _followed:
+        return
+    repeated = RandomState(given[moving[0]].device).replay(func)
+    for i in tried:
+        alone = list(given)
+        for other in moving:
+            if other != i:
+                alone[other] = given[other].detach().clone()
+        named = dict(zip(kwargs, alone[len(args) :], strict=True))
+        try:
+            out = repeated(*alone[: len(args)], **named)
+        except (RuntimeError, NotImplementedError):
+            continue  # as it is called, it may raise the same
+        parts = [part for part in _tensors((out,)) if differentiable(part) and part.numel()]
+        if parts and not any(map(_moves, parts)):
+            raise DerivativeError(
+                f"got an argument of {_called(func)}, of shape {tuple(given[i].shape)}, that "
+                "moves with z_t or t and that torch takes for a constant; write .detach() first "
+                "if it is one, or derivative=FiniteDifference()"
+            )
+    if getattr(func, "__closure__", None) is None:  # closures are made anew for each call
+        _followed.add(case)
 
 
 def _apart(
@@ -325,8 +414,10 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def _moves(tensor: Tensor) -> bool:
-    """Return whether a tensor has a tangent now."""
-    return in_transform(tensor) and forward_ad.unpack_dual(tensor).tangent is not None
+    """Return whether a tensor has a tangent now; torch gives none to a sparse one."""
+    if not in_transform(tensor) or tensor.layout != torch.strided:
+        return False
+    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _reason(error: Exception) -> str:

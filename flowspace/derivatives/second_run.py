@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from flowspace.derivatives.reached import OnCopies
 from flowspace.derivatives.replay import (
     REFUSAL_SLACK,
-    OnCopies,
     RandomState,
     RestoringMode,
     RowsMixError,
@@ -50,10 +50,12 @@ class First(NamedTuple):
     Attributes:
         value: fn(*primals), detached.
         exact: whether it is known to full precision.
+        whole: whether these are all rows, and not some of them.
     """
 
     value: Tensor
     exact: bool
+    whole: bool = True
 
 
 class Second(NamedTuple):
@@ -152,7 +154,7 @@ class _Attempt:
 
     def on_rows(self, indices: Tensor) -> Tensor | None:
         """Return the derivative on these rows, or None if the model needs all of them."""
-        first = self.first._replace(value=self.first.value[indices])
+        first = self.first._replace(value=self.first.value[indices], whole=False)
         try:
             second, itemsize = self._run(first, indices, mixed=False)
         except FlowspaceError:
@@ -162,7 +164,7 @@ class _Attempt:
             return None
         if second.derivative.shape != first.value.shape:
             return None
-        if second.value is None or agree(first.value, second.value, itemsize):
+        if second.value is None or _agree_in_each_place(first.value, second.value, itemsize):
             return second.derivative
         return None
 
@@ -187,7 +189,7 @@ class _Attempt:
         """Return what a second run gives, and the bytes of the coarsest numbers in either run."""
         both = self.primals, self.tangents
         primals, tangents = pytree.tree_map(lambda leaf: self._input(leaf, indices), both)
-        with restoring_buffers(mixed) as run:
+        with restoring_buffers(self.fn, mixed) as run:
             fn = run.from_the_start(self.fn)
             second = self.route.derive(fn, primals, tangents, first, mixed)
             self.route.check_run(run)
@@ -210,6 +212,23 @@ class _Attempt:
         if indices is None or not leaf.ndim or len(leaf) != len(self.first.value):
             return leaf
         return leaf[indices]
+
+
+FLOOR = 0.01
+"""What is smaller in all rows than so much of the largest value counts as if it were so large."""
+
+
+def _agree_in_each_place(first: Tensor, second: Tensor, itemsize: int) -> bool:
+    """Return whether two evaluations of the same rows differ by rounding alone, beside what a row
+    holds in the same place: a part of the output that is small may mix rows beside one that is
+    large.
+    """
+    if first.shape != second.shape or 0 in first.shape:
+        return first.shape == second.shape
+    largest = first.abs().amax(0)
+    scale = torch.maximum(largest, FLOOR * largest.max())
+    scale = torch.where(scale > 0, scale, 1.0)
+    return agree(first / scale, second / scale, itemsize)
 
 
 @contextlib.contextmanager

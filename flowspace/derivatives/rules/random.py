@@ -116,7 +116,7 @@ def _dropout(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def dropout(input: Tensor, p: float = 0.5, train: bool = True) -> Tensor:
         if train and p > 0:
-            return input * function(torch.ones_like(input), p, True)
+            return input * function(torch.ones_like(input), float(p), True)
         return input
 
     return dropout
@@ -133,7 +133,7 @@ def _alpha_dropout(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return input
         if p >= 1:
             return input * 0.0
-        kept = (function(torch.ones_like(input), p, True) > 0).to(input.dtype)
+        kept = (function(torch.ones_like(input), float(p), True) > 0).to(input.dtype)
         scale = 1 / math.sqrt((SATURATION**2 * p + 1) * (1 - p))
         shift = (kept - 1) * (SATURATION * scale) + SATURATION * scale * p
         return input * (kept * scale) + shift

@@ -49,7 +49,7 @@ RULES: dict[str, Rule] = {}
 
 CONSTANT = frozenset(
     "zeros_like ones_like empty_like rand_like randn_like randint_like new_zeros "
-    "new_ones new_empty new_tensor new_empty_strided bernoulli multinomial poisson "
+    "new new_ones new_empty new_tensor new_empty_strided bernoulli multinomial poisson "
     "normal zero_ normal_ uniform_ bernoulli_ exponential_ random_ cauchy_ log_normal_ "
     "geometric_".split()
 )
@@ -58,10 +58,14 @@ CONSTANT = frozenset(
 PLAIN_TYPES = frozenset({Tensor, nn.Parameter})
 """Types of tensors that have no functions of their own."""
 
-NO_TENSORS = frozenset(
-    {int, float, bool, str, slice, type(None), type(Ellipsis), torch.dtype, torch.device}
-)
+NUMBERS_AND_NAMES = (int, float, bool, str, slice, type(None), type(Ellipsis))
+NO_TENSORS = frozenset((*NUMBERS_AND_NAMES, torch.dtype, torch.device, torch.Size))
 """Types of arguments that are no tensors and hold none."""
+
+STANDING = {"linalg_lu": (0,), "lu": (0,), "lu_unpack": (0,)}
+"""By function, the outputs of real numbers that stand still though its input moves: they permute
+rows.
+"""
 
 UNTAGGED = frozenset(
     "hardswish log_sigmoid complex polar absolute negative fix arccos arccosh arcsin arcsinh "
@@ -305,7 +309,7 @@ def forward(call: Call, restricted: Callable[[Any], Any] | None = None) -> list[
     try:
         if len(moving) > 1 and name not in STEPWISE:
             _check_followed(call, outputs, fixed, moving, tangents)
-        return list(jvp(outputs, fixed, moving, tangents))
+        return list(jvp(outputs, fixed, moving, tangents, STANDING.get(name, ())))
     except (RuntimeError, NotImplementedError, TypeError) as error:
         raise DerivativeError(
             f"torch has no forward derivative of {name} ({str(error).splitlines()[0]}); "
@@ -378,30 +382,53 @@ Outputs = Callable[[Sequence[Any]], tuple[Tensor, ...]]
 
 
 def one_jvp(
-    outputs: Outputs, fixed: Sequence[Any], moving: Sequence[int], tangents: Sequence[Tensor]
+    outputs: Outputs,
+    fixed: Sequence[Any],
+    moving: Sequence[int],
+    tangents: Sequence[Tensor],
+    standing: Sequence[int],
 ) -> tuple[Tensor, ...]:
     """Return the tangents of the outputs by torch.func.jvp.
 
-    Strict: an operator without a forward derivative leaves its output without a tangent, and is
-    refused; so is one that does not depend on what moves. torch counts levels of forward mode for
-    the whole process, so one thread at a time is in one.
+    An operator without a forward derivative leaves its output without a tangent, and is refused;
+    so is one that does not depend on what moves. torch counts levels of forward mode for the whole
+    process, so one thread at a time is in one.
+
+    Args:
+        outputs: the function.
+        fixed: its arguments.
+        moving: which of them move.
+        tangents: of these.
+        standing: the outputs that stand still.
+
+    Raises:
+        RuntimeError: if another output has no tangent.
     """
 
     def of_moving(*inputs: Tensor) -> tuple[Tensor, ...]:
         values = list(fixed)
         for i, value in zip(moving, inputs, strict=True):
             values[i] = value
-        return outputs(values)
+        found = outputs(values)
+        for number, out in enumerate(found):
+            follows = not out.numel() or forward_ad.unpack_dual(out).tangent is not None
+            if not follows and number not in standing:
+                raise RuntimeError("its output has no tangent where its input has one")
+        return found
 
     with forward_mode_lock:
         primals = tuple(fixed[i] for i in moving)
-        return torch.func.jvp(of_moving, primals, tuple(tangents), strict=True)[1]
+        return torch.func.jvp(of_moving, primals, tuple(tangents))[1]
 
 
 def traced_jvp(
-    outputs: Outputs, fixed: Sequence[Any], moving: Sequence[int], tangents: Sequence[Tensor]
+    outputs: Outputs,
+    fixed: Sequence[Any],
+    moving: Sequence[int],
+    tangents: Sequence[Tensor],
+    standing: Sequence[int],
 ) -> tuple[Tensor, ...]:
-    """Return the tangents of the outputs within a trace.
+    """Return the tangents of the outputs within a trace, as `one_jvp` does.
 
     A trace above autograd would record torch.func.jvp as steps that mean nothing outside it. So
     it is traced apart, down to operators below autograd, and these are put in.
@@ -417,7 +444,7 @@ def traced_jvp(
         values = list(fixed)
         for i, value in zip(places, flat[: len(places)], strict=True):
             values[i] = value
-        return one_jvp(outputs, values, moving, flat[len(places) :])
+        return one_jvp(outputs, values, moving, flat[len(places) :], standing)
 
     given = [*inputs, *[tangent.contiguous() for tangent in tangents]]
     with proxy_tensor.disable_proxy_modes_tracing():

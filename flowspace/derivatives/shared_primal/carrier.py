@@ -79,8 +79,8 @@ MADE = "_flowspace_made"
 """The attribute of a tensor that the model made in a pass, for itself."""
 
 MAKERS = frozenset(
-    "zeros ones empty full zeros_like ones_like empty_like full_like new_zeros new_ones new_empty "
-    "new_full clone".split()
+    "zeros ones empty full zeros_like ones_like empty_like full_like new new_zeros new_ones "
+    "new_empty new_full clone".split()
 )
 """Functions that make tensors which are then filled."""
 
@@ -369,7 +369,7 @@ class Carrier(TorchFunctionMode):
         given, primals = self.unpack(values, duals)
         if isinstance(values, list):
             return given, primals
-        make = getattr(type(values), "_make", tuple)  # torch.Size holds numbers only
+        make = getattr(type(values), "_make", tuple)
         return make(given), make(primals)
 
     def _unpack_named(

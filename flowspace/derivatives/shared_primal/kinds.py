@@ -48,13 +48,19 @@ RESHAPED = (
     "{} writes in place, where the tangent cannot follow; write a new tensor for it, or "
     "derivative=ForwardMode()"
 )
+DETACHED = (
+    "got .detach_() of a tensor that moves with z_t or t, which takes its own tangent from it; "
+    "write x = x.detach()"
+)
 REFUSED = {
     "_make_dual": TRANSFORMED,
     "_unpack_dual": TRANSFORMED,
     "grad": DROPPED,
     "backward": DROPPED,
 }
-"""Functions that drop tangents, by their names, and what is said of them."""
+"""Functions that drop tangents, by their names, and what is said of them, also where nothing
+moves: the model may go round them.
+"""
 
 METADATA = frozenset(
     "size dim ndimension numel nelement stride storage_offset is_floating_point is_complex "
@@ -251,7 +257,7 @@ def _kind(name: str) -> str:
         return "metadata"
     if name in rules.RANDOM:
         return "random"
-    if name in RESHAPING or name in REFUSED:
+    if name in RESHAPING or name in REFUSED or name == "detach_":
         return "refused"
     if name.startswith("_foreach_") and name.endswith("_"):  # tensors of a list are written to
         return "refused"
@@ -295,4 +301,6 @@ def refusal(name: str, kind: str = "refused") -> str:
     """Return why a function of this name and kind is refused, and what to write instead."""
     if kind == "leaves":
         return leaving(name)
+    if name == "detach_":
+        return DETACHED
     return REFUSED.get(name, RESHAPED.format(name))
