@@ -291,9 +291,40 @@ def test_smaller_batches_need_no_new_graph_once_two_sizes_were_seen(programs):
     for rows in (16, 12, 16):  # the last by the graph of open sizes, which now comes first
         same(net, plain, batch(rows, rows // 2))
     before = len(programs)
-    for rows, moving in ((16, 8), (12, 6), (14, 6), (10, 6)):
+    for rows, moving in (
+        (16, 8),
+        (12, 6),
+        (14, 7),
+        (10, 6),
+        (15, 8),
+        (7, 3),
+        (6, 5),
+        (5, 2),
+        (3, 1),
+    ):
         same(net, plain, batch(rows, moving, seed=rows))
     assert len(programs) == before
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_batch_of_many_sizes_is_compiled_a_few_times(how, programs):
+    """The first batch, then open sizes, and one more where the room for rows is the batch."""
+    net, plain = pair(Net(), HOW[how])
+    parts = None
+    for call, rows in enumerate((16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 16)):
+        same(net, plain, batch(rows, rows // 2, seed=rows))
+        if not call:
+            parts = len(programs)
+    assert len(programs) <= 3 * parts
+
+
+def test_a_last_smaller_batch_makes_no_program_of_the_full_one_again(programs):
+    net, plain = pair(Net())
+    counts = []
+    for rows in (16, 16, 9, 16, 9, 16, 12):
+        same(net, plain, batch(rows, rows // 2, seed=rows))
+        counts.append(len(programs))
+    assert counts[2:] == [2 * counts[0]] * 5
 
 
 @pytest.mark.parametrize("saved", ["captured", "around"])
@@ -931,7 +962,8 @@ def test_sizes_that_change_from_call_to_call_end_in_one_warning(given, programs)
         warnings.simplefilter("always")
         for call in range(12):
             z, times = batch(8)
-            t, number, rows = times["t"], 3, torch.arange(8) < (3, 7)[call % 2]
+            few = 3 if call < 2 else (3, 7)[call % 2]  # open sizes have room for the first
+            t, number, rows = times["t"], 3, torch.arange(8) < few
             if given == "length":
                 z = torch.randn(8, 3 + call, 4, dtype=torch.float64)
             else:

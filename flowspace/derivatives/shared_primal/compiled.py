@@ -103,6 +103,7 @@ class Program(NamedTuple):
         written: the inputs that have another tangent afterwards.
         lost: rows mix, or a tangent lies where it cannot be followed: there is no dual graph for
             some of the rows.
+        room: how many moving rows it takes; None: all of them.
     """
 
     run: Function | None
@@ -110,6 +111,7 @@ class Program(NamedTuple):
     moving: tuple[Moving, ...] = ()
     written: tuple[Moving, ...] = ()
     lost: bool = False
+    room: int | None = None
 
 
 class Backend:
@@ -209,6 +211,7 @@ class Region:
         dynamic: sizes were left open.
         writes: the inputs that it writes into.
         mixes: it has a norm over the batch.
+        frame: the number of the function that it was captured of, the same in each capture.
         programs: by case and sizes, a program, or the error that there was instead of it.
     """
 
@@ -220,6 +223,8 @@ class Region:
         self.dynamic = any(_has_symbols(x) for x in self.context.examples)
         self.writes = _written_inputs(self.captured, self.context)
         self.mixes = _mixes(self.captured)
+        capture = _guards.CompileContext.current_compile_id()
+        self.frame = capture.frame_id if capture is not None else None
         self.programs: dict[Any, Program | Exception] = {}
         if not self._prepared(inputs):
             self.programs[_PLAIN, ()] = Program(backend(graph, inputs))
@@ -305,7 +310,7 @@ class Region:
         Inputs that were written to are given their new tangents.
         """
         chosen = _chosen_of(duals)
-        size = _room(chosen)
+        size = program.room
         # A graph is compiled for tangents as `_dual_examples` makes them: contiguous.
         tangents = []
         for dual in duals:
@@ -374,12 +379,40 @@ class Region:
         moving = _moving(duals)
         chosen = _chosen_of([dual for dual in duals if dual is not None])
         gradient = torch.is_grad_enabled() and not _value_recomputed()
-        case = moving, _room(chosen), gradient
+        case = moving, self._room(moving, chosen, gradient), gradient
         known = self.programs.get((case, ()))
         if known is not None:
             return known
         with hidden_calls.Paused(carrier), torch.set_grad_enabled(gradient):
-            return self._program_for(case, inputs, lambda c: self._make(c, moving, chosen))
+            return self._program_for(
+                case, inputs, lambda c: self._make(c, case[0], chosen, case[1])
+            )
+
+    def _room(
+        self, moving: tuple[Moving, ...], chosen: ChosenRows | None, gradient: bool
+    ) -> int | None:
+        """Return how many moving rows a program is to have room for; None: for all.
+
+        Where sizes were left open, a program that has room enough serves smaller batches too; the
+        first one has room for as many rows as moved before the sizes were seen to change.
+        """
+        if chosen is None:
+            return None
+        room = _room(chosen)
+        if self.dynamic:
+            known = []
+            for case, sizes in self.programs:
+                if sizes == () and case != _PLAIN and (case[0], case[2]) == (moving, gradient):
+                    known.append(case[1])
+            enough = [size for size in known if size is not None and size >= chosen.few]
+            if enough:
+                return min(enough)
+            before = min(_most_rows.get(self.frame, 0), MOST_PADDING * chosen.batch)
+            room = max(room, before) | 1  # odd: a batch of that size asks for another capture
+            if room == chosen.batch:
+                room += 2
+        _most_rows[self.frame] = max(_most_rows.get(self.frame, 0), room)
+        return room
 
     def _program_for(
         self, case: Any, inputs: Values, make: Callable[[TraceContext], Program]
@@ -432,10 +465,16 @@ class Region:
         return Program(self.backend(_copied(self.captured), context.examples))
 
     def _make(
-        self, context: TraceContext, moving: tuple[Moving, ...], chosen: ChosenRows | None
+        self,
+        context: TraceContext,
+        moving: tuple[Moving, ...],
+        chosen: ChosenRows | None,
+        size: int | None,
     ) -> Program:
-        """Trace a carrier over the captured graph, and have the dual graph compiled."""
-        count, size = len(context.examples), _room(chosen)
+        """Trace a carrier over the captured graph, and have the dual graph compiled, with room for
+        so many moving rows.
+        """
+        count = len(context.examples)
         made: list[Program] = []
 
         def dual_graph(*flat: Any) -> list[Any]:
@@ -447,7 +486,7 @@ class Region:
             made.append(program)
             return out
 
-        examples = [*context.examples, *_dual_examples(context, moving, chosen)]
+        examples = [*context.examples, *_dual_examples(context, moving, chosen, size)]
         # pre_dispatch: the trace stays above autograd and autocast, so the backend differentiates
         # the value as it would in the captured graph. Parameters that the captured graph holds
         # itself are not fake.
@@ -458,7 +497,7 @@ class Region:
             return made[-1]
         _refuse_constants(traced)
         _pass_origin_on(self.captured, traced)
-        return made[-1]._replace(run=self.backend(traced, examples))
+        return made[-1]._replace(run=self.backend(traced, examples), room=size)
 
 
 def _carried(
@@ -782,14 +821,21 @@ def _sizes(inputs: Values) -> tuple[Any, ...]:
     return tuple(sizes)
 
 
-def _room(chosen: ChosenRows | None) -> int | None:
-    """Return how many moving rows a graph has room for; None: for all.
+MOST_PADDING = 2
+"""A program for open sizes has room for at most so many times the rows of the batch it is made
+for.
+"""
+
+_most_rows: dict[int | None, int] = {}
+"""By the number of a function, for how many moving rows there was room in a program of it."""
+
+
+def _room(chosen: ChosenRows) -> int:
+    """Return how many moving rows a graph has room for.
 
     It is the next multiple of a share of the batch, and never the batch: the axis that holds the
     batch in a tensor is found by another number of rows.
     """
-    if chosen is None:
-        return None
     share = max(1, chosen.batch // SHARES)
     size = -(-chosen.few // share) * share
     if size < chosen.batch:
@@ -828,10 +874,12 @@ def _shortened(tangent: Tensor, layout: Layout | None, size: int | None) -> Tens
 
 
 def _dual_examples(
-    context: TraceContext, moving: Sequence[Moving], chosen: ChosenRows | None
+    context: TraceContext,
+    moving: Sequence[Moving],
+    chosen: ChosenRows | None,
+    size: int | None,
 ) -> list[Tensor]:
     """Return tangents, and indices of rows, without values, as a dual graph takes them."""
-    size = _room(chosen)
     examples = []
     with context.fake:
         for i, place in moving:
