@@ -44,6 +44,7 @@ from flowspace import (
     objectives,
 )
 from flowspace.backends.process import forward_mode_lock
+from flowspace.demo.networks import SmallViT, ViTSize
 from flowspace.derivatives import hidden_calls, route, shared_primal
 from flowspace.derivatives.shared_primal import compiled
 
@@ -1241,3 +1242,58 @@ def test_inductor_drops_what_the_plain_compiled_step_drops():
     torch.manual_seed(4)
     z_t = (1 - column(times["t"])) * z + column(times["t"]) * times["noise"]
     close(found, net(z_t, times["t"], times["s"]))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_data_of_what_moves_is_what_it_is_where_nothing_is_compiled(mixed):
+    def model(z, t, s):
+        h = z.sin()
+        if mixed:
+            h.data.mul_(column(t).detach())
+        return h * column(t) * column(t.data) + s.data.mean()
+
+    z, times = batch()
+    given = (z, times["t"], times["s"]), (z.cos(), torch.ones(8, dtype=z.dtype), None)
+    rows = times["s"] < times["t"]
+    both = [SharedPrimal()(f, *given, rows) for f in (model, torch.compile(model, backend=EAGER))]
+    for a, b in zip(*both, strict=True):
+        close(a, b)
+
+
+@pytest.mark.parametrize("how", ["whole", "blocks"])
+def test_gradients_of_several_batches_add_up(how):
+    net, plain = pair(Net(count=2), HOW[how])
+    for model in (net, plain):
+        for seed in range(3):
+            z, times = batch(seed=seed)
+            LOSS(model, z, **times).loss.sum().backward()
+    for a, b in zip(net.parameters(), plain.parameters(), strict=True):
+        close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("how", ["whole", "blocks", "torch.compile", "fullgraph"])
+def test_reentrant_checkpoints_compute_again_what_was_computed(how):
+    net, plain = pair(Net(0.3, functools.partial(checkpoint, use_reentrant=True)), HOW[how])
+    for given in (batch(), batch(8, 8)):
+        z, times = given
+        same(net, plain, (z.requires_grad_(), times))
+
+
+@pytest.mark.parametrize("how", ["whole", "blocks"])
+def test_the_network_of_the_demo_runs_compiled(how, programs):
+    def run(net):
+        z = torch.randn(8, 4, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+        t = torch.linspace(0.3, 0.9, 8).double()
+        s = torch.where(torch.arange(8) < 4, 0.4 * t, t)
+        out = LOSS(net, z, noise=z.cos(), t=t, s=s, cond={"labels": torch.arange(8) % 3})
+        out.loss.sum().backward()
+        return [out.prediction.detach(), out.residual, *[p.grad for p in net.parameters()]]
+
+    make = functools.partial(SmallViT, 4, 4, outputs=4, size=ViTSize(16, 2, 2))
+    net, plain = pair(make, HOW[how])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = run(net)
+    for a, b in zip(found, run(plain), strict=True):
+        close(a, b)
+    assert programs and not told(caught)

@@ -38,6 +38,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, _guards, _refs, fx, nn
+from torch._C import _autograd
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.convert_frame import compile_lock
@@ -218,7 +219,7 @@ class Region:
     def __init__(self, graph: fx.GraphModule, inputs: Values, backend: Function) -> None:
         self.backend = backend
         self.captured = _copied(graph)
-        self.followed = _refusing_constants(self.captured)
+        self.followed = _made_visible(self.captured)
         self.context = TraceContext.of(inputs)
         self.dynamic = any(_has_symbols(x) for x in self.context.examples)
         self.writes = _written_inputs(self.captured, self.context)
@@ -588,18 +589,19 @@ def _copied(graph: fx.GraphModule) -> fx.GraphModule:
     return copied
 
 
-def _refusing_constants(graph: fx.GraphModule) -> fx.GraphModule:
-    """Return a copy of a graph, and of those in it, as of a checkpoint, in which torch.tensor of
-    tensors that move is refused.
-
-    dynamo writes it as a function of Python that no mode sees, and that drops tangents.
+def _made_visible(graph: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy of a graph, and of those in it, as of a checkpoint, where a carrier sees what
+    dynamo writes in functions that no mode sees: torch.tensor of tensors that move, which is
+    refused, and ``x.data``.
     """
     copied = _copied(graph)
     for name, body in copied.named_children():
         if isinstance(body, fx.GraphModule):
-            setattr(copied, name, _refusing_constants(body))
+            setattr(copied, name, _made_visible(body))
     for node in copied.graph.find_nodes(op="call_function", target=_refs.tensor):
         node.target = _tensor
+    for node in copied.graph.find_nodes(op="call_function", target=_autograd._get_data_attr):
+        node.target = Tensor.detach
     copied.recompile()
     return copied
 
