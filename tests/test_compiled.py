@@ -21,9 +21,12 @@ import pytest
 import torch
 import torch._dynamo
 import torch.nn.functional as F
+from programs import choose
 from tolerances import TRAINED, within
 from torch import nn
+from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.convert_frame import compile_lock
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -1297,3 +1300,171 @@ def test_the_network_of_the_demo_runs_compiled(how, programs):
     for a, b in zip(found, run(plain), strict=True):
         close(a, b)
     assert programs and not told(caught)
+
+
+class WithContexts(nn.Module):
+    """Two layers with weights that enter a context between them."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.first, self.second, self.body = nn.Linear(4, 4), nn.Linear(4, 4), body
+
+    def forward(self, z, t, s):
+        return self.body(self, z * (1 + column(t)))
+
+
+HALF = functools.partial(torch.autocast, "cpu", torch.bfloat16)
+
+
+def kept_in_float32(net, x):
+    with HALF():
+        h = net.first(x).to(torch.float32)  # rounds, and is no call that does nothing
+        return h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6) + net.second(h)
+
+
+def an_island(net, x):
+    with HALF():
+        h = net.first(x)
+        with torch.autocast("cpu", enabled=False):
+            h = net.second(h.float()).sin()
+        return net.second(h).to(torch.bfloat16).float()
+
+
+def in_turn(net, x):
+    for enabled in (True, False, True):
+        with HALF(enabled=enabled):
+            x = F.layer_norm(net.first(x).float(), (4,))
+    return x + x.mean(-1, keepdim=True)
+
+
+def inference(net, x):
+    with torch.inference_mode():
+        fixed = net.second(x)
+    return net.first(x) * fixed.clone()
+
+
+def no_gradient(net, x):
+    with torch.no_grad():
+        fixed = net.second(x)
+        with torch.enable_grad():
+            other = net.second(x.sin())
+    return net.first(x) * fixed + other
+
+
+def written_out_attention(net, x):
+    with sdpa_kernel(SDPBackend.MATH):
+        h = F.scaled_dot_product_attention(x, net.first(x), x)
+    return net.second(F.scaled_dot_product_attention(h, h, x))
+
+
+CONTEXTS = [kept_in_float32, an_island, in_turn, inference, no_gradient, written_out_attention]
+
+
+@pytest.mark.parametrize("outer", [False, True])
+@pytest.mark.parametrize("rows", ["all", "half"])
+@pytest.mark.parametrize("body", CONTEXTS, ids=lambda body: body.__name__)
+def test_contexts_that_a_compiled_part_enters_are_those_of_the_model(body, rows, outer):
+    def run(net):
+        (z, times), p = batch(), list(net.parameters())
+        t, s = times["t"].float(), times["s"].float()
+        given = (z.float(), t, s), (z.cos().float(), torch.ones_like(t), None)
+        with HALF(enabled=outer):
+            value, derivative = SharedPrimal()(net, *given, choose(8, rows))
+            (value.float() * z.sin().float()).sum().backward()
+        assert not outer or torch.get_autocast_dtype("cpu") == torch.bfloat16
+        return value, derivative, [x.grad for x in p]
+
+    net = WithContexts(body)
+    made = copy.deepcopy(net)
+    made.compile(backend=EAGER)
+    found, wanted = run(made), run(net)
+    plain = copy.deepcopy(net)
+    plain.compile(backend=EAGER)
+    z, times = batch()
+    with HALF(enabled=outer):
+        value = plain(z.float(), times["t"].float(), times["s"].float())
+    assert found[0].dtype == wanted[0].dtype == value.dtype
+    torch.testing.assert_close(found[0], value)
+    rounding = (0.05 if outer else 1e-6) * float(wanted[1].abs().max())
+    torch.testing.assert_close(found[1], wanted[1], rtol=1e-5, atol=rounding)
+    for a, b in zip(found[2], wanted[2], strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+    assert not torch.is_autocast_enabled("cpu") and torch.backends.cuda.flash_sdp_enabled()
+
+
+def test_the_kernels_of_attention_are_those_that_the_model_chose():
+    """No other kernel than the model's is in the dual graph."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return lookup_backend(EAGER)(graph, inputs)
+
+    (z, times), net = batch(), WithContexts(written_out_attention).double()
+    net.compile(backend=backend)
+    SharedPrimal()(net, (z, times["t"], times["s"]), (z, torch.ones_like(times["t"]), None))
+    names = [getattr(node.target, "__name__", "") for node in graphs[-1].graph.nodes]
+    first, second = (i for i, name in enumerate(names) if name == "_sdpa_kernel")
+    attention = [i for i, name in enumerate(names) if "scaled_dot_product" in name]
+    assert first < attention[0] < second < attention[-1]
+
+
+def test_a_part_that_fails_in_a_context_leaves_it():
+    def failing(net, x):
+        with HALF(), sdpa_kernel(SDPBackend.MATH):
+            return torch.cdist(net.first(x).float(), x.sin(), float("inf")).sum(-1, keepdim=True)
+
+    (z, times), net = batch(), WithContexts(failing)
+    net.compile(backend=EAGER)
+    given = (z.float(), times["t"].float(), times["s"].float())
+    with pytest.raises(DerivativeError, match="cdist"):
+        SharedPrimal()(net, given, (given[0], torch.ones(8), None))
+    assert not torch.is_autocast_enabled("cpu") and torch.backends.cuda.flash_sdp_enabled()
+
+
+@pytest.mark.parametrize("of", ["buffer", "spectral norm"])
+def test_a_part_that_binds_a_buffer_is_captured_once(of, programs):
+    class Binding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            if of == "spectral norm":
+                nn.utils.parametrizations.spectral_norm(self.layer)
+            self.register_buffer("mean", torch.zeros(4))
+
+        def forward(self, z, t, s):
+            if of == "buffer":
+                self.mean = 0.9 * self.mean + 0.1 * z.detach().mean((0, 1))
+            return self.layer(z) * column(t)
+
+    torch.manual_seed(0)
+    plain = Binding().double()
+    net = copy.deepcopy(plain)
+    net.compile(backend=EAGER)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for seed in range(10):
+            same(net, plain, batch(seed=seed))
+    assert len(programs) == 1 and not told(caught)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_number_that_is_computed_of_one_left_open_is_no_missing_derivative(dynamic):
+    class Limited(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.limit = nn.Linear(4, 4), 1.0
+
+        def forward(self, z, t, s):
+            return self.layer(z).clamp(-self.limit, self.limit) * column(t)
+
+    net, plain = pair(
+        Limited, functools.partial(compile_whole, dynamic=dynamic) if dynamic else compile_whole
+    )
+    with warnings.catch_warnings():  # that the part runs uncompiled
+        warnings.simplefilter("ignore")
+        for step in range(4):
+            net.limit = plain.limit = 1.0 + step / 8
+            same(net, plain, batch(seed=step))

@@ -193,7 +193,16 @@ def _patch() -> None:
     for holder, name, replacement in places:
         _replace(holder, name, replacement(holder.__dict__[name]))
     handle = register_module_buffer_registration_hook(_note_buffer)
+    # the same number each time: what torch.compile captured asks for it
+    hooks = handle.hooks_dict_ref()
+    if hooks is not None:
+        hooks[HOOK] = hooks.pop(handle.id)
+        handle.id = HOOK
     _listening.callback(handle.remove)
+
+
+HOOK = -1
+"""The number of our hook, which no other has."""
 
 
 def _replace(holder: Any, name: str, replacement: Any) -> None:

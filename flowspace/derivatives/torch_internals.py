@@ -6,20 +6,35 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _set_grad_enabled as set_gradients_seen
 from torch._functorch import eager_transforms
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.amp.autocast_mode import _enter_autocast as enter_autocast
+from torch.amp.autocast_mode import _exit_autocast as exit_autocast
 from torch.autograd import forward_ad
+from torch.autograd.grad_mode import _enter_inference_mode as enter_inference_mode
+from torch.autograd.grad_mode import _exit_inference_mode as exit_inference_mode
+from torch.nn.attention import _backend_from_string as attention_kernel_of
+from torch.nn.attention import _cur_sdpa_kernel_backends as attention_kernels
+from torch.nn.attention import _sdpa_kernel as choose_attention_kernels
 from torch.overrides import _pop_mode_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
     "active_transform",
     "alone",
+    "attention_kernel_of",
+    "attention_kernels",
     "base_transform",
     "below_modes_of_the_user",
+    "choose_attention_kernels",
     "close_forward_mode",
     "dispatch_modes",
+    "enter_autocast",
     "enter_function_mode",
+    "enter_inference_mode",
+    "exit_autocast",
+    "exit_inference_mode",
     "forward_mode_is_open",
     "function_modes",
     "leave_function_mode",
@@ -33,6 +48,7 @@ __all__ = [
     "outside_transforms",
     "rms_norm_and_scale",
     "set_gradients",
+    "set_gradients_seen",
     "set_version",
     "softmax_backward",
     "subclasses_enabled",

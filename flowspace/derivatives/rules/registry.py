@@ -67,6 +67,9 @@ STANDING = {"linalg_lu": (0,), "lu": (0,), "lu_unpack": (0,)}
 rows.
 """
 
+UNTRACED = "not tracked with proxy"
+"""What torch says of a number that a trace does not know: one computed of numbers left open."""
+
 UNTAGGED = frozenset(
     "hardswish log_sigmoid complex polar absolute negative fix arccos arccosh arcsin arcsinh "
     "arctan arctanh arctan2 special_expit special_gammaln special_ndtr special_psi".split()
@@ -311,10 +314,20 @@ def forward(call: Call, restricted: Callable[[Any], Any] | None = None) -> list[
             _check_followed(call, outputs, fixed, moving, tangents)
         return list(jvp(outputs, fixed, moving, tangents, STANDING.get(name, ())))
     except (RuntimeError, NotImplementedError, TypeError) as error:
-        raise DerivativeError(
-            f"torch has no forward derivative of {name} ({str(error).splitlines()[0]}); "
-            "write derivative=FiniteDifference(), which needs none"
-        ) from error
+        _refuse(call, name, error)
+        raise
+
+
+def _refuse(call: Call, name: str, error: Exception) -> None:
+    """Raise DerivativeError for a function of which torch has no forward derivative, unless the
+    trace lacks a number: then the part can run uncompiled.
+    """
+    if call.traced and UNTRACED in str(error):
+        return
+    raise DerivativeError(
+        f"torch has no forward derivative of {name} ({str(error).splitlines()[0]}); "
+        "write derivative=FiniteDifference(), which needs none"
+    ) from error
 
 
 _followed: set[Any] = set()

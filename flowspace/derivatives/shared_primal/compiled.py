@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, _guards, _refs, fx, nn
-from torch._C import _autograd
+from torch._C._autograd import _get_data_attr as data_of  # pyright: ignore
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.convert_frame import compile_lock
@@ -600,7 +600,7 @@ def _made_visible(graph: fx.GraphModule) -> fx.GraphModule:
             setattr(copied, name, _made_visible(body))
     for node in copied.graph.find_nodes(op="call_function", target=_refs.tensor):
         node.target = _tensor
-    for node in copied.graph.find_nodes(op="call_function", target=_autograd._get_data_attr):
+    for node in copied.graph.find_nodes(op="call_function", target=data_of):
         node.target = Tensor.detach
     copied.recompile()
     return copied

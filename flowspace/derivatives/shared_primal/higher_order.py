@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointPolicy
 
 from flowspace.derivatives import rules
+from flowspace.derivatives.shared_primal.contexts import Contexts
 from flowspace.derivatives.torch_internals import not_intercepted, outside_innermost_mode
 from flowspace.errors import DerivativeError
 
@@ -40,13 +41,21 @@ class GraphRunner(fx.Interpreter):
     def __init__(self, graph: fx.GraphModule, carrier: "Carrier") -> None:
         super().__init__(graph)
         self.extra_traceback = False  # a refusal is told as in the eager route
-        self.carrier = carrier
+        self.carrier, self.contexts = carrier, Contexts()
+
+    def run(self, *args: Any, **options: Any) -> Any:
+        """Run the graph; after an error it is in no context that it entered."""
+        with self.contexts.left():
+            return super().run(*args, **options)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call one function of the graph."""
         if isinstance(target, HigherOrderOperator):
             with outside_innermost_mode():  # it is the carrier, which enters itself again
                 return self.carrier.carry(target, args, kwargs)
+        call = self.contexts.call_of(target)
+        if call is not None:
+            return call(*args)
         return super().call_function(target, args, kwargs)
 
 
