@@ -49,7 +49,7 @@ from flowspace import (
 from flowspace.backends.process import forward_mode_lock
 from flowspace.demo.networks import SmallViT, ViTSize
 from flowspace.derivatives import hidden_calls, route, shared_primal
-from flowspace.derivatives.shared_primal import compiled
+from flowspace.derivatives.shared_primal import compiled, contexts
 
 pytestmark = [
     pytest.mark.skipif(
@@ -1421,6 +1421,17 @@ def test_a_part_that_fails_in_a_context_leaves_it():
     given = (z.float(), times["t"].float(), times["s"].float())
     with pytest.raises(DerivativeError, match="cdist"):
         SharedPrimal()(net, given, (given[0], torch.ones(8), None))
+    assert not torch.is_autocast_enabled("cpu") and torch.backends.cuda.flash_sdp_enabled()
+
+
+def test_an_error_leaves_the_contexts_that_were_entered():
+    """Also where no capture is going on, which would put back what torch was set to."""
+    entered = contexts.Contexts()
+    with pytest.raises(ZeroDivisionError), entered.left():
+        for _ in range(2):
+            entered.call_of(contexts.enter_autocast)("cpu", torch.bfloat16, True, None)
+        contexts.choose_attention_kernels([SDPBackend.MATH])
+        _ = 1 // 0
     assert not torch.is_autocast_enabled("cpu") and torch.backends.cuda.flash_sdp_enabled()
 
 

@@ -33,6 +33,10 @@ from flowspace.solvers import falling_grid
 LINEAR, NULL = PRESETS["linear"], {"labels": 3}
 
 
+class Record(list):
+    """What a model was given, in each evaluation: of a list alone what one step appends is kept."""
+
+
 class Labelled(torch.nn.Module):
     """A model that remembers what it was given."""
 
@@ -42,7 +46,7 @@ class Labelled(torch.nn.Module):
             torch.nn.Parameter(normal(0, 3, 3)),
             torch.nn.Parameter(normal(1, 4, 3)),
         )
-        self.head, self.seen = head, []
+        self.head, self.seen = head, Record()
 
     def forward(self, z, t, s, labels, omega=None, t_min=None, t_max=None):
         self.seen.append(

@@ -22,6 +22,7 @@ Who holds whom, from the outside in:
 * `higher_order`: operators that take graphs, such as checkpoints and captured custom functions.
 * `compiled.Backend` and `compiled.Region`: a part under torch.compile, as one graph of value and
   tangent.
+* `contexts.Contexts`: autocast and others that a captured graph enters.
 * `hidden_calls`: what no function mode sees; the only place that patches torch.
 * `watch.Watch`: what is left unseen, found by what the model uses that nobody made; `passes`: when
   that is done.
