@@ -34,7 +34,7 @@ LINEAR, NULL = PRESETS["linear"], {"labels": 3}
 
 
 class Record(list):
-    """What a model was given, in each evaluation: of a list alone what one step appends is kept."""
+    """What a model was given in each evaluation: of a plain list one a step is kept."""
 
 
 class Labelled(torch.nn.Module):
