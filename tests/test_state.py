@@ -210,3 +210,36 @@ def test_a_tensor_keeps_its_memory_and_its_weights_are_trained(route):
         map(torch.equal, before, (net.frozen, net.kept))
     )
     assert net.frozen.data_ptr() and net.frozen.add(1).isfinite().all()
+
+
+class Scripted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.calls = nn.Linear(6, 6), 0
+        self.register_buffer("scale", torch.full((6,), 0.5))
+
+    def forward(self, z, t):
+        return torch.sin(self.linear(z) * t[:, None]) * self.scale
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize("rows", [None, "half"])
+@pytest.mark.parametrize("route", ROUTES[1:], ids=repr)
+@pytest.mark.parametrize("within", [False, True])
+def test_a_script_has_no_attributes_to_put_back(within, route, rows):
+    (z, t), net = point(), Scripted()
+    script = torch.jit.script(net)
+    model = nn.Sequential()
+    model.inner = script
+
+    def of_inner(z, t):
+        return model.inner(z, t)
+
+    both, mask = ((z, t), (torch.ones_like(z), torch.ones_like(t))), choose(4, rows)
+    if isinstance(route, ForwardMode):
+        for _ in range(2):
+            with pytest.raises(DerivativeError, match=r"torch\.jit, which drops tangents"):
+                route(of_inner if within else script, *both, mask)
+        return
+    found = route(of_inner if within else script, *both, mask)[1]
+    torch.testing.assert_close(found, route(net, *both, mask)[1], rtol=1e-3, atol=1e-3)

@@ -76,8 +76,10 @@ class Snapshot:
         if shared:
             kinds = ()
         for module in modules:
-            if type(module).__module__.startswith(ENGINES):
-                continue
+            if type(module).__module__.startswith(ENGINES) or not isinstance(
+                module._buffers, dict
+            ):
+                continue  # a script's attributes are in C++
             own = {}
             for name, value in vars(module).items():
                 if isinstance(value, kinds) and name not in OF_TORCH:

@@ -313,7 +313,9 @@ def _script(original: Any) -> Any:
     """Return what stands for the call of a function or method of torch.jit."""
 
     def call(function: Any, *args: Any, **kwargs: Any) -> Any:
-        carrier = active_carrier()
+        carrier, run = active_carrier(), active_second_run()
+        if run is not None:
+            run.met_script((*args, *kwargs.values()))
         if carrier is None:
             return original(function, *args, **kwargs)
         return carrier.through_script(original, function, args, kwargs)

@@ -338,6 +338,17 @@ class RestoringMode(TorchFunctionMode):
         if _any_in_transform(values):
             self.elsewhere = True
 
+    def met_script(self, values: Iterable[Any]) -> None:
+        """Raise DerivativeError for a function of torch.jit of what belongs to torch.func.jvp:
+        once it is optimised, it drops tangents without a word.
+        """
+        if _any_in_transform(values):
+            raise DerivativeError(
+                "got a function of torch.jit, which drops tangents once it is optimised; write "
+                "derivative=SharedPrimal(), which differentiates it before, or "
+                "FiniteDifference(), which needs no tangents"
+            )
+
     def mixes(self, mixing: bool) -> None:
         """Raise RowsMixError if a function mixes rows and nobody said so."""
         if mixing and not self.mixed:
