@@ -1461,21 +1461,68 @@ def test_a_part_that_binds_a_buffer_is_captured_once(of, programs):
     assert len(programs) == 1 and not told(caught)
 
 
+LIMITED = {
+    "a rule": lambda h, limit: h.clamp(-limit, 2 * limit),
+    "no rule": lambda h, limit: F.hardshrink(h, limit / 2 - 0.1),  # traced apart
+}
+
+
+@pytest.mark.parametrize("name", LIMITED)
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_a_number_that_is_computed_of_one_left_open_is_no_missing_derivative(dynamic):
+def test_a_number_may_be_computed_of_one_left_open(dynamic, name, programs):
     class Limited(nn.Module):
         def __init__(self):
             super().__init__()
             self.layer, self.limit = nn.Linear(4, 4), 1.0
 
         def forward(self, z, t, s):
-            return self.layer(z).clamp(-self.limit, self.limit) * column(t)
+            return LIMITED[name](self.layer(z), self.limit) * column(t)
 
-    net, plain = pair(
-        Limited, functools.partial(compile_whole, dynamic=dynamic) if dynamic else compile_whole
-    )
-    with warnings.catch_warnings():  # that the part runs uncompiled
-        warnings.simplefilter("ignore")
+    net, plain = pair(Limited, functools.partial(compile_whole, dynamic=dynamic))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         for step in range(4):
             net.limit = plain.limit = 1.0 + step / 8
             same(net, plain, batch(seed=step))
+    assert not told(caught) and 0 < len(programs) <= 4  # torch.compile captures each number anew
+
+
+def padded(net, z, t, s):
+    h = net.layer(z * (1 + column(t)))
+    rows, length, width = h.shape
+    y = h.new_zeros(rows, length + 2, width)
+    y[:, 1:-1] = h
+    return (y[:, 1:-1] + y[:, :-2]).sin() - column(s)
+
+
+def shifted(net, z, t, s):
+    h = net.layer(z * (1 + column(t))).sin()
+    h[:, 1:] += 2 * h[:, :-1]
+    return h - column(s)
+
+
+class Writing(nn.Module):
+    def __init__(self, body):
+        super().__init__()
+        self.layer, self.body = nn.Linear(4, 4), body
+
+    def forward(self, z, t, s):
+        return self.body(self, z, t, s)
+
+
+@pytest.mark.parametrize("body", [padded, shifted])
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_slices_are_written_where_sizes_are_open(body, dynamic, programs):
+    net, plain = pair(
+        functools.partial(Writing, body), functools.partial(compile_whole, dynamic=dynamic)
+    )
+    t = torch.linspace(0.3, 0.9, 8, dtype=torch.float64)
+    times = {"t": t, "s": torch.where(torch.arange(8) < 4, 0.4 * t, t)}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for length in (6, 8, 10, 5):
+            z = torch.randn(8, length, 4, dtype=torch.float64)
+            same(net, plain, (z, times | {"noise": z.cos()}))
+    assert (
+        not told(caught) and 0 < len(programs) <= 4
+    )  # the padded rows are found in a second pass

@@ -368,6 +368,17 @@ def _check_followed(
         _followed.add(case)
 
 
+OPEN = (torch.SymInt, torch.SymFloat)
+"""Types of numbers that torch.compile left open."""
+
+
+def _laid_out(value: Any) -> Any:
+    """Return a tensor without gradient and contiguous, and a number as it is."""
+    if isinstance(value, Tensor):
+        return value.detach().contiguous()
+    return value
+
+
 def _apart(value: Any) -> Any:
     """Return a copy of a tensor, and any other value as it is."""
     if isinstance(value, Tensor):
@@ -449,9 +460,9 @@ def traced_jvp(
     Raises:
         ValueError: if the function draws random numbers: in a trace they cannot be drawn again.
     """
-    places = [i for i, value in enumerate(fixed) if isinstance(value, Tensor)]
+    places = [i for i, value in enumerate(fixed) if isinstance(value, (Tensor, *OPEN))]
     # Some formulas depend on the layout, as that of det does; a clone of a view has another one.
-    inputs = [fixed[i].detach().contiguous() for i in places]
+    inputs = [_laid_out(fixed[i]) for i in places]
 
     def derivative(*flat: Tensor) -> tuple[Tensor, ...]:
         values = list(fixed)
@@ -461,7 +472,7 @@ def traced_jvp(
 
     given = [*inputs, *[tangent.contiguous() for tangent in tangents]]
     with proxy_tensor.disable_proxy_modes_tracing():
-        graph = proxy_tensor.make_fx(derivative)(*[x.detach().clone() for x in given])
+        graph = proxy_tensor.make_fx(derivative)(*map(_apart, given))
     for node in graph.graph.nodes:
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise ValueError(f"{node.target} would draw other numbers for the tangent")

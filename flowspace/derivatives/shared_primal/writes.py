@@ -6,6 +6,7 @@ own from there.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -319,7 +320,7 @@ class Writes:
         if key not in self.mirrors:
             # One number of the mirror for each of the memory: a view of the one, however it
             # strides and overlaps others, is then the same view of the other.
-            count = target.untyped_storage().nbytes() // target.element_size()
+            count = _numbers_in_memory(target, self.carrier.traced)
             flat = torch.zeros(count, dtype=target.dtype, device=target.device)
             for alias in self.carrier.aliases():
                 if memory_below(alias) == key:
@@ -340,6 +341,18 @@ class Writes:
                     raise LostRowsError
                 shown, tangent = shown.narrow(axis, 0, 1), tangent.narrow(axis, 0, 1)
         _write_rows(_place(flat, shown), tangent, layout)
+
+
+def _numbers_in_memory(tensor: Tensor, traced: bool) -> int:
+    """Return how many numbers fit into the memory of a tensor.
+
+    A trace knows no size of a memory; where sizes are open it knows those of the tensor.
+    """
+    root = root_of(tensor)
+    is_open = traced and any(isinstance(size, torch.SymInt) for size in root.shape)
+    if is_open and root.is_contiguous() and root.storage_offset() == 0:
+        return math.prod(root.shape)
+    return tensor.untyped_storage().nbytes() // tensor.element_size()
 
 
 def _write_rows(place: Tensor, tangent: Tensor, layout: Layout | None) -> None:
