@@ -72,6 +72,8 @@ FIRST_COUNTS = frozenset("to type_as expand_as view_as reshape_as".split())
 FIRST_IS_KIND = frozenset("full_like new_full".split())
 """Functions that take their first argument for its dtype or shape alone."""
 
+FOR_A_KIND = FIRST_COUNTS | FIRST_IS_KIND
+
 OF_TORCH = (
     "forward AD",
     "forward gradient",
@@ -255,7 +257,7 @@ class _NoLostTangents(TorchFunctionMode):
         if name in LEAVES:
             raise DerivativeError(leaving(name))
         _refuse_written(func)
-        if not any(map(_moves, _tensors(_counted(name, args, kwargs)))):
+        if name in FOR_A_KIND and not any(map(_moves, _tensors(_counted(name, args, kwargs)))):
             return func(*args, **kwargs)
         if written:
             args, kwargs = _apart(args, kwargs, written[0])
@@ -296,12 +298,10 @@ class _NoLostTangents(TorchFunctionMode):
 
 
 def _counted(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
-    """Return the arguments of a function whose numbers it takes."""
+    """Return the arguments whose numbers a function takes that has others for their kind."""
     if name in FIRST_COUNTS:
         return args[:1]
-    if name in FIRST_IS_KIND:
-        return (*args[1:], *kwargs.values())
-    return (*args, *kwargs.values())
+    return (*args[1:], *kwargs.values())
 
 
 def _drawn(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -335,6 +335,8 @@ def _check_each(
     alone, once for each function and kind of arguments.
     """
     given = [*args, *kwargs.values()]
+    if sum(isinstance(x, Tensor) for x in given) < 2:
+        return
     moving = [i for i, x in enumerate(given) if isinstance(x, Tensor) and _moves(x)]
     tried = [i for i in moving if not any(given[i] is target for target in written)]
     if len(moving) < 2 or not tried:
