@@ -8,6 +8,7 @@ at what each function returns, and raises DerivativeError where a tangent ends.
 import contextlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ from flowspace.derivatives.torch_internals import (
     function_modes,
     leave_function_modes,
     memory_of,
+    not_intercepted,
     outside_transforms,
     transform_level,
 )
@@ -335,7 +337,10 @@ def _check_each(
     alone, once for each function and kind of arguments.
     """
     given = [*args, *kwargs.values()]
-    if sum(isinstance(x, Tensor) for x in given) < 2:
+    with not_intercepted():  # to ask for a field is a function too
+        ranks = [x.ndim for x in given if isinstance(x, Tensor)]
+    # a builtin takes a tensor for a number if it has no axis
+    if len(ranks) < 2 or (all(ranks) and not isinstance(func, FunctionType)):
         return
     moving = [i for i, x in enumerate(given) if isinstance(x, Tensor) and _moves(x)]
     tried = [i for i in moving if not any(given[i] is target for target in written)]
@@ -417,9 +422,12 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 def _moves(tensor: Tensor) -> bool:
     """Return whether a tensor has a tangent now; torch gives none to a sparse one."""
-    if not in_transform(tensor) or tensor.layout != torch.strided:
+    if not in_transform(tensor):
         return False
-    return forward_ad.unpack_dual(tensor).tangent is not None
+    try:
+        return forward_ad.unpack_dual(tensor).tangent is not None
+    except NotImplementedError:  # it is sparse
+        return False
 
 
 def _reason(error: Exception) -> str:
