@@ -51,7 +51,6 @@ from flowspace.derivatives.torch_internals import (
     function_modes,
     leave_function_modes,
     memory_of,
-    not_intercepted,
     outside_transforms,
     transform_level,
 )
@@ -75,6 +74,12 @@ FIRST_IS_KIND = frozenset("full_like new_full".split())
 """Functions that take their first argument for its dtype or shape alone."""
 
 FOR_A_KIND = FIRST_COUNTS | FIRST_IS_KIND
+
+OF_TENSORS = frozenset(
+    "add sub mul div matmul mm bmm linear cat stack __add__ __radd__ __sub__ __rsub__ __mul__ "
+    "__rmul__ __truediv__ __rtruediv__ __matmul__ __rmatmul__".split()
+)
+"""Functions that take no tensor for a number unless by name; models call them most."""
 
 OF_TORCH = (
     "forward AD",
@@ -263,7 +268,7 @@ class _NoLostTangents(TorchFunctionMode):
             return func(*args, **kwargs)
         if written:
             args, kwargs = _apart(args, kwargs, written[0])
-        if name not in STOPS and name not in FIRST_COUNTS:
+        if (kwargs or name not in OF_TENSORS) and name not in STOPS | FIRST_COUNTS:
             _check_each(func, args, kwargs, written)
         plain = self._without_modes(func, args, kwargs, name, written)
         out = _drawn(func, name, args, kwargs)
@@ -337,8 +342,7 @@ def _check_each(
     alone, once for each function and kind of arguments.
     """
     given = [*args, *kwargs.values()]
-    with not_intercepted():  # to ask for a field is a function too
-        ranks = [x.ndim for x in given if isinstance(x, Tensor)]
+    ranks = [x.ndim for x in given if isinstance(x, Tensor)]
     # a builtin takes a tensor for a number if it has no axis
     if len(ranks) < 2 or (all(ranks) and not isinstance(func, FunctionType)):
         return
