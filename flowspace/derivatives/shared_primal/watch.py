@@ -32,7 +32,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils import _pytree as pytree
 
 from flowspace.derivatives.replay import in_transform, is_alive, several_processes, version_of
@@ -279,13 +279,13 @@ class Watch:
     def _suspect(self, tensor: Tensor, place: Hashable, memory: int) -> None:
         """Keep a tensor of unknown origin, to compare it with what it is elsewhere.
 
-        Where other processes would have to do that too, it is not done: without a gradient it is
-        taken for a constant, as what FSDP2 gathers.
+        Where other processes would have to do that too, or an engine gathers weights, it is not
+        done: without a gradient it is taken for a constant.
         """
         name = None
         if tensor.grad_fn is not None:
             name = tensor.grad_fn.name()
-        elif (self.handed_out and place not in self.wanted) or several_processes():
+        elif (self.handed_out and place not in self.wanted) or _engine_runs():
             return
         with alone():
             copy = tensor.detach().clone()
@@ -324,6 +324,13 @@ class Watch:
             return None
         content = _content(tensor, id(tensor) in self.addressed)
         return Print(self.epochs[memory_of(tensor)], content)
+
+
+def _engine_runs() -> bool:
+    """Return whether several processes run, or one that torch.distributed was set up in: FSDP2
+    gathers weights into memory that held anything.
+    """
+    return several_processes() or (distributed.is_available() and distributed.is_initialized())
 
 
 FILLING = frozenset(
