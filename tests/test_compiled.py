@@ -1462,8 +1462,8 @@ def test_a_part_that_binds_a_buffer_is_captured_once(of, programs):
 
 
 LIMITED = {
-    "a rule": lambda h, limit: h.clamp(-limit, 2 * limit),
-    "no rule": lambda h, limit: F.hardshrink(h, limit / 2 - 0.1),  # traced apart
+    "clamp": lambda h, limit: h.clamp(-limit, 2 * limit),
+    "hardshrink": lambda h, limit: F.hardshrink(h, limit / 2 - 0.1),
 }
 
 

@@ -43,18 +43,6 @@ def add(call: Call, x: Any, y: Any, *, alpha: Any = 1) -> Any:
     return call.along_with(tangent)
 
 
-@rule("clamp clip")
-def clamp(call: Call, x: Any, min: Any = None, max: Any = None) -> Any:
-    """Where x lies between its bounds dx, and zero elsewhere; they are numbers."""
-    if not isinstance(x, Dual) or any(isinstance(bound, Dual | Tensor) for bound in (min, max)):
-        return pointwise(call)
-    values, tangent = x.rows, x.tangent
-    for bound, is_inside in ((min, torch.ge), (max, torch.le)):
-        if bound is not None:
-            tangent = torch.where(is_inside(values, bound), tangent, 0.0)
-    return call.along_with(tangent)
-
-
 @rule("sub subtract")
 def sub(call: Call, x: Any, y: Any, *, alpha: Any = 1) -> Any:
     """d(x - alpha y) = dx - alpha dy."""
