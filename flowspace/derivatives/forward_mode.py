@@ -74,6 +74,7 @@ FIRST_IS_KIND = frozenset("full_like new_full".split())
 """Functions that take their first argument for its dtype or shape alone."""
 
 FOR_A_KIND = FIRST_COUNTS | FIRST_IS_KIND
+"""All functions that take some argument for its dtype or shape alone."""
 
 OF_TENSORS = frozenset(
     "add sub mul div matmul mm bmm linear cat stack __add__ __radd__ __sub__ __rsub__ __mul__ "

@@ -345,8 +345,8 @@ class RestoringMode(TorchFunctionMode):
         if _any_in_transform(values):
             raise DerivativeError(
                 "got a function of torch.jit, which drops tangents once it is optimised; write "
-                "derivative=SharedPrimal(), which differentiates it before, or "
-                "FiniteDifference(), which needs no tangents"
+                "derivative=FiniteDifference(), which needs none, or SharedPrimal() where it was "
+                "never called without"
             )
 
     def mixes(self, mixing: bool) -> None:
