@@ -1228,10 +1228,15 @@ def test_an_older_torch_runs_it_as_written_with_one_warning(monkeypatch, moving,
 @COMPILER
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_inductor_computes_the_same():
-    net, plain = pair(Net(count=2), functools.partial(compile_blocks, backend="inductor"))
-    same(net, plain)
-    same(net, plain, batch(moving=8))
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
+def test_inductor_computes_the_same(mode, programs):
+    how = functools.partial(compile_blocks, backend="inductor", mode=mode)
+    net, plain = pair(Net(count=2), how)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        same(net, plain)
+        same(net, plain, batch(moving=8))
+    assert len(programs) == 2 and not told(caught)
 
 
 @COMPILER
@@ -1526,3 +1531,185 @@ def test_slices_are_written_where_sizes_are_open(body, dynamic, programs):
     assert (
         not told(caught) and 0 < len(programs) <= 4
     )  # the padded rows are found in a second pass
+
+
+# --- what the attack of others found
+
+
+WITHOUT_RULE = {
+    "glu": F.glu,
+    "complex": lambda h: torch.exp(1j * h).real,
+    "fft": lambda h: torch.fft.fft(h).abs(),
+    "cholesky": lambda h: torch.linalg.cholesky(h @ h.mT + torch.eye(3, dtype=h.dtype)),
+}
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("name", WITHOUT_RULE)
+def test_functions_without_a_rule_are_followed_where_sizes_are_open(name, dynamic):
+    def model(z, t, s):
+        return WITHOUT_RULE[name](z * column(t)) * (1 + column(s))
+
+    net = torch.compile(model, backend=EAGER, dynamic=dynamic)
+    for rows, moving in ((8, 4), (6, 3), (8, 8)):
+        z, times = batch(rows, moving)
+        given = (z, times["t"], times["s"]), (z.cos(), torch.ones_like(times["t"]), None)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            both = [SharedPrimal()(f, *given, times["s"] < times["t"]) for f in (net, model)]
+        assert not told(caught)
+        for a, b in zip(*both, strict=True):
+            close(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:a compiled part of the model runs uncompiled")
+def test_what_fails_in_a_trace_alone_is_no_function_without_a_derivative():
+    """torch.quantile fails on tensors without values."""
+
+    def model(z, t, s):
+        return torch.quantile(z * column(t), 0.3, -1, keepdim=True) * (1 + column(s))
+
+    z, times = batch()
+    given = (z, times["t"], times["s"]), (z.cos(), torch.ones_like(times["t"]), None)
+    net = torch.compile(model, backend=EAGER)
+    both = [SharedPrimal()(f, *given, times["s"] < times["t"]) for f in (net, model)]
+    for a, b in zip(*both, strict=True):
+        close(a, b)
+
+
+class Shares(nn.Module):
+    """Returns a tensor that shares memory with what it was given."""
+
+    def __init__(self, of):
+        super().__init__()
+        self.of = of
+
+    def forward(self, h):
+        return self.of(h)
+
+
+class Doubles(nn.Module):
+    def forward(self, h):
+        h.mul_(2.0)
+
+
+SHARING = {
+    "detach": (lambda h: h.detach(), 3),
+    "data": (lambda h: h.data, 3),
+    "view": (lambda h: h[:, :2], 2),
+    "view of detach": (lambda h: h.detach()[:, :2], 2),
+}
+
+
+@pytest.mark.filterwarnings("ignore:a compiled part of the model runs uncompiled")
+@pytest.mark.parametrize("compiled_parts", [(), ("first",), ("second",), ("first", "second")])
+@pytest.mark.parametrize("of", SHARING)
+@pytest.mark.parametrize("moving", [4, 8])
+def test_memory_that_two_parts_share_is_followed(of, compiled_parts, moving):
+    share, count = SHARING[of]
+    parts = {"first": Shares(share), "second": Doubles()}
+    for name in compiled_parts:
+        parts[name].compile(backend=EAGER)
+
+    def model(z, t, s):
+        h = (z * (1 + column(t))).sin()
+        shares = parts["first"](h)
+        with torch.no_grad():
+            parts["second"](shares)
+        return h.cos() * (1 + column(s))
+
+    def written_out(z, t, s):
+        h = (z * (1 + column(t))).sin()
+        scale = torch.ones(3, 1, dtype=h.dtype)
+        scale[:count] = 2.0
+        return (h * scale).cos() * (1 + column(s))
+
+    z, times = batch(moving=moving)
+    given = (z, times["t"], times["s"]), (z.cos(), torch.ones_like(times["t"]), None)
+    with torch.no_grad():
+        found = SharedPrimal()(model, *given, times["s"] < times["t"])
+        wanted = ForwardMode()(written_out, *given, times["s"] < times["t"])
+    for a, b in zip(found, wanted, strict=True):
+        close(a, b)
+
+
+class Scaled(nn.Module):
+    """Its Python depends on a number that changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.number = nn.Linear(4, 4), 0
+
+    def forward(self, z, t, s):
+        return self.linear(z) * (column(t) + self.number % 13)
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ({"recompile_limit": 32}, 12),
+        ({"options": {"guard_filter_fn": lambda guards: [False] * len(guards)}}, 1),
+    ],
+    ids=["limit", "guards"],
+)
+def test_the_users_limit_and_guards_are_kept(options, count):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    net = Scaled().double()
+    net.compile(backend=backend, dynamic=False, **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for number in (*range(12), *range(12)):
+            net.number = number
+            z, times = batch()
+            LOSS(net, z, **times).loss.sum().backward()
+    assert len(graphs) == count and not told(caught)
+
+
+def test_blocks_of_many_shapes_whose_rows_mix_are_all_captured():
+    """Twice each, since the second run is without gradients: more often than the limit."""
+
+    def block(i, o):
+        return nn.Sequential(nn.Linear(i, o), nn.BatchNorm1d(o), nn.SiLU())
+
+    sizes = (4, 5, 6, 7, 8, 9, 4)
+    plain = nn.Sequential(*[Shares(block(i, o)) for i, o in zip(sizes, sizes[1:], strict=False)])
+    plain.double()
+    net = copy.deepcopy(plain)
+    for part in net:
+        part.compile(backend=EAGER)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        z, times = batch()
+        given = (z[:, 0], times["t"]), (z[:, 1], torch.ones_like(times["t"]))
+        rows = times["s"] < times["t"]
+        both = [
+            SharedPrimal()(lambda x, t, m=m: m(x * t[:, None]), *given, rows) for m in (net, plain)
+        ]
+    assert not told(caught)
+    for a, b in zip(*both, strict=True):
+        close(a, b)
+
+
+class Counting(nn.Module):
+    """Writes into a buffer by a function of lists; its rows mix."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, z, t, s):
+        torch._foreach_add_([self.calls], 1.0)
+        h = z * column(t) + column(s)
+        return (h - h.mean(0)) * self.calls
+
+
+def test_buffers_that_functions_of_lists_write_into_are_written_once():
+    net, plain = pair(Counting)
+    for _ in range(3):
+        same(net, plain)
+    assert net.calls == 3

@@ -571,14 +571,30 @@ COMPILED = [
 ]
 
 
-@pytest.mark.parametrize("name", COMPILED)
-def test_a_compiled_model_has_the_derivative_of_the_plain_one(name):
+def whole(net):
+    net.compile(backend="aot_eager")
+
+
+def repeated_blocks(net):
+    net.compile_repeated_blocks(backend="aot_eager")
+
+
+@pytest.mark.parametrize(
+    ("name", "compile_"),
+    [
+        *[(name, whole) for name in COMPILED],
+        ("diffusers FluxTransformer2DModel", repeated_blocks),
+        ("diffusers WanTransformer3DModel", repeated_blocks),
+        ("diffusers UNet2DConditionModel", repeated_blocks),
+    ],
+)
+def test_a_compiled_model_has_the_derivative_of_the_plain_one(name, compile_):
     """By a backend that traces and does not compile; nothing falls back to running as it was
     written.
     """
     case = MODELS[name]
     plain, net = built(case), built(case)
-    net.compile(backend="aot_eager")
+    compile_(net)
     primals, tangents = inputs(case)
     value = seeded(case.call, plain, *primals)
     rows = torch.arange(len(primals[0])) % 2 == 0

@@ -469,36 +469,68 @@ def _dual_callback(callback: Any) -> Any:
         ours = callback
         backend = torch._dynamo.eval_frame.innermost_backend(callback)
         if not isinstance(backend, Backend):
-            ours = _Callback(Backend(backend))
+            ours = _Callback(callback, Backend(backend))
         _dual_callbacks[callback] = ours
     return ours
 
 
 class _Callback:
-    """Compiles a frame, with guards on hooks of modules.
+    """Compiles a frame with another backend, as the user said, and with guards on hooks of modules.
 
-    torch.compile leaves these out by default; a model with other hooks would run old code.
+    torch.compile leaves these out by default; a model with other hooks would run old code. It
+    captures a function as often as it may without a derivative, with gradients and without: where
+    rows mix a model is run in both ways, and what was captured without a derivative lies in the
+    same place.
+
+    Args:
+        callback: what torch.compile made of the user's options.
+        backend: compiles instead of the user's.
     """
 
-    def __init__(self, backend: Any) -> None:
-        self._torchdynamo_orig_backend = torch._dynamo.eval_frame._create_wrapped_callback(backend)
+    def __init__(self, callback: Any, backend: Any) -> None:
+        from torch._dynamo import convert_frame
+        from torch._dynamo.hooks import Hooks
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        hooks, self.limit = Hooks(), None
+        while hasattr(callback, "_torchdynamo_orig_backend"):
+            hooks = getattr(callback, "hooks", hooks)
+            self.limit = getattr(callback, "_recompile_limit", self.limit)
+            callback = callback._torchdynamo_orig_backend
+        self._torchdynamo_orig_backend = convert_frame.catch_errors_wrapper(
+            convert_frame.convert_frame(backend, hooks), hooks
+        )
+        self.captures: weakref.WeakKeyDictionary[Any, dict[bool, int]] = weakref.WeakKeyDictionary()
+
+    def __call__(self, frame: Any, *args: Any, **kwargs: Any) -> Any:
         """Compile a frame; leave it to Python where our function mode keeps torch.compile from it,
         as from numpy arrays that are written to.
         """
         from torch._dynamo.exc import InternalTorchDynamoError, TorchRuntimeError
         from torch._dynamo.types import ConvertFrameReturn
 
-        from flowspace.derivatives.shared_primal.compiled import warn_of
+        from flowspace.derivatives.shared_primal.compiled import warn_of, warn_of_limit
 
+        config = torch._dynamo.config
+        kept = len(entries_of(frame.f_code))
+        captures, kind = self.captures.setdefault(frame.f_code, {}), torch.is_grad_enabled()
+        count = min(captures.get(kind, 0), kept)  # torch may have forgotten some
+        limit = self.limit or config.recompile_limit
+        others = {"skip_nnmodule_hook_guards": False, "recompile_limit": limit + kept - count}
         try:
-            with _idle(), torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
-                return self._torchdynamo_orig_backend(*args, **kwargs)
+            with _idle(), config.patch(others):
+                found = self._torchdynamo_orig_backend(frame, *args, **kwargs)
         except (InternalTorchDynamoError, TorchRuntimeError) as error:
             warn_of(error)
             return ConvertFrameReturn()
+        if found.guarded_code is not None:
+            captures[kind] = count + 1
+            if captures[kind] == limit:
+                warn_of_limit(limit)
+        return found
 
+
+entries_of = torch._C._dynamo.eval_frame._debug_get_cache_entry_list  # pyright: ignore
+"""Returns what torch.compile has captured of a code object."""
 
 capture_callback = torch._C._dynamo.eval_frame.get_eval_frame_callback  # pyright: ignore
 """Returns what torch.compile captures frames with in this thread, or None.

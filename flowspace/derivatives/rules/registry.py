@@ -67,8 +67,11 @@ STANDING = {"linalg_lu": (0,), "lu": (0,), "lu_unpack": (0,)}
 rows.
 """
 
-UNTRACED = "not tracked with proxy"
-"""What torch says of a number that a trace does not know: one computed of numbers left open."""
+NO_TANGENT = "its output has no tangent where its input has one"
+"""What is said of an operator that drops the tangents of its inputs."""
+
+WITHOUT_DERIVATIVE = (NO_TANGENT, "forward AD with")
+"""Words by which a forward derivative that torch lacks is told from one that is not traced."""
 
 UNTAGGED = frozenset(
     "hardswish log_sigmoid complex polar absolute negative fix arccos arccosh arcsin arcsinh "
@@ -319,10 +322,12 @@ def forward(call: Call, restricted: Callable[[Any], Any] | None = None) -> list[
 
 
 def _refuse(call: Call, name: str, error: Exception) -> None:
-    """Raise DerivativeError for a function of which torch has no forward derivative, unless the
-    trace lacks a number: then the part can run uncompiled.
+    """Raise DerivativeError for a function of which torch has no forward derivative.
+
+    Of what fails in a trace that is known where torch says so. All else may be the trace's fault:
+    the part can run uncompiled.
     """
-    if call.traced and UNTRACED in str(error):
+    if call.traced and not any(words in str(error) for words in WITHOUT_DERIVATIVE):
         return
     raise DerivativeError(
         f"torch has no forward derivative of {name} ({str(error).splitlines()[0]}); "
@@ -437,7 +442,7 @@ def one_jvp(
         for number, out in enumerate(found):
             follows = not out.numel() or forward_ad.unpack_dual(out).tangent is not None
             if not follows and number not in standing:
-                raise RuntimeError("its output has no tangent where its input has one")
+                raise RuntimeError(NO_TANGENT)
         return found
 
     with forward_mode_lock:

@@ -292,7 +292,7 @@ class Carrier(TorchFunctionMode):
             if held is not None and held.owner is self:
                 raise DerivativeError(TRANSFORMED)
 
-    def _detached(self, tensor: Tensor) -> Tensor:
+    def detached(self, tensor: Tensor) -> Tensor:
         """Mark a tensor that shares memory with one that carries a tangent, and carries none
         itself.
         """
@@ -501,7 +501,7 @@ class Carrier(TorchFunctionMode):
         named, options = kwargs, kwargs
         if kwargs:
             named, options = self._unpack_named(kwargs, duals)
-        if not duals and not (kind == "in place" and self._writes_below(args)):
+        if not duals and not (kind == "in place" and self.writes_below(args[0])):
             return self._at_rest(func, treatment, args, kwargs)
         call = rules.Call(func, given, named, primals, options, duals, self.traced)
         if kind == "higher order" and self.traced and not self.lost:
@@ -520,13 +520,15 @@ class Carrier(TorchFunctionMode):
         self._refuse_once_lost(treatment)
         return _value_alone(call, args)
 
-    def _writes_below(self, args: tuple[Any, ...]) -> bool:
-        """Return whether a function writes, through a detached tensor, into memory that moves."""
+    def writes_below(self, target: Tensor) -> bool:
+        """Return whether to write into a tensor is to write, through a detached one, into memory
+        that moves.
+        """
         if not self.has_detached or self.lost:
             return False
-        if self.hands_out and self.writes.shared(args[0]):
-            self._detached(args[0])  # as it is if it was made of the memory
-        return self.writes.stopped(args[0])
+        if self.hands_out and self.writes.shared(target):
+            self.detached(target)  # as it is if it was made of the memory
+        return self.writes.stopped(target)
 
     def _at_rest(
         self,
@@ -597,7 +599,7 @@ class Carrier(TorchFunctionMode):
             if not isinstance(part, Tensor) or part.layout != torch.strided or part is source:
                 continue
             if memory_below(part) == memory:
-                self._detached(part)
+                self.detached(part)
 
     def _treated(
         self,
@@ -623,7 +625,7 @@ class Carrier(TorchFunctionMode):
         if kind == "constant":
             return self._made(name, call.out)
         if kind == "detached":
-            return self._detached(call.evaluate())
+            return self.detached(call.evaluate())
         if kind == "higher order":
             return higher_order.run(self, call, name, args)
         return self.ruled(call, name)

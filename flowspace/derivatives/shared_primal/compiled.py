@@ -46,15 +46,17 @@ from torch._dynamo.exc import RestartAnalysis, SkipFrame
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowspace.derivatives import hidden_calls, replay
 from flowspace.derivatives.rules.dual import ChosenRows, Dual, Layout, LostRowsError
 from flowspace.derivatives.shared_primal.carrier import FIELD, Carrier
 from flowspace.derivatives.shared_primal.higher_order import GraphRunner, body_of
+from flowspace.derivatives.shared_primal.writes import memory_below
 from flowspace.derivatives.torch_internals import left_after_errors, not_intercepted
 from flowspace.errors import DerivativeError
 
-__all__ = ["Backend", "Region", "warn_of"]
+__all__ = ["Backend", "Region", "warn_of", "warn_of_limit"]
 
 SHARES = 4
 """A graph has room for a number of moving rows that is a multiple of this share of the batch."""
@@ -132,7 +134,6 @@ class Backend:
 
     def __call__(self, graph: fx.GraphModule, inputs: Values) -> "Region":
         """Return what runs a captured graph."""
-        _warn_of_limit()
         _refuse_open_numbers(graph)
         return Region(graph, inputs, self.backend)
 
@@ -253,7 +254,12 @@ class Region:
         """Run the graph, and the tangents of its inputs beside it."""
         carrier = hidden_calls.active_carrier()
         out = self._call(carrier, inputs)
-        if carrier is not None and carrier.watch is not None:
+        if carrier is None:
+            return out
+        if not carrier.lost:
+            with not_intercepted():
+                _mark_detached(carrier, inputs, out)
+        if carrier.watch is not None:
             carrier.watch.made(out, carrier.derived(inputs))
         return out
 
@@ -264,6 +270,10 @@ class Region:
         for i, dual in enumerate(duals):
             if dual is not None:
                 primals[i] = dual.primal
+        if self._writes_below(carrier, duals, primals):
+            warn_of(ValueError("it writes through x.detach() or x.data into what moves"))
+            with left_after_errors():
+                return self.followed(*inputs)
         self._announce_writes(carrier, duals, primals)
         if carrier is None or carrier.lost or not any(duals):
             return self._run_plain(carrier, primals)
@@ -283,6 +293,13 @@ class Region:
         # what is done round the program is not the model: the carrier does not meet it
         with not_intercepted():
             return run(carrier, program, inputs, primals, moving)
+
+    def _writes_below(self, carrier: Carrier | None, duals: Duals, primals: Values) -> bool:
+        """Return whether the graph writes, through a detached tensor, into memory that moves."""
+        if carrier is None:
+            return False
+        with not_intercepted():
+            return any(duals[i] is None and carrier.writes_below(primals[i]) for i in self.writes)
 
     def _announce_writes(self, carrier: Carrier | None, duals: Duals, primals: Values) -> None:
         """Tell a second run and a carrier what the graph is about to write into."""
@@ -444,15 +461,16 @@ class Region:
             # torch.compile traces in one thread at a time, and this is no less of a trace
             with compile_lock, context.entered(), left_after_errors():
                 program = make(context)
-        except DerivativeError as error:
-            program = error
         except Exception as error:
             if capturing and isinstance(error, RestartAnalysis):
                 raise  # dynamo captures again, with one number less left open
             if _is_of_a_signal(error):
                 raise
+            if capturing and self.dynamic:
+                return error  # the call, whose sizes are known, may be traced nevertheless
             program = error
-            warn_of(error)
+            if not isinstance(error, DerivativeError):
+                warn_of(error)
         self.programs[case, sizes] = program
         return program
 
@@ -664,19 +682,42 @@ def _refuse_constants(traced: fx.GraphModule) -> None:
 def _written_inputs(captured: fx.GraphModule, context: TraceContext) -> list[int]:
     """Return the numbers of the inputs that a graph writes into.
 
-    Norms over the batch write into their running statistics; of other functions the versions tell
-    that autograd counts, once the graph has been run on inputs without values.
+    Norms over the batch write into their running statistics; of other functions the operators
+    tell, once the graph has been run on inputs without values.
     """
     written = _statistics(captured)
-    before = _versions(context.examples)
-    if any(map(_writes_in_place, _nodes(captured))):
-        open_sizes = enable_python_dispatcher()
-        with context.fake, open_sizes, torch.no_grad(), contextlib.suppress(Exception):
-            captured(*context.examples)
-    for i, version in _versions(context.examples).items():
-        if version != before[i]:
+    seen = WrittenMemory()
+    open_sizes = enable_python_dispatcher()
+    with context.fake, seen, open_sizes, torch.no_grad(), contextlib.suppress(Exception):
+        captured(*context.examples)
+    for i, value in enumerate(context.examples):
+        if _has_memory(value) and memory_below(value) in seen.memory:
             written.add(i)
     return sorted(written)
+
+
+class WrittenMemory(TorchDispatchMode):
+    """Notes the memory that operators write into.
+
+    Attributes:
+        memory: where it lies.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call an operator."""
+        options = kwargs or {}
+        for i, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            given = args[i] if i < len(args) else options.get(argument.name)
+            self.memory.update(memory_below(x) for x in pytree.tree_leaves(given) if _has_memory(x))
+        return func(*args, **options)
 
 
 def _statistics(graph: fx.GraphModule) -> set[int]:
@@ -702,20 +743,6 @@ def _nodes(graph: fx.GraphModule) -> Iterator[fx.Node]:
             yield from module.graph.nodes
 
 
-def _writes_in_place(node: fx.Node) -> bool:
-    """Return whether a node calls a function whose name ends as those do that write in place."""
-    return str(node.target).rstrip("'>").endswith("_")
-
-
-def _versions(inputs: Values) -> dict[int, int]:
-    """Return by number how often autograd has seen each tensor written to."""
-    versions = {}
-    for i, value in enumerate(inputs):
-        if isinstance(value, Tensor):
-            versions[i] = value._version
-    return versions
-
-
 def _over_batch(node: fx.Node) -> bool:
     """Return whether a node is a norm that uses the statistics of the batch."""
     arguments = replay.batch_statistics(node.target, node.args, node.kwargs)
@@ -729,6 +756,23 @@ def _mixes(captured: fx.GraphModule) -> bool:
 
 
 # --- inputs, their tangents and where the rows lie
+
+
+def _mark_detached(carrier: Carrier, inputs: Values, outputs: Values) -> None:
+    """Mark the outputs that carry no tangent and share memory with an input that does, or with
+    one that is marked.
+    """
+    at_rest = [x for x in outputs if _has_memory(x) and not hasattr(x, FIELD)]
+    if at_rest:
+        memory = {memory_below(x) for x in inputs if _has_memory(x) and hasattr(x, FIELD)}
+        for value in at_rest:
+            if memory_below(value) in memory:
+                carrier.detached(value)
+
+
+def _has_memory(value: Any) -> bool:
+    """Return whether a value is a tensor that others may share memory with."""
+    return isinstance(value, Tensor) and value.layout == torch.strided
 
 
 def _duals_of(carrier: Carrier | None, values: Values) -> list[Dual | None]:
@@ -901,12 +945,8 @@ def _dual_examples(
 # --- warnings
 
 
-def _warn_of_limit() -> None:
-    """Warn where a function is captured for the last time that torch.compile allows it."""
-    capture = _guards.CompileContext.current_compile_id()
-    limit = dynamo_config.recompile_limit
-    if capture is None or capture.frame_compile_id != limit - 1:
-        return
+def warn_of_limit(limit: int) -> None:
+    """Warn where a function was captured for the last time that torch.compile allows it."""
     warnings.warn(
         f"a compiled part of the model was captured {limit} times, since what its Python depends "
         "on changes from call to call (TORCH_LOGS=recompiles says what); torch.compile captures "
