@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import flowspace.derivatives.replay as replay
+import flowspace.derivatives.route as routes
 from flowspace import (
     ConsistencyLoss,
     CrossFlowLoss,
@@ -1077,3 +1078,66 @@ def test_an_operator_without_a_derivative_is_refused_whatever_it_returns():
             for route in ROUTES[:2]:
                 with pytest.raises(DerivativeError, match="no forward derivative"):
                     derived(route, model, primals, tangents)
+
+
+PARTS = {
+    "fewer rows are gathered": lambda x: x.gather(1, torch.zeros(2, 3, 4, dtype=torch.long)),
+    "a numpy mask over the batch": lambda x: x.transpose(0, 1)[np.ones((5, 4), bool)],
+    "a mask of bytes over the batch": lambda x: x.transpose(0, 1)[torch.ones(5, 4).byte()],
+}
+
+
+@pytest.mark.filterwarnings("ignore:indexing with dtype torch.uint8")
+@pytest.mark.parametrize("name", PARTS)
+def test_an_index_of_other_rows_than_the_batch_is_followed(name):
+    def model(x, t):
+        h = x * t[:, None, None]
+        return h * PARTS[name](h).sum()
+
+    x, t = normal(0, 4, 5, 4).double(), torch.linspace(0.1, 0.9, 4).double()
+    given = (x, t), (x.cos(), torch.ones_like(t))
+    rows = torch.arange(4) < 2
+    _, derivative = SharedPrimal()(model, *given, rows)
+    wanted = torch.func.jvp(model, *given)[1]
+    torch.testing.assert_close(derivative[rows], wanted[rows])
+
+
+@pytest.mark.parametrize("step", [5e-3, 2e-2])
+def test_differences_are_of_one_state_where_it_moves_by_little(step):
+    """Each evaluation moves the estimate of a norm: less than the values do along the tangents."""
+    torch.manual_seed(0)
+    norm = nn.utils.parametrizations.spectral_norm
+    net = nn.Sequential(norm(nn.Linear(33, 64)), nn.SiLU(), norm(nn.Linear(64, 32)))
+    for _ in range(20):
+        net(torch.randn(1, 33))
+
+    def model(z, t):
+        return net(torch.cat([z, t[:, None]], 1))
+
+    t = torch.rand(16) * 0.8 + 0.1
+    given = (normal(1, 16, 32).float(), t), (normal(2, 16, 32).float(), torch.ones(16))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    _, wanted = SharedPrimal()(model, *given)
+    net.load_state_dict(before)
+    _, found = FiniteDifference(step)(model, *given)
+    assert (found - wanted).norm() < 0.01 * wanted.norm()
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_each_process_evaluates_once_whatever_rows_it_has_to_differentiate(monkeypatch, batch):
+    """Of a batch of one row, none of which moves, two are asked for: one row would be the batch,
+    whose axis is then not found after a transpose, and the others would wait.
+    """
+    monkeypatch.setattr(routes, "several_processes", lambda: True)
+    calls = []
+
+    def model(z, t, s):
+        calls.append(z)
+        return (z * (1 + t - s)[:, None, None]).transpose(1, 2).reshape(len(z), -1, 4)
+
+    t = torch.full((batch,), 0.6)
+    z = normal(0, batch, 4, 4).float()
+    for moving in range(batch + 1):
+        rows = torch.arange(batch) < moving
+        SharedPrimal()(model, (z, t, t / 2), (z.cos(), torch.ones_like(t), None), rows)
+    assert len(calls) == batch + 1

@@ -90,21 +90,31 @@ class Snapshot:
             if own or frozen or module._buffers:
                 self.held.append((module, dict(module._buffers), frozen, own))
 
-    def restore(self) -> None:
-        """Make the attributes what they were; those that are new stay."""
+    def restore(self) -> bool:
+        """Make the attributes what they were; those that are new stay.
+
+        Returns:
+            whether any had changed.
+        """
+        changed = False
         for module, buffers, frozen, own in self.held:
             if not _same(module._buffers, buffers):
+                changed = True
                 module._buffers.clear()
                 module._buffers.update(buffers)
             for name, parameter in frozen.items():
                 if module._parameters.get(name) is not parameter:
+                    changed = True
                     module._parameters[name] = parameter
             attributes = vars(module)
             for name, (value, content) in own.items():
                 if content is not None and not _same(value, content):
+                    changed = True
                     _refill(value, content)
                 if attributes.get(name) is not value:
+                    changed = True
                     attributes[name] = value
+        return changed
 
 
 def _is_frozen(parameter: nn.Parameter | None) -> bool:

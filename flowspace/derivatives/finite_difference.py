@@ -66,7 +66,8 @@ class FiniteDifference(SecondRun):
             that t never leaves [0, 1].
 
     Of order 2, the model is evaluated once more, at the same point, on some of the rows, where
-    the values do not lie near one line, or under autocast.
+    the values do not lie near one line, under autocast, or where the model keeps something of each
+    evaluation, as the norms of weights that torch estimates step by step.
 
     Raises:
         InputError: unless 0 < step <= 0.25 and order is 1 or 2.
@@ -122,7 +123,7 @@ class FiniteDifference(SecondRun):
             stencil_of = self._common_stencil
         stencil = stencil_of(primals)
         shifted = self._values(fn, primals, tangents, stencil)
-        in_doubt = not first.exact or not first.whole or several_processes()
+        in_doubt = not first.exact or not first.whole or first.kept() or several_processes()
         if not in_doubt and self._on_one_line(first.value, shifted, stencil):
             return Second(stencil.derivative([first.value, *shifted]), None)
         value = fn(*primals)

@@ -95,6 +95,7 @@ OF_TORCH = (
     "setup_context",
     "TensorWrapper",
     "for inference tensor",
+    "INTERNAL ASSERT",
 )
 """Words by which one knows that torch refuses to run something in forward mode."""
 

@@ -238,6 +238,7 @@ class RestoringMode(TorchFunctionMode):
         own_generator: a generator of the model's own that was drawn from in a state which a second
             run cannot know, or None.
         generators: by id, the model's own, and their states before they were first drawn from.
+        keeps: the model kept something of an evaluation, which was put back.
         elsewhere: a function was called in another thread with what belongs to torch.func.jvp.
         made: the memory that functions made in this run. What is written there replaces nothing,
             and may be kept, as a table that a model builds in its first call.
@@ -256,6 +257,7 @@ class RestoringMode(TorchFunctionMode):
         self.own_generator: torch.Generator | None = None
         self.generators: dict[int, tuple[torch.Generator, Tensor]] = {}
         self.elsewhere = False
+        self.keeps = False
         self.made: set[int] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -420,9 +422,10 @@ class RestoringMode(TorchFunctionMode):
         Memory that an engine fills and frees, which autograd does not count as written, is left.
         What is as it was counts as not written to: autograd may have saved it before.
         """
+        self.keeps = self.keeps or bool(self.written) or bool(self.bindings.before)
         self.bindings.restore()
-        if self.snapshot is not None:
-            self.snapshot.restore()
+        if self.snapshot is not None and self.snapshot.restore():
+            self.keeps = True
         with torch.no_grad():
             # the first last: one memory may be known by several tensors, as by x and x.data
             for reference, before, version in reversed(list(self.written.values())):

@@ -203,7 +203,8 @@ def _indices(mask: Tensor, at_most: int | None) -> Tensor | None:
     all_rows = len(indices) == len(mask)
     if several_processes():
         if not len(indices):
-            return torch.zeros(1, dtype=torch.long, device=mask.device)
+            count = 2 if len(mask) == 1 else 1
+            return torch.zeros(count, dtype=torch.long, device=mask.device)
         if all_rows:
             return torch.cat([indices, indices[:1]])
         return indices

@@ -51,11 +51,14 @@ class First(NamedTuple):
         value: fn(*primals), detached.
         exact: whether it is known to full precision.
         whole: whether these are all rows, and not some of them.
+        kept: tells, after two evaluations of the second run, whether the model keeps something of
+            each, as a moving average: then these are of another function than the first run.
     """
 
     value: Tensor
     exact: bool
     whole: bool = True
+    kept: Callable[[], bool] = lambda: False
 
 
 class Second(NamedTuple):
@@ -191,6 +194,7 @@ class _Attempt:
         primals, tangents = pytree.tree_map(lambda leaf: self._input(leaf, indices), both)
         with restoring_buffers(self.fn, mixed) as run:
             fn = run.from_the_start(self.fn)
+            first = first._replace(kept=lambda: run.keeps)
             second = self.route.derive(fn, primals, tangents, first, mixed)
             self.route.check_run(run)
             if second.check is not None:

@@ -45,6 +45,8 @@ def _along(names: str, dim_at: int, default: Any, linear: bool) -> None:
         restricted = shared_rows(call.duals)
         if not linear or len(call.duals) > 1:
             return forward(call, restricted)
+        if names.startswith("gather"):
+            _takes_every_row(x, kwargs.get("index", args[-1] if args else None))
         options = {name: restricted(value) for name, value in kwargs.items()}
         tangent = call.func(x.tangent, *map(restricted, args), **options)
         if isinstance(tangent, tuple):
@@ -52,6 +54,14 @@ def _along(names: str, dim_at: int, default: Any, linear: bool) -> None:
         return tangent
 
     along.__name__ = along.__qualname__ = names.split()[0]
+
+
+def _takes_every_row(x: Dual, index: Any) -> None:
+    """Raise LostRowsError if an index of torch.gather has other rows than the batch."""
+    if x.layout is not None and isinstance(index, Tensor):
+        axis = x.layout.axis
+        if index.shape[axis] != x.primal.shape[axis]:
+            raise LostRowsError
 
 
 # Linear functions.

@@ -42,9 +42,13 @@ def _axes_taken(entry: Any) -> int:
     """Return how many axes of a tensor one entry of an index stands for."""
     if entry is None:
         return 0
-    if isinstance(entry, Tensor) and entry.dtype == torch.bool:
+    if str(getattr(entry, "dtype", "")) in MASKS:
         return entry.ndim
     return 1
+
+
+MASKS = ("torch.bool", "torch.uint8", "bool")
+"""Types of the numbers of masks, of which the last is numpy's."""
 
 
 def _entries(index: Any) -> list[Any]:
