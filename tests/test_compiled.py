@@ -8,6 +8,7 @@ nothing; few tests use inductor.
 import copy
 import dataclasses
 import functools
+import itertools
 import re
 import shutil
 import signal
@@ -1533,8 +1534,7 @@ def test_slices_are_written_where_sizes_are_open(body, dynamic, programs):
     )  # the padded rows are found in a second pass
 
 
-# --- what the attack of others found
-
+# --- at the edges of parts, and where sizes are open
 
 WITHOUT_RULE = {
     "glu": F.glu,
@@ -1677,7 +1677,7 @@ def test_blocks_of_many_shapes_whose_rows_mix_are_all_captured():
         return nn.Sequential(nn.Linear(i, o), nn.BatchNorm1d(o), nn.SiLU())
 
     sizes = (4, 5, 6, 7, 8, 9, 4)
-    plain = nn.Sequential(*[Shares(block(i, o)) for i, o in zip(sizes, sizes[1:], strict=False)])
+    plain = nn.Sequential(*[Shares(block(i, o)) for i, o in itertools.pairwise(sizes)])
     plain.double()
     net = copy.deepcopy(plain)
     for part in net:
@@ -1695,7 +1695,7 @@ def test_blocks_of_many_shapes_whose_rows_mix_are_all_captured():
         close(a, b)
 
 
-class Counting(nn.Module):
+class CountingByLists(nn.Module):
     """Writes into a buffer by a function of lists; its rows mix."""
 
     def __init__(self):
@@ -1709,7 +1709,7 @@ class Counting(nn.Module):
 
 
 def test_buffers_that_functions_of_lists_write_into_are_written_once():
-    net, plain = pair(Counting)
+    net, plain = pair(CountingByLists)
     for _ in range(3):
         same(net, plain)
     assert net.calls == 3

@@ -475,7 +475,7 @@ def _dual_callback(callback: Any) -> Any:
 
 
 class _Callback:
-    """Compiles a frame with another backend, as the user said, and with guards on hooks of modules.
+    """Compiles a frame with another backend, as the user said, with guards on hooks of modules.
 
     torch.compile leaves these out by default; a model with other hooks would run old code. It
     captures a function as often as it may without a derivative, with gradients and without: where
@@ -499,7 +499,9 @@ class _Callback:
         self._torchdynamo_orig_backend = convert_frame.catch_errors_wrapper(
             convert_frame.convert_frame(backend, hooks), hooks
         )
-        self.captures: weakref.WeakKeyDictionary[Any, dict[bool, int]] = weakref.WeakKeyDictionary()
+        self.captures: weakref.WeakKeyDictionary[Any, dict[bool, int]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def __call__(self, frame: Any, *args: Any, **kwargs: Any) -> Any:
         """Compile a frame; leave it to Python where our function mode keeps torch.compile from it,

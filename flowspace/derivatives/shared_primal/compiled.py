@@ -716,7 +716,9 @@ class WrittenMemory(TorchDispatchMode):
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
             given = args[i] if i < len(args) else options.get(argument.name)
-            self.memory.update(memory_below(x) for x in pytree.tree_leaves(given) if _has_memory(x))
+            self.memory.update(
+                memory_below(x) for x in pytree.tree_leaves(given) if _has_memory(x)
+            )
         return func(*args, **options)
 
 
