@@ -9,6 +9,7 @@ three points. That they lie near one line also tells, without another evaluation
 values are of one function: fresh draws, or rows that were dropped, would scatter them.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -26,6 +27,9 @@ __all__ = ["FiniteDifference"]
 
 CURVATURE = 20.0
 """How far three values of a smooth function may lie from a line, over their span and the step."""
+
+FAR = 0.5
+"""Three values that lie so far from a line, over their span, tell nothing of the derivative."""
 
 ROUNDING_FLOAT32 = 1e-5
 """How far they may lie from it by rounding, over the largest value."""
@@ -69,6 +73,8 @@ class FiniteDifference(SecondRun):
     the values do not lie near one line, under autocast, or where the model keeps something of each
     evaluation, as the norms of weights that torch estimates step by step.
 
+    A warning says so where the function is far from a line over the step.
+
     Raises:
         InputError: unless 0 < step <= 0.25 and order is 1 or 2.
         DerivativeError: when called, if the model gives other values each time, or computes in
@@ -95,12 +101,16 @@ class FiniteDifference(SecondRun):
         stencil = self._stencil(primals)
         shifted = self._values(fn, primals, tangents, stencil)
         in_doubt = not self._on_one_line(here, shifted, stencil)
-        if in_doubt and xp.has_values(here) and not agree(here, fn(*primals), 4, REFUSAL_SLACK):
-            raise DerivativeError(
-                "got another value from the model when it was evaluated again at the same point; "
-                "it draws anew in each call, as flax.nnx's Dropout does: pass what it draws in "
-                "cond, or evaluate it without"
-            )
+        if in_doubt and xp.has_values(here):
+            if not agree(here, fn(*primals), 4, REFUSAL_SLACK):
+                raise DerivativeError(
+                    "got another value from the model when it was evaluated again at the same "
+                    "point; it draws anew in each call, as flax.nnx's Dropout does: pass what it "
+                    "draws in cond, or evaluate it without"
+                )
+            doubt = self._doubt(here, shifted, stencil)
+            if doubt is not None:
+                warnings.warn(doubt, stacklevel=2)
         return value, xp.detach(stencil.derivative([here, *shifted]))
 
     def derive(
@@ -127,7 +137,19 @@ class FiniteDifference(SecondRun):
         if not in_doubt and self._on_one_line(first.value, shifted, stencil):
             return Second(stencil.derivative([first.value, *shifted]), None)
         value = fn(*primals)
-        return Second(stencil.derivative([value, *shifted]), value)
+        doubt = self._doubt(value, shifted, stencil)
+        return Second(stencil.derivative([value, *shifted]), value, doubt=doubt)
+
+    def _doubt(self, value: Any, shifted: list[Any], stencil: Stencil) -> str | None:
+        """Return what is to be said of a step over which the function is far from a line."""
+        if self.order == 1 or self._on_one_line(value, shifted, stencil, FAR):
+            return None
+        return (
+            f"the model's values at t, t - h and t - 2h, of h = {self.step}, lie far from a line: "
+            "the difference may be wrong by as much as the derivative. Models that are given "
+            f"t * 1000 need a smaller step: write FiniteDifference({self.step / 50:g}), or "
+            "SharedPrimal(), which is exact"
+        )
 
     def _check_precision(self, primals: Sequence[Any], tangents: Sequence[Tensor | None]) -> None:
         """Raise InputError for a state whose numbers are too coarse for the step."""
@@ -174,7 +196,9 @@ class FiniteDifference(SecondRun):
             values.append(fn(*moved))
         return values
 
-    def _on_one_line(self, value: Any, shifted: list[Any], stencil: Stencil) -> bool:
+    def _on_one_line(
+        self, value: Any, shifted: list[Any], stencil: Stencil, curvature: float | None = None
+    ) -> bool:
         """Return whether three values lie so near one line that all are of one smooth function.
 
         Where dropping rows or drawing anew changed a value, the distance is that change; else it
@@ -192,7 +216,8 @@ class FiniteDifference(SecondRun):
         rounding = ROUNDING_FLOAT32
         if value.dtype.itemsize >= 8:
             rounding = ROUNDING_FLOAT64
-        curvature = min(0.5, CURVATURE * self.step)
+        if curvature is None:
+            curvature = min(FAR, CURVATURE * self.step)
         return bool(distance <= curvature * span + rounding * abs(value).max())
 
     def _common_stencil(self, primals: Sequence[Any]) -> Stencil:

@@ -18,6 +18,7 @@ route refuses.
 
 import abc
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -68,11 +69,19 @@ class Second(NamedTuple):
         derivative: along the tangents.
         value: fn at the same point, or None where it was not evaluated there.
         check: raises DerivativeError if the derivative is not to be trusted, or None.
+        doubt: what is warned of if the derivative is taken, or None.
     """
 
     derivative: Tensor
     value: Tensor | None
     check: Callable[[], None] | None = None
+    doubt: str | None = None
+
+    def taken(self) -> Tensor:
+        """Return the derivative, with a warning if it is in doubt."""
+        if self.doubt is not None:
+            warnings.warn(self.doubt, stacklevel=2)
+        return self.derivative
 
 
 class SecondRun(Derivative):
@@ -168,7 +177,7 @@ class _Attempt:
         if second.derivative.shape != first.value.shape:
             return None
         if second.value is None or _agree_in_each_place(first.value, second.value, itemsize):
-            return second.derivative
+            return second.taken()
         return None
 
     def on_all(self, mixed: bool) -> Tensor:
@@ -180,7 +189,7 @@ class _Attempt:
                 raise
             second, itemsize = self._run(self.first, None, mixed=True)
         if second.value is None or agree(self.first.value, second.value, itemsize, REFUSAL_SLACK):
-            return second.derivative
+            return second.taken()
         raise DerivativeError(
             "got another value from the model when it was evaluated again at the same point, "
             f"which {self.route!r} needs to do; it draws from a generator of its own, or "
