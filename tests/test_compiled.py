@@ -1714,3 +1714,29 @@ def test_buffers_that_functions_of_lists_write_into_are_written_once():
     for _ in range(3):
         same(net, plain)
     assert net.calls == 3
+
+
+@torch.compiler.nested_compile_region
+def doubled(h):
+    return h.sin() * 2
+
+
+class CountsAfterARegion(nn.Module):
+    """Writes into a buffer after a graph within the graph; its rows mix."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, z, t, s):
+        weights = doubled(self.calls + 1.0)
+        torch._foreach_add_([self.calls], 1.0)
+        h = z * column(t) + column(s)
+        return (h - h.mean(0)) * self.calls + weights
+
+
+def test_buffers_that_are_written_after_a_graph_within_the_graph_are_written_once():
+    net, plain = pair(CountsAfterARegion)
+    for _ in range(3):
+        same(net, plain)
+    assert net.calls == 3

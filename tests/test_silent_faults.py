@@ -1157,3 +1157,10 @@ def test_a_step_that_is_too_coarse_for_the_model_is_told(moving):
     _, found = FiniteDifference(1e-4)(model, primals, tangents, rows)
     wanted = exact(model, primals, tangents)[1][rows]
     assert (found[rows] - wanted).norm() < 1e-3 * wanted.norm()
+
+
+def test_a_tensor_made_of_numbers_that_move_is_refused_in_forward_mode():
+    """torch.Tensor([t[0]]) ends in an internal assertion of torch."""
+    primals, tangents = arguments()
+    with pytest.raises(DerivativeError, match="cannot differentiate"):
+        derived(ForwardMode(), lambda z, t, s: z * torch.Tensor([t[0]]), primals, tangents)

@@ -513,7 +513,8 @@ class _Callback:
         from flowspace.derivatives.shared_primal.compiled import warn_of, warn_of_limit
 
         config = torch._dynamo.config
-        kept = len(entries_of(frame.f_code))
+        frames = torch._C._dynamo.eval_frame  # pyright: ignore
+        kept = len(frames._debug_get_cache_entry_list(frame.f_code))
         captures, kind = self.captures.setdefault(frame.f_code, {}), torch.is_grad_enabled()
         count = min(captures.get(kind, 0), kept)  # torch may have forgotten some
         limit = self.limit or config.recompile_limit
@@ -530,9 +531,6 @@ class _Callback:
                 warn_of_limit(limit)
         return found
 
-
-entries_of = torch._C._dynamo.eval_frame._debug_get_cache_entry_list  # pyright: ignore
-"""Returns what torch.compile has captured of a code object."""
 
 capture_callback = torch._C._dynamo.eval_frame.get_eval_frame_callback  # pyright: ignore
 """Returns what torch.compile captures frames with in this thread, or None.

@@ -43,6 +43,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.exc import RestartAnalysis, SkipFrame
+from torch._ops import HigherOrderOperator
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
@@ -257,8 +258,7 @@ class Region:
         if carrier is None:
             return out
         if not carrier.lost:
-            with not_intercepted():
-                _mark_detached(carrier, inputs, out)
+            _mark_detached(carrier, inputs, out)
         if carrier.watch is not None:
             carrier.watch.made(out, carrier.derived(inputs))
         return out
@@ -296,7 +296,7 @@ class Region:
 
     def _writes_below(self, carrier: Carrier | None, duals: Duals, primals: Values) -> bool:
         """Return whether the graph writes, through a detached tensor, into memory that moves."""
-        if carrier is None:
+        if carrier is None or not self.writes or not carrier.has_detached:
             return False
         with not_intercepted():
             return any(duals[i] is None and carrier.writes_below(primals[i]) for i in self.writes)
@@ -683,17 +683,24 @@ def _written_inputs(captured: fx.GraphModule, context: TraceContext) -> list[int
     """Return the numbers of the inputs that a graph writes into.
 
     Norms over the batch write into their running statistics; of other functions the operators
-    tell, once the graph has been run on inputs without values.
+    tell, once the graph has been run on inputs without values, and where these hold graphs of
+    their own, the versions that autograd counts.
     """
     written = _statistics(captured)
-    seen = WrittenMemory()
+    seen, before = WrittenMemory(), _versions(context.examples)
     open_sizes = enable_python_dispatcher()
     with context.fake, seen, open_sizes, torch.no_grad(), contextlib.suppress(Exception):
         captured(*context.examples)
-    for i, value in enumerate(context.examples):
-        if _has_memory(value) and memory_below(value) in seen.memory:
+    for i, version in _versions(context.examples).items():
+        value = context.examples[i]
+        if version != before[i] or (_has_memory(value) and memory_below(value) in seen.memory):
             written.add(i)
     return sorted(written)
+
+
+def _versions(inputs: Values) -> dict[int, int]:
+    """Return by number how often autograd has seen each tensor written to."""
+    return {i: x._version for i, x in enumerate(inputs) if isinstance(x, Tensor)}
 
 
 class WrittenMemory(TorchDispatchMode):
@@ -702,6 +709,8 @@ class WrittenMemory(TorchDispatchMode):
     Attributes:
         memory: where it lies.
     """
+
+    supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -712,6 +721,8 @@ class WrittenMemory(TorchDispatchMode):
     ) -> Any:
         """Call an operator."""
         options = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            return func(*args, **options)
         for i, argument in enumerate(func._schema.arguments):
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
@@ -764,11 +775,14 @@ def _mark_detached(carrier: Carrier, inputs: Values, outputs: Values) -> None:
     """Mark the outputs that carry no tangent and share memory with an input that does, or with
     one that is marked.
     """
-    at_rest = [x for x in outputs if _has_memory(x) and not hasattr(x, FIELD)]
-    if at_rest:
-        memory = {memory_below(x) for x in inputs if _has_memory(x) and hasattr(x, FIELD)}
+    at_rest = [x for x in outputs if isinstance(x, Tensor) and not hasattr(x, FIELD)]
+    marked = [x for x in inputs if isinstance(x, Tensor) and hasattr(x, FIELD)]
+    if not at_rest or not marked:
+        return
+    with not_intercepted():
+        memory = {memory_below(x) for x in marked if _has_memory(x)}
         for value in at_rest:
-            if memory_below(value) in memory:
+            if _has_memory(value) and memory_below(value) in memory:
                 carrier.detached(value)
 
 
